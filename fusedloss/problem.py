@@ -1,0 +1,101 @@
+"""What a sweep is asked to do: operands, blocks of the similarity matrix, and the target of each row.
+
+Every in-batch loss looks at logits
+
+    z[i, j] = scale * f_i * f_j * <x_i, y_j> + bias_j
+
+laid out in one or more blocks side by side that share one row normaliser. Plain InfoNCE is one block; each column of
+hard negatives is one more. Operands are listed once and blocks point at them, so a matrix that stands on both sides,
+or in several blocks, receives one gradient and is never copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NORM_EPS = 1e-12  # F.normalize's: a zero row stays zero instead of turning into NaN
+
+
+@dataclass(frozen=True)
+class Block:
+    """Columns `operands[key]` for rows `operands[query]`, with an optional additive `bias` [N] per column."""
+
+    query: int
+    key: int
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One softmax sweep. Rows of every block are the same M rows; the target column lies in block 0.
+
+    operands: matrices [rows, D], each any floating dtype (all alike) and any strides.
+    blocks: the parts of the row, side by side.
+    scale: 0-dim tensor in the statistics dtype (fp32, or fp64 for fp64 operands).
+    target: int64 [M], a column of block 0.
+    weight: [M] in the statistics dtype: what each row's loss is multiplied by; 0 leaves a row out.
+    cosine: rows of the operands enter as unit vectors; the 1/norms act on the fp32 accumulator.
+    label_smoothing: share of the target mass spread evenly over the row's admissible columns.
+    symmetric: columns are normalised too (CLIP): `weight[i]/2` of row i's loss plus `weight[j]/2` of column j's.
+    scale_bound: `scale` as a Python number where the host knows it, else None. It only ever selects a faster way to
+        the same result.
+    """
+
+    operands: tuple[Tensor, ...]
+    blocks: tuple[Block, ...]
+    scale: Tensor
+    target: Tensor
+    weight: Tensor
+    cosine: bool = False
+    label_smoothing: float = 0.0
+    symmetric: bool = False
+    scale_bound: float | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.operands[self.blocks[0].query].shape[0]
+
+    @property
+    def columns(self) -> int:
+        return sum(self.operands[block.key].shape[0] for block in self.blocks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.operands[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.operands[0].device
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Losses, log-sum-exps and accumulators: fp32, or fp64 for fp64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Strip(NamedTuple):
+    """One block of one row chunk, as a backend sees it: `R` rows against all `N` columns of the block.
+
+    z[i, j] = scale * row_factor[i] * col_factor[j] * <x_i, y_j> + bias[j]
+
+    Vectors are in the statistics dtype and contiguous; `x` and `y` are in the input dtype with any strides.
+    """
+
+    x: Tensor  # [R, D]
+    y: Tensor  # [N, D]
+    scale: Tensor  # 0-dim
+    row_factor: Tensor | None  # [R]
+    col_factor: Tensor | None  # [N]
+    bias: Tensor | None  # [N], may hold -inf: that column is removed
+    target: Tensor | None  # [R] int64, this block's column that the sums leave out; -1 (or out of range): none
+
+
+class RowSums(NamedTuple):
+    """A row's negatives, folded: `sum_{j != t} exp(z_ij) = total * exp(shift)`; shift is finite also for empty rows."""
+
+    shift: Tensor  # [R]
+    total: Tensor  # [R]
