@@ -11,6 +11,7 @@ or in several blocks, receives one gradient and is never copied.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,6 +78,15 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def inverse_norms(x: Tensor) -> Tensor:
+    """`1 / max(|x_i|, 1e-12)` per row, in the statistics dtype, without a copy of `x`."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=stats_dtype(x.dtype)).clamp_min(NORM_EPS).reciprocal()
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=1, eps=NORM_EPS)
+
+
 class Strip(NamedTuple):
     """One block of one row chunk, as a backend sees it: `R` rows against all `N` columns of the block.
 
@@ -99,3 +109,33 @@ class RowSums(NamedTuple):
 
     shift: Tensor  # [R]
     total: Tensor  # [R]
+
+    def log(self) -> Tensor:
+        """`log sum_{j != t} exp(z_ij)`: -inf for a row without negatives."""
+        return self.shift + self.total.log()
+
+    def merge(self, other: RowSums) -> RowSums:
+        """The sums over the union of two disjoint sets of columns."""
+        mine, others = (sums.shift.masked_fill(sums.total == 0, -torch.inf) for sums in (self, other))
+        shift = torch.maximum(mine, others)
+        shift = shift.masked_fill(shift == -torch.inf, 0)
+        return RowSums(shift, self.total * torch.exp(mine - shift) + other.total * torch.exp(others - shift))
+
+    @classmethod
+    def empty(cls, like: Tensor) -> RowSums:
+        return cls(torch.zeros_like(like), torch.zeros_like(like))
+
+
+class Softmax(NamedTuple):
+    """One direction's gradient, as a function of the logits: `dz = weight * exp(z - shift)` off the target.
+
+    `shift` is the log-sum-exp of the negatives and `weight` carries `exp(lse_neg - lse)`, so that the exponentials stay
+    in [0, 1] with their full precision however well the pair is fitted. A row without negatives has shift = +inf.
+    """
+
+    shift: Tensor
+    weight: Tensor
+    target_sim: Tensor | None  # similarity of the target, where the gradient of the scale is wanted
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Softmax:
+        return Softmax(*(None if v is None else function(v) for v in self))

@@ -1,0 +1,52 @@
+"""The backends, and how one is chosen.
+
+A backend is a module with `why_not(problem) -> str | None`. The sweep backends (`chunked`, `triton`) also provide the
+primitives that the driver in `sweep.py` calls on one row chunk:
+
+    can_exp(problem)             whether `exp_rows` may be used: it finds, or the host knows, a safe shift
+    workspace_dtype(problem)     dtype of the bounded workspace
+    gain(problem)                factor on dz before it is rounded into the workspace (fp16: 2**15), undone afterwards
+    stats_rows(strips)                                   -> RowSums
+    stats_rows_and_columns(strip)                        -> RowSums, RowSums
+    exp_rows(problem, strips, outs, target_sim)          -> RowSums, q     writes E = exp(z - shift)
+    grad_rows(problem, strips, outs, rows, columns)      -> q              writes dz
+
+Both writers store `value * row_factor * col_factor`, multiplied before rounding, and 0 at the target.
+`reference` materialises the logits and is ordinary differentiable torch: `loss_rows(problem)`.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+from ..errors import UnsupportedError
+from ..problem import Problem
+from . import chunked, cuda, reference, triton
+
+BACKENDS: dict[str, ModuleType] = {
+    "cuda": cuda,
+    "triton": triton,
+    "chunked": chunked,
+    "reference": reference,
+}
+
+# A backend joins once the whole GPU test-suite has passed on such a device. Until then it is there by name.
+AUTO: dict[str, tuple[str, ...]] = {"cpu": ("chunked", "reference"), "cuda": ("chunked", "reference")}
+
+
+def select(problem: Problem, backend: str) -> str:
+    """The name of the backend that runs `problem`: the one asked for, or the first of `auto` that can."""
+    if backend == "auto":
+        backend = os.environ.get("FUSEDLOSS_BACKEND", "auto")
+    if backend == "auto":
+        names: tuple[str, ...] = AUTO.get(problem.device.type, ("chunked", "reference"))
+    elif backend in BACKENDS:
+        names = (backend,)
+    else:
+        raise ValueError(f"backend is {backend!r}: needs 'auto' or one of {', '.join(map(repr, BACKENDS))}")
+    for name in names:
+        if BACKENDS[name].why_not(problem) is None:
+            return name
+    reasons = "; ".join(f"{name}: {module.why_not(problem) or 'can run it'}" for name, module in BACKENDS.items())
+    raise UnsupportedError(f"backend={backend!r} cannot run this problem. {reasons}")

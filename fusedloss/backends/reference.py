@@ -1,0 +1,30 @@
+"""The loss as a formula, on materialised logits. Differentiable any number of times; the oracle of the tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import epilogues
+from ..problem import Problem, stats_dtype, unit_rows
+
+
+def why_not(problem: Problem) -> str | None:
+    return None
+
+
+def loss_rows(problem: Problem) -> Tensor:
+    """`weight[i] * loss_i` for every row, [M], through ordinary autograd. Costs several [M, N] matrices."""
+    dtype = stats_dtype(problem.dtype)
+    rows = [unit_rows(x.to(dtype)) if problem.cosine else x.to(dtype) for x in problem.operands]
+    parts = []
+    for block in problem.blocks:
+        z = rows[block.query] @ rows[block.key].T * problem.scale
+        parts.append(z if block.bias is None else z + block.bias)
+    z = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    loss = epilogues.softmax_rows(z, problem.target, problem.label_smoothing)
+    if problem.symmetric:
+        diagonal = torch.arange(problem.rows, device=z.device)
+        loss = (loss + epilogues.softmax_rows(z.T, diagonal)) / 2
+    # Rows that are left out are exactly 0, also where their own logits are not finite.
+    return torch.where(problem.weight == 0, 0, problem.weight * loss)

@@ -1,0 +1,120 @@
+"""Argument checks. Each error names the argument, what it got and what it needs.
+
+Values inside tensors are checked on a CPU only: reading them back from a GPU would synchronise. There an out-of-range
+target makes the loss NaN, and FUSEDLOSS_CHECK=1 turns these checks on everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor, nn
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def embeddings(**tensors: Tensor) -> None:
+    """Matrices [rows, D] of one floating dtype, one device and one D."""
+    (first_name, first), *_ = tensors.items()
+    for name, x in tensors.items():
+        if isinstance(x, nn.Module):
+            raise TypeError(
+                f"{name} is a {type(x).__name__}, an nn.Module: this loss takes embeddings. "
+                "For a loss that wraps a model, see fusedloss.integrations."
+            )
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}: needs a tensor [rows, D]")
+        if x.dtype not in FLOATING:
+            raise TypeError(f"{name} has dtype {x.dtype}: needs float16, bfloat16, float32 or float64")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} has layout {x.layout}: needs a dense tensor; call .to_dense()")
+        if x.dim() != 2:
+            raise ValueError(f"{name} has shape {list(x.shape)}: needs two dimensions [rows, D]")
+        if x.shape[1] != first.shape[1]:
+            raise ValueError(f"{name} has D = {x.shape[1]} and {first_name} has D = {first.shape[1]}: they must agree")
+        if x.shape[1] == 0:
+            raise ValueError(f"{name} has D = 0: needs at least one dimension")
+        if x.dtype != first.dtype:
+            raise TypeError(f"{name} is {x.dtype} and {first_name} is {first.dtype}: they must agree; cast one of them")
+        same_device(name, x, first_name, first)
+
+
+def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device} and {other_name} on {other.device}: move one of them")
+
+
+def vector(name: str, x: Tensor, length: int, what: str, like: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} is {got}: needs a floating tensor [{length}]")
+    if x.shape != (length,):
+        raise ValueError(f"{name} has shape {list(x.shape)}: needs [{length}], one number per {what}")
+    same_device(name, x, "the embeddings", like)
+
+
+def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}: needs one of {', '.join(map(repr, allowed))}")
+
+
+def share(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} is {value!r}: needs a number from 0 to 1")
+
+
+def reads_values(x: Tensor) -> bool:
+    """Whether this tensor's values may be looked at without a synchronisation the user did not ask for."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" or os.environ.get("FUSEDLOSS_CHECK") == "1"
+
+
+def scalar(name: str, value: float | Tensor, like: Tensor, *, positive: bool) -> None:
+    """A Python number, or a tensor of one element on the embeddings' device (a CPU scalar is refused beside CUDA)."""
+    need = "a positive number" if positive else "a finite number"
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dim() > 1:
+            raise ValueError(f"{name} has shape {list(value.shape)}: needs one element, shape [] or [1]")
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{name} is {value.dtype}: needs a floating tensor or a Python number")
+        same_device(name, value, "the embeddings", like)
+        if not reads_values(value):
+            return
+        number = float(value.detach())
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = float(value)
+    else:
+        raise TypeError(f"{name} is a {type(value).__name__}: needs {need} or a tensor of one element")
+    # A tensor's NaN is let through, as torch would: it shows in the loss. A written number cannot be meant to be one.
+    if (positive and number <= 0) or math.isinf(number) or (math.isnan(number) and not isinstance(value, Tensor)):
+        raise ValueError(f"{name} is {number}: needs {need}")
+
+
+def target(name: str, value: Tensor, rows: int, columns: int, ignore_index: int, like: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} is {got}: needs an int64 tensor [{rows}] of column indices; call .long()")
+    if value.shape != (rows,):
+        raise ValueError(f"{name} has shape {list(value.shape)}: needs [{rows}], one index per row")
+    same_device(name, value, "the embeddings", like)
+    if reads_values(value):
+        outside = ((value < 0) | (value >= columns)) & (value != ignore_index)
+        if bool(outside.any()):
+            row = int(outside.nonzero()[0, 0])
+            raise IndexError(
+                f"{name}[{row}] is {int(value[row])}: needs an index from 0 to {columns - 1}, or {ignore_index} to "
+                "leave the row out"
+            )
+
+
+def options_not_modules(**options: object) -> None:
+    for name, value in options.items():
+        if isinstance(value, nn.Module):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}, an nn.Module: this loss takes embeddings, not a model. "
+                "For the class of the same name that wraps a model, see fusedloss.integrations."
+            )

@@ -1,0 +1,35 @@
+"""The maths of an epilogue, once: how a row of logits folds into numbers, and how the loss follows from them.
+
+The target never enters the row sum. With `lse_neg = log sum_{j != t} exp(z_j)` the loss is
+`log(1 + exp(lse_neg - z_t))` and the target's entry of the gradient is `-exp(lse_neg - lse)`: both keep their relative
+precision on well-fitted pairs, where `lse - z_t` and `p_t - 1` cancel (loss 2.7e-7: 78 % wrong in fp32).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def softmax_rows(z: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of each row of `z` [M, N] with column `target` [M], differentiable; -inf logits are absent columns."""
+    index = target[:, None]
+    z_target = z.gather(1, index)[:, 0]
+    negatives = z.scatter(1, index, -torch.inf)
+    absent = (negatives == -torch.inf).all(dim=1)
+    lse_neg = torch.logsumexp(negatives.masked_fill(absent[:, None], 0), dim=1)
+    loss = softmax_loss(lse_neg.masked_fill(absent, -torch.inf), z_target)
+    if label_smoothing:
+        admissible = z > -torch.inf
+        mean = z.masked_fill(~admissible, 0).sum(dim=1) / admissible.sum(dim=1).clamp_min(1)
+        loss = loss + label_smoothing * (z_target - mean)
+    return loss
+
+
+def softmax_loss(lse_neg: Tensor, z_target: Tensor) -> Tensor:
+    """`log(1 + exp(lse_neg - z_t))`: never negative, exactly 0 where there is no negative.
+
+    logaddexp, because F.softplus turns into the identity at 20 and is 2e-9 off there.
+    """
+    difference = lse_neg - z_target
+    return torch.logaddexp(difference, torch.zeros_like(difference))

@@ -1,0 +1,94 @@
+"""CLIP: InfoNCE in both directions over one similarity matrix."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import checks
+from ..problem import Block
+from ._in_batch import as_scale, autocast, softmax_loss
+
+
+def clip(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """CLIP loss (Radford et al. 2021), the mean of both directions; argument names and order are open_clip's.
+
+        z_ij   = logit_scale * <image_i, text_j> + logit_bias
+        loss_i = (logsumexp_j z_ij + logsumexp_j z_ji) / 2 - z_ii
+
+    The matrix z is never stored, and both directions share one statistics sweep and one gradient sweep.
+
+    Args:
+        image_features: `[B, D]`, used as given: normalise them first, as CLIP models do.
+        text_features: `[B, D]`, the dtype and device of `image_features`.
+        logit_scale: the multiplier itself (already exponentiated): a number, or a tensor of one element, which
+            receives a gradient.
+        logit_bias: shifts all logits alike, so the loss does not depend on it; accepted for open_clip's sake, and
+            given its gradient, 0.
+        reduction: "mean", "sum", or "none" (`[B]`: `(row_i + column_i) / 2`).
+        backend: "auto", "triton", "chunked" or "reference".
+
+    Returns:
+        A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> image, text = F.normalize(vision(pixels), dim=1), F.normalize(language(tokens), dim=1)
+        >>> fusedloss.clip(image, text, log_scale.exp()).backward()
+    """
+    checks.embeddings(image_features=image_features, text_features=text_features)
+    if image_features.shape[0] != text_features.shape[0]:
+        raise ValueError(
+            f"text_features has {text_features.shape[0]} rows and image_features {image_features.shape[0]}: "
+            "pairs need one text per image"
+        )
+    checks.scalar("logit_scale", logit_scale, image_features, positive=False)
+    if logit_bias is not None:
+        checks.scalar("logit_bias", logit_bias, image_features, positive=False)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    scale, scale_bound = as_scale(logit_scale, image_features, inverse=False)
+    operands = [image_features] if text_features is image_features else [image_features, text_features]
+    loss = softmax_loss(
+        autocast(*operands),
+        [Block(0, len(operands) - 1)],
+        None,
+        scale,
+        scale_bound=scale_bound,
+        symmetric=True,
+        reduction=reduction,
+        backend=backend,
+    )
+    return loss + 0.0 * logit_bias.reshape(()) if isinstance(logit_bias, Tensor) else loss
+
+
+class ClipLoss(nn.Module):
+    """`clip` with its options in the constructor and tensors in `forward(image_features, text_features, ...)`."""
+
+    def __init__(self, reduction: str = "mean", backend: str = "auto"):
+        super().__init__()
+        checks.options_not_modules(reduction=reduction)
+        self.reduction, self.backend = reduction, backend
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> Tensor:
+        return clip(
+            image_features, text_features, logit_scale, logit_bias, reduction=self.reduction, backend=self.backend
+        )
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, backend={self.backend!r}"

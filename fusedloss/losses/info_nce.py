@@ -1,0 +1,137 @@
+"""InfoNCE: softmax cross-entropy over in-batch similarities."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import checks
+from ..problem import Block
+from ._in_batch import as_scale, autocast, softmax_loss
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.05,
+    key_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    normalize: bool = False,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """InfoNCE (van den Oord et al. 2018): each query's key against all the other keys of the batch.
+
+        z_ij   = <query_i, key_j> / temperature + key_bias_j
+        loss_i = logsumexp_j z_ij - z_i,target_i
+
+    The matrix z is never stored: memory is O((M + N) D) plus a bounded workspace.
+
+    Args:
+        query: `[M, D]`, float16, bfloat16, float32 or float64, any strides.
+        key: `[N, D]`, the dtype and device of `query`.
+        target: int64 `[M]`, the index into `key` of each row's positive. Default `arange(M)`, which needs N >= M.
+        temperature: a positive number, or a tensor of one element, which receives a gradient.
+        key_bias: `[N]`, added to every row's logits (logQ correction: minus the log of each key's sampling
+            probability). -inf removes a key, and leaves out the rows whose target it is. Receives a gradient.
+        weight: `[M]`, multiplies each row's loss; the mean is `sum(w * loss) / sum(w)`. Receives no gradient.
+        label_smoothing: share of the target mass spread evenly over the row's admissible keys.
+        ignore_index: rows whose target is this are left out.
+        normalize: divide each row of both by `max(|row|, 1e-12)` first. The norms act on the fp32 accumulator, so unit
+            vectors are never rounded to 16 bits.
+        reduction: "mean" (over the rows that count; 0 if none does), "sum", or "none" (`[M]`, 0 for left-out rows).
+        backend: "auto", "triton", "chunked" or "reference".
+
+    Returns:
+        A 0-dim tensor (`[M]` for "none"), float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        IndexError: on a CPU, a target outside `key`. On a GPU values are not read back and the loss is NaN.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> query, key = encode(questions), encode(answers)
+        >>> fusedloss.info_nce(query, key, temperature=0.05, normalize=True).backward()
+    """
+    checks.embeddings(query=query, key=key)
+    rows, columns = query.shape[0], key.shape[0]
+    if target is not None:
+        checks.target("target", target, rows, columns, ignore_index, query)
+    elif columns < rows:
+        raise ValueError(
+            f"key has {columns} rows and query {rows}: the default target, arange({rows}), needs a key for every "
+            "query; pass target"
+        )
+    if rows and not columns:
+        raise ValueError("key has no rows: needs at least one")
+    checks.scalar("temperature", temperature, query, positive=True)
+    if key_bias is not None:
+        checks.vector("key_bias", key_bias, columns, "key", query)
+    if weight is not None:
+        checks.vector("weight", weight, rows, "query", query)
+    checks.share("label_smoothing", label_smoothing)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    scale, scale_bound = as_scale(temperature, query, inverse=True)
+    # One matrix on both sides is one operand, with one gradient.
+    operands = [query] if key is query else [query, key]
+    return softmax_loss(
+        autocast(*operands),
+        [Block(0, len(operands) - 1, key_bias)],
+        target,
+        scale,
+        scale_bound=scale_bound,
+        weight=weight,
+        ignore_index=ignore_index,
+        cosine=normalize,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+        backend=backend,
+    )
+
+
+class InfoNCELoss(nn.Module):
+    """`info_nce` with its options in the constructor and tensors in `forward(query, key, target=None, ...)`."""
+
+    def __init__(
+        self,
+        temperature: float = 0.05,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        normalize: bool = False,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ):
+        super().__init__()
+        checks.options_not_modules(temperature=temperature)
+        self.temperature, self.label_smoothing, self.ignore_index = temperature, label_smoothing, ignore_index
+        self.normalize, self.reduction, self.backend = normalize, reduction, backend
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        target: Tensor | None = None,
+        *,
+        key_bias: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        return info_nce(
+            query,
+            key,
+            target,
+            temperature=self.temperature,
+            key_bias=key_bias,
+            weight=weight,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            normalize=self.normalize,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, normalize={self.normalize}, reduction={self.reduction!r}"
