@@ -89,8 +89,10 @@ def scalar(name: str, value: float | Tensor, like: Tensor, *, positive: bool) ->
         number = float(value)
     else:
         raise TypeError(f"{name} is a {type(value).__name__}: needs {need} or a tensor of one element")
-    # A tensor's NaN is let through, as torch would: it shows in the loss. A written number cannot be meant to be one.
-    if (positive and number <= 0) or math.isinf(number) or (math.isnan(number) and not isinstance(value, Tensor)):
+    if isinstance(value, Tensor) and number != number:
+        return  # as in torch, a tensor's NaN shows in the loss; a written number cannot be meant to be one
+    # Comparisons, not math.isfinite: torch.compile traces floats symbolically.
+    if not (0 if positive else -math.inf) < number < math.inf:
         raise ValueError(f"{name} is {number}: needs {need}")
 
 
