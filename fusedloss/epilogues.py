@@ -16,9 +16,9 @@ def softmax_rows(z: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Ten
     index = target[:, None]
     z_target = z.gather(1, index)[:, 0]
     negatives = z.scatter(1, index, -torch.inf)
-    absent = (negatives == -torch.inf).all(dim=1)
-    lse_neg = torch.logsumexp(negatives.masked_fill(absent[:, None], 0), dim=1)
-    loss = softmax_loss(lse_neg.masked_fill(absent, -torch.inf), z_target)
+    maximum = negatives.detach().amax(dim=1)
+    shift = torch.where(maximum == -torch.inf, 0, maximum)
+    loss = softmax_loss(shift, torch.exp(negatives - shift[:, None]).sum(dim=1), z_target)
     if label_smoothing:
         admissible = z > -torch.inf
         mean = z.masked_fill(~admissible, 0).sum(dim=1) / admissible.sum(dim=1).clamp_min(1)
@@ -26,10 +26,12 @@ def softmax_rows(z: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Ten
     return loss
 
 
-def softmax_loss(lse_neg: Tensor, z_target: Tensor) -> Tensor:
-    """`log(1 + exp(lse_neg - z_t))`: never negative, exactly 0 where there is no negative.
+def softmax_loss(shift: Tensor, total: Tensor, z_target: Tensor) -> Tensor:
+    """`log(1 + total exp(shift - z_t))`, where `total exp(shift)` sums the negatives: never negative, 0 without any.
 
     logaddexp, because F.softplus turns into the identity at 20 and is 2e-9 off there.
     """
-    difference = lse_neg - z_target
+    # The logarithm of an empty sum would send 0 * inf into the gradient of the reference.
+    log_total = torch.where(total == 0, -torch.inf, torch.log(torch.where(total == 0, 1, total)))
+    difference = log_total - (z_target - shift)
     return torch.logaddexp(difference, torch.zeros_like(difference))

@@ -110,9 +110,15 @@ class RowSums(NamedTuple):
     shift: Tensor  # [R]
     total: Tensor  # [R]
 
-    def log(self) -> Tensor:
-        """`log sum_{j != t} exp(z_ij)`: -inf for a row without negatives."""
-        return self.shift + self.total.log()
+    def log_total_with(self, score: Tensor) -> Tensor:
+        """`lse - shift` with one more logit, `score`. The shift itself, often large, never meets these logs."""
+        return torch.logaddexp(self.total.log(), score - self.shift)
+
+    def total_with(self, score: Tensor) -> Tensor:
+        return self.total + torch.exp(score - self.shift)
+
+    def at(self, chunk: slice) -> RowSums:
+        return RowSums(self.shift[chunk], self.total[chunk])
 
     def merge(self, other: RowSums) -> RowSums:
         """The sums over the union of two disjoint sets of columns."""
@@ -129,8 +135,8 @@ class RowSums(NamedTuple):
 class Softmax(NamedTuple):
     """One direction's gradient, as a function of the logits: `dz = weight * exp(z - shift)` off the target.
 
-    `shift` is the log-sum-exp of the negatives and `weight` carries `exp(lse_neg - lse)`, so that the exponentials stay
-    in [0, 1] with their full precision however well the pair is fitted. A row without negatives has shift = +inf.
+    `shift` is the row's largest negative and `weight` holds `1 / l`, so that the exponentials lie in [0, 1] and keep
+    their full precision however well the pair is fitted.
     """
 
     shift: Tensor

@@ -86,7 +86,7 @@ class _Sweep:
         else:
             rows = torch.empty_like(self.target_score)
             for chunk in self._stats_chunks():
-                rows[chunk] = self._chunk_loss(chunk, self._chunk_stats(chunk))
+                rows[chunk] = self._chunk_loss(chunk, self.backend.stats_rows(self._strips(chunk)))
         gradients = self._finish() if self.wants.any else (None,) * len(self.operand_grads)
         return Result(rows, gradients, self.scale_grad, tuple(self.bias_grads))
 
@@ -103,56 +103,53 @@ class _Sweep:
     def _exp_chunk(self, chunk: slice, outs: list[Tensor]) -> Tensor:
         """E = exp(z - shift) in the workspace; weight / l is folded into the operands of the two GEMMs."""
         sums, q = self.backend.exp_rows(self.problem, self._strips(chunk), outs, self._wanted_target_sim(chunk))
-        lse_neg = sums.log()
-        lse = torch.logaddexp(lse_neg, self.target_score[chunk])
-        weight = self._weight(chunk)
-        over_l = _zero_where(weight == 0, weight * torch.exp(sums.shift - lse))
+        softmax = self._softmax(sums, self.target_score[chunk], self._weight(chunk), self.target_sim[chunk])
+        over_l = softmax.weight
         entry = -sums.total
         if self.problem.label_smoothing:
-            entry = entry + self.problem.label_smoothing * torch.exp(lse - sums.shift)
+            entry = entry + self.problem.label_smoothing * sums.total_with(self.target_score[chunk])
         self._patch_target(chunk, outs[0], entry)
         self._contract(chunk, outs, over_l)
         if q is not None and self.scale_grad is not None:
             self.scale_grad += (over_l * q).sum()
-        return self._chunk_loss(chunk, lse_neg)
+        return self._chunk_loss(chunk, sums)
 
     def _grad_chunk(self, chunk: slice, outs: list[Tensor]) -> Tensor:
         """Where no shift is known to be safe: the row's log-sum-exp first, then dz itself."""
-        lse_neg = self._chunk_stats(chunk)
-        rows = self._softmax(lse_neg, self.target_score[chunk], self._weight(chunk), self.target_sim[chunk])
+        sums = self.backend.stats_rows(self._strips(chunk))
+        rows = self._softmax(sums, self.target_score[chunk], self._weight(chunk), self.target_sim[chunk])
         q = self.backend.grad_rows(self.problem, self._strips(chunk), outs, rows)
-        entry = self.problem.label_smoothing * self._weight(chunk) - rows.weight
+        entry = self.problem.label_smoothing * self._weight(chunk) - rows.weight * sums.total
         self._patch_target(chunk, outs[0], entry * self.backend.gain(self.problem))
         self._contract(chunk, outs, None)
         if q is not None and self.scale_grad is not None:
             self.scale_grad += q.sum()
-        return self._chunk_loss(chunk, lse_neg)
+        return self._chunk_loss(chunk, sums)
 
     # Both directions --------------------------------------------------------------------------------------------------
 
     def _symmetric(self) -> Tensor:
         """Both normalisers must be known before any dz: one stats sweep that folds rows and columns, one grad sweep."""
         score, weight = self.target_score, self.problem.weight / 2
-        lse_rows = torch.empty_like(score)
-        column_sums = RowSums.empty(score)
+        row_sums, column_sums = RowSums.empty(score), RowSums.empty(score)
         for chunk in self._stats_chunks():
             rows, part = self.backend.stats_rows_and_columns(self._strips(chunk)[0])
-            lse_rows[chunk] = rows.log()
+            row_sums.shift[chunk], row_sums.total[chunk] = rows
             column_sums = column_sums.merge(part)
-        lse_columns = column_sums.log()
-        losses = softmax_loss(lse_rows, score) + softmax_loss(lse_columns, score)
         if self.wants.any:
-            columns = self._softmax(lse_columns, score, weight, self.target_sim)
+            columns = self._softmax(column_sums, score, weight, self.target_sim)
             workspace = self._workspace()
             for chunk in self._chunks(workspace.shape[0]):
                 outs = self._outs(workspace, chunk)
-                rows = self._softmax(lse_rows[chunk], score[chunk], weight[chunk], self.target_sim[chunk])
+                sums = row_sums.at(chunk)
+                rows = self._softmax(sums, score[chunk], weight[chunk], self.target_sim[chunk])
                 q = self.backend.grad_rows(self.problem, self._strips(chunk), outs, rows, columns)
-                entry = -(rows.weight + columns.weight[chunk])
+                entry = -(rows.weight * sums.total + columns.weight[chunk] * column_sums.total[chunk])
                 self._patch_target(chunk, outs[0], entry * self.backend.gain(self.problem))
                 self._contract(chunk, outs, None)
                 if q is not None and self.scale_grad is not None:
                     self.scale_grad += q.sum()
+        losses = softmax_loss(*row_sums, score) + softmax_loss(*column_sums, score)
         return _zero_where(weight == 0, weight * losses)
 
     # Pieces -----------------------------------------------------------------------------------------------------------
@@ -160,21 +157,13 @@ class _Sweep:
     def _weight(self, chunk: slice) -> Tensor:
         return self.problem.weight[chunk]
 
-    def _softmax(self, lse_neg: Tensor, score: Tensor, weight: Tensor, target_sim: Tensor) -> Softmax:
-        """`weight * exp(z - lse)` as exponentials that are relative to the negatives."""
-        share = torch.exp(lse_neg - torch.logaddexp(lse_neg, score))
-        absent = (lse_neg == -torch.inf) | (weight == 0)
-        return Softmax(
-            lse_neg.masked_fill(absent, torch.inf),
-            _zero_where(absent, weight * share),
-            target_sim if self.wants.scale else None,
-        )
+    def _softmax(self, sums: RowSums, score: Tensor, weight: Tensor, target_sim: Tensor) -> Softmax:
+        """`weight * exp(z - lse)` as `(weight / l) * exp(z - shift)`: 0 for a row that is left out."""
+        over_l = weight * torch.exp(-sums.log_total_with(score))
+        return Softmax(sums.shift, _zero_where(weight == 0, over_l), target_sim if self.wants.scale else None)
 
-    def _chunk_stats(self, chunk: slice) -> Tensor:
-        return self.backend.stats_rows(self._strips(chunk)).log()
-
-    def _chunk_loss(self, chunk: slice, lse_neg: Tensor) -> Tensor:
-        loss = softmax_loss(lse_neg, self.target_score[chunk])
+    def _chunk_loss(self, chunk: slice, sums: RowSums) -> Tensor:
+        loss = softmax_loss(*sums, self.target_score[chunk])
         if self.smoothing is not None:
             loss = loss + self.smoothing.loss(chunk)
         weight = self._weight(chunk)
@@ -220,7 +209,7 @@ class _Sweep:
         device = self.problem.device.type
         budget = WORKSPACE_BYTES.get(device, WORKSPACE_BYTES["cpu"])
         rows = min(budget // max(1, columns * itemsize), MAX_ROWS.get(device, MAX_ROWS["cpu"]))
-        return min(max(MIN_ROWS, rows // MIN_ROWS * MIN_ROWS), self.problem.rows)
+        return max(1, min(max(MIN_ROWS, rows // MIN_ROWS * MIN_ROWS), self.problem.rows))
 
     def _chunks(self, rows: int) -> Iterator[slice]:
         for start in range(0, self.problem.rows, rows):

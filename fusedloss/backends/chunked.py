@@ -1,7 +1,7 @@
 """The sweep's primitives in plain torch, on any device: a GEMM into a tile, then in-place passes while it is in cache.
 
-Exponentials are powers of two, with log2(e) folded into the scale: on CPUs torch.exp2 takes a quarter of exp's time
-(0.08 against 0.32 ns an element, two Zen 5 cores).
+Exponentials are powers of two: on CPUs torch.exp2 takes a quarter of exp's time (0.08 against 0.32 ns an element, two
+Zen 5 cores). log2(e) multiplies after the maximum is subtracted, so that its rounding is not magnified by the logits.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ LOG2E = math.log2(math.e)
 # Columns a GEMM computes at once. [512, 4096] fp32 is 8 MiB: the passes that follow find it in the last-level cache.
 TILE_COLUMNS = 4096
 # Exponentials below this share of the row's largest are 0. Smaller ones turn products into denormals, which made the
-# GEMMs 2 to 5 times slower at cold temperatures; their sum over 2**32 columns is still under fp32's last bit.
-FLUSH = 2.0**-64
+# GEMMs 2 to 5 times slower at cold temperatures. 2**-100 leaves 26 bits above the denormals for the other factor.
+FLUSH = 2.0**-100
 
 
 def why_not(problem: Problem) -> str | None:
@@ -69,9 +69,9 @@ def _similarity(strip: Strip, x: Tensor, tile: slice, out: Tensor) -> None:
 
 
 def _logits_(sim: Tensor, strip: Strip, tile: slice) -> Tensor:
-    """Similarities to logits in units of log 2, in place."""
-    sim.mul_(strip.scale * LOG2E)
-    return sim if strip.bias is None else sim.add_(strip.bias[tile] * LOG2E)
+    """Similarities to logits, in place."""
+    sim.mul_(strip.scale)
+    return sim if strip.bias is None else sim.add_(strip.bias[tile])
 
 
 def _hits(strip: Strip, tile: slice) -> tuple[Tensor, Tensor] | None:
@@ -90,6 +90,10 @@ def _fill_target_(values: Tensor, hits: tuple[Tensor, Tensor] | None, value: flo
     return values
 
 
+def _exp_(values: Tensor) -> Tensor:
+    return values.mul_(LOG2E).exp2_()
+
+
 def _finite(maximum: Tensor) -> Tensor:
     return torch.where(maximum == -math.inf, 0, maximum)
 
@@ -101,11 +105,11 @@ def _flush_(exponentials: Tensor) -> Tensor:
 
 
 def _accumulate(maximum: Tensor, total: Tensor, z: Tensor, dim: int, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """Fold the tile `z` into the running (maximum, sum of powers of two) along `dim`."""
+    """Fold the tile `z` into the running (maximum, sum of exponentials relative to it) along `dim`."""
     new = torch.maximum(maximum, z.amax(dim))
-    torch.sub(z, _finite(new).unsqueeze(dim), out=scratch).exp2_()
-    # Where nothing came before, the old maximum is -inf and its total 0: exp2(-inf - ...) keeps it 0.
-    return new, total * torch.exp2(maximum - _finite(new)) + scratch.sum(dim)
+    torch.sub(z, _finite(new).unsqueeze(dim), out=scratch)
+    # Where nothing came before, the old maximum is -inf and its total 0: exp(-inf - ...) keeps it 0.
+    return new, total * torch.exp(maximum - _finite(new)) + _exp_(scratch).sum(dim)
 
 
 def _empty_sums(strip: Strip, size: int) -> tuple[Tensor, Tensor]:
@@ -113,7 +117,7 @@ def _empty_sums(strip: Strip, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _sums(maximum: Tensor, total: Tensor) -> RowSums:
-    return RowSums(_finite(maximum) / LOG2E, total)
+    return RowSums(_finite(maximum), total)
 
 
 def _tile_buffer(strips: list[Strip]) -> Tensor:
@@ -167,14 +171,14 @@ def exp_rows(
     q = None if target_sim is None else torch.zeros_like(total)
     buffer = None if q is None else _tile_buffer(strips)
     for strip, out in zip(strips, outs, strict=True):
-        x = _rows(strip) if q is not None else _rows(strip) * (strip.scale * LOG2E)
+        x = _rows(strip) if q is not None else _rows(strip) * strip.scale
         for tile in _tiles(strip):
             z = out[:, tile]
             _similarity(strip, x, tile, z)
             if buffer is not None:
                 z = _logits_(_view(buffer, rows, tile).copy_(z), strip, tile)
             elif strip.bias is not None:
-                z.add_(strip.bias[tile] * LOG2E)
+                z.add_(strip.bias[tile])
             _fill_target_(z, _hits(strip, tile), -math.inf)
             maximum = torch.maximum(maximum, z.amax(1))
     shift = _finite(maximum)[:, None]
@@ -185,11 +189,11 @@ def exp_rows(
                 sim = e
                 e = _logits_(_view(buffer, rows, tile).copy_(sim), strip, tile)
                 _fill_target_(e, _hits(strip, tile), -math.inf)
-                e.sub_(shift).exp2_()
+                _exp_(e.sub_(shift))
                 q += sim.sub_(target_sim[:, None]).mul_(e).sum(1)
                 e = sim.copy_(e)
             else:
-                e.sub_(shift).exp2_()
+                _exp_(e.sub_(shift))
             total += e.sum(1)
             _factors_(_flush_(e), strip, tile)
     return _sums(maximum, total), q
@@ -214,8 +218,8 @@ def grad_rows(
                 directions.append(columns.map(lambda v, tile=tile: v[tile]))
             for number, softmax in enumerate(directions):
                 p = scratch if number else dz
-                torch.sub(z, softmax.shift * LOG2E, out=p).exp2_()
-                _flush_(p).mul_(softmax.weight)
+                torch.sub(z, softmax.shift, out=p)
+                _flush_(_exp_(p)).mul_(softmax.weight)
                 if number:
                     dz.add_(p)
                 if q is not None and softmax.target_sim is not None:
