@@ -105,7 +105,7 @@ class Strip(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """A row's negatives, folded: `sum_{j != t} exp(z_ij) = total * exp(shift)`; shift is finite also for empty rows."""
+    """A row's negatives, folded: `sum_{j != t} exp(z_ij) = total * exp(shift)`; an empty row has a finite shift and total 0."""
 
     shift: Tensor  # [R]
     total: Tensor  # [R]
@@ -113,6 +113,10 @@ class RowSums(NamedTuple):
     def log_total_with(self, score: Tensor) -> Tensor:
         """`lse - shift` with one more logit, `score`. The shift itself, often large, never meets these logs."""
         return torch.logaddexp(self.total.log(), score - self.shift)
+
+    def settle(self, score: Tensor) -> RowSums:
+        """A row without negatives takes its target's score as shift, so that `1 / l` is 1 and not exp(-score)."""
+        return RowSums(torch.where(self.total == 0, score, self.shift), self.total)
 
     def total_with(self, score: Tensor) -> Tensor:
         return self.total + torch.exp(score - self.shift)

@@ -103,6 +103,7 @@ class _Sweep:
     def _exp_chunk(self, chunk: slice, outs: list[Tensor]) -> Tensor:
         """E = exp(z - shift) in the workspace; weight / l is folded into the operands of the two GEMMs."""
         sums, q = self.backend.exp_rows(self.problem, self._strips(chunk), outs, self._wanted_target_sim(chunk))
+        sums = sums.settle(self.target_score[chunk])
         softmax = self._softmax(sums, self.target_score[chunk], self._weight(chunk), self.target_sim[chunk])
         over_l = softmax.weight
         entry = -sums.total
@@ -116,7 +117,7 @@ class _Sweep:
 
     def _grad_chunk(self, chunk: slice, outs: list[Tensor]) -> Tensor:
         """Where no shift is known to be safe: the row's log-sum-exp first, then dz itself."""
-        sums = self.backend.stats_rows(self._strips(chunk))
+        sums = self.backend.stats_rows(self._strips(chunk)).settle(self.target_score[chunk])
         rows = self._softmax(sums, self.target_score[chunk], self._weight(chunk), self.target_sim[chunk])
         q = self.backend.grad_rows(self.problem, self._strips(chunk), outs, rows)
         entry = self.problem.label_smoothing * self._weight(chunk) - rows.weight * sums.total
@@ -136,6 +137,7 @@ class _Sweep:
             rows, part = self.backend.stats_rows_and_columns(self._strips(chunk)[0])
             row_sums.shift[chunk], row_sums.total[chunk] = rows
             column_sums = column_sums.merge(part)
+        row_sums, column_sums = row_sums.settle(score), column_sums.settle(score)
         if self.wants.any:
             columns = self._softmax(column_sums, score, weight, self.target_sim)
             workspace = self._workspace()
