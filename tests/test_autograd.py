@@ -1,0 +1,217 @@
+"""How the losses behave inside autograd: derivatives, repeated backwards, contexts, compilation."""
+
+from __future__ import annotations
+
+import math
+
+import fusedloss
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+
+PLAIN = ["chunked", "reference"]
+
+
+def leaves(*shapes, dtype=torch.float64):
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def all_options(backend):
+    """One call per way a loss reaches the sweep, with every differentiable argument; small enough for gradcheck."""
+    target, weight = torch.tensor([3, 0, -100, 6, 1]), torch.tensor([0.5, 2.0, 1.0, 0.25, 1.5], dtype=torch.float64)
+    bias = torch.tensor([0.3, -0.2, 0.1, -math.inf, 0.0, 0.4, -0.6], dtype=torch.float64)
+
+    def everything(query, key, temperature, offset):
+        return fusedloss.info_nce(
+            query,
+            key,
+            target,
+            temperature=temperature,
+            key_bias=bias + offset,
+            weight=weight,
+            label_smoothing=0.1,
+            reduction="none",
+            backend=backend,
+        )
+
+    def cosine(query, key, temperature):
+        return fusedloss.info_nce(query, key, temperature=temperature, normalize=True, backend=backend)
+
+    def itself(x, temperature):
+        return fusedloss.info_nce(x, x, torch.tensor([1, 0, 3, 2]), temperature=temperature, backend=backend)
+
+    def clip(image, text, scale):
+        return fusedloss.clip(image, text, scale, backend=backend)
+
+    def clip_rows(image, text, scale):
+        return fusedloss.clip(image, text, scale, reduction="none", backend=backend)
+
+    def ranking(anchor, positive, hard, harder, scale):
+        return fusedloss.multiple_negatives_ranking(anchor, positive, hard, harder, scale=scale, backend=backend)
+
+    def scalar(value):
+        return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+
+    return {
+        "everything": (everything, [*leaves((5, 3), (7, 3)), scalar(0.7), *leaves((7,))]),
+        "cosine": (cosine, [*leaves((4, 3), (6, 3)), scalar(0.3)]),
+        "itself": (itself, [*leaves((4, 3)), scalar(0.9)]),
+        "clip": (clip, [*leaves((5, 3), (5, 3)), scalar(1.3)]),
+        "clip_rows": (clip_rows, [*leaves((5, 3), (5, 3)), scalar(1.3)]),
+        "ranking": (ranking, [*leaves((3, 4), (5, 4), (3, 4), (2, 4)), scalar(2.0)]),
+    }
+
+
+@pytest.mark.parametrize("case", list(all_options("chunked")))
+@pytest.mark.parametrize("backend", PLAIN)
+def test_gradcheck(backend, case):
+    function, inputs = all_options(backend)[case]
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("case", list(all_options("chunked")))
+@pytest.mark.parametrize("backend", PLAIN)
+def test_second_derivatives(backend, case):
+    function, inputs = all_options(backend)[case]
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_two_backwards_agree(reduction):
+    """The first backward scales the saved gradients in place; the second recomputes them."""
+    query, key = leaves((40, 8), (50, 8))
+    loss = fusedloss.info_nce(query, key, reduction=reduction, backend="chunked").sum()
+    first = torch.autograd.grad(loss * 3, [query, key], retain_graph=True)
+    second = torch.autograd.grad(loss * 3, [query, key], retain_graph=True)
+    third = torch.autograd.grad(loss, [query, key])
+    for a, b, c in zip(first, second, third, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
+        torch.testing.assert_close(a, 3 * c, rtol=1e-14, atol=0)
+
+
+def test_a_gradient_handed_out_is_not_changed_by_the_next_backward():
+    query, key = leaves((6, 4), (6, 4))
+    loss = fusedloss.info_nce(query, key, backend="chunked")
+    loss.backward(retain_graph=True)
+    kept, once = query.grad, query.grad.clone()
+    query.grad = None
+    loss.backward()
+    torch.testing.assert_close(kept, once, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_side_gets_no_gradient_and_changes_nothing(frozen):
+    query, key = leaves((9, 5), (12, 5))
+    full = torch.autograd.grad(fusedloss.info_nce(query, key, backend="chunked"), [query, key])
+    inputs = [query, key]
+    inputs[frozen] = inputs[frozen].detach()
+    other = inputs[1 - frozen]
+    (alone,) = torch.autograd.grad(fusedloss.info_nce(*inputs, backend="chunked"), [other])
+    torch.testing.assert_close(alone, full[1 - frozen], rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_value_is_the_same(context):
+    query, key = leaves((30, 8), (30, 8))
+    for loss in (fusedloss.info_nce, lambda q, k: fusedloss.clip(q, k, 3.0), fusedloss.multiple_negatives_ranking):
+        with context():
+            value = loss(query, key)
+        assert not value.requires_grad
+        torch.testing.assert_close(value, loss(query, key).detach(), rtol=1e-14, atol=0)
+
+
+def test_inputs_are_never_written():
+    query, key = leaves((20, 6), (25, 6))
+    weight, bias = torch.rand(20), torch.randn(25)
+    before = [t.detach().clone() for t in (query, key, weight, bias)]
+    fusedloss.info_nce(query, key, weight=weight, key_bias=bias, normalize=True, label_smoothing=0.1).backward()
+    for t, was in zip((query, key, weight, bias), before, strict=True):
+        assert torch.equal(t, was)
+
+
+def test_weight_receives_no_gradient():
+    query, key = leaves((5, 4), (5, 4))
+    weight = torch.rand(5, requires_grad=True)
+    fusedloss.info_nce(query, key, weight=weight).backward()
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    query, key = leaves((16, 6), (16, 6))
+    tower = torch.nn.Linear(6, 6, dtype=torch.float64)
+
+    def step(q, k):
+        return fusedloss.info_nce(tower(q), tower(k), normalize=True, backend="chunked")
+
+    plain = torch.autograd.grad(step(query, key), [query, key])
+    again = [t.detach().clone().requires_grad_() for t in (query, key)]
+    checkpoint(step, *again, use_reentrant=reentrant).backward()
+    for x, wanted in zip(again, plain, strict=True):
+        torch.testing.assert_close(x.grad, wanted, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_takes_its_dtype_and_returns_fp32(dtype):
+    query, key = leaves((32, 16), (32, 16), dtype=torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = fusedloss.info_nce(query, key, normalize=True)
+        loss.backward()  # also inside the region, where a stray matmul would be cast
+    assert loss.dtype == torch.float32 and query.grad.dtype == torch.float32
+    cast = [t.detach().to(dtype).requires_grad_() for t in (query, key)]
+    wanted = fusedloss.info_nce(*cast, normalize=True)
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(query.grad, cast[0].grad.float(), rtol=0, atol=0)
+
+
+def test_fp16_under_a_loss_scale_keeps_its_gradients():
+    """65536 / M enters in fp32: gradients of the mean alone would mostly be below fp16's 6e-8."""
+    exact = leaves((256, 16), (256, 16))
+    half = [t.detach().half().requires_grad_() for t in exact]
+    fusedloss.info_nce(*[h.detach().double().requires_grad_() for h in half], temperature=0.5)
+    loss = fusedloss.info_nce(*half, temperature=0.5)
+    (loss * 65536).backward()
+    again = [h.detach().double().requires_grad_() for h in half]
+    fusedloss.info_nce(*again, temperature=0.5, backend="reference").backward()
+    for h, e in zip(half, again, strict=True):
+        error = (h.grad.double() / 65536 - e.grad).norm() / e.grad.norm()
+        assert error < 1e-3, error
+
+
+# torch.compile --------------------------------------------------------------------------------------------------------
+
+
+def test_compiles_in_one_graph_without_recompiling_for_another_batch():
+    scale = torch.tensor(3.0, requires_grad=True)
+
+    def step(x, y):
+        loss = fusedloss.info_nce(x, y, temperature=scale, normalize=True, backend="chunked")
+        loss = loss + fusedloss.clip(x, y, scale, backend="chunked")
+        rows = fusedloss.multiple_negatives_ranking(x, y, y * 2, reduction="none", backend="chunked")
+        return loss + rows.mean()
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (64, 48, 130):
+        eager_inputs = leaves((rows, 12), (rows, 12), dtype=torch.float32)
+        inputs = [t.detach().clone().requires_grad_() for t in eager_inputs]
+        wanted = torch.autograd.grad(step(*eager_inputs), [*eager_inputs, scale])
+        loss = compiled(*inputs)
+        found = torch.autograd.grad(loss, [*inputs, scale])
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_op_meets_torch_librarys_own_checks(per_row, symmetric):
+    x, y = leaves((6, 4), (6, 4), dtype=torch.float32)
+    scale = torch.tensor(2.0, requires_grad=True)
+    arguments = (scale, torch.arange(6), torch.ones(6), [x, y], "chunked", [0, 1, 0], 2, True, 0.0)
+    torch.library.opcheck(
+        torch.ops.fusedloss.softmax_sweep, (*arguments, symmetric, None, per_row, [True, True, True])
+    )
