@@ -110,15 +110,12 @@ class RowSums(NamedTuple):
     shift: Tensor  # [R]
     total: Tensor  # [R]
 
-    def log_total_with(self, score: Tensor) -> Tensor:
-        """`lse - shift` with one more logit, `score`. The shift itself, often large, never meets these logs."""
-        return torch.logaddexp(self.total.log(), score - self.shift)
-
     def settle(self, score: Tensor) -> RowSums:
         """A row without negatives takes its target's score as shift, so that `1 / l` is 1 and not exp(-score)."""
         return RowSums(torch.where(self.total == 0, score, self.shift), self.total)
 
     def total_with(self, score: Tensor) -> Tensor:
+        """`l`: the sum with one more logit. Infinite where that logit is 88 above the shift; 1 / l is then 0."""
         return self.total + torch.exp(score - self.shift)
 
     def at(self, chunk: slice) -> RowSums:

@@ -161,7 +161,7 @@ class _Sweep:
 
     def _softmax(self, sums: RowSums, score: Tensor, weight: Tensor, target_sim: Tensor) -> Softmax:
         """`weight * exp(z - lse)` as `(weight / l) * exp(z - shift)`: 0 for a row that is left out."""
-        over_l = weight * torch.exp(-sums.log_total_with(score))
+        over_l = weight / sums.total_with(score)
         return Softmax(sums.shift, _zero_where(weight == 0, over_l), target_sim if self.wants.scale else None)
 
     def _chunk_loss(self, chunk: slice, sums: RowSums) -> Tensor:

@@ -1,0 +1,181 @@
+"""The matrix: every backend x epilogue x shape x dtype, values and all gradients inside the error budget against fp64.
+
+A backend that is added to `backends.BACKENDS` is covered by adding its name here; a problem that it says it cannot run
+is shown as skipped, with its reason.
+"""
+
+from __future__ import annotations
+
+import fusedloss
+import pytest
+import torch
+from fusedloss import testing
+from fusedloss.backends import BACKENDS
+from fusedloss.problem import Block, Problem, stats_dtype
+
+SHAPES = {  # (M, N, D): why
+    "aligned": (64, 64, 64),
+    "ragged": (37, 53, 29),
+    "one row": (1, 167, 64),
+    "one column": (1, 1, 8),
+    "one dimension": (33, 40, 1),
+    "wide rows": (5, 130, 131),
+    "several chunks": (150, 160, 24),
+}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+def hard(key):
+    """Nine hard negatives: linear in the keys, and no multiple of any of them."""
+    return key.roll(1, dims=1)[:9] * 1.5
+
+
+EPILOGUES = {
+    "info_nce": (
+        lambda q, k, s, **o: fusedloss.info_nce(q, k, temperature=1 / s, **o),
+        lambda q, k, s: testing.eager_info_nce(q, k, 1 / s),
+    ),
+    "info_nce cosine": (
+        lambda q, k, s, **o: fusedloss.info_nce(q, k, temperature=1 / s, normalize=True, **o),
+        lambda q, k, s: testing.eager_info_nce(q, k, 1 / s, normalize=True),
+    ),
+    "clip": (
+        lambda q, k, s, **o: fusedloss.clip(q, k[: len(q)], s, **o),
+        lambda q, k, s: testing.eager_clip(q, k[: len(q)], s),
+    ),
+    "ranking": (
+        lambda q, k, s, **o: fusedloss.multiple_negatives_ranking(q, k, hard(k), scale=s, **o),
+        lambda q, k, s: testing.eager_multiple_negatives_ranking(q, k, hard(k), scale=s),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several row chunks and column tiles at tens of rows, so that merging and accumulation are exercised."""
+    from fusedloss import sweep
+    from fusedloss.backends import chunked
+
+    monkeypatch.setattr(sweep, "MIN_ROWS", 32)
+    monkeypatch.setattr(sweep, "WORKSPACE_BYTES", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(sweep, "GEMM_COLUMNS", {"cpu": 48})
+    monkeypatch.setattr(chunked, "TILE_COLUMNS", 48)
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("epilogue", list(EPILOGUES))
+@pytest.mark.parametrize("backend", ["reference", "chunked", "triton"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_inside_the_error_budget(device, backend, epilogue, dtype, shape):
+    rows, columns, dim = SHAPES[shape]
+    ours, eager = EPILOGUES[epilogue]
+    query, key = (x.to(device) * 1.3 for x in testing.inputs("random", rows, columns, dim, dtype, seed=rows))
+    scale = torch.tensor(7.0, dtype=stats_dtype(dtype), device=device)
+    skip_if_unsupported(backend, query)
+    if dim == 1 and epilogue in ("info_nce cosine", "ranking"):
+        # A cosine in one dimension is 1 or -1 and has no gradient to compare.
+        query, key = (torch.nn.functional.pad(x, (0, 1), value=0.5) for x in (query, key))
+    found = testing.value_and_gradients(lambda *t: ours(*t, backend=backend), [query, key, scale])
+    with torch.autocast(device, enabled=False):
+        baseline = testing.value_and_gradients(eager, [query, key, scale])
+    upcast = [t.double() for t in (query, key, scale)]
+    oracle = testing.value_and_gradients(lambda *t: ours(*t, backend="reference"), upcast)
+    for name, out, base, exact in zip(("loss", "dquery", "dkey"), found, baseline, oracle, strict=False):
+        if dtype == torch.float64:  # as exact as the oracle: their difference says nothing about either
+            torch.testing.assert_close(out, exact, rtol=1e-12, atol=1e-13)
+            continue
+        share = testing.budget_share(out, base, exact, dtype)
+        assert share <= 1, f"{name}: {share:.2f} of the budget"
+    precision = {torch.float64: 1e-13, torch.float32: 1e-5}.get(dtype, 1e-2)
+    bound = precision * scale_bound(query.double(), key.double(), scale.double(), epilogue)
+    assert (found[3].double() - oracle[3]).abs() <= bound + 1e-14
+
+
+def scale_bound(query, key, scale, epilogue):
+    """`sum |p_ij (sim_ij - sim_it)|` over all directions: what rounding of the scale's gradient is measured against."""
+    if epilogue == "ranking":
+        key = torch.cat([key, hard(key)])
+    if epilogue in ("ranking", "info_nce cosine"):
+        query, key = (torch.nn.functional.normalize(x, dim=1) for x in (query, key))
+    if epilogue == "clip":
+        key = key[: len(query)]
+    sim = query @ key.T
+    total = 0
+    for part in (sim, sim.T) if epilogue == "clip" else (sim,):
+        p = (part * scale).softmax(dim=1)
+        total = total + (p * (part - part.diagonal()[:, None])).abs().sum() / len(part)
+    return total / 2 if epilogue == "clip" else total
+
+
+def skip_if_unsupported(backend, x):
+    scale = torch.ones((), dtype=stats_dtype(x.dtype), device=x.device)
+    rows = torch.arange(x.shape[0], device=x.device)
+    problem = Problem((x, x), (Block(0, 1),), scale, rows, torch.ones_like(rows, dtype=scale.dtype))
+    reason = BACKENDS[backend].why_not(problem)
+    if reason:
+        pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("layout", ["transposed", "strided rows", "strided columns", "offset"])
+def test_any_strides(backend, layout):
+    query, key = testing.inputs("random", 20, 25, 12, seed=3)
+    skip_if_unsupported(backend, query)
+    wanted = testing.value_and_gradients(lambda q, k: fusedloss.info_nce(q, k, backend="chunked"), [query, key])
+
+    def laid_out(x):
+        if layout == "transposed":
+            return x.T.contiguous().T
+        if layout == "strided rows":
+            return torch.stack([x, x * 0 + 9], dim=1).flatten(0, 1)[::2]
+        if layout == "strided columns":
+            return torch.stack([x, x * 0 + 9], dim=2).flatten(1, 2)[:, ::2]
+        return torch.cat([torch.full((len(x), 1), 9.0), x], dim=1)[:, 1:]
+
+    leaves = [laid_out(x).detach().requires_grad_() for x in (query, key)]
+    assert all(torch.equal(a, b) for a, b in zip(leaves, (query, key), strict=True))
+    loss = fusedloss.info_nce(*leaves, backend=backend)
+    found = [loss.detach(), *torch.autograd.grad(loss, leaves)]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_runs_are_equal_bit_for_bit(backend):
+    query, key = testing.inputs("random", 70, 90, 33)
+    skip_if_unsupported(backend, query)
+    scale = torch.tensor(9.0)
+    runs = [
+        testing.value_and_gradients(lambda q, k, s: fusedloss.info_nce(q, k, temperature=1 / s, backend=backend), t)
+        for t in 2 * [[query, key, scale]]
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_auto_takes_the_first_that_can_and_catches_nothing(monkeypatch):
+    query, key = testing.inputs("random", 8, 8, 4)
+    called = []
+    original = BACKENDS["chunked"].stats_rows
+    monkeypatch.setattr(BACKENDS["chunked"], "stats_rows", lambda strips: called.append(1) or original(strips))
+    fusedloss.info_nce(query, key)
+    assert called
+
+    def fail(strips):
+        raise RuntimeError("a fault of the backend")
+
+    monkeypatch.setattr(BACKENDS["chunked"], "stats_rows", fail)
+    with pytest.raises(RuntimeError, match="a fault of the backend"):
+        fusedloss.info_nce(query, key)
+
+
+def test_the_environment_overrides_auto_only(monkeypatch):
+    query, key = testing.inputs("random", 8, 8, 4)
+    monkeypatch.setenv("FUSEDLOSS_BACKEND", "cuda")
+    with pytest.raises(fusedloss.UnsupportedError, match="cuda: .*triton: .*chunked: .*reference: "):
+        fusedloss.info_nce(query, key)
+    fusedloss.info_nce(query, key, backend="chunked")
+
+
+def test_unsupported_is_a_not_implemented_error():
+    assert issubclass(fusedloss.UnsupportedError, NotImplementedError)

@@ -1,0 +1,420 @@
+"""What each loss means: equality with its textbook formula, the contracts of its options, and its edge cases.
+
+The formulas here are written out in fp64 with torch's own cross_entropy, independently of the package's epilogue.
+"""
+
+from __future__ import annotations
+
+import math
+
+import fusedloss
+import pytest
+import torch
+from fusedloss import testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+BACKENDS = ["chunked", "reference"]
+
+
+def randn(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def close(found, wanted, rtol=1e-11):
+    torch.testing.assert_close(found, torch.as_tensor(wanted).to(found), rtol=rtol, atol=1e-13)
+
+
+# InfoNCE --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("with_options", [False, True])
+def test_info_nce_is_cross_entropy(backend, reduction, label_smoothing, normalize, with_options):
+    query, key, temperature = randn(13, 6), randn(17, 6), 0.4
+    target = torch.randint(0, 17, (13,))
+    target[4] = -100
+    weight, bias = torch.rand(13, dtype=torch.float64), randn(17)
+    options = {"target": target, "weight": weight, "key_bias": bias} if with_options else {}
+
+    def ours(q, k):
+        return fusedloss.info_nce(
+            q, k, temperature=temperature, label_smoothing=label_smoothing, normalize=normalize,
+            reduction=reduction, backend=backend, **options,
+        )
+
+    def formula(q, k):
+        if normalize:
+            q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
+        z = q @ k.T / temperature + options.get("key_bias", 0)
+        rows = F.cross_entropy(
+            z, options.get("target", torch.arange(13)), label_smoothing=label_smoothing, reduction="none"
+        )
+        w = weight * (target != -100) if with_options else torch.ones(13, dtype=torch.float64)
+        return {"none": w * rows, "sum": (w * rows).sum(), "mean": (w * rows).sum() / w.sum()}[reduction]
+
+    upstream = torch.rand(13, dtype=torch.float64) if reduction == "none" else torch.tensor(1.7, dtype=torch.float64)
+    found, wanted = (testing.value_and_gradients(lambda *t, f=f: (f(*t) * upstream).sum(), [query, key]) for f in (ours, formula))
+    for a, b in zip(found, wanted, strict=True):
+        close(a, b)
+    close(ours(query, key), formula(query, key))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_minus_infinity_removes_a_key_and_the_rows_whose_target_it_is(backend):
+    query, key = randn(5, 4).requires_grad_(), randn(6, 4).requires_grad_()
+    bias = torch.zeros(6, dtype=torch.float64)
+    bias[2] = -math.inf
+    rows = fusedloss.info_nce(query, key, key_bias=bias, reduction="none", label_smoothing=0.1, backend=backend)
+    assert rows[2] == 0
+    mean = fusedloss.info_nce(query, key, key_bias=bias, label_smoothing=0.1, backend=backend)
+    close(mean, rows.sum() / 4)
+    mean.backward()
+    assert query.grad[2].abs().max() == 0 and key.grad[2].abs().max() == 0
+    kept = torch.tensor([0, 1, 3, 4])
+    keys = torch.cat([key[:2], key[3:]])
+    close(mean, fusedloss.info_nce(query[kept], keys, torch.tensor([0, 1, 2, 3]), label_smoothing=0.1, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_left_out_rows(backend):
+    query, key = randn(3, 4).requires_grad_(), randn(3, 4).requires_grad_()
+    target = torch.tensor([7, 7, 7])
+    loss = fusedloss.info_nce(query, key, target, ignore_index=7, backend=backend)
+    assert loss == 0  # a zero denominator gives 0
+    loss.backward()
+    assert query.grad.abs().max() == 0 and key.grad.abs().max() == 0
+    rows = fusedloss.info_nce(query, key, torch.tensor([0, 7, 1]), ignore_index=7, reduction="none", backend=backend)
+    assert rows[1] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_column_is_exactly_zero(backend):
+    for scale in (1.0, 1e4):
+        query, key = (scale * randn(1, 4)).requires_grad_(), (scale * randn(1, 4)).requires_grad_()
+        loss = fusedloss.info_nce(query, key, backend=backend)
+        loss.backward()
+        assert loss == 0 and query.grad.abs().max() == 0 and key.grad.abs().max() == 0
+        rows = fusedloss.clip(query, key, 100.0, reduction="none", backend=backend)
+        assert rows == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows(backend):
+    query, key = randn(0, 4).requires_grad_(), randn(5, 4).requires_grad_()
+    loss = fusedloss.info_nce(query, key, backend=backend)
+    loss.backward()
+    assert loss == 0 and query.grad.shape == (0, 4) and key.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_zero_row_stays_finite_under_normalize(backend):
+    query, key = randn(4, 3), randn(4, 3)
+    query[1], key[2] = 0, 0
+    found = testing.value_and_gradients(lambda q, k: fusedloss.info_nce(q, k, normalize=True, backend=backend), [query, key])
+    wanted = testing.value_and_gradients(lambda q, k: testing.eager_info_nce(q, k, normalize=True), [query, key])
+    assert all(torch.isfinite(t).all() for t in found)
+    close(found[0], wanted[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_logit_that_is_not_finite_gives_what_torch_gives(backend, bad):
+    query, key = torch.rand(4, 3) + 0.1, torch.rand(4, 3) + 0.1
+    key[2, 1] = bad
+    loss = fusedloss.info_nce(query, key, backend=backend)
+    assert math.isnan(loss) and math.isnan(testing.eager_info_nce(query, key))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weight_and_bias_take_any_floating_dtype(backend):
+    query, key = randn(4, 3).float(), randn(4, 3).float()
+    half = fusedloss.info_nce(query, key, weight=torch.ones(4).half(), key_bias=torch.ones(4).bfloat16(), backend=backend)
+    close(half, fusedloss.info_nce(query, key), rtol=1e-6)
+    assert half.dtype == torch.float32
+
+
+# CLIP -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_clip_is_both_cross_entropies(backend, reduction):
+    image, text, scale = randn(11, 5), randn(11, 5), torch.tensor(2.5, dtype=torch.float64)
+    upstream = torch.rand(11, dtype=torch.float64) if reduction == "none" else 1.3
+
+    def formula(i, t, s):
+        z, target = s * i @ t.T, torch.arange(11)
+        rows, columns = (F.cross_entropy(x, target, reduction=reduction) for x in (z, z.T))
+        return (rows + columns) / 2
+
+    def ours(i, t, s):
+        return fusedloss.clip(i, t, s, reduction=reduction, backend=backend)
+
+    found, wanted = (
+        testing.value_and_gradients(lambda *a, f=f: (f(*a) * upstream).sum(), [image, text, scale]) for f in (ours, formula)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        close(a, b)
+
+
+def test_clip_bias_cancels_and_gets_its_gradient():
+    bias = torch.tensor([0.7], requires_grad=True)
+    image, text = randn(4, 3).float(), randn(4, 3).float()
+    loss = fusedloss.clip(image, text, 10.0, bias)
+    loss.backward()
+    assert loss.dim() == 0 and bias.grad == 0
+    close(loss.detach(), fusedloss.clip(image, text, 10.0), rtol=0)
+
+
+# Multiple negatives ranking -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("similarity", ["cos", "dot"])
+@pytest.mark.parametrize("columns", [0, 1, 3])
+def test_ranking_is_cross_entropy_over_all_documents(backend, similarity, columns):
+    anchor, positive = randn(7, 5), randn(7, 5)
+    negatives = [randn(7 + 2 * i, 5) for i in range(columns)]
+    scale = torch.tensor(3.0, dtype=torch.float64)
+
+    def formula(a, p, *rest):
+        *n, s = rest
+        documents = torch.cat([p, *n])
+        if similarity == "cos":
+            a, documents = F.normalize(a, dim=1), F.normalize(documents, dim=1)
+        return F.cross_entropy(s * a @ documents.T, torch.arange(7))
+
+    def ours(a, p, *rest):
+        *n, s = rest
+        return fusedloss.multiple_negatives_ranking(a, p, *n, scale=s, similarity=similarity, backend=backend)
+
+    found, wanted = (testing.value_and_gradients(f, [anchor, positive, *negatives, scale]) for f in (ours, formula))
+    for a, b in zip(found, wanted, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_tensor_in_several_places_gets_the_whole_gradient(backend):
+    x = randn(6, 4)
+
+    def ours(a):
+        return fusedloss.multiple_negatives_ranking(a, a, a, backend=backend)
+
+    def formula(a):
+        return testing.eager_multiple_negatives_ranking(a, a, a)
+
+    for a, b in zip(testing.value_and_gradients(ours, [x]), testing.value_and_gradients(formula, [x]), strict=True):
+        close(a, b)
+
+
+# Accuracy -------------------------------------------------------------------------------------------------------------
+
+
+def pairs(rows, dim, noise):
+    query = F.normalize(randn(rows, dim), dim=1)
+    return query, F.normalize(query + noise * randn(rows, dim) / math.sqrt(dim), dim=1)
+
+
+TORTURE = {
+    "separated pairs at scale 100": lambda: (*pairs(256, 384, 0.1), 0.01),
+    "temperature 1e-3": lambda: (randn(256, 384) / 20, randn(300, 384) / 20, 1e-3),
+    "rows of norm 1e4": lambda: (randn(256, 384) * 510, randn(300, 384) * 510, 0.05),
+    "D = 1": lambda: (randn(300, 1), randn(333, 1), 0.05),
+    "D = 4097": lambda: (*pairs(96, 4097, 0.5), 0.05),
+    "M = 1, N = 70001": lambda: (randn(1, 64), randn(70001, 64), 0.5),
+}
+
+
+@pytest.mark.parametrize("case", list(TORTURE))
+def test_torture_in_fp32(case):
+    query, key, temperature = TORTURE[case]()
+    tensors = [query.float(), key.float(), torch.tensor(temperature)]
+    found = testing.value_and_gradients(lambda q, k, t: fusedloss.info_nce(q, k, temperature=t), tensors)
+    eager = testing.value_and_gradients(testing.eager_info_nce, tensors)
+    doubles = [t.double() for t in tensors]
+    oracle = testing.value_and_gradients(
+        lambda q, k, t: fusedloss.info_nce(q, k, temperature=t, backend="reference"), doubles
+    )
+    assert all(torch.isfinite(t).all() for t in found)
+    for name, out, base, exact in zip(("loss", "dquery", "dkey"), found, eager, oracle, strict=False):
+        share = testing.budget_share(out, base, exact, torch.float32)
+        assert share <= 1, f"{name}: {share:.2f} of the budget"
+
+    query, key, temperature = doubles
+    sim = query @ key.T
+    largest = max(1, (sim / temperature).abs().max().item())
+    eps = torch.finfo(torch.float32).eps
+    for name, out, exact in zip(("dquery", "dkey"), found[1:], oracle[1:], strict=False):
+        norm = exact.norm(dim=1)
+        # Exponentials under 2**-100 of a row's largest are 0 by design, and so is what fp32 cannot hold: gradient rows
+        # made of nothing else are left aside.
+        counts = (norm > 2.0**-90 * norm.max()) & (norm > 1e-37)
+        error = ((out.double() - exact).norm(dim=1) / norm)[counts].max()
+        assert error <= 64 * eps * largest, f"{name}: {error / (64 * eps * largest):.2f} of the row bound"
+
+    p = (sim / temperature).softmax(dim=1)
+    row_bounds = (p * (sim - sim.diagonal()[:, None])).abs().sum() / len(query)
+    assert (found[3].double() - oracle[3]).abs() <= 1e-5 * row_bounds / temperature**2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [20, 40, 60, 69, 75])
+def test_the_loss_of_well_fitted_pairs_down_to_1e_30(backend, scale):
+    """Orthonormal pairs: the loss is log1p((N - 1) exp(-scale)), 1e-7 down to 2e-31; eager fp32 returns 0 from 17 on."""
+    x = torch.eye(64)
+    loss = fusedloss.info_nce(x, x.clone(), temperature=1 / scale, backend=backend)
+    assert loss.item() == pytest.approx(math.log1p(63 * math.exp(-scale)), rel=1e-3)
+
+
+# Properties -----------------------------------------------------------------------------------------------------------
+
+sizes = st.integers(1, 24)
+
+
+@st.composite
+def batches(draw):
+    rows, extra, dim, seed = draw(sizes), draw(st.integers(0, 9)), draw(st.integers(1, 9)), draw(st.integers(0, 999))
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(n, dim, dtype=torch.float64, generator=generator) for n in (rows, rows + extra))
+
+
+@settings(deadline=None, max_examples=30)
+@given(batches(), st.floats(0.05, 5), st.booleans())
+def test_property_permuting_keys_permutes_the_target(batch, temperature, normalize):
+    query, key = batch
+    order = torch.randperm(len(key))
+    target = torch.argsort(order)[: len(query)]
+    a = fusedloss.info_nce(query, key, temperature=temperature, normalize=normalize)
+    b = fusedloss.info_nce(query, key[order], target, temperature=temperature, normalize=normalize)
+    close(a, b)
+
+
+@settings(deadline=None, max_examples=30)
+@given(batches(), st.floats(-50, 50))
+def test_property_a_constant_bias_changes_nothing(batch, shift):
+    query, key = batch
+    bias = torch.full((len(key),), shift, dtype=torch.float64)
+    close(fusedloss.info_nce(query, key, key_bias=bias), fusedloss.info_nce(query, key), rtol=1e-9)
+
+
+@settings(deadline=None, max_examples=30)
+@given(batches(), st.floats(0.05, 5))
+def test_property_never_negative_and_monotone_in_the_keys(batch, temperature):
+    query, key = batch
+    rows = fusedloss.info_nce(query, key, temperature=temperature, reduction="none")
+    fewer = fusedloss.info_nce(query, key[: len(query)], temperature=temperature, reduction="none")
+    assert (rows >= 0).all() and (fewer <= rows + 1e-12).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(batches(), st.floats(0.1, 5))
+def test_property_scale_gradient_is_the_inner_product_with_the_query_gradient(batch, scale):
+    """Scaling all queries is scaling the logits: scale * dscale = <query, dquery>."""
+    query, key = batch
+    s = torch.tensor(scale, dtype=torch.float64)
+    _, dquery, _, dscale = testing.value_and_gradients(
+        lambda q, k, s: fusedloss.info_nce(q, k, temperature=1 / s), [query, key, s]
+    )
+    close(s * dscale, (query * dquery).sum(), rtol=1e-8)
+
+
+@settings(deadline=None, max_examples=30)
+@given(batches())
+def test_property_clip_is_symmetric_and_the_mean_of_two_info_nce(batch):
+    image, text = batch[0], batch[1][: len(batch[0])]
+    both = fusedloss.clip(image, text, 2.0)
+    close(both, fusedloss.clip(text, image, 2.0))
+    one, other = (fusedloss.info_nce(a, b, temperature=0.5) for a, b in ((image, text), (text, image)))
+    close(both, (one + other) / 2)
+
+
+@settings(deadline=None, max_examples=30)
+@given(batches(), st.integers(1, 8))
+def test_property_splitting_the_keys_into_blocks_changes_nothing(batch, cut):
+    query, key = batch
+    cut = min(len(query) + cut, len(key))
+    whole = fusedloss.info_nce(query, key, temperature=1 / 20, normalize=True)
+    blocks = [key[:cut]] + ([key[cut:]] if cut < len(key) else [])
+    close(fusedloss.multiple_negatives_ranking(query, *blocks), whole)
+
+
+# Modules --------------------------------------------------------------------------------------------------------------
+
+
+def test_modules_are_thin_twins_without_state():
+    query, key, hard = randn(6, 4), randn(8, 4), randn(5, 4)
+    twins = [
+        (fusedloss.InfoNCELoss(0.1, label_smoothing=0.1, normalize=True), (query, key),
+         fusedloss.info_nce(query, key, temperature=0.1, label_smoothing=0.1, normalize=True)),
+        (fusedloss.ClipLoss(reduction="sum"), (query, key[:6], 3.0), fusedloss.clip(query, key[:6], 3.0, reduction="sum")),
+        (fusedloss.MultipleNegativesRankingLoss(5.0, "dot"), (query, key, hard),
+         fusedloss.multiple_negatives_ranking(query, key, hard, scale=5.0, similarity="dot")),
+    ]
+    for module, tensors, wanted in twins:
+        close(module(*tensors), wanted)
+        assert not list(module.parameters()) and not list(module.buffers()) and "(" in repr(module)
+    with pytest.raises(TypeError, match="integrations"):
+        fusedloss.MultipleNegativesRankingLoss(torch.nn.Linear(2, 2))
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+GOOD = torch.ones(3, 4)
+BAD = [
+    (lambda: fusedloss.info_nce([1.0], GOOD), TypeError, "query is a list: needs a tensor"),
+    (lambda: fusedloss.info_nce(torch.nn.Linear(2, 2), GOOD), TypeError, "query is a Linear, an nn.Module"),
+    (lambda: fusedloss.info_nce(GOOD.long(), GOOD), TypeError, "query has dtype torch.int64: needs float16"),
+    (lambda: fusedloss.info_nce(GOOD.to_sparse(), GOOD), TypeError, r"query has layout .*call .to_dense\(\)"),
+    (lambda: fusedloss.info_nce(GOOD[0], GOOD), ValueError, r"query has shape \[4\]: needs two dimensions"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD[:, :2]), ValueError, "key has D = 2 and query has D = 4"),
+    (lambda: fusedloss.info_nce(GOOD[:, :0], GOOD[:, :0]), ValueError, "query has D = 0"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD.double()), TypeError, "key is torch.float64 and query is torch.float32"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD.to("meta")), ValueError, "key is on meta and query on cpu"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD[:2]), ValueError, r"key has 2 rows and query 3.*pass target"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD[:0], torch.zeros(3).long()), (ValueError, IndexError), "key|target"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD, torch.tensor([0, 1])), ValueError, r"target has shape \[2\]: needs \[3\]"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD, torch.ones(3)), TypeError, r"target is torch.float32: .*\.long\(\)"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD, torch.tensor([0, 3, 1])), IndexError, r"target\[1\] is 3: .*0 to 2"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD, torch.tensor([0, -1, 1])), IndexError, r"target\[1\] is -1"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD, temperature=0.0), ValueError, "temperature is 0.0: needs a positive"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD, temperature=math.nan), ValueError, "temperature is nan"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD, temperature="hot"), TypeError, "temperature is a str"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD, temperature=torch.tensor(-1.0)), ValueError, "temperature is -1.0"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD, temperature=torch.ones(2)), ValueError, r"temperature has shape \[2\]"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD, temperature=torch.tensor(1)), TypeError, "temperature is torch.int64"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD, key_bias=torch.ones(4)), ValueError, r"key_bias has shape \[4\]: needs \[3\]"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD, key_bias=3.0), TypeError, "key_bias is float"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD, weight=torch.ones(3, 1)), ValueError, r"weight has shape \[3, 1\]"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD, label_smoothing=1.5), ValueError, "label_smoothing is 1.5"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD, reduction="avg"), ValueError, "reduction is 'avg': needs one of 'mean'"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD, backend="tpu"), ValueError, "backend is 'tpu': needs 'auto' or one of"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD, backend="cuda"), fusedloss.UnsupportedError, "chunked: can run it"),
+    (lambda: fusedloss.clip(GOOD, GOOD[:2], 1.0), ValueError, "text_features has 2 rows and image_features 3"),
+    (lambda: fusedloss.clip(GOOD, GOOD, math.inf), ValueError, "logit_scale is inf: needs a finite number"),
+    (lambda: fusedloss.clip(GOOD, GOOD, 1.0, "b"), TypeError, "logit_bias is a str"),
+    (lambda: fusedloss.multiple_negatives_ranking(GOOD, GOOD[:2]), ValueError, "positive has 2 rows and anchor 3"),
+    (lambda: fusedloss.multiple_negatives_ranking(GOOD, GOOD, GOOD[:, :3]), ValueError, r"negatives\[0\] has D = 3"),
+    (lambda: fusedloss.multiple_negatives_ranking(GOOD, GOOD, scale=-1), ValueError, "scale is -1"),
+    (lambda: fusedloss.multiple_negatives_ranking(GOOD, GOOD, similarity="l2"), ValueError, "similarity is 'l2'"),
+]
+
+
+@pytest.mark.parametrize("call, error, message", BAD, ids=[str(i) for i in range(len(BAD))])
+def test_bad_input_names_the_argument_the_value_and_the_remedy(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_the_environment_variable_checks_values_on_any_device(monkeypatch):
+    from fusedloss import checks
+
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
+    elsewhere = torch.ones(1, device="meta")
+    assert not checks.reads_values(elsewhere)
+    monkeypatch.setenv("FUSEDLOSS_CHECK", "1")
+    assert checks.reads_values(elsewhere)
