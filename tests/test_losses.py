@@ -251,9 +251,9 @@ def test_torture_in_fp32(case):
     eps = torch.finfo(torch.float32).eps
     for name, out, exact in zip(("dquery", "dkey"), found[1:], oracle[1:], strict=False):
         norm = exact.norm(dim=1)
-        # Exponentials under 2**-100 of a row's largest are 0 by design, and so is what fp32 cannot hold: gradient rows
+        # Exponentials under 2**-100 of a row's largest are 0 by design, and elements under 1e-38 lose bits: gradient rows
         # made of nothing else are left aside.
-        counts = (norm > 2.0**-90 * norm.max()) & (norm > 1e-37)
+        counts = (norm > 2.0**-90 * norm.max()) & (norm > 1e-35)
         error = ((out.double() - exact).norm(dim=1) / norm)[counts].max()
         assert error <= 64 * eps * largest, f"{name}: {error / (64 * eps * largest):.2f} of the row bound"
 
