@@ -33,5 +33,5 @@ def softmax_loss(shift: Tensor, total: Tensor, z_target: Tensor) -> Tensor:
     """
     # The logarithm of an empty sum would send 0 * inf into the gradient of the reference.
     log_total = torch.where(total == 0, -torch.inf, torch.log(torch.where(total == 0, 1, total)))
-    difference = log_total - (z_target - shift)
+    difference = log_total - (z_target - shift).to(total.dtype)
     return torch.logaddexp(difference, torch.zeros_like(difference))

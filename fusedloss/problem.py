@@ -112,11 +112,11 @@ class RowSums(NamedTuple):
 
     def settle(self, score: Tensor) -> RowSums:
         """A row without negatives takes its target's score as shift, so that `1 / l` is 1 and not exp(-score)."""
-        return RowSums(torch.where(self.total == 0, score, self.shift), self.total)
+        return RowSums(torch.where(self.total == 0, score.to(self.shift.dtype), self.shift), self.total)
 
     def total_with(self, score: Tensor) -> Tensor:
         """`l`: the sum with one more logit. Infinite where that logit is 88 above the shift; 1 / l is then 0."""
-        return self.total + torch.exp(score - self.shift)
+        return self.total + torch.exp((score - self.shift).to(self.total.dtype))
 
     def at(self, chunk: slice) -> RowSums:
         return RowSums(self.shift[chunk], self.total[chunk])

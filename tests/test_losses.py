@@ -221,7 +221,8 @@ def pairs(rows, dim, noise):
 
 
 TORTURE = {
-    "separated pairs at scale 100": lambda: (*pairs(256, 384, 0.1), 0.01),
+    # Losses around 1e-26; from 1e-36 on the gradient itself would leave fp32.
+    "separated pairs at scale 100": lambda: (*pairs(256, 384, 0.7), 0.01),
     "temperature 1e-3": lambda: (randn(256, 384) / 20, randn(300, 384) / 20, 1e-3),
     "rows of norm 1e4": lambda: (randn(256, 384) * 510, randn(300, 384) * 510, 0.05),
     "D = 1": lambda: (randn(300, 1), randn(333, 1), 0.05),
@@ -254,6 +255,8 @@ def test_torture_in_fp32(case):
         # Exponentials under 2**-100 of a row's largest are 0 by design, and elements under 1e-38 lose bits: gradient rows
         # made of nothing else are left aside.
         counts = (norm > 2.0**-90 * norm.max()) & (norm > 1e-35)
+        if not counts.any():
+            continue
         error = ((out.double() - exact).norm(dim=1) / norm)[counts].max()
         assert error <= 64 * eps * largest, f"{name}: {error / (64 * eps * largest):.2f} of the row bound"
 
