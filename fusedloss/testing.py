@@ -2,7 +2,7 @@
 
     err(out, fp64) <= 2 * err(eager, fp64) + eps(dtype) * max|fp64|
 
-`eager` is what a careful user writes in the inputs' own dtype; fp64 is `backend="reference"` on the same inputs cast up.
+`eager` is what a careful user writes in the inputs' own dtype; fp64 is `backend="reference"` on the inputs cast up.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def inputs(
 
 
 def eager_info_nce(query: Tensor, key: Tensor, temperature: float | Tensor = 0.05, normalize: bool = False) -> Tensor:
-    """As eager users write it: the matmul in the inputs' dtype; a cosine loss casts up, normalises, multiplies in fp32."""
+    """As users write it: the matmul in the inputs' dtype; a cosine loss casts up, normalises, multiplies in fp32."""
     if normalize:
         query, key = F.normalize(_up(query), dim=1), F.normalize(_up(key), dim=1)
     return F.cross_entropy(_up(query @ key.T) / temperature, torch.arange(query.shape[0], device=query.device))

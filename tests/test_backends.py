@@ -6,9 +6,10 @@ is shown as skipped, with its reason.
 
 from __future__ import annotations
 
-import fusedloss
 import pytest
 import torch
+
+import fusedloss
 from fusedloss import testing
 from fusedloss.backends import BACKENDS
 from fusedloss.problem import Block, Problem, stats_dtype

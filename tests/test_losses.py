@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 
-import fusedloss
 import pytest
 import torch
-from fusedloss import testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+
+import fusedloss
+from fusedloss import testing
 
 BACKENDS = ["chunked", "reference"]
 
@@ -43,8 +44,14 @@ def test_info_nce_is_cross_entropy(backend, reduction, label_smoothing, normaliz
 
     def ours(q, k):
         return fusedloss.info_nce(
-            q, k, temperature=temperature, label_smoothing=label_smoothing, normalize=normalize,
-            reduction=reduction, backend=backend, **options,
+            q,
+            k,
+            temperature=temperature,
+            label_smoothing=label_smoothing,
+            normalize=normalize,
+            reduction=reduction,
+            backend=backend,
+            **options,
         )
 
     def formula(q, k):
@@ -58,7 +65,9 @@ def test_info_nce_is_cross_entropy(backend, reduction, label_smoothing, normaliz
         return {"none": w * rows, "sum": (w * rows).sum(), "mean": (w * rows).sum() / w.sum()}[reduction]
 
     upstream = torch.rand(13, dtype=torch.float64) if reduction == "none" else torch.tensor(1.7, dtype=torch.float64)
-    found, wanted = (testing.value_and_gradients(lambda *t, f=f: (f(*t) * upstream).sum(), [query, key]) for f in (ours, formula))
+    found, wanted = (
+        testing.value_and_gradients(lambda *t, f=f: (f(*t) * upstream).sum(), [query, key]) for f in (ours, formula)
+    )
     for a, b in zip(found, wanted, strict=True):
         close(a, b)
     close(ours(query, key), formula(query, key))
@@ -115,7 +124,9 @@ def test_no_rows(backend):
 def test_a_zero_row_stays_finite_under_normalize(backend):
     query, key = randn(4, 3), randn(4, 3)
     query[1], key[2] = 0, 0
-    found = testing.value_and_gradients(lambda q, k: fusedloss.info_nce(q, k, normalize=True, backend=backend), [query, key])
+    found = testing.value_and_gradients(
+        lambda q, k: fusedloss.info_nce(q, k, normalize=True, backend=backend), [query, key]
+    )
     wanted = testing.value_and_gradients(lambda q, k: testing.eager_info_nce(q, k, normalize=True), [query, key])
     assert all(torch.isfinite(t).all() for t in found)
     close(found[0], wanted[0])
@@ -133,7 +144,9 @@ def test_a_logit_that_is_not_finite_gives_what_torch_gives(backend, bad):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weight_and_bias_take_any_floating_dtype(backend):
     query, key = randn(4, 3).float(), randn(4, 3).float()
-    half = fusedloss.info_nce(query, key, weight=torch.ones(4).half(), key_bias=torch.ones(4).bfloat16(), backend=backend)
+    half = fusedloss.info_nce(
+        query, key, weight=torch.ones(4).half(), key_bias=torch.ones(4).bfloat16(), backend=backend
+    )
     close(half, fusedloss.info_nce(query, key), rtol=1e-6)
     assert half.dtype == torch.float32
 
@@ -156,7 +169,8 @@ def test_clip_is_both_cross_entropies(backend, reduction):
         return fusedloss.clip(i, t, s, reduction=reduction, backend=backend)
 
     found, wanted = (
-        testing.value_and_gradients(lambda *a, f=f: (f(*a) * upstream).sum(), [image, text, scale]) for f in (ours, formula)
+        testing.value_and_gradients(lambda *a, f=f: (f(*a) * upstream).sum(), [image, text, scale])
+        for f in (ours, formula)
     )
     for a, b in zip(found, wanted, strict=True):
         close(a, b)
@@ -352,11 +366,21 @@ def test_property_splitting_the_keys_into_blocks_changes_nothing(batch, cut):
 def test_modules_are_thin_twins_without_state():
     query, key, hard = randn(6, 4), randn(8, 4), randn(5, 4)
     twins = [
-        (fusedloss.InfoNCELoss(0.1, label_smoothing=0.1, normalize=True), (query, key),
-         fusedloss.info_nce(query, key, temperature=0.1, label_smoothing=0.1, normalize=True)),
-        (fusedloss.ClipLoss(reduction="sum"), (query, key[:6], 3.0), fusedloss.clip(query, key[:6], 3.0, reduction="sum")),
-        (fusedloss.MultipleNegativesRankingLoss(5.0, "dot"), (query, key, hard),
-         fusedloss.multiple_negatives_ranking(query, key, hard, scale=5.0, similarity="dot")),
+        (
+            fusedloss.InfoNCELoss(0.1, label_smoothing=0.1, normalize=True),
+            (query, key),
+            fusedloss.info_nce(query, key, temperature=0.1, label_smoothing=0.1, normalize=True),
+        ),
+        (
+            fusedloss.ClipLoss(reduction="sum"),
+            (query, key[:6], 3.0),
+            fusedloss.clip(query, key[:6], 3.0, reduction="sum"),
+        ),
+        (
+            fusedloss.MultipleNegativesRankingLoss(5.0, "dot"),
+            (query, key, hard),
+            fusedloss.multiple_negatives_ranking(query, key, hard, scale=5.0, similarity="dot"),
+        ),
     ]
     for module, tensors, wanted in twins:
         close(module(*tensors), wanted)
@@ -390,7 +414,11 @@ BAD = [
     (lambda: fusedloss.info_nce(GOOD, GOOD, temperature=torch.tensor(-1.0)), ValueError, "temperature is -1.0"),
     (lambda: fusedloss.info_nce(GOOD, GOOD, temperature=torch.ones(2)), ValueError, r"temperature has shape \[2\]"),
     (lambda: fusedloss.info_nce(GOOD, GOOD, temperature=torch.tensor(1)), TypeError, "temperature is torch.int64"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, key_bias=torch.ones(4)), ValueError, r"key_bias has shape \[4\]: needs \[3\]"),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, key_bias=torch.ones(4)),
+        ValueError,
+        r"key_bias has shape \[4\]: needs \[3\]",
+    ),
     (lambda: fusedloss.info_nce(GOOD, GOOD, key_bias=3.0), TypeError, "key_bias is float"),
     (lambda: fusedloss.info_nce(GOOD, GOOD, weight=torch.ones(3, 1)), ValueError, r"weight has shape \[3, 1\]"),
     (lambda: fusedloss.info_nce(GOOD, GOOD, label_smoothing=1.5), ValueError, "label_smoothing is 1.5"),

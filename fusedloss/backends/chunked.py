@@ -68,10 +68,14 @@ def _similarity(strip: Strip, x: Tensor, tile: slice, out: Tensor) -> None:
     _matmul_into(out, x, y, narrow=strip.y.element_size() == 2)
 
 
-def _logits_(sim: Tensor, strip: Strip, tile: slice) -> Tensor:
-    """Similarities to logits, in place."""
-    sim.mul_(strip.scale)
-    return sim if strip.bias is None else sim.add_(strip.bias[tile])
+def _add_bias_(z: Tensor, strip: Strip, tile: slice) -> Tensor:
+    return z if strip.bias is None else z.add_(strip.bias[tile])
+
+
+def _logits(sim: Tensor, strip: Strip, tile: slice, out: Tensor) -> Tensor:
+    """Similarities to logits; -inf at the target, which the sums leave out."""
+    _add_bias_(torch.mul(sim, strip.scale, out=out), strip, tile)
+    return _fill_target_(out, _hits(strip, tile), -math.inf)
 
 
 def _hits(strip: Strip, tile: slice) -> tuple[Tensor, Tensor] | None:
@@ -139,7 +143,7 @@ def stats_rows(strips: list[Strip]) -> RowSums:
         for tile in _tiles(strip):
             z, scratch = (_view(buffer, rows, tile) for buffer in buffers)
             _similarity(strip, x, tile, z)
-            _fill_target_(_logits_(z, strip, tile), _hits(strip, tile), -math.inf)
+            _logits(z, strip, tile, out=z)
             maximum, total = _accumulate(maximum, total, z, 1, scratch)
     return _sums(maximum, total)
 
@@ -153,11 +157,9 @@ def stats_rows_and_columns(strip: Strip) -> tuple[RowSums, RowSums]:
     for tile in _tiles(strip):
         z, scratch = (_view(buffer, rows, tile) for buffer in buffers)
         _similarity(strip, x, tile, z)
-        _fill_target_(_logits_(z, strip, tile), _hits(strip, tile), -math.inf)
+        _logits(z, strip, tile, out=z)
         maximum, total = _accumulate(maximum, total, z, 1, scratch)
-        column_maximum[tile], column_total[tile] = _accumulate(
-            column_maximum[tile], column_total[tile], z, 0, scratch
-        )
+        column_maximum[tile], column_total[tile] = _accumulate(column_maximum[tile], column_total[tile], z, 0, scratch)
     return _sums(maximum, total), _sums(column_maximum, column_total)
 
 
@@ -167,35 +169,33 @@ def exp_rows(
     """Write `exp(z - max)` with the row's own maximum over all strips; `q_i = sum_{j != t} E_ij (sim_ij - sim_it)`."""
     rows = strips[0].x.shape[0]
     maximum, total = _empty_sums(strips[0], rows)
-    # With q the workspace must keep the similarities, so that the exponentials need a tile of their own.
+    # Where q is wanted the workspace holds similarities until the second pass, else logits right away.
     q = None if target_sim is None else torch.zeros_like(total)
-    buffer = None if q is None else _tile_buffer(strips)
+    buffer = _tile_buffer(strips) if q is not None else total
     for strip, out in zip(strips, outs, strict=True):
         x = _rows(strip) if q is not None else _rows(strip) * strip.scale
         for tile in _tiles(strip):
             z = out[:, tile]
             _similarity(strip, x, tile, z)
-            if buffer is not None:
-                z = _logits_(_view(buffer, rows, tile).copy_(z), strip, tile)
-            elif strip.bias is not None:
-                z.add_(strip.bias[tile])
+            if q is not None:
+                z = torch.mul(z, strip.scale, out=_view(buffer, rows, tile))
+            _add_bias_(z, strip, tile)
             _fill_target_(z, _hits(strip, tile), -math.inf)
             maximum = torch.maximum(maximum, z.amax(1))
     shift = _finite(maximum)[:, None]
     for strip, out in zip(strips, outs, strict=True):
         for tile in _tiles(strip):
             e = out[:, tile]
-            if buffer is not None and q is not None and target_sim is not None:
-                sim = e
-                e = _logits_(_view(buffer, rows, tile).copy_(sim), strip, tile)
+            if target_sim is not None:
+                apart = torch.sub(e, target_sim[:, None], out=_view(buffer, rows, tile))
+                _add_bias_(e.mul_(strip.scale), strip, tile)
                 _fill_target_(e, _hits(strip, tile), -math.inf)
-                _exp_(e.sub_(shift))
-                q += sim.sub_(target_sim[:, None]).mul_(e).sum(1)
-                e = sim.copy_(e)
-            else:
-                _exp_(e.sub_(shift))
+            _exp_(e.sub_(shift))
             total += e.sum(1)
-            _factors_(_flush_(e), strip, tile)
+            _flush_(e)
+            if q is not None:
+                q += apart.mul_(e).sum(1)
+            _factors_(e, strip, tile)
     return _sums(maximum, total), q
 
 
@@ -212,7 +212,7 @@ def grad_rows(
             dz = out[:, tile]
             sim, z, scratch = (_view(buffer, count, tile) for buffer in buffers)
             _similarity(strip, x, tile, sim)
-            _fill_target_(_logits_(z.copy_(sim), strip, tile), _hits(strip, tile), -math.inf)
+            _logits(sim, strip, tile, out=z)
             directions = [rows.map(lambda v: v[:, None])]
             if columns is not None:
                 directions.append(columns.map(lambda v, tile=tile: v[tile]))

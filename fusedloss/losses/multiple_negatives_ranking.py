@@ -82,9 +82,7 @@ class MultipleNegativesRankingLoss(nn.Module):
     `fusedloss.integrations.sentence_transformers`.
     """
 
-    def __init__(
-        self, scale: float = 20.0, similarity: str = "cos", reduction: str = "mean", backend: str = "auto"
-    ):
+    def __init__(self, scale: float = 20.0, similarity: str = "cos", reduction: str = "mean", backend: str = "auto"):
         super().__init__()
         checks.options_not_modules(scale=scale)
         self.scale, self.similarity, self.reduction, self.backend = scale, similarity, reduction, backend
