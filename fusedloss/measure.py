@@ -1,0 +1,132 @@
+"""Time and peak memory of a call, measured so that two implementations can be compared on one machine.
+
+    time_interleaved({"eager": eager_step, "fused": fused_step})   # {"eager": seconds, "fused": seconds}
+    peak_memory(step)                                              # bytes on top of what was in use before
+    isolated(function, *args)                                      # function(*args) in a fresh process
+
+On a CPU the operating system knows a process's peak, not a call's, and an allocator keeps what was freed for later:
+measure memory there as the first large thing a fresh process does. `isolated` runs it in one.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+
+def time_interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1) -> dict[str, float]:
+    """Median seconds of each call.
+
+    Every round runs every call once, each round starting with another one, so that a machine that slows down or heats
+    up does so for all of them.
+    """
+    names = list(calls)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(warmup):
+        for name in names:
+            _seconds(calls[name])
+    for start in range(rounds):
+        for i in range(len(names)):
+            name = names[(start + i) % len(names)]
+            seconds[name].append(_seconds(calls[name]))
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+def peak_memory(call: Callable[[], Any], device: str | torch.device = "cpu") -> int:
+    """Bytes by which `call()` raises the memory in use on `device` at its highest point.
+
+    On CUDA: of torch's allocator. On a CPU: of the process's resident memory, exact on Linux where the peak can be
+    reset (/proc/self/clear_refs). Elsewhere it is the growth of the peak, which is 0 for a call that stays below an
+    earlier one.
+    """
+    device = torch.device(device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    _reset_peak()
+    before = _peak()
+    call()
+    return _peak() - before
+
+
+def isolated(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, run in a fresh process. Both must be picklable, the function by its name in a module."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(send, function, args), daemon=True)
+    # Ctrl-C reaches the whole process group: the child ignores it from its first line, and this process ends it.
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
+    try:
+        process.start()
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
+    send.close()
+    try:
+        answer, error = receive.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"{function.__name__}{args} ended its process with exit code {process.exitcode}") from None
+    finally:
+        process.terminate()
+        process.join()
+    if error is not None:
+        raise error
+    return answer
+
+
+def _answer(send: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    try:
+        send.send((function(*args), None))
+    except Exception as error:
+        send.send((None, error))
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    call()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _reset_peak() -> None:
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # 5: set the peak to the present value
+    except OSError:
+        pass
+
+
+def _peak() -> int:
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        pass
+    if sys.platform == "win32":
+        raise NotImplementedError("peak_memory on a CPU needs Linux or macOS")
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, the others KiB
