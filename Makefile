@@ -1,0 +1,42 @@
+# Every target but `gpu` works in .venv, which it makes itself; what it installs is pinned by constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint gpu clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@echo 'PYTHON=python3 names the interpreter: the one .venv is made with, or the one that `gpu` runs.'
+
+demo: $(READY) ## search code by meaning: train a small encoder on a CPU
+	$(BIN)/python examples/code_search.py
+
+test: $(READY) ## the test suite, on a CPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# Installs nothing: machines with a GPU often have a torch of their own and no network. The package is laid out in
+# build/gpu as a wheel would hold it, so that fusedloss.kernels and _C are found. PYTHONSAFEPATH keeps Python from
+# looking in the current folder first, where there is a fusedloss without either.
+gpu: ## the GPU tests, with $(PYTHON), its torch and its nvcc; installs nothing
+	rm -rf build/gpu
+	$(PYTHON) setup.py --quiet build --build-lib build/gpu
+	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/gpu" $(PYTHON) -m pytest -m gpu
+
+clean: ## remove what the other targets made
+	rm -rf .venv build dist *.egg-info fusedloss/_C.*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# An editable install maps kernels/ to fusedloss.kernels. Without build isolation, so that the pins hold for the
+# build as well.
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt setuptools pybind11 ninja
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@

@@ -1,0 +1,114 @@
+"""fusedloss._C: built from csrc/ where there is nvcc. It imports anywhere and needs a GPU to run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+_C = pytest.importorskip("fusedloss._C", reason="fusedloss._C was not built: there was no nvcc")
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def test_build_info():
+    info = _C.build_info()
+    assert int(info["cuda_version"].split(".")[0]) >= 12
+    assert info["archs"] and all(arch.startswith(("sm_", "compute_")) for arch in info["archs"])
+
+
+def test_launch_without_a_gpu_names_the_cuda_error(tmp_path):
+    code = (
+        "from fusedloss import _C\n"
+        "_C.scale_rows(256, 512, _C.DType.float32, M=1, D=1, in_stride=1, out_stride=1, stream=0)"
+    )
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "RuntimeError: scale_rows: cudaError" in done.stderr
+
+
+def test_nothing_to_do_needs_no_gpu():
+    _C.scale_rows(0, 0, _C.DType.float32, M=0, D=5, in_stride=5, out_stride=5, stream=0)
+    _C.scale_rows(0, 0, _C.DType.float32, M=5, D=0, in_stride=0, out_stride=0, stream=0)
+
+
+def test_negative_sizes():
+    with pytest.raises(ValueError, match="scale_rows: M and D"):
+        _C.scale_rows(0, 0, _C.DType.float32, M=-1, D=5, in_stride=5, out_stride=5, stream=0)
+
+
+def scale_rows(x, out, row_factor, scalar):
+    assert x.stride(1) == out.stride(1) == 1
+    _C.scale_rows(
+        x.data_ptr(),
+        out.data_ptr(),
+        getattr(_C.DType, str(out.dtype).removeprefix("torch.")),
+        row_factor=0 if row_factor is None else row_factor.data_ptr(),
+        scalar=0 if scalar is None else scalar.data_ptr(),
+        M=x.shape[0],
+        D=x.shape[1],
+        in_stride=x.stride(0),
+        out_stride=out.stride(0),
+        stream=torch.cuda.current_stream().cuda_stream,
+    )
+
+
+# fmt: off
+SHAPES = [  # M, D, pad, offset: rows of D elements, D + pad apart, the first one `offset` elements into the buffer
+    (1, 1, 0, 0),          # a tail alone
+    (5, 8, 0, 0),          # one vector of halves, two of floats
+    (257, 768, 0, 0),      # vectors alone
+    (33, 1030, 2, 0),      # aligned rows, vectors and a tail
+    (33, 1030, 0, 0),      # a stride that breaks the alignment of the rows
+    (33, 1024, 0, 1),      # a base that does
+    (3, 100_003, 5, 0),    # several blocks on a row
+    (600_000, 4, 4, 0),    # more rows than blocks of rows
+]
+# fmt: on
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M, D, pad, offset", SHAPES)
+@pytest.mark.parametrize("factors", ["both", "row", "scalar", "none"])
+def test_scale_rows(dtype, M, D, pad, offset, factors):
+    def matrix(dtype, fill):
+        flat = torch.full((offset + M * (D + pad),), fill, dtype=dtype, device="cuda")
+        return flat, flat[offset:].view(M, D + pad)[:, :D]
+
+    _, x = matrix(torch.float32, 0.0)
+    x.copy_(torch.randn(M, D, device="cuda") * 300)  # reaches beyond fp16
+    row_factor = torch.randn(M, device="cuda") if factors in ("both", "row") else None
+    scalar = torch.randn(1, device="cuda") if factors in ("both", "scalar") else None
+    flat, out = matrix(dtype, 7.0)
+    scale_rows(x, out, row_factor, scalar)
+
+    want_flat, want = matrix(dtype, 7.0)
+    exact = x if row_factor is None else x * row_factor[:, None]
+    want.copy_(exact if scalar is None else exact * scalar)
+    assert torch.equal(flat, want_flat)  # the same roundings, and nothing written between the rows
+
+
+@pytest.mark.gpu
+def test_scale_rows_in_place_and_special_values():
+    x = torch.tensor([[float("nan"), float("inf"), -0.0, 1e30, 1e-42]], device="cuda").expand(9, 5).contiguous()
+    row_factor = torch.full((9,), 1e-3, device="cuda")
+    want = x * row_factor[:, None]
+    scale_rows(x, x, row_factor, None)
+    torch.testing.assert_close(x, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_scale_rows_addresses_beyond_2_31():
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free device memory")
+    M, D = 2**20 + 1, 2**11 + 8
+    x = torch.ones(M, D, device="cuda")
+    out = torch.zeros(M, D, device="cuda", dtype=torch.bfloat16)
+    row_factor = torch.arange(M, device="cuda", dtype=torch.float32)
+    scale_rows(x, out, row_factor, None)
+    for rows in (slice(0, 3), slice(M - 3, M)):
+        assert torch.equal(out[rows], row_factor[rows, None].expand(-1, D).bfloat16())
