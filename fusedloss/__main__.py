@@ -20,7 +20,9 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--d", type=_positive, default=384, help="embedding dimension")
     bench.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     bench.add_argument("--temperature", type=float, nargs="+", default=[0.05])
-    bench.add_argument("--kind", choices=("random", "pairs", "clustered"), default="random", help="how inputs are drawn")
+    bench.add_argument(
+        "--kind", choices=("random", "pairs", "clustered"), default="random", help="how inputs are drawn"
+    )
     bench.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one")
     bench.add_argument("--rounds", type=_positive, default=5, help="interleaved rounds; medians are shown")
     bench.add_argument("--racers", nargs="+", help="only these, by the names in the table")

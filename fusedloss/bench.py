@@ -1,4 +1,4 @@
-"""`python -m fusedloss bench`: the race. Same inputs, interleaved rounds, medians, beside the bare work of the same run.
+"""`python -m fusedloss bench`: the race. Same inputs, interleaved rounds, medians, beside the bare work.
 
 The floor is the three matrix products that the gradient needs (four for CLIP), in the chunks that fusedloss uses: what
 a perfect epilogue would cost. Memory is what a step needs on top of its inputs and gradients, each racer in a fresh
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,12 @@ class Point:
 
     @property
     def eager_bytes(self) -> int:
-        """What eager holds at its peak: the logits, their log-softmax and its gradient (three matrices, as measured)."""
+        """What eager holds at its peak: the logits, their log-softmax and its gradient (three matrices)."""
         return 3 * self.n * self.n * DTYPES[self.dtype].itemsize
 
 
 Step = Callable[[Tensor, Tensor], Any]
+Tick = Callable[[str], None]  # is told what happens next
 
 
 def losses(point: Point) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
@@ -147,31 +149,27 @@ def gradient_error(point: Point, name: str) -> float:
     """||gradient - fp64|| / ||fp64||, the worse of the two sides, on a batch small enough for fp64."""
     query, key = point.inputs(min(point.n, ERROR_ROWS))
     found = forward_backward(losses(point)[name])(query, key)
-    exact = Point(**{**asdict(point), "dtype": "fp64"})
-    options = {"temperature": exact.temperature}
-    wanted = forward_backward(
-        {
-            "info_nce": lambda q, k: fusedloss.info_nce(q, k, backend="reference", **options),
-            "clip": lambda q, k: fusedloss.clip(q, k, 1 / exact.temperature, backend="reference"),
-            "multiple_negatives_ranking": lambda q, k: fusedloss.multiple_negatives_ranking(
-                q, k, scale=1 / exact.temperature, backend="reference"
-            ),
-        }[point.loss]
-    )(query.double(), key.double())
+    t = point.temperature
+    exact = {
+        "info_nce": lambda q, k: fusedloss.info_nce(q, k, temperature=t, backend="reference"),
+        "clip": lambda q, k: fusedloss.clip(q, k, 1 / t, backend="reference"),
+        "multiple_negatives_ranking": lambda q, k: fusedloss.multiple_negatives_ranking(
+            q, k, scale=1 / t, backend="reference"
+        ),
+    }[point.loss]
+    wanted = forward_backward(exact)(query.double(), key.double())
     return max(((f.double() - w).norm() / w.norm()).item() for f, w in zip(found, wanted, strict=True))
 
 
-def race(
-    point: Point, rounds: int, only: set[str] | None, with_memory: bool, tick: Callable[[str], None]
-) -> list[dict]:
-    """One row per racer: seconds of forward, both, ratio to the floor, memory, gradient error; or why it did not run."""
+def race(point: Point, rounds: int, only: set[str] | None, with_memory: bool, tick: Tick) -> list[dict]:
+    """One row per racer: seconds, ratio to the floor, memory, gradient error; or why it did not run."""
     query, key = point.inputs()
     racers = {n: f for n, f in losses(point).items() if only is None or n in only}
     running = {name: loss for name, loss in racers.items() if fits(point, name)}
-    calls = {"floor": lambda: floor(point)(query, key)}
+    calls: dict[str, Callable[[], Any]] = {"floor": partial(floor(point), query, key)}
     for name, loss in running.items():
-        calls[name] = lambda loss=loss: forward_backward(loss)(query, key)
-        calls[f"{name} forward"] = lambda loss=loss: forward(loss)(query, key)
+        calls[name] = partial(forward_backward(loss), query, key)
+        calls[f"{name} forward"] = partial(forward(loss), query, key)
     tick(f"{point.loss} N={point.n} time")
     seconds = measure.time_interleaved(calls, rounds)
     rows = [{**asdict(point), "racer": "floor", "seconds": seconds["floor"], "ratio": 1.0}]
@@ -197,7 +195,7 @@ def race(
 # The claims of the README, checked in one run -------------------------------------------------------------------------
 
 
-def cpu_claims(rounds: int, tick: Callable[[str], None]) -> list[dict]:
+def cpu_claims(rounds: int, tick: Tick) -> list[dict]:
     """Claim, measured, required, held: the figures that the project promises for a CPU."""
     base = Point(n=16384)
     cold, narrow = Point(n=16384, temperature=1e-3), Point(n=16384, dtype="bf16")
@@ -206,14 +204,14 @@ def cpu_claims(rounds: int, tick: Callable[[str], None]) -> list[dict]:
     scale = torch.tensor(base.temperature, requires_grad=True)
     fused, peer = losses(base)["fusedloss"], losses(base).get("F.linear_cross_entropy")
     calls = {
-        "floor": lambda: floor(base)(query, key),
-        "fp32": lambda: forward_backward(fused)(query, key),
-        "cold": lambda: forward_backward(losses(cold)["fusedloss"])(query, key),
-        "learnable": lambda: forward_backward(lambda q, k: fusedloss.info_nce(q, k, temperature=scale))(query, key),
-        "bf16": lambda: forward_backward(losses(narrow)["fusedloss"])(short_query, short_key),
+        "floor": partial(floor(base), query, key),
+        "fp32": partial(forward_backward(fused), query, key),
+        "cold": partial(forward_backward(losses(cold)["fusedloss"]), query, key),
+        "learnable": partial(forward_backward(partial(fusedloss.info_nce, temperature=scale)), query, key),
+        "bf16": partial(forward_backward(losses(narrow)["fusedloss"]), short_query, short_key),
     }
     if peer is not None:
-        calls["F.linear_cross_entropy"] = lambda: forward_backward(peer)(query, key)
+        calls["F.linear_cross_entropy"] = partial(forward_backward(peer), query, key)
     tick("N=16384: time")
     seconds = measure.time_interleaved(calls, rounds)
     table = [
@@ -242,8 +240,10 @@ def cpu_claims(rounds: int, tick: Callable[[str], None]) -> list[dict]:
 
 
 def compile_times() -> tuple[float, float, int]:
-    """Seconds of the first compiled step at N = 65536, of one at another N, and the number of graphs. D = 64: at 384 the
-    products alone take longer than the bound."""
+    """Seconds of the first compiled step at N = 65536, of one at another N, and the number of graphs.
+
+    D = 64: at 384 the matrix products alone take longer than the bound.
+    """
     torch._dynamo.utils.counters.clear()
 
     def loss(query: Tensor, key: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def softmax_rows(z: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of each row of `z` [M, N] with column `target` [M], differentiable; -inf logits are absent columns."""
+    """Cross-entropy of each row of `z` [M, N] with column `target` [M], differentiable; -inf logits are no columns."""
     index = target[:, None]
     z_target = z.gather(1, index)[:, 0]
     negatives = z.scatter(1, index, -torch.inf)

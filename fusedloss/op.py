@@ -94,21 +94,22 @@ def loss_rows_or_sum(problem: Problem, backend: str, per_row: bool) -> Tensor:
 
 def execute(
     plan: Plan, wanted: Sequence[bool], scale: Tensor, target: Tensor, weight: Tensor, tensors: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """[the weighted losses or their sum, then the sum's gradients by (scale, *tensors): None where not wanted]."""
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The weighted losses or their sum, and the sum's gradients by (scale, *tensors): None where not wanted."""
     result = sweep.run(plan.problem(scale, target, weight, tensors), BACKENDS[plan.backend], plan.wants(wanted))
     biases = [g for g, biased in zip(result.biases, plan.has_bias(), strict=True) if biased]
-    return [result.rows if plan.per_row else result.rows.sum(), result.scale, *result.operands, *biases]
+    value = result.rows if plan.per_row else result.rows.sum()
+    return value, [result.scale, *result.operands, *biases]
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, plan: Plan, wanted: list[bool], scale: Tensor, target: Tensor, weight: Tensor, *tensors: Tensor
     ) -> Tensor:
         ctx.plan, ctx.wanted = plan, wanted
         ctx.save_for_backward(scale, target, weight, *tensors)
-        value, *gradients = execute(plan, _in_forward(plan, wanted), scale, target, weight, tensors)
+        value, gradients = execute(plan, _in_forward(plan, wanted), scale, target, weight, tensors)
         ctx.gradients = None if plan.per_row else gradients
         return value
 
@@ -122,7 +123,7 @@ class _Loss(torch.autograd.Function):
             if ctx.plan.per_row:
                 gradients = _row_weighted_gradients(ctx.plan, ctx.wanted, upstream, *ctx.saved_tensors)
             elif gradients is None:
-                gradients = execute(ctx.plan, ctx.wanted, scale, target, weight, tensors)[1:]
+                gradients = execute(ctx.plan, ctx.wanted, scale, target, weight, tensors)[1]
             if not ctx.plan.per_row:
                 gradients = [g if g is None else g.mul_(upstream) for g in gradients]
         by_scale, *rest = _cast(gradients, [scale, *tensors])
@@ -143,7 +144,7 @@ def _row_weighted_gradients(
 ) -> list[Tensor | None]:
     """Upstream per row is one more row weight: the same sweep, run with it."""
     summed = plan._replace(per_row=False)
-    return execute(summed, wanted, scale, target, weight * upstream, tensors)[1:]
+    return execute(summed, wanted, scale, target, weight * upstream, tensors)[1]
 
 
 def _differentiable_gradients(
@@ -182,12 +183,12 @@ def _softmax_sweep(
 ) -> list[Tensor]:
     """[value, then the wanted gradients of the sum by (scale, *tensors)]; with `per_row` the value alone."""
     plan = Plan(backend, blocks, operand_count, cosine, label_smoothing, symmetric, scale_bound, per_row)
-    outputs = execute(plan, _in_forward(plan, wanted), scale, target, weight, tensors)
-    return [t for t in outputs if t is not None]
+    value, gradients = execute(plan, _in_forward(plan, wanted), scale, target, weight, tensors)
+    return [value, *(g for g in gradients if g is not None)]
 
 
 @_softmax_sweep.register_fake
-def _(scale, target, weight, tensors, *options):  # type: ignore[no-untyped-def]
+def _(scale, target, weight, tensors, *options):
     *_, per_row, wanted = options
     dtype = stats_dtype(tensors[0].dtype)
     value = weight.new_empty(weight.shape if per_row else ())

@@ -105,7 +105,10 @@ class Strip(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """A row's negatives, folded: `sum_{j != t} exp(z_ij) = total * exp(shift)`; an empty row has a finite shift and total 0."""
+    """A row's negatives, folded: `sum_{j != t} exp(z_ij) = total * exp(shift)`.
+
+    A row without negatives has a finite shift and total 0.
+    """
 
     shift: Tensor  # [R]
     total: Tensor  # [R]
@@ -145,4 +148,5 @@ class Softmax(NamedTuple):
     target_sim: Tensor | None  # similarity of the target, where the gradient of the scale is wanted
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Softmax:
-        return Softmax(*(None if v is None else function(v) for v in self))
+        sim = None if self.target_sim is None else function(self.target_sim)
+        return Softmax(function(self.shift), function(self.weight), sim)

@@ -312,7 +312,9 @@ class _Smoothing:
             for block, bias in zip(problem.blocks, sweep.biases, strict=True)
         ]
         self.count = torch.stack([a.sum() for a in self.admissible]).sum().clamp_min(1)
-        self.mean_key, self.mean_sim, self.mean_score = [], 0, 0
+        self.mean_key: list[Tensor] = []
+        self.mean_sim = torch.zeros_like(problem.weight)
+        self.mean_score = torch.zeros_like(problem.weight)
         for block, bias, admissible in zip(problem.blocks, sweep.biases, self.admissible, strict=True):
             col_factor, row_factor = sweep.factors[block.key], sweep.factors[block.query]
             share = admissible / self.count
@@ -365,7 +367,7 @@ def _gemm_dtype(problem: Problem, stored: torch.dtype) -> torch.dtype:
 
 @functools.cache
 def _cpu_multiplies_bf16() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.12 and newer; AMX implies the flag
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch; AMX implies the flag
     return bool(capabilities.get("avx512_bf16", False))
 
 

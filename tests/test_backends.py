@@ -173,7 +173,7 @@ def test_auto_takes_the_first_that_can_and_catches_nothing(monkeypatch):
 def test_the_environment_overrides_auto_only(monkeypatch):
     query, key = testing.inputs("random", 8, 8, 4)
     monkeypatch.setenv("FUSEDLOSS_BACKEND", "cuda")
-    with pytest.raises(fusedloss.UnsupportedError, match="cuda: .*triton: .*chunked: .*reference: "):
+    with pytest.raises(fusedloss.UnsupportedError, match=r"cuda: .*triton: .*chunked: .*reference: "):
         fusedloss.info_nce(query, key)
     fusedloss.info_nce(query, key, backend="chunked")
 

@@ -266,8 +266,8 @@ def test_torture_in_fp32(case):
     eps = torch.finfo(torch.float32).eps
     for name, out, exact in zip(("dquery", "dkey"), found[1:], oracle[1:], strict=False):
         norm = exact.norm(dim=1)
-        # Exponentials under 2**-100 of a row's largest are 0 by design, and elements under 1e-38 lose bits: gradient rows
-        # made of nothing else are left aside.
+        # Exponentials under 2**-100 of a row's largest are 0 by design, and elements under 1e-38 lose bits: gradient
+        # rows made of nothing else are left aside.
         counts = (norm > 2.0**-90 * norm.max()) & (norm > 1e-35)
         if not counts.any():
             continue
@@ -282,7 +282,7 @@ def test_torture_in_fp32(case):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [20, 40, 60, 69, 75])
 def test_the_loss_of_well_fitted_pairs_down_to_1e_30(backend, scale):
-    """Orthonormal pairs: the loss is log1p((N - 1) exp(-scale)), 1e-7 down to 2e-31; eager fp32 returns 0 from 17 on."""
+    """Orthonormal pairs: the loss is log1p((N - 1) exp(-scale)), 1e-7 to 2e-31; eager fp32 gives 0 from 17 on."""
     x = torch.eye(64)
     loss = fusedloss.info_nce(x, x.clone(), temperature=1 / scale, backend=backend)
     assert loss.item() == pytest.approx(math.log1p(63 * math.exp(-scale)), rel=1e-3)

@@ -7,6 +7,7 @@ Zen 5 cores). log2(e) multiplies after the maximum is subtracted, so that its ro
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 
 import torch
@@ -215,7 +216,7 @@ def grad_rows(
             _logits(sim, strip, tile, out=z)
             directions = [rows.map(lambda v: v[:, None])]
             if columns is not None:
-                directions.append(columns.map(lambda v, tile=tile: v[tile]))
+                directions.append(columns.map(operator.itemgetter(tile)))
             for number, softmax in enumerate(directions):
                 p = scratch if number else dz
                 torch.sub(z, softmax.shift, out=p)

@@ -45,7 +45,7 @@ def softmax_loss(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Builds the problem, picks the backend, reduces. The weighted mean divides by the weight of the rows that count."""
+    """Builds the problem, picks the backend, reduces. A weighted mean divides by the weight of the rows that count."""
     query, bias = operands[blocks[0].query], blocks[0].bias
     rows, columns = query.shape[0], operands[blocks[0].key].shape[0]
     row_weight = query.new_ones(rows, dtype=scale.dtype) if weight is None else weight.detach().to(scale.dtype)

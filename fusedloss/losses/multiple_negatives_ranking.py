@@ -20,7 +20,7 @@ def multiple_negatives_ranking(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Multiple negatives ranking (Henderson et al. 2017), as sentence-transformers' loss of that name, query to document.
+    """Multiple negatives ranking (Henderson et al. 2017) as in sentence-transformers, from query to document.
 
         loss_i = logsumexp over all documents d of scale * s(anchor_i, d)  -  scale * s(anchor_i, positive_i)
 
