@@ -191,9 +191,7 @@ def exp(z, sim, RowFactor, ColFactor, offs_m, offs_n, pid_m, pid_n, M, N, args):
         target_sim = tl.load(args.TargetSim + offs_m, mask=offs_m < M, other=0.0)
         q = tl.sum(e * (sim - target_sim[:, None]), axis=1)
         tl.store(args.Q + row, q, mask=offs_m < M)
-    _store_tile(
-        args.Out, args.stride_om, args.stride_on, e, RowFactor, ColFactor, offs_m, offs_n, M, N
-    )
+    _store_tile(args.Out, args.stride_om, args.stride_on, e, RowFactor, ColFactor, offs_m, offs_n, M, N)
 
 
 class GradArgs(NamedTuple):
@@ -243,6 +241,4 @@ def grad(z, sim, RowFactor, ColFactor, offs_m, offs_n, pid_m, pid_n, M, N, args)
     if args.Q is not None:
         tl.store(args.Q + pid_n.to(tl.int64) * M + offs_m, q, mask=mask_m)
     dz *= args.gain
-    _store_tile(
-        args.Out, args.stride_om, args.stride_on, dz, RowFactor, ColFactor, offs_m, offs_n, M, N
-    )
+    _store_tile(args.Out, args.stride_om, args.stride_on, dz, RowFactor, ColFactor, offs_m, offs_n, M, N)

@@ -41,6 +41,7 @@ def compiled():
         yield {capability: pool.submit(compile_all, capability) for capability in LIMITS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", LIMITS)
 def test_kernels_compile_within_the_resources(compiled: dict[int, Future], capability: int):
     shared_limit, instruction = LIMITS[capability]

@@ -131,9 +131,7 @@ def grad_rows(
         q = _row_table(strip, config) if wants_q else None
         if q is not None:
             qs.append(q)
-        args = _softmax().GradArgs(
-            out, *out.stride(), gain(problem), *rows, *(columns or (None, None, None)), q
-        )
+        args = _softmax().GradArgs(out, *out.stride(), gain(problem), *rows, *(columns or (None, None, None)), q)
         _launch(_softmax().grad, strip, args, config)
     return torch.cat(qs).sum(0) if qs else None
 
