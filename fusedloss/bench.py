@@ -8,6 +8,7 @@ process. A racer whose gradient error exceeds 1e-2 is shown and marked, not rank
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import json
 import os
 import platform
@@ -271,11 +272,9 @@ def claim(text: str, measured: float, required: float | None, at_least: bool = F
 def environment() -> dict[str, Any]:
     """What a figure depends on."""
     try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
     cuda = torch.cuda.is_available()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -286,7 +285,7 @@ def environment() -> dict[str, Any]:
         "fusedloss": fusedloss.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton_version,
+        "triton": triton,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
 
@@ -331,7 +330,8 @@ def plot(path: Path, rows: list[dict], title: str) -> None:
                 axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
         axis.set(xscale="log", yscale="log", xlabel="batch size N", ylabel=label)
         axis.grid(True, which="both", alpha=0.2)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)

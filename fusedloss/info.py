@@ -10,7 +10,7 @@ import torch
 
 import fusedloss
 
-from .backends import BACKENDS, select
+from .backends import BACKENDS, cuda, select
 from .problem import Block, Problem
 
 
@@ -34,13 +34,13 @@ def lines() -> list[str]:
         f"torch      {torch.__version__}",
         f"triton     {version('triton')}",
     ]
-    try:
-        from . import _C
-
-        built = ", ".join(f"{key} {value}" for key, value in _C.build_info().items())
-    except ImportError:
-        built = "not built (nvcc not found at installation)"
-    found.append(f"_C         {built}")
+    built = cuda.build_info()
+    how = (
+        "not built (nvcc not found at installation)"
+        if built is None
+        else f"CUDA {built['cuda_version']}, {built['archs']}"
+    )
+    found.append(f"_C         {how}")
     for name in ("FUSEDLOSS_BACKEND", "FUSEDLOSS_CHECK"):
         found.append(f"{name}={os.environ.get(name, '')}" + ("" if name in os.environ else "(not set)"))
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]

@@ -79,6 +79,7 @@ class _Sweep:
         ]
         self.scale_grad = torch.zeros_like(problem.scale) if wants.scale else None
         self.smoothing = _Smoothing(self) if problem.label_smoothing else None
+        self.gain = self._gain() if backend.workspace_dtype(problem) == torch.float16 else None
 
     def run(self) -> Result:
         if self.problem.symmetric:
@@ -121,9 +122,9 @@ class _Sweep:
         """Where no shift is known to be safe: the row's log-sum-exp first, then dz itself."""
         sums = self.backend.stats_rows(self._strips(chunk)).settle(self.target_score[chunk])
         rows = self._softmax(sums, self.target_score[chunk], self._weight(chunk), self.target_sim[chunk])
-        q = self.backend.grad_rows(self.problem, self._strips(chunk), outs, rows)
+        q = self.backend.grad_rows(self._strips(chunk), outs, rows, None, self.gain)
         entry = self.problem.label_smoothing * self._weight(chunk) - rows.weight * sums.total
-        self._patch_target(chunk, outs[0], entry * self.backend.gain(self.problem))
+        self._patch_target(chunk, outs[0], entry if self.gain is None else entry * self.gain)
         self._contract(chunk, outs, None)
         if q is not None and self.scale_grad is not None:
             self.scale_grad += q.sum()
@@ -147,9 +148,9 @@ class _Sweep:
                 outs = self._outs(workspace, chunk)
                 sums = row_sums.at(chunk)
                 rows = self._softmax(sums, score[chunk], weight[chunk], self.target_sim[chunk])
-                q = self.backend.grad_rows(self.problem, self._strips(chunk), outs, rows, columns)
+                q = self.backend.grad_rows(self._strips(chunk), outs, rows, columns, self.gain)
                 entry = -(rows.weight * sums.total + columns.weight[chunk] * column_sums.total[chunk])
-                self._patch_target(chunk, outs[0], entry * self.backend.gain(self.problem))
+                self._patch_target(chunk, outs[0], entry if self.gain is None else entry * self.gain)
                 self._contract(chunk, outs, None)
                 if q is not None and self.scale_grad is not None:
                     self.scale_grad += q.sum()
@@ -191,6 +192,17 @@ class _Sweep:
         if row_factor is not None and col_factor is not None:
             sim = sim * row_factor * col_factor[target]
         return sim
+
+    def _gain(self) -> Tensor:
+        """The power of two that brings the largest possible dz to fp16's upper half: what is small would round to 0.
+
+        |dz| is at most its row's weight times both factors. Computed on the device; undone in fp32 after the GEMMs.
+        """
+        one = torch.ones_like(self.problem.scale)
+        largest = [one if f is None or not len(f) else f.amax() for f in self.factors]
+        factors = torch.stack([largest[block.query] * largest[block.key] for block in self.problem.blocks]).amax()
+        weight = self.problem.weight.abs().amax() if self.problem.rows else one
+        return torch.exp2(torch.floor(15 - torch.log2(factors * weight.clamp_min(2.0**-126))))
 
     def _strips(self, chunk: slice) -> list[Strip]:
         strips = []
@@ -279,8 +291,7 @@ class _Sweep:
 
     def _finish(self) -> tuple[Tensor | None, ...]:
         """Apply what the accumulators left out: the scale, the gain, the smoothing term and the norms' projection."""
-        stores_dz = self.problem.symmetric or not self.backend.can_exp(self.problem)
-        gain = self.backend.gain(self.problem) if stores_dz else 1.0
+        gain = 1.0 if self.gain is None else self.gain
         for block, dbias in zip(self.problem.blocks, self.bias_grads, strict=True):
             if dbias is not None:
                 col_factor = self.factors[block.key]
@@ -377,6 +388,8 @@ def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     elif a.device.type == "cuda":
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif a.dtype == torch.float16:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))  # a CPU's fp16 product is fp16 and overflows under the gain
     else:
         total.add_(torch.mm(a, b))
 

@@ -204,7 +204,7 @@ class GradArgs(NamedTuple):
     Out: Any  # [M, N]
     stride_om: Any
     stride_on: Any
-    gain: Any
+    Gain: Any  # 0-dim or None
     RowShift: Any  # [M]
     RowWeight: Any
     RowTargetSim: Any = None
@@ -240,5 +240,6 @@ def grad(z, sim, RowFactor, ColFactor, offs_m, offs_n, pid_m, pid_n, M, N, args)
             q += tl.sum(p * (sim - target_sim[None, :]), axis=1)
     if args.Q is not None:
         tl.store(args.Q + pid_n.to(tl.int64) * M + offs_m, q, mask=mask_m)
-    dz *= args.gain
+    if args.Gain is not None:
+        dz *= tl.load(args.Gain)
     _store_tile(args.Out, args.stride_om, args.stride_on, dz, RowFactor, ColFactor, offs_m, offs_n, M, N)

@@ -15,11 +15,11 @@ import tempfile
 
 import torch
 import triton
+from fusedloss.kernels import softmax
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusedloss.backends import triton as backend
-from fusedloss.kernels import softmax
 from fusedloss.problem import Block, Problem, Softmax, Strip
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
@@ -44,6 +44,7 @@ def launches(mode: str, dtype: torch.dtype, size: int) -> None:
     out = empty(size, size, kind=dtype)
     with_q = Softmax(vector, vector, vector)
     without_q = Softmax(vector, vector, None)
+    gain = empty() if dtype == torch.float16 else None
     match mode:
         case "stats":
             backend.stats_rows([strip])
@@ -54,13 +55,13 @@ def launches(mode: str, dtype: torch.dtype, size: int) -> None:
         case "exp, q":
             backend.exp_rows(problem, [strip], [out], vector)
         case "grad":
-            backend.grad_rows(problem, [strip], [out], without_q)
+            backend.grad_rows([strip], [out], without_q, None, gain)
         case "grad, q":
-            backend.grad_rows(problem, [strip], [out], with_q)
+            backend.grad_rows([strip], [out], with_q, None, gain)
         case "grad, columns":
-            backend.grad_rows(problem, [strip], [out], without_q, without_q)
+            backend.grad_rows([strip], [out], without_q, without_q, gain)
         case "grad, columns, q":
-            backend.grad_rows(problem, [strip], [out], with_q, with_q)
+            backend.grad_rows([strip], [out], with_q, with_q, gain)
 
 
 MODES = (

@@ -180,3 +180,23 @@ def test_the_environment_overrides_auto_only(monkeypatch):
 
 def test_unsupported_is_a_not_implemented_error():
     assert issubclass(fusedloss.UnsupportedError, NotImplementedError)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("norm", [0.003, 1.0, 300.0])
+@pytest.mark.parametrize("weight", [1e-4, 1.0, 5.0])
+def test_fp16_keeps_its_range_whatever_the_norms_and_weights(backend, norm, weight):
+    """dz goes through an fp16 workspace: short rows (large 1/norm) and weights above 2 must not overflow it."""
+    query, key = (norm * x for x in testing.inputs("random", 40, 50, 24, torch.float16))
+    skip_if_unsupported(backend, query)
+
+    def rows(q, k, backend):
+        options = {"weight": torch.full((40,), weight), "normalize": True, "reduction": "sum"}
+        return fusedloss.info_nce(q, k, backend=backend, **options)
+
+    found = testing.value_and_gradients(lambda q, k: 64 * norm * rows(q, k, backend), [query, key])
+    wanted = testing.value_and_gradients(
+        lambda q, k: 64 * norm * rows(q, k, "reference"), [query.double(), key.double()]
+    )
+    for a, b in zip(found, wanted, strict=True):
+        assert ((a.double() - b).norm() / b.norm()) < 5e-3

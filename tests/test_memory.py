@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from fusedloss import measure, testing
 from fusedloss.bench import Point, memory
 

@@ -5,11 +5,10 @@ primitives that the driver in `sweep.py` calls on one row chunk:
 
     can_exp(problem)             whether `exp_rows` may be used: it finds, or the host knows, a safe shift
     workspace_dtype(problem)     dtype of the bounded workspace
-    gain(problem)                factor on dz before it is rounded into the workspace (fp16: 2**15), undone afterwards
     stats_rows(strips)                                   -> RowSums
     stats_rows_and_columns(strip)                        -> RowSums, RowSums
     exp_rows(problem, strips, outs, target_sim)          -> RowSums, q     writes E = exp(z - shift)
-    grad_rows(problem, strips, outs, rows, columns)      -> q              writes dz
+    grad_rows(strips, outs, rows, columns, gain)         -> q              writes dz * gain
 
 Both writers store `value * row_factor * col_factor`, multiplied before rounding, and 0 at the target.
 `reference` materialises the logits and is ordinary differentiable torch: `loss_rows(problem)`.

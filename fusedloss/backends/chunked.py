@@ -35,10 +35,6 @@ def workspace_dtype(problem: Problem) -> torch.dtype:
     return stats_dtype(problem.dtype)
 
 
-def gain(problem: Problem) -> float:
-    return 1.0
-
-
 def _tiles(strip: Strip) -> Iterator[slice]:
     for start in range(0, strip.y.shape[0], TILE_COLUMNS):
         yield slice(start, min(start + TILE_COLUMNS, strip.y.shape[0]))
@@ -201,9 +197,9 @@ def exp_rows(
 
 
 def grad_rows(
-    problem: Problem, strips: list[Strip], outs: list[Tensor], rows: Softmax, columns: Softmax | None = None
+    strips: list[Strip], outs: list[Tensor], rows: Softmax, columns: Softmax | None, gain: Tensor | None
 ) -> Tensor | None:
-    """Write `dz`; return `sum_{j != t} dz_ij (sim_ij - target's)` per row where the scale's gradient is wanted."""
+    """Write `dz * gain`; return `sum_{j != t} dz_ij (sim_ij - target's)` where the scale's gradient is wanted."""
     count = strips[0].x.shape[0]
     q = None if rows.target_sim is None else torch.zeros_like(rows.shift)
     buffers = [_tile_buffer(strips) for _ in range(3)]
@@ -225,6 +221,8 @@ def grad_rows(
                     dz.add_(p)
                 if q is not None and softmax.target_sim is not None:
                     q += (p * (sim - softmax.target_sim)).sum(1)
+            if gain is not None:
+                dz.mul_(gain)
             _factors_(dz, strip, tile)
     return q
 

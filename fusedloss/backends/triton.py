@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ..kernels.config import Config
 
 MIN_TRITON = (3, 6)
-FP16_GAIN = 2.0**15  # lifts dz, at most 1 for unit weights, to the top of fp16's range
 # exp(-69) = 1e-30 is the smallest row sum whose inverse, and products with x, stay normal numbers.
 LOWEST_EXPONENT = 69.0
 SAFE_SCALE = 59.0  # up to here exp_rows' exponents lie within [-69, 49]
@@ -31,6 +30,8 @@ SAFE_SCALE = 59.0  # up to here exp_rows' exponents lie within [-69, 49]
 def why_not(problem: Problem) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if importlib.util.find_spec("fusedloss.kernels") is None:
+        return "fusedloss.kernels is missing: the package runs from a checkout that is not installed (pip install -e .)"
     import triton
 
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
@@ -52,10 +53,6 @@ def why_not(problem: Problem) -> str | None:
 
 def workspace_dtype(problem: Problem) -> torch.dtype:
     return problem.dtype
-
-
-def gain(problem: Problem) -> float:
-    return FP16_GAIN if problem.dtype == torch.float16 else 1.0
 
 
 def can_exp(problem: Problem) -> bool:
@@ -117,11 +114,7 @@ def exp_rows(
 
 
 def grad_rows(
-    problem: Problem,
-    strips: list[Strip],
-    outs: list[Tensor],
-    rows: Softmax,
-    columns: Softmax | None = None,
+    strips: list[Strip], outs: list[Tensor], rows: Softmax, columns: Softmax | None, gain: Tensor | None
 ) -> Tensor | None:
     """Write gain * dz. q_i = sum_{j != t} dz_ij (sim_ij - target's), where targets are given."""
     wants_q = rows.target_sim is not None
@@ -131,7 +124,7 @@ def grad_rows(
         q = _row_table(strip, config) if wants_q else None
         if q is not None:
             qs.append(q)
-        args = _softmax().GradArgs(out, *out.stride(), gain(problem), *rows, *(columns or (None, None, None)), q)
+        args = _softmax().GradArgs(out, *out.stride(), gain, *rows, *(columns or (None, None, None)), q)
         _launch(_softmax().grad, strip, args, config)
     return torch.cat(qs).sum(0) if qs else None
 
