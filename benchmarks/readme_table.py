@@ -1,4 +1,4 @@
-"""Writes the README's performance tables from the committed results. `--check` only says whether they are up to date."""
+"""Writes the README's performance tables from the committed results. `--check` says whether they are up to date."""
 
 from __future__ import annotations
 

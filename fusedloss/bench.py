@@ -29,6 +29,8 @@ from torch.nn import functional as F
 import fusedloss
 
 from . import measure, sweep, testing
+from .backends import BACKENDS
+from .info import probe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 MARKED_ERROR = 1e-2
@@ -83,9 +85,25 @@ def losses(point: Point) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
                 torch.arange(q.shape[0], device=q.device),
                 options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK),
             )
+    fused = racers["fusedloss"]
+    if point.device == "cuda" and BACKENDS["triton"].why_not(probe("cuda", DTYPES[point.dtype])) is None:
+        racers["fusedloss triton"] = lambda q, k: _with_backend("triton", fused, q, k)
     racers["eager"] = eager
     racers["torch.compile"] = torch.compile(eager, dynamic=False)
     return racers
+
+
+def _with_backend(name: str, loss: Callable[[Tensor, Tensor], Tensor], query: Tensor, key: Tensor) -> Tensor:
+    """`loss` under FUSEDLOSS_BACKEND, the switch its users have."""
+    before = os.environ.get("FUSEDLOSS_BACKEND")
+    os.environ["FUSEDLOSS_BACKEND"] = name
+    try:
+        return loss(query, key)
+    finally:
+        if before is None:
+            del os.environ["FUSEDLOSS_BACKEND"]
+        else:
+            os.environ["FUSEDLOSS_BACKEND"] = before
 
 
 def forward(loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
@@ -108,18 +126,20 @@ def forward_backward(loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
 def floor(point: Point) -> Step:
     """The bare products: S = x y^T (twice for CLIP, whose normalisers must be known first), dx += S y, dy += S^T x."""
     columns, dtype = point.n, DTYPES[point.dtype]
-    rows = min(CHUNK, max(sweep.MIN_ROWS, sweep.WORKSPACE_BYTES["cpu"] // (4 * columns)), point.n)
+    stored = 4 if point.device == "cpu" else dtype.itemsize  # a CPU's workspace is fp32 for 16-bit inputs too
+    budget, most = sweep.WORKSPACE_BYTES[point.device], sweep.MAX_ROWS[point.device]
+    rows = min(most, max(sweep.MIN_ROWS, budget // (stored * columns)), point.n)
 
     def step(query: Tensor, key: Tensor) -> None:
         space = torch.empty(rows, columns, dtype=dtype, device=query.device)
-        dx, dy = torch.empty_like(query), torch.zeros_like(key)
+        dx, dy = torch.empty_like(query), torch.zeros(key.shape, device=key.device)  # dy accumulates in fp32
         for start in range(0, point.n, rows):
             chunk = slice(start, min(start + rows, point.n))
             s = space[: chunk.stop - chunk.start]
             for _ in range(2 if point.loss == "clip" else 1):
                 torch.mm(query[chunk], key.T, out=s)
             torch.mm(s, key, out=dx[chunk])
-            dy.addmm_(s.T, query[chunk])
+            sweep.add_mm(dy, s.T, query[chunk])
 
     return step
 
@@ -323,12 +343,16 @@ def plot(path: Path, rows: list[dict], title: str) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     panels = [("seconds", "seconds, forward + backward", 1), ("memory_bytes", "MiB above inputs and gradients", 2**20)]
+    sizes = sorted({row["n"] for row in rows})
     for axis, (key, label, unit) in zip(axes, panels, strict=True):
-        for name in dict.fromkeys(row["racer"] for row in rows):
+        for number, name in enumerate(dict.fromkeys(row["racer"] for row in rows)):
             points = [(row["n"], row[key] / unit) for row in rows if row["racer"] == name and row.get(key)]
+            look = {"color": "grey", "linestyle": "--"} if name == "floor" else {"color": f"C{number}", "marker": "o"}
             if points:
-                axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+                axis.plot(*zip(*sorted(points), strict=True), label=name, **look)
         axis.set(xscale="log", yscale="log", xlabel="batch size N", ylabel=label)
+        axis.set_xticks(sizes, [str(n) for n in sizes])
+        axis.set_xticks([], minor=True)
         axis.grid(True, which="both", alpha=0.2)
         if axis.lines:
             axis.legend()
