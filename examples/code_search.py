@@ -313,11 +313,10 @@ def plot(results: dict, budget: float, device: str, path: str) -> None:
     figure.suptitle(f"InfoNCE, forward and backward, D = {DIM}, on {device}")
     panels = ((1, GIB, "peak memory of the step (GiB)"), (0, 1, "time of the step (s)"))
     for axis, (field, unit, label) in zip(axes, panels, strict=True):
-        for name, style, colour in (("eager", "s--", "tab:red"), ("fused", "o-", "tab:blue")):
-            points = [(batch, values[field] / unit) for batch, values in results[name].items()]
-            axis.plot(
-                *zip(*points), style, color=colour, label={"eager": "eager torch"}.get(name, "fusedloss.info_nce")
-            )
+        lines = (("eager", "s--", "tab:red", "eager torch"), ("fused", "o-", "tab:blue", "fusedloss.info_nce"))
+        for name, style, colour, label_of_line in lines:
+            values = [value[field] / unit for value in results[name].values()]
+            axis.plot(list(results[name]), values, style, color=colour, label=label_of_line)
         axis.set(xscale="log", yscale="log", xlabel="batch (pairs)", ylabel=label)
         axis.set_xticks(list(results["fused"]), [str(batch) for batch in results["fused"]])
         axis.xaxis.set_minor_locator(NullLocator())
