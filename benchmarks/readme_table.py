@@ -1,4 +1,4 @@
-"""Writes the README's performance tables from the committed results. `--check` says whether they are up to date."""
+"""Writes the README's performance tables from the committed results. `--check` only says if they are up to date."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def race() -> str:
 
     def cells(row: dict) -> list[str]:
         if "seconds" not in row:
-            return [str(row["n"]), row["racer"], "", "", "", "", row["note"]]
+            return [str(row["n"]), row["racer"], "", "", "", "", row.get("note", "")]
         memory = row.get("memory_bytes")
         error = row.get("gradient_error")
         return [

@@ -25,9 +25,13 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one")
     bench.add_argument("--rounds", type=_positive, default=5, help="interleaved rounds; medians are shown")
-    bench.add_argument("--racers", nargs="+", help="only these, by the names in the table")
+    bench.add_argument("--racers", nargs="+", help="only these, by the names in the table; also fusedloss:BACKEND")
     bench.add_argument("--no-memory", action="store_true", help="skip the memory runs, each a fresh process")
-    bench.add_argument("--claims", action="store_true", help="check the figures the README promises for a CPU")
+    bench.add_argument(
+        "--claims",
+        action="store_true",
+        help="check the figures the README promises for a CPU; of the other options only --rounds and --out count",
+    )
     bench.add_argument("--out", help="folder for JSON, CSV and PNG")
     bench.add_argument("--name", default="bench", help="their file name")
     return top
@@ -42,16 +46,12 @@ def _positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    arguments.command_line = list(sys.argv[1:] if argv is None else argv)
     if arguments.command == "info":
         from .info import lines
 
         print("\n".join(lines()))
         return 0
-    try:
-        import rich  # noqa: F401
-    except ImportError:
-        print(f"{arguments.command} needs rich and matplotlib: pip install 'fusedloss[bench]'", file=sys.stderr)
-        return 2
     if arguments.command == "check":
         from .check import main as check
 

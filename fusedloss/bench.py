@@ -2,7 +2,7 @@
 
 The floor is the three matrix products that the gradient needs (four for CLIP), in the chunks that fusedloss uses: what
 a perfect epilogue would cost. Memory is what a step needs on top of its inputs and gradients, each racer in a fresh
-process. A racer whose gradient error exceeds 1e-2 is shown and marked, not ranked.
+process. A racer whose gradient error exceeds 1e-2 is shown and marked, not ranked; one that would not fit is not run.
 """
 
 from __future__ import annotations
@@ -12,30 +12,35 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.utils
+import torch._inductor.config
 from torch import Tensor
 from torch.nn import functional as F
 
 import fusedloss
 
-from . import measure, sweep, testing
+from . import measure, show, sweep, testing
 from .backends import BACKENDS
-from .info import probe
+from .info import cpu_name, picked, probe
+from .show import Tick
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 MARKED_ERROR = 1e-2
 ERROR_ROWS = 2048  # the gradient error is measured on a smaller batch of the same kind: fp64 at N = 16384 takes minutes
-CHUNK = 1024
+PEER_CHUNK = 1024  # rows a chunk of F.linear_cross_entropy
+MATERIALISING = ("eager", "torch.compile", "fusedloss:reference")
 
 
 @dataclass(frozen=True)
@@ -57,33 +62,42 @@ class Point:
 
     @property
     def eager_bytes(self) -> int:
-        """What eager holds at its peak: the logits, their log-softmax and its gradient (three matrices)."""
-        return 3 * self.n * self.n * DTYPES[self.dtype].itemsize
+        """What eager holds at its peak: the logits, their log-softmax and its gradient, in fp32 for 16-bit inputs."""
+        return 3 * self.n * self.n * max(4, DTYPES[self.dtype].itemsize)
 
 
+Loss = Callable[[Tensor, Tensor], Tensor]
 Step = Callable[[Tensor, Tensor], Any]
-Tick = Callable[[str], None]  # is told what happens next
 
 
-def losses(point: Point) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Every racer's loss as a function of (query, key)."""
+def fused(point: Point, backend: str) -> Loss:
     t = point.temperature
-    racers: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
     if point.loss == "clip":
-        racers["fusedloss"] = lambda q, k: fusedloss.clip(q, k, 1 / t)
+        return lambda q, k: fusedloss.clip(q, k, 1 / t, backend=backend)
+    if point.loss == "multiple_negatives_ranking":
+        return lambda q, k: fusedloss.multiple_negatives_ranking(q, k, scale=1 / t, backend=backend)
+    return lambda q, k: fusedloss.info_nce(q, k, temperature=t, backend=backend)
+
+
+def losses(point: Point) -> dict[str, Loss]:
+    """Every racer's loss as a function of (query, key). `fusedloss` is the backend that auto picks."""
+    t = point.temperature
+    racers = {"fusedloss": fused(point, "auto")}
+    for backend, module in BACKENDS.items():
+        if module.why_not(probe(point.device, DTYPES[point.dtype])) is None:
+            racers[f"fusedloss:{backend}"] = fused(point, backend)
+    if point.loss == "clip":
         eager = lambda q, k: testing.eager_clip(q, k, 1 / t)
     elif point.loss == "multiple_negatives_ranking":
-        racers["fusedloss"] = lambda q, k: fusedloss.multiple_negatives_ranking(q, k, scale=1 / t)
         eager = lambda q, k: testing.eager_multiple_negatives_ranking(q, k, scale=1 / t)
     else:
-        racers["fusedloss"] = lambda q, k: fusedloss.info_nce(q, k, temperature=t)
         eager = lambda q, k: testing.eager_info_nce(q, k, t)
         if hasattr(F, "linear_cross_entropy"):
             racers["F.linear_cross_entropy"] = lambda q, k: F.linear_cross_entropy(
                 q / t,
                 k,
                 torch.arange(q.shape[0], device=q.device),
-                options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK),
+                options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=PEER_CHUNK),
             )
     fused = racers["fusedloss"]
     if point.device == "cuda" and BACKENDS["triton"].why_not(probe("cuda", DTYPES[point.dtype])) is None:
@@ -93,20 +107,19 @@ def losses(point: Point) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     return racers
 
 
-def _with_backend(name: str, loss: Callable[[Tensor, Tensor], Tensor], query: Tensor, key: Tensor) -> Tensor:
-    """`loss` under FUSEDLOSS_BACKEND, the switch its users have."""
-    before = os.environ.get("FUSEDLOSS_BACKEND")
-    os.environ["FUSEDLOSS_BACKEND"] = name
-    try:
-        return loss(query, key)
-    finally:
-        if before is None:
-            del os.environ["FUSEDLOSS_BACKEND"]
-        else:
-            os.environ["FUSEDLOSS_BACKEND"] = before
+def entered(point: Point, only: set[str] | None) -> dict[str, Loss]:
+    """The racers named, or by default each implementation once: no oracle, and no interpreted kernel."""
+    racers = losses(point)
+    if only is not None:
+        return {name: loss for name, loss in racers.items() if name in only}
+    picks = picked(probe(point.device, DTYPES[point.dtype]))
+    left_out = {f"fusedloss:{picks}", "fusedloss:reference"} | (
+        {"fusedloss:triton"} if point.device == "cpu" else set()
+    )
+    return {name: loss for name, loss in racers.items() if name not in left_out}
 
 
-def forward(loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
+def forward(loss: Loss) -> Step:
     def step(query: Tensor, key: Tensor) -> None:
         with torch.no_grad():
             loss(query, key)
@@ -114,7 +127,7 @@ def forward(loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
     return step
 
 
-def forward_backward(loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
+def forward_backward(loss: Loss) -> Step:
     def step(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
         leaves = [query.detach().requires_grad_(), key.detach().requires_grad_()]
         loss(*leaves).backward()
@@ -123,12 +136,17 @@ def forward_backward(loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
     return step
 
 
+def floor_rows(point: Point) -> int:
+    """Rows a chunk, as the sweep sizes them: fewer, larger products are faster, so the floor must not have smaller."""
+    dtype, device = DTYPES[point.dtype], torch.device(point.device).type
+    itemsize = max(4, dtype.itemsize) if device == "cpu" else dtype.itemsize
+    rows = min(sweep.MAX_ROWS[device], sweep.WORKSPACE_BYTES[device] // (itemsize * point.n))
+    return min(max(sweep.MIN_ROWS, rows // sweep.MIN_ROWS * sweep.MIN_ROWS), point.n)
+
+
 def floor(point: Point) -> Step:
     """The bare products: S = x y^T (twice for CLIP, whose normalisers must be known first), dx += S y, dy += S^T x."""
-    columns, dtype = point.n, DTYPES[point.dtype]
-    stored = 4 if point.device == "cpu" else dtype.itemsize  # a CPU's workspace is fp32 for 16-bit inputs too
-    budget, most = sweep.WORKSPACE_BYTES[point.device], sweep.MAX_ROWS[point.device]
-    rows = min(most, max(sweep.MIN_ROWS, budget // (stored * columns)), point.n)
+    dtype, rows, columns = DTYPES[point.dtype], floor_rows(point), point.n
 
     def step(query: Tensor, key: Tensor) -> None:
         space = torch.empty(rows, columns, dtype=dtype, device=query.device)
@@ -146,21 +164,30 @@ def floor(point: Point) -> Step:
 
 def fits(point: Point, name: str) -> bool:
     """Whether a racer that materialises the logits may be started here at all."""
-    if name not in ("eager", "torch.compile"):
-        return True
-    if point.device == "cpu":
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
-    else:
-        available = torch.cuda.mem_get_info()[0]
-    return point.eager_bytes < 0.6 * available
+    return name not in MATERIALISING or point.eager_bytes < 0.6 * available_bytes(point.device)
+
+
+def available_bytes(device: str) -> int:
+    if device != "cpu":
+        return torch.cuda.mem_get_info()[0]
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")))
+        group = Path("/sys/fs/cgroup")  # a container's own limit
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, StopIteration, ValueError):
+        pass  # another system, no such group, or "max"
+    return min(found, default=8 << 30)
 
 
 def memory(point: Point, name: str) -> int:
     """Bytes a step of this racer needs on top of inputs and gradients. To be run in a fresh process."""
     query, key = point.inputs()
     loss = losses(point)[name]
-    small = Point(**{**asdict(point), "n": 64}).inputs()
-    forward_backward(loss)(*small)  # loads libraries, compiles: not the step's memory
+    # Loading libraries and compiling is not the step's memory. Compiled code knows one size only.
+    warm = (query, key) if name == "torch.compile" else Point(**{**asdict(point), "n": 64}).inputs()
+    forward_backward(loss)(*warm)
     step = forward_backward(loss)
     gradients = 2 * query.numel() * query.element_size()
     return measure.peak_memory(lambda: step(query, key), point.device) - gradients
@@ -170,94 +197,140 @@ def gradient_error(point: Point, name: str) -> float:
     """||gradient - fp64|| / ||fp64||, the worse of the two sides, on a batch small enough for fp64."""
     query, key = point.inputs(min(point.n, ERROR_ROWS))
     found = forward_backward(losses(point)[name])(query, key)
-    t = point.temperature
-    exact = {
-        "info_nce": lambda q, k: fusedloss.info_nce(q, k, temperature=t, backend="reference"),
-        "clip": lambda q, k: fusedloss.clip(q, k, 1 / t, backend="reference"),
-        "multiple_negatives_ranking": lambda q, k: fusedloss.multiple_negatives_ranking(
-            q, k, scale=1 / t, backend="reference"
-        ),
-    }[point.loss]
-    wanted = forward_backward(exact)(query.double(), key.double())
+    wanted = forward_backward(fused(point, "reference"))(query.double(), key.double())
     return max(((f.double() - w).norm() / w.norm()).item() for f, w in zip(found, wanted, strict=True))
 
 
-def race(point: Point, rounds: int, only: set[str] | None, with_memory: bool, tick: Tick) -> list[dict]:
-    """One row per racer: seconds, ratio to the floor, memory, gradient error; or why it did not run."""
+def steps(point: Point, rounds: int, only: set[str] | None, with_memory: bool) -> int:
+    """How often `race` ticks."""
+    running = sum(fits(point, name) for name in entered(point, only))
+    return running + (2 * running + 1) * rounds + (with_memory + 1) * running
+
+
+def race(
+    point: Point, rounds: int, only: set[str] | None, with_memory: bool, tick: Tick, rows: list[dict]
+) -> list[dict]:
+    """One row per racer: seconds, ratio to the floor, memory, gradient error; or why it did not run.
+
+    Rows are appended to `rows` at the start and filled in as figures come, for whoever interrupts.
+    """
+    # Dynamo keeps 8 graphs of one function, whichever torch.compile call they are from, and runs eager from then on.
+    torch.compiler.reset()
     query, key = point.inputs()
-    racers = {n: f for n, f in losses(point).items() if only is None or n in only}
-    running = {name: loss for name, loss in racers.items() if fits(point, name)}
+    racers = entered(point, only)
+    found: dict[str, dict[str, Any]] = {name: {**asdict(point), "racer": name} for name in ("floor", *racers)}
+    rows += found.values()
+    if "fusedloss" in found:
+        found["fusedloss"]["backend"] = picked(probe(point.device, DTYPES[point.dtype]))
     calls: dict[str, Callable[[], Any]] = {"floor": partial(floor(point), query, key)}
-    for name, loss in running.items():
-        calls[name] = partial(forward_backward(loss), query, key)
-        calls[f"{name} forward"] = partial(forward(loss), query, key)
-    tick(f"{point.loss} N={point.n} time")
-    seconds = measure.time_interleaved(calls, rounds)
-    rows = [{**asdict(point), "racer": "floor", "seconds": seconds["floor"], "ratio": 1.0}]
-    for name in racers:
-        row: dict[str, Any] = {**asdict(point), "racer": name}
-        if name not in running:
-            rows.append({**row, "note": f"not run: needs about {point.eager_bytes / 2**30:.1f} GiB"})
+    for name, loss in racers.items():
+        if not fits(point, name):
+            found[name]["note"] = f"not run: needs about {point.eager_bytes / 2**30:.1f} GiB"
             continue
-        row |= {"seconds": seconds[name], "forward_seconds": seconds[f"{name} forward"]}
-        row["backward_seconds"] = row["seconds"] - row["forward_seconds"]
-        row["ratio"] = seconds[name] / seconds["floor"]
+        tick(f"{point.loss} N={point.n}: first run of {name}")
+        pair = {
+            name: partial(forward_backward(loss), query, key),
+            f"{name} forward": partial(forward(loss), query, key),
+        }
+        try:
+            for call in pair.values():
+                call()
+        except Exception as error:  # out of memory, or a peer that cannot do this: the others still race
+            found[name]["note"] = f"failed: {type(error).__name__}: {error}".splitlines()[0]
+            continue
+        calls |= pair
+    calls["floor"]()
+    samples: dict[str, list[float]] = {}
+    tick(f"{point.loss} N={point.n}: time")
+    for name, taken in measure.samples_interleaved(calls, rounds, warmup=0):
+        samples.setdefault(name, []).append(taken)
+        _fill_in_times(found, samples)
+        tick(f"{point.loss} N={point.n}: time")
+    for name in racers:
+        if name not in calls:
+            continue
+        row = found[name]
         if with_memory:
-            tick(f"{point.loss} N={point.n} memory of {name}")
+            tick(f"{point.loss} N={point.n}: memory of {name}")
             row["memory_bytes"] = measure.isolated(memory, point, name)
-        tick(f"{point.loss} N={point.n} error of {name}")
-        row["gradient_error"] = gradient_error(point, name)
+        tick(f"{point.loss} N={point.n}: error of {name}")
+        row["gradient_error"], row["gradient_error_rows"] = gradient_error(point, name), min(point.n, ERROR_ROWS)
         if not row["gradient_error"] <= MARKED_ERROR:
             row["note"] = f"not ranked: gradient error above {MARKED_ERROR}"
-        rows.append(row)
     return rows
+
+
+def _fill_in_times(found: dict[str, dict[str, Any]], samples: dict[str, list[float]]) -> None:
+    """Medians and ranges. `backward_seconds` is what gradients add to a loss computed without them."""
+    median = {name: statistics.median(taken) for name, taken in samples.items()}
+    for name, row in found.items():
+        if name in median:
+            row["seconds"], row["rounds"] = median[name], len(samples[name])
+            row["seconds_min"], row["seconds_max"] = min(samples[name]), max(samples[name])
+            if "floor" in median:
+                row["ratio"] = median[name] / median["floor"]
+        if name in median and f"{name} forward" in median:
+            row["forward_seconds"] = median[f"{name} forward"]
+            row["backward_seconds"] = median[name] - row["forward_seconds"]
 
 
 # The claims of the README, checked in one run -------------------------------------------------------------------------
 
 
-def cpu_claims(rounds: int, tick: Tick) -> list[dict]:
-    """Claim, measured, required, held: the figures that the project promises for a CPU."""
+def cpu_claims(rounds: int, tick: Tick, claims: list[dict], samples: dict[str, list[float]]) -> None:
+    """Appends claim, measured, required, held: the figures that the project promises for a CPU."""
     base = Point(n=16384)
     cold, narrow = Point(n=16384, temperature=1e-3), Point(n=16384, dtype="bf16")
     query, key = base.inputs()
     short_query, short_key = narrow.inputs()
     scale = torch.tensor(base.temperature, requires_grad=True)
-    fused, peer = losses(base)["fusedloss"], losses(base).get("F.linear_cross_entropy")
+    racers = losses(base)
     calls = {
         "floor": partial(floor(base), query, key),
-        "fp32": partial(forward_backward(fused), query, key),
+        "fp32": partial(forward_backward(racers["fusedloss"]), query, key),
         "cold": partial(forward_backward(losses(cold)["fusedloss"]), query, key),
         "learnable": partial(forward_backward(partial(fusedloss.info_nce, temperature=scale)), query, key),
         "bf16": partial(forward_backward(losses(narrow)["fusedloss"]), short_query, short_key),
     }
-    if peer is not None:
-        calls["F.linear_cross_entropy"] = partial(forward_backward(peer), query, key)
+    if "F.linear_cross_entropy" in racers:
+        calls["F.linear_cross_entropy"] = partial(forward_backward(racers["F.linear_cross_entropy"]), query, key)
     tick("N=16384: time")
-    seconds = measure.time_interleaved(calls, rounds)
-    table = [
-        claim("N=16384 D=384 fp32: time over the three bare products", seconds["fp32"] / seconds["floor"], 1.10),
+    try:
+        for name, taken in measure.samples_interleaved(calls, rounds):
+            samples.setdefault(name, []).append(taken)
+            tick("N=16384: time")
+    finally:
+        if len(samples) == len(calls):
+            claims += _time_claims({name: statistics.median(taken) for name, taken in samples.items()})
+    for n in (32768, 65536):
+        point = Point(n=n)
+        tick(f"N={n}: memory")
+        mib = measure.isolated(memory, point, "fusedloss") / 2**20
+        eager = f"eager, computed: {point.eager_bytes / 2**30:.0f} GiB"
+        claims.append(claim(f"N={n} D=384 fp32: MiB above inputs and gradients ({eager})", mib, 128))
+    tick("torch.compile at N=65536")
+    first, again, graphs = measure.isolated(compile_times)
+    claims.append(claim("torch.compile(fullgraph=True) at N=65536 D=64: seconds of the first call", first, 30))
+    claims.append(claim("for comparison, seconds of a compiled step at N=49152", again, None))
+    claims.append(claim("graphs compiled for two batch sizes", graphs, 1))
+
+
+CLAIM_CALLS = 6
+
+
+def _time_claims(seconds: dict[str, float]) -> list[dict]:
+    found = [claim("N=16384 D=384 fp32: time over the three bare products", seconds["fp32"] / seconds["floor"], 1.10)]
+    if "F.linear_cross_entropy" in seconds:
+        ratio = seconds["fp32"] / seconds["F.linear_cross_entropy"]
+        found.append(claim("time over F.linear_cross_entropy with chunking", ratio, 1.0))
+    return [
+        *found,
         claim("temperature 1e-3: time over that at 0.05", seconds["cold"] / seconds["fp32"], 1.3),
         claim("bf16: times faster than fp32, logits in fp32", seconds["fp32"] / seconds["bf16"], 1.8, at_least=True),
         claim(
             "with a learnable temperature: time over the bare products", seconds["learnable"] / seconds["floor"], None
         ),
     ]
-    if peer is not None:
-        ratio = seconds["fp32"] / seconds["F.linear_cross_entropy"]
-        table.insert(1, claim("time over F.linear_cross_entropy with chunking", ratio, 1.0))
-    for n in (32768, 65536):
-        point = Point(n=n)
-        tick(f"N={n}: memory")
-        mib = measure.isolated(memory, point, "fusedloss") / 2**20
-        eager = point.eager_bytes / 2**30
-        table.append(claim(f"N={n} D=384 fp32: MiB above inputs and gradients (eager: {eager:.0f} GiB)", mib, 128))
-    tick("torch.compile at N=65536")
-    first, again, graphs = measure.isolated(compile_times)
-    table.append(claim("torch.compile(fullgraph=True) at N=65536 D=64: seconds of the first call", first, 30))
-    table.append(claim("of these, seconds of a step at another N", again, None))
-    table.append(claim("graphs compiled for two batch sizes", graphs, 1))
-    return [*table, {"claim": "seconds", "measured": seconds, "required": None, "held": None}]
 
 
 def compile_times() -> tuple[float, float, int]:
@@ -265,6 +338,7 @@ def compile_times() -> tuple[float, float, int]:
 
     D = 64: at 384 the matrix products alone take longer than the bound.
     """
+    torch._inductor.config.force_disable_caches = True  # else a second run would find the first one's code on disk
     torch._dynamo.utils.counters.clear()
 
     def loss(query: Tensor, key: Tensor) -> Tensor:
@@ -298,15 +372,17 @@ def environment() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"),
-        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "cpu": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         "threads": torch.get_num_threads(),
         "fusedloss": fusedloss.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton,
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
 
 
@@ -317,12 +393,13 @@ def _output(*command: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def _commit() -> str | None:
+    """The checkout's that this file is tracked in, "-dirty" where it has changes; None for an installed package."""
+    here = Path(__file__)
+    git = ("git", "-C", str(here.parent))
+    if _output(*git, "ls-files", here.name) != here.name:
+        return None
+    return _output(*git, "describe", "--always", "--dirty", "--exclude=*")
 
 
 def write_csv(path: Path, rows: Iterable[dict]) -> None:
@@ -343,17 +420,22 @@ def plot(path: Path, rows: list[dict], title: str) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     panels = [("seconds", "seconds, forward + backward", 1), ("memory_bytes", "MiB above inputs and gradients", 2**20)]
+    lines = list(dict.fromkeys((row["racer"], row["temperature"]) for row in rows))
     sizes = sorted({row["n"] for row in rows})
     for axis, (key, label, unit) in zip(axes, panels, strict=True):
-        for number, name in enumerate(dict.fromkeys(row["racer"] for row in rows)):
-            points = [(row["n"], row[key] / unit) for row in rows if row["racer"] == name and row.get(key)]
-            look = {"color": "grey", "linestyle": "--"} if name == "floor" else {"color": f"C{number}", "marker": "o"}
+        for number, (racer, temperature) in enumerate(lines):
+            mine = [row for row in rows if (row["racer"], row["temperature"]) == (racer, temperature)]
+            # A log axis has no place for 0: a step that stays within what its process had before.
+            points = sorted((row["n"], row[key] / unit) for row in mine if row.get(key, 0) > 0)
             if points:
-                axis.plot(*zip(*sorted(points), strict=True), label=name, **look)
+                several = len({temperature for _, temperature in lines}) > 1
+                name = f"{racer}, temperature {temperature}" if several else racer
+                style = {"color": f"C{number % 10}", "linestyle": ":" if racer == "floor" else "-"}
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, **style)
         axis.set(xscale="log", yscale="log", xlabel="batch size N", ylabel=label)
         axis.set_xticks(sizes, [str(n) for n in sizes])
-        axis.set_xticks([], minor=True)
-        axis.grid(True, which="both", alpha=0.2)
+        axis.minorticks_off()
+        axis.grid(True, alpha=0.3)
         if axis.lines:
             axis.legend()
     figure.suptitle(title)
@@ -361,82 +443,81 @@ def plot(path: Path, rows: list[dict], title: str) -> None:
     plt.close(figure)
 
 
-def table(title: str, rows: list[dict], columns: dict[str, Callable[[dict], str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def show_claims(claims: list[dict]) -> None:
+    verdict = {True: "yes", False: "NO", None: ""}
+    cells = [[c["claim"], f"{c['measured']:.4g}", c["required"] or "", verdict[c["held"]]] for c in claims]
+    show.table("claims", ["claim", "measured", "required", "held"], cells)
 
-    shown = Table(*columns, title=title)
+
+def show_rows(title: str, rows: list[dict]) -> None:
+    def number(row: dict, key: str, form: str, unit: float = 1) -> str:
+        return form.format(row[key] / unit) if row.get(key) is not None else ""
+
+    cells = []
     for row in rows:
-        shown.add_row(*(cell(row) for cell in columns.values()))
-    Console(width=None if sys.stdout.isatty() else 140).print(shown)
+        spread = f"{row['seconds_min'] * 1e3:.1f} .. {row['seconds_max'] * 1e3:.1f}" if "seconds" in row else ""
+        cells.append(
+            [
+                str(row["n"]),
+                str(row["temperature"]),
+                f"{row['racer']} ({row['backend']})" if "backend" in row else row["racer"],
+                number(row, "forward_seconds", "{:.1f}", 1e-3),
+                number(row, "backward_seconds", "{:.1f}", 1e-3),
+                number(row, "seconds", "{:.1f}", 1e-3),
+                spread,
+                number(row, "ratio", "{:.2f}"),
+                number(row, "memory_bytes", "{:.0f}", 2**20),
+                number(row, "gradient_error", "{:.1e}"),
+                row.get("note", ""),
+            ]
+        )
+    headers = ["N", "temperature", "racer", "forward ms", "backward ms", "both ms", "min .. max", "x floor"]
+    show.table(title, [*headers, "memory MiB", "gradient error", "note"], cells)
 
 
 def main(arguments: Any) -> int:
     """Runs what the command line asks for. Ctrl-C stops the race; what was measured until then is shown and written."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
+    point = Point(arguments.loss, 64, arguments.d, arguments.dtype, 1.0, arguments.kind, arguments.device)
+    points = [replace(point, n=n, temperature=t) for n in arguments.n for t in arguments.temperature]
+    only = set(arguments.racers) if arguments.racers else None
+    if only and (unknown := only - set(losses(point)) - {"floor"}):
+        print(f"--racers {' '.join(sorted(unknown))}: unknown; here are {', '.join(losses(point))}", file=sys.stderr)
+        return 2
+    before = environment()
     rows: list[dict] = []
     claims: list[dict] = []
-    interrupted = False
-    with console.status("starting") as status:
-        tick = lambda text: status.update(text) if console.is_terminal else console.print(text, highlight=False)
-        try:
+    samples: dict[str, list[float]] = {}
+    with_memory, interrupted = not arguments.no_memory, False
+    if arguments.claims:
+        total = CLAIM_CALLS * arguments.rounds + 4
+    else:
+        total = sum(steps(p, arguments.rounds, only, with_memory) for p in points)
+    try:
+        with show.progress(total) as tick:
             if arguments.claims:
-                claims = cpu_claims(arguments.rounds, tick)
+                cpu_claims(arguments.rounds, tick, claims, samples)
             else:
-                for n in arguments.n:
-                    for temperature in arguments.temperature:
-                        point = Point(
-                            arguments.loss,
-                            n,
-                            arguments.d,
-                            arguments.dtype,
-                            temperature,
-                            arguments.kind,
-                            arguments.device,
-                        )
-                        only = set(arguments.racers) if arguments.racers else None
-                        rows += race(point, arguments.rounds, only, not arguments.no_memory, tick)
-        except KeyboardInterrupt:
-            interrupted = True
+                for p in points:
+                    race(p, arguments.rounds, only, with_memory, tick, rows)
+    except KeyboardInterrupt:
+        interrupted = True
+    title = f"{arguments.loss}, D = {arguments.d}, {arguments.dtype}, {arguments.device}"
     if claims:
-        seconds = claims.pop()
-        number = lambda v: f"{v:.4g}"
-        table(
-            "claims",
-            claims,
-            {
-                "claim": lambda r: r["claim"],
-                "measured": lambda r: number(r["measured"]),
-                "required": lambda r: r["required"] or "",
-                "held": lambda r: {True: "yes", False: "NO", None: ""}[r["held"]],
-            },
-        )
-        claims.append(seconds)
+        show_claims(claims)
     if rows:
-        show = lambda key, form, unit=1: lambda r: form.format(r[key] / unit) if r.get(key) is not None else ""
-        table(
-            f"{arguments.loss}, D={arguments.d}, {arguments.dtype}, {arguments.device}",
-            rows,
-            {
-                "N": lambda r: str(r["n"]),
-                "temperature": lambda r: str(r["temperature"]),
-                "racer": lambda r: r["racer"],
-                "forward ms": show("forward_seconds", "{:.1f}", 1e-3),
-                "both ms": show("seconds", "{:.1f}", 1e-3),
-                "x floor": show("ratio", "{:.2f}"),
-                "memory MiB": show("memory_bytes", "{:.0f}", 2**20),
-                "gradient error": show("gradient_error", "{:.1e}"),
-                "note": lambda r: r.get("note", ""),
-            },
-        )
+        show_rows(title, rows)
+    if interrupted:
+        print("interrupted: this is what was measured until then", file=sys.stderr)
     if arguments.out and (rows or claims):
         folder = Path(arguments.out)
         folder.mkdir(parents=True, exist_ok=True)
-        results = {"environment": environment(), "command": sys.argv[1:], "rows": rows, "claims": claims}
+        results = {"environment": before, "command": arguments.command_line, "interrupted": interrupted}
+        results |= {"rows": rows, "claims": claims, "seconds": samples}
         (folder / f"{arguments.name}.json").write_text(json.dumps(results, indent=1) + "\n")
         if rows:
             write_csv(folder / f"{arguments.name}.csv", rows)
-            plot(folder / f"{arguments.name}.png", rows, f"{arguments.loss}, D = {arguments.d}, {arguments.dtype}")
+            try:
+                plot(folder / f"{arguments.name}.png", rows, title)
+            except ImportError:
+                print("no plot without matplotlib: pip install 'fusedloss[bench]'", file=sys.stderr)
     return 130 if interrupted else int(any(c["held"] is False for c in claims))

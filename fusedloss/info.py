@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 
 import torch
 
 import fusedloss
 
 from .backends import BACKENDS, cuda, select
+from .errors import UnsupportedError
 from .problem import Block, Problem
 
 
@@ -41,13 +43,36 @@ def lines() -> list[str]:
         else f"CUDA {built['cuda_version']}, {built['archs']}"
     )
     found.append(f"_C         {how}")
-    for name in ("FUSEDLOSS_BACKEND", "FUSEDLOSS_CHECK"):
-        found.append(f"{name}={os.environ.get(name, '')}" + ("" if name in os.environ else "(not set)"))
+    for name in ("FUSEDLOSS_BACKEND", "FUSEDLOSS_CHECK", "TRITON_INTERPRET"):
+        found.append(f"{name}={os.environ[name]}" if name in os.environ else f"{name} is not set")
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for device in devices:
         problem = probe(device)
-        what = torch.cuda.get_device_name(device) if device != "cpu" else torch.backends.cpu.get_cpu_capability()
-        found.append(f"{device}: {what}, auto picks {select(problem, 'auto')}")
+        found.append(f"{device}: {describe(device)}; auto picks {picked(problem)}")
         for name, module in BACKENDS.items():
             found.append(f"  {name:10} {module.why_not(problem) or 'available'}")
     return found
+
+
+def picked(problem: Problem) -> str:
+    """What `auto` means for `problem`; FUSEDLOSS_BACKEND may name a backend that cannot run it, or none at all."""
+    try:
+        return select(problem, "auto")
+    except (UnsupportedError, ValueError) as error:
+        return f"nothing that runs: {error}"
+
+
+def describe(device: str) -> str:
+    if device == "cpu":
+        threads = torch.get_num_threads()
+        return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' * (threads > 1)}"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -10,6 +10,8 @@ measure memory there as the first large thing a fresh process does. `isolated` r
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import multiprocessing
 import signal
@@ -17,7 +19,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,16 +31,24 @@ def time_interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int = 5, wa
     Every round runs every call once, each round starting with another one, so that a machine that slows down or heats
     up does so for all of them.
     """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for name, taken in samples_interleaved(calls, rounds, warmup):
+        seconds[name].append(taken)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+def samples_interleaved(
+    calls: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1
+) -> Iterator[tuple[str, float]]:
+    """(name, seconds) of every call as it ends, so that an interrupted race keeps what it has."""
     names = list(calls)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(warmup):
         for name in names:
             _seconds(calls[name])
     for start in range(rounds):
         for i in range(len(names)):
             name = names[(start + i) % len(names)]
-            seconds[name].append(_seconds(calls[name]))
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+            yield name, _seconds(calls[name])
 
 
 def peak_memory(call: Callable[[], Any], device: str | torch.device = "cpu") -> int:
@@ -57,6 +67,7 @@ def peak_memory(call: Callable[[], Any], device: str | torch.device = "cpu") -> 
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    _trim()
     _reset_peak()
     before = _peak()
     call()
@@ -108,6 +119,12 @@ def _seconds(call: Callable[[], Any]) -> float:
 def _synchronize() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def _trim() -> None:
+    """glibc keeps what was freed, and `call` would get it back without being seen."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc, macOS, Windows
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_peak() -> None:

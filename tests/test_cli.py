@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from fusedloss import bench, check
+from fusedloss import bench, check, measure, show, testing
 from fusedloss.__main__ import main
 from fusedloss.backends import BACKENDS
 
@@ -47,6 +48,7 @@ def test_bench_races_and_writes_its_results(loss, tmp_path, capsys):
     rows = [r for r in results["rows"] if r["racer"] == "fusedloss"]
     assert [r["n"] for r in rows] == [128, 256]
     assert all(r["ratio"] > 0 and r["gradient_error"] < 1e-5 and r["seconds"] > 0 for r in rows)
+    assert all(r["seconds_min"] <= r["seconds"] <= r["seconds_max"] and r["backend"] == "chunked" for r in rows)
     with (tmp_path / "bench.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(results["rows"]) == 6
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -60,7 +62,7 @@ def test_a_racer_that_would_not_fit_is_shown_and_not_run():
 
 def test_an_inexact_racer_is_marked_not_ranked(monkeypatch):
     monkeypatch.setattr(bench, "gradient_error", lambda point, name: 0.5)
-    rows = bench.race(bench.Point(n=64, d=8), 1, {"fusedloss"}, False, lambda text: None)
+    rows = bench.race(bench.Point(n=64, d=8), 1, {"fusedloss"}, False, lambda text: None, [])
     assert "not ranked" in rows[-1]["note"]
 
 
@@ -68,7 +70,113 @@ def test_a_claim_that_does_not_hold_says_no():
     assert bench.claim("a", 1.2, 1.1)["held"] is False and bench.claim("b", 2.0, 1.8, at_least=True)["held"] is True
 
 
-def test_check_reports_what_cannot_run():
+def test_info_survives_a_backend_that_cannot_run(capsys, monkeypatch):
+    for name in ("cuda", "no-such-backend"):
+        monkeypatch.setenv("FUSEDLOSS_BACKEND", name)
+        assert main(["info"]) == 0
+        shown = capsys.readouterr().out
+        assert "auto picks nothing that runs" in shown and f"FUSEDLOSS_BACKEND={name}" in shown
+
+
+def test_check_goes_on_after_a_backend_that_raises(capsys, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(BACKENDS["chunked"], "stats_rows_and_columns", broken)  # clip alone needs it
+    monkeypatch.setattr(check, "DTYPES", (torch.float32,))
+    assert main(["check"]) == 1
+    shown = capsys.readouterr().out
+    assert shown.count("no such kernel") == 1 and "reference" in shown
+
+
+def test_tables_and_progress_without_rich(capsys, monkeypatch):
+    for name in ("rich", "rich.console", "rich.table", "rich.text", "rich.progress"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(check, "LOSSES", {})
+    with show.progress(2) as tick:
+        tick("one")
+        tick("one")
+    show.table("title", ["a", "longer"], [["1", "2"], ["wide cell", ""]])
+    captured = capsys.readouterr()
+    assert captured.err == "one\n"
+    assert captured.out == "title\na          longer\n---------  ------\n1          2\nwide cell\n"
+
+
+TINY = ["bench", "--n", "64", "--d", "8", "--rounds", "2", "--device", "cpu", "--no-memory"]
+
+
+def test_ctrl_c_keeps_what_was_measured(capsys, monkeypatch, tmp_path):
+    whole = measure.samples_interleaved
+
+    def interrupted(calls, rounds, warmup):
+        yield from itertools.islice(whole(calls, rounds, warmup), len(calls))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "samples_interleaved", interrupted)
+    assert main([*TINY, "--racers", "fusedloss", "eager", "--out", str(tmp_path)]) == 130
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert results["interrupted"] and [r["rounds"] for r in results["rows"]] == [1, 1, 1]
+    assert all(r["ratio"] > 0 for r in results["rows"])
+    assert "gradient_error" not in results["rows"][1] and "interrupted" in capsys.readouterr().err
+
+
+def test_a_racer_that_fails_is_shown_and_the_others_race(monkeypatch):
+    def out_of_memory(query, key, *arguments):
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(testing, "eager_info_nce", out_of_memory)
+    rows = bench.race(bench.Point(n=64, d=8), 1, {"fusedloss", "eager"}, False, lambda text: None, [])
+    notes = {row["racer"]: row.get("note") for row in rows}
+    assert notes == {"floor": None, "fusedloss": None, "eager": "failed: OutOfMemoryError: too large"}
+
+
+def test_unknown_racers_are_named(capsys):
+    assert main([*TINY, "--racers", "fusedloss", "eagre"]) == 2
+    assert "eagre" in capsys.readouterr().err
+
+
+def test_backends_race_by_name():
+    point = bench.Point(n=64, d=8)
+    assert "fusedloss:reference" in bench.losses(point) and "fusedloss:reference" not in bench.entered(point, None)
+    rows = bench.race(point, 1, {"fusedloss:reference"}, False, lambda text: None, [])
+    assert [row["racer"] for row in rows] == ["floor", "fusedloss:reference"]
+
+
+def test_every_size_is_compiled():
+    """Dynamo stops compiling a function after so many sizes and runs it eagerly: that would race under a false name."""
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for n in (32, 48):  # two graphs each: with gradients and without
+            rows = bench.race(bench.Point(n=n, d=8), 1, {"torch.compile"}, False, lambda text: None, [])
+            assert "note" not in rows[-1] and rows[-1]["rounds"] == 1
+
+
+def test_the_floor_has_the_chunks_of_its_device():
+    assert bench.floor_rows(bench.Point(n=16384)) == 1024 and bench.floor_rows(bench.Point(n=65536)) == 256
+    assert bench.floor_rows(bench.Point(n=16384, dtype="bf16")) == 1024  # the workspace is fp32 on a CPU
+    assert bench.floor_rows(bench.Point(n=16384, dtype="bf16", device="cuda")) == 5632
+    assert bench.floor_rows(bench.Point(n=100)) == 100
+
+
+def test_eager_casts_16_bit_logits_up():
+    assert bench.Point(n=1024, dtype="bf16").eager_bytes == bench.Point(n=1024).eager_bytes == 3 * 4 * 2**20
+
+
+def test_claims_set_the_exit_code(monkeypatch, tmp_path, capsys):
+    seconds = {"floor": 1.0, "fp32": 1.2, "cold": 1.3, "learnable": 1.2, "bf16": 0.5, "F.linear_cross_entropy": 1.25}
+
+    def measured(rounds, tick, claims, samples):
+        claims += bench._time_claims(seconds)
+
+    monkeypatch.setattr(bench, "cpu_claims", measured)
+    assert main(["bench", "--claims", "--out", str(tmp_path), "--name", "claims"]) == 1
+    held = [c["held"] for c in json.loads((tmp_path / "claims.json").read_text())["claims"]]
+    assert held == [False, True, True, True, None] and "NO" in capsys.readouterr().out
+    seconds["fp32"] = 1.05
+    assert main(["bench", "--claims"]) == 0
+
+
+def test_check_reports_what_cannot_run(monkeypatch):
+    monkeypatch.setattr(check, "LOSSES", {})
     reasons = {row["backend"]: row["reason"] for row in check.rows(["cpu"]) if "reason" in row}
     assert "fusedloss._C" in reasons["cuda"]
 

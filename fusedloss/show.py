@@ -1,0 +1,60 @@
+"""Tables and progress in a terminal: by rich where it is installed, else as plain text."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+Tick = Callable[[str], None]  # is told what happens next
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        print(title)
+        for row in (columns, ["-" * width for width in widths], *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
+    shown = Table(*columns, title=title, box=box.SIMPLE_HEAD)
+    for row in rows:
+        shown.add_row(*map(Text, row))  # Text: racers' and devices' names may hold square brackets
+    Console(width=None if sys.stdout.isatty() else 160).print(shown)
+
+
+@contextlib.contextmanager
+def progress(total: int | None = None) -> Iterator[Tick]:
+    """A bar on stderr that each tick moves by one. Where nobody watches, a line whenever the text changes."""
+    last = ""
+
+    def line(text: str) -> None:
+        nonlocal last
+        if text != last:
+            print(text, file=sys.stderr, flush=True)
+        last = text
+
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        yield line
+        return
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield line
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=total)
+        started = False
+
+        def tick(text: str) -> None:
+            nonlocal started
+            bar.update(task, description=text, advance=int(started))
+            started = True
+
+        yield tick
