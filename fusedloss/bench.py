@@ -99,9 +99,6 @@ def losses(point: Point) -> dict[str, Loss]:
                 torch.arange(q.shape[0], device=q.device),
                 options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=PEER_CHUNK),
             )
-    fused = racers["fusedloss"]
-    if point.device == "cuda" and BACKENDS["triton"].why_not(probe("cuda", DTYPES[point.dtype])) is None:
-        racers["fusedloss triton"] = lambda q, k: _with_backend("triton", fused, q, k)
     racers["eager"] = eager
     racers["torch.compile"] = torch.compile(eager, dynamic=False)
     return racers
