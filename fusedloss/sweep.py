@@ -25,7 +25,7 @@ WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 768 << 20}
 MIN_ROWS = 64  # fewer make dy's rank-k update memory-bound; the budget is exceeded only beyond N = 262144 in fp32
 MAX_ROWS = {"cpu": 1024, "cuda": 5632}
 STATS_COLUMNS = 16384  # a sweep that stores nothing sizes its chunks as if rows were this long
-GEMM_COLUMNS = {"cpu": 4096}  # the CPU converts its workspace to bf16 tile by tile
+CONVERTED_COLUMNS = 4096  # where the two GEMMs want another dtype, the workspace is converted tile by tile
 PAD = 16  # elements: each block's part of a workspace row starts aligned for 16-byte accesses
 
 
@@ -270,7 +270,7 @@ class _Sweep:
             dbias = self.bias_grads[number]
             dtype = _gemm_dtype(self.problem, out.dtype)
             rows = (x if over_l is None else x * over_l[:, None]).to(dtype) if dy is not None else None
-            columns = GEMM_COLUMNS.get(x.device.type, y.shape[0])
+            columns = y.shape[0] if dtype == out.dtype == y.dtype else CONVERTED_COLUMNS
             product = None if dx is None else torch.zeros(x.shape, dtype=self.dtype, device=x.device)
             for start in range(0, y.shape[0], columns):
                 tile = slice(start, min(start + columns, y.shape[0]))

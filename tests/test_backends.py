@@ -59,7 +59,7 @@ def small_chunks(monkeypatch):
 
     monkeypatch.setattr(sweep, "MIN_ROWS", 32)
     monkeypatch.setattr(sweep, "WORKSPACE_BYTES", {"cpu": 1, "cuda": 1})
-    monkeypatch.setattr(sweep, "GEMM_COLUMNS", {"cpu": 48})
+    monkeypatch.setattr(sweep, "CONVERTED_COLUMNS", 48)
     monkeypatch.setattr(chunked, "TILE_COLUMNS", 48)
 
 
