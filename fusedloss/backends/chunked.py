@@ -16,8 +16,8 @@ from torch import Tensor
 from ..problem import Problem, RowSums, Softmax, Strip, stats_dtype
 
 LOG2E = math.log2(math.e)
-# Columns a GEMM computes at once: the passes that follow find [1024, 1024] fp32, 4 MiB, in a CPU's caches. At 4096 a step
-# took 4 % longer.
+# Columns a GEMM computes at once: the passes that follow find [1024, 1024] fp32, 4 MiB, in a CPU's caches. At 4096 a
+# step took 4 % longer.
 TILE_COLUMNS = 1024
 # Exponentials below this share of the row's largest are 0. Smaller ones turn products into denormals, which made the
 # GEMMs 2 to 5 times slower at cold temperatures. 2**-100 leaves 26 bits above the denormals for the other factor.
