@@ -1,6 +1,7 @@
 # Every target but `gpu` works in .venv, which it makes itself; what it installs is pinned by constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+GPU := PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/gpu" $(PYTHON)
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
@@ -24,10 +25,13 @@ lint: $(READY) ## ruff and mypy
 # Installs nothing: machines with a GPU often have a torch of their own and no network. The package is laid out in
 # build/gpu as a wheel would hold it, so that fusedloss.kernels and _C are found. PYTHONSAFEPATH keeps Python from
 # looking in the current folder first, where there is a fusedloss without either.
-gpu: ## the GPU tests, with $(PYTHON), its torch and its nvcc; installs nothing
+gpu: ## the GPU tests and figures, with $(PYTHON), its torch and its nvcc; installs nothing
 	rm -rf build/gpu
 	$(PYTHON) setup.py --quiet build --build-lib build/gpu
-	PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/gpu" $(PYTHON) -m pytest -m gpu
+	$(GPU) -m pytest -m gpu
+	$(GPU) -m fusedloss check
+	for d in 768 1024; do $(GPU) -m fusedloss bench --device cuda --dtype bf16 --d $$d --n 4096 16384 65536 \
+		--out benchmarks/results --name gpu-$$d || exit 1; done
 
 clean: ## remove what the other targets made
 	rm -rf .venv build dist *.egg-info fusedloss/_C.*.so

@@ -147,14 +147,14 @@ def floor(point: Point) -> Step:
 
     def step(query: Tensor, key: Tensor) -> None:
         space = torch.empty(rows, columns, dtype=dtype, device=query.device)
-        dx, dy = torch.empty_like(query), torch.zeros_like(key)
+        dx, dy = torch.empty_like(query), torch.zeros(key.shape, device=key.device)  # dy accumulates in fp32
         for start in range(0, point.n, rows):
             chunk = slice(start, min(start + rows, point.n))
             s = space[: chunk.stop - chunk.start]
             for _ in range(2 if point.loss == "clip" else 1):
                 torch.mm(query[chunk], key.T, out=s)
             torch.mm(s, key, out=dx[chunk])
-            dy.addmm_(s.T, query[chunk])
+            sweep.add_mm(dy, s.T, query[chunk])
 
     return step
 

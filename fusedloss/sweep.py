@@ -283,9 +283,9 @@ class _Sweep:
                     dbias[tile] += values.T.to(ones.dtype) @ ones
                 values = values.to(dtype)
                 if product is not None:
-                    _add_mm(product, values, y[tile].to(dtype))
+                    add_mm(product, values, y[tile].to(dtype))
                 if dy is not None and rows is not None:
-                    _add_mm(dy[tile], values.T, rows)
+                    add_mm(dy[tile], values.T, rows)
             if dx is not None and product is not None:
                 dx[chunk] += product if over_l is None else product.mul_(over_l[:, None])
 
@@ -382,7 +382,7 @@ def _cpu_multiplies_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16", False))
 
 
-def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
     """`total += a @ b`, accumulated in the dtype of `total`."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)

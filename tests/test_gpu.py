@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import fusedloss
 import pytest
 import torch
+
+import fusedloss
 from fusedloss import testing
 from fusedloss.backends import BACKENDS
 from fusedloss.info import probe
