@@ -233,7 +233,7 @@ def race(
             for call in pair.values():
                 call()
         except Exception as error:  # out of memory, or a peer that cannot do this: the others still race
-            found[name]["note"] = f"failed: {type(error).__name__}: {error}".splitlines()[0]
+            found[name]["note"] = _reason(error)
             continue
         calls |= pair
     calls["floor"]()
@@ -247,14 +247,22 @@ def race(
         if name not in calls:
             continue
         row = found[name]
-        if with_memory:
-            tick(f"{point.loss} N={point.n}: memory of {name}")
-            row["memory_bytes"] = measure.isolated(memory, point, name)
-        tick(f"{point.loss} N={point.n}: error of {name}")
-        row["gradient_error"], row["gradient_error_rows"] = gradient_error(point, name), min(point.n, ERROR_ROWS)
+        try:
+            if with_memory:
+                tick(f"{point.loss} N={point.n}: memory of {name}")
+                row["memory_bytes"] = measure.isolated(memory, point, name)
+            tick(f"{point.loss} N={point.n}: error of {name}")
+            row["gradient_error"], row["gradient_error_rows"] = gradient_error(point, name), min(point.n, ERROR_ROWS)
+        except Exception as error:
+            row["note"] = _reason(error)
+            continue
         if not row["gradient_error"] <= MARKED_ERROR:
             row["note"] = f"not ranked: gradient error above {MARKED_ERROR}"
     return rows
+
+
+def _reason(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {error}".splitlines()[0]
 
 
 def _fill_in_times(found: dict[str, dict[str, Any]], samples: dict[str, list[float]]) -> None:
