@@ -25,7 +25,7 @@ WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 768 << 20}
 MIN_ROWS = 64  # fewer make dy's rank-k update memory-bound; the budget is exceeded only beyond N = 262144 in fp32
 MAX_ROWS = {"cpu": 1024, "cuda": 5632}
 STATS_COLUMNS = 16384  # a sweep that stores nothing sizes its chunks as if rows were this long
-CONVERTED_COLUMNS = 4096  # where the two GEMMs want another dtype, the workspace is converted tile by tile
+CONVERTED_COLUMNS = 4096  # where a product wants another dtype, the workspace is converted tile by tile
 PAD = 16  # elements: each block's part of a workspace row starts aligned for 16-byte accesses
 
 
@@ -107,7 +107,7 @@ class _Sweep:
         """E = exp(z - shift) in the workspace; weight / l is folded into the operands of the two GEMMs."""
         sums, q = self.backend.exp_rows(self.problem, self._strips(chunk), outs, self._wanted_target_sim(chunk))
         sums = sums.settle(self.target_score[chunk])
-        softmax = self._softmax(sums, self.target_score[chunk], self._weight(chunk), self.target_sim[chunk])
+        softmax = self._softmax(sums, self.target_score[chunk], self.problem.weight[chunk], self.target_sim[chunk])
         over_l = softmax.weight
         entry = -sums.total
         if self.problem.label_smoothing:
@@ -121,9 +121,9 @@ class _Sweep:
     def _grad_chunk(self, chunk: slice, outs: list[Tensor]) -> Tensor:
         """Where no shift is known to be safe: the row's log-sum-exp first, then dz itself."""
         sums = self.backend.stats_rows(self._strips(chunk)).settle(self.target_score[chunk])
-        rows = self._softmax(sums, self.target_score[chunk], self._weight(chunk), self.target_sim[chunk])
+        rows = self._softmax(sums, self.target_score[chunk], self.problem.weight[chunk], self.target_sim[chunk])
         q = self.backend.grad_rows(self._strips(chunk), outs, rows, None, self.gain)
-        entry = self.problem.label_smoothing * self._weight(chunk) - rows.weight * sums.total
+        entry = self.problem.label_smoothing * self.problem.weight[chunk] - rows.weight * sums.total
         self._patch_target(chunk, outs[0], entry if self.gain is None else entry * self.gain)
         self._contract(chunk, outs, None)
         if q is not None and self.scale_grad is not None:
@@ -159,9 +159,6 @@ class _Sweep:
 
     # Pieces -----------------------------------------------------------------------------------------------------------
 
-    def _weight(self, chunk: slice) -> Tensor:
-        return self.problem.weight[chunk]
-
     def _softmax(self, sums: RowSums, score: Tensor, weight: Tensor, target_sim: Tensor) -> Softmax:
         """`weight * exp(z - lse)` as `(weight / l) * exp(z - shift)`: 0 for a row that is left out."""
         over_l = weight / sums.total_with(score)
@@ -171,7 +168,7 @@ class _Sweep:
         loss = softmax_loss(*sums, self.target_score[chunk])
         if self.smoothing is not None:
             loss = loss + self.smoothing.loss(chunk)
-        weight = self._weight(chunk)
+        weight = self.problem.weight[chunk]
         return _zero_where(weight == 0, weight * loss)
 
     def _wanted_target_sim(self, chunk: slice) -> Tensor | None:
@@ -270,7 +267,8 @@ class _Sweep:
             dbias = self.bias_grads[number]
             dtype = _gemm_dtype(self.problem, out.dtype)
             rows = (x if over_l is None else x * over_l[:, None]).to(dtype) if dy is not None else None
-            columns = y.shape[0] if dtype == out.dtype == y.dtype else CONVERTED_COLUMNS
+            converts = not dtype == out.dtype == y.dtype or (dbias is not None and out.dtype != self.dtype)
+            columns = CONVERTED_COLUMNS if converts else y.shape[0]
             product = None if dx is None else torch.zeros(x.shape, dtype=self.dtype, device=x.device)
             for start in range(0, y.shape[0], columns):
                 tile = slice(start, min(start + columns, y.shape[0]))
