@@ -9,6 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fusedloss
+from fusedloss.backends import BACKENDS
+from fusedloss.info import probe
 
 PLAIN = ["chunked", "reference"]
 
@@ -180,6 +182,17 @@ def test_fp16_under_a_loss_scale_keeps_its_gradients():
         assert error < 1e-3, error
 
 
+@pytest.mark.parametrize("backend", ["triton"])
+def test_second_derivatives_are_refused_by_kernels(backend):
+    query, key = leaves((6, 4), (6, 4), dtype=torch.float32)
+    reason = BACKENDS[backend].why_not(probe("cpu"))
+    if reason:
+        pytest.skip(f"{backend}: {reason}")
+    loss = fusedloss.info_nce(query, key, backend=backend)
+    with pytest.raises(RuntimeError, match=f"backend '{backend}' has none"):
+        torch.autograd.grad(loss, query, create_graph=True)
+
+
 # torch.compile --------------------------------------------------------------------------------------------------------
 
 
@@ -206,10 +219,14 @@ def test_compiles_in_one_graph_without_recompiling_for_another_batch():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_the_op_meets_torch_librarys_own_checks(per_row, symmetric):
+def test_the_op_meets_torch_librarys_own_checks(backend, per_row, symmetric):
+    reason = BACKENDS[backend].why_not(probe("cpu"))
+    if reason:
+        pytest.skip(f"{backend}: {reason}")
     x, y = leaves((6, 4), (6, 4), dtype=torch.float32)
     scale = torch.tensor(2.0, requires_grad=True)
-    arguments = (scale, torch.arange(6), torch.ones(6), [x, y], "chunked", [0, 1, 0], 2, True, 0.0)
+    arguments = (scale, torch.arange(6), torch.ones(6), [x, y], backend, [0, 1, 0], 2, True, 0.0)
     torch.library.opcheck(torch.ops.fusedloss.softmax_sweep, (*arguments, symmetric, None, per_row, [True, True, True]))
