@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .bench import main as bench
 
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        print(f"--device {arguments.device}: torch {torch.__version__} sees no GPU here; --device cpu", file=sys.stderr)
+        return 2
     return bench(arguments)
 
 

@@ -186,3 +186,9 @@ def test_the_module_runs_and_explains_itself():
     assert all(word in shown for word in ("info", "check", "bench"))
     wrong = subprocess.run([sys.executable, "-m", "fusedloss", "bench", "--n", "0"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "needs a positive number" in wrong.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_named(capsys):
+    assert main(["bench", "--device", "cuda"]) == 2
+    assert "sees no GPU here" in capsys.readouterr().err
