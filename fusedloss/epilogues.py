@@ -13,6 +13,8 @@ from torch import Tensor
 
 def softmax_rows(z: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of each row of `z` [M, N] with column `target` [M], differentiable; -inf logits are no columns."""
+    if z.shape[0] == 0:
+        return z.sum(dim=1)
     index = target[:, None]
     z_target = z.gather(1, index)[:, 0]
     negatives = z.scatter(1, index, -torch.inf)

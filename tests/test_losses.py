@@ -118,6 +118,8 @@ def test_no_rows(backend):
     loss = fusedloss.info_nce(query, key, backend=backend)
     loss.backward()
     assert loss == 0 and query.grad.shape == (0, 4) and key.grad.abs().max() == 0
+    assert fusedloss.clip(query, key[:0], 2.0, backend=backend) == 0
+    assert fusedloss.multiple_negatives_ranking(query, key[:0], key, backend=backend) == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
