@@ -135,10 +135,9 @@ def forward_backward(loss: Loss) -> Step:
 
 def floor_rows(point: Point) -> int:
     """Rows a chunk, as the sweep sizes them: fewer, larger products are faster, so the floor must not have smaller."""
-    dtype, device = DTYPES[point.dtype], torch.device(point.device).type
-    itemsize = max(4, dtype.itemsize) if device == "cpu" else dtype.itemsize
-    rows = min(sweep.MAX_ROWS[device], sweep.WORKSPACE_BYTES[device] // (itemsize * point.n))
-    return min(max(sweep.MIN_ROWS, rows // sweep.MIN_ROWS * sweep.MIN_ROWS), point.n)
+    device = torch.device(point.device)
+    itemsize = DTYPES[point.dtype].itemsize
+    return sweep.chunk_rows(point.n, point.n, point.d, max(4, itemsize) if device.type == "cpu" else itemsize, device)
 
 
 def floor(point: Point) -> Step:

@@ -48,7 +48,11 @@ def eager_info_nce(query: Tensor, key: Tensor, temperature: float | Tensor = 0.0
     return F.cross_entropy(_up(query @ key.T) / temperature, torch.arange(query.shape[0], device=query.device))
 
 
-def eager_clip(image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Tensor:
+def eager_clip(
+    image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor, normalize: bool = False
+) -> Tensor:
+    if normalize:
+        image_features, text_features = (F.normalize(_up(x), dim=1) for x in (image_features, text_features))
     logits = _up(image_features @ text_features.T) * logit_scale
     target = torch.arange(logits.shape[0], device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
