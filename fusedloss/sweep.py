@@ -10,7 +10,6 @@ by upstream / denominator in fp32.
 from __future__ import annotations
 
 import functools
-import operator
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -59,6 +58,8 @@ class Result(NamedTuple):
 @torch.no_grad()
 def run(problem: Problem, backend: ModuleType, wants: Wants) -> Result:
     """The weighted losses and the gradients of their sum."""
+    if not torch.is_autocast_enabled(problem.device.type):
+        return _Sweep(problem, backend, wants).run()
     with torch.autocast(problem.device.type, enabled=False):
         return _Sweep(problem, backend, wants).run()
 
@@ -121,9 +122,8 @@ class _Sweep:
         elif self.wants.any:
             losses = self._one_directional()
         else:
-            losses = torch.empty_like(self.problem.weight)
-            for chunk in self._stats_chunks():
-                losses[chunk] = self._settle(chunk, self.backend.stats_rows(self._strips(chunk))).loss
+            chunks = self._stats_chunks()
+            losses = _joined([self._settle(c, self.backend.stats_rows(self._strips(c))).loss for c in chunks])
         if self.smoothing is not None:
             losses += self.smoothing.losses(self)
         gradients = self._finish() if self.wants.any else (None,) * len(self.operands)
@@ -132,12 +132,14 @@ class _Sweep:
     # One direction ----------------------------------------------------------------------------------------------------
 
     def _one_directional(self) -> Tensor:
-        losses = torch.empty_like(self.problem.weight)
         workspace = self._workspace()
         write = self._exp_chunk if self.backend.can_exp(self.problem) else self._grad_chunk
-        for chunk in _chunks(self.problem.rows, workspace.shape[0]):
-            losses[chunk] = write(chunk, self._outs(workspace, chunk)).loss
-        return losses
+        return _joined(
+            [
+                write(chunk, self._outs(workspace, chunk)).loss
+                for chunk in _chunks(self.problem.rows, workspace.shape[0])
+            ]
+        )
 
     def _exp_chunk(self, chunk: slice, outs: list[Tensor]) -> Settled:
         """E = exp(z - shift) in the workspace; weight / l is folded into the operands of the two GEMMs."""
@@ -148,7 +150,7 @@ class _Sweep:
             chunk,
             sums,
             patch=self._patch(chunk, outs[0]),
-            scaled=[self.operands[number][chunk] for number in scaled],
+            scaled=[_part(self.operands[number], chunk) for number in scaled],
             dtype=dtype,
         )
         self._contract(chunk, outs, dict(zip(scaled, rows.scaled, strict=True)), rows.weight)
@@ -178,9 +180,10 @@ class _Sweep:
         chunks = []
         for chunk in self._stats_chunks():
             sums, more = self.backend.stats_rows_and_columns(self._strips(chunk)[0])
-            chunks.append(self._settle(chunk, sums, weight))
+            chunks.append(self._settle(chunk, sums, weight)[:4])
             columns = self.backend.merge(columns, more)
-        rows = _concatenated(chunks)
+        loss, shift, over_l, entries = (_joined(list(parts)) for parts in zip(*chunks, strict=True))
+        rows = Settled(loss, shift, over_l, entries, [])
         by_column = self.backend.settle(columns, score, weight)
         if self.wants.any:
             target_sim = self.prepared.target_sim
@@ -188,8 +191,8 @@ class _Sweep:
             by_row, column_softmax = rows.softmax(target_sim), by_column.softmax(target_sim)
             workspace = self._workspace()
             for chunk in _chunks(self.problem.rows, workspace.shape[0]):
-                part = by_row.map(operator.itemgetter(chunk))
-                self._grad(chunk, self._outs(workspace, chunk), part, column_softmax, entry[chunk])
+                part = by_row.map(functools.partial(_part, chunk=chunk))
+                self._grad(chunk, self._outs(workspace, chunk), part, column_softmax, _part(entry, chunk))
         return rows.loss + by_column.loss
 
     def _stored(self, workspace: Tensor, weight: Tensor) -> Tensor:
@@ -229,19 +232,18 @@ class _Sweep:
 
     def _settle(self, chunk: slice, sums: RowSums, weight: Tensor | None = None, **options) -> Settled:
         weight = self.problem.weight if weight is None else weight
-        score = self.prepared.score[chunk]
-        return self.backend.settle(sums, score, weight[chunk], self.problem.label_smoothing, **options)
+        score = _part(self.prepared.score, chunk)
+        return self.backend.settle(sums, score, _part(weight, chunk), self.problem.label_smoothing, **options)
 
     def _patch(self, chunk: slice, out: Tensor) -> Patch:
         block = self.problem.blocks[0]
-        row_factor = self.factors[block.query]
-        row_factor = None if row_factor is None else row_factor[chunk]
-        return Patch(out, self.problem.target[chunk], row_factor, self.factors[block.key])
+        row_factor = _part_or_none(self.factors[block.query], chunk)
+        return Patch(out, _part(self.problem.target, chunk), row_factor, self.factors[block.key])
 
     def _grad(self, chunk: slice, outs: list[Tensor], rows: Softmax, columns: Softmax | None, entry: Tensor) -> None:
         q = self.backend.grad_rows(self._strips(chunk), outs, rows, columns, entry, self.gain)
         queries = self._queries_that_meet_a_gradient()
-        self._contract(chunk, outs, {number: self.operands[number][chunk] for number in queries}, None)
+        self._contract(chunk, outs, {number: _part(self.operands[number], chunk) for number in queries}, None)
         if q is not None and self.scale_grad is not None:
             self.scale_grad += q.sum()
 
@@ -250,7 +252,7 @@ class _Sweep:
         operand, factor = self.operands[number], self.factors[number]
 
         def apply(total: Tensor, over_l: Tensor | None, rows: slice, out: Tensor) -> None:
-            finish(total, over_l, scale, gain, operand[rows], None if factor is None else factor[rows], out)
+            finish(total, over_l, scale, gain, _part(operand, rows), _part_or_none(factor, rows), out)
 
         return _Gradient(self.problem, number, apply)
 
@@ -259,7 +261,7 @@ class _Sweep:
         return sorted({block.query for block in self.problem.blocks if self.wants.operands[block.key]})
 
     def _wanted_target_sim(self, chunk: slice) -> Tensor | None:
-        return None if self.prepared.target_sim is None else self.prepared.target_sim[chunk]
+        return _part_or_none(self.prepared.target_sim, chunk)
 
     def _gain(self) -> Tensor:
         """The power of two that brings the largest possible dz to fp16's upper half: what is small would round to 0.
@@ -275,16 +277,15 @@ class _Sweep:
     def _strips(self, chunk: slice) -> list[Strip]:
         strips = []
         for number, block in enumerate(self.problem.blocks):
-            row_factor, col_factor = self.factors[block.query], self.factors[block.key]
             strips.append(
                 Strip(
-                    x=self.operands[block.query][chunk],
+                    x=_part(self.operands[block.query], chunk),
                     y=self.operands[block.key],
                     scale=self.problem.scale,
-                    row_factor=None if row_factor is None else row_factor[chunk],
-                    col_factor=col_factor,
+                    row_factor=_part_or_none(self.factors[block.query], chunk),
+                    col_factor=self.factors[block.key],
                     bias=self.biases[number],
-                    target=self.problem.target[chunk] if number == 0 else None,
+                    target=_part(self.problem.target, chunk) if number == 0 else None,
                 )
             )
         return strips
@@ -321,14 +322,11 @@ class _Sweep:
             y, dtype = self.operands[block.key], _gemm_dtype(problem, out.dtype)
             dx, dy, dbias = self.gradients[block.query], self.gradients[block.key], self.bias_grads[number]
             x = queries.get(block.query)
-            if x is None:
-                x = self.operands[block.query][chunk]
-            x = x.to(dtype)
             converts = not dtype == out.dtype == y.dtype or (dbias is not None and out.dtype != self.dtype)
             columns = CONVERTED_COLUMNS if converts else y.shape[0]
             for start in range(0, y.shape[0], columns):
                 tile = slice(start, min(start + columns, y.shape[0]))
-                values = out[:, tile]
+                values = out if columns == y.shape[0] else out[:, tile]
                 if dbias is not None:
                     ones = torch.ones_like(problem.weight[chunk]) if over_l is None else over_l
                     row_factor = self.factors[block.query]
@@ -337,9 +335,9 @@ class _Sweep:
                     dbias[tile] += values.T.to(ones.dtype) @ ones
                 values = values.to(dtype)
                 if dx is not None:
-                    dx.add_rows(values, y[tile].to(dtype))
-                if dy is not None:
-                    dy.add_columns(tile, values.T, x)
+                    dx.add_rows(values, _part(y, tile).to(dtype))
+                if dy is not None and x is not None:
+                    dy.add_columns(tile, values.T, x.to(dtype))
         for dx in self.gradients:
             if dx is not None:
                 dx.end_chunk(chunk, over_l)
@@ -394,7 +392,7 @@ class _Gradient:
         if self.product is None:
             return
         if self.kept is not None:
-            self.apply(self.product, over_l, chunk, self.kept[chunk])
+            self.apply(self.product, over_l, chunk, _part(self.kept, chunk))
         else:
             self.accumulator()[chunk] += self.product if over_l is None else self.product.mul_(over_l[:, None])
         self.product = None
@@ -465,11 +463,17 @@ class _Smoothing:
                 dy.accumulator().addr_(factored, mean_query, alpha=-self.eps)
 
 
-def _concatenated(chunks: list[Settled]) -> Settled:
-    if len(chunks) == 1:
-        return chunks[0]
-    loss, shift, weight, entry = (torch.cat(parts) for parts in zip(*(c[:4] for c in chunks), strict=True))
-    return Settled(loss, shift, weight, entry, [])
+def _part(x: Tensor, chunk: slice) -> Tensor:
+    """`x[chunk]`, at no cost where that is all of it: a slice takes 2 us, and small batches are one chunk."""
+    return x if chunk.stop - chunk.start == x.shape[0] else x[chunk]
+
+
+def _part_or_none(x: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if x is None else _part(x, chunk)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _chunks(count: int, rows: int) -> Iterator[slice]:

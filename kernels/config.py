@@ -73,7 +73,7 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
     return Config("pointers", 128, 128, BLOCK_D, SUBTILES=2)
 
 
-def pick_rows(kernel: str, R: int, D: int | None, *, interpreted: bool) -> dict[str, int]:
+def pick_rows(kernel: str, *, interpreted: bool) -> dict[str, int]:
     """Launch options of the kernels in `rows.py`: 8 or 16 elements a thread and pass."""
     if interpreted:
         sizes = {"BLOCK_R": 64, "BLOCK_T": 16, "BLOCK_D": 128}

@@ -306,12 +306,11 @@ def test_grad_with_columns(case, dtype, with_q, tile):
 @pytest.fixture
 def few_rows(monkeypatch):
     """Several programs, and several steps of each, at tens of rows and columns."""
-    from fusedloss.kernels import config
 
-    def pick(*where, interpreted):
-        return {name: {"BLOCK_R": 8, "BLOCK_T": 4, "BLOCK_D": 16}[name] for name in pick_rows(*where, interpreted=True)}
+    def options(kernel, interpreted):
+        return {name: {"BLOCK_R": 8, "BLOCK_T": 4, "BLOCK_D": 16}[name] for name in pick_rows(kernel, interpreted=True)}
 
-    monkeypatch.setattr(config, "pick_rows", pick)
+    monkeypatch.setattr(backend, "_row_options", options)
 
 
 def pair(dtype: torch.dtype, rows: int = 21, columns: int = 34, dim: int = 37) -> tuple[Tensor, Tensor, Tensor]:
@@ -604,5 +603,5 @@ def test_a_measured_config_is_taken_at_the_nearest_width(monkeypatch):
 
 def test_programs_of_the_row_kernels_cover_every_row():
     for kernel in ("prepare_kernel", "merge_kernel", "settle_kernel", "finish_kernel"):
-        sizes = pick_rows(kernel, 1000, 768, interpreted=False)
+        sizes = pick_rows(kernel, interpreted=False)
         assert sizes["BLOCK_R"] * max(sizes.get("BLOCK_D", 1), sizes.get("BLOCK_T", 1)) <= 2048

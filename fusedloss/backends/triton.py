@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,12 @@ PANEL_BYTES = 32 << 20  # fp32 similarities from the vendor's GEMM: they fit an 
 
 
 def why_not(problem: Problem) -> str | None:
+    return _why_not(problem.dtype, problem.device, os.environ.get("TRITON_INTERPRET"))
+
+
+@functools.cache
+def _why_not(dtype: torch.dtype, device: torch.device, interpret: str | None) -> str | None:
+    """Looking for a package takes 20 us: once per dtype and device."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if importlib.util.find_spec("fusedloss.kernels") is None:
@@ -38,16 +45,16 @@ def why_not(problem: Problem) -> str | None:
 
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
         return f"triton {triton.__version__} is older than {'.'.join(map(str, MIN_TRITON))}"
-    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"no kernel for {problem.dtype}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"no kernel for {dtype}"
     interpreted = triton.knobs.runtime.interpret
-    if interpreted and problem.dtype == torch.bfloat16:
+    if interpreted and dtype == torch.bfloat16:
         return "Triton's interpreter multiplies the bit patterns of bfloat16"
     if interpreted:
         return None
-    if problem.device.type != "cuda" or torch.version.hip is not None:
-        return f"needs an NVIDIA GPU, or TRITON_INTERPRET=1; the operands are on {problem.device}"
-    capability = torch.cuda.get_device_capability(problem.device)
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"needs an NVIDIA GPU, or TRITON_INTERPRET=1; the operands are on {device}"
+    capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"needs compute capability 8.0 or newer, not {'.'.join(map(str, capability))}"
     return None
@@ -275,8 +282,8 @@ def prepare(
     own_columns = None if y is x else col_factor
     _by_row(
         "prepare_kernel",
+        x.device,
         M if own_columns is None else max(M, N),
-        D,
         x,
         y,
         target,
@@ -299,14 +306,14 @@ def inverse_norms(y: Tensor) -> Tensor:
     N, D = y.shape
     factor = torch.empty(N, dtype=torch.float32, device=y.device)
     nothing = (None,) * 4
-    _by_row("prepare_kernel", N, D, None, y, None, None, factor, *nothing, 0, N, D, 0, y.stride(0))
+    _by_row("prepare_kernel", y.device, N, None, y, None, None, factor, *nothing, 0, N, D, 0, y.stride(0))
     return factor
 
 
 def merge(running: RowSums, part: RowSums) -> RowSums:
     """Folds the part's tiles into `running`, in place."""
     n_tiles, R = part.total.shape
-    _by_row("merge_kernel", R, None, *part, *running, n_tiles, R)
+    _by_row("merge_kernel", part.total.device, R, *part, *running, n_tiles, R)
     return running
 
 
@@ -330,8 +337,8 @@ def settle(
     strides = tuple(x.stride(0) for pair in zip(scaled, settled.scaled, strict=True) for x in pair)
     _by_row(
         "settle_kernel",
+        total.device,
         R,
-        D,
         None if given else shift,
         total,
         shift if given else 0.0,
@@ -360,7 +367,7 @@ def settle(
 
 def weigh(patch: Patch, rows: Tensor, columns: Tensor, entry: Tensor) -> None:
     R, N = patch.out.shape
-    _by_row("weigh_kernel", R, N, patch.out, rows, columns, entry, *patch[1:], R, N, patch.out.stride(0))
+    _by_row("weigh_kernel", patch.out.device, R, patch.out, rows, columns, entry, *patch[1:], R, N, patch.out.stride(0))
 
 
 def finish(
@@ -375,18 +382,22 @@ def finish(
     R, D = total.shape
     projected = None if factor is None else x
     strides = total.stride(0), x.stride(0), out.stride(0)
-    _by_row("finish_kernel", R, D, total, over_l, scale, gain, projected, factor, out, R, D, *strides)
+    _by_row("finish_kernel", total.device, R, total, over_l, scale, gain, projected, factor, out, R, D, *strides)
 
 
-def _by_row(name: str, R: int, D: int | None, *args: Any, **constants: Any) -> None:
+def _by_row(name: str, device: torch.device, R: int, *args: Any, **constants: Any) -> None:
     """Launch a kernel of `kernels/rows.py`, a few rows a program."""
+    if R:
+        options = _row_options(name, device.type == "cpu")
+        with _on(device):
+            getattr(_rows(), name)[(_cdiv(R, options["BLOCK_R"]),)](*args, **constants, **options)
+
+
+@functools.cache
+def _row_options(name: str, interpreted: bool) -> dict[str, int]:
     from ..kernels.config import pick_rows
 
-    if R:
-        device = next(a for a in args if isinstance(a, Tensor)).device
-        config = pick_rows(name, R, D, interpreted=device.type == "cpu")
-        with _on(device):
-            getattr(_rows(), name)[(_cdiv(R, config["BLOCK_R"]),)](*args, **constants, **config)
+    return pick_rows(name, interpreted=interpreted)
 
 
 # Devices --------------------------------------------------------------------------------------------------------------
@@ -445,12 +456,17 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def _config(strip: Strip, mode: str) -> Config:
-    from ..kernels.config import pick_config
-
     (M, D), N = strip.x.shape, strip.y.shape[0]
     tf32 = strip.x.dtype == torch.float32 and _precision(strip.x.dtype) == "tf32"
     dtype = "tf32" if tf32 else NAMES[strip.x.dtype]
-    return pick_config(M, N, D, dtype, _capability(strip.x.device), mode)
+    return _picked(M, N, D, dtype, _capability(strip.x.device), mode)
+
+
+@functools.lru_cache(maxsize=1024)
+def _picked(*where: Any) -> Config:
+    from ..kernels.config import pick_config
+
+    return pick_config(*where)
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
