@@ -66,10 +66,10 @@ def eager_multiple_negatives_ranking(
 
 
 def value_and_gradients(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """[loss, *gradients] of `function` at fresh leaves with the values of `tensors`."""
+    """[loss, *gradients] of `function` at fresh leaves with the values of `tensors`; 0 for one it does not use."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     loss = function(*leaves)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
 
 
 def budget_share(out: Tensor, eager: Tensor, oracle: Tensor, dtype: torch.dtype) -> float:
