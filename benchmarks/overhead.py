@@ -1,6 +1,6 @@
 """What a call costs the host: the time of the Python above the kernels, and the launches it issues.
 
-    python benchmarks/overhead.py
+    python benchmarks/overhead.py [--out overhead.json]
 
 On a GPU the kernels run (on tiny inputs, and nothing waits for them); without one Triton gets a driver whose launches
 do nothing, and tensors of a CPU. `bare` repeats the very launches of the call, Triton kernels and products, with the
@@ -9,12 +9,14 @@ same arguments: what is above it is ours, autograd's and the allocator's.
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from fusedloss.backends import triton as backend
 from fusedloss.info import cpu_name
 
 ROWS, DIM = 16, 64
-REPEATS, ROUNDS = 200, 15
+ROUNDS = 15
 
 
 class NoDevice:
@@ -64,16 +66,16 @@ def without_a_gpu() -> None:
     torch.set_num_threads(1)
 
 
-def microseconds(call: Callable[[], Any]) -> float:
+def microseconds(call: Callable[[], Any], repeats: int) -> float:
     """Median over rounds of the mean time in which the host is done with `call`."""
-    for _ in range(20):
+    for _ in range(min(repeats, 20)):
         call()
     taken = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             call()
-        taken.append((time.perf_counter() - start) / REPEATS * 1e6)
+        taken.append((time.perf_counter() - start) / repeats * 1e6)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     return statistics.median(taken)
@@ -100,6 +102,10 @@ def launches(call: Callable[[], Any]) -> list[Callable[[], Any]]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--repeats", type=int, default=200)
+    arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         without_a_gpu()
@@ -121,15 +127,15 @@ def main() -> int:
 
         step()
         issued = launches(step)
-        whole, bare = microseconds(step), microseconds(lambda issued=issued: [launch() for launch in issued])
+        whole = microseconds(step, arguments.repeats)
+        bare = microseconds(lambda issued=issued: [launch() for launch in issued], arguments.repeats)
         rows.append({"loss": name, "us": whole, "launches": len(issued), "bare_us": bare, "above_us": whole - bare})
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, launches that do nothing"
     print(machine)
     print(tabulate([row.values() for row in rows], [*rows[0]], floatfmt=".0f"))
-    if len(sys.argv) > 1:
+    if arguments.out:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-        with open(sys.argv[1], "w") as file:
-            json.dump({"machine": machine, **versions, "rows": rows}, file, indent=1)
+        arguments.out.write_text(json.dumps({"machine": machine, **versions, "rows": rows}, indent=1) + "\n")
     return 0
 
 

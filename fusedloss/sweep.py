@@ -145,15 +145,15 @@ class _Sweep:
         """E = exp(z - shift) in the workspace; weight / l is folded into the operands of the two GEMMs."""
         sums, q = self.backend.exp_rows(self.problem, self._strips(chunk), outs, self._wanted_target_sim(chunk))
         dtype = _gemm_dtype(self.problem, outs[0].dtype)
-        scaled = self._queries_that_meet_a_gradient()
+        queries = self._queries(chunk)
         rows = self._settle(
             chunk,
             sums,
             patch=self._patch(chunk, outs[0]),
-            scaled=[_part(self.operands[number], chunk) for number in scaled],
+            scaled=list(queries.values()),
             dtype=dtype,
         )
-        self._contract(chunk, outs, dict(zip(scaled, rows.scaled, strict=True)), rows.weight)
+        self._contract(chunk, outs, dict(zip(queries, rows.scaled, strict=True)), rows.weight)
         if q is not None and self.scale_grad is not None:
             self.scale_grad += (rows.weight * q).sum()
         return rows
@@ -176,12 +176,15 @@ class _Sweep:
             workspace = self._workspace()
             if workspace.shape[0] == self.problem.rows:
                 return self._stored(workspace, weight)
-        columns = RowSums.empty(self.problem.columns, weight)
+        columns: RowSums | None = None
         chunks = []
         for chunk in self._stats_chunks():
             sums, more = self.backend.stats_rows_and_columns(self._strips(chunk)[0])
             chunks.append(self._settle(chunk, sums, weight)[:4])
-            columns = self.backend.merge(columns, more)
+            if chunk.stop - chunk.start == self.problem.rows:
+                columns = more
+            else:
+                columns = self.backend.merge(columns or RowSums.empty(self.problem.columns, weight), more)
         loss, shift, over_l, entries = (_joined(list(parts)) for parts in zip(*chunks, strict=True))
         rows = Settled(loss, shift, over_l, entries, [])
         by_column = self.backend.settle(columns, score, weight)
@@ -203,7 +206,7 @@ class _Sweep:
         columns = self.backend.settle(column_sums, self.prepared.score, weight)
         entry = rows.entry + columns.entry
         self.backend.weigh(self._patch(chunk, outs[0]), rows.weight, columns.weight, entry)
-        self._contract(chunk, outs, {}, None)
+        self._contract(chunk, outs, self._queries(chunk), None)
         return rows.loss + columns.loss
 
     # Pieces -----------------------------------------------------------------------------------------------------------
@@ -242,8 +245,7 @@ class _Sweep:
 
     def _grad(self, chunk: slice, outs: list[Tensor], rows: Softmax, columns: Softmax | None, entry: Tensor) -> None:
         q = self.backend.grad_rows(self._strips(chunk), outs, rows, columns, entry, self.gain)
-        queries = self._queries_that_meet_a_gradient()
-        self._contract(chunk, outs, {number: _part(self.operands[number], chunk) for number in queries}, None)
+        self._contract(chunk, outs, self._queries(chunk), None)
         if q is not None and self.scale_grad is not None:
             self.scale_grad += q.sum()
 
@@ -256,9 +258,10 @@ class _Sweep:
 
         return _Gradient(self.problem, number, apply)
 
-    def _queries_that_meet_a_gradient(self) -> list[int]:
-        """Operands that stand against keys whose gradient is wanted: dy += W.T @ x."""
-        return sorted({block.query for block in self.problem.blocks if self.wants.operands[block.key]})
+    def _queries(self, chunk: slice) -> dict[int, Tensor]:
+        """The chunk's rows of what stands against keys whose gradient is wanted: dy += W.T @ x."""
+        numbers = {block.query for block in self.problem.blocks if self.wants.operands[block.key]}
+        return {number: _part(self.operands[number], chunk) for number in sorted(numbers)}
 
     def _wanted_target_sim(self, chunk: slice) -> Tensor | None:
         return _part_or_none(self.prepared.target_sim, chunk)
@@ -321,7 +324,6 @@ class _Sweep:
         for number, (block, out) in enumerate(zip(problem.blocks, outs, strict=True)):
             y, dtype = self.operands[block.key], _gemm_dtype(problem, out.dtype)
             dx, dy, dbias = self.gradients[block.query], self.gradients[block.key], self.bias_grads[number]
-            x = queries.get(block.query)
             converts = not dtype == out.dtype == y.dtype or (dbias is not None and out.dtype != self.dtype)
             columns = CONVERTED_COLUMNS if converts else y.shape[0]
             for start in range(0, y.shape[0], columns):
@@ -336,8 +338,8 @@ class _Sweep:
                 values = values.to(dtype)
                 if dx is not None:
                     dx.add_rows(values, _part(y, tile).to(dtype))
-                if dy is not None and x is not None:
-                    dy.add_columns(tile, values.T, x.to(dtype))
+                if dy is not None:
+                    dy.add_columns(tile, values.T, queries[block.query].to(dtype))
         for dx in self.gradients:
             if dx is not None:
                 dx.end_chunk(chunk, over_l)

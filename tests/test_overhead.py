@@ -1,0 +1,30 @@
+"""A small batch is one chunk and a handful of launches. Their number is tested; their time is a benchmark's affair."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+# prepare, similarities, settle, two products, two finishes; a grad sweep adds one, columns another.
+MOST = {"info_nce, normalize=True": 7, "info_nce": 8, "clip, learnable scale": 9, "multiple_negatives_ranking": 7}
+
+
+@pytest.mark.slow
+def test_a_small_batch_is_a_handful_of_launches(tmp_path):
+    """Compiled for sm_90 and launched into nothing, in a process without the interpreter."""
+    script = Path(__file__).parents[1] / "benchmarks" / "overhead.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONSAFEPATH": "1", "FUSEDLOSS_BACKEND": "triton"}
+    command = [sys.executable, str(script), "--repeats", "2", "--out", str(tmp_path / "out.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert {row["loss"]: row["launches"] for row in rows} == MOST
+    assert all(row["us"] > row["bare_us"] > 0 for row in rows)
