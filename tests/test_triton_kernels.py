@@ -551,7 +551,15 @@ def test_can_exp():
     assert not backend.can_exp(replace(blocks=(Block(0, 1, bias),)))
 
 
-def test_why_not(monkeypatch):
+@pytest.fixture
+def nothing_known():
+    """Answers are kept; these tests change what they were found from."""
+    backend._why_not.cache_clear()
+    yield backend._why_not.cache_clear
+    backend._why_not.cache_clear()
+
+
+def test_why_not(monkeypatch, nothing_known):
     import triton
 
     problem = problem_of(make(CASES["one ragged tile"], torch.float32))
@@ -562,10 +570,12 @@ def test_why_not(monkeypatch):
     assert "float64" in backend.why_not(cast(torch.float64))
     if triton.knobs.runtime.interpret:
         assert "bfloat16" in backend.why_not(cast(torch.bfloat16))
+    nothing_known()
     monkeypatch.setattr(triton, "__version__", "3.5.1")
     assert "3.5.1" in backend.why_not(problem)
     monkeypatch.undo()
     if DEVICE == "cpu":
+        nothing_known()
         monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
         assert "cpu" in backend.why_not(problem)
 
