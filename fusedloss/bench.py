@@ -38,6 +38,7 @@ MARKED_ERROR = 1e-2
 TRIED_ERROR = 0.5  # a gradient so wrong on a tiny batch is not rounding
 ERROR_ROWS = 1024  # of each side's gradient are held against fp64
 SAMPLE_SECONDS = 0.02
+LIMIT = 30.0  # seconds of rounds after which a slow racer has enough
 MATERIALISING = ("eager", "torch.compile", "fusedloss:reference")
 NORMALIZED = "fusedloss, normalize=True"
 FORWARD = " forward"
@@ -65,7 +66,7 @@ def fused(point: Point, backend: str, **options: Any) -> Loss:
 
 
 def racers(point: Point) -> dict[str, Racer]:
-    """Everyone by name. `fusedloss` is the backend that auto picks; with normalize=True it knows a bound of the logits."""
+    """Everyone by name. `fusedloss` is the backend that auto picks; normalize=True tells it a bound of the logits."""
     cosine = point.loss == "multiple_negatives_ranking"
     computes = "info_nce" if cosine else point.loss
     found = {"fusedloss": Racer(fused(point, "auto"), computes=computes, cosine=cosine)}
@@ -76,8 +77,8 @@ def racers(point: Point) -> dict[str, Racer]:
             found[f"fusedloss:{backend}"] = Racer(fused(point, backend), computes=computes, cosine=cosine)
     for name, peer in PEERS.items():
         loss = peer.enter(point)
-        entry = {"why_not": loss, "loss": None} if isinstance(loss, str) else {"loss": loss}
-        found[name] = Racer(caveat=peer.caveat, computes=peer.computes or computes, cosine=cosine, **entry)  # type: ignore[arg-type]
+        racer = Racer(None, loss) if isinstance(loss, str) else Racer(loss)
+        found[name] = replace(racer, caveat=peer.caveat, computes=peer.computes or computes, cosine=cosine)
     return found
 
 
@@ -362,7 +363,7 @@ def try_peer(name: str, device: str) -> None:
 
 
 def broken_peers(device: str, only: set[str] | None, tick: Tick, timeout: float = 120) -> dict[str, str]:
-    """Of the peers that bring their own kernels: who cannot do a tiny step here, and why. On a CPU none of them runs."""
+    """Of the peers that bring kernels: who cannot do a tiny step here, and why. On a CPU none of them runs."""
     if torch.device(device).type == "cpu":
         return {}
     tried = [p.name for p in PEERS.values() if p.module and (only is None or p.name in only)]
@@ -480,7 +481,8 @@ def show_rows(title: str, rows: list[dict]) -> None:
     def number(row: dict, key: str, form: str, unit: float = 1) -> str:
         return form.format(row[key] / unit) if row.get(key) is not None else ""
 
-    cells, absent = [], {}
+    cells: list[list[str]] = []
+    absent: dict[tuple[str, str], list[int]] = {}
     for row in rows:
         if "seconds" not in row and row.get("note", "").startswith("not run: ") and row["note"] != OUT_OF_TIME:
             absent.setdefault((row["racer"], row["note"].removeprefix("not run: ")), []).append(row["n"])
@@ -532,7 +534,7 @@ def main(arguments: Any) -> int:
             else:
                 excluded = broken_peers(arguments.device, only, tick)
                 for p in points:
-                    race(p, arguments.rounds, only, with_memory, tick, rows, excluded=excluded)
+                    race(p, arguments.rounds, only, with_memory, tick, rows, limit=LIMIT, excluded=excluded)
     except KeyboardInterrupt:
         ended = "interrupted"
     except measure.DeviceLost as error:

@@ -12,7 +12,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -80,8 +80,11 @@ class Peer:
 PEERS: dict[str, Peer] = {}
 
 
-def peer(name: str, **about: Any) -> Callable[[Callable[[Point], Loss | str]], Callable[[Point], Loss | str]]:
-    def register(build: Callable[[Point], Loss | str]) -> Callable[[Point], Loss | str]:
+Build = TypeVar("Build", bound=Callable[[Point], Loss | str])
+
+
+def peer(name: str, **about: Any) -> Callable[[Build], Build]:
+    def register(build: Build) -> Build:
         PEERS[name] = Peer(name, build, **about)
         return build
 
@@ -206,7 +209,7 @@ def inf_cl(point: Point) -> Loss | str:
     """
     if reason := _cannot(point, "fp32", "bf16", "fp16") or _not_multiple("N", point.n, 64):
         return reason
-    memory = torch.cuda.get_device_properties(point.device).shared_memory_per_block_optin
+    memory = getattr(torch.cuda.get_device_properties(point.device), "shared_memory_per_block_optin", 0)
     head_dim = math.gcd(point.d, 256 if memory >= 160 << 10 else 128)  # two fp32 tiles of 64 rows in shared memory
     if head_dim < 16:
         return f"D = {point.d} is no multiple of 16"

@@ -29,7 +29,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 @contextlib.contextmanager
 def progress(total: int | None = None) -> Iterator[Tick]:
-    """A bar on stderr that each tick moves by one, or by its second argument. Where nobody watches, a line whenever the text changes."""
+    """A bar on stderr that each tick moves by one, or by its second argument.
+
+    Where nobody watches, a line whenever the text changes.
+    """
     last = ""
 
     def line(text: str, advance: int = 1) -> None:
