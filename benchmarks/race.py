@@ -182,7 +182,7 @@ def _work(connection: Any) -> None:
                 **job,
                 rows=rows,
                 until=until,
-                tick=lambda text, advance=1, rows=rows: connection.send(("doing", text, rows)),
+                tick=lambda text, rows=rows: connection.send(("doing", text, rows)),
             )
         except Exception as error:
             connection.send(("failed", f"{type(error).__name__}: {error}".splitlines()[0], rows))
@@ -196,7 +196,7 @@ def race_point(
     """The rows of a point. Who ended the racing process is noted in `broken` for this point, and the others go on."""
     excluded = dict(broken)
     while True:
-        job = {"point": entry.point, "excluded": excluded, **options}
+        job = {"point": entry.point, "excluded": dict(excluded), **options}
         job["only"] = set(OWN) if entry.field == "own" else options["only"]
         try:
             return worker.race(job, until, tick)
@@ -206,10 +206,10 @@ def race_point(
             if row is None:
                 row = {**asdict(entry.point), "racer": culprit}
                 crash.rows.append(row)
-            row["note"] = str(crash)
+            row.setdefault("note", str(crash))
             if culprit == "floor" or culprit in excluded or time.monotonic() > until:
                 return crash.rows
-            excluded[culprit] = str(crash)
+            excluded[culprit] = row["note"]
 
 
 # Results --------------------------------------------------------------------------------------------------------------

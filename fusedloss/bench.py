@@ -181,7 +181,7 @@ def gradient_error(found: list[Tensor], wanted: list[Tensor]) -> float:
 def steps(point: Point, rounds: int, only: set[str] | None) -> int:
     """How often `race` ticks, at most."""
     running = sum(fits(point, name) and racer.loss is not None for name, racer in entered(point, only).items())
-    return running + (2 * running + 1) * rounds + 2 * running
+    return 2 + running + (2 * running + 1) * rounds + 2 * running
 
 
 def race(
@@ -209,7 +209,7 @@ def race(
     # Dynamo keeps 8 graphs of one function, whichever torch.compile call they are from, and runs eager from then on.
     torch.compiler.reset()
     place = f"{point.loss} N={point.n} D={point.d} scale {point.scale:g} {point.kind}"
-    tick(f"{place}, inputs: floor", 0)
+    tick(f"{place}, inputs: floor")
     query, key = point.inputs()
     entries = entered(point, only)
     found: dict[str, dict[str, Any]] = {name: {**asdict(point), "racer": name} for name in ("floor", *entries)}
@@ -259,7 +259,7 @@ def race(
             measure.free_memory()  # behind the except clause, whose traceback holds what the call held
             continue
         calls |= {name: partial(both, query, key), name + FORWARD: partial(alone, query, key)}
-    tick(f"{place}, first run: floor", 0)
+    tick(f"{place}, first run: floor")
     calls["floor"]()
     measure.synchronize()
     start = time.monotonic()

@@ -56,12 +56,12 @@ def samples_interleaved(
         starting: is told each call's name before it runs
         failed: is told what a call raised, which then leaves the race; without it the race ends there
     """
-    names, spent = list(calls), dict.fromkeys(calls, 0.0)
+    names, spent, gone = list(calls), dict.fromkeys(calls, 0.0), set()
     repeats = repeats or {}
     for number in range(-warmup, rounds):
         for i in range(len(names)):
             name = names[(max(number, 0) + i) % len(names)]
-            if spent[name] > limit:
+            if name in gone or spent[name] > limit:
                 continue
             if starting is not None:
                 starting(name)
@@ -71,7 +71,7 @@ def samples_interleaved(
             except Exception as error:
                 if failed is None:
                     raise
-                spent[name] = math.inf
+                gone.add(name)
                 failed(name, error)
                 continue
             if number >= 0:
