@@ -145,7 +145,9 @@ class Worker:
             patience = max(1.0, min(PATIENCE, until + GRACE - time.monotonic()))
             if not self.connection.poll(patience):
                 self.stop()
-                raise Crash(f"failed: did not return within {patience:.0f} s", doing, rows)
+                late = time.monotonic() > until
+                why = bench.OUT_OF_TIME if late else f"failed: did not return within {patience:.0f} s"
+                raise Crash(why, doing, rows)
             try:
                 what, *about = self.connection.recv()
             except EOFError:
@@ -355,7 +357,8 @@ def main(argv: list[str] | None = None) -> int:
     left_out, interrupted, worker = list(entries), False, Worker()
     try:
         with show.progress(len(entries)) as tick:
-            broken = bench.broken_peers(arguments.device, only, tick)
+            timeout = 120 if budget < float("inf") else 600
+            broken = bench.broken_peers(arguments.device, only, tick, timeout)
 
             def race_one(entry: Entry) -> list[dict]:
                 return race_point(entry, worker, options, broken, until, tick)

@@ -81,7 +81,8 @@ def gpu(folder: Path) -> str:
     headers += ["error", "its error", "workspace, MiB"]
     versions = [f"torch {about['torch']}", f"triton {about['triton']}", f"driver {about.get('driver_version')}"]
     versions += [f"{name} {version}" for name, version in about["peers"].items()]
-    text = f"{about['device']}, one run of {about['date'][:10]} at commit {about['commit']}: {', '.join(versions)}.\n\n"
+    commit = f" at commit {about['commit']}" if about["commit"] else ""
+    text = f"{about['device']}, one run of {about['date'][:10]}{commit}: {', '.join(versions)}.\n\n"
     text += tabulate(table, headers, tablefmt="github", disable_numparse=True)
     text += "\n\nScale 20, random inputs." + harder([line for line in lines if line not in plain])
     if found["left_out"]:

@@ -14,11 +14,12 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ NORMALIZED = "fusedloss, normalize=True"
 FORWARD = " forward"
 OUT_OF_TIME = "not run: out of time"
 
+NOBODY: Mapping[str, str] = MappingProxyType({})
+
 Step = Callable[[Tensor, Tensor], Any]
 
 
@@ -65,8 +68,11 @@ def fused(point: Point, backend: str, **options: Any) -> Loss:
     return lambda q, k: fusedloss.info_nce(q, k, temperature=t, backend=backend, **options)
 
 
-def racers(point: Point) -> dict[str, Racer]:
-    """Everyone by name. `fusedloss` is the backend that auto picks; normalize=True tells it a bound of the logits."""
+def racers(point: Point, only: Collection[str] | None = None, excluded: Mapping[str, str] = NOBODY) -> dict[str, Racer]:
+    """Everyone, or those named. `fusedloss` is what auto picks; normalize=True gives it a bound of the logits.
+
+    Who is excluded, with the reason, is not even imported.
+    """
     cosine = point.loss == "multiple_negatives_ranking"
     computes = "info_nce" if cosine else point.loss
     found = {"fusedloss": Racer(fused(point, "auto"), computes=computes, cosine=cosine)}
@@ -76,17 +82,19 @@ def racers(point: Point) -> dict[str, Racer]:
         if module.why_not(probe(point.device, DTYPES[point.dtype])) is None:
             found[f"fusedloss:{backend}"] = Racer(fused(point, backend), computes=computes, cosine=cosine)
     for name, peer in PEERS.items():
-        loss = peer.enter(point)
-        racer = Racer(None, loss) if isinstance(loss, str) else Racer(loss)
-        found[name] = replace(racer, caveat=peer.caveat, computes=peer.computes or computes, cosine=cosine)
-    return found
+        if name not in excluded and (only is None or name in only):
+            loss = peer.enter(point)
+            racer = Racer(None, loss) if isinstance(loss, str) else Racer(loss)
+            found[name] = replace(racer, caveat=peer.caveat, computes=peer.computes or computes, cosine=cosine)
+    found |= {name: Racer(None, why) for name, why in excluded.items()}
+    return {name: racer for name, racer in found.items() if only is None or name in only}
 
 
-def entered(point: Point, only: set[str] | None) -> dict[str, Racer]:
+def entered(point: Point, only: Collection[str] | None, excluded: Mapping[str, str] = NOBODY) -> dict[str, Racer]:
     """The racers named, or by default each implementation once: no oracle, and no interpreted kernel."""
-    everyone = racers(point)
+    everyone = racers(point, only, excluded)
     if only is not None:
-        return {name: racer for name, racer in everyone.items() if name in only}
+        return everyone
     picks = picked(probe(point.device, DTYPES[point.dtype]))
     left_out = {f"fusedloss:{picks}", "fusedloss:reference"} | (
         {"fusedloss:triton"} if point.device_type == "cpu" else set()
@@ -194,7 +202,7 @@ def race(
     *,
     limit: float = math.inf,
     until: float = math.inf,
-    excluded: Mapping[str, str] | None = None,
+    excluded: Mapping[str, str] = NOBODY,
 ) -> list[dict]:
     """One row per racer: seconds, ratio to the floor, memory, gradient error; or why it did not run.
 
@@ -211,7 +219,7 @@ def race(
     place = f"{point.loss} N={point.n} D={point.d} scale {point.scale:g} {point.kind}"
     tick(f"{place}, inputs: floor")
     query, key = point.inputs()
-    entries = entered(point, only)
+    entries = entered(point, only, excluded)
     found: dict[str, dict[str, Any]] = {name: {**asdict(point), "racer": name} for name in ("floor", *entries)}
     rows += found.values()
     if "fusedloss" in found:
@@ -227,11 +235,12 @@ def race(
     def dropped(name: str, error: Exception) -> None:
         failed(name, error)
         calls.pop(name)
+        measure.free_memory()  # or finds that the device is lost, before the next racer is blamed
 
     for name, racer in entries.items():
         row = found[name]
-        if reason := (excluded or {}).get(name) or racer.why_not:
-            row["note"] = reason if reason.startswith("failed") else f"not run: {reason}"
+        if racer.why_not:
+            row["note"] = racer.why_not if racer.why_not.startswith(("failed", "OOM")) else f"not run: {racer.why_not}"
         elif not fits(point, name):
             row["note"] = f"not run: needs about {point.eager_bytes / 2**30:.1f} GiB"
         elif time.monotonic() > until:
@@ -303,6 +312,7 @@ def race(
         except Exception as error:
             failed(name, error)
         if "note" in row:
+            measure.free_memory()
             continue
         row["ranked"] = row["gradient_error"] <= MARKED_ERROR and not racer.caveat
         if not row["ranked"]:
@@ -323,7 +333,7 @@ def _repeats(seconds: float) -> int:
 
 def _reason(error: Exception) -> str:
     text = f"{type(error).__name__}: {error}".splitlines()[0]
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or any(word in text for word in ("OutOfMemory", "can't allocate memory")):
         return "OOM"
     return f"failed: {text}"
 

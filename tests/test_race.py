@@ -169,6 +169,24 @@ def test_a_lost_device_ends_the_race_with_the_reason(monkeypatch, stand_in):
     assert "illegal memory access" in rows[-1]["note"]
 
 
+def test_what_a_gpu_does_otherwise(monkeypatch):
+    """Memory is the second run's, in this process; short steps are repeated. A CPU stands in for the device."""
+    monkeypatch.setattr(Point, "device_type", "cuda")
+    monkeypatch.setattr(measure, "isolated", None)
+    repeated = {}
+    whole = measure.samples_interleaved
+
+    def samples(calls, rounds, **options):
+        repeated.update(options["repeats"])
+        return whole(calls, rounds, **options)
+
+    monkeypatch.setattr(measure, "samples_interleaved", samples)
+    rows = {r["racer"]: r for r in bench.race(Point(n=64, d=8), 2, {"fusedloss", "eager"}, True, quiet, [])}
+    assert all(isinstance(rows[name]["memory_bytes"], int) and rows[name]["ranked"] for name in ("fusedloss", "eager"))
+    assert all(repeated[name] > 1 for name in ("floor", "fusedloss", "fusedloss forward"))
+    assert bench.fits(Point(n=1 << 20), "eager")  # a GPU says OOM by itself
+
+
 def test_after_the_deadline_nothing_begins():
     rows = raced(Point(n=64, d=8), {"fusedloss", "eager"}, until=0.0)
     assert [row.get("note") for row in rows.values()] == [None, bench.OUT_OF_TIME, bench.OUT_OF_TIME]
