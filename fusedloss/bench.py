@@ -250,17 +250,16 @@ def race(
         tick(f"{place}, first run: {name}")
         both, alone = forward_backward(racer.loss), forward(racer.loss)
         try:
-            start = time.monotonic()
             found_now = both(query, key)
             sampled[name] = [found_now[0], *(g[looked_at].clone() for g in found_now[1:])]
             del found_now
             alone(query, key)
             measure.synchronize()
             if point.device_type == "cuda":  # the first run compiled; this one is the step itself
-                start = time.monotonic()
-                row["memory_bytes"] = step_memory(both, query, key, point.device)
-                repeats[name] = _repeats(time.monotonic() - start)
-                repeats[name + FORWARD] = repeats[name]
+                again: list[float] = []
+                timed = lambda q, k, both=both, again=again: again.append(measure.seconds(partial(both, q, k)))
+                row["memory_bytes"] = step_memory(timed, query, key, point.device)
+                repeats[name] = repeats[name + FORWARD] = _repeats(again[0])
         except Exception as error:  # out of memory, or a peer that cannot do this: the others still race
             failed(name, error)
         if "note" in row:
@@ -270,12 +269,8 @@ def race(
         calls |= {name: partial(both, query, key), name + FORWARD: partial(alone, query, key)}
     tick(f"{place}, first run: floor")
     calls["floor"]()
-    measure.synchronize()
-    start = time.monotonic()
-    calls["floor"]()
-    measure.synchronize()
     if point.device_type == "cuda":
-        repeats["floor"] = _repeats(time.monotonic() - start)
+        repeats["floor"] = _repeats(measure.seconds(calls["floor"]))
 
     samples: dict[str, list[float]] = {}
     for name, taken in measure.samples_interleaved(

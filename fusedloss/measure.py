@@ -32,10 +32,10 @@ def time_interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int = 5, wa
     Every round runs every call once, each round starting with another one, so that a machine that slows down or heats
     up does so for all of them.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     for name, taken in samples_interleaved(calls, rounds, warmup):
-        seconds[name].append(taken)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+        samples[name].append(taken)
+    return {name: statistics.median(taken) for name, taken in samples.items()}
 
 
 def samples_interleaved(
@@ -67,7 +67,7 @@ def samples_interleaved(
                 starting(name)
             try:
                 _make_room(calls[name])
-                taken = _seconds(calls[name], repeats.get(name, 1))
+                taken = seconds(calls[name], repeats.get(name, 1))
             except Exception as error:
                 if failed is None:
                     raise
@@ -144,7 +144,8 @@ def _answer(send: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> N
             send.send((None, RuntimeError(f"{type(error).__name__}: {error}")))
 
 
-def _seconds(call: Callable[[], Any], repeats: int = 1) -> float:
+def seconds(call: Callable[[], Any], repeats: int = 1) -> float:
+    """Of one call, the mean of `repeats` in a row."""
     synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
