@@ -196,10 +196,10 @@ def race_point(
     entry: Entry, worker: Worker, options: dict[str, Any], broken: dict[str, str], until: float, tick: Any
 ) -> list[dict]:
     """The rows of a point. Who ended the racing process is noted in `broken` for this point, and the others go on."""
-    excluded = dict(broken)
+    excluded, only = dict(broken), options["only"]
     while True:
         job = {"point": entry.point, "excluded": dict(excluded), **options}
-        job["only"] = set(OWN) if entry.field == "own" else options["only"]
+        job["only"] = set(OWN) & (only or set(OWN)) if entry.field == "own" else only
         try:
             return worker.race(job, until, tick)
         except Crash as crash:

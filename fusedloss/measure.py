@@ -135,13 +135,16 @@ def isolated(function: Callable[..., Any], *args: Any, timeout: float | None = N
 
 
 def _answer(send: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    try:
-        send.send((function(*args), None))
-    except Exception as error:
+    with contextlib.suppress(BrokenPipeError):  # who asked is gone
         try:
-            send.send((None, error))
-        except Exception:  # some cannot be pickled
-            send.send((None, RuntimeError(f"{type(error).__name__}: {error}")))
+            send.send((function(*args), None))
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            try:
+                send.send((None, error))
+            except Exception:  # some cannot be pickled
+                send.send((None, RuntimeError(f"{type(error).__name__}: {error}")))
 
 
 def seconds(call: Callable[[], Any], repeats: int = 1) -> float:
