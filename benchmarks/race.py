@@ -220,9 +220,10 @@ def race_point(
 class Store:
     """The results file: it holds whole points only, and is written anew with each."""
 
-    def __init__(self, folder: Path, name: str, command: list[str]):
+    def __init__(self, folder: Path, name: str, command: list[str], only: set[str] | None = None):
         self.path = folder / f"{name}.json"
-        self.found: dict[str, Any] = {"environment": results.environment(__file__), "command": command}
+        about = {**results.environment(__file__), "racers": sorted(only) if only else "all"}
+        self.found: dict[str, Any] = {"environment": about, "command": command}
         self.found |= {"left_out": [], "points": [], "rows": []}
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -231,7 +232,7 @@ class Store:
         if not self.path.exists():
             return ""
         old = json.loads(self.path.read_text())
-        same = ("source", "device", "torch", "triton", "peers")
+        same = ("source", "device", "torch", "triton", "peers", "racers")
         if all(old["environment"].get(key) == self.found["environment"][key] for key in same):
             self.found = {**old, "left_out": []}
             return (
@@ -239,7 +240,7 @@ class Store:
             )
         kept = self.path.with_suffix(".old.json")
         self.path.replace(kept)
-        return f"{self.path} was of other code, versions or another device: it is {kept} now"
+        return f"{self.path} was of other code, versions, racers or another device: it is {kept} now"
 
     def done(self) -> set[tuple]:
         return {_key(p["point"], p["field"]) for p in self.found["points"] if p["whole"]}
@@ -350,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     only = set(arguments.racers) if arguments.racers else None
     options = {"rounds": arguments.rounds, "limit": arguments.limit, "only": only, "with_memory": True}
 
-    store = Store(arguments.out, arguments.name, sys.argv[1:] if argv is None else argv)
+    store = Store(arguments.out, arguments.name, sys.argv[1:] if argv is None else argv, only)
     if said := store.resume():
         print(said, file=sys.stderr)
     entries = remaining(PRESETS[arguments.preset](grid(arguments.device, arguments.dtype)), store.done())
