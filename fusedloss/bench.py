@@ -62,7 +62,7 @@ class Racer:
 def fused(point: Point, backend: str, **options: Any) -> Loss:
     t = point.temperature
     if point.loss == "clip":
-        return lambda q, k: fusedloss.clip(q, k, 1 / t, backend=backend)
+        return lambda q, k: fusedloss.clip(q, k, 1 / t, backend=backend, **options)
     if point.loss == "multiple_negatives_ranking":
         return lambda q, k: fusedloss.multiple_negatives_ranking(q, k, scale=1 / t, backend=backend)
     return lambda q, k: fusedloss.info_nce(q, k, temperature=t, backend=backend, **options)
@@ -76,7 +76,7 @@ def racers(point: Point, only: Collection[str] | None = None, excluded: Mapping[
     cosine = point.loss == "multiple_negatives_ranking"
     computes = "info_nce" if cosine else point.loss
     found = {"fusedloss": Racer(fused(point, "auto"), computes=computes, cosine=cosine)}
-    if point.loss == "info_nce":
+    if not cosine:
         found[NORMALIZED] = Racer(fused(point, "auto", normalize=True), computes=computes, cosine=True)
     for backend, module in BACKENDS.items():
         if module.why_not(probe(point.device, DTYPES[point.dtype])) is None:
@@ -122,10 +122,9 @@ def forward_backward(loss: Loss) -> Step:
 
 def floor_rows(point: Point) -> int:
     """Rows a chunk, as the sweep sizes them: fewer, larger products are faster, so the floor must not have smaller."""
-    dtype, device = DTYPES[point.dtype], point.device_type
-    itemsize = max(4, dtype.itemsize) if device == "cpu" else dtype.itemsize
-    rows = min(sweep.MAX_ROWS[device], sweep.WORKSPACE_BYTES[device] // (itemsize * point.n))
-    return min(max(sweep.MIN_ROWS, rows // sweep.MIN_ROWS * sweep.MIN_ROWS), point.n)
+    device = torch.device(point.device)
+    itemsize = DTYPES[point.dtype].itemsize
+    return sweep.chunk_rows(point.n, point.n, point.d, max(4, itemsize) if device.type == "cpu" else itemsize, device)
 
 
 def floor(point: Point) -> Step:

@@ -66,6 +66,15 @@ def share(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value!r}: needs a number from 0 to 1")
 
 
+def count(name: str, value: int | None) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is a {type(value).__name__}: needs a whole number, or None")
+    if value < 1:
+        raise ValueError(f"{name} is {value}: needs at least 1, or None")
+
+
 def reads_values(x: Tensor) -> bool:
     """Whether this tensor's values may be looked at without a synchronisation the user did not ask for."""
     if torch.compiler.is_compiling():

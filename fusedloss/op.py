@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import sweep
 from .backends import BACKENDS, reference
-from .problem import Block, Problem, stats_dtype
+from .problem import Block, Problem, saved_dtype, stats_dtype
 from .sweep import Wants
 
 
@@ -28,6 +28,7 @@ class Plan(NamedTuple):
     label_smoothing: float
     symmetric: bool
     scale_bound: float | None
+    workspace_bytes: int | None
     per_row: bool  # return [M] weighted losses instead of their sum
 
     @classmethod
@@ -41,6 +42,7 @@ class Plan(NamedTuple):
             problem.label_smoothing,
             problem.symmetric,
             problem.scale_bound,
+            problem.workspace_bytes,
             per_row,
         )
 
@@ -63,6 +65,7 @@ class Plan(NamedTuple):
             self.label_smoothing,
             self.symmetric,
             self.scale_bound,
+            self.workspace_bytes,
         )
 
     def wants(self, wanted: Sequence[bool]) -> Wants:
@@ -125,13 +128,18 @@ class _Loss(torch.autograd.Function):
             elif gradients is None:
                 gradients = execute(ctx.plan, ctx.wanted, scale, target, weight, tensors)[1]
             if not ctx.plan.per_row:
-                gradients = [g if g is None else g.mul_(upstream) for g in gradients]
+                gradients = [g if g is None else g.mul_(_like(upstream, g)) for g in gradients]
         by_scale, *rest = _cast(gradients, [scale, *tensors])
         return (None, None, by_scale, None, None, *rest)
 
 
 def _in_forward(plan: Plan, wanted: list[bool]) -> list[bool]:
     return [want and not plan.per_row for want in wanted]
+
+
+def _like(upstream: Tensor, gradient: Tensor) -> Tensor:
+    """With as many dimensions: a 0-dim factor would be rounded to a 16-bit gradient's dtype before it multiplies."""
+    return upstream.reshape([1] * gradient.dim())
 
 
 def _cast(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor | None]:
@@ -178,22 +186,26 @@ def _softmax_sweep(
     label_smoothing: float,
     symmetric: bool,
     scale_bound: float | None,
+    workspace_bytes: int | None,
     per_row: bool,
     wanted: list[bool],
 ) -> list[Tensor]:
     """[value, then the wanted gradients of the sum by (scale, *tensors)]; with `per_row` the value alone."""
-    plan = Plan(backend, blocks, operand_count, cosine, label_smoothing, symmetric, scale_bound, per_row)
+    plan = Plan(
+        backend, blocks, operand_count, cosine, label_smoothing, symmetric, scale_bound, workspace_bytes, per_row
+    )
     value, gradients = execute(plan, _in_forward(plan, wanted), scale, target, weight, tensors)
     return [value, *(g for g in gradients if g is not None)]
 
 
 @_softmax_sweep.register_fake
 def _(scale, target, weight, tensors, *options):
-    *_, per_row, wanted = options
+    _, _, operand_count, *_, per_row, wanted = options
     dtype = stats_dtype(tensors[0].dtype)
     value = weight.new_empty(weight.shape if per_row else ())
-    kept = [t for t, want in zip([scale, *tensors], wanted, strict=True) if want and not per_row]
-    return [value, *(t.new_empty(t.shape, dtype=dtype) for t in kept)]
+    dtypes = [dtype, *[saved_dtype(tensors[0].dtype)] * operand_count, *[dtype] * (len(tensors) - operand_count)]
+    kept = [(t, d) for t, d, want in zip([scale, *tensors], dtypes, wanted, strict=True) if want and not per_row]
+    return [value, *(t.new_empty(t.shape, dtype=d) for t, d in kept)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -210,7 +222,7 @@ def _backward(ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
         summed = ctx.plan._replace(per_row=False)
         row_weight = weight * upstream[0]
         kept = torch.ops.fusedloss.softmax_sweep(scale, target, row_weight, tensors, *summed, ctx.wanted)[1:]
-    found = iter(kept if ctx.plan.per_row else [g * upstream[0] for g in kept])
+    found = iter(kept if ctx.plan.per_row else [g * _like(upstream[0], g) for g in kept])
     by_scale, *rest = _cast([next(found) if want else None for want in ctx.wanted], [scale, *tensors])
     return (by_scale, None, None, rest, *(None for _ in (*ctx.plan, ctx.wanted)))
 

@@ -44,6 +44,7 @@ class Problem:
     symmetric: columns are normalised too (CLIP): `weight[i]/2` of row i's loss plus `weight[j]/2` of column j's.
     scale_bound: `scale` as a Python number where the host knows it, else None. It only ever selects a faster way to
         the same result.
+    workspace_bytes: the most that the workspace may take; None: the device's default.
     """
 
     operands: tuple[Tensor, ...]
@@ -55,6 +56,7 @@ class Problem:
     label_smoothing: float = 0.0
     symmetric: bool = False
     scale_bound: float | None = None
+    workspace_bytes: int | None = None
 
     @property
     def rows(self) -> int:
@@ -76,6 +78,11 @@ class Problem:
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     """Losses, log-sum-exps and accumulators: fp32, or fp64 for fp64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def saved_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the gradients that a forward keeps. bf16 has fp32's range; fp16 would lose what a gradient scaler enlarges."""
+    return dtype if dtype == torch.bfloat16 else stats_dtype(dtype)
 
 
 def inverse_norms(x: Tensor) -> Tensor:
@@ -107,33 +114,47 @@ class Strip(NamedTuple):
 class RowSums(NamedTuple):
     """A row's negatives, folded: `sum_{j != t} exp(z_ij) = total * exp(shift)`.
 
-    A row without negatives has a finite shift and total 0.
+    A row without negatives has total 0. Between two primitives of one backend the sums may still be partial: a leading
+    axis of tiles, a shift of -inf where a tile has no admissible column, or one number as everybody's shift.
     """
 
-    shift: Tensor  # [R]
+    shift: Tensor | float  # [R]
     total: Tensor  # [R]
 
-    def settle(self, score: Tensor) -> RowSums:
-        """A row without negatives takes its target's score as shift, so that `1 / l` is 1 and not exp(-score)."""
-        return RowSums(torch.where(self.total == 0, score.to(self.shift.dtype), self.shift), self.total)
-
-    def total_with(self, score: Tensor) -> Tensor:
-        """`l`: the sum with one more logit. Infinite where that logit is 88 above the shift; 1 / l is then 0."""
-        return self.total + torch.exp((score - self.shift).to(self.total.dtype))
-
-    def at(self, chunk: slice) -> RowSums:
-        return RowSums(self.shift[chunk], self.total[chunk])
-
-    def merge(self, other: RowSums) -> RowSums:
-        """The sums over the union of two disjoint sets of columns."""
-        mine, others = (sums.shift.masked_fill(sums.total == 0, -torch.inf) for sums in (self, other))
-        shift = torch.maximum(mine, others)
-        shift = shift.masked_fill(shift == -torch.inf, 0)
-        return RowSums(shift, self.total * torch.exp(mine - shift) + other.total * torch.exp(others - shift))
-
     @classmethod
-    def empty(cls, like: Tensor) -> RowSums:
-        return cls(torch.zeros_like(like), torch.zeros_like(like))
+    def empty(cls, size: int, like: Tensor) -> RowSums:
+        return cls(like.new_zeros(size), like.new_zeros(size))
+
+
+class Prepared(NamedTuple):
+    """What is known of block 0 before its logits are."""
+
+    row_factor: Tensor | None  # [M] 1/norms
+    col_factor: Tensor | None  # [N]
+    score: Tensor  # [M], wide: at scale 100 the half-ulp of an fp32 score is a relative 4e-6 of its pair
+    target_sim: Tensor | None  # [M], where the gradient of the scale is wanted
+
+
+class Patch(NamedTuple):
+    """Where the targets' entries of a chunk stand: `out[i, target[i]]`, times both factors."""
+
+    out: Tensor  # [R, N]
+    target: Tensor  # [R]
+    row_factor: Tensor | None  # [R]
+    col_factor: Tensor | None  # [N]
+
+
+class Settled(NamedTuple):
+    """A row once its normaliser is known."""
+
+    loss: Tensor  # [R], weighted; 0 for a row that is left out
+    shift: Tensor
+    weight: Tensor  # weight / l
+    entry: Tensor  # of the target, in the gradient
+    scaled: list[Tensor]
+
+    def softmax(self, target_sim: Tensor | None) -> Softmax:
+        return Softmax(self.shift, self.weight, target_sim)
 
 
 class Softmax(NamedTuple):

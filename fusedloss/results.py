@@ -73,7 +73,12 @@ def source() -> str:
     digest = hashlib.sha256()
     kernels = importlib.util.find_spec("fusedloss.kernels")
     folders = [Path(fusedloss.__file__).parent, *map(Path, (kernels and kernels.submodule_search_locations) or [])]
-    files = {file.resolve(): file.name for folder in folders for file in folder.rglob("*.py")}
+    files = {
+        file.resolve(): file.name
+        for folder in folders
+        for file in folder.rglob("*.*")
+        if file.suffix in (".py", ".json")
+    }
     for file in sorted(files, key=lambda file: (files[file], file.read_bytes())):  # the same wherever it is installed
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]

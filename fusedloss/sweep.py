@@ -1,7 +1,7 @@
 """The one sweep: row chunks, a bounded workspace, and two plain GEMMs per block by the vendor's library.
 
     for each row chunk:   z tile -> exp or dz in the workspace       (a backend's primitive)
-                          dx[chunk] += W @ y,   dy += W.T @ x[chunk]  (torch.mm, fp32 accumulation)
+                          dx[chunk] = W @ y,   dy += W.T @ x[chunk]   (torch.mm, fp32 accumulation)
 
 No tensor here grows with M x N. What comes out are gradients of the *sum* of the weighted losses; the caller multiplies
 by upstream / denominator in fp32.
@@ -10,21 +10,28 @@ by upstream / denominator in fp32.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .epilogues import softmax_loss
-from .problem import NORM_EPS, Problem, RowSums, Softmax, Strip, inverse_norms, stats_dtype
+from .problem import Patch, Prepared, Problem, RowSums, Settled, Softmax, Strip, saved_dtype, stats_dtype
+from .rows import row_chunks
+from .waves import wave_rows
 
-# The workspace holds one row chunk. CPU: 256 rows at N = 65536, 1024 at 16384; GPU: thousands.
-WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 768 << 20}
-MIN_ROWS = 64  # fewer make dy's rank-k update memory-bound; the budget is exceeded only beyond N = 262144 in fp32
-MAX_ROWS = {"cpu": 1024, "cuda": 5632}
-STATS_COLUMNS = 16384  # a sweep that stores nothing sizes its chunks as if rows were this long
+MIB = 1 << 20
+GIB = 1 << 30
+# The workspace holds one row chunk. CPU: 256 rows at N = 65536, 1024 at 16384.
+CPU_BYTES, CPU_ROWS = 64 * MIB, 1024
+MIN_ROWS = 64  # fewer make dy's rank-k update memory-bound
+# On a GPU dy's accumulation costs 244 / rows of the products' time on an H200 (6 % at 4096), at any N and D: a chunk of
+# 4096 rows is worth 1 GiB at N = 131072, 8 GiB at N = 2**20, where the card has it.
+CUDA_BYTES, CUDA_ROWS = 896 * MIB, 8448
+CUDA_LEAST_ROWS, CUDA_SHARE = 3840, 16  # rows that the default may exceed CUDA_BYTES for; at most this part of the card
+STATS_ROWS = {"cpu": 1024, "cuda": CUDA_ROWS}  # a sweep that stores nothing has partial sums only
 CONVERTED_COLUMNS = 4096  # where a product wants another dtype, the workspace is converted tile by tile
 PAD = 16  # elements: each block's part of a workspace row starts aligned for 16-byte accesses
 
@@ -43,7 +50,7 @@ class Wants(NamedTuple):
 
 class Result(NamedTuple):
     rows: Tensor  # [M] weighted losses
-    operands: tuple[Tensor | None, ...]  # gradients of rows.sum(), in the statistics dtype
+    operands: tuple[Tensor | None, ...]  # gradients of rows.sum(), in saved_dtype
     scale: Tensor | None
     biases: tuple[Tensor | None, ...]
 
@@ -51,8 +58,41 @@ class Result(NamedTuple):
 @torch.no_grad()
 def run(problem: Problem, backend: ModuleType, wants: Wants) -> Result:
     """The weighted losses and the gradients of their sum."""
+    if not torch.is_autocast_enabled(problem.device.type):
+        return _Sweep(problem, backend, wants).run()
     with torch.autocast(problem.device.type, enabled=False):
         return _Sweep(problem, backend, wants).run()
+
+
+# Chunks ---------------------------------------------------------------------------------------------------------------
+
+
+def chunk_rows(M: int, N: int, D: int, itemsize: int, device: torch.device, workspace_bytes: int | None = None) -> int:
+    """Rows a chunk, so that `rows * N * itemsize` keeps to the budget: the argument, the environment, the default."""
+    if workspace_bytes is None and (given := os.environ.get("FUSEDLOSS_WORKSPACE_BYTES")):
+        if not given.isdecimal() or int(given) == 0:
+            raise ValueError(f"FUSEDLOSS_WORKSPACE_BYTES is {given!r}: needs a positive number of bytes")
+        workspace_bytes = int(given)
+    row_bytes = max(1, N * itemsize)
+    if workspace_bytes is not None and workspace_bytes < row_bytes and M:
+        raise ValueError(
+            f"workspace_bytes is {workspace_bytes}: one row of {N} similarities takes {row_bytes} bytes; "
+            f"allow {MIN_ROWS} rows, {MIN_ROWS * row_bytes} bytes, or more"
+        )
+    if device.type == "cuda":
+        card = _properties(device)
+        least = min(CUDA_LEAST_ROWS * row_bytes, card.total_memory // CUDA_SHARE)
+        budget = max(CUDA_BYTES, least) if workspace_bytes is None else workspace_bytes
+        return wave_rows(M, D, min(CUDA_ROWS, budget // row_bytes), card.multi_processor_count)
+    rows = min(CPU_ROWS, (workspace_bytes or CPU_BYTES) // row_bytes)
+    if rows < MIN_ROWS and workspace_bytes is not None:
+        return min(max(rows, 1), max(M, 1))
+    return max(1, min(max(MIN_ROWS, rows // MIN_ROWS * MIN_ROWS), M))
+
+
+@functools.cache
+def _properties(device: torch.device):
+    return torch.cuda.get_device_properties(device)
 
 
 class _Sweep:
@@ -61,18 +101,10 @@ class _Sweep:
     def __init__(self, problem: Problem, backend: ModuleType, wants: Wants):
         self.problem, self.backend, self.wants = problem, backend, wants
         self.dtype = stats_dtype(problem.dtype)
-        self.factors = [inverse_norms(x) if problem.cosine else None for x in problem.operands]
+        self.operands = [backend.operand(x) for x in problem.operands]
         self.biases = [None if b.bias is None else b.bias.to(self.dtype).contiguous() for b in problem.blocks]
-        target_sim = self._target_sim()
-        self.target_sim = target_sim.to(self.dtype)
-        # Wide until the shift is subtracted: at scale 100 the half-ulp of an fp32 score is a relative 4e-6 of its pair.
-        self.target_score = target_sim * problem.scale
-        if self.biases[0] is not None:
-            self.target_score = self.target_score + self.biases[0][problem.target]
-        self.operand_grads = [
-            problem.scale.new_zeros(x.shape) if wanted else None
-            for x, wanted in zip(problem.operands, wants.operands, strict=True)
-        ]
+        self.prepared = self._prepare()
+        self.factors = self._factors()
         self.bias_grads = [
             torch.zeros_like(bias) if wanted and bias is not None else None
             for bias, wanted in zip(self.biases, wants.biases, strict=True)
@@ -80,115 +112,156 @@ class _Sweep:
         self.scale_grad = torch.zeros_like(problem.scale) if wants.scale else None
         self.smoothing = _Smoothing(self) if problem.label_smoothing else None
         self.gain = self._gain() if backend.workspace_dtype(problem) == torch.float16 else None
+        self.gradients = [self._gradient(number) if wanted else None for number, wanted in enumerate(wants.operands)]
 
     def run(self) -> Result:
-        if self.problem.symmetric:
-            rows = self._symmetric()
+        if not self.problem.rows:
+            losses = torch.empty_like(self.problem.weight)
+        elif self.problem.symmetric:
+            losses = self._symmetric()
         elif self.wants.any:
-            rows = self._one_directional()
+            losses = self._one_directional()
         else:
-            rows = torch.empty_like(self.problem.weight)
-            for chunk in self._stats_chunks():
-                rows[chunk] = self._chunk_loss(chunk, self.backend.stats_rows(self._strips(chunk)))
-        gradients = self._finish() if self.wants.any else (None,) * len(self.operand_grads)
-        return Result(rows, gradients, self.scale_grad, tuple(self.bias_grads))
+            chunks = self._stats_chunks()
+            losses = _joined([self._settle(c, self.backend.stats_rows(self._strips(c))).loss for c in chunks])
+        if self.smoothing is not None:
+            losses += self.smoothing.losses(self)
+        gradients = self._finish() if self.wants.any else (None,) * len(self.operands)
+        return Result(losses, gradients, self.scale_grad, tuple(self.bias_grads))
 
     # One direction ----------------------------------------------------------------------------------------------------
 
     def _one_directional(self) -> Tensor:
-        losses = torch.empty_like(self.problem.weight)
         workspace = self._workspace()
         write = self._exp_chunk if self.backend.can_exp(self.problem) else self._grad_chunk
-        for chunk in self._chunks(workspace.shape[0]):
-            losses[chunk] = write(chunk, self._outs(workspace, chunk))
-        return losses
+        return _joined(
+            [
+                write(chunk, self._outs(workspace, chunk)).loss
+                for chunk in _chunks(self.problem.rows, workspace.shape[0])
+            ]
+        )
 
-    def _exp_chunk(self, chunk: slice, outs: list[Tensor]) -> Tensor:
+    def _exp_chunk(self, chunk: slice, outs: list[Tensor]) -> Settled:
         """E = exp(z - shift) in the workspace; weight / l is folded into the operands of the two GEMMs."""
         sums, q = self.backend.exp_rows(self.problem, self._strips(chunk), outs, self._wanted_target_sim(chunk))
-        sums = sums.settle(self.target_score[chunk])
-        softmax = self._softmax(sums, self.target_score[chunk], self.problem.weight[chunk], self.target_sim[chunk])
-        over_l = softmax.weight
-        entry = -sums.total
-        if self.problem.label_smoothing:
-            entry = entry + self.problem.label_smoothing * sums.total_with(self.target_score[chunk])
-        self._patch_target(chunk, outs[0], entry)
-        self._contract(chunk, outs, over_l)
+        dtype = _gemm_dtype(self.problem, outs[0].dtype)
+        scaled = self._queries_that_meet_a_gradient()
+        rows = self._settle(
+            chunk,
+            sums,
+            patch=self._patch(chunk, outs[0]),
+            scaled=[_part(self.operands[number], chunk) for number in scaled],
+            dtype=dtype,
+        )
+        self._contract(chunk, outs, dict(zip(scaled, rows.scaled, strict=True)), rows.weight)
         if q is not None and self.scale_grad is not None:
-            self.scale_grad += (over_l * q).sum()
-        return self._chunk_loss(chunk, sums)
+            self.scale_grad += (rows.weight * q).sum()
+        return rows
 
-    def _grad_chunk(self, chunk: slice, outs: list[Tensor]) -> Tensor:
+    def _grad_chunk(self, chunk: slice, outs: list[Tensor]) -> Settled:
         """Where no shift is known to be safe: the row's log-sum-exp first, then dz itself."""
-        sums = self.backend.stats_rows(self._strips(chunk)).settle(self.target_score[chunk])
-        rows = self._softmax(sums, self.target_score[chunk], self.problem.weight[chunk], self.target_sim[chunk])
-        q = self.backend.grad_rows(self._strips(chunk), outs, rows, None, self.gain)
-        entry = self.problem.label_smoothing * self.problem.weight[chunk] - rows.weight * sums.total
-        self._patch_target(chunk, outs[0], entry if self.gain is None else entry * self.gain)
-        self._contract(chunk, outs, None)
-        if q is not None and self.scale_grad is not None:
-            self.scale_grad += q.sum()
-        return self._chunk_loss(chunk, sums)
+        rows = self._settle(chunk, self.backend.stats_rows(self._strips(chunk)))
+        self._grad(chunk, outs, rows.softmax(self._wanted_target_sim(chunk)), None, rows.entry)
+        return rows
 
     # Both directions --------------------------------------------------------------------------------------------------
 
     def _symmetric(self) -> Tensor:
-        """Both normalisers must be known before any dz: one stats sweep that folds rows and columns, one grad sweep."""
-        score, weight = self.target_score, self.problem.weight / 2
-        row_sums, column_sums = RowSums.empty(weight), RowSums.empty(weight)
-        for chunk in self._stats_chunks():
-            rows, part = self.backend.stats_rows_and_columns(self._strips(chunk)[0])
-            row_sums.shift[chunk], row_sums.total[chunk] = rows
-            column_sums = column_sums.merge(part)
-        row_sums, column_sums = row_sums.settle(score), column_sums.settle(score)
-        if self.wants.any:
-            columns = self._softmax(column_sums, score, weight, self.target_sim)
+        """Both normalisers must be known before any dz: one stats sweep that folds rows and columns, one grad sweep.
+
+        Where all of E fits the workspace and one shift serves rows and columns, it is stored instead of computed twice.
+        """
+        score, weight = self.prepared.score, self.problem.weight / 2
+        if self.wants.any and self.backend.can_store(self.problem):
             workspace = self._workspace()
-            for chunk in self._chunks(workspace.shape[0]):
-                outs = self._outs(workspace, chunk)
-                sums = row_sums.at(chunk)
-                rows = self._softmax(sums, score[chunk], weight[chunk], self.target_sim[chunk])
-                q = self.backend.grad_rows(self._strips(chunk), outs, rows, columns, self.gain)
-                entry = -(rows.weight * sums.total + columns.weight[chunk] * column_sums.total[chunk])
-                self._patch_target(chunk, outs[0], entry if self.gain is None else entry * self.gain)
-                self._contract(chunk, outs, None)
-                if q is not None and self.scale_grad is not None:
-                    self.scale_grad += q.sum()
-        losses = softmax_loss(*row_sums, score) + softmax_loss(*column_sums, score)
-        return _zero_where(weight == 0, weight * losses)
+            if workspace.shape[0] == self.problem.rows:
+                return self._stored(workspace, weight)
+        columns = RowSums.empty(self.problem.columns, weight)
+        chunks = []
+        for chunk in self._stats_chunks():
+            sums, more = self.backend.stats_rows_and_columns(self._strips(chunk)[0])
+            chunks.append(self._settle(chunk, sums, weight)[:4])
+            columns = self.backend.merge(columns, more)
+        loss, shift, over_l, entries = (_joined(list(parts)) for parts in zip(*chunks, strict=True))
+        rows = Settled(loss, shift, over_l, entries, [])
+        by_column = self.backend.settle(columns, score, weight)
+        if self.wants.any:
+            target_sim = self.prepared.target_sim
+            entry = rows.entry + by_column.entry
+            by_row, column_softmax = rows.softmax(target_sim), by_column.softmax(target_sim)
+            workspace = self._workspace()
+            for chunk in _chunks(self.problem.rows, workspace.shape[0]):
+                part = by_row.map(functools.partial(_part, chunk=chunk))
+                self._grad(chunk, self._outs(workspace, chunk), part, column_softmax, _part(entry, chunk))
+        return rows.loss + by_column.loss
+
+    def _stored(self, workspace: Tensor, weight: Tensor) -> Tensor:
+        chunk = slice(0, self.problem.rows)
+        outs = self._outs(workspace, chunk)
+        sums, column_sums = self.backend.exp_rows_and_columns(self.problem, self._strips(chunk)[0], outs[0])
+        rows = self._settle(chunk, sums, weight)
+        columns = self.backend.settle(column_sums, self.prepared.score, weight)
+        entry = rows.entry + columns.entry
+        self.backend.weigh(self._patch(chunk, outs[0]), rows.weight, columns.weight, entry)
+        self._contract(chunk, outs, {}, None)
+        return rows.loss + columns.loss
 
     # Pieces -----------------------------------------------------------------------------------------------------------
 
-    def _softmax(self, sums: RowSums, score: Tensor, weight: Tensor, target_sim: Tensor) -> Softmax:
-        """`weight * exp(z - lse)` as `(weight / l) * exp(z - shift)`: 0 for a row that is left out."""
-        over_l = weight / sums.total_with(score)
-        return Softmax(sums.shift, _zero_where(weight == 0, over_l), target_sim if self.wants.scale else None)
+    def _prepare(self) -> Prepared:
+        block = self.problem.blocks[0]
+        return self.backend.prepare(
+            self.operands[block.query],
+            self.operands[block.key],
+            self.problem.target,
+            self.problem.scale,
+            self.biases[0],
+            cosine=self.problem.cosine,
+            wants_target_sim=self.wants.scale,
+        )
 
-    def _chunk_loss(self, chunk: slice, sums: RowSums) -> Tensor:
-        loss = softmax_loss(*sums, self.target_score[chunk])
-        if self.smoothing is not None:
-            loss = loss + self.smoothing.loss(chunk)
-        weight = self.problem.weight[chunk]
-        return _zero_where(weight == 0, weight * loss)
+    def _factors(self) -> list[Tensor | None]:
+        block = self.problem.blocks[0]
+        known = {block.query: self.prepared.row_factor, block.key: self.prepared.col_factor}
+        if not self.problem.cosine:
+            return [None] * len(self.operands)
+        return [
+            known[number] if number in known else self.backend.inverse_norms(x)
+            for number, x in enumerate(self.operands)
+        ]
+
+    def _settle(self, chunk: slice, sums: RowSums, weight: Tensor | None = None, **options) -> Settled:
+        weight = self.problem.weight if weight is None else weight
+        score = _part(self.prepared.score, chunk)
+        return self.backend.settle(sums, score, _part(weight, chunk), self.problem.label_smoothing, **options)
+
+    def _patch(self, chunk: slice, out: Tensor) -> Patch:
+        block = self.problem.blocks[0]
+        row_factor = _part_or_none(self.factors[block.query], chunk)
+        return Patch(out, _part(self.problem.target, chunk), row_factor, self.factors[block.key])
+
+    def _grad(self, chunk: slice, outs: list[Tensor], rows: Softmax, columns: Softmax | None, entry: Tensor) -> None:
+        q = self.backend.grad_rows(self._strips(chunk), outs, rows, columns, entry, self.gain)
+        queries = self._queries_that_meet_a_gradient()
+        self._contract(chunk, outs, {number: _part(self.operands[number], chunk) for number in queries}, None)
+        if q is not None and self.scale_grad is not None:
+            self.scale_grad += q.sum()
+
+    def _gradient(self, number: int) -> _Gradient:
+        finish, scale, gain = self.backend.finish, self.problem.scale, self.gain
+        operand, factor = self.operands[number], self.factors[number]
+
+        def apply(total: Tensor, over_l: Tensor | None, rows: slice, out: Tensor) -> None:
+            finish(total, over_l, scale, gain, _part(operand, rows), _part_or_none(factor, rows), out)
+
+        return _Gradient(self.problem, number, apply)
+
+    def _queries_that_meet_a_gradient(self) -> list[int]:
+        """Operands that stand against keys whose gradient is wanted: dy += W.T @ x."""
+        return sorted({block.query for block in self.problem.blocks if self.wants.operands[block.key]})
 
     def _wanted_target_sim(self, chunk: slice) -> Tensor | None:
-        return self.target_sim[chunk] if self.wants.scale else None
-
-    def _target_sim(self) -> Tensor:
-        """`f_i f_t <x_i, y_t>` as a row dot beside the sweep: in the tile it would cost registers and spill.
-
-        In fp64 where the device has it: O(M D) work, and well-fitted pairs owe all of their loss to this number.
-        """
-        block, target = self.problem.blocks[0], self.problem.target
-        wide = torch.float64 if self.problem.device.type in ("cpu", "cuda") else self.dtype
-        x, y = self.problem.operands[block.query], self.problem.operands[block.key]
-        sim = torch.empty(self.problem.rows, dtype=wide, device=x.device)
-        for chunk in self._stats_chunks():
-            sim[chunk] = torch.linalg.vecdot(x[chunk].to(wide), y[target[chunk]].to(wide))
-        row_factor, col_factor = self.factors[block.query], self.factors[block.key]
-        if row_factor is not None and col_factor is not None:
-            sim = sim * row_factor * col_factor[target]
-        return sim
+        return _part_or_none(self.prepared.target_sim, chunk)
 
     def _gain(self) -> Tensor:
         """The power of two that brings the largest possible dz to fp16's upper half: what is small would round to 0.
@@ -204,105 +277,134 @@ class _Sweep:
     def _strips(self, chunk: slice) -> list[Strip]:
         strips = []
         for number, block in enumerate(self.problem.blocks):
-            row_factor, col_factor = self.factors[block.query], self.factors[block.key]
             strips.append(
                 Strip(
-                    x=self.problem.operands[block.query][chunk],
-                    y=self.problem.operands[block.key],
+                    x=_part(self.operands[block.query], chunk),
+                    y=self.operands[block.key],
                     scale=self.problem.scale,
-                    row_factor=None if row_factor is None else row_factor[chunk],
-                    col_factor=col_factor,
+                    row_factor=_part_or_none(self.factors[block.query], chunk),
+                    col_factor=self.factors[block.key],
                     bias=self.biases[number],
-                    target=self.problem.target[chunk] if number == 0 else None,
+                    target=_part(self.problem.target, chunk) if number == 0 else None,
                 )
             )
         return strips
 
-    # Chunks and workspace ---------------------------------------------------------------------------------------------
-
-    def _chunk_rows(self, columns: int, itemsize: int) -> int:
-        device = self.problem.device.type
-        budget = WORKSPACE_BYTES.get(device, WORKSPACE_BYTES["cpu"])
-        rows = min(budget // max(1, columns * itemsize), MAX_ROWS.get(device, MAX_ROWS["cpu"]))
-        return max(1, min(max(MIN_ROWS, rows // MIN_ROWS * MIN_ROWS), self.problem.rows))
-
-    def _chunks(self, rows: int) -> Iterator[slice]:
-        for start in range(0, self.problem.rows, rows):
-            yield slice(start, min(start + rows, self.problem.rows))
-
     def _stats_chunks(self) -> Iterator[slice]:
-        return self._chunks(self._chunk_rows(STATS_COLUMNS, self.dtype.itemsize))
+        return _chunks(self.problem.rows, STATS_ROWS.get(self.problem.device.type, STATS_ROWS["cpu"]))
 
     def _block_widths(self) -> list[int]:
-        return [-(-self.problem.operands[block.key].shape[0] // PAD) * PAD for block in self.problem.blocks]
+        return [-(-self.operands[block.key].shape[0] // PAD) * PAD for block in self.problem.blocks]
 
     def _workspace(self) -> Tensor:
-        dtype = self.backend.workspace_dtype(self.problem)
-        width = sum(self._block_widths())
-        rows = self._chunk_rows(width, dtype.itemsize)
-        return torch.empty((rows, width), dtype=dtype, device=self.problem.device)
+        problem, dtype = self.problem, self.backend.workspace_dtype(self.problem)
+        width, D = sum(self._block_widths()), self.operands[0].shape[1]
+        rows = chunk_rows(problem.rows, width, D, dtype.itemsize, problem.device, problem.workspace_bytes)
+        return torch.empty((rows, width), dtype=dtype, device=problem.device)
 
     def _outs(self, workspace: Tensor, chunk: slice) -> list[Tensor]:
-        rows, start, outs = chunk.stop - chunk.start, 0, []
+        outs, start = [], 0
+        rows = chunk.stop - chunk.start
         for block, width in zip(self.problem.blocks, self._block_widths(), strict=True):
-            outs.append(workspace[:rows, start : start + self.problem.operands[block.key].shape[0]])
+            outs.append(workspace[:rows, start : start + self.operands[block.key].shape[0]])
             start += width
         return outs
 
-    def _patch_target(self, chunk: slice, out: Tensor, entry: Tensor) -> None:
-        """The target's entry, merged in fp32 before it is rounded into the workspace."""
-        block, target = self.problem.blocks[0], self.problem.target[chunk]
-        row_factor, col_factor = self.factors[block.query], self.factors[block.key]
-        if row_factor is not None and col_factor is not None:
-            entry = entry * row_factor[chunk] * col_factor[target]
-        out.scatter_(1, target[:, None], entry[:, None].to(out.dtype))
-
     # The two GEMMs ----------------------------------------------------------------------------------------------------
 
-    def _contract(self, chunk: slice, outs: list[Tensor], over_l: Tensor | None) -> None:
-        """`dx[chunk] += over_l * (W @ y)`, `dy += W.T @ (over_l * x[chunk])`, `dbias += W.T @ over_l`."""
-        for number, (block, out) in enumerate(zip(self.problem.blocks, outs, strict=True)):
-            x, y = self.problem.operands[block.query][chunk], self.problem.operands[block.key]
-            dx, dy = self.operand_grads[block.query], self.operand_grads[block.key]
-            dbias = self.bias_grads[number]
-            dtype = _gemm_dtype(self.problem, out.dtype)
-            rows = (x if over_l is None else x * over_l[:, None]).to(dtype) if dy is not None else None
+    def _contract(self, chunk: slice, outs: list[Tensor], queries: dict[int, Tensor], over_l: Tensor | None) -> None:
+        """`dx[chunk] += over_l * (W @ y)`, `dy += W.T @ queries`, `dbias += W.T @ over_l`.
+
+        `queries` are the rows of x that belong to the chunk, already times `over_l` where there is one.
+        """
+        problem = self.problem
+        for number, (block, out) in enumerate(zip(problem.blocks, outs, strict=True)):
+            y, dtype = self.operands[block.key], _gemm_dtype(problem, out.dtype)
+            dx, dy, dbias = self.gradients[block.query], self.gradients[block.key], self.bias_grads[number]
+            x = queries.get(block.query)
             converts = not dtype == out.dtype == y.dtype or (dbias is not None and out.dtype != self.dtype)
             columns = CONVERTED_COLUMNS if converts else y.shape[0]
-            product = None if dx is None else torch.zeros(x.shape, dtype=self.dtype, device=x.device)
             for start in range(0, y.shape[0], columns):
                 tile = slice(start, min(start + columns, y.shape[0]))
-                values = out[:, tile]
+                values = out if columns == y.shape[0] else out[:, tile]
                 if dbias is not None:
-                    ones = torch.ones_like(self.problem.weight[chunk]) if over_l is None else over_l
+                    ones = torch.ones_like(problem.weight[chunk]) if over_l is None else over_l
                     row_factor = self.factors[block.query]
                     if row_factor is not None:
                         ones = ones / row_factor[chunk]
                     dbias[tile] += values.T.to(ones.dtype) @ ones
                 values = values.to(dtype)
-                if product is not None:
-                    add_mm(product, values, y[tile].to(dtype))
-                if dy is not None and rows is not None:
-                    add_mm(dy[tile], values.T, rows)
-            if dx is not None and product is not None:
-                dx[chunk] += product if over_l is None else product.mul_(over_l[:, None])
+                if dx is not None:
+                    dx.add_rows(values, _part(y, tile).to(dtype))
+                if dy is not None and x is not None:
+                    dy.add_columns(tile, values.T, x.to(dtype))
+        for dx in self.gradients:
+            if dx is not None:
+                dx.end_chunk(chunk, over_l)
 
     def _finish(self) -> tuple[Tensor | None, ...]:
         """Apply what the accumulators left out: the scale, the gain, the smoothing term and the norms' projection."""
-        gain = 1.0 if self.gain is None else self.gain
         for block, dbias in zip(self.problem.blocks, self.bias_grads, strict=True):
             if dbias is not None:
-                col_factor = self.factors[block.key]
+                col_factor, gain = self.factors[block.key], 1.0 if self.gain is None else self.gain
                 dbias.div_(gain if col_factor is None else col_factor * gain)
-        for dx in self.operand_grads:
-            if dx is not None:
-                dx.mul_(self.problem.scale / gain)
         if self.smoothing is not None:
-            self.smoothing.add_gradients()
-        for x, factor, dx in zip(self.problem.operands, self.factors, self.operand_grads, strict=True):
-            if dx is not None and factor is not None:
-                _project_(dx, x, factor)
-        return tuple(self.operand_grads)
+            self.smoothing.add_gradients(self)
+        return tuple(None if g is None else g.finished() for g in self.gradients)
+
+
+class _Gradient:
+    """The gradient of one operand while chunks come in.
+
+    What is only ever a query has all of its row when its chunk ends: one product, finished and written once, in the
+    dtype that is kept. What is a key somewhere accumulates over chunks, in fp32.
+    """
+
+    def __init__(self, problem: Problem, number: int, finish: Callable[..., None]):
+        self.like, self.shape = problem.scale, problem.operands[number].shape
+        self.dtype = saved_dtype(problem.dtype)
+        self.apply = finish  # (total, over_l, rows, out): what the products left out
+        at_once = not problem.label_smoothing and all(block.key != number for block in problem.blocks)
+        self.kept = self.like.new_empty(self.shape, dtype=self.dtype) if at_once else None
+        self.total: Tensor | None = None  # over all chunks
+        self.product: Tensor | None = None  # of this chunk
+
+    def accumulator(self) -> Tensor:
+        if self.total is None:
+            self.total = self.like.new_zeros(self.shape)
+        return self.total
+
+    def add_rows(self, values: Tensor, y: Tensor) -> None:
+        if self.product is None:
+            self.product = self.like.new_empty((values.shape[0], y.shape[1]))
+            mm(self.product, values, y)
+        else:
+            add_mm(self.product, values, y)
+
+    def add_columns(self, tile: slice, values: Tensor, x: Tensor) -> None:
+        if self.total is None and values.shape[0] == self.shape[0]:
+            self.total = self.like.new_empty(self.shape)
+            mm(self.total, values, x)
+        else:
+            add_mm(self.accumulator()[tile], values, x)
+
+    def end_chunk(self, chunk: slice, over_l: Tensor | None) -> None:
+        if self.product is None:
+            return
+        if self.kept is not None:
+            self.apply(self.product, over_l, chunk, _part(self.kept, chunk))
+        else:
+            self.accumulator()[chunk] += self.product if over_l is None else self.product.mul_(over_l[:, None])
+        self.product = None
+
+    def finished(self) -> Tensor:
+        if self.kept is not None:
+            return self.kept
+        total = self.accumulator()
+        out = total if total.dtype == self.dtype else torch.empty_like(total, dtype=self.dtype)
+        if self.shape[0]:
+            self.apply(total, None, slice(0, self.shape[0]), out)
+        return out
 
 
 class _Smoothing:
@@ -312,8 +414,8 @@ class _Smoothing:
     """
 
     def __init__(self, sweep: _Sweep):
-        self.sweep, self.eps = sweep, sweep.problem.label_smoothing
         problem = sweep.problem
+        self.eps = problem.label_smoothing
         self.admissible = [
             torch.ones(problem.operands[block.key].shape[0], dtype=sweep.dtype, device=problem.device)
             if bias is None
@@ -335,36 +437,48 @@ class _Smoothing:
                 self.mean_score = self.mean_score + (share * bias.masked_fill(admissible == 0, 0)).sum()
         self.mean_score = self.mean_score + problem.scale * self.mean_sim
 
-    def loss(self, chunk: slice) -> Tensor:
-        return self.eps * (self.sweep.target_score[chunk] - self.mean_score[chunk]).to(self.mean_score.dtype)
+    def losses(self, sweep: _Sweep) -> Tensor:
+        weight = sweep.problem.weight
+        loss = self.eps * weight * (sweep.prepared.score - self.mean_score).to(weight.dtype)
+        return loss.masked_fill(weight == 0, 0)
 
-    def add_gradients(self) -> None:
-        sweep, problem = self.sweep, self.sweep.problem
-        weight = problem.weight
-        if sweep.scale_grad is not None:
-            sweep.scale_grad += self.eps * (weight * (sweep.target_sim - self.mean_sim)).sum()
+    def add_gradients(self, sweep: _Sweep) -> None:
+        """To the accumulators, which the scale and the gain's inverse are still to multiply."""
+        problem, weight, target_sim = sweep.problem, sweep.problem.weight, sweep.prepared.target_sim
+        if sweep.scale_grad is not None and target_sim is not None:
+            sweep.scale_grad += self.eps * (weight * (target_sim - self.mean_sim)).sum()
+        gained = weight if sweep.gain is None else weight * sweep.gain
         for number, block in enumerate(problem.blocks):
             row_factor, col_factor = sweep.factors[block.query], sweep.factors[block.key]
-            rows = weight if row_factor is None else weight * row_factor
+            rows = gained if row_factor is None else gained * row_factor
             columns = self.admissible[number] / self.count
-            dx, dy, dbias = (
-                sweep.operand_grads[block.query],
-                sweep.operand_grads[block.key],
-                sweep.bias_grads[number],
-            )
+            dx, dy, dbias = sweep.gradients[block.query], sweep.gradients[block.key], sweep.bias_grads[number]
             if dbias is not None:
                 dbias -= self.eps * weight.sum() * columns
             if dx is not None:
-                dx.addr_(rows, self.mean_key[number] * problem.scale, alpha=-self.eps)
+                dx.accumulator().addr_(rows, self.mean_key[number], alpha=-self.eps)
             if dy is not None:
                 mean_query = _weighted_sum(problem.operands[block.query], rows)
                 factored = columns if col_factor is None else columns * col_factor
-                dy.addr_(factored, mean_query * problem.scale, alpha=-self.eps)
+                dy.accumulator().addr_(factored, mean_query, alpha=-self.eps)
 
 
-def _zero_where(condition: Tensor, value: Tensor) -> Tensor:
-    """0 where a row is left out, also if its own value is not finite."""
-    return value.masked_fill(condition, 0)
+def _part(x: Tensor, chunk: slice) -> Tensor:
+    """`x[chunk]`, at no cost where that is all of it: a slice takes 2 us, and small batches are one chunk."""
+    return x if chunk.stop - chunk.start == x.shape[0] else x[chunk]
+
+
+def _part_or_none(x: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if x is None else _part(x, chunk)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _chunks(count: int, rows: int) -> Iterator[slice]:
+    for start in range(0, count, rows):
+        yield slice(start, min(start + rows, count))
 
 
 def _gemm_dtype(problem: Problem, stored: torch.dtype) -> torch.dtype:
@@ -380,6 +494,18 @@ def _cpu_multiplies_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16", False))
 
 
+def mm(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """`out = a @ b`, accumulated in the dtype of `out`."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.device.type == "cuda":
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif a.dtype == torch.float16:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)  # a CPU's fp16 product overflows under the gain
+    else:
+        out.copy_(torch.mm(a, b))
+
+
 def add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
     """`total += a @ b`, accumulated in the dtype of `total`."""
     if a.dtype == total.dtype:
@@ -387,38 +513,21 @@ def add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
     elif a.device.type == "cuda":
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     elif a.dtype == torch.float16:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))  # a CPU's fp16 product is fp16 and overflows under the gain
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
     else:
         total.add_(torch.mm(a, b))
-
-
-def _row_chunks(x: Tensor) -> Iterator[slice]:
-    for start in range(0, x.shape[0], 4096):
-        yield slice(start, start + 4096)
 
 
 def _weighted_sum(x: Tensor, weight: Tensor) -> Tensor:
     """`weight @ x` in the dtype of `weight`, without a converted copy of `x`."""
     total = weight.new_zeros(x.shape[1])
-    for chunk in _row_chunks(x):
+    for chunk in row_chunks(x):
         total += weight[chunk] @ x[chunk].to(weight.dtype)
     return total
 
 
 def _matvec(x: Tensor, vector: Tensor) -> Tensor:
     out = vector.new_empty(x.shape[0])
-    for chunk in _row_chunks(x):
+    for chunk in row_chunks(x):
         out[chunk] = x[chunk].to(vector.dtype) @ vector
     return out
-
-
-def _project_(dx: Tensor, x: Tensor, factor: Tensor) -> None:
-    """From the gradient with 1/norms held fixed to the gradient through them: `dx -= f^2 <dx, x> x`, in place.
-
-    A row shorter than 1e-12 is divided by a constant: nothing to project.
-    """
-    squared = (factor * factor).masked_fill(factor >= 1 / NORM_EPS, 0)
-    for chunk in _row_chunks(x):
-        row = x[chunk].to(dx.dtype)
-        along = (dx[chunk] * row).sum(1) * squared[chunk]
-        dx[chunk].addcmul_(row, along[:, None], value=-1)

@@ -55,7 +55,11 @@ def eager_info_nce(query: Tensor, key: Tensor, temperature: float | Tensor = 0.0
     return F.cross_entropy(_up(query @ key.T) / temperature, torch.arange(query.shape[0], device=query.device))
 
 
-def eager_clip(image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Tensor:
+def eager_clip(
+    image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor, normalize: bool = False
+) -> Tensor:
+    if normalize:
+        image_features, text_features = (F.normalize(_up(x), dim=1) for x in (image_features, text_features))
     logits = _up(image_features @ text_features.T) * logit_scale
     target = torch.arange(logits.shape[0], device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -118,10 +122,10 @@ def exact_gradients(
 
 
 def value_and_gradients(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """[loss, *gradients] of `function` at fresh leaves with the values of `tensors`."""
+    """[loss, *gradients] of `function` at fresh leaves with the values of `tensors`; 0 for one it does not use."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     loss = function(*leaves)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
 
 
 def budget_share(out: Tensor, eager: Tensor, oracle: Tensor, dtype: torch.dtype) -> float:

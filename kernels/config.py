@@ -1,56 +1,109 @@
-"""Tile shapes as a pure function of the problem: no search, and every run is alike."""
+"""Tile shapes as pure functions of the problem: no search, and every run is alike."""
 
 from __future__ import annotations
 
+import functools
+import json
+import math
+from pathlib import Path
 from typing import NamedTuple
 
 
 class Config(NamedTuple):
-    """Launch options of `similarity_kernel`. SUBTILES = 2 folds a tile in two halves of columns."""
+    """How the similarities of one launch are computed.
 
+    GEMM: "descriptors" (TMA) or "pointers" (cp.async) into `similarity_kernel`, or the vendor's
+    "library" and `panel_kernel`. SUBTILES = 2 folds a tile in two halves of columns. `programs` run
+    at once on a multiprocessor.
+    """
+
+    GEMM: str
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_D: int
-    GROUP_M: int
-    SUBTILES: int
-    num_warps: int
-    num_stages: int
+    GROUP_M: int = 8
+    SUBTILES: int = 1
+    num_warps: int = 8
+    num_stages: int = 3
+    programs: int = 1
+
+    def options(self) -> dict[str, int]:
+        """The launch options of `similarity_kernel`."""
+        names = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "GROUP_M", "SUBTILES", "num_warps", "num_stages")
+        return {name: getattr(self, name) for name in names}
 
 
 # Under half a wave of 128 x 128 tiles on 132 SMs, smaller tiles keep more SMs busy.
 FEW_TILES = 66
+# From here on cuBLAS and a pass over fp32 panels should beat the fused GEMM, on paper: a kernel at
+# 80 % of the peak where cuBLAS has 92 % loses 4.1e-16 D seconds an element, the pass costs 1e-12.
+LIBRARY_D = 2304
+# What a row of a tile takes of the epilogue's registers, by mode.
+HEAVY = ("stats, columns", "exp, columns", "grad, columns, q")
 
 
-def pick_config(
-    M: int,
-    N: int,
-    itemsize: int,
-    capability: tuple[int, int] | None,
-    *,
-    tensor_cores: bool = True,
-    pressure: int = 0,
-) -> Config:
-    """The tile for M x N similarities of operands with `itemsize` bytes an element.
+def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] | None, mode: str) -> Config:
+    """The config for M x N similarities over D features.
 
-    `capability` is the GPU's, None in the interpreter. `tensor_cores` is False for fp32 in full
-    precision. `pressure` is what the epilogue keeps in registers: 0 one number per element, 1 also
-    its similarity or weights, 2 both for rows and for columns.
+    `dtype` is "bf16", "fp16", "tf32" or "fp32" (full precision, no tensor cores); `capability` is
+    the GPU's, None in the interpreter; `mode` is the epilogue and its options: "stats", "exp",
+    "grad, columns, q" and so on. A measured config of the same GPU, dtype and mode is taken where
+    measured.json has one, at the nearest D.
     """
     if capability is None:
-        return Config(16, 32, 16, GROUP_M=2, SUBTILES=1, num_warps=4, num_stages=1)
-    if not tensor_cores:
-        return Config(128, 64, 16, GROUP_M=8, SUBTILES=1, num_warps=8, num_stages=2)
-    BLOCK_D = 128 // itemsize  # one 128-byte line of each row
-    if _cdiv(M, 128) * _cdiv(N, 128) < FEW_TILES:
-        return Config(64, 64, BLOCK_D, GROUP_M=8, SUBTILES=1, num_warps=4, num_stages=4)
-    if pressure == 0 and itemsize == 2 and capability[0] == 9:
-        # 192 KiB of shared memory. On sm_100 the same tile spills, elsewhere it does not fit.
-        return Config(128, 256, BLOCK_D, GROUP_M=8, SUBTILES=1, num_warps=8, num_stages=4)
-    if pressure == 2 and capability[0] == 10:
-        # Tensor memory is read a row per thread, with the vectors of every column: 128 spill.
-        return Config(128, 64, BLOCK_D, GROUP_M=8, SUBTILES=1, num_warps=8, num_stages=4)
-    # 96 KiB, 128 on sm_90 and sm_100: within every limit, sm_120's 99 KiB included.
-    return Config(128, 128, BLOCK_D, GROUP_M=8, SUBTILES=2, num_warps=8, num_stages=4)
+        return Config("pointers", 64, 64, 64)
+    few = _cdiv(M, 128) * _cdiv(N, 128) < FEW_TILES
+    if not few and (found := _measured(D, dtype, capability, mode)):
+        return found
+    if dtype == "fp32":
+        return Config("pointers", 128, 64, 16, num_stages=2)
+    narrow = dtype in ("bf16", "fp16")
+    BLOCK_D = 64 if narrow else 32  # one 128-byte line of each row
+    if capability[0] in (9, 10):
+        if few:
+            return Config("descriptors", 64, 64, BLOCK_D, num_warps=4, num_stages=4)
+        if D >= LIBRARY_D:
+            return Config("library", 32, 256, BLOCK_D, num_warps=8)
+        if capability[0] == 9 and mode not in HEAVY:
+            return Config("descriptors", 128, 256, BLOCK_D)
+        return Config("descriptors", 128, 128, BLOCK_D, num_stages=4)
+    if few:
+        return Config("pointers", 64, 64, BLOCK_D, num_warps=4, num_stages=4)
+    # 96 KiB of shared memory: within sm_120's 99.
+    return Config("pointers", 128, 128, BLOCK_D, SUBTILES=2)
+
+
+def pick_rows(kernel: str, *, interpreted: bool) -> dict[str, int]:
+    """Launch options of the kernels in `rows.py`: 8 or 16 elements a thread and pass."""
+    if interpreted:
+        sizes = {"BLOCK_R": 64, "BLOCK_T": 16, "BLOCK_D": 128}
+    elif kernel == "merge_kernel":
+        sizes = {"BLOCK_R": 128, "BLOCK_T": 16}
+    elif kernel == "settle_kernel":
+        sizes = {"BLOCK_R": 32, "BLOCK_T": 64, "BLOCK_D": 64}
+    else:
+        sizes = {"BLOCK_R": 4, "BLOCK_D": 256}
+    used = {"merge_kernel": ("BLOCK_R", "BLOCK_T"), "settle_kernel": ("BLOCK_R", "BLOCK_T", "BLOCK_D")}
+    return {name: sizes[name] for name in used.get(kernel, ("BLOCK_R", "BLOCK_D"))}
+
+
+def _measured(D: int, dtype: str, capability: tuple[int, int], mode: str) -> Config | None:
+    """The config measured fastest at the nearest D, by ratio."""
+    found = [
+        entry
+        for entry in _table()
+        if (entry["dtype"], tuple(entry["capability"]), entry["mode"]) == (dtype, capability, mode)
+    ]
+    if not found:
+        return None
+    nearest = min(found, key=lambda entry: abs(math.log(entry["D"] / D)))
+    return Config(**nearest["config"])
+
+
+@functools.cache
+def _table() -> list[dict]:
+    """Written by benchmarks/tune.py on a GPU; empty until one has run it."""
+    return json.loads((Path(__file__).parent / "measured.json").read_text())
 
 
 def _cdiv(a: int, b: int) -> int:

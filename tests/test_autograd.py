@@ -229,4 +229,4 @@ def test_the_op_meets_torch_librarys_own_checks(backend, per_row, symmetric):
     x, y = leaves((6, 4), (6, 4), dtype=torch.float32)
     scale = torch.tensor(2.0, requires_grad=True)
     arguments = (scale, torch.arange(6), torch.ones(6), [x, y], backend, [0, 1, 0], 2, True, 0.0)
-    torch.library.opcheck(torch.ops.fusedloss.softmax_sweep, (*arguments, symmetric, None, per_row, [True, True, True]))
+    torch.library.opcheck(torch.ops.fusedloss.softmax_sweep, (*arguments, symmetric, None, None, per_row, [True] * 3))

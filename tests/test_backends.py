@@ -44,11 +44,18 @@ EPILOGUES = {
         lambda q, k, s, **o: fusedloss.clip(q, k[: len(q)], s, **o),
         lambda q, k, s: testing.eager_clip(q, k[: len(q)], s),
     ),
+    "clip cosine": (
+        lambda q, k, s, **o: fusedloss.clip(q, k[: len(q)], s, normalize=True, **o),
+        lambda q, k, s: testing.eager_clip(q, k[: len(q)], s, normalize=True),
+    ),
     "ranking": (
         lambda q, k, s, **o: fusedloss.multiple_negatives_ranking(q, k, hard(k), scale=s, **o),
         lambda q, k, s: testing.eager_multiple_negatives_ranking(q, k, hard(k), scale=s),
     ),
 }
+
+
+COSINE = ("info_nce cosine", "clip cosine", "ranking")
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +64,8 @@ def small_chunks(monkeypatch):
     from fusedloss import sweep
     from fusedloss.backends import chunked
 
-    monkeypatch.setattr(sweep, "MIN_ROWS", 32)
-    monkeypatch.setattr(sweep, "WORKSPACE_BYTES", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(sweep, "chunk_rows", lambda M, *_: min(M, 32))
+    monkeypatch.setattr(sweep, "STATS_ROWS", {"cpu": 32, "cuda": 32})
     monkeypatch.setattr(sweep, "CONVERTED_COLUMNS", 48)
     monkeypatch.setattr(chunked, "TILE_COLUMNS", 48)
 
@@ -74,9 +81,7 @@ def test_inside_the_error_budget(device, backend, epilogue, dtype, shape):
     query, key = (x.to(device) * 1.3 for x in testing.inputs("random", rows, columns, dim, dtype, seed=rows))
     scale = torch.tensor(7.0, dtype=stats_dtype(dtype), device=device)
     skip_if_unsupported(backend, query)
-    if dim == 1 and epilogue in ("info_nce cosine", "ranking"):
-        # A cosine in one dimension is 1 or -1 and has no gradient to compare.
-        query, key = (torch.nn.functional.pad(x, (0, 1), value=0.5) for x in (query, key))
+    query, key = in_two_dimensions(query, key, epilogue)
     found = testing.value_and_gradients(lambda *t: ours(*t, backend=backend), [query, key, scale])
     with torch.autocast(device, enabled=False):
         baseline = testing.value_and_gradients(eager, [query, key, scale])
@@ -93,20 +98,54 @@ def test_inside_the_error_budget(device, backend, epilogue, dtype, shape):
     assert (found[3].double() - oracle[3]).abs() <= bound + 1e-14
 
 
+@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("epilogue", COSINE)
+@pytest.mark.parametrize("chunks", ["several", "one"])
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_scale_known_beforehand(monkeypatch, device, backend, chunks, epilogue, dtype, shape):
+    """A number as scale bounds cosine logits: one fused sweep, and stored exponentials where all of them fit."""
+    from fusedloss import sweep
+
+    if chunks == "one":
+        monkeypatch.setattr(sweep, "chunk_rows", lambda M, *_: M)
+    rows, columns, dim = SHAPES[shape]
+    ours, eager = EPILOGUES[epilogue]
+    query, key = (x.to(device) * 1.3 for x in testing.inputs("random", rows, columns, dim, dtype, seed=rows))
+    skip_if_unsupported(backend, query)
+    query, key = in_two_dimensions(query, key, epilogue)
+    found = testing.value_and_gradients(lambda *t: ours(*t, 7.0, backend=backend), [query, key])
+    baseline = testing.value_and_gradients(lambda *t: eager(*t, 7.0), [query, key])
+    upcast = [query.double(), key.double()]
+    oracle = testing.value_and_gradients(lambda *t: ours(*t, 7.0, backend="reference"), upcast)
+    for name, out, base, exact in zip(("loss", "dquery", "dkey"), found, baseline, oracle, strict=True):
+        share = testing.budget_share(out, base, exact, dtype)
+        assert share <= 1, f"{name}: {share:.2f} of the budget"
+
+
+def in_two_dimensions(query, key, epilogue):
+    """A cosine in one dimension is 1 or -1 and has no gradient to compare."""
+    if query.shape[1] == 1 and epilogue in COSINE:
+        return [torch.nn.functional.pad(x, (0, 1), value=0.5) for x in (query, key)]
+    return query, key
+
+
 def scale_bound(query, key, scale, epilogue):
     """`sum |p_ij (sim_ij - sim_it)|` over all directions: what rounding of the scale's gradient is measured against."""
     if epilogue == "ranking":
         key = torch.cat([key, hard(key)])
-    if epilogue in ("ranking", "info_nce cosine"):
+    if epilogue in COSINE:
         query, key = (torch.nn.functional.normalize(x, dim=1) for x in (query, key))
-    if epilogue == "clip":
+    symmetric = epilogue.startswith("clip")
+    if symmetric:
         key = key[: len(query)]
     sim = query @ key.T
     total = 0
-    for part in (sim, sim.T) if epilogue == "clip" else (sim,):
+    for part in (sim, sim.T) if symmetric else (sim,):
         p = (part * scale).softmax(dim=1)
         total = total + (p * (part - part.diagonal()[:, None])).abs().sum() / len(part)
-    return total / 2 if epilogue == "clip" else total
+    return total / 2 if symmetric else total
 
 
 def skip_if_unsupported(backend, x):

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from fusedloss import bench, check, measure, show, testing
+from fusedloss import bench, check, measure, show, sweep, testing
 from fusedloss.__main__ import main
 from fusedloss.backends import BACKENDS
 
@@ -152,10 +152,14 @@ def test_every_size_is_compiled():
             assert "note" not in rows[-1] and rows[-1]["rounds"] == 1
 
 
-def test_the_floor_has_the_chunks_of_its_device():
+def test_the_floor_has_the_chunks_of_its_device(monkeypatch):
+    from types import SimpleNamespace
+
+    card = SimpleNamespace(total_memory=143771 << 20, multi_processor_count=132)
+    monkeypatch.setattr(sweep, "_properties", lambda device: card)
     assert bench.floor_rows(bench.Point(n=16384)) == 1024 and bench.floor_rows(bench.Point(n=65536)) == 256
     assert bench.floor_rows(bench.Point(n=16384, dtype="bf16")) == 1024  # the workspace is fp32 on a CPU
-    assert bench.floor_rows(bench.Point(n=16384, dtype="bf16", device="cuda")) == 5632
+    assert bench.floor_rows(bench.Point(n=16384, dtype="bf16", device="cuda")) == 8448
     assert bench.floor_rows(bench.Point(n=100)) == 100
 
 

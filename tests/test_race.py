@@ -52,7 +52,7 @@ def stand_in(monkeypatch):
 # The oracle and the peers ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss, cosine", [("info_nce", False), ("info_nce", True), ("clip", False)])
+@pytest.mark.parametrize("loss, cosine", [("info_nce", False), ("info_nce", True), ("clip", False), ("clip", True)])
 def test_the_oracle_agrees_with_the_reference(loss, cosine):
     query, key = testing.inputs("clustered", 50, 50, 12)
     query, key = 1.3 * query, 0.7 * key

@@ -1,4 +1,4 @@
-"""Every epilogue against the plain formula in fp64, in Triton's interpreter without a GPU."""
+"""Every kernel against the plain formula in fp64, in Triton's interpreter without a GPU."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedloss.problem import Block, Problem, RowSums, Softmax, Strip
+from fusedloss import rows as plain
+from fusedloss.problem import Block, Patch, Problem, RowSums, Softmax, Strip
 
 pytest.importorskip("triton")
-from fusedloss.kernels.config import Config, pick_config
+from fusedloss.kernels.config import Config, pick_config, pick_rows
 
 from fusedloss.backends import triton as backend
 
@@ -22,7 +23,7 @@ SCALE = 3.0
 
 
 class Case(NamedTuple):
-    """Shapes and operands of one chunk. The interpreter's tile is 16 x 32 x 16."""
+    """Shapes and operands of one chunk. Tiles are 16 x 32 x 16 or twice that."""
 
     rows: int
     columns: tuple[int, ...]  # one strip each
@@ -56,6 +57,23 @@ def case(request):
     return request.param
 
 
+TILES = {
+    "pointers": Config("pointers", 16, 32, 16, GROUP_M=2, num_warps=4, num_stages=1),
+    "pointers, folded in halves": Config("pointers", 32, 64, 32, GROUP_M=1, SUBTILES=2, num_warps=4, num_stages=2),
+    "descriptors": Config("descriptors", 16, 32, 16, GROUP_M=3, num_warps=4, num_stages=2),
+    "descriptors, folded in halves": Config("descriptors", 16, 64, 32, SUBTILES=2, num_warps=4, num_stages=2),
+    "library": Config("library", 16, 32, 16),
+}
+
+
+@pytest.fixture(params=TILES.values(), ids=TILES.keys())
+def tile(request, monkeypatch):
+    """Every way to compute similarities, with panels of two tiles."""
+    monkeypatch.setattr(backend, "_config", lambda strip, mode: request.param)
+    monkeypatch.setattr(backend, "_panel_columns", lambda strip, config: 2 * config.BLOCK_N)
+    return request.param
+
+
 def matrix(rows: int, columns: int, dtype: torch.dtype, layout: str) -> Tensor:
     if layout == "transposed":
         return matrix(columns, rows, dtype, "contiguous").T
@@ -65,10 +83,10 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, layout: str) -> Tensor:
 
 
 def make(case: Case, dtype: torch.dtype) -> list[Strip]:
-    x = matrix(case.rows, case.dim, dtype, case.layout)
+    x = backend.operand(matrix(case.rows, case.dim, dtype, case.layout))
     strips = []
     for number, columns in enumerate(case.columns):
-        y = matrix(columns, case.dim, dtype, case.layout)
+        y = backend.operand(matrix(columns, case.dim, dtype, case.layout))
         bias = None
         if case.bias:
             bias = torch.randn(columns).masked_fill(torch.rand(columns) < 0.3, -torch.inf).to(DEVICE)
@@ -152,23 +170,24 @@ def assert_stored(outs: list[Tensor], expected: list[Tensor], buffer: Tensor) ->
 
 
 def lse(sums: RowSums) -> Tensor:
-    return sums.shift + sums.total.log()
+    """Of the tiles' partial sums."""
+    shift = sums.shift if isinstance(sums.shift, Tensor) else torch.full_like(sums.total, sums.shift)
+    return torch.logsumexp(shift.double() + sums.total.double().log(), 0)
 
 
 def assert_lse(sums: RowSums, z: Tensor) -> None:
-    assert sums.shift.isfinite().all()
     assert_near(lse(sums), torch.logsumexp(z, 1), magnitude=1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_stats(case, dtype):
+def test_stats(case, dtype, tile):
     strips = make(case, dtype)
     z = torch.cat([formula(strip)[1] for strip in strips], 1)
     assert_lse(backend.stats_rows(strips), z)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_stats_with_columns(case, dtype):
+def test_stats_with_columns(case, dtype, tile):
     strip = make(case, dtype)[0]
     z = formula(strip)[1]
     rows, columns = backend.stats_rows_and_columns(strip)
@@ -176,22 +195,26 @@ def test_stats_with_columns(case, dtype):
     assert_lse(columns, z.T)
 
 
-@pytest.mark.parametrize("with_q", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_exp(case, dtype, with_q):
+def test_exp(case, dtype, tile):
     strips = make(case, dtype)
-    target_sim = torch.randn(case.rows, device=DEVICE) if with_q else None
     buffer, outs = workspace(strips)
-    sums, q = backend.exp_rows(problem_of(strips, scale_bound=SCALE), strips, outs, target_sim)
-    sims, zs = zip(*map(formula, strips), strict=True)
-    exps = [torch.exp(z - sums.shift.double()[:, None]) for z in zs]
-    assert_near(sums.total, sum(e.sum(1) for e in exps))
-    if with_q:
-        terms = torch.cat([e * (s - target_sim[:, None]) for e, s in zip(exps, sims, strict=True)], 1)
-        assert_near(q, terms.sum(1), magnitude=terms.abs().sum(1) + sums.total)
-    else:
-        assert q is None
+    sums, q = backend.exp_rows(problem_of(strips, scale_bound=SCALE), strips, outs, None)
+    exps = [torch.exp(formula(strip)[1] - sums.shift) for strip in strips]
+    assert_near(sums.total.double().sum(0), sum(e.sum(1) for e in exps))
+    assert q is None
     assert_stored(outs, [factored(e, s) for e, s in zip(exps, strips, strict=True)], buffer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exp_with_columns(case, dtype, tile):
+    strips = make(case, dtype)[:1]
+    buffer, outs = workspace(strips)
+    rows, columns = backend.exp_rows_and_columns(problem_of(strips, scale_bound=SCALE), strips[0], outs[0])
+    e = torch.exp(formula(strips[0])[1] - rows.shift)
+    assert_near(rows.total.double().sum(0), e.sum(1))
+    assert_near(columns.total.double().sum(0), e.sum(0))
+    assert_stored(outs, [factored(e, strips[0])], buffer)
 
 
 def direction(z: Tensor, with_q: bool) -> Softmax:
@@ -220,28 +243,37 @@ def gain_of(dtype):
     return torch.tensor(2.0**15, device=DEVICE) if dtype == torch.float16 else None
 
 
+def with_entry(value: Tensor, entry: Tensor, strip: Strip) -> Tensor:
+    """`value` with each row's entry at its target, where the strip holds it."""
+    if strip.target is None:
+        return value
+    hit = torch.arange(value.shape[1], device=value.device) == strip.target[:, None]
+    return torch.where(hit, entry.double()[:, None], value)
+
+
 @pytest.mark.parametrize("with_q", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_grad(case, dtype, with_q):
+def test_grad(case, dtype, with_q, tile):
     strips = make(case, dtype)
     buffer, outs = workspace(strips)
     sims, zs = zip(*map(formula, strips), strict=True)
-    rows = direction(torch.cat(zs, 1), with_q)
+    rows, entry = direction(torch.cat(zs, 1), with_q), torch.rand(case.rows, device=DEVICE) - 1
     gain = gain_of(dtype)
-    q = backend.grad_rows(strips, outs, rows, None, gain)
+    q = backend.grad_rows(strips, outs, rows, None, entry, gain)
     dz, terms = zip(*(grad_formula(z, sim, rows) for z, sim in zip(zs, sims, strict=True)), strict=True)
     if with_q:
         terms = torch.cat(terms, 1)
-        assert_near(q, terms.sum(1), magnitude=terms.abs().sum(1) + rows.weight.abs())
+        assert_near(q.double().sum(0), terms.sum(1), magnitude=terms.abs().sum(1) + rows.weight.abs())
     else:
         assert q is None
     gain = 1 if gain is None else gain.double()
-    assert_stored(outs, [gain * factored(v, s) for v, s in zip(dz, strips, strict=True)], buffer)
+    stored = [gain * factored(with_entry(v, entry, s), s) for v, s in zip(dz, strips, strict=True)]
+    assert_stored(outs, stored, buffer)
 
 
 @pytest.mark.parametrize("with_q", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_grad_with_columns(case, dtype, with_q):
+def test_grad_with_columns(case, dtype, with_q, tile):
     strips = make(case, dtype)[:1]
     buffer, outs = workspace(strips)
     sim, z = formula(strips[0])
@@ -251,33 +283,207 @@ def test_grad_with_columns(case, dtype, with_q):
         rows._replace(weight=rows.weight / 8),
         columns._replace(weight=columns.weight / 8),
     )
-    gain = gain_of(dtype)
-    q = backend.grad_rows(strips, outs, rows, columns, gain)
+    gain, entry = gain_of(dtype), torch.rand(case.rows, device=DEVICE) / 4
+    q = backend.grad_rows(strips, outs, rows, columns, entry, gain)
     dz_rows, row_terms = grad_formula(z, sim, rows)
     dz_columns, column_terms = grad_formula(z.T, sim.T, columns)
     if with_q:
         size = row_terms.abs().sum(1) + column_terms.abs().sum(0) + rows.weight.abs()
-        assert_near(q, row_terms.sum(1) + column_terms.sum(0), magnitude=size)
-    dz = factored(dz_rows + dz_columns.T, strips[0])
+        assert_near(q.double().sum(0), row_terms.sum(1) + column_terms.sum(0), magnitude=size)
+    value = with_entry(dz_rows + dz_columns.T, entry, strips[0])
     info = torch.finfo(dtype)
     gain = 1 if gain is None else gain.double()
-    value = gain * dz
-    parts = gain * factored(dz_rows.abs() + dz_columns.T.abs(), strips[0])
+    parts = gain * factored(with_entry(dz_rows.abs() + dz_columns.T.abs(), entry, strips[0]), strips[0])
     slack = (info.eps + 1e-4) * parts + info.smallest_normal * info.eps
-    assert ((outs[0].double() - value).abs() <= slack).all()
+    assert ((outs[0].double() - gain * factored(value, strips[0])).abs() <= slack).all()
     outs[0].fill_(math.nan)
     assert buffer.isnan().all()
 
 
-@pytest.mark.parametrize("subtiles", [1, 2])
-def test_tiles_do_not_change_results(monkeypatch, subtiles):
-    """Each half of a tile has its own partials; the second may lie out of range altogether."""
-    tile = Config(32, 64, 32, GROUP_M=1, SUBTILES=subtiles, num_warps=4, num_stages=2)
-    monkeypatch.setattr(backend, "_config", lambda strip, pressure: tile)
-    case = Case(40, (70,), 33, factors=True, bias=True)
-    test_stats_with_columns(case, torch.float32)
-    test_exp(case, torch.float32, with_q=True)
-    test_grad_with_columns(case, torch.float32, with_q=True)
+# Once per row: `fusedloss/rows.py` is the definition ------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Several programs, and several steps of each, at tens of rows and columns."""
+
+    def options(kernel, interpreted):
+        return {name: {"BLOCK_R": 8, "BLOCK_T": 4, "BLOCK_D": 16}[name] for name in pick_rows(kernel, interpreted=True)}
+
+    monkeypatch.setattr(backend, "_row_options", options)
+
+
+def pair(dtype: torch.dtype, rows: int = 21, columns: int = 34, dim: int = 37) -> tuple[Tensor, Tensor, Tensor]:
+    x, y = (backend.operand(matrix(count, dim, dtype, "contiguous")) for count in (rows, columns))
+    return x, y, torch.randint(columns, (rows,), device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("wants_target_sim", [False, True])
+@pytest.mark.parametrize("rows, columns", [(21, 34), (34, 21)])
+def test_prepare(dtype, cosine, biased, wants_target_sim, rows, columns, few_rows):
+    x, y, target = pair(dtype, rows, columns)
+    x[3] = y[2] = 0  # a zero row has a finite factor
+    scale, bias = torch.tensor(7.0, device=DEVICE), torch.randn(columns, device=DEVICE) if biased else None
+    options = {"cosine": cosine, "wants_target_sim": wants_target_sim}
+    found = backend.prepare(x, y, target, scale, bias, **options)
+    wanted = plain.prepare(x, y, target, scale, bias, **options)
+    for a, b in zip(found, wanted, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    both_sides = backend.prepare(x, x, torch.arange(rows, device=DEVICE), scale, None, **options)
+    assert both_sides.row_factor is both_sides.col_factor
+
+
+def test_inverse_norms_of_rows_that_are_not_in_a_pair(few_rows):
+    _, y, _ = pair(torch.float16)
+    torch.testing.assert_close(backend.inverse_norms(y), plain.inverse_norms(y), rtol=1e-6, atol=0)
+
+
+def partial_sums(tiles: int, rows: int) -> RowSums:
+    """Tables of tiles; some tiles, and one whole row, without a column."""
+    shift, total = 30 * torch.randn(tiles, rows, device=DEVICE), 9 * torch.rand(tiles, rows, device=DEVICE)
+    nothing = torch.rand(tiles, rows, device=DEVICE) < 0.2
+    nothing[:, 2] = True
+    return RowSums(shift.masked_fill(nothing, -torch.inf), total.masked_fill(nothing, 0))
+
+
+def merged(sums: RowSums) -> RowSums:
+    total = RowSums.empty(sums.total.shape[1], sums.total)
+    for tile in zip(*sums, strict=True):
+        total = plain.merge(total, RowSums(*tile))
+    return total
+
+
+@pytest.mark.parametrize("tiles", [1, 7])
+def test_merge(tiles, few_rows):
+    first, second = partial_sums(tiles, 21), partial_sums(2, 21)
+    found = backend.merge(backend.merge(RowSums.empty(21, first.total), first), second)
+    wanted = merged(RowSums(*(torch.cat(pair) for pair in zip(first, second, strict=True))))
+    assert_near(found.shift + found.total.log(), wanted.shift.double() + wanted.total.double().log(), magnitude=1.0)
+
+
+@pytest.mark.parametrize("tiles", [1, 7])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("one_shift", [False, True])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_settle(tiles, label_smoothing, one_shift, cosine, few_rows):
+    """Rows left out, without negatives, far better and far worse than their negatives, and one that is NaN."""
+    x, y, target = pair(torch.float16, dim=23)
+    sums = partial_sums(tiles, 21)
+    if one_shift:
+        sums = RowSums(-40.0, sums.total)
+    score = 20 * torch.randn(21, device=DEVICE, dtype=torch.float64)
+    score[4], score[5] = 200.0, -200.0
+    weight = torch.rand(21, device=DEVICE) - 0.2
+    weight[6:9] = 0
+    sums.total[0, 9] = torch.nan
+    summed = RowSums(torch.full((21,), -40.0, device=DEVICE), sums.total.sum(0)) if one_shift else merged(sums)
+    factors = [torch.rand(count, device=DEVICE) + 1 if cosine else None for count in (21, 34)]
+    for patched in (False, True):
+        outs = [torch.zeros(21, 40, device=DEVICE)[:, :34] for _ in range(2)]
+        patches = [Patch(out, target, *factors) for out in outs] if patched else [None, None]
+        scaled = {"scaled": [x, y[:21]], "dtype": torch.float32} if patched else {}
+        found = backend.settle(sums, score, weight, label_smoothing, patch=patches[0], **scaled)
+        wanted = plain.settle(summed, score, weight, label_smoothing, patch=patches[1], **scaled)
+        bounds = {"rtol": 64 * 50 * torch.finfo(torch.float32).eps, "atol": 1e-30, "equal_nan": True}
+        for name in ("loss", "weight", *([] if patched else ["entry"])):
+            torch.testing.assert_close(getattr(found, name), getattr(wanted, name), **bounds)
+        torch.testing.assert_close(*outs, **bounds)
+        for a, b in zip(found.scaled, wanted.scaled, strict=True):
+            torch.testing.assert_close(a, b, **bounds)
+
+
+def test_tiny_losses_keep_their_digits(few_rows):
+    """log(1 + x) down to x = 1e-30, where eager fp32 is 0."""
+    negatives = torch.logspace(-30, 2, 33, device=DEVICE)
+    sums = RowSums(torch.zeros(1, 33, device=DEVICE), negatives[None])
+    found = backend.settle(sums, torch.zeros(33, dtype=torch.float64, device=DEVICE), torch.ones(33, device=DEVICE))
+    torch.testing.assert_close(found.loss.double(), torch.log1p(negatives.double()), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_weigh(cosine, few_rows):
+    e, target = torch.rand(21, 70, device=DEVICE), torch.randint(70, (21,), device=DEVICE)
+    factors = [torch.rand(count, device=DEVICE) if cosine else None for count in (21, 70)]
+    rows, columns, entry = torch.rand(21, device=DEVICE), torch.rand(70, device=DEVICE), torch.rand(21, device=DEVICE)
+    found, wanted = e.clone(), e.clone()
+    backend.weigh(Patch(found, target, *factors), rows, columns, entry)
+    plain.weigh(Patch(wanted, target, *factors), rows, columns, entry)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("with_gain", [False, True])
+@pytest.mark.parametrize("with_l", [False, True])
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_finish(with_gain, with_l, cosine, in_place, few_rows):
+    x, _, _ = pair(torch.float16)
+    x[5] = 0
+    factor = backend.inverse_norms(x) if cosine else None
+    total, scale = torch.randn(21, 37, device=DEVICE), torch.tensor(7.0, device=DEVICE)
+    gain = torch.tensor(2.0**9, device=DEVICE) if with_gain else None
+    over_l = torch.rand(21, device=DEVICE) if with_l else None
+    found, wanted = total.clone(), total.clone()
+    outs = [t if in_place else torch.full((21, 40), torch.nan, device=DEVICE)[:, :37] for t in (found, wanted)]
+    backend.finish(found, over_l, scale, gain, x, factor, outs[0])
+    plain.finish(wanted, over_l, scale, gain, x, factor, outs[1])
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
+
+
+# Addresses, alignment, extremes ---------------------------------------------------------------------------------------
+
+
+def sparse(rows: int, columns: int, stride: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """A matrix whose rows lie `stride` elements apart, in memory that is only reserved until it is written."""
+    import numpy
+
+    reserved = torch.from_numpy(numpy.empty(rows * stride, dtype=numpy.uint16)).view(dtype)
+    return reserved.view(rows, stride)[:, :columns]
+
+
+@pytest.mark.parametrize("tile", ["pointers", "descriptors", "library"], indirect=False)
+def test_addresses_beyond_two_to_the_31_elements(monkeypatch, tile):
+    """Operands, workspace and gradients: 40 rows, 2**26 + 8 elements apart, end at 2.6e9 elements, 5.4 GB."""
+    monkeypatch.setattr(backend, "_config", lambda strip, mode: TILES[tile])
+    stride = 2**26 + 8
+    assert 39 * stride > 2**31
+    if DEVICE == "cuda":
+        pytest.skip("reserves without touching: a CPU's memory; test_gpu.py has the sizes themselves")
+    case = Case(40, (40,), 20)
+    strip = make(case, torch.float16)[0]
+    x, y, out = (sparse(40, columns, stride) for columns in (20, 20, 40))
+    x.copy_(strip.x), y.copy_(strip.y), out.fill_(math.nan)
+    far = strip._replace(x=x, y=y)
+    assert torch.equal(lse(backend.stats_rows([far])), lse(backend.stats_rows([strip])))
+    near, scaled = torch.empty(40, 40, dtype=torch.float16), []
+    for s, o in ((strip, near), (far, out)):
+        sums, _ = backend.exp_rows(problem_of([strip], scale_bound=SCALE), [s], [o], None)
+        score, patch = torch.zeros(40, dtype=torch.float64), Patch(o, strip.target, None, None)
+        settled = backend.settle(sums, score, torch.ones(40), patch=patch, scaled=[s.x], dtype=torch.float32)
+        backend.weigh(patch, settled.weight, settled.weight, settled.weight)
+        scaled += settled.scaled
+    assert torch.equal(near, out) and torch.equal(*scaled)
+    total, kept = torch.randn(40, 20), sparse(40, 20, stride)
+    backend.finish(total, None, torch.tensor(2.0), None, x, backend.inverse_norms(x), kept)
+    wanted = torch.empty(40, 20, dtype=torch.float16)
+    backend.finish(total, None, torch.tensor(2.0), None, strip.x, backend.inverse_norms(strip.x), wanted)
+    assert torch.equal(kept, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_are_not_aligned_are_copied_once(dtype):
+    """To rows that begin on 16 bytes, as wide copies and tensor descriptors need; aligned ones stay as they are."""
+    whole = torch.randn(12, 64, device=DEVICE).to(dtype)
+    assert backend.operand(whole) is whole
+    assert backend.operand(whole[2:, :40]).data_ptr() == whole[2:].data_ptr()
+    for odd in (whole[:, 1:9], whole[:, :7].contiguous(), whole.T, whole[:, ::2], whole[:1].expand(5, 64)[:, 3:]):
+        copy = backend.operand(odd)
+        assert torch.equal(copy, odd) and copy.data_ptr() != odd.data_ptr()
+        assert copy.stride(1) == 1 and copy.stride(0) * dtype.itemsize % 16 == copy.data_ptr() % 16 == 0
 
 
 def test_a_nan_logit_reaches_its_row_and_column_only():
@@ -302,7 +508,11 @@ def test_a_row_without_columns():
     strips = make(Case(3, (40,), 20, bias=True), torch.float32)
     strips[0].bias.fill_(-torch.inf)
     sums = backend.stats_rows(strips)
-    assert sums.shift.tolist() == sums.total.tolist() == [0, 0, 0]
+    assert (sums.shift == -torch.inf).all() and not sums.total.any()
+    settled = backend.settle(
+        sums, torch.tensor([3.0, 900.0, -900.0], device=DEVICE).double(), torch.ones(3, device=DEVICE)
+    )
+    assert settled.loss.tolist() == settled.entry.tolist() == [0, 0, 0] and settled.weight.tolist() == [1, 1, 1]
     rows, columns = backend.stats_rows_and_columns(strips[0])
     assert not rows.total.any() and not columns.total.any()
 
@@ -321,7 +531,8 @@ def test_extreme_logits_stay_finite():
 @pytest.mark.parametrize("bound", [0.0, 1.0, 20.0, 34.5, 50.0, 59.0])
 def test_the_shift_of_exp_is_safe(bound):
     """Exponentials of logits within +-bound, and 2**27 of the largest together, are normal."""
-    shift = backend._exp_shift(bound)
+    problem = problem_of(make(CASES["one row"], torch.float32), scale_bound=-bound)
+    shift = backend._exp_shift(problem)
     assert math.exp(-bound - shift) >= 1e-30
     assert 2**27 * math.exp(bound - shift) <= 1e30
 
@@ -360,7 +571,37 @@ def test_why_not(monkeypatch):
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)])
-@pytest.mark.parametrize("pressure", [0, 1, 2])
-def test_small_problems_get_small_tiles(capability, pressure):
-    few, many = (pick_config(n, n, 2, capability, pressure=pressure) for n in (256, 65536))
+@pytest.mark.parametrize("mode", ["stats", "exp", "grad, columns, q"])
+def test_small_problems_get_small_tiles(capability, mode):
+    few, many = (pick_config(n, n, 768, "bf16", capability, mode) for n in (256, 65536))
     assert few.BLOCK_M * few.BLOCK_N < many.BLOCK_M * many.BLOCK_N
+
+
+def test_the_way_to_multiply_follows_the_device_and_the_width():
+    way = lambda D, capability, dtype="bf16": pick_config(65536, 65536, D, dtype, capability, "exp").GEMM
+    assert way(768, (9, 0)) == way(768, (10, 0)) == "descriptors"
+    assert way(768, (8, 0)) == way(4096, (8, 0)) == way(768, (12, 0)) == "pointers"
+    assert way(4096, (9, 0)) == "library"
+    assert way(768, (9, 0), "fp32") == "pointers"
+
+
+def test_a_measured_config_is_taken_at_the_nearest_width(monkeypatch):
+    from fusedloss.kernels import config
+
+    entry = {"capability": [9, 0], "dtype": "bf16", "mode": "exp", "D": 768}
+    table = [
+        {**entry, "config": {**TILES["library"]._asdict()}},
+        {**entry, "D": 4096, "config": {**TILES["pointers"]._asdict()}},
+    ]
+    monkeypatch.setattr(config, "_table", lambda: table)
+    pick = lambda D, **other: pick_config(
+        65536, 65536, D, **{"dtype": "bf16", "capability": (9, 0), "mode": "exp", **other}
+    )
+    assert pick(1024) == pick(16) == TILES["library"] and pick(3000) == TILES["pointers"]
+    assert pick(1024, mode="stats") not in TILES.values() and pick(1024, dtype="fp16") not in TILES.values()
+
+
+def test_programs_of_the_row_kernels_cover_every_row():
+    for kernel in ("prepare_kernel", "merge_kernel", "settle_kernel", "finish_kernel"):
+        sizes = pick_rows(kernel, interpreted=False)
+        assert sizes["BLOCK_R"] * max(sizes.get("BLOCK_D", 1), sizes.get("BLOCK_T", 1)) <= 2048

@@ -1,16 +1,25 @@
 """The backends, and how one is chosen.
 
 A backend is a module with `why_not(problem) -> str | None`. The sweep backends (`chunked`, `triton`) also provide the
-primitives that the driver in `sweep.py` calls on one row chunk:
+primitives that the driver in `sweep.py` calls. On one row chunk:
 
     can_exp(problem)             whether `exp_rows` may be used: it finds, or the host knows, a safe shift
+    can_store(problem)           whether one shift serves rows and columns: `exp_rows_and_columns` and `weigh`
     workspace_dtype(problem)     dtype of the bounded workspace
-    stats_rows(strips)                                   -> RowSums
-    stats_rows_and_columns(strip)                        -> RowSums, RowSums
-    exp_rows(problem, strips, outs, target_sim)          -> RowSums, q     writes E = exp(z - shift)
-    grad_rows(strips, outs, rows, columns, gain)         -> q              writes dz * gain
+    stats_rows(strips)                                       -> RowSums
+    stats_rows_and_columns(strip)                            -> RowSums, RowSums
+    exp_rows(problem, strips, outs, target_sim)              -> RowSums, q        writes E = exp(z - shift)
+    exp_rows_and_columns(problem, strip, out)                -> RowSums, RowSums  likewise
+    grad_rows(strips, outs, rows, columns, entry, gain)      -> q                 writes dz * gain
 
-Both writers store `value * row_factor * col_factor`, multiplied before rounding, and 0 at the target.
+Writers store `value * row_factor * col_factor`, multiplied before rounding; at the target 0, `grad_rows` its entry.
+What surrounds them, per row, with `rows.py` as its definition:
+
+    operand(x)                   x as the kernels read it: itself, or an aligned copy
+    prepare, inverse_norms       1/norms and the targets' logits
+    merge, settle, weigh         partial sums -> loss, weight / l, the target's entry
+    finish                       a product -> the gradient: scale, 1/l, the projection through the norms
+
 `reference` materialises the logits and is ordinary differentiable torch: `loss_rows(problem)`.
 """
 

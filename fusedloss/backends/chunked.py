@@ -13,7 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..problem import Problem, RowSums, Softmax, Strip, stats_dtype
+from ..problem import Patch, Problem, RowSums, Softmax, Strip, inverse_norms, stats_dtype
+from ..rows import finish, merge, operand, patch_target, prepare, settle
+
+__all__ = ["finish", "inverse_norms", "merge", "operand", "prepare", "settle"]  # torch has no faster way to these
 
 LOG2E = math.log2(math.e)
 # Columns a GEMM computes at once: the passes that follow find [1024, 1024] fp32, 4 MiB, in a CPU's caches. At 4096 a
@@ -30,6 +33,10 @@ def why_not(problem: Problem) -> str | None:
 
 def can_exp(problem: Problem) -> bool:
     return True  # exp_rows finds each row's maximum before it exponentiates
+
+
+def can_store(problem: Problem) -> bool:
+    return False  # rows and columns have shifts of their own
 
 
 def workspace_dtype(problem: Problem) -> torch.dtype:
@@ -198,9 +205,16 @@ def exp_rows(
 
 
 def grad_rows(
-    strips: list[Strip], outs: list[Tensor], rows: Softmax, columns: Softmax | None, gain: Tensor | None
+    strips: list[Strip],
+    outs: list[Tensor],
+    rows: Softmax,
+    columns: Softmax | None,
+    entry: Tensor,
+    gain: Tensor | None,
 ) -> Tensor | None:
-    """Write `dz * gain`; return `sum_{j != t} dz_ij (sim_ij - target's)` where the scale's gradient is wanted."""
+    """Write `dz * gain`, at the target `entry * gain`.
+
+    Returns `sum_{j != t} dz_ij (sim_ij - target's)` where the scale's gradient is wanted."""
     count = strips[0].x.shape[0]
     q = None if rows.target_sim is None else torch.zeros_like(rows.shift)
     buffers = [_tile_buffer(strips) for _ in range(3)]
@@ -225,6 +239,9 @@ def grad_rows(
             if gain is not None:
                 dz.mul_(gain)
             _factors_(dz, strip, tile)
+    if strips[0].target is not None:
+        patch = Patch(outs[0], strips[0].target, strips[0].row_factor, strips[0].col_factor)
+        patch_target(patch, entry if gain is None else entry * gain)
     return q
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..problem import Problem, RowSums, Softmax, Strip
+from ..problem import Patch, Prepared, Problem, RowSums, Settled, Softmax, Strip
+from ..waves import wave_rows
 
 if TYPE_CHECKING:
     from ..kernels.config import Config
@@ -25,9 +26,17 @@ MIN_TRITON = (3, 6)
 # exp(-69) = 1e-30 is the smallest row sum whose inverse, and products with x, stay normal numbers.
 LOWEST_EXPONENT = 69.0
 SAFE_SCALE = 59.0  # up to here exp_rows' exponents lie within [-69, 49]
+ALIGNMENT = 16  # bytes: of a row's start, for wide copies and for tensor descriptors
+PANEL_BYTES = 32 << 20  # fp32 similarities from the vendor's GEMM: they fit an H200's L2, where the fold reads them
 
 
 def why_not(problem: Problem) -> str | None:
+    return _why_not(problem.dtype, problem.device, os.environ.get("TRITON_INTERPRET"))
+
+
+@functools.cache
+def _why_not(dtype: torch.dtype, device: torch.device, interpret: str | None) -> str | None:
+    """Looking for a package takes 20 us: once per dtype and device."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if importlib.util.find_spec("fusedloss.kernels") is None:
@@ -36,16 +45,16 @@ def why_not(problem: Problem) -> str | None:
 
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
         return f"triton {triton.__version__} is older than {'.'.join(map(str, MIN_TRITON))}"
-    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"no kernel for {problem.dtype}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"no kernel for {dtype}"
     interpreted = triton.knobs.runtime.interpret
-    if interpreted and problem.dtype == torch.bfloat16:
+    if interpreted and dtype == torch.bfloat16:
         return "Triton's interpreter multiplies the bit patterns of bfloat16"
     if interpreted:
         return None
-    if problem.device.type != "cuda" or torch.version.hip is not None:
-        return f"needs an NVIDIA GPU, or TRITON_INTERPRET=1; the operands are on {problem.device}"
-    capability = torch.cuda.get_device_capability(problem.device)
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"needs an NVIDIA GPU, or TRITON_INTERPRET=1; the operands are on {device}"
+    capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"needs compute capability 8.0 or newer, not {'.'.join(map(str, capability))}"
     return None
@@ -66,79 +75,332 @@ def can_exp(problem: Problem) -> bool:
     )
 
 
-def _exp_shift(bound: float) -> float:
+can_store = can_exp
+
+
+def _exp_shift(problem: Problem) -> float:
     """Logits within +-bound: exponents at most 0, or higher where the lowest would underflow."""
+    if problem.scale_bound is None:
+        raise ValueError("exp_rows needs scale_bound: see can_exp")
+    bound = abs(problem.scale_bound)
     return min(bound, LOWEST_EXPONENT - bound)
+
+
+# The similarity GEMM --------------------------------------------------------------------------------------------------
 
 
 def stats_rows(strips: list[Strip]) -> RowSums:
     maxima, sums = [], []
     for strip in strips:
-        config = _config(strip, pressure=0)
+        config = _config(strip, "stats")
         maxima.append(_row_table(strip, config))
         sums.append(_row_table(strip, config))
-        _launch(_softmax().stats, strip, _softmax().StatsArgs(maxima[-1], sums[-1]), config)
-    return _merge(torch.cat(maxima), torch.cat(sums))
+        _similarities(_softmax().stats, strip, None, _softmax().StatsArgs(maxima[-1], sums[-1]), config)
+    return RowSums(_stacked(maxima), _stacked(sums))
 
 
 def stats_rows_and_columns(strip: Strip) -> tuple[RowSums, RowSums]:
-    config = _config(strip, pressure=0)
-    row_max, row_sum = _row_table(strip, config), _row_table(strip, config)
-    m_tiles = _cdiv(strip.x.shape[0], config.BLOCK_M)
-    col_max = strip.scale.new_empty((m_tiles, strip.y.shape[0]))
-    col_sum = torch.empty_like(col_max)
-    args = _softmax().StatsArgs(row_max, row_sum, col_max, col_sum)
-    _launch(_softmax().stats, strip, args, config)
-    return _merge(row_max, row_sum), _merge(col_max, col_sum)
+    config = _config(strip, "stats, columns")
+    rows = RowSums(_row_table(strip, config), _row_table(strip, config))
+    columns = RowSums(_column_table(strip, config), _column_table(strip, config))
+    _similarities(_softmax().stats, strip, None, _softmax().StatsArgs(*rows, *columns), config)
+    return rows, columns
 
 
 def exp_rows(
     problem: Problem, strips: list[Strip], outs: list[Tensor], target_sim: Tensor | None
-) -> tuple[RowSums, Tensor | None]:
-    """Write E = exp(z - shift). q_i = sum_{j != t} E_ij (sim_ij - target_sim_i), of unrounded E."""
-    if problem.scale_bound is None:
-        raise ValueError("exp_rows needs scale_bound: see can_exp")
-    shift = _exp_shift(abs(problem.scale_bound))
-    sums, qs = [], []
+) -> tuple[RowSums, None]:
+    """Write E = exp(z - shift). A scale that is known beforehand has no gradient, so there is no q."""
+    if target_sim is not None:
+        raise ValueError("exp_rows has no q: a scale with a gradient is not known beforehand")
+    shift = _exp_shift(problem)
+    sums = []
     for strip, out in zip(strips, outs, strict=True):
-        config = _config(strip, pressure=0 if target_sim is None else 1)
+        config = _config(strip, "exp")
         sums.append(_row_table(strip, config))
-        q = None
-        if target_sim is not None:
-            q = _row_table(strip, config)
-            qs.append(q)
-        args = _softmax().ExpArgs(out, *out.stride(), shift, sums[-1], target_sim, q)
-        _launch(_softmax().exp, strip, args, config)
-    total = torch.cat(sums).sum(0)
-    return RowSums(torch.full_like(total, shift), total), torch.cat(qs).sum(0) if qs else None
+        _similarities(_softmax().exp, strip, out, _softmax().ExpArgs(shift, sums[-1]), config)
+    return RowSums(shift, _stacked(sums)), None
+
+
+def exp_rows_and_columns(problem: Problem, strip: Strip, out: Tensor) -> tuple[RowSums, RowSums]:
+    config = _config(strip, "exp, columns")
+    shift, rows, columns = _exp_shift(problem), _row_table(strip, config), _column_table(strip, config)
+    _similarities(_softmax().exp, strip, out, _softmax().ExpArgs(shift, rows, columns), config)
+    return RowSums(shift, rows), RowSums(shift, columns)
 
 
 def grad_rows(
-    strips: list[Strip], outs: list[Tensor], rows: Softmax, columns: Softmax | None, gain: Tensor | None
+    strips: list[Strip],
+    outs: list[Tensor],
+    rows: Softmax,
+    columns: Softmax | None,
+    entry: Tensor,
+    gain: Tensor | None,
 ) -> Tensor | None:
-    """Write gain * dz. q_i = sum_{j != t} dz_ij (sim_ij - target's), where targets are given."""
+    """Write gain * dz. q holds the tiles' sums of dz_ij (sim_ij - target's), j != t, where targets are given."""
     wants_q = rows.target_sim is not None
     qs = []
     for strip, out in zip(strips, outs, strict=True):
-        config = _config(strip, pressure=2 if wants_q and columns is not None else 1)
+        config = _config(strip, f"grad{', columns' if columns is not None else ''}{', q' if wants_q else ''}")
         q = _row_table(strip, config) if wants_q else None
         if q is not None:
             qs.append(q)
-        args = _softmax().GradArgs(out, *out.stride(), gain, *rows, *(columns or (None, None, None)), q)
-        _launch(_softmax().grad, strip, args, config)
-    return torch.cat(qs).sum(0) if qs else None
+        own_entry = None if strip.target is None else entry
+        args = _softmax().GradArgs(
+            gain, rows.shift, rows.weight, own_entry, rows.target_sim, *(columns or (None, None, None)), q
+        )
+        _similarities(_softmax().grad, strip, out, args, config)
+    return _stacked(qs) if qs else None
 
 
-def _merge(maxima: Tensor, sums: Tensor) -> RowSums:
-    """Fold the tiles' partials, [tiles, R], in a fixed order. Maxima may be -inf."""
-    maximum = maxima.amax(0)
-    shift = torch.where(maximum == -math.inf, 0, maximum)
-    return RowSums(shift, (sums * torch.exp(maxima - shift)).sum(0))
+def _stacked(tables: list[Tensor]) -> Tensor:
+    return tables[0] if len(tables) == 1 else torch.cat(tables)
 
 
 def _row_table(strip: Strip, config: Config) -> Tensor:
     n_tiles = _cdiv(strip.y.shape[0], config.BLOCK_N) * config.SUBTILES
     return strip.scale.new_empty((n_tiles, strip.x.shape[0]))
+
+
+def _column_table(strip: Strip, config: Config) -> Tensor:
+    return strip.scale.new_empty((_cdiv(strip.x.shape[0], config.BLOCK_M), strip.y.shape[0]))
+
+
+def _similarities(epilogue: Callable[..., None], strip: Strip, out: Tensor | None, args: tuple, config: Config) -> None:
+    if config.GEMM == "library":
+        return _panels(epilogue, strip, out, args, config)
+    x, y = strip.x, strip.y
+    (M, D), N = x.shape, y.shape[0]
+    tiles = _cdiv(M, config.BLOCK_M) * _cdiv(N, config.BLOCK_N)
+    if not tiles:
+        return
+    descriptors = config.GEMM == "descriptors"
+    stride_om = 0 if out is None else out.stride(0)
+    kernel_x, kernel_y, kernel_out = x, y, out
+    if descriptors:
+        kernel_x = _descriptor(x, config.BLOCK_M, config.BLOCK_D)
+        kernel_y = _descriptor(y, config.BLOCK_N, config.BLOCK_D)
+        if out is not None:
+            kernel_out = _descriptor(out, config.BLOCK_M, config.BLOCK_N // config.SUBTILES)
+    with _on(x.device):
+        _similarity().similarity_kernel[(min(tiles, config.programs * _multiprocessors(x.device)),)](
+            kernel_x,
+            kernel_y,
+            kernel_out,
+            *_columns(strip),
+            args,
+            M,
+            N,
+            D,
+            x.stride(0),
+            y.stride(0),
+            stride_om,
+            EPILOGUE=epilogue,
+            INPUT_PRECISION=_precision(x.dtype),
+            DESCRIPTORS=descriptors,
+            enable_fp_fusion=True,  # the default changes in Triton 3.10
+            **config.options(),
+        )
+
+
+def _panels(epilogue: Callable[..., None], strip: Strip, out: Tensor | None, args: tuple, config: Config) -> None:
+    """The vendor's GEMM into a panel of columns, fp32, and one pass over it while it is in L2."""
+    x, y = strip.x, strip.y
+    M, N = x.shape[0], y.shape[0]
+    width = _panel_columns(strip, config)
+    panel = strip.scale.new_empty((M, min(width, _cdiv(N, 4) * 4)))
+    for start in range(0, N if M else 0, width):
+        part = y[start : start + width]
+        sim = panel[:, : part.shape[0]]
+        _multiply(sim, x, part)
+        with _on(x.device):
+            _similarity().panel_kernel[(_cdiv(M, config.BLOCK_M), _cdiv(part.shape[0], config.BLOCK_N))](
+                sim,
+                out,
+                *_columns(strip),
+                args,
+                M,
+                N,
+                panel.stride(0),
+                0 if out is None else out.stride(0),
+                start // config.BLOCK_N,
+                EPILOGUE=epilogue,
+                BLOCK_M=config.BLOCK_M,
+                BLOCK_N=config.BLOCK_N,
+                enable_fp_fusion=True,
+                num_warps=config.num_warps,
+            )
+
+
+def _panel_columns(strip: Strip, config: Config) -> int:
+    """Whole tiles of columns, and whole waves of the vendor's GEMM."""
+    M, N = strip.x.shape[0], strip.y.shape[0]
+    columns = wave_rows(N, M, PANEL_BYTES // 4 // max(1, M), _multiprocessors(strip.x.device))
+    return max(config.BLOCK_N, columns // config.BLOCK_N * config.BLOCK_N)
+
+
+def _multiply(sim: Tensor, x: Tensor, y: Tensor) -> None:
+    """`sim = x @ y.T` in fp32."""
+    if x.dtype == sim.dtype:
+        torch.mm(x, y.T, out=sim)
+    elif x.is_cuda:
+        torch.mm(x, y.T, out_dtype=sim.dtype, out=sim)
+    else:
+        torch.mm(x.to(sim.dtype), y.to(sim.dtype).T, out=sim)
+
+
+def _columns(strip: Strip) -> tuple[Tensor | None, ...]:
+    return strip.scale, strip.row_factor, strip.col_factor, strip.bias, strip.target
+
+
+# Once per row ---------------------------------------------------------------------------------------------------------
+
+
+def operand(x: Tensor) -> Tensor:
+    """Rows of unit stride that start on 16-byte boundaries: `x` itself, or one padded copy."""
+    if x.stride(1) == 1 and x.stride(0) * x.itemsize % ALIGNMENT == 0 and x.data_ptr() % ALIGNMENT == 0:
+        return x
+    padded = x.new_empty((x.shape[0], _cdiv(x.shape[1] * x.itemsize, ALIGNMENT) * ALIGNMENT // x.itemsize))
+    return padded[:, : x.shape[1]].copy_(x)
+
+
+def prepare(
+    x: Tensor,
+    y: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    *,
+    cosine: bool,
+    wants_target_sim: bool,
+) -> Prepared:
+    (M, D), N = x.shape, y.shape[0]
+    row_factor = scale.new_empty(M) if cosine else None
+    col_factor = row_factor if y is x else scale.new_empty(N) if cosine else None
+    score = torch.empty(M, dtype=torch.float64, device=x.device)
+    target_sim = scale.new_empty(M) if wants_target_sim else None
+    own_columns = None if y is x else col_factor
+    _by_row(
+        "prepare_kernel",
+        x.device,
+        M if own_columns is None else max(M, N),
+        x,
+        y,
+        target,
+        row_factor,
+        own_columns,
+        scale,
+        bias,
+        score,
+        target_sim,
+        M,
+        N,
+        D,
+        x.stride(0),
+        y.stride(0),
+    )
+    return Prepared(row_factor, col_factor, score, target_sim)
+
+
+def inverse_norms(y: Tensor) -> Tensor:
+    N, D = y.shape
+    factor = torch.empty(N, dtype=torch.float32, device=y.device)
+    nothing = (None,) * 4
+    _by_row("prepare_kernel", y.device, N, None, y, None, None, factor, *nothing, 0, N, D, 0, y.stride(0))
+    return factor
+
+
+def merge(running: RowSums, part: RowSums) -> RowSums:
+    """Folds the part's tiles into `running`, in place."""
+    n_tiles, R = part.total.shape
+    _by_row("merge_kernel", part.total.device, R, *part, *running, n_tiles, R)
+    return running
+
+
+def settle(
+    sums: RowSums,
+    score: Tensor,
+    weight: Tensor,
+    label_smoothing: float = 0.0,
+    *,
+    patch: Patch | None = None,
+    scaled: Sequence[Tensor] = (),
+    dtype: torch.dtype | None = None,
+) -> Settled:
+    shift, total = sums
+    n_tiles, R = total.shape if total.dim() == 2 else (1, total.shape[0])
+    loss, own_shift, over_l, entry = (torch.empty_like(weight) for _ in range(4))
+    settled = Settled(loss, own_shift, over_l, entry, [torch.empty_like(x, dtype=dtype) for x in scaled])
+    given = isinstance(shift, float)
+    out, target, row_factor, col_factor = patch or (None, None, None, None)
+    D = scaled[0].shape[1] if scaled else 1
+    strides = tuple(x.stride(0) for pair in zip(scaled, settled.scaled, strict=True) for x in pair)
+    _by_row(
+        "settle_kernel",
+        total.device,
+        R,
+        None if given else shift,
+        total,
+        shift if given else 0.0,
+        score,
+        weight,
+        float(label_smoothing),
+        settled.shift,
+        settled.weight,
+        settled.entry if patch is None else None,
+        settled.loss,
+        out,
+        target,
+        row_factor,
+        col_factor,
+        tuple(scaled),
+        tuple(settled.scaled),
+        n_tiles,
+        R,
+        D,
+        0 if out is None else out.stride(0),
+        strides,
+        RELATIVE=patch is not None,
+    )
+    return settled
+
+
+def weigh(patch: Patch, rows: Tensor, columns: Tensor, entry: Tensor) -> None:
+    R, N = patch.out.shape
+    _by_row("weigh_kernel", patch.out.device, R, patch.out, rows, columns, entry, *patch[1:], R, N, patch.out.stride(0))
+
+
+def finish(
+    total: Tensor,
+    over_l: Tensor | None,
+    scale: Tensor,
+    gain: Tensor | None,
+    x: Tensor,
+    factor: Tensor | None,
+    out: Tensor,
+) -> None:
+    R, D = total.shape
+    projected = None if factor is None else x
+    strides = total.stride(0), x.stride(0), out.stride(0)
+    _by_row("finish_kernel", total.device, R, total, over_l, scale, gain, projected, factor, out, R, D, *strides)
+
+
+def _by_row(name: str, device: torch.device, R: int, *args: Any, **constants: Any) -> None:
+    """Launch a kernel of `kernels/rows.py`, a few rows a program."""
+    if R:
+        options = _row_options(name, device.type == "cpu")
+        with _on(device):
+            getattr(_rows(), name)[(_cdiv(R, options["BLOCK_R"]),)](*args, **constants, **options)
+
+
+@functools.cache
+def _row_options(name: str, interpreted: bool) -> dict[str, int]:
+    from ..kernels.config import pick_rows
+
+    return pick_rows(name, interpreted=interpreted)
+
+
+# Devices --------------------------------------------------------------------------------------------------------------
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -152,8 +414,35 @@ def _softmax() -> ModuleType:
     return softmax
 
 
+@functools.cache
+def _similarity() -> ModuleType:
+    from ..kernels import similarity
+
+    return similarity
+
+
+@functools.cache
+def _rows() -> ModuleType:
+    from ..kernels import rows
+
+    return rows
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, wherever the tensors are."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+@functools.cache
 def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -163,42 +452,24 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def _config(strip: Strip, pressure: int) -> Config:
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def _config(strip: Strip, mode: str) -> Config:
+    (M, D), N = strip.x.shape, strip.y.shape[0]
+    tf32 = strip.x.dtype == torch.float32 and _precision(strip.x.dtype) == "tf32"
+    dtype = "tf32" if tf32 else NAMES[strip.x.dtype]
+    return _picked(M, N, D, dtype, _capability(strip.x.device), mode)
+
+
+@functools.lru_cache(maxsize=1024)
+def _picked(*where: Any) -> Config:
     from ..kernels.config import pick_config
 
-    x = strip.x
-    return pick_config(
-        x.shape[0],
-        strip.y.shape[0],
-        x.element_size(),
-        _capability(x.device),
-        tensor_cores=x.dtype != torch.float32 or _precision(x.dtype) == "tf32",
-        pressure=pressure,
-    )
+    return pick_config(*where)
 
 
-def _launch(epilogue: Callable[..., None], strip: Strip, args: tuple, config: Config) -> None:
-    x, y = strip.x, strip.y
-    M, D = x.shape
-    N = y.shape[0]
-    # Triton launches on the current device, wherever the tensors are.
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        _softmax().similarity_kernel[(_cdiv(M, config.BLOCK_M) * _cdiv(N, config.BLOCK_N),)](
-            x,
-            y,
-            strip.scale,
-            strip.row_factor,
-            strip.col_factor,
-            strip.bias,
-            strip.target,
-            args,
-            M,
-            N,
-            D,
-            *x.stride(),
-            *y.stride(),
-            EPILOGUE=epilogue,
-            INPUT_PRECISION=_precision(x.dtype),
-            enable_fp_fusion=True,  # the default changes in Triton 3.10
-            **config._asdict(),
-        )
+def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])

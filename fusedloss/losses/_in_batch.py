@@ -44,6 +44,7 @@ def softmax_loss(
     symmetric: bool = False,
     reduction: str = "mean",
     backend: str = "auto",
+    workspace_bytes: int | None = None,
 ) -> Tensor:
     """Builds the problem, picks the backend, reduces. A weighted mean divides by the weight of the rows that count."""
     query, bias = operands[blocks[0].query], blocks[0].bias
@@ -69,6 +70,7 @@ def softmax_loss(
         label_smoothing,
         symmetric,
         scale_bound,
+        workspace_bytes,
     )
     loss = loss_rows_or_sum(problem, select(problem, backend), per_row=reduction == "none")
     if reduction != "mean":

@@ -22,6 +22,7 @@ def info_nce(
     normalize: bool = False,
     reduction: str = "mean",
     backend: str = "auto",
+    workspace_bytes: int | None = None,
 ) -> Tensor:
     """InfoNCE (van den Oord et al. 2018): each query's key against all the other keys of the batch.
 
@@ -44,6 +45,9 @@ def info_nce(
             vectors are never rounded to 16 bits.
         reduction: "mean" (over the rows that count; 0 if none does), "sum", or "none" (`[M]`, 0 for left-out rows).
         backend: "auto", "triton", "chunked" or "reference".
+        workspace_bytes: the most that the workspace for one chunk of similarities may take; None is the environment's
+            FUSEDLOSS_WORKSPACE_BYTES, or else the device's default: 64 MiB on a CPU, about 900 MiB on a GPU. Less
+            memory takes longer; results are the same to rounding.
 
     Returns:
         A 0-dim tensor (`[M]` for "none"), float32, or float64 for float64 inputs.
@@ -75,6 +79,7 @@ def info_nce(
         checks.vector("weight", weight, rows, "query", query)
     checks.share("label_smoothing", label_smoothing)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.count("workspace_bytes", workspace_bytes)
     scale, scale_bound = as_scale(temperature, query, inverse=True)
     # One matrix on both sides is one operand, with one gradient.
     operands = [query] if key is query else [query, key]
@@ -90,6 +95,7 @@ def info_nce(
         label_smoothing=label_smoothing,
         reduction=reduction,
         backend=backend,
+        workspace_bytes=workspace_bytes,
     )
 
 
@@ -104,11 +110,13 @@ class InfoNCELoss(nn.Module):
         normalize: bool = False,
         reduction: str = "mean",
         backend: str = "auto",
+        workspace_bytes: int | None = None,
     ):
         super().__init__()
         checks.options_not_modules(temperature=temperature)
         self.temperature, self.label_smoothing, self.ignore_index = temperature, label_smoothing, ignore_index
-        self.normalize, self.reduction, self.backend = normalize, reduction, backend
+        self.normalize, self.reduction = normalize, reduction
+        self.backend, self.workspace_bytes = backend, workspace_bytes
 
     def forward(
         self,
@@ -131,6 +139,7 @@ class InfoNCELoss(nn.Module):
             normalize=self.normalize,
             reduction=self.reduction,
             backend=self.backend,
+            workspace_bytes=self.workspace_bytes,
         )
 
     def extra_repr(self) -> str:

@@ -19,6 +19,7 @@ def multiple_negatives_ranking(
     similarity: str = "cos",
     reduction: str = "mean",
     backend: str = "auto",
+    workspace_bytes: int | None = None,
 ) -> Tensor:
     """Multiple negatives ranking (Henderson et al. 2017) as in sentence-transformers, from query to document.
 
@@ -35,6 +36,9 @@ def multiple_negatives_ranking(
         similarity: "cos" (rows divided by `max(|row|, 1e-12)`) or "dot".
         reduction: "mean", "sum" or "none" (`[B]`).
         backend: "auto", "triton", "chunked" or "reference".
+        workspace_bytes: the most that the workspace for one chunk of similarities may take; None is the environment's
+            FUSEDLOSS_WORKSPACE_BYTES, or else the device's default: 64 MiB on a CPU, about 900 MiB on a GPU. Less
+            memory takes longer; results are the same to rounding.
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
@@ -56,6 +60,7 @@ def multiple_negatives_ranking(
     checks.scalar("scale", scale, anchor, positive=True)
     checks.choice("similarity", similarity, SIMILARITIES)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.count("workspace_bytes", workspace_bytes)
     multiplier, scale_bound = as_scale(scale, anchor, inverse=False)
     operands: list[Tensor] = []
     places = []
@@ -72,6 +77,7 @@ def multiple_negatives_ranking(
         cosine=similarity == "cos",
         reduction=reduction,
         backend=backend,
+        workspace_bytes=workspace_bytes,
     )
 
 
@@ -82,10 +88,18 @@ class MultipleNegativesRankingLoss(nn.Module):
     `fusedloss.integrations.sentence_transformers`.
     """
 
-    def __init__(self, scale: float = 20.0, similarity: str = "cos", reduction: str = "mean", backend: str = "auto"):
+    def __init__(
+        self,
+        scale: float = 20.0,
+        similarity: str = "cos",
+        reduction: str = "mean",
+        backend: str = "auto",
+        workspace_bytes: int | None = None,
+    ):
         super().__init__()
         checks.options_not_modules(scale=scale)
-        self.scale, self.similarity, self.reduction, self.backend = scale, similarity, reduction, backend
+        self.scale, self.similarity, self.reduction = scale, similarity, reduction
+        self.backend, self.workspace_bytes = backend, workspace_bytes
 
     def forward(self, anchor: Tensor, positive: Tensor, *negatives: Tensor) -> Tensor:
         return multiple_negatives_ranking(
@@ -96,6 +110,7 @@ class MultipleNegativesRankingLoss(nn.Module):
             similarity=self.similarity,
             reduction=self.reduction,
             backend=self.backend,
+            workspace_bytes=self.workspace_bytes,
         )
 
     def extra_repr(self) -> str:

@@ -1,0 +1,138 @@
+"""What happens once per row, beside the similarity GEMM, in plain torch; `kernels/rows.py` has the same names.
+
+All of it is O(M D), or O(M) per tile of columns. Targets' scores are fp64 where the device has it: well-fitted pairs
+owe all of their loss to these numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .epilogues import softmax_loss
+from .problem import NORM_EPS, Patch, Prepared, RowSums, Settled, inverse_norms
+
+ROWS = 4096  # at a time, where rows are converted
+
+
+def operand(x: Tensor) -> Tensor:
+    return x
+
+
+def prepare(
+    x: Tensor,
+    y: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    *,
+    cosine: bool,
+    wants_target_sim: bool,
+) -> Prepared:
+    """1/norms of both sides, and the target's logit `scale f_i f_t <x_i, y_t> + bias_t`.
+
+    A row dot beside the sweep: in the tile it would cost registers and spill.
+    """
+    row_factor = inverse_norms(x) if cosine else None
+    col_factor = row_factor if y is x else inverse_norms(y) if cosine else None
+    wide = torch.float64 if x.device.type in ("cpu", "cuda") else scale.dtype
+    sim = torch.empty(x.shape[0], dtype=wide, device=x.device)
+    for chunk in row_chunks(x):
+        sim[chunk] = torch.linalg.vecdot(x[chunk].to(wide), y[target[chunk]].to(wide))
+    if row_factor is not None and col_factor is not None:
+        sim = sim * row_factor * col_factor[target]
+    score = sim * scale
+    if bias is not None:
+        score = score + bias[target]
+    return Prepared(row_factor, col_factor, score, sim.to(scale.dtype) if wants_target_sim else None)
+
+
+def merge(running: RowSums, part: RowSums) -> RowSums:
+    """The sums over the union of two disjoint sets of columns."""
+    mine, others = (torch.where(sums.total == 0, -torch.inf, sums.shift) for sums in (running, part))
+    shift = torch.maximum(mine, others)
+    shift = shift.masked_fill(shift == -torch.inf, 0)
+    return RowSums(shift, running.total * torch.exp(mine - shift) + part.total * torch.exp(others - shift))
+
+
+def settle(
+    sums: RowSums,
+    score: Tensor,
+    weight: Tensor,
+    label_smoothing: float = 0.0,
+    *,
+    patch: Patch | None = None,
+    scaled: Sequence[Tensor] = (),
+    dtype: torch.dtype | None = None,
+) -> Settled:
+    """From a row's negatives to its weighted loss, `weight / l`, and the target's entry in the gradient.
+
+    With `patch`, entries are relative to `weight / l` and written into the workspace, merged in fp32 before they are
+    rounded; `scaled` are then the matrices whose rows are wanted times `weight / l`, rounded to `dtype`.
+    """
+    left_out = weight == 0
+    # A row without negatives takes its target's score as shift, so that 1 / l is 1 and not exp(-score).
+    total = sums.total
+    shift = torch.where(total == 0, score.to(total.dtype), sums.shift)
+    # A target's logit far above the others must not make l infinite: a smoothed entry is a share of l, and 80 leaves
+    # room for the product with y. What it costs are probabilities under exp(-80), beside a share of 1 / N.
+    most = 80.0 if label_smoothing else 88.0 if total.dtype == torch.float32 else 700.0
+    l = total + torch.exp((score - shift).clamp(max=most).to(total.dtype))
+    over_l = (weight / l).masked_fill(left_out, 0)
+    if patch is None:
+        entry = label_smoothing * weight - over_l * total
+    else:
+        entry = label_smoothing * l - total
+    entry = entry.masked_fill(left_out, 0)
+    if patch is not None:
+        patch_target(patch, entry)
+    loss = (weight * softmax_loss(shift, total, score)).masked_fill(left_out, 0)
+    return Settled(loss, shift, over_l, entry, [(x * over_l[:, None]).to(dtype) for x in scaled])
+
+
+def patch_target(patch: Patch, entry: Tensor) -> None:
+    out, target, row_factor, col_factor = patch
+    if row_factor is not None and col_factor is not None:
+        entry = entry * row_factor * col_factor[target]
+    out.scatter_(1, target[:, None], entry[:, None].to(out.dtype))
+
+
+def weigh(patch: Patch, rows: Tensor, columns: Tensor, entry: Tensor) -> None:
+    """`dz = E (w_i / l_i + w_j / l_j)` in place, where E was stored until both normalisers were known."""
+    out = patch.out
+    for start in range(0, out.shape[1], ROWS):
+        tile = slice(start, start + ROWS)
+        out[:, tile] *= rows[:, None] + columns[tile]
+    patch_target(patch, entry)
+
+
+def finish(
+    total: Tensor,
+    over_l: Tensor | None,
+    scale: Tensor,
+    gain: Tensor | None,
+    x: Tensor,
+    factor: Tensor | None,
+    out: Tensor,
+) -> None:
+    """`out = scale / gain * over_l * total`, projected through the norms; `out` may be `total`.
+
+    From the gradient with 1/norms held fixed to the gradient through them: `dx -= f^2 <dx, x> x`. A row shorter than
+    1e-12 is divided by a constant: nothing to project.
+    """
+    multiplier = scale if gain is None else scale / gain
+    squared = None if factor is None else (factor * factor).masked_fill(factor >= 1 / NORM_EPS, 0)
+    for chunk in row_chunks(x):
+        dx = total[chunk].mul_(multiplier if over_l is None else multiplier * over_l[chunk, None])
+        if squared is not None:
+            row = x[chunk].to(dx.dtype)
+            dx.addcmul_(row, ((dx * row).sum(1) * squared[chunk])[:, None], value=-1)
+        if out is not total:
+            out[chunk] = dx
+
+
+def row_chunks(x: Tensor) -> Iterator[slice]:
+    for start in range(0, x.shape[0], ROWS):
+        yield slice(start, start + ROWS)

@@ -1,0 +1,301 @@
+"""What happens once per row, beside the similarity GEMM: each kernel replaces a dozen small ones.
+
+Sizes here are M x D and M x n_tiles. Scores of targets are fp64 and so is the loss: O(M) work, and
+well-fitted pairs owe all of their loss to these numbers.
+"""
+
+import triton
+import triton.language as tl
+
+from .softmax import finite
+
+# A row shorter than this is divided by it, as in torch.nn.functional.normalize.
+NORM_EPS = tl.constexpr(1e-12)
+
+
+@triton.jit
+def prepare_kernel(
+    X,  # [M, D] or None
+    Y,  # [N, D]
+    Target,  # [M] int64 or None
+    RowFactor,  # [M] or None: 1 / |x_i|
+    ColFactor,  # [N] or None: 1 / |y_j|
+    Scale,  # 0-dim
+    Bias,  # [N] or None
+    Score,  # [M] fp64 or None: the target's logit
+    TargetSim,  # [M] or None: row_factor_i * col_factor_t * <x_i, y_t>
+    M,
+    N,
+    D,
+    stride_xm,
+    stride_yn,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if X is not None:
+        mask = offs < M
+        x_squared = tl.zeros((BLOCK_R,), tl.float32)
+        if Score is not None:
+            target = tl.load(Target + offs, mask=mask, other=0)
+            t_squared = tl.zeros((BLOCK_R,), tl.float32)
+            dot = tl.zeros((BLOCK_R,), tl.float64)
+            for start in range(0, D, BLOCK_D):
+                x = _load(X, offs, stride_xm, start, D, mask, BLOCK_D)
+                t = _load(Y, target, stride_yn, start, D, mask, BLOCK_D)
+                x_squared += tl.sum(x * x, axis=1)
+                t_squared += tl.sum(t * t, axis=1)
+                dot += tl.sum(x.to(tl.float64) * t.to(tl.float64), axis=1)
+            if RowFactor is not None:
+                # The very factors that the tile meets, rounded alike.
+                dot *= _inverse_norm(x_squared).to(tl.float64)
+                dot *= _inverse_norm(t_squared).to(tl.float64)
+            if TargetSim is not None:
+                tl.store(TargetSim + offs, dot.to(tl.float32), mask=mask)
+            score = dot * tl.load(Scale).to(tl.float64)
+            if Bias is not None:
+                score += tl.load(Bias + target, mask=mask, other=0.0).to(tl.float64)
+            tl.store(Score + offs, score, mask=mask)
+        else:
+            for start in range(0, D, BLOCK_D):
+                x = _load(X, offs, stride_xm, start, D, mask, BLOCK_D)
+                x_squared += tl.sum(x * x, axis=1)
+        if RowFactor is not None:
+            tl.store(RowFactor + offs, _inverse_norm(x_squared), mask=mask)
+    if ColFactor is not None:
+        mask = offs < N
+        y_squared = tl.zeros((BLOCK_R,), tl.float32)
+        for start in range(0, D, BLOCK_D):
+            y = _load(Y, offs, stride_yn, start, D, mask, BLOCK_D)
+            y_squared += tl.sum(y * y, axis=1)
+        tl.store(ColFactor + offs, _inverse_norm(y_squared), mask=mask)
+
+
+@triton.jit
+def merge_kernel(
+    Max,  # [n_tiles, R]
+    Sum,
+    RunningMax,  # [R]: updated in place
+    RunningSum,
+    n_tiles,
+    R,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Fold one more table of partial sums into the running ones, as columns meet chunk after chunk."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask = offs < R
+    maximum, total = _merged(Max, Sum, n_tiles, R, offs, mask, BLOCK_R, BLOCK_T)
+    old = tl.load(RunningMax + offs, mask=mask, other=0.0)
+    old_total = tl.load(RunningSum + offs, mask=mask, other=0.0)
+    new = tl.maximum(maximum, old)
+    total = total * tl.exp(maximum - finite(new)) + old_total * tl.exp(old - finite(new))
+    tl.store(RunningMax + offs, new, mask=mask)
+    tl.store(RunningSum + offs, total, mask=mask)
+
+
+@triton.jit
+def settle_kernel(
+    Max,  # [n_tiles, R], or None: all sums are relative to exp(shift)
+    Sum,  # [n_tiles, R]
+    shift,
+    Score,  # [R] fp64, the target's logit
+    Weight,  # [R]
+    label_smoothing,
+    Shift,  # [R] outputs: the row's shift, or None
+    OverL,  # weight / l
+    Entry,  # of the target in the gradient
+    Loss,  # weight * loss, or None
+    Out,  # the workspace whose target entries are patched, or None
+    Target,
+    RowFactor,
+    ColFactor,
+    xs,  # matrices [R, D] and their copies multiplied by over_l
+    scaled,
+    n_tiles,
+    R,
+    D,
+    stride_om,
+    strides,  # of xs and of scaled
+    RELATIVE: tl.constexpr,  # entries are relative to over_l
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """From partial sums to the loss, weight / l, the target's entry and the scaled operands of dy."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask = offs < R
+    score = tl.load(Score + offs, mask=mask, other=0.0)
+    weight = tl.load(Weight + offs, mask=mask, other=0.0)
+    if Max is not None:
+        maximum, total = _merged(Max, Sum, n_tiles, R, offs, mask, BLOCK_R, BLOCK_T)
+        row_shift = finite(maximum)
+    else:
+        total = _summed(Sum, n_tiles, R, offs, mask, BLOCK_R, BLOCK_T)
+        row_shift = tl.full((BLOCK_R,), shift, tl.float32)
+    # A row without negatives: 1 / l is 1 and not exp(-score).
+    row_shift = tl.where(total == 0, score.to(tl.float32), row_shift)
+    above = score - row_shift.to(tl.float64)
+    # Bounded: see fusedloss/rows.py.
+    l = total + tl.exp(tl.minimum(above, tl.where(label_smoothing > 0, 80.0, 88.0))).to(tl.float32)
+    over_l = tl.where(weight == 0, 0.0, weight / l)
+    if Shift is not None:
+        tl.store(Shift + offs, row_shift, mask=mask)
+    if OverL is not None:
+        tl.store(OverL + offs, over_l, mask=mask)
+    if Loss is not None:
+        positive = total > 0
+        log_total = tl.log(tl.where(positive, total, 1.0).to(tl.float64))
+        # log(1 + exp(difference)); a NaN total takes the first branch and stays.
+        difference = tl.where(total == 0, float("-inf"), tl.where(positive, log_total, total.to(tl.float64)) - above)
+        loss = tl.maximum(difference, 0.0) + _log1p(tl.exp(-tl.abs(difference)))
+        loss = tl.where(difference == difference, loss, difference)
+        tl.store(Loss + offs, tl.where(weight == 0, 0.0, weight * loss.to(tl.float32)), mask=mask)
+    if Entry is not None or Out is not None:
+        if RELATIVE:
+            entry = label_smoothing * l - total
+        else:
+            entry = label_smoothing * weight - over_l * total
+        entry = tl.where(weight == 0, 0.0, entry)
+        if Entry is not None:
+            tl.store(Entry + offs, entry, mask=mask)
+        if Out is not None:
+            target = tl.load(Target + offs, mask=mask, other=0)
+            if RowFactor is not None:
+                entry *= tl.load(RowFactor + offs, mask=mask, other=0.0)
+                entry *= tl.load(ColFactor + target, mask=mask, other=0.0)
+            tl.store(Out + offs * stride_om + target, entry.to(Out.dtype.element_ty), mask=mask)
+    for number in tl.static_range(len(xs)):
+        for start in range(0, D, BLOCK_D):
+            x = _load(xs[number], offs, strides[2 * number], start, D, mask, BLOCK_D) * over_l[:, None]
+            _store(scaled[number], offs, strides[2 * number + 1], start, D, mask, x, BLOCK_D)
+
+
+@triton.jit
+def weigh_kernel(
+    Out,  # [R, N]: exponentials times both factors, made the gradient in place
+    RowWeight,  # [R]
+    ColWeight,  # [N]
+    Entry,  # [R]
+    Target,
+    RowFactor,
+    ColFactor,
+    R,
+    N,
+    stride_om,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dz = E (w_i / l_i + w_j / l_j), where E was stored until both normalisers were known."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask = offs < R
+    row_weight = tl.load(RowWeight + offs, mask=mask, other=0.0)
+    target = tl.load(Target + offs, mask=mask, other=-1)
+    entry = tl.load(Entry + offs, mask=mask, other=0.0)
+    if RowFactor is not None:
+        entry *= tl.load(RowFactor + offs, mask=mask, other=0.0)
+        entry *= tl.load(ColFactor + target, mask=mask, other=0.0)
+    for start in range(0, N, BLOCK_D):
+        offs_n = start + tl.arange(0, BLOCK_D)
+        col_weight = tl.load(ColWeight + offs_n, mask=offs_n < N, other=0.0)
+        dz = _load(Out, offs, stride_om, start, N, mask, BLOCK_D) * (row_weight[:, None] + col_weight[None, :])
+        dz = tl.where(offs_n[None, :] == target[:, None], entry[:, None], dz)
+        _store(Out, offs, stride_om, start, N, mask, dz, BLOCK_D)
+
+
+@triton.jit
+def finish_kernel(
+    Sum,  # [R, D] fp32
+    OverL,  # [R] or None
+    Scale,  # 0-dim
+    Gain,  # 0-dim or None
+    X,  # [R, D], or None: no norms
+    Factor,  # [R]
+    Out,  # [R, D]; may be Sum
+    R,
+    D,
+    stride_sm,
+    stride_xm,
+    stride_om,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """What the products left out: 1 / l, the scale, the gain, and the projection through the norms.
+
+    From the gradient with 1 / norms held fixed to the one through them: dx -= f^2 <dx, x> x.
+    """
+    offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask = offs < R
+    multiplier = tl.full((BLOCK_R,), 1.0, tl.float32) * tl.load(Scale)
+    if Gain is not None:
+        multiplier /= tl.load(Gain)
+    if OverL is not None:
+        multiplier *= tl.load(OverL + offs, mask=mask, other=0.0)
+    along = tl.zeros((BLOCK_R,), tl.float32)
+    if X is not None:
+        for start in range(0, D, BLOCK_D):
+            dx = _load(Sum, offs, stride_sm, start, D, mask, BLOCK_D) * multiplier[:, None]
+            along += tl.sum(dx * _load(X, offs, stride_xm, start, D, mask, BLOCK_D), axis=1)
+        factor = tl.load(Factor + offs, mask=mask, other=0.0)
+        # A row shorter than NORM_EPS is divided by a constant: nothing to project.
+        along *= tl.where(factor >= 1 / NORM_EPS, 0.0, factor * factor)
+    for start in range(0, D, BLOCK_D):
+        dx = _load(Sum, offs, stride_sm, start, D, mask, BLOCK_D) * multiplier[:, None]
+        if X is not None:
+            dx -= along[:, None] * _load(X, offs, stride_xm, start, D, mask, BLOCK_D)
+        _store(Out, offs, stride_om, start, D, mask, dx, BLOCK_D)
+
+
+@triton.jit
+def _load(X, rows, stride, start, D, mask, BLOCK_D: tl.constexpr):
+    """fp32 [BLOCK_R, BLOCK_D]."""
+    offs_d = start + tl.arange(0, BLOCK_D)
+    inside = mask[:, None] & (offs_d < D)[None, :]
+    return tl.load(X + rows[:, None] * stride + offs_d[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(X, rows, stride, start, D, mask, value, BLOCK_D: tl.constexpr):
+    offs_d = start + tl.arange(0, BLOCK_D)
+    inside = mask[:, None] & (offs_d < D)[None, :]
+    tl.store(X + rows[:, None] * stride + offs_d[None, :], value.to(X.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _inverse_norm(squared):
+    return 1.0 / tl.maximum(tl.sqrt_rn(squared), NORM_EPS, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _merged(Max, Sum, n_tiles, R, offs, mask, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Maximum and sum of exp(z - maximum) over all tiles, in a fixed order. A maximum may be -inf."""
+    maximum = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(0, n_tiles, BLOCK_T):
+        tiles = start + tl.arange(0, BLOCK_T)
+        place = tiles.to(tl.int64)[:, None] * R + offs[None, :]
+        inside = (tiles < n_tiles)[:, None] & mask[None, :]
+        tile_max = tl.load(Max + place, mask=inside, other=float("-inf"))
+        tile_sum = tl.load(Sum + place, mask=inside, other=0.0)
+        new = tl.maximum(maximum, tl.max(tile_max, axis=0))
+        part = tl.sum(tile_sum * tl.exp(tile_max - finite(new)[None, :]), axis=0)
+        total = total * tl.exp(maximum - finite(new)) + part
+        maximum = new
+    return maximum, total
+
+
+@triton.jit
+def _summed(Sum, n_tiles, R, offs, mask, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr):
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(0, n_tiles, BLOCK_T):
+        tiles = start + tl.arange(0, BLOCK_T)
+        place = tiles.to(tl.int64)[:, None] * R + offs[None, :]
+        inside = (tiles < n_tiles)[:, None] & mask[None, :]
+        total += tl.sum(tl.load(Sum + place, mask=inside, other=0.0), axis=0)
+    return total
+
+
+@triton.jit
+def _log1p(x):
+    """fp64, to fp32's precision down to the smallest x: log(1 + x) alone loses x below 1e-16."""
+    return tl.where(x < 1e-6, x - 0.5 * x * x, tl.log(1 + x))

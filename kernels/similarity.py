@@ -1,0 +1,169 @@
+"""The similarity GEMM with an epilogue: a tile of logits is folded while it is in registers.
+
+    z[i, j] = scale * row_factor[i] * col_factor[j] * <x_i, y_j> + bias[j]
+
+Two kernels, one fold, one table of epilogues (`softmax.py`):
+
+    similarity_kernel   the GEMM by hand, persistent; operands through tensor descriptors (TMA on sm_90
+                        and up) or through pointers (cp.async below)
+    panel_kernel        the similarities of a panel of columns were written in fp32 by the vendor's GEMM
+
+Logits stay in fp32 from the accumulator to the exponential. The target, columns out of range and
+removed columns (bias = -inf) have z = -inf.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def similarity_kernel(
+    X,  # [M, D]: a descriptor of BLOCK_M x BLOCK_D, or a pointer to rows of unit stride
+    Y,  # [N, D], likewise
+    Out,  # [M, N]: likewise BLOCK_M x BLOCK_N / SUBTILES; None where nothing is stored
+    Scale,  # 0-dim
+    RowFactor,  # [M] or None
+    ColFactor,  # [N] or None
+    Bias,  # [N] or None
+    Target,  # [M] int64 or None
+    args,  # the epilogue's own
+    M,
+    N,
+    D,
+    stride_xm,
+    stride_yn,
+    stride_om,
+    EPILOGUE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
+):
+    # Persistent: as many programs as run at once walk all tiles. Not flattened: one loop over tiles
+    # and D keeps a second accumulator alive and spills (3.7.1 and 3.9.0, 128 x 256).
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=False):
+        pid_m, pid_n = _place(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        sim = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if DESCRIPTORS:
+            for start in range(0, D, BLOCK_D):
+                x = X.load([pid_m * BLOCK_M, start])
+                y = Y.load([pid_n * BLOCK_N, start])
+                sim = tl.dot(x, y.T, sim, input_precision=INPUT_PRECISION)
+        else:
+            # int64: a row's offset passes 2**31 elements at M = 2**20, D = 2048.
+            offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+            offs_d = tl.arange(0, BLOCK_D)
+            x_ptrs = X + offs_m[:, None] * stride_xm + offs_d[None, :]
+            y_ptrs = Y + offs_n[None, :] * stride_yn + offs_d[:, None]
+            for start in range(0, D, BLOCK_D):
+                mask_d = offs_d < D - start
+                x = tl.load(x_ptrs + start, mask=(offs_m < M)[:, None] & mask_d[None, :], other=0.0)
+                y = tl.load(y_ptrs + start, mask=(offs_n < N)[None, :] & mask_d[:, None], other=0.0)
+                sim = tl.dot(x, y, sim, input_precision=INPUT_PRECISION)
+        # In two halves, fewer logits, similarities and column vectors are live at once: with rows,
+        # columns and q on sm_90, a whole 128 x 128 tile spills 264 bytes a thread, halves none.
+        if SUBTILES == 1:
+            _fold(
+                sim, Out, Scale, RowFactor, ColFactor, Bias, Target, args, M, N, stride_om,
+                pid_m, pid_n, EPILOGUE, DESCRIPTORS, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        else:
+            halves = tl.permute(tl.reshape(sim, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+            left, right = tl.split(halves)
+            _fold(
+                left, Out, Scale, RowFactor, ColFactor, Bias, Target, args, M, N, stride_om,
+                pid_m, pid_n * 2, EPILOGUE, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
+            )  # fmt: skip
+            _fold(
+                right, Out, Scale, RowFactor, ColFactor, Bias, Target, args, M, N, stride_om,
+                pid_m, pid_n * 2 + 1, EPILOGUE, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
+            )  # fmt: skip
+
+
+@triton.jit
+def panel_kernel(
+    Sim,  # [M, columns of the panel] fp32
+    Out,
+    Scale,
+    RowFactor,
+    ColFactor,
+    Bias,
+    Target,
+    args,
+    M,
+    N,
+    stride_sm,
+    stride_om,
+    first_tile,  # of the panel: its first column is first_tile * BLOCK_N
+    EPILOGUE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    pid_m = tl.program_id(0)
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (offs_m < M)[:, None] & (first_tile.to(tl.int64) * BLOCK_N + offs_n < N)[None, :]
+    sim = tl.load(Sim + offs_m[:, None] * stride_sm + offs_n[None, :], mask=mask, other=0.0)
+    _fold(
+        sim, Out, Scale, RowFactor, ColFactor, Bias, Target, args, M, N, stride_om,
+        pid_m, first_tile + tl.program_id(1), EPILOGUE, False, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit
+def _place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """GROUP_M row tiles walk the columns together: x stays in L2, a y tile is fetched once for all."""
+    m_tiles = tl.cdiv(M, BLOCK_M)
+    group_size = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first_m = tile // group_size * GROUP_M
+    rows_in_group = tl.minimum(m_tiles - first_m, GROUP_M)
+    return first_m + tile % group_size % rows_in_group, tile % group_size // rows_in_group
+
+
+@triton.jit
+def _fold(
+    sim, Out, Scale, RowFactor, ColFactor, Bias, Target, args, M, N, stride_om,
+    pid_m, pid_n,
+    EPILOGUE: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """From the accumulator to logits with everything inadmissible at -inf, the epilogue, the store."""
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+    if RowFactor is not None:
+        sim *= tl.load(RowFactor + offs_m, mask=mask_m, other=0.0)[:, None]
+    if ColFactor is not None:
+        sim *= tl.load(ColFactor + offs_n, mask=mask_n, other=0.0)[None, :]
+    z = sim * tl.load(Scale)
+    if Bias is not None:
+        bias = tl.load(Bias + offs_n, mask=mask_n, other=float("-inf"))
+        # Not a sum alone: NaN in a removed column must not outlive the -inf.
+        z = tl.where(bias[None, :] == float("-inf"), float("-inf"), z + bias[None, :])
+    else:
+        z = tl.where(mask_n[None, :], z, float("-inf"))
+    hit = None
+    if Target is not None:
+        # int64 once a row, 32 bits per element: an int64 comparison is two instructions.
+        column = tl.load(Target + offs_m, mask=mask_m, other=-1) - pid_n.to(tl.int64) * BLOCK_N
+        column = tl.where((column >= 0) & (column < BLOCK_N), column, -1).to(tl.int32)
+        hit = tl.arange(0, BLOCK_N)[None, :] == column[:, None]
+        z = tl.where(hit, float("-inf"), z)
+    value = EPILOGUE(z, sim, hit, offs_m, offs_n, pid_m, pid_n, M, N, args)
+    if Out is not None:
+        # Factors enter before rounding, so that the next two GEMMs take x and y as they are. They
+        # are loaded again because two more vectors, live across the epilogue, would spill.
+        if RowFactor is not None:
+            value *= tl.load(RowFactor + offs_m, mask=mask_m, other=0.0)[:, None]
+        if ColFactor is not None:
+            value *= tl.load(ColFactor + offs_n, mask=mask_n, other=0.0)[None, :]
+        if DESCRIPTORS:
+            Out.store([pid_m * BLOCK_M, pid_n * BLOCK_N], value.to(Out.dtype))
+        else:
+            out_ptrs = Out + offs_m[:, None] * stride_om + offs_n[None, :]
+            tl.store(out_ptrs, value.to(Out.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
