@@ -1,15 +1,15 @@
-# Every target but `gpu` works in .venv, which it makes itself; what it installs is pinned by constraints.txt.
+# Every target but gpu and gpu-full works in .venv, which it makes itself; what it installs is pinned by constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 GPU := PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/gpu" $(PYTHON)
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint gpu clean
+.PHONY: help demo test lint gpu gpu-full gpu-build clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
-	@echo 'PYTHON=python3 names the interpreter: the one .venv is made with, or the one that `gpu` runs.'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@echo 'PYTHON=python3 names the interpreter: the one .venv is made with, or the one that gpu and gpu-full run.'
 
 demo: $(READY) ## search code by meaning: train a small encoder on a CPU
 	$(BIN)/python examples/code_search.py
@@ -25,13 +25,17 @@ lint: $(READY) ## ruff and mypy
 # Installs nothing: machines with a GPU often have a torch of their own and no network. The package is laid out in
 # build/gpu as a wheel would hold it, so that fusedloss.kernels and _C are found. PYTHONSAFEPATH keeps Python from
 # looking in the current folder first, where there is a fusedloss without either.
-gpu: ## the GPU tests and figures, with $(PYTHON), its torch and its nvcc; installs nothing
+gpu-build:
 	rm -rf build/gpu
 	$(PYTHON) setup.py --quiet build --build-lib build/gpu
+
+gpu: gpu-build ## the GPU tests, then a race of 8 minutes, with $(PYTHON), its torch and its nvcc; installs nothing
 	$(GPU) -m pytest -m gpu
 	$(GPU) -m fusedloss check
-	for d in 768 1024; do $(GPU) -m fusedloss bench --device cuda --dtype bf16 --d $$d --n 4096 16384 65536 \
-		--out benchmarks/results --name gpu-$$d || exit 1; done
+	$(GPU) benchmarks/race.py short --device cuda --out benchmarks/results --name gpu
+
+gpu-full: gpu-build ## the race at every point, hours; goes on where the last one ended
+	$(GPU) benchmarks/race.py full --device cuda --out benchmarks/results --name gpu-full
 
 clean: ## remove what the other targets made
 	rm -rf .venv build dist *.egg-info fusedloss/_C.*.so

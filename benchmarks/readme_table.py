@@ -8,44 +8,111 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from fusedloss.results import summary
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+GPU_RESULTS = ("gpu-full", "gpu")  # the first that is there
 
 
-def claims() -> str:
-    rows = [c for c in json.loads((RESULTS / "claims.json").read_text())["claims"] if c["claim"] != "seconds"]
+def claims(folder: Path) -> str:
+    rows = [c for c in json.loads((folder / "claims.json").read_text())["claims"] if c["claim"] != "seconds"]
     verdict = {True: "yes", False: "**no**", None: ""}
     table = [[c["claim"], f"{c['measured']:.3g}", c["required"] or "", verdict[c["held"]]] for c in rows]
     return tabulate(table, ["", "measured", "required", "held"], tablefmt="github", disable_numparse=True)
 
 
-def race() -> str:
-    rows = json.loads((RESULTS / "race.json").read_text())["rows"]
-
-    def cells(row: dict) -> list[str]:
-        if "seconds" not in row:
-            return [str(row["n"]), row["racer"], "", "", "", "", row.get("note", "")]
-        memory = row.get("memory_bytes")
-        error = row.get("gradient_error")
-        return [
+def race(folder: Path) -> str:
+    rows = json.loads((folder / "race.json").read_text())["rows"]
+    here = [row for row in rows if "seconds" in row or not row.get("note", "").startswith("not run: ")]
+    table = [
+        [
             str(row["n"]),
             row["racer"],
-            f"{row['seconds'] * 1e3:.0f}",
-            f"{row['ratio']:.2f}",
-            "" if memory is None else f"{memory / 2**20:.0f}",
-            "" if error is None else f"{error:.1e}",
+            number(row, "seconds", "{:.0f}", 1e-3),
+            number(row, "ratio", "{:.2f}"),
+            number(row, "memory_bytes", "{:.0f}", 2**20),
+            number(row, "gradient_error", "{:.1e}"),
             row.get("note", ""),
         ]
-
+        for row in here
+    ]
     headers = ["N", "racer", "ms", "x floor", "memory, MiB", "gradient error", ""]
-    return tabulate([cells(row) for row in rows], headers, tablefmt="github", disable_numparse=True)
+    return tabulate(table, headers, tablefmt="github", disable_numparse=True) + absent(rows)
 
 
-def written(text: str) -> str:
-    for name, table in (("claims", claims()), ("race", race())):
-        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+def absent(rows: list[dict]) -> str:
+    """A sentence on who never ran, and why."""
+    ran = {row["racer"] for row in rows if "seconds" in row}
+    notes = {row["racer"]: row["note"] for row in rows if row["racer"] not in ran and row.get("note")}
+    reasons: dict[str, list[str]] = {}
+    for racer, note in notes.items():
+        reasons.setdefault(note.removeprefix("not run: "), []).append(racer)
+    if not reasons:
+        return ""
+    return "\n\nNot run: " + "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items()) + "."
+
+
+def gpu(folder: Path) -> str:
+    """What a GPU measured: fusedloss beside the fastest peer, a line per place; or that there is nothing."""
+    path = next((folder / f"{name}.json" for name in GPU_RESULTS if (folder / f"{name}.json").exists()), None)
+    if path is None:
+        return "**No results of a GPU are committed yet**; `make gpu` writes them."
+    found = json.loads(path.read_text())
+    about, lines = found["environment"], summary(found["rows"])
+    plain = [line for line in lines if (line["temperature"], line["kind"]) == (0.05, "random")]
+    table = [
+        [
+            line["loss"],
+            f"{line['n']} x {line['d']}",
+            line["dtype"],
+            number(line, "seconds", "{:.2f}", 1e-3) or line.get("note") or "",
+            number(line, "ratio", "{:.2f}"),
+            number(line, "normalize_ratio", "{:.2f}"),
+            line.get("peer", ""),
+            number(line, "peer_seconds", "{:.2f}", 1e-3),
+            number(line, "gradient_error", "{:.1e}"),
+            number(line, "peer_error", "{:.1e}"),
+            number(line, "workspace_bytes", "{:.0f}", 2**20),
+        ]
+        for line in plain
+    ]
+    headers = ["loss", "N x D", "dtype", "ms", "x floor", "normalized", "fastest peer", "its ms"]
+    headers += ["error", "its error", "workspace, MiB"]
+    versions = [f"torch {about['torch']}", f"triton {about['triton']}", f"driver {about.get('driver_version')}"]
+    versions += [f"{name} {version}" for name, version in about["peers"].items()]
+    commit = f" at commit {about['commit']}" if about["commit"] else ""
+    text = f"{about['device']}, one run of {about['date'][:10]}{commit}: {', '.join(versions)}.\n\n"
+    text += tabulate(table, headers, tablefmt="github", disable_numparse=True)
+    text += "\n\nScale 20, random inputs." + harder([line for line in lines if line not in plain])
+    if found["left_out"]:
+        text += f" {len(found['left_out'])} points did not fit into the run's time."
+    text += absent(found["rows"])
+    for plot in sorted(folder.glob(f"{path.stem}-*.png")):
+        if plot.stem.removeprefix(f"{path.stem}-") in {row["loss"] for row in found["rows"]}:
+            text += f"\n\n![time and memory of every racer against the batch size](benchmarks/results/{plot.name})"
+    return text
+
+
+def harder(lines: list[dict]) -> str:
+    """The worst of the places at scale 100 or on clustered inputs; each of them is in the results."""
+    ran = [line for line in lines if line.get("ratio") is not None]
+    if not ran:
+        return ""
+    ratio = max(line["ratio"] for line in ran)
+    error = max(line["gradient_error"] or 0.0 for line in ran)
+    return f" At scale 100 or on clustered inputs, {len(ran)} places: x floor at most {ratio:.2f}, error {error:.1e}."
+
+
+def number(row: dict, key: str, form: str, unit: float = 1) -> str:
+    return form.format(row[key] / unit) if row.get(key) is not None else ""
+
+
+def written(text: str, folder: Path = RESULTS) -> str:
+    for table in (claims, race, gpu):
+        start, end = f"<!-- {table.__name__}:start -->", f"<!-- {table.__name__}:end -->"
         before, rest = text.split(start)
-        text = before + start + "\n" + table + "\n" + end + rest.split(end)[1]
+        text = before + start + "\n" + table(folder) + "\n" + end + rest.split(end)[1]
     return text
 
 

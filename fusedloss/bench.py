@@ -1,119 +1,105 @@
 """`python -m fusedloss bench`: the race. Same inputs, interleaved rounds, medians, beside the bare work.
 
 The floor is the three matrix products that the gradient needs (four for CLIP), in the chunks that fusedloss uses: what
-a perfect epilogue would cost. Memory is what a step needs on top of its inputs and gradients, each racer in a fresh
-process. A racer whose gradient error exceeds 1e-2 is shown and marked, not ranked; one that would not fit is not run.
+a perfect epilogue would cost. Memory is what a step needs on top of its inputs and gradients; on a CPU, where only a
+process has a peak, each racer's is measured in a fresh one. A racer whose gradient error exceeds 1e-2 is shown and
+marked, not ranked. Who cannot run is shown with the reason.
 """
 
 from __future__ import annotations
 
-import csv
-import importlib.metadata
-import json
+import importlib.util
+import math
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch._dynamo.utils
 import torch._inductor.config
 from torch import Tensor
-from torch.nn import functional as F
 
 import fusedloss
 
-from . import measure, show, sweep, testing
+from . import measure, results, show, sweep, testing
 from .backends import BACKENDS
-from .info import cpu_name, picked, probe
+from .info import picked, probe
+from .peers import DTYPES, PEERS, SIGLIP_BIAS, Loss, Point
 from .show import Tick
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 MARKED_ERROR = 1e-2
-ERROR_ROWS = 2048  # the gradient error is measured on a smaller batch of the same kind: fp64 at N = 16384 takes minutes
-PEER_CHUNK = 1024  # rows a chunk of F.linear_cross_entropy
+TRIED_ERROR = 0.5  # a gradient so wrong on a tiny batch is not rounding
+ERROR_ROWS = 1024  # of each side's gradient are held against fp64
+SAMPLE_SECONDS = 0.02
+LIMIT = 30.0  # seconds of rounds after which a slow racer has enough
 MATERIALISING = ("eager", "torch.compile", "fusedloss:reference")
+NORMALIZED = "fusedloss, normalize=True"
+FORWARD = " forward"
+OUT_OF_TIME = "not run: out of time"
 
+NOBODY: Mapping[str, str] = MappingProxyType({})
 
-@dataclass(frozen=True)
-class Point:
-    """One place of the race."""
-
-    loss: str = "info_nce"
-    n: int = 4096
-    d: int = 384
-    dtype: str = "fp32"
-    temperature: float = 0.05
-    kind: str = "random"
-    device: str = "cpu"
-
-    def inputs(self, rows: int | None = None) -> tuple[Tensor, Tensor]:
-        count = rows or self.n
-        query, key = testing.inputs(self.kind, count, count, self.d, DTYPES[self.dtype])
-        return query.to(self.device), key.to(self.device)
-
-    @property
-    def eager_bytes(self) -> int:
-        """What eager holds at its peak: the logits, their log-softmax and its gradient, in fp32 for 16-bit inputs."""
-        return 3 * self.n * self.n * max(4, DTYPES[self.dtype].itemsize)
-
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 Step = Callable[[Tensor, Tensor], Any]
 
 
-def fused(point: Point, backend: str) -> Loss:
+@dataclass(frozen=True)
+class Racer:
+    loss: Loss | None
+    why_not: str = ""  # if there is no loss
+    caveat: str = ""  # why it is shown and not ranked, whatever its error
+    computes: str = "info_nce"  # whose exact gradient it is held against
+    cosine: bool = False
+
+
+def fused(point: Point, backend: str, **options: Any) -> Loss:
     t = point.temperature
     if point.loss == "clip":
-        return lambda q, k: fusedloss.clip(q, k, 1 / t, backend=backend)
+        return lambda q, k: fusedloss.clip(q, k, 1 / t, backend=backend, **options)
     if point.loss == "multiple_negatives_ranking":
         return lambda q, k: fusedloss.multiple_negatives_ranking(q, k, scale=1 / t, backend=backend)
-    return lambda q, k: fusedloss.info_nce(q, k, temperature=t, backend=backend)
+    return lambda q, k: fusedloss.info_nce(q, k, temperature=t, backend=backend, **options)
 
 
-def losses(point: Point) -> dict[str, Loss]:
-    """Every racer's loss as a function of (query, key). `fusedloss` is the backend that auto picks."""
-    t = point.temperature
-    racers = {"fusedloss": fused(point, "auto")}
+def racers(point: Point, only: Collection[str] | None = None, excluded: Mapping[str, str] = NOBODY) -> dict[str, Racer]:
+    """Everyone, or those named. `fusedloss` is what auto picks; normalize=True gives it a bound of the logits.
+
+    Who is excluded, with the reason, is not even imported.
+    """
+    cosine = point.loss == "multiple_negatives_ranking"
+    computes = "info_nce" if cosine else point.loss
+    found = {"fusedloss": Racer(fused(point, "auto"), computes=computes, cosine=cosine)}
+    if not cosine:
+        found[NORMALIZED] = Racer(fused(point, "auto", normalize=True), computes=computes, cosine=True)
     for backend, module in BACKENDS.items():
         if module.why_not(probe(point.device, DTYPES[point.dtype])) is None:
-            racers[f"fusedloss:{backend}"] = fused(point, backend)
-    if point.loss == "clip":
-        eager = lambda q, k: testing.eager_clip(q, k, 1 / t)
-    elif point.loss == "multiple_negatives_ranking":
-        eager = lambda q, k: testing.eager_multiple_negatives_ranking(q, k, scale=1 / t)
-    else:
-        eager = lambda q, k: testing.eager_info_nce(q, k, t)
-        if hasattr(F, "linear_cross_entropy"):
-            racers["F.linear_cross_entropy"] = lambda q, k: F.linear_cross_entropy(
-                q / t,
-                k,
-                torch.arange(q.shape[0], device=q.device),
-                options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=PEER_CHUNK),
-            )
-    racers["eager"] = eager
-    racers["torch.compile"] = torch.compile(eager, dynamic=False)
-    return racers
+            found[f"fusedloss:{backend}"] = Racer(fused(point, backend), computes=computes, cosine=cosine)
+    for name, peer in PEERS.items():
+        if name not in excluded and (only is None or name in only):
+            loss = peer.enter(point)
+            racer = Racer(None, loss) if isinstance(loss, str) else Racer(loss)
+            found[name] = replace(racer, caveat=peer.caveat, computes=peer.computes or computes, cosine=cosine)
+    found |= {name: Racer(None, why) for name, why in excluded.items()}
+    return {name: racer for name, racer in found.items() if only is None or name in only}
 
 
-def entered(point: Point, only: set[str] | None) -> dict[str, Loss]:
+def entered(point: Point, only: Collection[str] | None, excluded: Mapping[str, str] = NOBODY) -> dict[str, Racer]:
     """The racers named, or by default each implementation once: no oracle, and no interpreted kernel."""
-    racers = losses(point)
+    everyone = racers(point, only, excluded)
     if only is not None:
-        return {name: loss for name, loss in racers.items() if name in only}
+        return everyone
     picks = picked(probe(point.device, DTYPES[point.dtype]))
     left_out = {f"fusedloss:{picks}", "fusedloss:reference"} | (
-        {"fusedloss:triton"} if point.device == "cpu" else set()
+        {"fusedloss:triton"} if point.device_type == "cpu" else set()
     )
-    return {name: loss for name, loss in racers.items() if name not in left_out}
+    return {name: racer for name, racer in everyone.items() if name not in left_out}
 
 
 def forward(loss: Loss) -> Step:
@@ -125,10 +111,11 @@ def forward(loss: Loss) -> Step:
 
 
 def forward_backward(loss: Loss) -> Step:
-    def step(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+    def step(query: Tensor, key: Tensor) -> list[Tensor]:
         leaves = [query.detach().requires_grad_(), key.detach().requires_grad_()]
-        loss(*leaves).backward()
-        return leaves[0].grad, leaves[1].grad  # type: ignore[return-value]
+        value = loss(*leaves)
+        value.backward()
+        return [value.detach(), leaves[0].grad, leaves[1].grad]  # type: ignore[list-item]
 
     return step
 
@@ -159,13 +146,13 @@ def floor(point: Point) -> Step:
 
 
 def fits(point: Point, name: str) -> bool:
-    """Whether a racer that materialises the logits may be started here at all."""
-    return name not in MATERIALISING or point.eager_bytes < 0.6 * available_bytes(point.device)
+    """Whether a racer may be started here at all. A CPU's machine would swap, or end the race; CUDA's says OOM."""
+    if point.device_type != "cpu" or name not in MATERIALISING:
+        return True
+    return point.eager_bytes < 0.6 * available_bytes()
 
 
-def available_bytes(device: str) -> int:
-    if device != "cpu":
-        return torch.cuda.mem_get_info()[0]
+def available_bytes() -> int:
     found = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -178,90 +165,171 @@ def available_bytes(device: str) -> int:
 
 
 def memory(point: Point, name: str) -> int:
-    """Bytes a step of this racer needs on top of inputs and gradients. To be run in a fresh process."""
+    """Bytes a step of this racer needs on top of inputs and gradients. On a CPU to be run in a fresh process."""
     query, key = point.inputs()
-    loss = losses(point)[name]
+    loss = racers(point)[name].loss
+    assert loss is not None
     # Loading libraries and compiling is not the step's memory. Compiled code knows one size only.
-    warm = (query, key) if name == "torch.compile" else Point(**{**asdict(point), "n": 64}).inputs()
+    warm = (query, key) if name == "torch.compile" else replace(point, n=64).inputs()
     forward_backward(loss)(*warm)
-    step = forward_backward(loss)
+    return step_memory(forward_backward(loss), query, key, point.device)
+
+
+def step_memory(step: Step, query: Tensor, key: Tensor, device: str) -> int:
     gradients = 2 * query.numel() * query.element_size()
-    return measure.peak_memory(lambda: step(query, key), point.device) - gradients
+    return measure.peak_memory(lambda: step(query, key), device) - gradients
 
 
-def gradient_error(point: Point, name: str) -> float:
-    """||gradient - fp64|| / ||fp64||, the worse of the two sides, on a batch small enough for fp64."""
-    query, key = point.inputs(min(point.n, ERROR_ROWS))
-    found = forward_backward(losses(point)[name])(query, key)
-    wanted = forward_backward(fused(point, "reference"))(query.double(), key.double())
-    return max(((f.double() - w).norm() / w.norm()).item() for f, w in zip(found, wanted, strict=True))
+def gradient_error(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """||gradient - fp64|| / ||fp64||, the worse of the two sides, over the rows that are looked at."""
+    return max(((f.double() - w).norm() / w.norm()).item() for f, w in zip(found[1:], wanted[1:], strict=True))
 
 
-def steps(point: Point, rounds: int, only: set[str] | None, with_memory: bool) -> int:
-    """How often `race` ticks."""
-    running = sum(fits(point, name) for name in entered(point, only))
-    return running + (2 * running + 1) * rounds + (with_memory + 1) * running
+def steps(point: Point, rounds: int, only: set[str] | None) -> int:
+    """How often `race` ticks, at most."""
+    running = sum(fits(point, name) and racer.loss is not None for name, racer in entered(point, only).items())
+    return 2 + running + (2 * running + 1) * rounds + 2 * running
 
 
 def race(
-    point: Point, rounds: int, only: set[str] | None, with_memory: bool, tick: Tick, rows: list[dict]
+    point: Point,
+    rounds: int,
+    only: set[str] | None,
+    with_memory: bool,
+    tick: Tick,
+    rows: list[dict],
+    *,
+    limit: float = math.inf,
+    until: float = math.inf,
+    excluded: Mapping[str, str] = NOBODY,
 ) -> list[dict]:
     """One row per racer: seconds, ratio to the floor, memory, gradient error; or why it did not run.
 
-    Rows are appended to `rows` at the start and filled in as figures come, for whoever interrupts.
+    Rows are appended to `rows` at the start and filled in as figures come, for whoever interrupts. Every tick's text
+    ends in ": " and the racer that runs next.
+
+    Args:
+        limit: seconds of rounds after which a slow racer has enough, though at least one
+        until: time.monotonic() at which what has not begun is left out
+        excluded: racers that are not run, and why
     """
     # Dynamo keeps 8 graphs of one function, whichever torch.compile call they are from, and runs eager from then on.
     torch.compiler.reset()
+    place = f"{point.loss} N={point.n} D={point.d} scale {point.scale:g} {point.kind}"
+    tick(f"{place}, inputs: floor")
     query, key = point.inputs()
-    racers = entered(point, only)
-    found: dict[str, dict[str, Any]] = {name: {**asdict(point), "racer": name} for name in ("floor", *racers)}
+    entries = entered(point, only, excluded)
+    found: dict[str, dict[str, Any]] = {name: {**asdict(point), "racer": name} for name in ("floor", *entries)}
     rows += found.values()
     if "fusedloss" in found:
         found["fusedloss"]["backend"] = picked(probe(point.device, DTYPES[point.dtype]))
+    looked_at = _looked_at(point)
     calls: dict[str, Callable[[], Any]] = {"floor": partial(floor(point), query, key)}
-    for name, loss in racers.items():
-        if not fits(point, name):
-            found[name]["note"] = f"not run: needs about {point.eager_bytes / 2**30:.1f} GiB"
+    repeats: dict[str, int] = {}
+    sampled: dict[str, list[Tensor]] = {}
+
+    def failed(name: str, error: Exception) -> None:
+        found[name.removesuffix(FORWARD)]["note"] = _reason(error)
+
+    def dropped(name: str, error: Exception) -> None:
+        failed(name, error)
+        calls.pop(name)
+        measure.free_memory()  # or finds that the device is lost, before the next racer is blamed
+
+    for name, racer in entries.items():
+        row = found[name]
+        if racer.why_not:
+            row["note"] = racer.why_not if racer.why_not.startswith(("failed", "OOM")) else f"not run: {racer.why_not}"
+        elif not fits(point, name):
+            row["note"] = f"not run: needs about {point.eager_bytes / 2**30:.1f} GiB"
+        elif time.monotonic() > until:
+            row["note"] = OUT_OF_TIME
+        if "note" in row or racer.loss is None:
             continue
-        tick(f"{point.loss} N={point.n}: first run of {name}")
-        pair = {
-            name: partial(forward_backward(loss), query, key),
-            f"{name} forward": partial(forward(loss), query, key),
-        }
+        tick(f"{place}, first run: {name}")
+        both, alone = forward_backward(racer.loss), forward(racer.loss)
         try:
-            for call in pair.values():
-                call()
+            found_now = both(query, key)
+            sampled[name] = [found_now[0], *(g[looked_at].clone() for g in found_now[1:])]
+            del found_now
+            alone(query, key)
+            measure.synchronize()
+            if point.device_type == "cuda":  # the first run compiled; this one is the step itself
+                again: list[float] = []
+                timed = lambda q, k, both=both, again=again: again.append(measure.seconds(partial(both, q, k)))
+                row["memory_bytes"] = step_memory(timed, query, key, point.device)
+                repeats[name] = repeats[name + FORWARD] = _repeats(again[0])
         except Exception as error:  # out of memory, or a peer that cannot do this: the others still race
-            found[name]["note"] = _reason(error)
+            failed(name, error)
+        if "note" in row:
+            sampled.pop(name, None)
+            measure.free_memory()  # behind the except clause, whose traceback holds what the call held
             continue
-        calls |= pair
+        calls |= {name: partial(both, query, key), name + FORWARD: partial(alone, query, key)}
+    tick(f"{place}, first run: floor")
     calls["floor"]()
+    if point.device_type == "cuda":
+        repeats["floor"] = _repeats(measure.seconds(calls["floor"]))
+
     samples: dict[str, list[float]] = {}
-    tick(f"{point.loss} N={point.n}: time")
-    for name, taken in measure.samples_interleaved(calls, rounds, warmup=0):
+    for name, taken in measure.samples_interleaved(
+        calls,
+        rounds,
+        warmup=0,
+        repeats=repeats,
+        limit=limit,
+        starting=lambda name: tick(f"{place}, time: {name.removesuffix(FORWARD)}"),
+        failed=dropped,
+    ):
         samples.setdefault(name, []).append(taken)
         _fill_in_times(found, samples)
-        tick(f"{point.loss} N={point.n}: time")
-    for name in racers:
-        if name not in calls:
-            continue
-        row = found[name]
+        if time.monotonic() > until and len(samples) == len(calls):
+            break
+    calls.clear()
+    measure.free_memory()
+
+    exact: dict[tuple[str, bool], list[Tensor]] = {}
+    for name, outcome in sampled.items():
+        row, racer = found[name], entries[name]
         try:
-            if with_memory:
-                tick(f"{point.loss} N={point.n}: memory of {name}")
+            if with_memory and point.device_type == "cpu":
+                tick(f"{place}, memory: {name}")
                 row["memory_bytes"] = measure.isolated(memory, point, name)
-            tick(f"{point.loss} N={point.n}: error of {name}")
-            row["gradient_error"], row["gradient_error_rows"] = gradient_error(point, name), min(point.n, ERROR_ROWS)
+            tick(f"{place}, error: {name}")
+            if (kind := (racer.computes, racer.cosine)) not in exact:
+                bias = SIGLIP_BIAS if racer.computes == "siglip" else 0.0
+                exact[kind] = testing.exact_gradients(
+                    racer.computes, query, key, point.scale, looked_at, cosine=racer.cosine, bias=bias
+                )
+            row["gradient_error"], row["gradient_error_rows"] = gradient_error(outcome, exact[kind]), len(looked_at)
+            row["value_error"] = ((outcome[0].double() - exact[kind][0]) / exact[kind][0]).abs().item()
         except Exception as error:
-            row["note"] = _reason(error)
+            failed(name, error)
+        if "note" in row:
+            measure.free_memory()
             continue
-        if not row["gradient_error"] <= MARKED_ERROR:
-            row["note"] = f"not ranked: gradient error above {MARKED_ERROR}"
+        row["ranked"] = row["gradient_error"] <= MARKED_ERROR and not racer.caveat
+        if not row["ranked"]:
+            row["note"] = f"not ranked: {racer.caveat or f'gradient error above {MARKED_ERROR}'}"
     return rows
 
 
+def _looked_at(point: Point) -> Tensor:
+    """The rows whose gradients are compared: all, or so many at random."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(point.n, generator=generator)[:ERROR_ROWS].to(point.device)
+
+
+def _repeats(seconds: float) -> int:
+    """Calls to a sample: so many that a clock's and a synchronisation's microseconds do not count."""
+    return max(1, min(100, round(SAMPLE_SECONDS / max(seconds, 1e-6))))
+
+
 def _reason(error: Exception) -> str:
-    return f"failed: {type(error).__name__}: {error}".splitlines()[0]
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    if isinstance(error, MemoryError) or any(word in text for word in ("OutOfMemory", "can't allocate memory")):
+        return "OOM"
+    return f"failed: {text}"
 
 
 def _fill_in_times(found: dict[str, dict[str, Any]], samples: dict[str, list[float]]) -> None:
@@ -269,13 +337,51 @@ def _fill_in_times(found: dict[str, dict[str, Any]], samples: dict[str, list[flo
     median = {name: statistics.median(taken) for name, taken in samples.items()}
     for name, row in found.items():
         if name in median:
-            row["seconds"], row["rounds"] = median[name], len(samples[name])
+            row["seconds"], row["rounds"], row["samples"] = median[name], len(samples[name]), samples[name]
             row["seconds_min"], row["seconds_max"] = min(samples[name]), max(samples[name])
             if "floor" in median:
                 row["ratio"] = median[name] / median["floor"]
-        if name in median and f"{name} forward" in median:
-            row["forward_seconds"] = median[f"{name} forward"]
+        if name in median and name + FORWARD in median:
+            row["forward_seconds"], row["forward_samples"] = median[name + FORWARD], samples[name + FORWARD]
             row["backward_seconds"] = median[name] - row["forward_seconds"]
+
+
+# Peers that must not end the race -------------------------------------------------------------------------------------
+
+
+def try_peer(name: str, device: str) -> None:
+    """A tiny step of a peer's compiled code, to be run in a process of its own: it may crash, hang or be nonsense."""
+    for loss in ("info_nce", "clip"):
+        point = Point(loss, 512, 128, "bf16", device=device)
+        peer = PEERS[name]
+        entry = peer.enter(point)
+        if isinstance(entry, str):
+            continue
+        query, key = point.inputs()
+        rows = torch.arange(point.n, device=device)
+        bias = SIGLIP_BIAS if peer.computes else 0.0
+        wanted = testing.exact_gradients(peer.computes or loss, query, key, point.scale, rows, bias=bias)
+        error = gradient_error(forward_backward(entry)(query, key), wanted)
+        if not error < TRIED_ERROR:
+            raise RuntimeError(f"{loss} at N={point.n}: gradient error {error:.1e}")
+
+
+def broken_peers(device: str, only: set[str] | None, tick: Tick, timeout: float = 120) -> dict[str, str]:
+    """Of the peers that bring kernels: who cannot do a tiny step here, and why. On a CPU none of them runs."""
+    if torch.device(device).type == "cpu":
+        return {}
+    tried = [p.name for p in PEERS.values() if p.module and (only is None or p.name in only)]
+    tried = [name for name in tried if importlib.util.find_spec(PEERS[name].module)]
+    found = {}
+    with ThreadPoolExecutor(max(1, min(6, (os.cpu_count() or 1) // 2))) as pool:
+        runs = {name: pool.submit(measure.isolated, try_peer, name, device, timeout=timeout) for name in tried}
+        for name, run in runs.items():
+            tick(f"trying {name}", 0)
+            try:
+                run.result()
+            except Exception as error:
+                found[name] = f"failed: a tiny step beforehand: {type(error).__name__}: {error}".splitlines()[0]
+    return found
 
 
 # The claims of the README, checked in one run -------------------------------------------------------------------------
@@ -288,16 +394,16 @@ def cpu_claims(rounds: int, tick: Tick, claims: list[dict], samples: dict[str, l
     query, key = base.inputs()
     short_query, short_key = narrow.inputs()
     scale = torch.tensor(base.temperature, requires_grad=True)
-    racers = losses(base)
+    own, cce = fused(base, "auto"), PEERS["F.linear_cross_entropy"].enter(base)
     calls = {
         "floor": partial(floor(base), query, key),
-        "fp32": partial(forward_backward(racers["fusedloss"]), query, key),
-        "cold": partial(forward_backward(losses(cold)["fusedloss"]), query, key),
+        "fp32": partial(forward_backward(own), query, key),
+        "cold": partial(forward_backward(fused(cold, "auto")), query, key),
         "learnable": partial(forward_backward(partial(fusedloss.info_nce, temperature=scale)), query, key),
-        "bf16": partial(forward_backward(losses(narrow)["fusedloss"]), short_query, short_key),
+        "bf16": partial(forward_backward(fused(narrow, "auto")), short_query, short_key),
     }
-    if "F.linear_cross_entropy" in racers:
-        calls["F.linear_cross_entropy"] = partial(forward_backward(racers["F.linear_cross_entropy"]), query, key)
+    if not isinstance(cce, str):
+        calls["F.linear_cross_entropy"] = partial(forward_backward(cce), query, key)
     tick("N=16384: time")
     try:
         for name, taken in measure.samples_interleaved(calls, rounds):
@@ -364,87 +470,7 @@ def claim(text: str, measured: float, required: float | None, at_least: bool = F
     return {"claim": text, "measured": measured, "required": required and f"{word} {required}", "held": held}
 
 
-# Results --------------------------------------------------------------------------------------------------------------
-
-
-def environment() -> dict[str, Any]:
-    """What a figure depends on."""
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
-    cuda = torch.cuda.is_available()
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "platform": platform.platform(),
-        "cpu": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
-        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
-        "threads": torch.get_num_threads(),
-        "fusedloss": fusedloss.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "load before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-    }
-
-
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _commit() -> str | None:
-    """The checkout's that this file is tracked in, "-dirty" where it has changes; None for an installed package."""
-    here = Path(__file__)
-    git = ("git", "-C", str(here.parent))
-    if _output(*git, "ls-files", here.name) != here.name:
-        return None
-    return _output(*git, "describe", "--always", "--dirty", "--exclude=*")
-
-
-def write_csv(path: Path, rows: Iterable[dict]) -> None:
-    rows = list(rows)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def plot(path: Path, rows: list[dict], title: str) -> None:
-    """Time and memory against the batch, one line a racer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    panels = [("seconds", "seconds, forward + backward", 1), ("memory_bytes", "MiB above inputs and gradients", 2**20)]
-    lines = list(dict.fromkeys((row["racer"], row["temperature"]) for row in rows))
-    sizes = sorted({row["n"] for row in rows})
-    for axis, (key, label, unit) in zip(axes, panels, strict=True):
-        for number, (racer, temperature) in enumerate(lines):
-            mine = [row for row in rows if (row["racer"], row["temperature"]) == (racer, temperature)]
-            # A log axis has no place for 0: a step that stays within what its process had before.
-            points = sorted((row["n"], row[key] / unit) for row in mine if row.get(key, 0) > 0)
-            if points:
-                several = len({temperature for _, temperature in lines}) > 1
-                name = f"{racer}, temperature {temperature}" if several else racer
-                style = {"color": f"C{number % 10}", "linestyle": ":" if racer == "floor" else "-"}
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, **style)
-        axis.set(xscale="log", yscale="log", xlabel="batch size N", ylabel=label)
-        axis.set_xticks(sizes, [str(n) for n in sizes])
-        axis.minorticks_off()
-        axis.grid(True, alpha=0.3)
-        if axis.lines:
-            axis.legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+# In a terminal --------------------------------------------------------------------------------------------------------
 
 
 def show_claims(claims: list[dict]) -> None:
@@ -454,11 +480,17 @@ def show_claims(claims: list[dict]) -> None:
 
 
 def show_rows(title: str, rows: list[dict]) -> None:
+    """A table of who ran or failed, and a line per reason of those who could not."""
+
     def number(row: dict, key: str, form: str, unit: float = 1) -> str:
         return form.format(row[key] / unit) if row.get(key) is not None else ""
 
-    cells = []
+    cells: list[list[str]] = []
+    absent: dict[tuple[str, str], list[int]] = {}
     for row in rows:
+        if "seconds" not in row and row.get("note", "").startswith("not run: ") and row["note"] != OUT_OF_TIME:
+            absent.setdefault((row["racer"], row["note"].removeprefix("not run: ")), []).append(row["n"])
+            continue
         spread = f"{row['seconds_min'] * 1e3:.1f} .. {row['seconds_max'] * 1e3:.1f}" if "seconds" in row else ""
         cells.append(
             [
@@ -477,6 +509,9 @@ def show_rows(title: str, rows: list[dict]) -> None:
         )
     headers = ["N", "temperature", "racer", "forward ms", "backward ms", "both ms", "min .. max", "x floor"]
     show.table(title, [*headers, "memory MiB", "gradient error", "note"], cells)
+    for (racer, reason), sizes in absent.items():
+        where = "" if len(set(sizes)) == len({row["n"] for row in rows}) else f" at N = {', '.join(map(str, sizes))}"
+        print(f"not run{where}: {racer}: {reason}")
 
 
 def main(arguments: Any) -> int:
@@ -484,44 +519,49 @@ def main(arguments: Any) -> int:
     point = Point(arguments.loss, 64, arguments.d, arguments.dtype, 1.0, arguments.kind, arguments.device)
     points = [replace(point, n=n, temperature=t) for n in arguments.n for t in arguments.temperature]
     only = set(arguments.racers) if arguments.racers else None
-    if only and (unknown := only - set(losses(point)) - {"floor"}):
-        print(f"--racers {' '.join(sorted(unknown))}: unknown; here are {', '.join(losses(point))}", file=sys.stderr)
+    if only and (unknown := only - set(racers(point)) - {"floor"}):
+        print(f"--racers {' '.join(sorted(unknown))}: unknown; here are {', '.join(racers(point))}", file=sys.stderr)
         return 2
-    before = environment()
+    before = results.environment()
     rows: list[dict] = []
     claims: list[dict] = []
     samples: dict[str, list[float]] = {}
-    with_memory, interrupted = not arguments.no_memory, False
+    with_memory, ended = not arguments.no_memory, None
     if arguments.claims:
         total = CLAIM_CALLS * arguments.rounds + 4
     else:
-        total = sum(steps(p, arguments.rounds, only, with_memory) for p in points)
+        total = sum(steps(p, arguments.rounds, only) for p in points)
     try:
         with show.progress(total) as tick:
             if arguments.claims:
                 cpu_claims(arguments.rounds, tick, claims, samples)
             else:
+                excluded = broken_peers(arguments.device, only, tick)
                 for p in points:
-                    race(p, arguments.rounds, only, with_memory, tick, rows)
+                    race(p, arguments.rounds, only, with_memory, tick, rows, limit=LIMIT, excluded=excluded)
     except KeyboardInterrupt:
-        interrupted = True
+        ended = "interrupted"
+    except measure.DeviceLost as error:
+        ended = f"the device is lost ({error})"
     title = f"{arguments.loss}, D = {arguments.d}, {arguments.dtype}, {arguments.device}"
     if claims:
         show_claims(claims)
     if rows:
         show_rows(title, rows)
-    if interrupted:
-        print("interrupted: this is what was measured until then", file=sys.stderr)
+    if ended:
+        print(f"{ended}: this is what was measured until then", file=sys.stderr)
     if arguments.out and (rows or claims):
         folder = Path(arguments.out)
         folder.mkdir(parents=True, exist_ok=True)
-        results = {"environment": before, "command": arguments.command_line, "interrupted": interrupted}
-        results |= {"rows": rows, "claims": claims, "seconds": samples}
-        (folder / f"{arguments.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+        found = {"environment": before, "command": arguments.command_line, "interrupted": bool(ended)}
+        found |= {"rows": rows, "claims": claims, "seconds": samples}
+        results.write_json(folder / f"{arguments.name}.json", found)
         if rows:
-            write_csv(folder / f"{arguments.name}.csv", rows)
+            results.write_csv(folder / f"{arguments.name}.csv", rows, before)
             try:
-                plot(folder / f"{arguments.name}.png", rows, title)
+                results.plot(folder / f"{arguments.name}.png", rows, title)
             except ImportError:
                 print("no plot without matplotlib: pip install 'fusedloss[bench]'", file=sys.stderr)
-    return 130 if interrupted else int(any(c["held"] is False for c in claims))
+    if ended:
+        return 130 if ended == "interrupted" else 1
+    return int(any(c["held"] is False for c in claims))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import multiprocessing
 import signal
 import statistics
@@ -31,24 +32,51 @@ def time_interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int = 5, wa
     Every round runs every call once, each round starting with another one, so that a machine that slows down or heats
     up does so for all of them.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     for name, taken in samples_interleaved(calls, rounds, warmup):
-        seconds[name].append(taken)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+        samples[name].append(taken)
+    return {name: statistics.median(taken) for name, taken in samples.items()}
 
 
 def samples_interleaved(
-    calls: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int = 5,
+    warmup: int = 1,
+    *,
+    repeats: Mapping[str, int] | None = None,
+    limit: float = math.inf,
+    starting: Callable[[str], None] | None = None,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> Iterator[tuple[str, float]]:
-    """(name, seconds) of every call as it ends, so that an interrupted race keeps what it has."""
-    names = list(calls)
-    for _ in range(warmup):
-        for name in names:
-            _seconds(calls[name])
-    for start in range(rounds):
+    """(name, seconds) of every call as it ends, so that an interrupted race keeps what it has.
+
+    Args:
+        repeats: how many calls in a row make one sample (default 1), for calls too short for a clock; their mean counts
+        limit: seconds after which a call has enough samples, though at least one: the slow ones run fewer rounds
+        starting: is told each call's name before it runs
+        failed: is told what a call raised, which then leaves the race; without it the race ends there
+    """
+    names, spent, gone = list(calls), dict.fromkeys(calls, 0.0), set()
+    repeats = repeats or {}
+    for number in range(-warmup, rounds):
         for i in range(len(names)):
-            name = names[(start + i) % len(names)]
-            yield name, _seconds(calls[name])
+            name = names[(max(number, 0) + i) % len(names)]
+            if name in gone or spent[name] > limit:
+                continue
+            if starting is not None:
+                starting(name)
+            try:
+                _make_room(calls[name])
+                taken = seconds(calls[name], repeats.get(name, 1))
+            except Exception as error:
+                if failed is None:
+                    raise
+                gone.add(name)
+                failed(name, error)
+                continue
+            if number >= 0:
+                spent[name] += taken * repeats.get(name, 1)
+                yield name, taken
 
 
 def peak_memory(call: Callable[[], Any], device: str | torch.device = "cpu") -> int:
@@ -74,8 +102,11 @@ def peak_memory(call: Callable[[], Any], device: str | torch.device = "cpu") -> 
     return _peak() - before
 
 
-def isolated(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, run in a fresh process. Both must be picklable, the function by its name in a module."""
+def isolated(function: Callable[..., Any], *args: Any, timeout: float | None = None) -> Any:
+    """`function(*args)`, run in a fresh process, for at most `timeout` seconds.
+
+    Both must be picklable, the function by its name in a module.
+    """
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(send, function, args), daemon=True)
@@ -89,6 +120,8 @@ def isolated(function: Callable[..., Any], *args: Any) -> Any:
             signal.signal(signal.SIGINT, handler)
     send.close()
     try:
+        if not receive.poll(timeout):
+            raise TimeoutError(f"{function.__name__}{args} did not return within {timeout:.0f} s")
         answer, error = receive.recv()
     except EOFError:
         process.join()
@@ -102,21 +135,55 @@ def isolated(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _answer(send: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    try:
-        send.send((function(*args), None))
-    except Exception as error:
-        send.send((None, error))
+    with contextlib.suppress(BrokenPipeError):  # who asked is gone
+        try:
+            send.send((function(*args), None))
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            try:
+                send.send((None, error))
+            except Exception:  # some cannot be pickled
+                send.send((None, RuntimeError(f"{type(error).__name__}: {error}")))
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    _synchronize()
+def seconds(call: Callable[[], Any], repeats: int = 1) -> float:
+    """Of one call, the mean of `repeats` in a row."""
+    synchronize()
     start = time.perf_counter()
-    call()
-    _synchronize()
-    return time.perf_counter() - start
+    for _ in range(repeats):
+        call()
+    synchronize()
+    return (time.perf_counter() - start) / repeats
 
 
-def _synchronize() -> None:
+def _make_room(call: Callable[[], Any]) -> None:
+    """Returns what others left in CUDA's allocator where that is more than half of the device's memory.
+
+    Else the next that needs a large block would be timed giving theirs back. `call` then runs once untimed, so that it
+    is not timed asking for its own.
+    """
+    if torch.cuda.is_initialized() and 2 * torch.cuda.memory_reserved() > torch.cuda.mem_get_info()[1]:
+        free_memory()
+        call()
+
+
+class DeviceLost(RuntimeError):
+    """After an illegal memory access, say: nothing runs on the device until the process ends."""
+
+
+def free_memory() -> None:
+    """After a call that failed, or to make room: what is no longer used goes back to the device."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            raise DeviceLost(str(error).splitlines()[0]) from error
+
+
+def synchronize() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-Tick = Callable[[str], None]  # is told what happens next
+Tick = Callable[..., None]  # is told what happens next, and by how much the bar moves then (default 1)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -29,10 +29,13 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 @contextlib.contextmanager
 def progress(total: int | None = None) -> Iterator[Tick]:
-    """A bar on stderr that each tick moves by one. Where nobody watches, a line whenever the text changes."""
+    """A bar on stderr that each tick moves by one, or by its second argument.
+
+    Where nobody watches, a line whenever the text changes.
+    """
     last = ""
 
-    def line(text: str) -> None:
+    def line(text: str, advance: int = 1) -> None:
         nonlocal last
         if text != last:
             print(text, file=sys.stderr, flush=True)
@@ -50,11 +53,11 @@ def progress(total: int | None = None) -> Iterator[Tick]:
         return
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("starting", total=total)
-        started = False
+        pending = 0  # the bar shows what is done, a tick says what begins
 
-        def tick(text: str) -> None:
-            nonlocal started
-            bar.update(task, description=text, advance=int(started))
-            started = True
+        def tick(text: str, advance: int = 1) -> None:
+            nonlocal pending
+            bar.update(task, description=text, advance=pending)
+            pending = advance
 
         yield tick

@@ -17,17 +17,23 @@ KINDS = ("random", "pairs", "clustered")
 
 
 def inputs(
-    kind: str, rows: int, columns: int, dim: int, dtype: torch.dtype = torch.float32, seed: int = 0
+    kind: str,
+    rows: int,
+    columns: int,
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Unit-length query [rows, dim] and key [columns, dim].
 
     random: independent directions. pairs: key i is query i plus a little noise, so that trained pairs are well apart.
     clustered: eight tight clusters, so that many negatives score almost as the positive does.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
 
     query, key = normal(rows, dim), normal(columns, dim)
     if kind == "pairs":
@@ -35,7 +41,8 @@ def inputs(
         key[:shared] = query[:shared] + 0.3 * key[:shared]
     elif kind == "clustered":
         centres = 3 * normal(8, dim)
-        query, key = query + centres[torch.arange(rows) % 8], key + centres[torch.arange(columns) % 8]
+        query += centres[torch.arange(rows, device=device) % 8]
+        key += centres[torch.arange(columns, device=device) % 8]
     elif kind != "random":
         raise ValueError(f"kind is {kind!r}: needs one of {KINDS}")
     return F.normalize(query, dim=1).to(dtype), F.normalize(key, dim=1).to(dtype)
@@ -63,6 +70,55 @@ def eager_multiple_negatives_ranking(
 ) -> Tensor:
     documents = torch.cat([positive, *negatives])
     return eager_info_nce(anchor, documents, 1 / scale, normalize=similarity == "cos")
+
+
+def exact_gradients(
+    loss: str, query: Tensor, key: Tensor, scale: float, rows: Tensor, *, cosine: bool = False, bias: float = 0.0
+) -> list[Tensor]:
+    """[value, the query's gradient[rows], the key's gradient[rows]] of info_nce, clip or siglip, in fp64.
+
+    What `backend="reference"` gives, for batches whose logits would not fit: chunks of 1 GiB, of which one pass over
+    all finds the normalisers. `cosine` divides the embeddings by their norms first.
+    """
+    x, y, n = query.double(), key.double(), len(query)
+    lengths = [t.norm(dim=1, keepdim=True).clamp_min(1e-12) for t in (x, y)]
+    if cosine:
+        x, y = x / lengths[0], y / lengths[1]
+    row_lse, column_lse = x.new_zeros(n), x.new_full((n,), -torch.inf)
+    softplus = x.new_zeros(())
+    for part in torch.arange(n, device=x.device).split(max(1, (1 << 27) // n)):
+        z = scale * (x[part] @ y.T) + bias
+        if loss == "siglip":
+            softplus += F.softplus(z).sum()
+            continue
+        row_lse[part] = z.logsumexp(1)
+        if loss == "clip":
+            column_lse = torch.logaddexp(column_lse, z.logsumexp(0))
+    target = scale * (x * y).sum(1) + bias
+    if loss == "siglip":
+        value = (softplus - target.sum()) / n
+    else:
+        value = (row_lse - target if loss == "info_nce" else (row_lse + column_lse) / 2 - target).mean()
+
+    def gradient(own: Tensor, other: Tensor, own_lse: Tensor | None, other_lse: Tensor | None) -> Tensor:
+        """of own[rows]; a direction without a normaliser does not count"""
+        z = scale * (own[rows] @ other.T) + bias
+        if loss == "siglip":
+            dz = z.sigmoid()
+        else:
+            parts = [] if own_lse is None else [(z - own_lse[rows, None]).exp()]
+            parts += [] if other_lse is None else [(z - other_lse).exp()]
+            dz = parts[0] if len(parts) == 1 else (parts[0] + parts[1]) / 2
+        dz[torch.arange(len(rows), device=z.device), rows] -= 1
+        return dz @ other * (scale / n)
+
+    columns = column_lse if loss == "clip" else None
+    gradients = [gradient(x, y, row_lse, columns), gradient(y, x, columns, row_lse)]
+    if cosine:
+        for i, (unit, length) in enumerate(zip((x, y), lengths, strict=True)):
+            along = (gradients[i] * unit[rows]).sum(1, keepdim=True)
+            gradients[i] = (gradients[i] - along * unit[rows]) / length[rows]
+    return [value, *gradients]
 
 
 def value_and_gradients(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
