@@ -5,7 +5,7 @@ GPU := PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/gpu" $(PYTHON)
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint gpu gpu-full gpu-build clean
+.PHONY: help demo test lint gpu gpu-build gpu-tune gpu-full clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -29,13 +29,20 @@ gpu-build:
 	rm -rf build/gpu
 	$(PYTHON) setup.py --quiet build --build-lib build/gpu
 
+# The backend that races once its tests have passed on the device; `auto` does not pick it before that was committed.
+RACES := FUSEDLOSS_BACKEND=triton $(GPU)
+
 gpu: gpu-build ## the GPU tests, then a race of 8 minutes, with $(PYTHON), its torch and its nvcc; installs nothing
 	$(GPU) -m pytest -m gpu
 	$(GPU) -m fusedloss check
-	$(GPU) benchmarks/race.py short --device cuda --out benchmarks/results --name gpu
+	$(RACES) benchmarks/overhead.py --out benchmarks/results/gpu-overhead.json
+	$(RACES) benchmarks/race.py short --device cuda --out benchmarks/results --name gpu
+
+gpu-tune: gpu-build ## every tile of the similarity kernels beside cuBLAS, 4 minutes; the fastest go into kernels/measured.json
+	$(GPU) benchmarks/tune.py --out benchmarks/results/gpu-tune.json --write
 
 gpu-full: gpu-build ## the race at every point, hours; goes on where the last one ended
-	$(GPU) benchmarks/race.py full --device cuda --out benchmarks/results --name gpu-full
+	$(RACES) benchmarks/race.py full --device cuda --out benchmarks/results --name gpu-full
 
 clean: ## remove what the other targets made
 	rm -rf .venv build dist *.egg-info fusedloss/_C.*.so

@@ -28,7 +28,7 @@ from fusedloss.peers import Point
 
 SIZES = {"cuda": (4096, 16384, 65536, 131072), "cpu": (512, 1024, 2048)}
 DIMS = {"cuda": (384, 768, 1024, 4096), "cpu": (64, 256)}
-OWN = ("fusedloss", bench.NORMALIZED)
+OWN = ("fusedloss", bench.NORMALIZED, bench.GRAPHED)
 PATIENCE = 300.0  # seconds without a word from the racing process after which a racer counts as hung
 GRACE = 20.0  # after the budget: to end the step that runs, compare gradients, and write
 

@@ -42,6 +42,8 @@ SAMPLE_SECONDS = 0.02
 LIMIT = 30.0  # seconds of rounds after which a slow racer has enough
 MATERIALISING = ("eager", "torch.compile", "fusedloss:reference")
 NORMALIZED = "fusedloss, normalize=True"
+GRAPHED = "fusedloss, CUDA graph"
+GRAPHED_ROWS = 8192  # up to here a step is short enough for its launches to show
 FORWARD = " forward"
 OUT_OF_TIME = "not run: out of time"
 
@@ -68,6 +70,20 @@ def fused(point: Point, backend: str, **options: Any) -> Loss:
     return lambda q, k: fusedloss.info_nce(q, k, temperature=t, backend=backend, **options)
 
 
+def graphed(loss: Loss) -> Loss:
+    """`loss` captured at its first call, forward and backward: what is left of a small batch without its launches."""
+    captured: list[Loss] = []
+
+    def run(query: Tensor, key: Tensor) -> Tensor:
+        if not captured:
+            with torch.enable_grad():
+                samples = tuple(x.detach().clone().requires_grad_() for x in (query, key))
+                captured.append(torch.cuda.make_graphed_callables(loss, samples))
+        return captured[0](query, key)
+
+    return run
+
+
 def racers(point: Point, only: Collection[str] | None = None, excluded: Mapping[str, str] = NOBODY) -> dict[str, Racer]:
     """Everyone, or those named. `fusedloss` is what auto picks; normalize=True gives it a bound of the logits.
 
@@ -78,6 +94,8 @@ def racers(point: Point, only: Collection[str] | None = None, excluded: Mapping[
     found = {"fusedloss": Racer(fused(point, "auto"), computes=computes, cosine=cosine)}
     if not cosine:
         found[NORMALIZED] = Racer(fused(point, "auto", normalize=True), computes=computes, cosine=True)
+        if point.device_type == "cuda" and point.n <= GRAPHED_ROWS:
+            found[GRAPHED] = Racer(graphed(fused(point, "auto", normalize=True)), computes=computes, cosine=True)
     for backend, module in BACKENDS.items():
         if module.why_not(probe(point.device, DTYPES[point.dtype])) is None:
             found[f"fusedloss:{backend}"] = Racer(fused(point, backend), computes=computes, cosine=cosine)
