@@ -72,7 +72,7 @@ def fused(point: Point, backend: str, **options: Any) -> Loss:
 
 def graphed(loss: Loss) -> Loss:
     """`loss` captured at its first call, forward and backward: what is left of a small batch without its launches."""
-    captured: list[Loss] = []
+    captured: list[Callable[..., Any]] = []
 
     def run(query: Tensor, key: Tensor) -> Tensor:
         if not captured:
