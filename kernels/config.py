@@ -38,8 +38,6 @@ FEW_TILES = 66
 # From here on cuBLAS and a pass over fp32 panels should beat the fused GEMM, on paper: a kernel at
 # 80 % of the peak where cuBLAS has 92 % loses 4.1e-16 D seconds an element, the pass costs 1e-12.
 LIBRARY_D = 2304
-# What a row of a tile takes of the epilogue's registers, by mode.
-HEAVY = ("stats, columns", "exp, columns", "grad, columns, q")
 
 
 def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] | None, mode: str) -> Config:
@@ -64,9 +62,14 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
             return Config("descriptors", 64, 64, BLOCK_D, num_warps=4, num_stages=4)
         if D >= LIBRARY_D:
             return Config("library", 32, 256, BLOCK_D, num_warps=8)
-        if capability[0] == 9 and mode not in HEAVY:
-            return Config("descriptors", 128, 256, BLOCK_D)
-        return Config("descriptors", 128, 128, BLOCK_D, num_stages=4)
+        if capability[0] == 9 and not mode.startswith("grad, "):
+            # In halves 176 KiB; whole, fp32 tiles take 272. With q halves spill 128 bytes, with the
+            # columns' weights 96, with both 696.
+            return Config("descriptors", 128, 256, BLOCK_D, SUBTILES=2)
+        if capability[0] == 10 and mode.endswith("q"):
+            # Tensor memory is read a row per thread, with every column's vectors: 128 spill 104.
+            return Config("descriptors", 128, 64, BLOCK_D, num_stages=4)
+        return Config("descriptors", 128, 128, BLOCK_D, SUBTILES=2, num_stages=4)
     if few:
         return Config("pointers", 64, 64, BLOCK_D, num_warps=4, num_stages=4)
     # 96 KiB of shared memory: within sm_120's 99.

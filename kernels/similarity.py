@@ -15,6 +15,8 @@ removed columns (bias = -inf) have z = -inf.
 import triton
 import triton.language as tl
 
+from .softmax import hits
+
 
 @triton.jit
 def similarity_kernel(
@@ -147,14 +149,9 @@ def _fold(
         z = tl.where(bias[None, :] == float("-inf"), float("-inf"), z + bias[None, :])
     else:
         z = tl.where(mask_n[None, :], z, float("-inf"))
-    hit = None
     if Target is not None:
-        # int64 once a row, 32 bits per element: an int64 comparison is two instructions.
-        column = tl.load(Target + offs_m, mask=mask_m, other=-1) - pid_n.to(tl.int64) * BLOCK_N
-        column = tl.where((column >= 0) & (column < BLOCK_N), column, -1).to(tl.int32)
-        hit = tl.arange(0, BLOCK_N)[None, :] == column[:, None]
-        z = tl.where(hit, float("-inf"), z)
-    value = EPILOGUE(z, sim, hit, offs_m, offs_n, pid_m, pid_n, M, N, args)
+        z = tl.where(hits(Target, offs_m, mask_m, pid_n, BLOCK_N), float("-inf"), z)
+    value = EPILOGUE(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args)
     if Out is not None:
         # Factors enter before rounding, so that the next two GEMMs take x and y as they are. They
         # are loaded again because two more vectors, live across the epilogue, would spill.

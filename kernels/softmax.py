@@ -1,7 +1,7 @@
 """Epilogues of the softmax losses: what a tile of logits folds into, and what of it is stored.
 
-Called with z (the target and inadmissible columns at -inf), the similarities, `hit` (where the tile
-holds a row's target, or None) and the tile's place; they return the value to store. Sums are written
+Called with z (the target and inadmissible columns at -inf), the similarities and the tile's place;
+they return the value to store. Sums are written
 as one partial per row and tile, [n_tiles, M]: without atomics they do not depend on the order in
 which tiles run.
 """
@@ -26,6 +26,14 @@ def exponential(x):
     return tl.exp2(x * LOG2E)
 
 
+@triton.jit
+def hits(Target, offs_m, mask_m, pid_n, BLOCK_N: tl.constexpr):
+    """Where the tile holds a row's target: int64 once a row, 32 bits an element."""
+    column = tl.load(Target + offs_m, mask=mask_m, other=-1) - pid_n.to(tl.int64) * BLOCK_N
+    column = tl.where((column >= 0) & (column < BLOCK_N), column, -1).to(tl.int32)
+    return tl.arange(0, BLOCK_N)[None, :] == column[:, None]
+
+
 class StatsArgs(NamedTuple):
     """Maxima and sums of exp(z - maximum); a maximum may be -inf, its sum is then 0."""
 
@@ -36,7 +44,7 @@ class StatsArgs(NamedTuple):
 
 
 @triton.jit
-def stats(z, sim, hit, offs_m, offs_n, pid_m, pid_n, M, N, args):
+def stats(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args):
     row_max = tl.max(z, axis=1)
     row_sum = tl.sum(exponential(z - finite(row_max)[:, None]), axis=1)
     row = pid_n.to(tl.int64) * M + offs_m
@@ -61,7 +69,7 @@ class ExpArgs(NamedTuple):
 
 
 @triton.jit
-def exp(z, sim, hit, offs_m, offs_n, pid_m, pid_n, M, N, args):
+def exp(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args):
     e = exponential(z - args.shift)
     tl.store(args.RowSum + pid_n.to(tl.int64) * M + offs_m, tl.sum(e, axis=1), mask=offs_m < M)
     if args.ColSum is not None:
@@ -98,7 +106,7 @@ def _load_softmax(Shift, Weight, offs, mask):
 
 
 @triton.jit
-def grad(z, sim, hit, offs_m, offs_n, pid_m, pid_n, M, N, args):
+def grad(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args):
     mask_m = offs_m < M
     mask_n = offs_n < N
     shift, weight = _load_softmax(args.RowShift, args.RowWeight, offs_m, mask_m)
@@ -115,7 +123,9 @@ def grad(z, sim, hit, offs_m, offs_n, pid_m, pid_n, M, N, args):
             q += tl.sum(p * (sim - target_sim[None, :]), axis=1)
     if args.Q is not None:
         tl.store(args.Q + pid_n.to(tl.int64) * M + offs_m, q, mask=mask_m)
-    if hit is not None:
+    if Target is not None:
+        # Found once more: kept since the logits, a tile of predicates spills 16 bytes on sm_100.
+        hit = hits(Target, offs_m, mask_m, pid_n, z.shape[1])
         dz = tl.where(hit, tl.load(args.Entry + offs_m, mask=mask_m, other=0.0)[:, None], dz)
     if args.Gain is not None:
         dz *= tl.load(args.Gain)

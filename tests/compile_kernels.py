@@ -1,7 +1,10 @@
-"""Compiles what the launchers launch, for one architecture and without a GPU; JSON on stdout.
+"""Compiles what the launchers launch, for one architecture and without a GPU.
 
-Run as `python compile_kernels.py 90`, in a process without TRITON_INTERPRET. The launchers run on
-meta tensors with the kernel replaced by a recorder, so that tiles, flags and signatures are theirs.
+    python tests/compile_kernels.py 90               # JSON on stdout
+    python tests/compile_kernels.py --table          # docs/kernel-resources.md, for all four
+
+The launchers run on meta tensors with the kernels replaced by recorders, so that tiles, flags and signatures are
+theirs. Run it in a process without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -12,39 +15,67 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import triton
-from fusedloss.kernels import softmax
+from fusedloss.kernels import rows, similarity
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedloss.backends import triton as backend
-from fusedloss.problem import Block, Problem, Softmax, Strip
+from fusedloss.problem import Block, Patch, Problem, RowSums, Softmax, Strip
 
+CAPABILITIES = (80, 90, 100, 120)
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
-TENSOR_CORES = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
-LARGE, SMALL = 8192, 512  # the usual tile, and the one for few tiles
+MODES = (
+    "stats",
+    "stats, columns",
+    "exp",
+    "exp, columns",
+    "grad",
+    "grad, q",
+    "grad, columns",
+    "grad, columns, q",
+)
 TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
+    torch.float64: "fp64",
     torch.int64: "i64",
+}
+# In the machine code: products, copies by the tensor memory accelerator and by cp.async, exponentials, and 16-byte
+# accesses. What spills shows as LDL and STL.
+INSTRUCTIONS = {
+    "HGMMA": r"\bHGMMA\b",
+    "UTCMMA": r"\bUTC\w*MMA\b",
+    "HMMA": r"\bHMMA\b",
+    "UTMALDG": r"\bUTMALDG\b",
+    "UTMASTG": r"\bUTMASTG\b",
+    "LDGSTS": r"\bLDGSTS\b",
+    "EX2": r"\bMUFU\.EX2\b",
+    "LDG.128": r"\bLDG\.E\.(?:\w+\.)*128\b",
+    "STG.128": r"\bSTG\.E\.(?:\w+\.)*128\b",
+    "local": r"\b(?:LDL|STL)\b",
 }
 
 
-def launches(mode: str, dtype: torch.dtype, size: int) -> None:
+def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=kind, device="meta")
+
+
+def similarities(mode: str, dtype: torch.dtype, size: int, dim: int) -> None:
     """The launcher of `mode` with every optional operand present: the most registers it needs."""
-    empty = lambda *shape, kind=torch.float32: torch.empty(shape, dtype=kind, device="meta")
-    x = empty(size, 768, kind=dtype)
-    vector = empty(size)
-    target = empty(size, kind=torch.int64)
+    x, vector, target = empty(size, dim, kind=dtype), empty(size), empty(size, kind=torch.int64)
     strip = Strip(x, x, empty(), vector, vector, vector, target)
     problem = Problem((x,), (Block(0, 0),), empty(), target, vector, scale_bound=20.0)
     out = empty(size, size, kind=dtype)
-    with_q = Softmax(vector, vector, vector)
-    without_q = Softmax(vector, vector, None)
     gain = empty() if dtype == torch.float16 else None
+    softmax = Softmax(vector, vector, vector if mode.endswith("q") else None)
     match mode:
         case "stats":
             backend.stats_rows([strip])
@@ -52,46 +83,61 @@ def launches(mode: str, dtype: torch.dtype, size: int) -> None:
             backend.stats_rows_and_columns(strip)
         case "exp":
             backend.exp_rows(problem, [strip], [out], None)
-        case "exp, q":
-            backend.exp_rows(problem, [strip], [out], vector)
-        case "grad":
-            backend.grad_rows([strip], [out], without_q, None, gain)
-        case "grad, q":
-            backend.grad_rows([strip], [out], with_q, None, gain)
-        case "grad, columns":
-            backend.grad_rows([strip], [out], without_q, without_q, gain)
-        case "grad, columns, q":
-            backend.grad_rows([strip], [out], with_q, with_q, gain)
+        case "exp, columns":
+            backend.exp_rows_and_columns(problem, strip, out)
+        case _:
+            columns = softmax if "columns" in mode else None
+            backend.grad_rows([strip], [out], softmax, columns, vector, gain)
 
 
-MODES = (
-    "stats",
-    "stats, columns",
-    "exp",
-    "exp, q",
-    "grad",
-    "grad, q",
-    "grad, columns",
-    "grad, columns, q",
-)
+def by_row(name: str, dtype: torch.dtype) -> None:
+    """The launcher of a kernel of rows.py, likewise."""
+    size, dim = 8192, 768
+    x, vector, target = empty(size, dim, kind=dtype), empty(size), empty(size, kind=torch.int64)
+    score, table = empty(size, kind=torch.float64), RowSums(empty(64, size), empty(64, size))
+    patch = Patch(empty(size, size, kind=dtype), target, vector, vector)
+    match name:
+        case "prepare":
+            backend.prepare(
+                x, empty(size, dim, kind=dtype), target, empty(), vector, cosine=True, wants_target_sim=True
+            )
+        case "norms":
+            backend.inverse_norms(x)
+        case "merge":
+            backend.merge(RowSums(vector, vector), table)
+        case "settle":
+            backend.settle(table, score, vector, 0.1)
+        case "settle, patch":
+            backend.settle(RowSums(-20.0, table.total), score, vector, 0.1, patch=patch, scaled=[x], dtype=dtype)
+        case "weigh":
+            backend.weigh(patch, vector, vector, vector)
+        case "finish":
+            backend.finish(empty(size, dim), vector, empty(), None, x, vector, empty(size, dim, kind=dtype))
+
+
+BY_ROW = ("prepare", "norms", "merge", "settle", "settle, patch", "weigh", "finish")
 
 
 class Recorder:
-    """Stands in for the kernel: compiles its arguments instead of launching them."""
+    """Stands in for a kernel: compiles its arguments instead of launching them."""
 
-    def __init__(self, kernel, capability: int):
+    def __init__(self, kernel: Any, capability: int):
         self.kernel, self.capability = kernel, capability
 
-    def __getitem__(self, grid):
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return self.compile
 
-    def compile(self, *args, num_warps, num_stages, enable_fp_fusion, **constants):
+    def compile(
+        self, *args: Any, num_warps: int = 4, num_stages: int = 3, enable_fp_fusion: bool = True, **constants: Any
+    ) -> None:
         signature, values, attributes = {}, {}, {}
 
-        def type_of(value, path):
+        def type_of(value: Any, path: tuple[int, ...]) -> Any:
             if isinstance(value, tuple):
                 types = [type_of(v, (*path, i)) for i, v in enumerate(value)]
                 return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+            if isinstance(value, TensorDescriptor):
+                return f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
             if isinstance(value, torch.Tensor):
                 attributes[path] = [["tt.divisibility", 16]]
                 return "*" + TYPES[value.dtype]
@@ -104,67 +150,134 @@ class Recorder:
             values[path] = value
             return "constexpr"
 
-        names = self.kernel.arg_names
-        for index, name in enumerate(names):
+        for index, name in enumerate(self.kernel.arg_names):
             if index < len(args):
                 signature[name] = type_of(args[index], (index,))
             else:
                 signature[name], values[index,] = "constexpr", constants[name]
-        self.compiled = triton.compile(
+        Recorder.compiled = triton.compile(
             ASTSource(self.kernel, signature, values, attributes),
             target=GPUTarget("cuda", self.capability, 32),
-            options={
-                "num_warps": num_warps,
-                "num_stages": num_stages,
-                "enable_fp_fusion": enable_fp_fusion,
-            },
+            options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion},
         )
-        self.tile = tuple(constants[f"BLOCK_{axis}"] for axis in "MND")
-        self.launch = (*self.tile, constants["SUBTILES"], num_warps, num_stages)
+        Recorder.warps = num_warps
 
 
-def resources(compiled) -> dict[str, int]:
+def resources(compiled: Any) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"]}
-
-
-def main(capability: int) -> None:
-    kernel = softmax.similarity_kernel
-    recorder = Recorder(kernel, capability)
-    softmax.similarity_kernel = recorder
-    backend._capability = lambda device: divmod(capability, 10)
-    results = []
-    cases = [
-        *((mode, dtype, "highest", LARGE) for mode in MODES for dtype in ("bfloat16", "float16")),
-        *((mode, "float32", "high", LARGE) for mode in MODES),
-        # In full precision no tensor core is used and the tile is far from any limit.
-        *((mode, "float32", "highest", LARGE) for mode in (MODES[0], MODES[-1])),
-        *((mode, dtype, "high", SMALL) for mode in MODES[-1:] for dtype in ("bfloat16", "float32")),
-    ]
-    for mode, dtype, precision, size in cases:
-        torch.set_float32_matmul_precision(precision)
-        launches(mode, getattr(torch, dtype), size)
-        ptx = recorder.compiled.asm["ptx"]
-        results.append(
-            {
-                "mode": mode,
-                "dtype": dtype,
-                "precision": precision,
-                "size": size,
-                "tile": recorder.launch,
-                "shared": recorder.compiled.metadata.shared,
-                "tensor_cores": [name for name in TENSOR_CORES if name in ptx],
-                "asynchronous_copies": "cp.async" in ptx,
-                **resources(recorder.compiled),
-            }
+        dump = lambda flag: (
+            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
         )
-    json.dump(results, sys.stdout)
+        usage, code = dump("--dump-resource-usage"), dump("-sass")
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    counts = {name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()}
+    shared = compiled.metadata.shared
+    return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "shared": shared, **counts}
+
+
+def cases() -> list[tuple[str, str, str, str, int, int]]:
+    """(kernel, mode, dtype, precision, size, D): large and small batches, and D where the library multiplies."""
+    large, few, wide = (8192, 768), (512, 768), (8192, 4096)
+    narrow = [(mode, dtype, "highest", *large) for dtype in ("bfloat16", "float16") for mode in MODES]
+    tf32 = [(mode, "float32", "high", *large) for mode in MODES]
+    # In full precision no tensor core is used and the tile is far from any limit.
+    full = [(mode, "float32", "highest", *large) for mode in (MODES[0], MODES[-1])]
+    small = [(MODES[-1], dtype, "high", *few) for dtype in ("bfloat16", "float32")]
+    library = [(mode, dtype, "high", *wide) for dtype in ("bfloat16", "float32") for mode in MODES]
+    return [
+        *(("similarities", *case) for case in (*narrow, *tf32, *full, *small, *library)),
+        *(("rows", name, dtype, "", 8192, 768) for dtype in ("bfloat16", "float32") for name in BY_ROW),
+    ]
+
+
+def compile_all(capability: int) -> list[dict[str, Any]]:
+    backend._capability = lambda device: divmod(capability, 10)
+    backend._multiprocessors = lambda device: 132
+    backend._multiply = lambda sim, x, y: None
+    backend._row_options = lambda name, interpreted: {**row_options(name)}
+    for module in (rows, similarity):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            setattr(module, name, Recorder(getattr(module, name), capability))
+    results, seen = [], set()
+    for kernel, mode, dtype, precision, size, dim in cases():
+        kind = getattr(torch, dtype)
+        entry = {"kernel": kernel, "mode": mode, "dtype": dtype, "precision": precision, "size": size, "D": dim}
+        if kernel == "rows":
+            by_row(mode, kind)
+        else:
+            torch.set_float32_matmul_precision(precision)
+            where = (size, size, dim, {"float32": "tf32" if precision == "high" else "fp32"}.get(dtype, TYPES[kind]))
+            config = backend._picked(*where, backend._capability(None), mode)
+            if (*where[3:], config, mode) in seen:
+                continue  # the library's D is like any other where there is no such way
+            seen.add((*where[3:], config, mode))
+            similarities(mode, kind, size, dim)
+            entry |= {"config": config._asdict()}
+        results.append({**entry, "warps": Recorder.warps, **resources(Recorder.compiled)})
+    return results
+
+
+def row_options(name: str) -> dict[str, int]:
+    from fusedloss.kernels.config import pick_rows
+
+    return pick_rows(name, interpreted=False)
+
+
+def in_processes() -> dict[int, list[dict[str, Any]]]:
+    """All architectures, two at a time."""
+
+    def one(capability: int) -> list[dict[str, Any]]:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        command = [sys.executable, __file__, str(capability)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        return json.loads(done.stdout)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(CAPABILITIES, pool.map(one, CAPABILITIES), strict=True))
+
+
+def table(found: dict[int, list[dict[str, Any]]]) -> str:
+    lines = [
+        "# What the kernels take",
+        "",
+        f"Compiled by Triton {triton.__version__} without a GPU, with every optional operand present; written by "
+        "`python tests/compile_kernels.py --table` and compared with the compiler in `tests/test_compile.py`. Tile: "
+        "BLOCK_M x BLOCK_N x BLOCK_D, over 2 where the epilogue folds halves, warps, stages. MMA: HGMMA on sm_90, "
+        "UTCMMA on sm_100, HMMA elsewhere. TMA: loads and stores; cp.async: LDGSTS. Registers are per thread, shared "
+        "memory in KiB, spills in bytes a thread.",
+    ]
+    for capability, entries in found.items():
+        lines += ["", f"## sm_{capability}", ""]
+        lines += [
+            "| kernel | dtype | tile | registers | shared | spills | MMA | TMA | cp.async | ex2 |",
+            "|---" * 10 + "|",
+        ]
+        for e in entries:
+            config = e.get("config")
+            halves = " / 2" if config and config["SUBTILES"] == 2 else ""
+            tile = (
+                f"{config['BLOCK_M']} x {config['BLOCK_N']}{halves} x {config['BLOCK_D']}, {config['num_warps']} w, "
+                f"{config['num_stages']} st, {config['GEMM']}"
+                if config
+                else f"{e['warps']} w"
+            )
+            precision = (
+                {"high": " (tf32)", "highest": " (ieee)"}[e["precision"]] if e["dtype"] == "float32" and config else ""
+            )
+            mma = e["HGMMA"] or e["UTCMMA"] or e["HMMA"] or ""
+            tma = f"{e['UTMALDG']} + {e['UTMASTG']}" if e["UTMALDG"] else ""
+            cells = (e["mode"], e["dtype"] + precision, tile, e["registers"], f"{e['shared'] / 1024:.0f}", e["spilled"])
+            lines.append("| " + " | ".join(map(str, (*cells, mma, tma, e["LDGSTS"] or "", e["EX2"] or ""))) + " |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    if sys.argv[1:] == ["--table"]:
+        sys.stdout.write(table(in_processes()))
+    else:
+        json.dump(compile_all(int(sys.argv[1])), sys.stdout)
