@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import math
 import os
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 
+from .problem import stats_dtype
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
+BACKENDS = ("cuda", "triton", "chunked", "reference")
 
 
 def embeddings(**tensors: Tensor) -> None:
@@ -23,23 +27,28 @@ def embeddings(**tensors: Tensor) -> None:
         if isinstance(x, nn.Module):
             raise TypeError(
                 f"{name} is a {type(x).__name__}, an nn.Module: this loss takes embeddings. "
-                "For a loss that wraps a model, see fusedloss.integrations."
+                "Classes that wrap a model are to be in fusedloss.integrations, which this version has not yet."
             )
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}: needs a tensor [rows, D]")
         if x.dtype not in FLOATING:
             raise TypeError(f"{name} has dtype {x.dtype}: needs float16, bfloat16, float32 or float64")
-        if x.layout != torch.strided:
-            raise TypeError(f"{name} has layout {x.layout}: needs a dense tensor; call .to_dense()")
+        dense(name, x)
         if x.dim() != 2:
             raise ValueError(f"{name} has shape {list(x.shape)}: needs two dimensions [rows, D]")
         if x.shape[1] != first.shape[1]:
             raise ValueError(f"{name} has D = {x.shape[1]} and {first_name} has D = {first.shape[1]}: they must agree")
         if x.shape[1] == 0:
             raise ValueError(f"{name} has D = 0: needs at least one dimension")
-        if x.dtype != first.dtype:
+        if x.dtype != first.dtype and not (autocasts(x) and autocasts(first)):
             raise TypeError(f"{name} is {x.dtype} and {first_name} is {first.dtype}: they must agree; cast one of them")
         same_device(name, x, first_name, first)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether torch.autocast would bring `x` to its own dtype in a matmul."""
+    kind = x.device.type
+    return x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and bool(torch.is_autocast_enabled(kind))
 
 
 def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -51,17 +60,31 @@ def vector(name: str, x: Tensor, length: int, what: str, like: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} is {got}: needs a floating tensor [{length}]")
+    dense(name, x)
     if x.shape != (length,):
         raise ValueError(f"{name} has shape {list(x.shape)}: needs [{length}], one number per {what}")
     same_device(name, x, "the embeddings", like)
 
 
+def dense(name: str, x: Tensor) -> None:
+    if x.layout != torch.strided or x.is_nested:
+        what = "nested" if x.is_nested else f"of layout {x.layout}"
+        raise TypeError(f"{name} is {what}: needs a dense tensor; call .to_dense() or pad it")
+
+
 def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} is {value!r}: needs one of {', '.join(map(repr, allowed))}")
 
 
+def backend(value: object, name: str = "backend") -> None:
+    """`name`: the argument, or the environment variable that stands for it."""
+    choice(name, value, ("auto", *BACKENDS))
+
+
 def share(name: str, value: float) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} is a {type(value).__name__}: needs a number from 0 to 1")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} is {value!r}: needs a number from 0 to 1")
 
@@ -82,20 +105,27 @@ def reads_values(x: Tensor) -> bool:
     return x.device.type == "cpu" or os.environ.get("FUSEDLOSS_CHECK") == "1"
 
 
-def scalar(name: str, value: float | Tensor, like: Tensor, *, positive: bool) -> None:
-    """A Python number, or a tensor of one element on the embeddings' device (a CPU scalar is refused beside CUDA)."""
+def scalar(name: str, value: float | Tensor, like: Tensor | None, *, positive: bool) -> None:
+    """A Python number, or a tensor of one element on the embeddings' device (a CPU scalar is refused beside CUDA).
+
+    `like` is None where there are no embeddings yet, in a module's constructor.
+    """
     need = "a positive number" if positive else "a finite number"
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dim() > 1:
             raise ValueError(f"{name} has shape {list(value.shape)}: needs one element, shape [] or [1]")
         if not value.dtype.is_floating_point:
             raise TypeError(f"{name} is {value.dtype}: needs a floating tensor or a Python number")
-        same_device(name, value, "the embeddings", like)
+        if like is not None:
+            same_device(name, value, "the embeddings", like)
         if not reads_values(value):
             return
         number = float(value.detach())
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        number = float(value)
+    elif isinstance(value, Real) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            raise ValueError(f"{name} is beyond the largest float: needs {need}") from None
     else:
         raise TypeError(f"{name} is a {type(value).__name__}: needs {need} or a tensor of one element")
     if isinstance(value, Tensor) and number != number:
@@ -103,12 +133,24 @@ def scalar(name: str, value: float | Tensor, like: Tensor, *, positive: bool) ->
     # Comparisons, not math.isfinite: torch.compile traces floats symbolically.
     if not (0 if positive else -math.inf) < number < math.inf:
         raise ValueError(f"{name} is {number}: needs {need}")
+    dtype = torch.float64 if like is None else stats_dtype(like.dtype)
+    most = torch.finfo(dtype).max
+    if number != 0 and not 1 / most <= abs(number) <= most:
+        raise ValueError(f"{name} is {number}: needs a number that {dtype} can hold, and the inverse of")
+
+
+def index(name: str, value: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} is a {type(value).__name__}: needs a whole number")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} is {value}: needs a 64-bit integer")
 
 
 def target(name: str, value: Tensor, rows: int, columns: int, ignore_index: int, like: Tensor) -> None:
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} is {got}: needs an int64 tensor [{rows}] of column indices; call .long()")
+    dense(name, value)
     if value.shape != (rows,):
         raise ValueError(f"{name} has shape {list(value.shape)}: needs [{rows}], one index per row")
     same_device(name, value, "the embeddings", like)
@@ -122,10 +164,16 @@ def target(name: str, value: Tensor, rows: int, columns: int, ignore_index: int,
             )
 
 
+def options(module: nn.Module, **defaults: object) -> str:
+    """For extra_repr: the options of `module` that differ from their defaults."""
+    given = ((name, getattr(module, name), default) for name, default in defaults.items())
+    return ", ".join(f"{name}={value!r}" for name, value, default in given if value != default)
+
+
 def options_not_modules(**options: object) -> None:
     for name, value in options.items():
         if isinstance(value, nn.Module):
             raise TypeError(
                 f"{name} is a {type(value).__name__}, an nn.Module: this loss takes embeddings, not a model. "
-                "For the class of the same name that wraps a model, see fusedloss.integrations."
+                "Classes that wrap a model are to be in fusedloss.integrations, which this version has not yet."
             )

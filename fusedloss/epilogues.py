@@ -17,6 +17,7 @@ def softmax_rows(z: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Ten
         return z.sum(dim=1)
     index = target[:, None]
     z_target = z.gather(1, index)[:, 0]
+    z_target = z_target.masked_fill(z_target == torch.inf, torch.nan)  # inf - inf, as in torch's own
     negatives = z.scatter(1, index, -torch.inf)
     maximum = negatives.detach().amax(dim=1)
     shift = torch.where(maximum == -torch.inf, 0, maximum)

@@ -111,6 +111,8 @@ class _Loss(torch.autograd.Function):
         ctx: Any, plan: Plan, wanted: list[bool], scale: Tensor, target: Tensor, weight: Tensor, *tensors: Tensor
     ) -> Tensor:
         ctx.plan, ctx.wanted = plan, wanted
+        if plan.per_row:  # the backward sweeps: what it would be refused is refused now
+            sweep.workspace_shape(plan.problem(scale, target, weight, tensors), BACKENDS[plan.backend])
         ctx.save_for_backward(scale, target, weight, *tensors)
         value, gradients = execute(plan, _in_forward(plan, wanted), scale, target, weight, tensors)
         ctx.gradients = None if plan.per_row else gradients
@@ -165,8 +167,9 @@ def _differentiable_gradients(
             "Pass backend='reference' or 'chunked'."
         )
     inputs = [t for t, want in zip([scale, *tensors], wanted, strict=True) if want]
-    rows = reference.loss_rows(plan.problem(scale, target, weight, tensors))
-    found = iter(torch.autograd.grad(rows if plan.per_row else rows.sum(), inputs, upstream, create_graph=True))
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        rows = reference.loss_rows(plan.problem(scale, target, weight, tensors))
+        found = iter(torch.autograd.grad(rows if plan.per_row else rows.sum(), inputs, upstream, create_graph=True))
     return [next(found) if want else None for want in wanted]
 
 

@@ -86,8 +86,15 @@ def saved_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def inverse_norms(x: Tensor) -> Tensor:
-    """`1 / max(|x_i|, 1e-12)` per row, in the statistics dtype, without a copy of `x`."""
-    return torch.linalg.vector_norm(x, dim=1, dtype=stats_dtype(x.dtype)).clamp_min(NORM_EPS).reciprocal()
+    """`1 / max(|x_i|, 1e-12)` per row, in the statistics dtype, without a copy of `x`.
+
+    A row of zeros in fp16 gets 1 instead: its similarities are 0 either way, and 1e12 would leave the other gradients
+    no room in an fp16 workspace.
+    """
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=stats_dtype(x.dtype))
+    if x.dtype == torch.float16:
+        norms = norms.masked_fill(norms == 0, 1)
+    return norms.clamp_min(NORM_EPS).reciprocal()
 
 
 def unit_rows(x: Tensor) -> Tensor:

@@ -73,6 +73,8 @@ def settle(
     rounded; `scaled` are then the matrices whose rows are wanted times `weight / l`, rounded to `dtype`.
     """
     left_out = weight == 0
+    # Infinite in the dtype of the other logits: inf - inf, as in torch's own cross-entropy.
+    score = score.masked_fill(score.to(sums.total.dtype) == torch.inf, torch.nan)
     # A row without negatives takes its target's score as shift, so that 1 / l is 1 and not exp(-score).
     total = sums.total
     shift = torch.where(total == 0, score.to(total.dtype), sums.shift)

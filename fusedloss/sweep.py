@@ -58,9 +58,10 @@ class Result(NamedTuple):
 @torch.no_grad()
 def run(problem: Problem, backend: ModuleType, wants: Wants) -> Result:
     """The weighted losses and the gradients of their sum."""
-    if not torch.is_autocast_enabled(problem.device.type):
+    kind = problem.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return _Sweep(problem, backend, wants).run()
-    with torch.autocast(problem.device.type, enabled=False):
+    with torch.autocast(kind, enabled=False):
         return _Sweep(problem, backend, wants).run()
 
 
@@ -69,14 +70,16 @@ def run(problem: Problem, backend: ModuleType, wants: Wants) -> Result:
 
 def chunk_rows(M: int, N: int, D: int, itemsize: int, device: torch.device, workspace_bytes: int | None = None) -> int:
     """Rows a chunk, so that `rows * N * itemsize` keeps to the budget: the argument, the environment, the default."""
+    name = "workspace_bytes"
     if workspace_bytes is None and (given := os.environ.get("FUSEDLOSS_WORKSPACE_BYTES")):
+        name = "FUSEDLOSS_WORKSPACE_BYTES"
         if not given.isdecimal() or int(given) == 0:
-            raise ValueError(f"FUSEDLOSS_WORKSPACE_BYTES is {given!r}: needs a positive number of bytes")
+            raise ValueError(f"{name} is {given!r}: needs a positive number of bytes")
         workspace_bytes = int(given)
     row_bytes = max(1, N * itemsize)
     if workspace_bytes is not None and workspace_bytes < row_bytes and M:
         raise ValueError(
-            f"workspace_bytes is {workspace_bytes}: one row of {N} similarities takes {row_bytes} bytes; "
+            f"{name} is {workspace_bytes}: one row of {N} similarities takes {row_bytes} bytes; "
             f"allow {MIN_ROWS} rows, {MIN_ROWS * row_bytes} bytes, or more"
         )
     if device.type == "cuda":
@@ -88,6 +91,18 @@ def chunk_rows(M: int, N: int, D: int, itemsize: int, device: torch.device, work
     if rows < MIN_ROWS and workspace_bytes is not None:
         return min(max(rows, 1), max(M, 1))
     return max(1, min(max(MIN_ROWS, rows // MIN_ROWS * MIN_ROWS), M))
+
+
+def workspace_shape(problem: Problem, backend: ModuleType) -> tuple[tuple[int, int], torch.dtype]:
+    """(rows, columns) and dtype of the workspace; raises where the budget does not allow one."""
+    dtype, D = backend.workspace_dtype(problem), problem.operands[0].shape[1]
+    width = sum(_block_widths(problem))
+    rows = chunk_rows(problem.rows, width, D, dtype.itemsize, problem.device, problem.workspace_bytes)
+    return (rows, width), dtype
+
+
+def _block_widths(problem: Problem) -> list[int]:
+    return [-(-problem.operands[block.key].shape[0] // PAD) * PAD for block in problem.blocks]
 
 
 @functools.cache
@@ -275,7 +290,8 @@ class _Sweep:
         largest = [one if f is None or not len(f) else f.amax() for f in self.factors]
         factors = torch.stack([largest[block.query] * largest[block.key] for block in self.problem.blocks]).amax()
         weight = self.problem.weight.abs().amax() if self.problem.rows else one
-        return torch.exp2(torch.floor(15 - torch.log2(factors * weight.clamp_min(2.0**-126))))
+        exponent = torch.floor(15 - torch.log2(factors * weight.clamp_min(2.0**-126)))
+        return torch.exp2(exponent.clamp(-126, 126))  # a power of two also where no row counts
 
     def _strips(self, chunk: slice) -> list[Strip]:
         strips = []
@@ -296,19 +312,14 @@ class _Sweep:
     def _stats_chunks(self) -> Iterator[slice]:
         return _chunks(self.problem.rows, STATS_ROWS.get(self.problem.device.type, STATS_ROWS["cpu"]))
 
-    def _block_widths(self) -> list[int]:
-        return [-(-self.operands[block.key].shape[0] // PAD) * PAD for block in self.problem.blocks]
-
     def _workspace(self) -> Tensor:
-        problem, dtype = self.problem, self.backend.workspace_dtype(self.problem)
-        width, D = sum(self._block_widths()), self.operands[0].shape[1]
-        rows = chunk_rows(problem.rows, width, D, dtype.itemsize, problem.device, problem.workspace_bytes)
-        return torch.empty((rows, width), dtype=dtype, device=problem.device)
+        shape, dtype = workspace_shape(self.problem, self.backend)
+        return torch.empty(shape, dtype=dtype, device=self.problem.device)
 
     def _outs(self, workspace: Tensor, chunk: slice) -> list[Tensor]:
         outs, start = [], 0
         rows = chunk.stop - chunk.start
-        for block, width in zip(self.problem.blocks, self._block_widths(), strict=True):
+        for block, width in zip(self.problem.blocks, _block_widths(self.problem), strict=True):
             outs.append(workspace[:rows, start : start + self.operands[block.key].shape[0]])
             start += width
         return outs
@@ -325,7 +336,7 @@ class _Sweep:
             y, dtype = self.operands[block.key], _gemm_dtype(problem, out.dtype)
             dx, dy, dbias = self.gradients[block.query], self.gradients[block.key], self.bias_grads[number]
             converts = not dtype == out.dtype == y.dtype or (dbias is not None and out.dtype != self.dtype)
-            columns = CONVERTED_COLUMNS if converts else y.shape[0]
+            columns = CONVERTED_COLUMNS if converts else max(1, y.shape[0])
             for start in range(0, y.shape[0], columns):
                 tile = slice(start, min(start + columns, y.shape[0]))
                 values = out if columns == y.shape[0] else out[:, tile]

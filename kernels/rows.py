@@ -48,8 +48,8 @@ def prepare_kernel(
                 dot += tl.sum(x.to(tl.float64) * t.to(tl.float64), axis=1)
             if RowFactor is not None:
                 # The very factors that the tile meets, rounded alike.
-                dot *= _inverse_norm(x_squared).to(tl.float64)
-                dot *= _inverse_norm(t_squared).to(tl.float64)
+                dot *= _inverse_norm(x_squared, X).to(tl.float64)
+                dot *= _inverse_norm(t_squared, X).to(tl.float64)
             if TargetSim is not None:
                 tl.store(TargetSim + offs, dot.to(tl.float32), mask=mask)
             score = dot * tl.load(Scale).to(tl.float64)
@@ -61,14 +61,14 @@ def prepare_kernel(
                 x = _load(X, offs, stride_xm, start, D, mask, BLOCK_D)
                 x_squared += tl.sum(x * x, axis=1)
         if RowFactor is not None:
-            tl.store(RowFactor + offs, _inverse_norm(x_squared), mask=mask)
+            tl.store(RowFactor + offs, _inverse_norm(x_squared, X), mask=mask)
     if ColFactor is not None:
         mask = offs < N
         y_squared = tl.zeros((BLOCK_R,), tl.float32)
         for start in range(0, D, BLOCK_D):
             y = _load(Y, offs, stride_yn, start, D, mask, BLOCK_D)
             y_squared += tl.sum(y * y, axis=1)
-        tl.store(ColFactor + offs, _inverse_norm(y_squared), mask=mask)
+        tl.store(ColFactor + offs, _inverse_norm(y_squared, Y), mask=mask)
 
 
 @triton.jit
@@ -126,6 +126,7 @@ def settle_kernel(
     offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = offs < R
     score = tl.load(Score + offs, mask=mask, other=0.0)
+    score = tl.where(score.to(tl.float32) == float("inf"), float("nan"), score)
     weight = tl.load(Weight + offs, mask=mask, other=0.0)
     if Max is not None:
         maximum, total = _merged(Max, Sum, n_tiles, R, offs, mask, BLOCK_R, BLOCK_T)
@@ -137,7 +138,8 @@ def settle_kernel(
     row_shift = tl.where(total == 0, score.to(tl.float32), row_shift)
     above = score - row_shift.to(tl.float64)
     # Bounded: see fusedloss/rows.py.
-    l = total + tl.exp(tl.minimum(above, tl.where(label_smoothing > 0, 80.0, 88.0))).to(tl.float32)
+    most = tl.where(label_smoothing > 0, 80.0, 88.0)
+    l = total + tl.exp(tl.minimum(above, most, propagate_nan=tl.PropagateNan.ALL)).to(tl.float32)
     over_l = tl.where(weight == 0, 0.0, weight / l)
     if Shift is not None:
         tl.store(Shift + offs, row_shift, mask=mask)
@@ -149,7 +151,7 @@ def settle_kernel(
         # log(1 + exp(difference)); a NaN total takes the first branch and stays.
         difference = tl.where(total == 0, float("-inf"), tl.where(positive, log_total, total.to(tl.float64)) - above)
         loss = tl.maximum(difference, 0.0) + _log1p(tl.exp(-tl.abs(difference)))
-        loss = tl.where(difference == difference, loss, difference)
+        loss = tl.where(difference == difference, loss, difference)  # maxima drop NaN
         tl.store(Loss + offs, tl.where(weight == 0, 0.0, weight * loss.to(tl.float32)), mask=mask)
     if Entry is not None or Out is not None:
         if RELATIVE:
@@ -262,7 +264,9 @@ def _store(X, rows, stride, start, D, mask, value, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _inverse_norm(squared):
+def _inverse_norm(squared, X):
+    if X.dtype.element_ty == tl.float16:
+        squared = tl.where(squared == 0, 1.0, squared)  # see fusedloss/problem.py
     return 1.0 / tl.maximum(tl.sqrt_rn(squared), NORM_EPS, propagate_nan=tl.PropagateNan.ALL)
 
 

@@ -37,6 +37,19 @@ def all_options(backend):
             backend=backend,
         )
 
+    def everything_cosine(query, key, temperature, offset):
+        return fusedloss.info_nce(
+            query,
+            key,
+            target,
+            temperature=temperature,
+            key_bias=bias + offset,
+            weight=weight,
+            label_smoothing=0.1,
+            normalize=True,
+            backend=backend,
+        )
+
     def cosine(query, key, temperature):
         return fusedloss.info_nce(query, key, temperature=temperature, normalize=True, backend=backend)
 
@@ -57,6 +70,7 @@ def all_options(backend):
 
     return {
         "everything": (everything, [*leaves((5, 3), (7, 3)), scalar(0.7), *leaves((7,))]),
+        "everything, cosine": (everything_cosine, [*leaves((5, 3), (7, 3)), scalar(0.7), *leaves((7,))]),
         "cosine": (cosine, [*leaves((4, 3), (6, 3)), scalar(0.3)]),
         "itself": (itself, [*leaves((4, 3)), scalar(0.9)]),
         "clip": (clip, [*leaves((5, 3), (5, 3)), scalar(1.3)]),

@@ -28,16 +28,12 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
+from .. import checks
 from ..errors import UnsupportedError
 from ..problem import Problem
 from . import chunked, cuda, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {
-    "cuda": cuda,
-    "triton": triton,
-    "chunked": chunked,
-    "reference": reference,
-}
+BACKENDS: dict[str, ModuleType] = dict(zip(checks.BACKENDS, (cuda, triton, chunked, reference), strict=True))
 
 # A backend joins once the whole GPU test-suite has passed on such a device. Until then it is there by name.
 AUTO: dict[str, tuple[str, ...]] = {"cpu": ("chunked", "reference"), "cuda": ("chunked", "reference")}
@@ -45,14 +41,13 @@ AUTO: dict[str, tuple[str, ...]] = {"cpu": ("chunked", "reference"), "cuda": ("c
 
 def select(problem: Problem, backend: str) -> str:
     """The name of the backend that runs `problem`: the one asked for, or the first of `auto` that can."""
+    checks.backend(backend)
     if backend == "auto":
-        backend = os.environ.get("FUSEDLOSS_BACKEND", "auto")
-    if backend == "auto":
-        names: tuple[str, ...] = AUTO.get(problem.device.type, ("chunked", "reference"))
-    elif backend in BACKENDS:
-        names = (backend,)
-    else:
-        raise ValueError(f"backend is {backend!r}: needs 'auto' or one of {', '.join(map(repr, BACKENDS))}")
+        backend = os.environ.get("FUSEDLOSS_BACKEND") or "auto"
+        checks.backend(backend, "FUSEDLOSS_BACKEND")
+    names: tuple[str, ...] = (
+        AUTO.get(problem.device.type, ("chunked", "reference")) if backend == "auto" else (backend,)
+    )
     for name in names:
         if BACKENDS[name].why_not(problem) is None:
             return name

@@ -74,7 +74,11 @@ def _similarity(strip: Strip, x: Tensor, tile: slice, out: Tensor) -> None:
 
 
 def _add_bias_(z: Tensor, strip: Strip, tile: slice) -> Tensor:
-    return z if strip.bias is None else z.add_(strip.bias[tile])
+    """Adds the bias; a removed column is -inf whatever its logits are, NaN included."""
+    if strip.bias is None:
+        return z
+    bias = strip.bias[tile]
+    return z.add_(bias).masked_fill_(bias == -math.inf, -math.inf)
 
 
 def _logits(sim: Tensor, strip: Strip, tile: slice, out: Tensor) -> Tensor:

@@ -15,13 +15,26 @@ def why_not(problem: Problem) -> str | None:
 
 def loss_rows(problem: Problem) -> Tensor:
     """`weight[i] * loss_i` for every row, [M], through ordinary autograd. Costs several [M, N] matrices."""
+    if not torch.amp.is_autocast_available(problem.device.type):
+        return _loss_rows(problem)
+    with torch.autocast(problem.device.type, enabled=False):
+        return _loss_rows(problem)
+
+
+def _loss_rows(problem: Problem) -> Tensor:
     dtype = stats_dtype(problem.dtype)
     rows = [unit_rows(x.to(dtype)) if problem.cosine else x.to(dtype) for x in problem.operands]
     parts = []
     for block in problem.blocks:
         z = rows[block.query] @ rows[block.key].T * problem.scale
-        parts.append(z if block.bias is None else z + block.bias)
+        if block.bias is not None:
+            bias = block.bias.to(dtype)
+            z = torch.where(bias == -torch.inf, -torch.inf, z + bias)  # whatever z is there, NaN included
+        parts.append(z)
     z = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    if not problem.symmetric:
+        # Before the formula: 0 times the NaN gradient of a row without admissible columns is NaN.
+        z = z.masked_fill((problem.weight == 0)[:, None], 0)
     loss = epilogues.softmax_rows(z, problem.target, problem.label_smoothing)
     if problem.symmetric:
         diagonal = torch.arange(problem.rows, device=z.device)

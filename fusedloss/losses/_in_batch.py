@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..backends import select
 from ..op import loss_rows_or_sum
 from ..problem import Block, Problem, stats_dtype
@@ -15,7 +16,7 @@ from ..problem import Block, Problem, stats_dtype
 def autocast(*embeddings: Tensor) -> tuple[Tensor, ...]:
     """Under torch.autocast, embeddings take its dtype, as a matmul's operands would; fp64 stays."""
     device = embeddings[0].device.type
-    if not torch.is_autocast_enabled(device) or embeddings[0].dtype == torch.float64:
+    if not checks.autocasts(embeddings[0]):
         return embeddings
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in embeddings)
 
@@ -78,4 +79,4 @@ def softmax_loss(
     if plain:
         return loss / max(rows, 1)
     total = row_weight.sum()
-    return loss / total.masked_fill(total == 0, 1)
+    return torch.where(total == 0, 0, loss / total.masked_fill(total == 0, 1))

@@ -78,7 +78,7 @@ def clip(
         backend=backend,
         workspace_bytes=workspace_bytes,
     )
-    return loss + 0.0 * logit_bias.reshape(()) if isinstance(logit_bias, Tensor) else loss
+    return loss + 0.0 * logit_bias.reshape(()).to(loss.dtype) if isinstance(logit_bias, Tensor) else loss
 
 
 class ClipLoss(nn.Module):
@@ -93,6 +93,9 @@ class ClipLoss(nn.Module):
     ):
         super().__init__()
         checks.options_not_modules(normalize=normalize)
+        checks.choice("reduction", reduction, checks.REDUCTIONS)
+        checks.backend(backend)
+        checks.count("workspace_bytes", workspace_bytes)
         self.normalize, self.reduction = normalize, reduction
         self.backend, self.workspace_bytes = backend, workspace_bytes
 
@@ -115,4 +118,4 @@ class ClipLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"normalize={self.normalize}, reduction={self.reduction!r}, backend={self.backend!r}"
+        return checks.options(self, normalize=False, reduction="mean", backend="auto", workspace_bytes=None)

@@ -29,7 +29,8 @@ def info_nce(
         z_ij   = <query_i, key_j> / temperature + key_bias_j
         loss_i = logsumexp_j z_ij - z_i,target_i
 
-    The matrix z is never stored: memory is O((M + N) D) plus a bounded workspace.
+    The matrix z is never stored: memory is O((M + N) D) plus a bounded workspace. Rows and keys that take no part
+    (ignored, weight 0, bias -inf) must still be finite where gradients are wanted: in a product 0 times NaN is NaN.
 
     Args:
         query: `[M, D]`, float16, bfloat16, float32 or float64, any strides.
@@ -40,7 +41,7 @@ def info_nce(
             probability). -inf removes a key, and leaves out the rows whose target it is. Receives a gradient.
         weight: `[M]`, multiplies each row's loss; the mean is `sum(w * loss) / sum(w)`. Receives no gradient.
         label_smoothing: share of the target mass spread evenly over the row's admissible keys.
-        ignore_index: rows whose target is this are left out.
+        ignore_index: rows whose target is this are left out. The default target ignores none.
         normalize: divide each row of both by `max(|row|, 1e-12)` first. The norms act on the fp32 accumulator, so unit
             vectors are never rounded to 16 bits.
         reduction: "mean" (over the rows that count; 0 if none does), "sum", or "none" (`[M]`, 0 for left-out rows).
@@ -63,6 +64,7 @@ def info_nce(
     """
     checks.embeddings(query=query, key=key)
     rows, columns = query.shape[0], key.shape[0]
+    checks.index("ignore_index", ignore_index)
     if target is not None:
         checks.target("target", target, rows, columns, ignore_index, query)
     elif columns < rows:
@@ -114,6 +116,12 @@ class InfoNCELoss(nn.Module):
     ):
         super().__init__()
         checks.options_not_modules(temperature=temperature)
+        checks.scalar("temperature", temperature, None, positive=True)
+        checks.share("label_smoothing", label_smoothing)
+        checks.index("ignore_index", ignore_index)
+        checks.choice("reduction", reduction, checks.REDUCTIONS)
+        checks.backend(backend)
+        checks.count("workspace_bytes", workspace_bytes)
         self.temperature, self.label_smoothing, self.ignore_index = temperature, label_smoothing, ignore_index
         self.normalize, self.reduction = normalize, reduction
         self.backend, self.workspace_bytes = backend, workspace_bytes
@@ -143,4 +151,13 @@ class InfoNCELoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, normalize={self.normalize}, reduction={self.reduction!r}"
+        return checks.options(
+            self,
+            temperature=None,
+            label_smoothing=0.0,
+            ignore_index=-100,
+            normalize=False,
+            reduction="mean",
+            backend="auto",
+            workspace_bytes=None,
+        )

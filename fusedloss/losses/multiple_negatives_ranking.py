@@ -84,8 +84,7 @@ def multiple_negatives_ranking(
 class MultipleNegativesRankingLoss(nn.Module):
     """`multiple_negatives_ranking` with its options in the constructor and `forward(anchor, positive, *negatives)`.
 
-    It takes embeddings. The class that wraps a sentence-transformers model has the same name in
-    `fusedloss.integrations.sentence_transformers`.
+    It takes embeddings: a class of this name that wraps a sentence-transformers model is not in this version.
     """
 
     def __init__(
@@ -98,6 +97,11 @@ class MultipleNegativesRankingLoss(nn.Module):
     ):
         super().__init__()
         checks.options_not_modules(scale=scale)
+        checks.scalar("scale", scale, None, positive=True)
+        checks.choice("similarity", similarity, SIMILARITIES)
+        checks.choice("reduction", reduction, checks.REDUCTIONS)
+        checks.backend(backend)
+        checks.count("workspace_bytes", workspace_bytes)
         self.scale, self.similarity, self.reduction = scale, similarity, reduction
         self.backend, self.workspace_bytes = backend, workspace_bytes
 
@@ -114,4 +118,6 @@ class MultipleNegativesRankingLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"scale={self.scale}, similarity={self.similarity!r}, reduction={self.reduction!r}"
+        return checks.options(
+            self, scale=None, similarity="cos", reduction="mean", backend="auto", workspace_bytes=None
+        )
