@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m fusedloss", description="Fused losses: what runs here, how exactly, how fast."
     )
+    top.add_argument("--version", action="version", version=f"fusedloss {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, and every backend: available, or why not")
     commands.add_parser("check", help="each backend against fp64 on this machine; exit code 1 if one is out of budget")
     bench = commands.add_parser("bench", help="time, memory and error beside torch's own and the bare matrix products")
     bench.add_argument("--loss", choices=("info_nce", "clip", "multiple_negatives_ranking"), default="info_nce")
-    bench.add_argument("--n", type=_positive, nargs="+", default=[2048, 4096, 8192], metavar="N", help="batch sizes")
-    bench.add_argument("--d", type=_positive, default=384, help="embedding dimension")
+    bench.add_argument("--n", type=count, nargs="+", default=[2048, 4096, 8192], metavar="N", help="batch sizes")
+    bench.add_argument("--d", type=count, default=384, help="embedding dimension")
     bench.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
-    bench.add_argument("--temperature", type=float, nargs="+", default=[0.05])
+    bench.add_argument("--temperature", type=positive, nargs="+", default=[0.05])
     bench.add_argument(
         "--kind", choices=("random", "pairs", "clustered"), default="random", help="how inputs are drawn"
     )
-    bench.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one")
-    bench.add_argument("--rounds", type=_positive, default=5, help="interleaved rounds; medians are shown")
+    bench.add_argument("--device", type=device, default=None, help="cpu or cuda; default: cuda where there is one")
+    bench.add_argument("--rounds", type=count, default=5, help="interleaved rounds; medians are shown")
     bench.add_argument("--racers", nargs="+", help="only these, by the names in the table; also fusedloss:BACKEND")
     bench.add_argument("--no-memory", action="store_true", help="skip the memory runs, each a fresh process")
     bench.add_argument(
@@ -32,16 +37,46 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="check the figures the README promises for a CPU; of the other options only --rounds and --out count",
     )
-    bench.add_argument("--out", help="folder for JSON, CSV and PNG")
-    bench.add_argument("--name", default="bench", help="their file name")
+    bench.add_argument("--out", type=folder, help="folder for JSON, CSV and PNG")
+    bench.add_argument("--name", type=file_name, default="bench", help="their file name")
     return top
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: needs a positive number")
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: needs a positive whole number")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: needs a positive number")
     return number
+
+
+def device(text: str) -> str:
+    if text.partition(":")[0] not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text}: needs cpu, cuda or cuda:INDEX")
+    return text
+
+
+def folder(text: str) -> str:
+    """Made now: a race is not to end with nowhere to write."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: needs a folder ({error.strerror})") from None
+    return text
+
+
+def file_name(text: str) -> str:
+    if text != Path(text).name:
+        raise argparse.ArgumentTypeError(f"{text}: needs a file name; folders go into --out")
+    return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:

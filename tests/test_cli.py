@@ -191,10 +191,46 @@ def test_the_module_runs_and_explains_itself():
     shown = subprocess.run([sys.executable, "-m", "fusedloss", "-h"], capture_output=True, text=True, check=True).stdout
     assert all(word in shown for word in ("info", "check", "bench"))
     wrong = subprocess.run([sys.executable, "-m", "fusedloss", "bench", "--n", "0"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "needs a positive number" in wrong.stderr
+    assert wrong.returncode == 2 and "needs a positive whole number" in wrong.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there_is_named(capsys):
     assert main(["bench", "--device", "cuda"]) == 2
     assert "sees no GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (["--n", "abc"], "abc: needs a positive whole number"),
+        (["--n", "0"], "0: needs a positive whole number"),
+        (["--temperature", "nan"], "nan: needs a positive number"),
+        (["--temperature", "-1"], "expected at least one argument|-1: needs a positive number"),
+        (["--device", "tpu"], "tpu: needs cpu, cuda or cuda:INDEX"),
+        (["--name", "a/b"], "a/b: needs a file name"),
+        (["--out", __file__], "needs a folder"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bench_refuses_before_it_races(wrong, message, capsys):
+    import re
+
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *wrong])
+    assert ended.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_version(capsys):
+    import fusedloss
+
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and fusedloss.__version__ in capsys.readouterr().out
+
+
+def test_bench_fails_where_our_own_racer_does(monkeypatch, capsys):
+    monkeypatch.setenv("FUSEDLOSS_BACKEND", "cuda")
+    assert main(["bench", "--n", "16", "--d", "4", "--rounds", "1", "--racers", "fusedloss", "--no-memory"]) == 1
+    assert "failed:" in capsys.readouterr().out

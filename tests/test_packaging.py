@@ -70,7 +70,11 @@ def test_sdist_and_the_wheel_made_from_it(source, no_nvcc, tmp_path):
         names = {name.removeprefix(base) for name in sdist.getnames()}
     assert {"LICENSE", "CHANGELOG.md", "setup.py", "pyproject.toml", "fusedloss/py.typed"} <= names
     assert {f"csrc/{file.name}" for file in (source / "csrc").iterdir()} <= names
-    assert {str(file.relative_to(source)) for file in source.glob("kernels/**/*.py")} <= names
+    assert {str(file.relative_to(source)) for file in source.glob("kernels/**/*.*")} <= names
+    # What its Makefile's targets need.
+    for folder in ("tests", "examples", "benchmarks"):
+        assert {str(file.relative_to(source)) for file in (source / folder).glob("**/*.py")} <= names
+    assert {"Makefile", "constraints.txt", "DESIGN.md", "docs/kernel-resources.md"} <= names
 
     wheel = next(tmp_path.glob("dist/*.whl"))
     assert wheel.name == f"fusedloss-{fusedloss.__version__}-py3-none-any.whl"
