@@ -33,6 +33,7 @@ gpu-build:
 RACES := FUSEDLOSS_BACKEND=triton $(GPU)
 
 gpu: gpu-build ## the GPU tests, then a race of 8 minutes, with $(PYTHON), its torch and its nvcc; installs nothing
+	$(GPU) -c "import torch; assert torch.cuda.is_available(), f'torch {torch.__version__} sees no GPU here'"
 	$(GPU) -m pytest -m gpu
 	$(GPU) -m fusedloss check
 	$(RACES) benchmarks/overhead.py --out benchmarks/results/gpu-overhead.json

@@ -346,6 +346,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("build/race"), help="folder for JSON, CSV and PNG")
     parser.add_argument("--name", default="race", help="their file name")
     arguments = parser.parse_args(argv)
+    if arguments.device.startswith("cuda") and not cuda:
+        parser.error(f"--device {arguments.device}: torch {torch.__version__} sees no GPU here")
     budget = arguments.budget or (480.0 if arguments.preset == "short" else float("inf"))
     until = time.monotonic() + budget - min(GRACE, budget / 10)
     only = set(arguments.racers) if arguments.racers else None

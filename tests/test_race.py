@@ -447,3 +447,11 @@ def test_the_source_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(results.fusedloss, "__file__", str(tmp_path / "__init__.py"))
     assert results.source() != before
     assert set(BACKENDS) and results.environment()["source"] != before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_leaves_no_results(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        race.main(["short", "--device", "cuda", "--out", str(tmp_path)])
+    assert ended.value.code == 2 and "sees no GPU here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
