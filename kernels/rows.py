@@ -86,8 +86,9 @@ def merge_kernel(
     offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = offs < R
     maximum, total = _merged(Max, Sum, n_tiles, R, offs, mask, BLOCK_R, BLOCK_T)
-    old = tl.load(RunningMax + offs, mask=mask, other=0.0)
     old_total = tl.load(RunningSum + offs, mask=mask, other=0.0)
+    # An empty sum has any maximum: 0 would bury sums relative to exp(-100).
+    old = tl.where(old_total == 0, float("-inf"), tl.load(RunningMax + offs, mask=mask, other=0.0))
     new = tl.maximum(maximum, old)
     total = total * tl.exp(maximum - finite(new)) + old_total * tl.exp(old - finite(new))
     tl.store(RunningMax + offs, new, mask=mask)

@@ -359,11 +359,14 @@ def merged(sums: RowSums) -> RowSums:
 
 
 @pytest.mark.parametrize("tiles", [1, 7])
-def test_merge(tiles, few_rows):
+@pytest.mark.parametrize("level", [-300.0, 0.0, 300.0])
+def test_merge(tiles, level, few_rows):
     first, second = partial_sums(tiles, 21), partial_sums(2, 21)
+    first, second = (sums._replace(shift=sums.shift + level) for sums in (first, second))
     found = backend.merge(backend.merge(RowSums.empty(21, first.total), first), second)
     wanted = merged(RowSums(*(torch.cat(pair) for pair in zip(first, second, strict=True))))
-    assert_near(found.shift + found.total.log(), wanted.shift.double() + wanted.total.double().log(), magnitude=1.0)
+    log = wanted.shift.double() + wanted.total.double().log()
+    assert_near(found.shift + found.total.log(), log, magnitude=1.0)
 
 
 @pytest.mark.parametrize("tiles", [1, 7])
