@@ -13,7 +13,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 
-from .problem import stats_dtype
+from .problem import autocasting, stats_dtype
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -47,8 +47,7 @@ def embeddings(**tensors: Tensor) -> None:
 
 def autocasts(x: Tensor) -> bool:
     """Whether torch.autocast would bring `x` to its own dtype in a matmul."""
-    kind = x.device.type
-    return x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and bool(torch.is_autocast_enabled(kind))
+    return x.dtype != torch.float64 and autocasting(x)
 
 
 def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -83,7 +82,7 @@ def backend(value: object, name: str = "backend") -> None:
 
 
 def share(name: str, value: float) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool):
+    if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
         raise TypeError(f"{name} is a {type(value).__name__}: needs a number from 0 to 1")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} is {value!r}: needs a number from 0 to 1")
@@ -121,7 +120,7 @@ def scalar(name: str, value: float | Tensor, like: Tensor | None, *, positive: b
         if not reads_values(value):
             return
         number = float(value.detach())
-    elif isinstance(value, Real) and not isinstance(value, bool):
+    elif type(value) is float or (isinstance(value, Real) and not isinstance(value, bool)):
         try:
             number = float(value)
         except OverflowError:
@@ -140,7 +139,7 @@ def scalar(name: str, value: float | Tensor, like: Tensor | None, *, positive: b
 
 
 def index(name: str, value: int) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
         raise TypeError(f"{name} is a {type(value).__name__}: needs a whole number")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} is {value}: needs a 64-bit integer")

@@ -85,6 +85,11 @@ def saved_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 else stats_dtype(dtype)
 
 
+def autocasting(x: Tensor) -> bool:
+    """Whether torch.autocast is on where `x` is; asking about meta tensors raises."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def inverse_norms(x: Tensor) -> Tensor:
     """`1 / max(|x_i|, 1e-12)` per row, in the statistics dtype, without a copy of `x`.
 

@@ -18,7 +18,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import Patch, Prepared, Problem, RowSums, Settled, Softmax, Strip, saved_dtype, stats_dtype
+from .problem import (
+    Patch,
+    Prepared,
+    Problem,
+    RowSums,
+    Settled,
+    Softmax,
+    Strip,
+    autocasting,
+    saved_dtype,
+    stats_dtype,
+)
 from .rows import row_chunks
 from .waves import wave_rows
 
@@ -58,10 +69,9 @@ class Result(NamedTuple):
 @torch.no_grad()
 def run(problem: Problem, backend: ModuleType, wants: Wants) -> Result:
     """The weighted losses and the gradients of their sum."""
-    kind = problem.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if not autocasting(problem.operands[0]):
         return _Sweep(problem, backend, wants).run()
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(problem.device.type, enabled=False):
         return _Sweep(problem, backend, wants).run()
 
 

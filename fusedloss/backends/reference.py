@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import epilogues
-from ..problem import Problem, stats_dtype, unit_rows
+from ..problem import Problem, autocasting, stats_dtype, unit_rows
 
 
 def why_not(problem: Problem) -> str | None:
@@ -15,7 +15,7 @@ def why_not(problem: Problem) -> str | None:
 
 def loss_rows(problem: Problem) -> Tensor:
     """`weight[i] * loss_i` for every row, [M], through ordinary autograd. Costs several [M, N] matrices."""
-    if not torch.amp.is_autocast_available(problem.device.type):
+    if not autocasting(problem.operands[0]):
         return _loss_rows(problem)
     with torch.autocast(problem.device.type, enabled=False):
         return _loss_rows(problem)
