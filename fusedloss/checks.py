@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from .problem import autocasting, stats_dtype
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SIMILARITIES = ("cos", "dot")
+DISTANCES = ("euclidean", "squared", "cosine")
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("cuda", "triton", "chunked", "reference")
 
@@ -136,6 +138,33 @@ def scalar(name: str, value: float | Tensor, like: Tensor | None, *, positive: b
     most = torch.finfo(dtype).max
     if number != 0 and not 1 / most <= abs(number) <= most:
         raise ValueError(f"{name} is {number}: needs a number that {dtype} can hold, and the inverse of")
+
+
+def number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is a {type(value).__name__}: needs a number")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} is {value}: needs a finite number")
+
+
+def integers(name: str, value: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
+    """int64 of a shape; None: any length."""
+    _typed(name, value, torch.int64, shape, like)
+
+
+def boolean(name: str, value: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
+    _typed(name, value, torch.bool, shape, like)
+
+
+def _typed(name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...], like: Tensor) -> None:
+    need = f"{str(dtype).removeprefix('torch.')} [{', '.join('any' if n is None else str(n) for n in shape)}]"
+    if not isinstance(value, Tensor) or value.dtype != dtype:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} is {got}: needs a tensor of {need}")
+    dense(name, value)
+    if value.dim() != len(shape) or any(n not in (None, m) for n, m in zip(shape, value.shape, strict=True)):
+        raise ValueError(f"{name} has shape {list(value.shape)}: needs {need}")
+    same_device(name, value, "the embeddings", like)
 
 
 def index(name: str, value: int) -> None:

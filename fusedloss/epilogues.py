@@ -11,17 +11,22 @@ import torch
 from torch import Tensor
 
 
-def softmax_rows(z: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of each row of `z` [M, N] with column `target` [M], differentiable; -inf logits are no columns."""
+def softmax_rows(z: Tensor, target: Tensor, label_smoothing: float = 0.0, decoupled: bool = False) -> Tensor:
+    """Cross-entropy of each row of `z` [M, N] with column `target` [M], differentiable; -inf logits are no columns.
+
+    decoupled: the target, -1 for none, stays out of the normaliser.
+    """
     if z.shape[0] == 0:
         return z.sum(dim=1)
-    index = target[:, None]
-    z_target = z.gather(1, index)[:, 0]
+    none, index = target < 0, target.clamp(min=0)[:, None]
+    entry = z.gather(1, index)
+    z_target = entry[:, 0].masked_fill(none, 0)
     z_target = z_target.masked_fill(z_target == torch.inf, torch.nan)  # inf - inf, as in torch's own
-    negatives = z.scatter(1, index, -torch.inf)
+    negatives = z.scatter(1, index, torch.where(none[:, None], entry, -torch.inf))
     maximum = negatives.detach().amax(dim=1)
     shift = torch.where(maximum == -torch.inf, 0, maximum)
-    loss = softmax_loss(shift, torch.exp(negatives - shift[:, None]).sum(dim=1), z_target)
+    total = torch.exp(negatives - shift[:, None]).sum(dim=1)
+    loss = decoupled_loss(shift, total, z_target) if decoupled else softmax_loss(shift, total, z_target)
     if label_smoothing:
         admissible = z > -torch.inf
         mean = z.masked_fill(~admissible, 0).sum(dim=1) / admissible.sum(dim=1).clamp_min(1)
@@ -34,7 +39,15 @@ def softmax_loss(shift: Tensor, total: Tensor, z_target: Tensor) -> Tensor:
 
     logaddexp, because F.softplus turns into the identity at 20 and is 2e-9 off there.
     """
-    # The logarithm of an empty sum would send 0 * inf into the gradient of the reference.
-    log_total = torch.where(total == 0, -torch.inf, torch.log(torch.where(total == 0, 1, total)))
-    difference = log_total - (z_target - shift).to(total.dtype)
+    difference = _log(total) - (z_target - shift).to(total.dtype)
     return torch.logaddexp(difference, torch.zeros_like(difference))
+
+
+def decoupled_loss(shift: Tensor, total: Tensor, z_target: Tensor) -> Tensor:
+    """`log(total) + shift - z_t`; 0 for a row without negatives."""
+    return torch.where(total == 0, 0, _log(total) - (z_target - shift).to(total.dtype))
+
+
+def _log(total: Tensor) -> Tensor:
+    """The logarithm of an empty sum would send 0 * inf into the gradient of the reference."""
+    return torch.where(total == 0, -torch.inf, torch.log(torch.where(total == 0, 1, total)))

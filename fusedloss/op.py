@@ -14,128 +14,245 @@ from torch import Tensor
 
 from . import sweep
 from .backends import BACKENDS, reference
-from .problem import Block, Problem, saved_dtype, stats_dtype
+from .problem import Block, Compare, Fold, Guide, GuideRule, Mask, Problem, saved_dtype, stats_dtype
 from .sweep import Wants
+
+COUNTED = 5  # most vectors that `Result.counted` may hold: a Tally's
 
 
 class Plan(NamedTuple):
     """The part of a problem that is not tensors, in the types that an op's schema knows."""
 
     backend: str
-    blocks: list[int]  # query, key, has_bias of each block, flat
-    operand_count: int
-    cosine: bool
-    label_smoothing: float
-    symmetric: bool
-    scale_bound: float | None
-    workspace_bytes: int | None
+    fold: str  # "name distance", or ""
+    shape: list[int]  # flags, counts and places, in the order in which _Reader meets them
+    numbers: list[float]
     per_row: bool  # return [M] weighted losses instead of their sum
 
-    @classmethod
-    def of(cls, problem: Problem, backend: str, per_row: bool) -> Plan:
-        blocks = [int(v) for b in problem.blocks for v in (b.query, b.key, b.bias is not None)]
-        return cls(
-            backend,
-            blocks,
-            len(problem.operands),
-            problem.cosine,
-            problem.label_smoothing,
-            problem.symmetric,
-            problem.scale_bound,
-            problem.workspace_bytes,
-            per_row,
-        )
 
-    def has_bias(self) -> list[bool]:
-        return [bool(v) for v in self.blocks[2::3]]
+class Flat(NamedTuple):
+    """A problem as an op takes it. Gradients are by the scale and by `tensors`; `constants` have none."""
 
-    def problem(self, scale: Tensor, target: Tensor, weight: Tensor, tensors: Sequence[Tensor]) -> Problem:
-        biases = iter(tensors[self.operand_count :])
-        blocks = tuple(
-            Block(query, key, next(biases) if biased else None)
-            for query, key, biased in zip(self.blocks[0::3], self.blocks[1::3], self.has_bias(), strict=True)
-        )
-        return Problem(
-            tuple(tensors[: self.operand_count]),
-            blocks,
-            scale,
-            target,
-            weight,
-            self.cosine,
-            self.label_smoothing,
-            self.symmetric,
-            self.scale_bound,
-            self.workspace_bytes,
-        )
-
-    def wants(self, wanted: Sequence[bool]) -> Wants:
-        """From flags in the order (scale, *operands, *biases)."""
-        biases = iter(wanted[1 + self.operand_count :])
-        return Wants(
-            tuple(wanted[1 : 1 + self.operand_count]),
-            wanted[0],
-            tuple(biased and next(biases) for biased in self.has_bias()),
-        )
+    plan: Plan
+    tensors: list[Tensor]  # operands, biases, a fold's scalars
+    constants: list[Tensor]
 
 
-def loss_rows_or_sum(problem: Problem, backend: str, per_row: bool) -> Tensor:
-    """The weighted losses [M], or their sum, differentiable in the operands, the scale and the biases."""
+def flatten(problem: Problem, backend: str, per_row: bool) -> Flat:
+    flags = (problem.cosine, problem.symmetric, problem.decoupled, problem.wants_tally, problem.scale_bound is not None)
+    shape = [len(problem.operands), len(problem.blocks)]
+    numbers = [problem.label_smoothing, problem.scale_bound or 0.0, *(float(v) for v in problem.guide_rule)]
+    constants: list[Tensor] = []
+    biases = [b.bias for b in problem.blocks if b.bias is not None]
+
+    def constant(x: Tensor | None) -> int:
+        if x is not None:
+            constants.append(x)
+        return int(x is not None)
+
+    for block in problem.blocks:
+        mask = block.mask
+        shape += [block.query, block.key, int(block.bias is not None), len(mask.compare)]
+        for compare in mask.compare:
+            shape.append(int(compare.keep))
+            constants += [compare.rows, compare.keys]
+        shape += [constant(mask.dense), constant(mask.exempt), constant(mask.skip)]
+        constants += mask.guide or ()
+        shape += [int(mask.guide is not None), int(mask.margin is not None)]
+        numbers += [block.penalty, block.own_penalty, mask.margin or 0.0]
+    shape += [*(int(flag) for flag in flags), problem.workspace_bytes or 0]
+    fold = problem.fold
+    if fold is not None:
+        constants += fold.labels or ()
+        shape += [int(fold.labels is not None), int(fold.itself), len(fold.scalars), int(fold.teacher is not None)]
+        constants += [*fold.teacher, fold.teacher_scale] if fold.teacher and fold.teacher_scale is not None else []
+        numbers += fold.options
+    plan = Plan(backend, f"{fold.name} {fold.distance}" if fold else "", shape, numbers, per_row)
+    return Flat(plan, [*problem.operands, *biases, *(fold.scalars if fold else ())], constants)
+
+
+class _Reader:
+    """Walks a flat problem in the order in which it was written."""
+
+    def __init__(self, plan: Plan, tensors: Sequence[Tensor], constants: Sequence[Tensor]):
+        self.shape, self.numbers = iter(plan.shape), iter(plan.numbers)
+        self.tensors, self.constants = iter(tensors), iter(constants)
+
+    def flag(self) -> bool:
+        return bool(next(self.shape))
+
+    def constant(self) -> Tensor | None:
+        return next(self.constants) if self.flag() else None
+
+
+def unflatten(
+    plan: Plan,
+    scale: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    tensors: Sequence[Tensor],
+    constants: Sequence[Tensor],
+) -> Problem:
+    read = _Reader(plan, tensors, constants)
+    operand_count, block_count = next(read.shape), next(read.shape)
+    smoothing, bound, margin, relative = (next(read.numbers) for _ in range(4))
+    operands = tuple(next(read.tensors) for _ in range(operand_count))
+    blocks = tuple(_block(read) for _ in range(block_count))
+    cosine, symmetric, decoupled, wants_tally, bounded = (read.flag() for _ in range(5))
+    workspace_bytes = next(read.shape) or None
+    return Problem(
+        operands,
+        blocks,
+        scale,
+        target,
+        weight,
+        cosine,
+        smoothing,
+        symmetric,
+        bound if bounded else None,
+        workspace_bytes,
+        decoupled,
+        GuideRule(margin, bool(relative)),
+        wants_tally,
+        _fold(plan, read) if plan.fold else None,
+    )
+
+
+def _block(read: _Reader) -> Block:
+    query, key = next(read.shape), next(read.shape)
+    bias = next(read.tensors) if read.flag() else None
+    compare = []
+    for _ in range(next(read.shape)):
+        keep = read.flag()
+        compare.append(Compare(next(read.constants), next(read.constants), keep))
+    dense, exempt, skip = read.constant(), read.constant(), read.constant()
+    guide = Guide(next(read.constants), next(read.constants)) if read.flag() else None
+    has_margin = read.flag()
+    penalty, own_penalty, margin = (next(read.numbers) for _ in range(3))
+    mask = Mask(tuple(compare), dense, margin if has_margin else None, exempt, guide, skip)
+    return Block(query, key, bias, mask, penalty, own_penalty)
+
+
+def _fold(plan: Plan, read: _Reader) -> Fold:
+    has_labels, itself, count, has_teacher = read.flag(), read.flag(), next(read.shape), read.flag()
+    labels = (next(read.constants), next(read.constants)) if has_labels else None
+    teacher = Guide(next(read.constants), next(read.constants)) if has_teacher else None
+    teacher_scale = next(read.constants) if has_teacher else None
+    scalars = tuple(next(read.tensors) for _ in range(count))
+    name, distance = plan.fold.split(" ")
+    return Fold(name, tuple(read.numbers), labels, itself, distance, scalars, teacher, teacher_scale)
+
+
+def _wants(plan: Plan, wanted: Sequence[bool]) -> Wants:
+    """From flags in the order (scale, *tensors)."""
+    by_scale, *rest = wanted
+    flags = iter(rest)
+    shape = iter(plan.shape)
+    operand_count, block_count = next(shape), next(shape)
+    operands = tuple(next(flags) for _ in range(operand_count))
+    biases = []
+    for _ in range(block_count):
+        _query, _key, has_bias, compares = (next(shape) for _ in range(4))
+        biases.append(bool(has_bias) and next(flags))
+        for _ in range(compares + 5):
+            next(shape)
+    return Wants(operands, by_scale, tuple(biases), tuple(flags))
+
+
+def loss_rows_or_sum(problem: Problem, backend: str, per_row: bool) -> tuple[Tensor, list[Tensor]]:
+    """The weighted losses [M], or their sum, differentiable in all but masks; and what the sweep counted by row."""
     if backend == "reference":
-        rows = reference.loss_rows(problem)
-        return rows if per_row else rows.sum()
-    plan = Plan.of(problem, backend, per_row)
-    tensors = [*problem.operands, *(b.bias for b in problem.blocks if b.bias is not None)]
+        rows, counted = reference.loss_rows(problem)
+        return (rows if per_row else rows.sum()), counted
+    plan, tensors, constants = flatten(problem, backend, per_row)
     arguments = (problem.scale, problem.target, problem.weight)
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (problem.scale, *tensors)]
     if torch.compiler.is_compiling():
         # Plain torch in eager; compiled, the driver's loop would be unrolled (minutes at 64 chunks).
-        return torch.ops.fusedloss.softmax_sweep(*arguments, tensors, *plan, wanted)[0]
+        value, counted, *_ = torch.ops.fusedloss.sweep(*arguments, tensors, constants, *plan, wanted)
+        return value, list(counted.detach())
     if not any(wanted):
-        return execute(plan, wanted, *arguments, tensors)[0]
-    return _Loss.apply(plan, wanted, *arguments, *tensors)
+        return execute(plan, wanted, *arguments, tensors, constants)[:2]
+    value, *counted = _Loss.apply(plan, wanted, len(tensors), *arguments, *tensors, *constants)
+    return value, counted
+
+
+def top_rows(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    """Each row's largest logit and its column, the first on ties; -inf and -1 where no column competes."""
+    if backend == "reference":
+        return reference.top_rows(problem)
+    plan, tensors, constants = flatten(problem, backend, True)
+    arguments = (problem.scale, problem.target, problem.weight)
+    if torch.compiler.is_compiling():
+        value, column = torch.ops.fusedloss.top_rows(*arguments, tensors, constants, *plan)
+        return value, column
+    return sweep.top_rows(problem, BACKENDS[backend])
 
 
 def execute(
-    plan: Plan, wanted: Sequence[bool], scale: Tensor, target: Tensor, weight: Tensor, tensors: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor | None]]:
-    """The weighted losses or their sum, and the sum's gradients by (scale, *tensors): None where not wanted."""
-    result = sweep.run(plan.problem(scale, target, weight, tensors), BACKENDS[plan.backend], plan.wants(wanted))
-    biases = [g for g, biased in zip(result.biases, plan.has_bias(), strict=True) if biased]
+    plan: Plan,
+    wanted: Sequence[bool],
+    scale: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    tensors: Sequence[Tensor],
+    constants: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """The weighted losses or their sum, what was counted, the sum's gradients by (scale, *tensors): None if unwanted."""
+    problem = unflatten(plan, scale, target, weight, tensors, constants)
+    result = sweep.run(problem, BACKENDS[plan.backend], _wants(plan, wanted))
+    biases = [g for g, block in zip(result.biases, problem.blocks, strict=True) if block.bias is not None]
     value = result.rows if plan.per_row else result.rows.sum()
-    return value, [result.scale, *result.operands, *biases]
+    return value, result.counted, [result.scale, *result.operands, *biases, *result.scalars]
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, wanted: list[bool], scale: Tensor, target: Tensor, weight: Tensor, *tensors: Tensor
-    ) -> Tensor:
-        ctx.plan, ctx.wanted = plan, wanted
+        ctx: Any,
+        plan: Plan,
+        wanted: list[bool],
+        count: int,
+        scale: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        *rest: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.plan, ctx.wanted, ctx.count, ctx.length = plan, wanted, count, len(rest)
+        tensors, constants = rest[:count], rest[count:]
         if plan.per_row:  # the backward sweeps: what it would be refused is refused now
-            sweep.workspace_shape(plan.problem(scale, target, weight, tensors), BACKENDS[plan.backend])
-        ctx.save_for_backward(scale, target, weight, *tensors)
-        value, gradients = execute(plan, _in_forward(plan, wanted), scale, target, weight, tensors)
+            problem = unflatten(plan, scale, target, weight, tensors, constants)
+            sweep.workspace_shape(problem, BACKENDS[plan.backend])
+        ctx.save_for_backward(scale, target, weight, *rest)
+        value, counted, gradients = execute(
+            plan, _in_forward(plan, wanted), scale, target, weight, tensors, constants
+        )
         ctx.gradients = None if plan.per_row else gradients
-        return value
+        ctx.mark_non_differentiable(*counted)
+        return value, *counted
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scale, target, weight, *tensors = ctx.saved_tensors
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        scale, target, weight, *rest = ctx.saved_tensors
+        tensors, constants = rest[: ctx.count], rest[ctx.count :]
+        inputs = (scale, target, weight, tensors, constants)
         if torch.is_grad_enabled():
-            gradients = _differentiable_gradients(ctx.plan, ctx.wanted, upstream, *ctx.saved_tensors)
+            gradients = _differentiable_gradients(ctx.plan, ctx.wanted, upstream, *inputs)
         else:
             gradients, ctx.gradients = ctx.gradients, None  # scaled in place below, so this state serves once
             if ctx.plan.per_row:
-                gradients = _row_weighted_gradients(ctx.plan, ctx.wanted, upstream, *ctx.saved_tensors)
+                # Upstream per row is one more row weight: the same sweep, run with it.
+                summed = ctx.plan._replace(per_row=False)
+                gradients = execute(summed, ctx.wanted, scale, target, weight * upstream, tensors, constants)[2]
             elif gradients is None:
-                gradients = execute(ctx.plan, ctx.wanted, scale, target, weight, tensors)[1]
+                gradients = execute(ctx.plan, ctx.wanted, *inputs)[2]
             if not ctx.plan.per_row:
                 gradients = [g if g is None else g.mul_(_like(upstream, g)) for g in gradients]
-        by_scale, *rest = _cast(gradients, [scale, *tensors])
-        return (None, None, by_scale, None, None, *rest)
+        by_scale, *others = _cast(gradients, [scale, *tensors])
+        return (None, None, None, by_scale, None, None, *others, *[None] * len(constants))
 
 
-def _in_forward(plan: Plan, wanted: list[bool]) -> list[bool]:
+def _in_forward(plan: Plan, wanted: Sequence[bool]) -> list[bool]:
     return [want and not plan.per_row for want in wanted]
 
 
@@ -149,16 +266,15 @@ def _cast(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[
     return [g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)]
 
 
-def _row_weighted_gradients(
-    plan: Plan, wanted: list[bool], upstream: Tensor, scale: Tensor, target: Tensor, weight: Tensor, *tensors: Tensor
-) -> list[Tensor | None]:
-    """Upstream per row is one more row weight: the same sweep, run with it."""
-    summed = plan._replace(per_row=False)
-    return execute(summed, wanted, scale, target, weight * upstream, tensors)[1]
-
-
 def _differentiable_gradients(
-    plan: Plan, wanted: list[bool], upstream: Tensor, scale: Tensor, target: Tensor, weight: Tensor, *tensors: Tensor
+    plan: Plan,
+    wanted: list[bool],
+    upstream: Tensor,
+    scale: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    tensors: Sequence[Tensor],
+    constants: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """Under create_graph=True the plain-torch backend reruns as a formula, which autograd can differentiate again."""
     if plan.backend != "chunked":
@@ -168,7 +284,7 @@ def _differentiable_gradients(
         )
     inputs = [t for t, want in zip([scale, *tensors], wanted, strict=True) if want]
     with torch.autocast(tensors[0].device.type, enabled=False):
-        rows = reference.loss_rows(plan.problem(scale, target, weight, tensors))
+        rows, _ = reference.loss_rows(unflatten(plan, scale, target, weight, tensors, constants))
         found = iter(torch.autograd.grad(rows if plan.per_row else rows.sum(), inputs, upstream, create_graph=True))
     return [next(found) if want else None for want in wanted]
 
@@ -176,58 +292,82 @@ def _differentiable_gradients(
 # The op ---------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fusedloss::softmax_sweep", mutates_args=())
-def _softmax_sweep(
+@torch.library.custom_op("fusedloss::sweep", mutates_args=())
+def _sweep(
     scale: Tensor,
     target: Tensor,
     weight: Tensor,
     tensors: list[Tensor],
+    constants: list[Tensor],
     backend: str,
-    blocks: list[int],
-    operand_count: int,
-    cosine: bool,
-    label_smoothing: float,
-    symmetric: bool,
-    scale_bound: float | None,
-    workspace_bytes: int | None,
+    fold: str,
+    shape: list[int],
+    numbers: list[float],
     per_row: bool,
     wanted: list[bool],
 ) -> list[Tensor]:
-    """[value, then the wanted gradients of the sum by (scale, *tensors)]; with `per_row` the value alone."""
-    plan = Plan(
-        backend, blocks, operand_count, cosine, label_smoothing, symmetric, scale_bound, workspace_bytes, per_row
-    )
-    value, gradients = execute(plan, _in_forward(plan, wanted), scale, target, weight, tensors)
-    return [value, *(g for g in gradients if g is not None)]
+    """[value, counted [COUNTED, M], then the wanted gradients of the sum by (scale, *tensors)]; `per_row`: none."""
+    plan = Plan(backend, fold, shape, numbers, per_row)
+    value, counted, gradients = execute(plan, _in_forward(plan, wanted), scale, target, weight, tensors, constants)
+    kept = weight.new_zeros(COUNTED, weight.shape[0])
+    for row, vector in enumerate(counted):
+        kept[row] = vector
+    return [value, kept, *(g for g in gradients if g is not None)]
 
 
-@_softmax_sweep.register_fake
-def _(scale, target, weight, tensors, *options):
-    _, _, operand_count, *_, per_row, wanted = options
+@_sweep.register_fake
+def _(scale, target, weight, tensors, constants, *options):
+    plan, wanted = Plan(*options[:-1]), options[-1]
     dtype = stats_dtype(tensors[0].dtype)
-    value = weight.new_empty(weight.shape if per_row else ())
-    dtypes = [dtype, *[saved_dtype(tensors[0].dtype)] * operand_count, *[dtype] * (len(tensors) - operand_count)]
-    kept = [(t, d) for t, d, want in zip([scale, *tensors], dtypes, wanted, strict=True) if want and not per_row]
-    return [value, *(t.new_empty(t.shape, dtype=d) for t, d in kept)]
+    value = weight.new_empty(weight.shape if plan.per_row else ())
+    operands = plan.shape[0]
+    dtypes = [dtype, *[saved_dtype(tensors[0].dtype)] * operands, *[dtype] * (len(tensors) - operands)]
+    kept = [(t, d) for t, d, want in zip([scale, *tensors], dtypes, wanted, strict=True) if want and not plan.per_row]
+    return [value, weight.new_empty(COUNTED, weight.shape[0]), *(t.new_empty(t.shape, dtype=d) for t, d in kept)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    scale, target, weight, tensors, *options, wanted = inputs
-    ctx.plan, ctx.wanted, ctx.count = Plan(*options), wanted, len(tensors)
-    ctx.save_for_backward(scale, target, weight, *tensors, *output[1:])
+    scale, target, weight, tensors, constants, *options, wanted = inputs
+    ctx.plan, ctx.wanted, ctx.count, ctx.constants = Plan(*options), wanted, len(tensors), len(constants)
+    ctx.save_for_backward(scale, target, weight, *tensors, *constants, *output[2:])
 
 
 def _backward(ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    scale, target, weight, *tensors = saved[: 3 + ctx.count]
-    kept = saved[3 + ctx.count :]
+    saved = iter(ctx.saved_tensors)
+    scale, target, weight = (next(saved) for _ in range(3))
+    tensors, constants = ([next(saved) for _ in range(count)] for count in (ctx.count, ctx.constants))
+    kept = list(saved)
     if ctx.plan.per_row:
         summed = ctx.plan._replace(per_row=False)
         row_weight = weight * upstream[0]
-        kept = torch.ops.fusedloss.softmax_sweep(scale, target, row_weight, tensors, *summed, ctx.wanted)[1:]
-    found = iter(kept if ctx.plan.per_row else [g * _like(upstream[0], g) for g in kept])
-    by_scale, *rest = _cast([next(found) if want else None for want in ctx.wanted], [scale, *tensors])
-    return (by_scale, None, None, rest, *(None for _ in (*ctx.plan, ctx.wanted)))
+        kept = torch.ops.fusedloss.sweep(scale, target, row_weight, tensors, constants, *summed, ctx.wanted)[2:]
+    else:
+        kept = [g * _like(upstream[0], g) for g in kept]
+    found = iter(kept)
+    by_scale, *others = _cast([next(found) if want else None for want in ctx.wanted], [scale, *tensors])
+    return (by_scale, None, None, others, [None] * len(constants), *(None for _ in (*ctx.plan, ctx.wanted)))
 
 
-_softmax_sweep.register_autograd(_backward, setup_context=_setup_context)
+_sweep.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("fusedloss::top_rows", mutates_args=())
+def _top_rows(
+    scale: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    tensors: list[Tensor],
+    constants: list[Tensor],
+    backend: str,
+    fold: str,
+    shape: list[int],
+    numbers: list[float],
+    per_row: bool,
+) -> list[Tensor]:
+    plan = Plan(backend, fold, shape, numbers, per_row)
+    return list(sweep.top_rows(unflatten(plan, scale, target, weight, tensors, constants), BACKENDS[backend]))
+
+
+@_top_rows.register_fake
+def _(scale, target, weight, *_):
+    return [torch.empty_like(weight), torch.empty_like(target)]

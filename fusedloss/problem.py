@@ -21,23 +21,93 @@ from torch import Tensor
 NORM_EPS = 1e-12  # F.normalize's: a zero row stays zero instead of turning into NaN
 
 
+class Compare(NamedTuple):
+    """A number per row and per column: a column with the row's own number is dropped, or nothing else is kept."""
+
+    rows: Tensor  # int64 [M]
+    keys: Tensor  # int64 [N]
+    keep: bool
+
+
+class Guide(NamedTuple):
+    """Another model's embeddings of a block's rows and columns, of any dimension; they enter as unit vectors."""
+
+    query: Tensor  # [M, G]
+    key: Tensor  # [N, G]
+
+
+class GuideRule(NamedTuple):
+    """Drops what the guide finds closer than the row's own target, less a margin (a share of it if `relative`)."""
+
+    margin: float = 0.0
+    relative: bool = False
+
+
+class Mask(NamedTuple):
+    """Which columns of a block may compete; all that is given must agree. The target always may, but for `skip`.
+
+    dense: bool [M, N], True: may compete.
+    margin: drops columns whose similarity exceeds the target's by more.
+    exempt: int64 [M, E], columns that the margin does not concern; -1: none.
+    skip: int64 [M], the one column that the row leaves out (itself); -1: none.
+    """
+
+    compare: tuple[Compare, ...] = ()
+    dense: Tensor | None = None
+    margin: float | None = None
+    exempt: Tensor | None = None
+    guide: Guide | None = None
+    skip: Tensor | None = None
+
+    @property
+    def given(self) -> bool:
+        return bool(self.compare) or any(part is not None for part in (self.dense, self.margin, self.guide, self.skip))
+
+
 @dataclass(frozen=True)
 class Block:
-    """Columns `operands[key]` for rows `operands[query]`, with an optional additive `bias` [N] per column."""
+    """Columns `operands[key]` for rows `operands[query]`, with an optional additive `bias` [N] per column.
+
+    penalty: times the similarity, added to the logits of all columns but the target without a gradient of its own
+        (hardness); `own_penalty` instead in row i's column i.
+    """
 
     query: int
     key: int
     bias: Tensor | None = None
+    mask: Mask = Mask()
+    penalty: float = 0.0
+    own_penalty: float = 0.0
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A loss of a row's similarities that is no softmax: `folds.FOLDS[name]` on whole rows of one chunk.
+
+    options: its numbers. labels: of rows and columns. itself: row i stands in column i and is not its own pair.
+    distance: "euclidean" or "squared" where the fold sees distances; "cosine": `1 - sim`.
+    scalars: learnable 0-dim tensors after the scale. teacher: embeddings whose logits are the fold's second input.
+    """
+
+    name: str
+    options: tuple[float, ...] = ()
+    labels: tuple[Tensor, Tensor] | None = None
+    itself: bool = False
+    distance: str = ""
+    scalars: tuple[Tensor, ...] = ()
+    teacher: Guide | None = None
+    teacher_scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One softmax sweep. Rows of every block are the same M rows; the target column lies in block 0.
+    """One sweep. Rows of every block are the same M rows; the target column lies in block 0.
 
     operands: matrices [rows, D], each any floating dtype (all alike) and any strides.
     blocks: the parts of the row, side by side.
     scale: 0-dim tensor in the statistics dtype (fp32, or fp64 for fp64 operands).
     target: int64 [M], a column of block 0.
+        -1 (where `decoupled`, or for a fold): none.
     weight: [M] in the statistics dtype: what each row's loss is multiplied by; 0 leaves a row out.
     cosine: rows of the operands enter as unit vectors; the 1/norms act on the fp32 accumulator.
     label_smoothing: share of the target mass spread evenly over the row's admissible columns.
@@ -45,6 +115,10 @@ class Problem:
     scale_bound: `scale` as a Python number where the host knows it, else None. It only ever selects a faster way to
         the same result.
     workspace_bytes: the most that the workspace may take; None: the device's default.
+    decoupled: the target stays out of its row's normaliser, too (DCL): `lse_neg - z_t`.
+    guide_rule: how blocks' guides mask.
+    wants_tally: count what `Tally` holds.
+    fold: instead of the softmax.
     """
 
     operands: tuple[Tensor, ...]
@@ -57,6 +131,15 @@ class Problem:
     symmetric: bool = False
     scale_bound: float | None = None
     workspace_bytes: int | None = None
+    decoupled: bool = False
+    guide_rule: GuideRule = GuideRule()
+    wants_tally: bool = False
+    fold: Fold | None = None
+
+    @property
+    def masked(self) -> bool:
+        """Whether rows may have different admissible columns."""
+        return any(block.mask.given for block in self.blocks)
 
     @property
     def rows(self) -> int:
@@ -116,11 +199,40 @@ class Strip(NamedTuple):
 
     x: Tensor  # [R, D]
     y: Tensor  # [N, D]
-    scale: Tensor  # 0-dim
+    scale: Tensor  # 0-dim, the block's penalty included
     row_factor: Tensor | None  # [R]
     col_factor: Tensor | None  # [N]
     bias: Tensor | None  # [N], may hold -inf: that column is removed
     target: Tensor | None  # [R] int64, this block's column that the sums leave out; -1 (or out of range): none
+    mask: StripMask | None = None
+    own: Tensor | None = None  # [R] int64, the column that `own_scale` multiplies instead
+    own_scale: Tensor | None = None
+
+
+class StripMask(NamedTuple):
+    """A block's mask, for one row chunk."""
+
+    compare: tuple[Compare, ...] = ()  # rows [R], keys [N]
+    dense: Tensor | None = None  # [R, N]
+    threshold: Tensor | None = None  # [R]: larger similarities are dropped
+    exempt: Tensor | None = None  # [R, E], int64
+    skip: Tensor | None = None  # [R]
+    dropped: Tensor | None = None  # by the guide: bool [R, N], or packed bits, as the backend likes it
+
+
+class Tally(NamedTuple):
+    """What is counted of a row's admissible negatives where somebody asks; zeros and -inf to begin with."""
+
+    count: Tensor  # [R]
+    above: Tensor  # how many have a larger logit than the target
+    maximum: Tensor  # the largest logit
+    z: Tensor  # sums of the logits, and of the similarities
+    sim: Tensor
+
+    @classmethod
+    def empty(cls, size: int, like: Tensor) -> Tally:
+        zeros = like.new_zeros(4, size)
+        return cls(zeros[0], zeros[1], like.new_full((size,), -torch.inf), zeros[2], zeros[3])
 
 
 class RowSums(NamedTuple):

@@ -6,13 +6,15 @@ owe all of their loss to these numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .epilogues import softmax_loss
-from .problem import NORM_EPS, Patch, Prepared, RowSums, Settled, inverse_norms
+from .epilogues import decoupled_loss, softmax_loss
+from .folds import Part
+from .problem import NORM_EPS, GuideRule, Patch, Prepared, Problem, RowSums, Settled, inverse_norms, stats_dtype
 
 ROWS = 1024  # at a time, where rows are converted: fp32 copies stay in a CPU's caches
 
@@ -39,10 +41,12 @@ def prepare(
     col_factor = row_factor if y is x else inverse_norms(y) if cosine else None
     wide = torch.float64 if x.device.type in ("cpu", "cuda") else scale.dtype
     sim = torch.empty(x.shape[0], dtype=wide, device=x.device)
+    none, target = target < 0, target.clamp(min=0)
     for chunk in row_chunks(x):
         sim[chunk] = torch.linalg.vecdot(x[chunk].to(wide), y[target[chunk]].to(wide))
     if row_factor is not None and col_factor is not None:
         sim = sim * row_factor * col_factor[target]
+    sim = sim.masked_fill(none, 0)
     score = sim * scale
     if bias is not None:
         score = score + bias[target]
@@ -63,6 +67,8 @@ def settle(
     weight: Tensor,
     label_smoothing: float = 0.0,
     *,
+    decoupled: bool = False,
+    smooth: Tensor | None = None,
     patch: Patch | None = None,
     scaled: Sequence[Tensor] = (),
     dtype: torch.dtype | None = None,
@@ -71,8 +77,13 @@ def settle(
 
     With `patch`, entries are relative to `weight / l` and written into the workspace, merged in fp32 before they are
     rounded; `scaled` are then the matrices whose rows are wanted times `weight / l`, rounded to `dtype`.
+
+    decoupled: l is the sum of the negatives alone; a row without any has loss 0. smooth: what smoothing takes from
+    every admissible entry, where it is known by row.
     """
     left_out = weight == 0
+    if decoupled:
+        left_out = left_out | (sums.total == 0)
     # Infinite in the dtype of the other logits: inf - inf, as in torch's own cross-entropy.
     score = score.masked_fill(score.to(sums.total.dtype) == torch.inf, torch.nan)
     # A row without negatives takes its target's score as shift, so that 1 / l is 1 and not exp(-score).
@@ -81,24 +92,75 @@ def settle(
     # A target's logit far above the others must not make l infinite: a smoothed entry is a share of l, and 80 leaves
     # room for the product with y. What it costs are probabilities under exp(-80), beside a share of 1 / N.
     most = 80.0 if label_smoothing else 88.0 if total.dtype == torch.float32 else 700.0
-    l = total + torch.exp((score - shift).clamp(max=most).to(total.dtype))
+    own = torch.exp((score - shift).clamp(max=most).to(total.dtype))
+    l = total.clone() if decoupled else total + own
     over_l = (weight / l).masked_fill(left_out, 0)
     if patch is None:
         entry = label_smoothing * weight - over_l * total
     else:
         entry = label_smoothing * l - total
+    if smooth is not None:
+        entry = entry - smooth
     entry = entry.masked_fill(left_out, 0)
     if patch is not None:
         patch_target(patch, entry)
-    loss = (weight * softmax_loss(shift, total, score)).masked_fill(left_out, 0)
+    loss = decoupled_loss(shift, total, score) if decoupled else softmax_loss(shift, total, score)
+    loss = (weight * loss).masked_fill(left_out, 0)
     return Settled(loss, shift, over_l, entry, [(x * over_l[:, None]).to(dtype) for x in scaled])
 
 
 def patch_target(patch: Patch, entry: Tensor) -> None:
     out, target, row_factor, col_factor = patch
+    none, target = target < 0, target.clamp(min=0)
     if row_factor is not None and col_factor is not None:
         entry = entry * row_factor * col_factor[target]
-    out.scatter_(1, target[:, None], entry[:, None].to(out.dtype))
+    index, entry = target[:, None], entry[:, None].to(out.dtype)
+    out.scatter_(1, index, torch.where(none[:, None], out.gather(1, index), entry))
+
+
+def guide_threshold(own: Tensor, rule: GuideRule) -> Tensor:
+    """Above which the guide drops a column, given its cosine of the row and its target.
+
+    Within 4 eps are ties, which stay: a duplicate of the target may round otherwise in another block.
+    """
+    margin = own.abs() * rule.margin if rule.relative else rule.margin
+    return own - margin + 4 * torch.finfo(own.dtype).eps
+
+
+def score_ties(x: Tensor, y: Tensor) -> Tensor:
+    """By how much a similarity may exceed the target's and still be a tie: 4 eps of the product of both lengths."""
+    lengths = (torch.linalg.vector_norm(t, dim=1, dtype=stats_dtype(t.dtype)) for t in (x, y))
+    return 4 * torch.finfo(stats_dtype(x.dtype)).eps * math.prod(lengths)
+
+
+def above_ties(score: Tensor) -> Tensor:
+    """Logits above this rank before the target: not by the rounding of a duplicate's."""
+    return score + 4 * torch.finfo(score.dtype).eps * score.abs()
+
+
+def fold_scalars(problem: Problem) -> tuple[Tensor, ...]:
+    return (problem.scale, *(problem.fold.scalars if problem.fold is not None else ()))
+
+
+def fold_part(problem: Problem, chunk: slice) -> Part:
+    """What a fold is told of the rows of a chunk; the teacher's logits are whole rows, too."""
+    fold = problem.fold
+    assert fold is not None
+    rows = torch.arange(chunk.start, chunk.stop, device=problem.device)
+    row_labels, key_labels = fold.labels or (None, None)
+    teacher = None
+    if fold.teacher is not None:
+        query, key = (x.to(problem.scale.dtype) for x in fold.teacher)
+        teacher = query[chunk] @ key.T * fold.teacher_scale
+    return Part(
+        rows,
+        problem.weight[chunk],
+        problem.target[chunk],
+        None if row_labels is None else row_labels[chunk],
+        key_labels,
+        rows if fold.itself else None,
+        teacher,
+    )
 
 
 def weigh(patch: Patch, rows: Tensor, columns: Tensor, entry: Tensor) -> None:

@@ -18,7 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .folds import FOLDS
 from .problem import (
+    Block,
     Patch,
     Prepared,
     Problem,
@@ -26,11 +28,13 @@ from .problem import (
     Settled,
     Softmax,
     Strip,
+    StripMask,
+    Tally,
     autocasting,
     saved_dtype,
     stats_dtype,
 )
-from .rows import row_chunks
+from .rows import above_ties, fold_part, fold_scalars, row_chunks
 from .waves import wave_rows
 
 MIB = 1 << 20
@@ -44,6 +48,7 @@ CUDA_BYTES, CUDA_ROWS = 896 * MIB, 8448
 CUDA_LEAST_ROWS, CUDA_SHARE = 3840, 16  # rows that the default may exceed CUDA_BYTES for; at most this part of the card
 STATS_ROWS = {"cpu": 1024, "cuda": CUDA_ROWS}  # a sweep that stores nothing has partial sums only
 CONVERTED_COLUMNS = 4096  # where a product wants another dtype, the workspace is converted tile by tile
+FOLD_COPIES = 6  # of a chunk that folds keep beside it: sorted values and their int64 places, masks
 PAD = 16  # elements: each block's part of a workspace row starts aligned for 16-byte accesses
 
 
@@ -53,10 +58,11 @@ class Wants(NamedTuple):
     operands: tuple[bool, ...]
     scale: bool
     biases: tuple[bool, ...]  # one per block
+    scalars: tuple[bool, ...] = ()  # a fold's own
 
     @property
     def any(self) -> bool:
-        return self.scale or any(self.operands) or any(self.biases)
+        return self.scale or any(self.operands) or any(self.biases) or any(self.scalars)
 
 
 class Result(NamedTuple):
@@ -64,6 +70,8 @@ class Result(NamedTuple):
     operands: tuple[Tensor | None, ...]  # gradients of rows.sum(), in saved_dtype
     scale: Tensor | None
     biases: tuple[Tensor | None, ...]
+    scalars: tuple[Tensor | None, ...]
+    counted: list[Tensor]  # each [M]: the start of a Tally, or what a fold's sum is divided by
 
 
 @torch.no_grad()
@@ -73,6 +81,14 @@ def run(problem: Problem, backend: ModuleType, wants: Wants) -> Result:
         return _Sweep(problem, backend, wants).run()
     with torch.autocast(problem.device.type, enabled=False):
         return _Sweep(problem, backend, wants).run()
+
+
+@torch.no_grad()
+def top_rows(problem: Problem, backend: ModuleType) -> tuple[Tensor, Tensor]:
+    """Each row's largest logit and its column, the first on ties; -inf and -1 where no column competes."""
+    wants = Wants((False,) * len(problem.operands), False, (False,) * len(problem.blocks))
+    with torch.autocast(problem.device.type, enabled=False):
+        return _Sweep(problem, backend, wants).top_rows()
 
 
 # Chunks ---------------------------------------------------------------------------------------------------------------
@@ -107,7 +123,8 @@ def workspace_shape(problem: Problem, backend: ModuleType) -> tuple[tuple[int, i
     """(rows, columns) and dtype of the workspace; raises where the budget does not allow one."""
     dtype, D = backend.workspace_dtype(problem), problem.operands[0].shape[1]
     width = sum(_block_widths(problem))
-    rows = chunk_rows(problem.rows, width, D, dtype.itemsize, problem.device, problem.workspace_bytes)
+    row_bytes = dtype.itemsize * (1 if problem.fold is None else FOLD_COPIES)
+    rows = chunk_rows(problem.rows, width, D, row_bytes, problem.device, problem.workspace_bytes)
     return (rows, width), dtype
 
 
@@ -130,29 +147,53 @@ class _Sweep:
         self.biases = [None if b.bias is None else b.bias.to(self.dtype).contiguous() for b in problem.blocks]
         self.prepared = self._prepare()
         self.factors = self._factors()
+        self.masks = [self._mask(block) for block in problem.blocks]
+        self.guides = self._guides()
+        penalties = [p for block in problem.blocks for p in (block.penalty, block.own_penalty)]
+        self.scales = {p: problem.scale + p if p else problem.scale for p in penalties}
+        self.own = torch.arange(problem.rows, device=problem.device) if any(penalties) else None
+        self.by_row_smoothing = bool(problem.label_smoothing) and problem.masked
+        counts = problem.wants_tally or self.by_row_smoothing
+        self.tally = Tally.empty(problem.rows, problem.weight) if counts else None
+        self.count: list[Tensor] = []
         self.bias_grads = [
             torch.zeros_like(bias) if wanted and bias is not None else None
             for bias, wanted in zip(self.biases, wants.biases, strict=True)
         ]
         self.scale_grad = torch.zeros_like(problem.scale) if wants.scale else None
-        self.smoothing = _Smoothing(self) if problem.label_smoothing else None
+        self.scalar_grads = [torch.zeros_like(problem.scale) if wanted else None for wanted in wants.scalars]
+        self.smoothing = _Smoothing(self) if problem.label_smoothing and not self.by_row_smoothing else None
         self.gain = self._gain() if backend.workspace_dtype(problem) == torch.float16 else None
         self.gradients = [self._gradient(number) if wanted else None for number, wanted in enumerate(wants.operands)]
 
     def run(self) -> Result:
         if not self.problem.rows:
             losses = torch.empty_like(self.problem.weight)
+        elif self.problem.fold is not None:
+            losses = self._folded()
         elif self.problem.symmetric:
             losses = self._symmetric()
         elif self.wants.any:
             losses = self._one_directional()
         else:
-            chunks = self._stats_chunks()
-            losses = _joined([self._settle(c, self.backend.stats_rows(self._strips(c))).loss for c in chunks])
+            losses = _joined([self._stats_chunk(chunk, outs).loss for chunk, outs in self._stats_chunks_and_room()])
         if self.smoothing is not None:
             losses += self.smoothing.losses(self)
         gradients = self._finish() if self.wants.any else (None,) * len(self.operands)
-        return Result(losses, gradients, self.scale_grad, tuple(self.bias_grads))
+        counted = list(self.tally) if self.tally is not None and self.problem.wants_tally else self.count
+        return Result(losses, gradients, self.scale_grad, tuple(self.bias_grads), tuple(self.scalar_grads), counted)
+
+    def top_rows(self) -> tuple[Tensor, Tensor]:
+        if not self.problem.rows or not self.problem.columns:
+            found = [self._no_top()]
+        else:
+            found = [self.backend.top_rows(self._strips(chunk, [])) for chunk in self._stats_chunks()]
+        values, columns = zip(*found, strict=True)
+        return _joined(list(values)), _joined(list(columns))
+
+    def _no_top(self) -> tuple[Tensor, Tensor]:
+        weight = self.problem.weight
+        return torch.full_like(weight, -torch.inf), torch.full_like(self.problem.target, -1)
 
     # One direction ----------------------------------------------------------------------------------------------------
 
@@ -168,7 +209,8 @@ class _Sweep:
 
     def _exp_chunk(self, chunk: slice, outs: list[Tensor]) -> Settled:
         """E = exp(z - shift) in the workspace; weight / l is folded into the operands of the two GEMMs."""
-        sums, q = self.backend.exp_rows(self.problem, self._strips(chunk), outs, self._wanted_target_sim(chunk))
+        strips, counts = self._strips(chunk, outs), self._counts(chunk)
+        sums, q = self.backend.exp_rows(self.problem, strips, outs, self._wanted_target_sim(chunk), *counts)
         dtype = _gemm_dtype(self.problem, outs[0].dtype)
         queries = self._queries(chunk)
         rows = self._settle(
@@ -185,9 +227,95 @@ class _Sweep:
 
     def _grad_chunk(self, chunk: slice, outs: list[Tensor]) -> Settled:
         """Where no shift is known to be safe: the row's log-sum-exp first, then dz itself."""
-        rows = self._settle(chunk, self.backend.stats_rows(self._strips(chunk)))
-        self._grad(chunk, outs, rows.softmax(self._wanted_target_sim(chunk)), None, rows.entry)
+        strips = self._strips(chunk, outs)
+        rows, smooth = self._stats(chunk, strips)
+        self._grad(chunk, strips, outs, rows.softmax(self._wanted_target_sim(chunk)), None, rows.entry, smooth)
         return rows
+
+    def _stats_chunk(self, chunk: slice, outs: list[Tensor]) -> Settled:
+        return self._stats(chunk, self._strips(chunk, outs))[0]
+
+    def _stats(self, chunk: slice, strips: list[Strip]) -> tuple[Settled, Tensor | None]:
+        """The rows' losses, and what smoothing takes from each admissible entry where a mask makes that differ."""
+        sums = self.backend.stats_rows(strips, *self._counts(chunk))
+        if not self.by_row_smoothing or self.tally is None:
+            return self._settle(chunk, sums), None
+        count, *_, z, sim = (_part(t, chunk) for t in self.tally)
+        weight, score = (_part(t, chunk) for t in (self.problem.weight, self.prepared.score))
+        spread = self.problem.label_smoothing * weight  # over the target and `count` others
+        smooth = spread / (count + 1)
+        rows = self._settle(chunk, sums, smooth=smooth)
+        score = score.to(z.dtype)
+        loss = rows.loss + (spread * score - smooth * (z + score)).masked_fill(weight == 0, 0)
+        target_sim = self._wanted_target_sim(chunk)
+        if self.scale_grad is not None and target_sim is not None and self.wants.any:
+            self.scale_grad += (spread * target_sim - smooth * (sim + target_sim)).sum()
+        return rows._replace(loss=loss), smooth
+
+    def _counts(self, chunk: slice) -> tuple[Tally | None, Tensor | None]:
+        if self.tally is None:
+            return None, None
+        score = above_ties(_part(self.prepared.score, chunk).to(self.dtype))
+        return Tally(*(_part(t, chunk) for t in self.tally)), score
+
+    # Other functions of a row's similarities ---------------------------------------------------------------------------
+
+    def _folded(self) -> Tensor:
+        workspace = self._workspace()
+        losses = []
+        for chunk in _chunks(self.problem.rows, workspace.shape[0]):
+            outs = self._outs(workspace, chunk)
+            losses.append(self._fold_chunk(chunk, self._strips(chunk, outs)[0], outs[0]))
+        return _joined(losses)
+
+    def _fold_chunk(self, chunk: slice, strip: Strip, out: Tensor) -> Tensor:
+        """The whole rows of a chunk are in the workspace: similarities, then the gradient by them."""
+        fold, block = self.problem.fold, self.problem.blocks[0]
+        assert fold is not None
+        self.backend.similarities(strip, out)
+        apart = None
+        if fold.distance == "cosine":
+            torch.sub(1, out, out=out)
+        elif fold.distance:
+            apart = self._distances_(chunk, out)
+        scalars = fold_scalars(self.problem)
+        folded = FOLDS[fold.name][0](out, fold_part(self.problem, chunk), scalars, fold.options, self.wants.any)
+        if folded.count is not None:
+            self.count = [torch.cat([*self.count, folded.count])]
+        if not self.wants.any:
+            return folded.loss
+        for total, part in zip([self.scale_grad, *self.scalar_grads], folded.scalars, strict=False):
+            if total is not None:
+                total += part
+        if fold.distance == "cosine":
+            out.neg_()
+        elif apart is not None:
+            # d |x - y|^2 = 2 (x - y) (dx - dy), and d|x - y| its half over the distance; 0 where that is 0.
+            out.div_(apart).masked_fill_(apart == 0, 0) if fold.distance == "euclidean" else out.mul_(2)
+            for number, rows, sums in ((block.query, chunk, out.sum(1)), (block.key, slice(None), out.sum(0))):
+                gradient = self.gradients[number]
+                if gradient is not None:
+                    gradient.accumulator()[rows].addcmul_(self.operands[number][rows].to(self.dtype), sums[:, None])
+            out.neg_()
+        for factor in (strip.row_factor, strip.col_factor):
+            if factor is not None:
+                out.mul_(factor[:, None] if factor is strip.row_factor else factor)
+        self._contract(chunk, [out], self._queries(chunk), None)
+        return folded.loss
+
+    def _distances_(self, chunk: slice, sim: Tensor) -> Tensor:
+        """From similarities to distances in place, and a copy of them; exactly 0 from a row to itself."""
+        fold, block = self.problem.fold, self.problem.blocks[0]
+        assert fold is not None
+        x, y = (self._squares(number) for number in (block.query, block.key))
+        sim.mul_(-2).add_(x[chunk, None]).add_(y).clamp_(min=0)
+        if fold.itself:
+            sim.diagonal(chunk.start).zero_()
+        return sim.sqrt_().clone() if fold.distance == "euclidean" else sim
+
+    def _squares(self, number: int) -> Tensor:
+        x = self.operands[number]
+        return _joined([x[chunk].to(self.dtype).square().sum(1) for chunk in row_chunks(x)])
 
     # Both directions --------------------------------------------------------------------------------------------------
 
@@ -197,14 +325,14 @@ class _Sweep:
         Where all of E fits the workspace and one shift serves rows and columns, it is stored instead of computed twice.
         """
         score, weight = self.prepared.score, self.problem.weight / 2
-        if self.wants.any and self.backend.can_store(self.problem):
+        if self.wants.any and self.tally is None and self.backend.can_store(self.problem):
             workspace = self._workspace()
             if workspace.shape[0] == self.problem.rows:
                 return self._stored(workspace, weight)
         columns: RowSums | None = None
         chunks = []
         for chunk in self._stats_chunks():
-            sums, more = self.backend.stats_rows_and_columns(self._strips(chunk)[0])
+            sums, more = self.backend.stats_rows_and_columns(self._strips(chunk, [])[0], *self._counts(chunk))
             chunks.append(self._settle(chunk, sums, weight)[:4])
             if chunk.stop - chunk.start == self.problem.rows:
                 columns = more
@@ -214,19 +342,19 @@ class _Sweep:
         rows = Settled(loss, shift, over_l, entries, [])
         by_column = self.backend.settle(columns, score, weight)
         if self.wants.any:
-            target_sim = self.prepared.target_sim
+            target_sim = self.prepared.target_sim if self.wants.scale else None
             entry = rows.entry + by_column.entry
             by_row, column_softmax = rows.softmax(target_sim), by_column.softmax(target_sim)
             workspace = self._workspace()
             for chunk in _chunks(self.problem.rows, workspace.shape[0]):
-                part = by_row.map(functools.partial(_part, chunk=chunk))
-                self._grad(chunk, self._outs(workspace, chunk), part, column_softmax, _part(entry, chunk))
+                part, outs = by_row.map(functools.partial(_part, chunk=chunk)), self._outs(workspace, chunk)
+                self._grad(chunk, self._strips(chunk, outs), outs, part, column_softmax, _part(entry, chunk))
         return rows.loss + by_column.loss
 
     def _stored(self, workspace: Tensor, weight: Tensor) -> Tensor:
         chunk = slice(0, self.problem.rows)
         outs = self._outs(workspace, chunk)
-        sums, column_sums = self.backend.exp_rows_and_columns(self.problem, self._strips(chunk)[0], outs[0])
+        sums, column_sums = self.backend.exp_rows_and_columns(self.problem, self._strips(chunk, outs)[0], outs[0])
         rows = self._settle(chunk, sums, weight)
         columns = self.backend.settle(column_sums, self.prepared.score, weight)
         entry = rows.entry + columns.entry
@@ -245,8 +373,44 @@ class _Sweep:
             self.problem.scale,
             self.biases[0],
             cosine=self.problem.cosine,
-            wants_target_sim=self.wants.scale,
+            wants_target_sim=self.wants.scale or any(b.mask.margin is not None for b in self.problem.blocks),
         )
+
+    def _mask(self, block: Block) -> StripMask | None:
+        """A block's mask for all rows; the threshold of a margin is the target's similarity and the margin."""
+        mask = block.mask
+        if not mask.given:
+            return None
+        threshold = None
+        if mask.margin is not None:
+            first, target = self.problem.blocks[0], self.problem.target.clamp(min=0)
+            ties = torch.as_tensor(4 * torch.finfo(self.dtype).eps)
+            if not self.problem.cosine:
+                ties = ties * self._squares(first.query)[: self.problem.rows].sqrt()
+                ties = ties * self._squares(first.key)[target].sqrt()
+            assert self.prepared.target_sim is not None
+            threshold = self.prepared.target_sim + (ties + mask.margin).to(self.dtype)
+        return StripMask(mask.compare, mask.dense, threshold, mask.exempt, mask.skip)
+
+    def _guides(self) -> list[Strip]:
+        """The guide's embeddings as strips of all rows, one a block."""
+        if self.problem.blocks[0].mask.guide is None:
+            return []
+        one = torch.ones_like(self.problem.scale)
+        prepared: dict[int, tuple[Tensor, Tensor]] = {}
+        strips = []
+        for number, block in enumerate(self.problem.blocks):
+            assert block.mask.guide is not None
+            sides = []
+            for x in block.mask.guide:
+                if id(x) not in prepared:
+                    x_ = self.backend.operand(x)
+                    prepared[id(x)] = x_, self.backend.inverse_norms(x_)
+                sides.append(prepared[id(x)])
+            (x, row_factor), (y, col_factor) = sides
+            target = self.problem.target if number == 0 else None
+            strips.append(Strip(x, y, one.to(row_factor.dtype), row_factor, col_factor, None, target))
+        return strips
 
     def _factors(self) -> list[Tensor | None]:
         block = self.problem.blocks[0]
@@ -268,14 +432,25 @@ class _Sweep:
         row_factor = _part_or_none(self.factors[block.query], chunk)
         return Patch(out, _part(self.problem.target, chunk), row_factor, self.factors[block.key])
 
-    def _grad(self, chunk: slice, outs: list[Tensor], rows: Softmax, columns: Softmax | None, entry: Tensor) -> None:
-        q = self.backend.grad_rows(self._strips(chunk), outs, rows, columns, entry, self.gain)
+    def _grad(
+        self,
+        chunk: slice,
+        strips: list[Strip],
+        outs: list[Tensor],
+        rows: Softmax,
+        columns: Softmax | None,
+        entry: Tensor,
+        smooth: Tensor | None = None,
+    ) -> None:
+        q = self.backend.grad_rows(strips, outs, rows, columns, entry, self.gain, smooth)
         self._contract(chunk, outs, self._queries(chunk), None)
         if q is not None and self.scale_grad is not None:
             self.scale_grad += q.sum()
 
     def _gradient(self, number: int) -> _Gradient:
         finish, scale, gain = self.backend.finish, self.problem.scale, self.gain
+        if self.problem.fold is not None:
+            scale = torch.ones_like(scale)  # folds give the gradient by the similarity itself
         operand, factor = self.operands[number], self.factors[number]
 
         def apply(total: Tensor, over_l: Tensor | None, rows: slice, out: Tensor) -> None:
@@ -289,7 +464,7 @@ class _Sweep:
         return {number: _part(self.operands[number], chunk) for number in sorted(numbers)}
 
     def _wanted_target_sim(self, chunk: slice) -> Tensor | None:
-        return _part_or_none(self.prepared.target_sim, chunk)
+        return _part_or_none(self.prepared.target_sim, chunk) if self.wants.scale else None
 
     def _gain(self) -> Tensor:
         """The power of two that brings the largest possible dz to fp16's upper half: what is small would round to 0.
@@ -303,24 +478,52 @@ class _Sweep:
         exponent = torch.floor(15 - torch.log2(factors * weight.clamp_min(2.0**-126)))
         return torch.exp2(exponent.clamp(-126, 126))  # a power of two also where no row counts
 
-    def _strips(self, chunk: slice) -> list[Strip]:
+    def _strips(self, chunk: slice, outs: list[Tensor]) -> list[Strip]:
+        """`outs` is where guides' similarities may go until their masks are made."""
         strips = []
         for number, block in enumerate(self.problem.blocks):
+            other_own = block.own_penalty != block.penalty and number > 0  # in block 0 it is the target
             strips.append(
                 Strip(
                     x=_part(self.operands[block.query], chunk),
                     y=self.operands[block.key],
-                    scale=self.problem.scale,
+                    scale=self.scales[block.penalty],
                     row_factor=_part_or_none(self.factors[block.query], chunk),
                     col_factor=self.factors[block.key],
                     bias=self.biases[number],
                     target=_part(self.problem.target, chunk) if number == 0 else None,
+                    mask=_mask_part(self.masks[number], chunk),
+                    own=_part_or_none(self.own, chunk) if other_own else None,
+                    own_scale=self.scales[block.own_penalty] if other_own else None,
                 )
             )
+        if self.guides:
+            parts = [
+                guide._replace(
+                    x=_part(guide.x, chunk),
+                    row_factor=_part_or_none(guide.row_factor, chunk),
+                    target=_part_or_none(guide.target, chunk),
+                )
+                for guide in self.guides
+            ]
+            drops = self.backend.guide_rows(parts, self.problem.guide_rule, outs)
+            strips = [
+                strip._replace(mask=(strip.mask or StripMask())._replace(dropped=dropped))
+                for strip, dropped in zip(strips, drops, strict=True)
+            ]
         return strips
 
     def _stats_chunks(self) -> Iterator[slice]:
         return _chunks(self.problem.rows, STATS_ROWS.get(self.problem.device.type, STATS_ROWS["cpu"]))
+
+    def _stats_chunks_and_room(self) -> Iterator[tuple[slice, list[Tensor]]]:
+        """With a guide the chunks of the sweep that stores: its mask must come out alike in forward and backward."""
+        if not self.guides:
+            yield from ((chunk, []) for chunk in self._stats_chunks())
+            return
+        workspace = self._workspace()
+        for chunk in _chunks(self.problem.rows, workspace.shape[0]):
+            yield chunk, self._outs(workspace, chunk)
 
     def _workspace(self) -> Tensor:
         shape, dtype = workspace_shape(self.problem, self.backend)
@@ -388,6 +591,8 @@ class _Gradient:
         self.dtype = saved_dtype(problem.dtype)
         self.apply = finish  # (total, over_l, rows, out): what the products left out
         at_once = not problem.label_smoothing and all(block.key != number for block in problem.blocks)
+        if problem.fold is not None and problem.fold.distance in ("euclidean", "squared"):
+            at_once = False  # the lengths of both sides add a multiple of each row
         self.kept = self.like.new_empty(self.shape, dtype=self.dtype) if at_once else None
         self.total: Tensor | None = None  # over all chunks
         self.product: Tensor | None = None  # of this chunk
@@ -493,6 +698,18 @@ def _part(x: Tensor, chunk: slice) -> Tensor:
 
 def _part_or_none(x: Tensor | None, chunk: slice) -> Tensor | None:
     return None if x is None else _part(x, chunk)
+
+
+def _mask_part(mask: StripMask | None, chunk: slice) -> StripMask | None:
+    if mask is None:
+        return None
+    return mask._replace(
+        compare=tuple(compare._replace(rows=_part(compare.rows, chunk)) for compare in mask.compare),
+        dense=_part_or_none(mask.dense, chunk),
+        threshold=_part_or_none(mask.threshold, chunk),
+        exempt=_part_or_none(mask.exempt, chunk),
+        skip=_part_or_none(mask.skip, chunk),
+    )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedloss
 from fusedloss.backends import BACKENDS
+from fusedloss.op import flatten
+from fusedloss.problem import Block, Problem
 from fusedloss.info import probe
 
 PLAIN = ["chunked", "reference"]
@@ -268,5 +270,9 @@ def test_the_op_meets_torch_librarys_own_checks(backend, per_row, symmetric):
         pytest.skip(f"{backend}: {reason}")
     x, y = leaves((6, 4), (6, 4), dtype=torch.float32)
     scale = torch.tensor(2.0, requires_grad=True)
-    arguments = (scale, torch.arange(6), torch.ones(6), [x, y], backend, [0, 1, 0], 2, True, 0.0)
-    torch.library.opcheck(torch.ops.fusedloss.softmax_sweep, (*arguments, symmetric, None, None, per_row, [True] * 3))
+    problem = Problem(
+        (x, y), (Block(0, 1),), scale, torch.arange(6), torch.ones(6), cosine=True, symmetric=symmetric, wants_tally=True
+    )
+    plan, tensors, constants = flatten(problem, backend, per_row)
+    arguments = (scale, problem.target, problem.weight, tensors, constants, *plan)
+    torch.library.opcheck(torch.ops.fusedloss.sweep, (*arguments, [True] * 3))

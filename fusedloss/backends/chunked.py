@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..problem import Patch, Problem, RowSums, Softmax, Strip, inverse_norms, stats_dtype
-from ..rows import finish, merge, operand, patch_target, prepare, settle
+from ..problem import GuideRule, Patch, Problem, RowSums, Softmax, Strip, Tally, inverse_norms, stats_dtype
+from ..rows import finish, guide_threshold, merge, operand, patch_target, prepare, settle
 
 __all__ = ["finish", "inverse_norms", "merge", "operand", "prepare", "settle"]  # torch has no faster way to these
 
@@ -32,7 +32,8 @@ def why_not(problem: Problem) -> str | None:
 
 
 def can_exp(problem: Problem) -> bool:
-    return True  # exp_rows finds each row's maximum before it exponentiates
+    """exp_rows finds each row's maximum before it exponentiates; smoothing over what a mask leaves needs its sums."""
+    return not (problem.label_smoothing and problem.masked)
 
 
 def can_store(problem: Problem) -> bool:
@@ -73,34 +74,76 @@ def _similarity(strip: Strip, x: Tensor, tile: slice, out: Tensor) -> None:
     _matmul_into(out, x, y, narrow=strip.y.element_size() == 2)
 
 
-def _add_bias_(z: Tensor, strip: Strip, tile: slice) -> Tensor:
-    """Adds the bias; a removed column is -inf whatever its logits are, NaN included."""
-    if strip.bias is None:
-        return z
-    bias = strip.bias[tile]
-    return z.add_(bias).masked_fill_(bias == -math.inf, -math.inf)
-
-
 def _logits(sim: Tensor, strip: Strip, tile: slice, out: Tensor) -> Tensor:
-    """Similarities to logits; -inf at the target, which the sums leave out."""
-    _add_bias_(torch.mul(sim, strip.scale, out=out), strip, tile)
-    return _fill_target_(out, _hits(strip, tile), -math.inf)
+    return _admit_(torch.mul(sim, strip.scale, out=out), strip, tile)
 
 
-def _hits(strip: Strip, tile: slice) -> tuple[Tensor, Tensor] | None:
-    """Rows whose target lies in the tile, and where in it; as (mask, index), so that no shape depends on values."""
-    if strip.target is None:
-        return None
-    index = strip.target - tile.start
+def _admit_(z: Tensor, strip: Strip, tile: slice) -> Tensor:
+    """From `scale * sim` to logits, -inf where a column does not compete, whatever is there, NaN included.
+
+    The target is one of these: the sums leave it out.
+    """
+    dropped = list(_dropped(z, strip, tile))
+    if strip.own_scale is not None:
+        inside, index = _hits(strip.own, tile)
+        entry = z.gather(1, index)
+        z.scatter_(1, index, torch.where(inside, entry * (strip.own_scale / strip.scale), entry))
+    if strip.bias is not None:
+        bias = strip.bias[tile]
+        z.add_(bias).masked_fill_(bias == -math.inf, -math.inf)
+    for mask in dropped:
+        z.masked_fill_(mask, -math.inf)
+    if strip.mask is not None and strip.mask.skip is not None:
+        _fill_(z, strip.mask.skip, tile, -math.inf)
+    if strip.target is not None:
+        _fill_(z, strip.target, tile, -math.inf)
+    return z
+
+
+def _dropped(z: Tensor, strip: Strip, tile: slice) -> Iterator[Tensor]:
+    """What the masks drop of the tile `z = scale * sim`, one bool matrix each."""
+    if strip.mask is None:
+        return
+    for compare in strip.mask.compare:
+        test = torch.ne if compare.keep else torch.eq
+        yield test(compare.rows[:, None], compare.keys[tile])
+    if strip.mask.dense is not None:
+        yield ~strip.mask.dense[:, tile]
+    if strip.mask.dropped is not None:
+        yield strip.mask.dropped[:, tile]
+    if strip.mask.threshold is not None:
+        above = z > (strip.mask.threshold * strip.scale)[:, None]
+        if strip.mask.exempt is not None:
+            for column in strip.mask.exempt.unbind(1):
+                _fill_(above, column, tile, False)
+        yield above
+
+
+def _hits(columns: Tensor | None, tile: slice) -> tuple[Tensor, Tensor]:
+    """Rows whose column lies in the tile, and where in it; as (mask, index), so that no shape depends on values."""
+    assert columns is not None
+    index = columns - tile.start
     inside = (index >= 0) & (index < tile.stop - tile.start)
     return inside[:, None], index.clamp(0, tile.stop - tile.start - 1)[:, None]
 
 
-def _fill_target_(values: Tensor, hits: tuple[Tensor, Tensor] | None, value: float) -> Tensor:
-    if hits is not None:
-        inside, index = hits
-        values.scatter_(1, index, torch.where(inside, value, values.gather(1, index)))
-    return values
+def _fill_(values: Tensor, columns: Tensor, tile: slice, value: float) -> Tensor:
+    """`values[i, columns[i]] = value` where that lies in the tile."""
+    inside, index = _hits(columns, tile)
+    return values.scatter_(1, index, torch.where(inside, value, values.gather(1, index)))
+
+
+def _count_(tally: Tally | None, strip: Strip, z: Tensor, sim: Tensor | None, score: Tensor) -> None:
+    """Adds the tile to the tally. `sim` None: it is `z / scale`, and nobody asks for its sum."""
+    if tally is None:
+        return
+    admitted = z > -math.inf
+    tally.count.add_(admitted.sum(1))
+    tally.above.add_((z > score[:, None]).sum(1))
+    torch.maximum(tally.maximum, z.amax(1), out=tally.maximum)
+    if sim is not None:
+        tally.z.add_(z.masked_fill(~admitted, 0).sum(1))
+        tally.sim.add_(sim.masked_fill(~admitted, 0).sum(1))
 
 
 def _exp_(values: Tensor) -> Tensor:
@@ -143,21 +186,67 @@ def _view(buffer: Tensor, rows: int, tile: slice) -> Tensor:
     return buffer[: rows * columns].view(rows, columns)
 
 
-def stats_rows(strips: list[Strip]) -> RowSums:
+def stats_rows(strips: list[Strip], tally: Tally | None = None, score: Tensor | None = None) -> RowSums:
     rows = strips[0].x.shape[0]
     maximum, total = _empty_sums(strips[0], rows)
-    buffers = _tile_buffer(strips), _tile_buffer(strips)
+    buffers = [_tile_buffer(strips) for _ in range(2 if tally is None else 3)]
     for strip in strips:
         x = _rows(strip)
         for tile in _tiles(strip):
-            z, scratch = (_view(buffer, rows, tile) for buffer in buffers)
-            _similarity(strip, x, tile, z)
-            _logits(z, strip, tile, out=z)
+            sim, scratch, z = (_view(buffer, rows, tile) for buffer in (buffers[0], buffers[1], buffers[-1]))
+            z = sim if tally is None else z
+            _similarity(strip, x, tile, sim)
+            _logits(sim, strip, tile, out=z)
+            if tally is not None and score is not None:
+                _count_(tally, strip, z, sim, score)
             maximum, total = _accumulate(maximum, total, z, 1, scratch)
     return _sums(maximum, total)
 
 
-def stats_rows_and_columns(strip: Strip) -> tuple[RowSums, RowSums]:
+def top_rows(strips: list[Strip]) -> tuple[Tensor, Tensor]:
+    """Each row's largest logit and its column, the first on ties; -inf and -1 where no column competes."""
+    (strip,) = strips
+    rows = strip.x.shape[0]
+    maximum, column = strip.scale.new_full((rows,), -math.inf), torch.full((rows,), -1, device=strip.x.device)
+    buffer, x = _tile_buffer(strips), _rows(strip)
+    for tile in _tiles(strip):
+        z = _view(buffer, rows, tile)
+        _similarity(strip, x, tile, z)
+        largest, index = _logits(z, strip, tile, out=z).max(1)
+        column = torch.where(largest > maximum, index + tile.start, column)
+        maximum = torch.maximum(maximum, largest)
+    return maximum, column
+
+
+def similarities(strip: Strip, out: Tensor) -> None:
+    """`out = row_factor * col_factor * <x, y>`, nothing else."""
+    x = _rows(strip)
+    for tile in _tiles(strip):
+        _similarity(strip, x, tile, out[:, tile])
+
+
+def guide_rows(strips: list[Strip], rule: GuideRule, outs: list[Tensor]) -> list[Tensor | None]:
+    """What the guide drops of each block. `strips` hold the guide's embeddings; `outs` is memory to use.
+
+    The threshold is read out of the product that the target stands in: a dot product beside it rounds otherwise, and
+    half the positives would lie above their own.
+    """
+    first, target = strips[0], strips[0].target
+    assert target is not None
+    similarities(first, outs[0])
+    own = outs[0].gather(1, target.clamp(min=0)[:, None])
+    threshold = guide_threshold(own, rule)
+    dropped = []
+    for strip, out in zip(strips, outs, strict=True):
+        if strip is not first:
+            similarities(strip, out)
+        dropped.append(torch.gt(out, threshold))
+    return dropped
+
+
+def stats_rows_and_columns(
+    strip: Strip, tally: Tally | None = None, score: Tensor | None = None
+) -> tuple[RowSums, RowSums]:
     rows, columns = strip.x.shape[0], strip.y.shape[0]
     maximum, total = _empty_sums(strip, rows)
     column_maximum, column_total = _empty_sums(strip, columns)
@@ -167,13 +256,20 @@ def stats_rows_and_columns(strip: Strip) -> tuple[RowSums, RowSums]:
         z, scratch = (_view(buffer, rows, tile) for buffer in buffers)
         _similarity(strip, x, tile, z)
         _logits(z, strip, tile, out=z)
+        if tally is not None and score is not None:
+            _count_(tally, strip, z, None, score)
         maximum, total = _accumulate(maximum, total, z, 1, scratch)
         column_maximum[tile], column_total[tile] = _accumulate(column_maximum[tile], column_total[tile], z, 0, scratch)
     return _sums(maximum, total), _sums(column_maximum, column_total)
 
 
 def exp_rows(
-    problem: Problem, strips: list[Strip], outs: list[Tensor], target_sim: Tensor | None
+    problem: Problem,
+    strips: list[Strip],
+    outs: list[Tensor],
+    target_sim: Tensor | None,
+    tally: Tally | None = None,
+    score: Tensor | None = None,
 ) -> tuple[RowSums, Tensor | None]:
     """Write `exp(z - max)` with the row's own maximum over all strips; `q_i = sum_{j != t} E_ij (sim_ij - sim_it)`."""
     rows = strips[0].x.shape[0]
@@ -188,8 +284,9 @@ def exp_rows(
             _similarity(strip, x, tile, z)
             if q is not None:
                 z = torch.mul(z, strip.scale, out=_view(buffer, rows, tile))
-            _add_bias_(z, strip, tile)
-            _fill_target_(z, _hits(strip, tile), -math.inf)
+            _admit_(z, strip, tile)
+            if tally is not None and score is not None:
+                _count_(tally, strip, z, None, score)
             maximum = torch.maximum(maximum, z.amax(1))
     shift = _finite(maximum)[:, None]
     for strip, out in zip(strips, outs, strict=True):
@@ -197,8 +294,7 @@ def exp_rows(
             e = out[:, tile]
             if target_sim is not None:
                 apart = torch.sub(e, target_sim[:, None], out=_view(buffer, rows, tile))
-                _add_bias_(e.mul_(strip.scale), strip, tile)
-                _fill_target_(e, _hits(strip, tile), -math.inf)
+                _admit_(e.mul_(strip.scale), strip, tile)
             _exp_(e.sub_(shift))
             total += e.sum(1)
             _flush_(e)
@@ -215,10 +311,12 @@ def grad_rows(
     columns: Softmax | None,
     entry: Tensor,
     gain: Tensor | None,
+    smooth: Tensor | None = None,
 ) -> Tensor | None:
-    """Write `dz * gain`, at the target `entry * gain`.
+    """Write `dz * gain`, at the target `entry * gain`; `smooth` is what every admissible column's dz has less.
 
-    Returns `sum_{j != t} dz_ij (sim_ij - target's)` where the scale's gradient is wanted."""
+    Returns `sum_{j != t} dz_ij (sim_ij - target's)` where the scale's gradient is wanted, without `smooth`.
+    """
     count = strips[0].x.shape[0]
     q = None if rows.target_sim is None else torch.zeros_like(rows.shift)
     buffers = [_tile_buffer(strips) for _ in range(3)]
@@ -240,6 +338,8 @@ def grad_rows(
                     dz.add_(p)
                 if q is not None and softmax.target_sim is not None:
                     q += (p * (sim - softmax.target_sim)).sum(1)
+            if smooth is not None:
+                dz.sub_(torch.mul(z > -math.inf, smooth[:, None], out=scratch))
             if gain is not None:
                 dz.mul_(gain)
             _factors_(dz, strip, tile)

@@ -2,42 +2,161 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .. import epilogues
-from ..problem import Problem, autocasting, stats_dtype, unit_rows
+from ..folds import FOLDS
+from ..problem import Guide, Mask, Problem, Tally, autocasting, stats_dtype, unit_rows
+from ..rows import above_ties, fold_part, fold_scalars, guide_threshold, score_ties
 
 
 def why_not(problem: Problem) -> str | None:
     return None
 
 
-def loss_rows(problem: Problem) -> Tensor:
-    """`weight[i] * loss_i` for every row, [M], through ordinary autograd. Costs several [M, N] matrices."""
+def loss_rows(problem: Problem) -> tuple[Tensor, list[Tensor]]:
+    """`weight[i] * loss_i` for every row, [M], through ordinary autograd, and `sweep.Result.counted`.
+
+    Costs several [M, N] matrices.
+    """
     if not autocasting(problem.operands[0]):
         return _loss_rows(problem)
     with torch.autocast(problem.device.type, enabled=False):
         return _loss_rows(problem)
 
 
-def _loss_rows(problem: Problem) -> Tensor:
-    dtype = stats_dtype(problem.dtype)
-    rows = [unit_rows(x.to(dtype)) if problem.cosine else x.to(dtype) for x in problem.operands]
-    parts = []
-    for block in problem.blocks:
-        z = rows[block.query] @ rows[block.key].T * problem.scale
-        if block.bias is not None:
-            bias = block.bias.to(dtype)
-            z = torch.where(bias == -torch.inf, -torch.inf, z + bias)  # whatever z is there, NaN included
-        parts.append(z)
-    z = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+def top_rows(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Each row's largest logit and its column, the first on ties; -inf and -1 where no column competes."""
+    with torch.autocast(problem.device.type, enabled=False):
+        z = _logits(problem, _rows(problem))
+        if not z.numel():
+            return z.new_full((len(z),), -torch.inf), torch.full((len(z),), -1, device=z.device)
+        maximum, column = z.max(1)
+        return maximum, column.masked_fill(maximum == -torch.inf, -1)
+
+
+def _loss_rows(problem: Problem) -> tuple[Tensor, list[Tensor]]:
+    rows = _rows(problem)
+    if problem.fold is not None:
+        return _fold_rows(problem, rows)
+    z = _logits(problem, rows)
+    with torch.no_grad():
+        counted = list(_tally(problem, z)) if problem.wants_tally else []
     if not problem.symmetric:
         # Before the formula: 0 times the NaN gradient of a row without admissible columns is NaN.
         z = z.masked_fill((problem.weight == 0)[:, None], 0)
-    loss = epilogues.softmax_rows(z, problem.target, problem.label_smoothing)
+    loss = epilogues.softmax_rows(z, problem.target, problem.label_smoothing, problem.decoupled)
     if problem.symmetric:
         diagonal = torch.arange(problem.rows, device=z.device)
         loss = (loss + epilogues.softmax_rows(z.T, diagonal)) / 2
     # Rows that are left out are exactly 0, also where their own logits are not finite.
-    return torch.where(problem.weight == 0, 0, problem.weight * loss)
+    return torch.where(problem.weight == 0, 0, problem.weight * loss), counted
+
+
+def _rows(problem: Problem) -> list[Tensor]:
+    dtype = stats_dtype(problem.dtype)
+    return [unit_rows(x.to(dtype)) if problem.cosine else x.to(dtype) for x in problem.operands]
+
+
+def _logits(problem: Problem, rows: list[Tensor]) -> Tensor:
+    """[M, all columns], -inf where a mask drops; the target is exempt from all but `skip`."""
+    M, parts = problem.rows, []
+    with torch.no_grad():
+        thresholds = _thresholds(problem, rows)
+    own = torch.arange(M, device=problem.device)
+    for number, block in enumerate(problem.blocks):
+        sim = rows[block.query][:M] @ rows[block.key].T
+        z = sim * problem.scale
+        if block.penalty or block.own_penalty:
+            columns = torch.arange(sim.shape[1], device=sim.device)
+            penalty = torch.where(own[:, None] == columns, block.own_penalty, block.penalty)
+            z = z + penalty * sim.detach()
+        if block.bias is not None:
+            bias = block.bias.to(z.dtype)
+            z = torch.where(bias == -torch.inf, -torch.inf, z + bias)  # whatever z is there, NaN included
+        if block.mask.given:
+            with torch.no_grad():
+                dropped = _dropped(problem, block.mask, sim, thresholds)
+                if number == 0:
+                    dropped = dropped & ~_at(problem.target, dropped)
+                if block.mask.skip is not None:
+                    dropped = dropped | _at(block.mask.skip, dropped)
+            z = z.masked_fill(dropped, -torch.inf)
+        parts.append(z)
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+class _Thresholds(NamedTuple):
+    sim: Tensor | None
+    guide: Tensor | None
+
+
+def _thresholds(problem: Problem, rows: list[Tensor]) -> _Thresholds:
+    """What scores and guides are held against, [M, 1]: of the target, less or plus a margin."""
+    block, index = problem.blocks[0], problem.target.clamp(min=0)
+    mask = block.mask
+    sim = guide = None
+    if any(b.mask.margin is not None for b in problem.blocks):
+        x, y = rows[block.query][: problem.rows], rows[block.key][index]
+        sim = (x * y).sum(1, keepdim=True) + score_ties(x, y)[:, None]
+    if mask.guide is not None:
+        own = _guide_cosines(mask.guide, problem.rows).gather(1, index[:, None])
+        guide = guide_threshold(own, problem.guide_rule)
+    return _Thresholds(sim, guide)
+
+
+def _guide_cosines(guide: Guide, M: int) -> Tensor:
+    query, key = (unit_rows(x.to(stats_dtype(x.dtype))) for x in guide)
+    return query[:M] @ key.T
+
+
+def _dropped(problem: Problem, mask: Mask, sim: Tensor, thresholds: _Thresholds) -> Tensor:
+    dropped = torch.zeros_like(sim, dtype=torch.bool)
+    for rows, keys, keep in mask.compare:
+        dropped |= (rows[:, None] == keys) ^ keep
+    if mask.dense is not None:
+        dropped |= ~mask.dense
+    if mask.margin is not None and thresholds.sim is not None:
+        above = sim > thresholds.sim + mask.margin
+        for column in mask.exempt.unbind(1) if mask.exempt is not None else ():
+            above &= ~_at(column, above)
+        dropped |= above
+    if mask.guide is not None and thresholds.guide is not None:
+        dropped |= _guide_cosines(mask.guide, problem.rows) > thresholds.guide
+    return dropped
+
+
+def _at(columns: Tensor, like: Tensor) -> Tensor:
+    return columns[:, None] == torch.arange(like.shape[1], device=like.device)
+
+
+def _tally(problem: Problem, z: Tensor) -> Tally:
+    none, index = problem.target < 0, problem.target.clamp(min=0)[:, None]
+    entry = z.gather(1, index)
+    negatives = z.scatter(1, index, torch.where(none[:, None], entry, -torch.inf))
+    admitted = negatives > -torch.inf
+    above = (negatives > above_ties(entry)).sum(1).to(z.dtype)
+    nothing = torch.zeros_like(above)
+    return Tally(admitted.sum(1).to(z.dtype), above, negatives.amax(1), nothing, nothing)
+
+
+def _fold_rows(problem: Problem, rows: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    fold, block = problem.fold, problem.blocks[0]
+    assert fold is not None
+    x, y = rows[block.query][: problem.rows], rows[block.key]
+    values = x @ y.T
+    if fold.distance == "cosine":
+        values = 1 - values
+    elif fold.distance:
+        squared = ((x * x).sum(1, keepdim=True) + (y * y).sum(1) - 2 * values).clamp(min=0)
+        zero = squared == 0
+        if fold.itself:
+            zero = zero | _at(torch.arange(len(x), device=x.device), zero)
+        # The root of 0 has gradient 0 here, not infinity.
+        root = torch.where(zero, 1, squared).sqrt() if fold.distance == "euclidean" else squared
+        values = root.masked_fill(zero, 0)
+    loss, count = FOLDS[fold.name][1](values, fold_part(problem, slice(0, len(x))), fold_scalars(problem), fold.options)
+    return loss, [] if count is None else [count.detach()]

@@ -1,8 +1,9 @@
-"""What the in-batch softmax losses share: autocast, the scale as a tensor, left-out rows, and the reduction."""
+"""What the in-batch losses share: autocast, the scale as a tensor, left-out rows, statistics, and the reduction."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,20 @@ from torch import Tensor
 from .. import checks
 from ..backends import select
 from ..op import loss_rows_or_sum
-from ..problem import Block, Problem, stats_dtype
+from ..problem import Block, GuideRule, Problem, stats_dtype
+
+
+class Stats(NamedTuple):
+    """What a batch looks like to its loss, over the rows that count; 0-dim tensors without gradient.
+
+    Scores are logits divided by the scale: similarities, where there is no bias.
+    """
+
+    accuracy: Tensor  # share of rows whose target has the largest logit; ties, to 4 eps, count for it
+    mean_reciprocal_rank: Tensor  # of the target among the row's admissible columns
+    positive_score: Tensor  # mean of the targets'
+    hardest_negative_score: Tensor  # mean of each row's largest, over the rows that have a negative
+    masked: Tensor  # share of the negatives that masks and biases of -inf drop
 
 
 def autocast(*embeddings: Tensor) -> tuple[Tensor, ...]:
@@ -31,7 +45,72 @@ def as_scale(value: float | Tensor, like: Tensor, *, inverse: bool) -> tuple[Ten
     return torch.full((), number, dtype=dtype, device=like.device), number
 
 
-def softmax_loss(
+def distinct(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
+    """Each tensor once, and the places of all: one matrix on both sides is one operand, with one gradient."""
+    operands: list[Tensor] = []
+    places = []
+    for x in tensors:
+        place = next((i for i, known in enumerate(operands) if known is x), len(operands))
+        operands += [x] if place == len(operands) else []
+        places.append(place)
+    return operands, places
+
+
+class Objective(NamedTuple):
+    """A softmax loss before it is computed."""
+
+    problem: Problem
+    backend: str
+    reduction: str
+    every_row: bool  # with weight 1
+
+    def result(self) -> Tensor | tuple[Tensor, Stats]:
+        """The loss, and what its sweep counted where that was asked for."""
+        return mean_of([self])
+
+    def _reduced(self) -> tuple[Tensor, list[Tensor]]:
+        problem = self.problem
+        loss, counted = loss_rows_or_sum(problem, select(problem, self.backend), self.reduction == "none")
+        if self.reduction != "mean":
+            return loss, counted
+        if self.every_row:
+            return loss / max(problem.rows, 1), counted
+        return over(loss, problem.weight.sum()), counted
+
+    def _stats(self, counted: list[Tensor]) -> Stats:
+        problem = self.problem
+        count, above, maximum, score = (t.detach() for t in counted[:4])
+        rows = problem.weight != 0
+        scale = problem.scale.detach()
+        has_negative = rows & (maximum > -torch.inf)
+        negatives = rows.sum() * max(problem.columns - 1, 0)
+
+        def mean(values: Tensor, over_rows: Tensor) -> Tensor:
+            return over(values.masked_fill(~over_rows, 0).sum(), over_rows.sum().to(values.dtype))
+
+        return Stats(
+            mean((above == 0).to(count.dtype), rows),
+            mean(1 / (1 + above), rows),
+            mean(score / scale, rows),
+            mean(maximum / scale, has_negative),
+            over((negatives - count.masked_fill(~rows, 0).sum()).to(count.dtype), negatives.to(count.dtype)),
+        )
+
+
+def mean_of(objectives: Sequence[Objective]) -> Tensor | tuple[Tensor, Stats]:
+    """The mean of several losses, with the statistics of the first."""
+    found = [one._reduced() for one in objectives]
+    loss = torch.stack([loss for loss, _ in found]).mean(0) if len(found) > 1 else found[0][0]
+    first = objectives[0]
+    return (loss, first._stats(found[0][1])) if first.problem.wants_tally else loss
+
+
+def over(total: Tensor, count: Tensor) -> Tensor:
+    """`total / count`, and 0 for 0."""
+    return torch.where(count == 0, 0, total / count.masked_fill(count == 0, 1))
+
+
+def objective(
     operands: Sequence[Tensor],
     blocks: Sequence[Block],
     target: Tensor | None,
@@ -43,24 +122,29 @@ def softmax_loss(
     cosine: bool = False,
     label_smoothing: float = 0.0,
     symmetric: bool = False,
+    decoupled: bool = False,
+    guide_rule: GuideRule | None = None,
     reduction: str = "mean",
     backend: str = "auto",
     workspace_bytes: int | None = None,
-) -> Tensor:
-    """Builds the problem, picks the backend, reduces. A weighted mean divides by the weight of the rows that count."""
-    query, bias = operands[blocks[0].query], blocks[0].bias
+    return_stats: bool = False,
+) -> Objective:
+    """Builds the problem. A weighted mean divides by the weight of the rows that count."""
+    query, bias, skip = operands[blocks[0].query], blocks[0].bias, blocks[0].mask.skip
     rows, columns = query.shape[0], operands[blocks[0].key].shape[0]
     row_weight = query.new_ones(rows, dtype=scale.dtype) if weight is None else weight.detach().to(scale.dtype)
-    plain = target is None and weight is None and bias is None
+    every_row = target is None and weight is None and bias is None and skip is None
     if target is None:
         target = torch.arange(rows, device=query.device)
-    else:
+    elif not decoupled:
         ignored = target == ignore_index
         outside = ~ignored & ((target < 0) | (target >= columns))
         target = target.masked_fill(ignored | outside, 0)
         row_weight = row_weight.masked_fill(ignored, 0).masked_fill(outside, torch.nan)
     if bias is not None:
         row_weight = row_weight.masked_fill(bias.detach()[target] == -torch.inf, 0)
+    if skip is not None:
+        row_weight = row_weight.masked_fill(skip == target, 0)
     problem = Problem(
         tuple(operands),
         tuple(blocks),
@@ -72,11 +156,8 @@ def softmax_loss(
         symmetric,
         scale_bound,
         workspace_bytes,
+        decoupled,
+        guide_rule or GuideRule(),
+        return_stats,
     )
-    loss = loss_rows_or_sum(problem, select(problem, backend), per_row=reduction == "none")
-    if reduction != "mean":
-        return loss
-    if plain:
-        return loss / max(rows, 1)
-    total = row_weight.sum()
-    return torch.where(total == 0, 0, loss / total.masked_fill(total == 0, 1))
+    return Objective(problem, backend, reduction, every_row)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import checks
+from .. import checks, masks
 from ..problem import Block
-from ._in_batch import as_scale, autocast, softmax_loss
+from ._in_batch import Stats, as_scale, autocast, distinct, objective
+from ._module import LossModule
 
 
 def clip(
@@ -15,11 +16,13 @@ def clip(
     logit_scale: float | Tensor,
     logit_bias: float | Tensor | None = None,
     *,
+    mask: masks.Mask | Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
     backend: str = "auto",
     workspace_bytes: int | None = None,
-) -> Tensor:
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, Stats]:
     """CLIP loss (Radford et al. 2021), the mean of both directions; argument names and order are open_clip's.
 
         z_ij   = logit_scale * <image_i, text_j> + logit_bias
@@ -34,6 +37,8 @@ def clip(
             receives a gradient.
         logit_bias: shifts all logits alike, so the loss does not depend on it; accepted for open_clip's sake, and
             given its gradient, 0.
+        mask: which pairs may compete, in both directions: `masks.same_id`, `masks.same_group`, or bool `[B, B]`. The
+            pairs of the batch themselves always may.
         normalize: divide each row of both by `max(|row|, 1e-12)` first. The norms act on the fp32 accumulator, so unit
             vectors are never rounded to 16 bits; and where `logit_scale` is a number, the logits' bound is known.
         reduction: "mean", "sum", or "none" (`[B]`: `(row_i + column_i) / 2`).
@@ -41,6 +46,7 @@ def clip(
         workspace_bytes: the most that the workspace for one chunk of similarities may take; None is the environment's
             FUSEDLOSS_WORKSPACE_BYTES, or else the device's default: 64 MiB on a CPU, about 900 MiB on a GPU. Less
             memory takes longer; results are the same to rounding.
+        return_stats: return `(loss, Stats)`, where the statistics are those of image to text.
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
@@ -64,11 +70,18 @@ def clip(
         checks.scalar("logit_bias", logit_bias, image_features, positive=False)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.count("workspace_bytes", workspace_bytes)
+    rows = image_features.shape[0]
+    (bound,) = masks.bind(mask, rows, [rows], image_features)
+    if bound.margin is not None or bound.guide is not None or bound.skip is not None:
+        raise ValueError(
+            "mask has a part that belongs to rows, a margin, a guide or not_self, and clip has two directions: pass "
+            "masks.same_id, masks.same_group or a bool matrix, or take the mean of info_nce both ways"
+        )
     scale, scale_bound = as_scale(logit_scale, image_features, inverse=False)
-    operands = [image_features] if text_features is image_features else [image_features, text_features]
-    loss = softmax_loss(
+    operands, (x, y) = distinct(image_features, text_features)
+    built = objective(
         autocast(*operands),
-        [Block(0, len(operands) - 1)],
+        [Block(x, y, mask=bound)],
         None,
         scale,
         scale_bound=scale_bound,
@@ -77,45 +90,15 @@ def clip(
         reduction=reduction,
         backend=backend,
         workspace_bytes=workspace_bytes,
+        return_stats=return_stats,
     )
-    return loss + 0.0 * logit_bias.reshape(()).to(loss.dtype) if isinstance(logit_bias, Tensor) else loss
+    result = built.result()
+    if not isinstance(logit_bias, Tensor):
+        return result
+    loss, *stats = result if isinstance(result, tuple) else (result,)
+    loss = loss + 0.0 * logit_bias.reshape(()).to(loss.dtype)
+    return (loss, stats[0]) if stats else loss
 
 
-class ClipLoss(nn.Module):
+class ClipLoss(LossModule, function=clip, tensors=("mask",)):
     """`clip` with its options in the constructor and tensors in `forward(image_features, text_features, ...)`."""
-
-    def __init__(
-        self,
-        normalize: bool = False,
-        reduction: str = "mean",
-        backend: str = "auto",
-        workspace_bytes: int | None = None,
-    ):
-        super().__init__()
-        checks.options_not_modules(normalize=normalize)
-        checks.choice("reduction", reduction, checks.REDUCTIONS)
-        checks.backend(backend)
-        checks.count("workspace_bytes", workspace_bytes)
-        self.normalize, self.reduction = normalize, reduction
-        self.backend, self.workspace_bytes = backend, workspace_bytes
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: float | Tensor,
-        logit_bias: float | Tensor | None = None,
-    ) -> Tensor:
-        return clip(
-            image_features,
-            text_features,
-            logit_scale,
-            logit_bias,
-            normalize=self.normalize,
-            reduction=self.reduction,
-            backend=self.backend,
-            workspace_bytes=self.workspace_bytes,
-        )
-
-    def extra_repr(self) -> str:
-        return checks.options(self, normalize=False, reduction="mean", backend="auto", workspace_bytes=None)

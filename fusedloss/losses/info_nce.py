@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import checks
+from .. import checks, masks
 from ..problem import Block
-from ._in_batch import as_scale, autocast, softmax_loss
+from ._in_batch import Objective, Stats, as_scale, autocast, distinct, objective
+from ._module import LossModule
 
 
 def info_nce(
@@ -16,6 +17,7 @@ def info_nce(
     *,
     temperature: float | Tensor = 0.05,
     key_bias: Tensor | None = None,
+    mask: masks.Mask | Tensor | None = None,
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
@@ -23,7 +25,8 @@ def info_nce(
     reduction: str = "mean",
     backend: str = "auto",
     workspace_bytes: int | None = None,
-) -> Tensor:
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, Stats]:
     """InfoNCE (van den Oord et al. 2018): each query's key against all the other keys of the batch.
 
         z_ij   = <query_i, key_j> / temperature + key_bias_j
@@ -39,6 +42,8 @@ def info_nce(
         temperature: a positive number, or a tensor of one element, which receives a gradient.
         key_bias: `[N]`, added to every row's logits (logQ correction: minus the log of each key's sampling
             probability). -inf removes a key, and leaves out the rows whose target it is. Receives a gradient.
+        mask: which keys may compete in a row: one of `fusedloss.masks`, or bool `[M, N]`, True for those that may. The
+            target always may.
         weight: `[M]`, multiplies each row's loss; the mean is `sum(w * loss) / sum(w)`. Receives no gradient.
         label_smoothing: share of the target mass spread evenly over the row's admissible keys.
         ignore_index: rows whose target is this are left out. The default target ignores none.
@@ -49,6 +54,7 @@ def info_nce(
         workspace_bytes: the most that the workspace for one chunk of similarities may take; None is the environment's
             FUSEDLOSS_WORKSPACE_BYTES, or else the device's default: 64 MiB on a CPU, about 900 MiB on a GPU. Less
             memory takes longer; results are the same to rounding.
+        return_stats: return `(loss, Stats)`: accuracy, mean reciprocal rank and scores, counted in the same sweep.
 
     Returns:
         A 0-dim tensor (`[M]` for "none"), float32, or float64 for float64 inputs.
@@ -62,6 +68,41 @@ def info_nce(
         >>> query, key = encode(questions), encode(answers)
         >>> fusedloss.info_nce(query, key, temperature=0.05, normalize=True).backward()
     """
+    return info_nce_objective(
+        query,
+        key,
+        target,
+        temperature=temperature,
+        key_bias=key_bias,
+        mask=mask,
+        weight=weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        normalize=normalize,
+        reduction=reduction,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+        return_stats=return_stats,
+    ).result()
+
+
+def info_nce_objective(
+    query: Tensor,
+    key: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.05,
+    key_bias: Tensor | None = None,
+    mask: masks.Mask | Tensor | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    normalize: bool = False,
+    reduction: str = "mean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+    return_stats: bool = False,
+) -> Objective:
     checks.embeddings(query=query, key=key)
     rows, columns = query.shape[0], key.shape[0]
     checks.index("ignore_index", ignore_index)
@@ -82,12 +123,12 @@ def info_nce(
     checks.share("label_smoothing", label_smoothing)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.count("workspace_bytes", workspace_bytes)
+    (bound,) = masks.bind(mask, rows, [columns], query)
     scale, scale_bound = as_scale(temperature, query, inverse=True)
-    # One matrix on both sides is one operand, with one gradient.
-    operands = [query] if key is query else [query, key]
-    return softmax_loss(
+    operands, (x, y) = distinct(query, key)
+    return objective(
         autocast(*operands),
-        [Block(0, len(operands) - 1, key_bias)],
+        [Block(x, y, key_bias, bound)],
         target,
         scale,
         scale_bound=scale_bound,
@@ -95,69 +136,13 @@ def info_nce(
         ignore_index=ignore_index,
         cosine=normalize,
         label_smoothing=label_smoothing,
+        guide_rule=masks.rule(mask),
         reduction=reduction,
         backend=backend,
         workspace_bytes=workspace_bytes,
+        return_stats=return_stats,
     )
 
 
-class InfoNCELoss(nn.Module):
+class InfoNCELoss(LossModule, function=info_nce, tensors=("key_bias", "mask", "weight")):
     """`info_nce` with its options in the constructor and tensors in `forward(query, key, target=None, ...)`."""
-
-    def __init__(
-        self,
-        temperature: float = 0.05,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        normalize: bool = False,
-        reduction: str = "mean",
-        backend: str = "auto",
-        workspace_bytes: int | None = None,
-    ):
-        super().__init__()
-        checks.options_not_modules(temperature=temperature)
-        checks.scalar("temperature", temperature, None, positive=True)
-        checks.share("label_smoothing", label_smoothing)
-        checks.index("ignore_index", ignore_index)
-        checks.choice("reduction", reduction, checks.REDUCTIONS)
-        checks.backend(backend)
-        checks.count("workspace_bytes", workspace_bytes)
-        self.temperature, self.label_smoothing, self.ignore_index = temperature, label_smoothing, ignore_index
-        self.normalize, self.reduction = normalize, reduction
-        self.backend, self.workspace_bytes = backend, workspace_bytes
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        target: Tensor | None = None,
-        *,
-        key_bias: Tensor | None = None,
-        weight: Tensor | None = None,
-    ) -> Tensor:
-        return info_nce(
-            query,
-            key,
-            target,
-            temperature=self.temperature,
-            key_bias=key_bias,
-            weight=weight,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-            normalize=self.normalize,
-            reduction=self.reduction,
-            backend=self.backend,
-            workspace_bytes=self.workspace_bytes,
-        )
-
-    def extra_repr(self) -> str:
-        return checks.options(
-            self,
-            temperature=None,
-            label_smoothing=0.0,
-            ignore_index=-100,
-            normalize=False,
-            reduction="mean",
-            backend="auto",
-            workspace_bytes=None,
-        )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Sequence
 
-from .. import checks
-from ..problem import Block
-from ._in_batch import as_scale, autocast, softmax_loss
+from torch import Tensor
 
-SIMILARITIES = ("cos", "dot")
+from .. import checks, masks
+from ..problem import Block, Mask
+from ._in_batch import Objective, Stats, as_scale, autocast, distinct, mean_of, objective
+from ._module import LossModule
+
+DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+PARTITION_MODES = ("joint", "per_direction")
+HARDNESS_MODES = ("in_batch_negatives", "hard_negatives", "all_negatives")
 
 
 def multiple_negatives_ranking(
@@ -17,28 +22,53 @@ def multiple_negatives_ranking(
     *negatives: Tensor,
     scale: float | Tensor = 20.0,
     similarity: str = "cos",
+    directions: Sequence[str] = ("query_to_doc",),
+    partition_mode: str = "joint",
+    hardness_mode: str | None = None,
+    hardness_strength: float = 0.0,
+    mask: masks.Mask | Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
     workspace_bytes: int | None = None,
-) -> Tensor:
-    """Multiple negatives ranking (Henderson et al. 2017) as in sentence-transformers, from query to document.
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, Stats]:
+    """Multiple negatives ranking (Henderson et al. 2017), with the options of sentence-transformers 6.2.
 
-        loss_i = logsumexp over all documents d of scale * s(anchor_i, d)  -  scale * s(anchor_i, positive_i)
+        loss_i = logsumexp over the columns of row i  -  scale * s(anchor_i, positive_i)
 
-    The documents are the positives and every column of hard negatives, each of which serves all anchors. Their columns
-    are separate blocks of one softmax: neither the score matrix nor a concatenation of the documents is made.
+    The columns of a row are, by direction (documents d are the positives and every column of hard negatives):
+
+        query_to_doc    scale * s(anchor_i, d)          all documents
+        query_to_query  scale * s(anchor_i, anchor_j)   j != i
+        doc_to_query    scale * s(anchor_j, positive_i) all anchors
+        doc_to_doc      scale * s(d, positive_i)        all documents but those of anchor i
+
+    `partition_mode="joint"` (Li et al. 2023, GTE) puts all of them under one logsumexp; `"per_direction"` (Günther et
+    al. 2024) takes one for each and their mean. Blocks share a row's normaliser in one sweep: neither the score matrix
+    nor a concatenation of the documents is made.
 
     Args:
         anchor: `[B, D]`.
-        positive: `[N, D]` with N >= B: row i belongs to anchor i, further rows are documents of no anchor.
-        negatives: any number of `[K, D]` columns of hard negatives.
+        positive: `[N, D]` with N >= B: row i belongs to anchor i, further rows are documents of no anchor (from query
+            to document only; other directions and hardness need N = B).
+        negatives: any number of `[K, D]` columns of hard negatives; K = B where doc_to_doc or hardness needs to know
+            whose they are.
         scale: the inverse temperature: a number, or a tensor of one element, which receives a gradient.
         similarity: "cos" (rows divided by `max(|row|, 1e-12)`) or "dot".
+        directions: query_to_doc and any of the other three.
+        partition_mode: "joint", or "per_direction" for query_to_doc and doc_to_query.
+        hardness_mode: adds `hardness_strength * s` to the logits, as a constant, from query to document: to documents
+            of other anchors ("in_batch_negatives"), to the anchor's own hard negatives ("hard_negatives"), or to all
+            but the own positive ("all_negatives") (Lan et al. 2025).
+        hardness_strength: at least 0.
+        mask: which documents may compete from query to document: one of `fusedloss.masks`, or bool `[B, documents]`,
+            over the positives and then each column of negatives.
         reduction: "mean", "sum" or "none" (`[B]`).
         backend: "auto", "triton", "chunked" or "reference".
         workspace_bytes: the most that the workspace for one chunk of similarities may take; None is the environment's
             FUSEDLOSS_WORKSPACE_BYTES, or else the device's default: 64 MiB on a CPU, about 900 MiB on a GPU. Less
             memory takes longer; results are the same to rounding.
+        return_stats: return `(loss, Stats)`; under "per_direction" those from query to document.
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
@@ -51,73 +81,135 @@ def multiple_negatives_ranking(
         >>> anchor, positive, hard = encode(questions), encode(answers), encode(near_misses)
         >>> fusedloss.multiple_negatives_ranking(anchor, positive, hard, scale=20.0).backward()
     """
-    named = {f"negatives[{i}]": x for i, x in enumerate(negatives)}
-    checks.embeddings(anchor=anchor, positive=positive, **named)
-    if positive.shape[0] < anchor.shape[0]:
-        raise ValueError(
-            f"positive has {positive.shape[0]} rows and anchor {anchor.shape[0]}: every anchor needs its positive"
+    return mean_of(
+        multiple_negatives_ranking_objectives(
+            anchor,
+            positive,
+            *negatives,
+            scale=scale,
+            similarity=similarity,
+            directions=directions,
+            partition_mode=partition_mode,
+            hardness_mode=hardness_mode,
+            hardness_strength=hardness_strength,
+            mask=mask,
+            reduction=reduction,
+            backend=backend,
+            workspace_bytes=workspace_bytes,
+            return_stats=return_stats,
         )
-    checks.scalar("scale", scale, anchor, positive=True)
-    checks.choice("similarity", similarity, SIMILARITIES)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.count("workspace_bytes", workspace_bytes)
-    multiplier, scale_bound = as_scale(scale, anchor, inverse=False)
-    operands: list[Tensor] = []
-    places = []
-    for x in (anchor, positive, *negatives):
-        place = next((i for i, known in enumerate(operands) if known is x), len(operands))
-        operands += [x] if place == len(operands) else []
-        places.append(place)
-    return softmax_loss(
-        autocast(*operands),
-        [Block(places[0], key) for key in places[1:]],
-        None,
-        multiplier,
-        scale_bound=scale_bound,
-        cosine=similarity == "cos",
-        reduction=reduction,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
     )
 
 
-class MultipleNegativesRankingLoss(nn.Module):
+def multiple_negatives_ranking_objectives(
+    anchor: Tensor,
+    positive: Tensor,
+    *negatives: Tensor,
+    scale: float | Tensor = 20.0,
+    similarity: str = "cos",
+    directions: Sequence[str] = ("query_to_doc",),
+    partition_mode: str = "joint",
+    hardness_mode: str | None = None,
+    hardness_strength: float = 0.0,
+    mask: masks.Mask | Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+    return_stats: bool = False,
+) -> list[Objective]:
+    named = {f"negatives[{i}]": x for i, x in enumerate(negatives)}
+    checks.embeddings(anchor=anchor, positive=positive, **named)
+    rows = anchor.shape[0]
+    if positive.shape[0] < rows:
+        raise ValueError(f"positive has {positive.shape[0]} rows and anchor {rows}: every anchor needs its positive")
+    checks.scalar("scale", scale, anchor, positive=True)
+    checks.choice("similarity", similarity, checks.SIMILARITIES)
+    _check_directions(directions, partition_mode)
+    _check_hardness(hardness_mode, hardness_strength)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.count("workspace_bytes", workspace_bytes)
+    owners = hardness_mode is not None or "doc_to_doc" in directions
+    for name, x in {"positive": positive, **named}.items():
+        needed = owners or (name == "positive" and len(directions) > 1)
+        if needed and x.shape[0] != rows:
+            raise ValueError(
+                f"{name} has {x.shape[0]} rows and anchor {rows}: with these directions or hardness_mode each row "
+                "must belong to an anchor"
+            )
+    widths = [x.shape[0] for x in (positive, *negatives)]
+    bound = masks.bind(mask, rows, widths, anchor)
+    multiplier, scale_bound = as_scale(scale, anchor, inverse=False)
+    operands, (query, *documents) = distinct(anchor, positive, *negatives)
+    own = Mask(skip=masks.itself(rows, anchor)) if len(directions) > 1 else Mask()
+    strength = float(hardness_strength)
+    others = strength if hardness_mode in ("in_batch_negatives", "all_negatives") else 0.0
+    hard = strength if hardness_mode in ("hard_negatives", "all_negatives") else 0.0
+    parts = {
+        "query_to_doc": [
+            Block(query, key, None, part, others, hard if number else 0.0)
+            for number, (key, part) in enumerate(zip(documents, bound, strict=True))
+        ],
+        "query_to_query": [Block(query, query, mask=own)],
+        "doc_to_query": [Block(documents[0], query)],
+        "doc_to_doc": [Block(documents[0], key, mask=own) for key in documents],
+    }
+    if partition_mode == "joint":
+        sets = [[block for name in DIRECTIONS if name in directions for block in parts[name]]]
+    else:
+        sets = [parts[name] for name in DIRECTIONS if name in directions]
+    # Both directions over one matrix: they share its products.
+    symmetric = len(sets) == 2 and len(documents) == 1 and mask is None and not strength
+    if symmetric:
+        sets = sets[:1]
+    return [
+        objective(
+            autocast(*operands),
+            blocks,
+            None,
+            multiplier,
+            scale_bound=None if scale_bound is None else scale_bound + strength,
+            cosine=similarity == "cos",
+            symmetric=symmetric,
+            guide_rule=masks.rule(mask),
+            reduction=reduction,
+            backend=backend,
+            workspace_bytes=workspace_bytes,
+            return_stats=return_stats,
+        )
+        for blocks in sets
+    ]
+
+
+
+
+def _check_directions(directions: Sequence[str], partition_mode: str) -> None:
+    if isinstance(directions, str) or not all(name in DIRECTIONS for name in directions):
+        raise ValueError(f"directions is {directions!r}: needs a sequence of {', '.join(map(repr, DIRECTIONS))}")
+    if "query_to_doc" not in directions:
+        raise ValueError(f"directions is {directions!r}: needs 'query_to_doc' among them")
+    checks.choice("partition_mode", partition_mode, PARTITION_MODES)
+    within = [name for name in directions if name in ("query_to_query", "doc_to_doc")]
+    if partition_mode == "per_direction" and within:
+        raise ValueError(
+            f"partition_mode='per_direction' with directions {within}: their logits hold no positive; use 'joint'"
+        )
+
+
+def _check_hardness(mode: str | None, strength: float) -> None:
+    if mode is not None:
+        checks.choice("hardness_mode", mode, HARDNESS_MODES)
+    checks.number("hardness_strength", strength)
+    if strength < 0:
+        raise ValueError(f"hardness_strength is {strength}: needs a number from 0 up")
+
+
+class MultipleNegativesRankingLoss(LossModule, function=multiple_negatives_ranking, tensors=("mask",)):
     """`multiple_negatives_ranking` with its options in the constructor and `forward(anchor, positive, *negatives)`.
 
     It takes embeddings: a class of this name that wraps a sentence-transformers model is not in this version.
     """
 
-    def __init__(
-        self,
-        scale: float = 20.0,
-        similarity: str = "cos",
-        reduction: str = "mean",
-        backend: str = "auto",
-        workspace_bytes: int | None = None,
-    ):
-        super().__init__()
-        checks.options_not_modules(scale=scale)
-        checks.scalar("scale", scale, None, positive=True)
-        checks.choice("similarity", similarity, SIMILARITIES)
-        checks.choice("reduction", reduction, checks.REDUCTIONS)
-        checks.backend(backend)
-        checks.count("workspace_bytes", workspace_bytes)
-        self.scale, self.similarity, self.reduction = scale, similarity, reduction
-        self.backend, self.workspace_bytes = backend, workspace_bytes
-
-    def forward(self, anchor: Tensor, positive: Tensor, *negatives: Tensor) -> Tensor:
-        return multiple_negatives_ranking(
-            anchor,
-            positive,
-            *negatives,
-            scale=self.scale,
-            similarity=self.similarity,
-            reduction=self.reduction,
-            backend=self.backend,
-            workspace_bytes=self.workspace_bytes,
-        )
-
-    def extra_repr(self) -> str:
-        return checks.options(
-            self, scale=None, similarity="cos", reduction="mean", backend="auto", workspace_bytes=None
-        )
+    def __init__(self, *args: object, **kwargs: object):
+        super().__init__(*args, **kwargs)
+        _check_directions(self.directions, self.partition_mode)
+        _check_hardness(self.hardness_mode, self.hardness_strength)

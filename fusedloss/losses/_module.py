@@ -1,0 +1,68 @@
+"""Every loss's `nn.Module` twin: options in the constructor, tensors in `forward`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import nn
+
+from .. import checks
+
+# Those that a constructor can check before there are embeddings, by name: a name means the same in every loss.
+CHECKS: dict[str, Callable[[Any], None]] = {
+    "temperature": lambda value: checks.scalar("temperature", value, None, positive=True),
+    "scale": lambda value: checks.scalar("scale", value, None, positive=True),
+    "label_smoothing": lambda value: checks.share("label_smoothing", value),
+    "ignore_index": lambda value: checks.index("ignore_index", value),
+    "similarity": lambda value: checks.choice("similarity", value, checks.SIMILARITIES),
+    "distance": lambda value: checks.choice("distance", value, checks.DISTANCES),
+    "margin": lambda value: checks.number("margin", value),
+    "reduction": lambda value: checks.choice("reduction", value, checks.REDUCTIONS),
+    "backend": checks.backend,
+    "workspace_bytes": lambda value: checks.count("workspace_bytes", value),
+}
+
+
+class LossModule(nn.Module):
+    """Takes its constructor from `function`: the keyword-only parameters but for the tensors named in `tensors`."""
+
+    function: ClassVar[Callable[..., Any]]
+    tensors: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, *, function: Callable[..., Any], tensors: tuple[str, ...] = ()) -> None:
+        super().__init_subclass__()
+        cls.function, cls.tensors = staticmethod(function), tensors
+        parameters = inspect.signature(function).parameters.values()
+        named = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in tensors]
+        cls.options = inspect.Signature([p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in named])
+        cls.__signature__ = cls.options  # type: ignore[attr-defined]  # what help() and inspect show
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__()
+        if args:
+            checks.options_not_modules(**{next(iter(self.options.parameters), "model"): args[0]})
+        try:
+            bound = self.options.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}: {error}; it takes {self.options}") from None
+        bound.apply_defaults()
+        checks.options_not_modules(**bound.arguments)
+        for name, value in bound.arguments.items():
+            if name in CHECKS:
+                CHECKS[name](value)
+            setattr(self, name, value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for name in kwargs:
+            if name in self.options.parameters:
+                raise TypeError(f"{type(self).__name__}.forward got {name!r}: it is an option of the constructor")
+        chosen = {name: getattr(self, name) for name in self.options.parameters}
+        return type(self).function(*args, **kwargs, **chosen)
+
+    def extra_repr(self) -> str:
+        always = [p.name for p in self.options.parameters.values() if p.name in ("temperature", "scale")]
+        defaults = {p.name: p.default for p in self.options.parameters.values()}
+        return checks.options(self, **{n: None if n in always else default for n, default in defaults.items()})

@@ -1,0 +1,150 @@
+"""Which columns may compete in a row's loss: small specifications, evaluated tile by tile, joined by `&`.
+
+    mask = masks.same_id(document_ids, document_ids) & masks.score_margin(0.1)
+    fusedloss.info_nce(query, key, mask=mask)
+
+A column competes where every part lets it. The row's own target always does, but for `not_self`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from . import checks
+from . import problem as core
+
+STRATEGIES = ("absolute", "relative")
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Made by the functions of this module; `a & b` lets compete what both let."""
+
+    compare: tuple[tuple[str, core.Compare], ...] = ()  # by the names of the functions that made them
+    dense: Tensor | None = None
+    margin: float | None = None
+    exempt: Tensor | None = None
+    guide: core.Guide | None = None
+    rule: core.GuideRule = field(default_factory=core.GuideRule)
+    offset: int | None = None
+
+    def __and__(self, other: Mask | Tensor) -> Mask:
+        if isinstance(other, Tensor):
+            other = Mask(dense=other)
+        if not isinstance(other, Mask):
+            return NotImplemented
+        for name in ("margin", "guide", "offset"):
+            if getattr(self, name) is not None and getattr(other, name) is not None:
+                made_by = {"margin": "score_margin", "guide": "guide", "offset": "not_self"}[name]
+                raise ValueError(f"mask joins two of masks.{made_by}: needs at most one")
+        dense = self.dense if other.dense is None else other.dense if self.dense is None else self.dense & other.dense
+        chosen = replace(self if self.guide is not None else other, compare=self.compare + other.compare, dense=dense)
+        return replace(
+            chosen,
+            margin=self.margin if self.margin is not None else other.margin,
+            exempt=self.exempt if self.margin is not None else other.exempt,
+            offset=self.offset if self.offset is not None else other.offset,
+        )
+
+    __rand__ = __and__
+
+
+def same_id(row_ids: Tensor, key_ids: Tensor) -> Mask:
+    """Drops columns whose id is the row's own (duplicates, the same label), other than the target.
+
+    row_ids: int64 `[M]`. key_ids: int64 `[N]`.
+    """
+    return Mask(compare=(("same_id", core.Compare(row_ids, key_ids, False)),))
+
+
+def same_group(row_groups: Tensor, key_groups: Tensor) -> Mask:
+    """Keeps only columns of the row's own group (a data set, a language). int64 `[M]` and `[N]`."""
+    return Mask(compare=(("same_group", core.Compare(row_groups, key_groups, True)),))
+
+
+def score_margin(margin: float, exempt: Tensor | None = None) -> Mask:
+    """Drops negatives whose similarity, before temperature and bias, exceeds the target's by more than `margin`.
+
+    exempt: int64 `[M, E]`, columns that it does not concern (curated hard negatives); -1 for none. Scores within 4 eps
+    of the threshold are ties, which stay.
+    """
+    checks.number("margin", margin)
+    return Mask(margin=float(margin), exempt=exempt)
+
+
+def guide(guide_query: Tensor, guide_key: Tensor, *, margin: float = 0.0, strategy: str = "absolute") -> Mask:
+    """Drops what a guide model finds closer than the row's own target (GISTEmbed, Solatorio 2024).
+
+        dropped where cos(gq_i, gk_j) > t_i - margin          (absolute), or
+                      cos(gq_i, gk_j) > t_i - |t_i| * margin  (relative);    t_i = cos(gq_i, gk_target_i)
+
+    guide_query: `[M, G]` and guide_key: `[N, G]`, of any dimension and floating dtype; they receive no gradient.
+    Ties within 4 eps count as not dropped.
+    """
+    checks.embeddings(guide_query=guide_query, guide_key=guide_key)
+    checks.number("margin", margin)
+    checks.choice("strategy", strategy, STRATEGIES)
+    rule = core.GuideRule(float(margin), strategy == "relative")
+    return Mask(guide=core.Guide(guide_query.detach(), guide_key.detach()), rule=rule)
+
+
+def not_self(offset: int = 0) -> Mask:
+    """Drops column `i + offset` of row i, the row itself, also where it is the target: that row is then left out."""
+    checks.index("offset", offset)
+    return Mask(offset=int(offset))
+
+
+def bind(mask: Mask | Tensor | None, rows: int, widths: Sequence[int], like: Tensor) -> list[core.Mask]:
+    """The mask of each block, whose columns stand side by side; checked against the batch.
+
+    Compiled graphs keep one shape for a mask that is None: no tensors at all.
+    """
+    if mask is None:
+        return [core.Mask()] * len(widths)
+    if isinstance(mask, Tensor):
+        mask = Mask(dense=mask)
+    if not isinstance(mask, Mask):
+        raise TypeError(f"mask is a {type(mask).__name__}: needs one of fusedloss.masks, or a bool tensor")
+    columns = sum(widths)
+    for name, (row_ids, key_ids, _) in mask.compare:
+        side = ("row_groups", "key_groups") if name == "same_group" else ("row_ids", "key_ids")
+        checks.integers(f"{name}'s {side[0]}", row_ids, (rows,), like)
+        checks.integers(f"{name}'s {side[1]}", key_ids, (columns,), like)
+    if mask.dense is not None:
+        checks.boolean("mask", mask.dense, (rows, columns), like)
+    if mask.exempt is not None:
+        checks.integers("score_margin's exempt", mask.exempt, (rows, None), like)
+    if mask.guide is not None:
+        for name, x, count in zip(("guide_query", "guide_key"), mask.guide, (rows, columns), strict=True):
+            if x.shape[0] != count:
+                raise ValueError(f"{name} has {x.shape[0]} rows: needs {count}, as many as the loss's own")
+            checks.same_device(name, x, "the embeddings", like)
+    masks, start = [], 0
+    own = None if mask.offset is None else itself(rows, like) + mask.offset
+    for width in widths:
+        part = slice(start, start + width)
+        masks.append(
+            core.Mask(
+                tuple(core.Compare(c.rows, c.keys[part], c.keep) for _, c in mask.compare),
+                None if mask.dense is None else mask.dense[:, part],
+                mask.margin,
+                None if mask.exempt is None else mask.exempt - start,
+                None if mask.guide is None else core.Guide(mask.guide.query, mask.guide.key[part]),
+                None if own is None else own - start,
+            )
+        )
+        start += width
+    return masks
+
+
+def rule(mask: Mask | Tensor | None) -> core.GuideRule:
+    return mask.rule if isinstance(mask, Mask) else core.GuideRule()
+
+
+def itself(rows: int, like: Tensor) -> Tensor:
+    """Row i's column i."""
+    return torch.arange(rows, device=like.device)
