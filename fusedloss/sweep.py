@@ -425,6 +425,7 @@ class _Sweep:
     def _settle(self, chunk: slice, sums: RowSums, weight: Tensor | None = None, **options) -> Settled:
         weight = self.problem.weight if weight is None else weight
         score = _part(self.prepared.score, chunk)
+        options["decoupled"] = self.problem.decoupled
         return self.backend.settle(sums, score, _part(weight, chunk), self.problem.label_smoothing, **options)
 
     def _patch(self, chunk: slice, out: Tensor) -> Patch:

@@ -45,7 +45,7 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
 
     `dtype` is "bf16", "fp16", "tf32" or "fp32" (full precision, no tensor cores); `capability` is
     the GPU's, None in the interpreter; `mode` is the epilogue and its options: "stats", "exp",
-    "grad, columns, q" and so on. A measured config of the same GPU, dtype and mode is taken where
+    "grad, columns, q, masked" and so on. A measured config of the same GPU, dtype and mode is taken where
     measured.json has one, at the nearest D.
     """
     if capability is None:
@@ -62,11 +62,11 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
             return Config("descriptors", 64, 64, BLOCK_D, num_warps=4, num_stages=4)
         if D >= LIBRARY_D:
             return Config("library", 32, 256, BLOCK_D, num_warps=8)
-        if capability[0] == 9 and not mode.startswith("grad, "):
+        if capability[0] == 9 and mode in ("stats", "stats, columns", "exp", "exp, columns", "grad"):
             # In halves 176 KiB; whole, fp32 tiles take 272. With q halves spill 128 bytes, with the
             # columns' weights 96, with both 696.
             return Config("descriptors", 128, 256, BLOCK_D, SUBTILES=2)
-        if capability[0] == 10 and mode.endswith("q"):
+        if capability[0] == 10 and " q" in mode:
             # Tensor memory is read a row per thread, with every column's vectors: 128 spill 104.
             return Config("descriptors", 128, 64, BLOCK_D, num_stages=4)
         return Config("descriptors", 128, 128, BLOCK_D, SUBTILES=2, num_stages=4)

@@ -38,6 +38,8 @@ def prepare_kernel(
         x_squared = tl.zeros((BLOCK_R,), tl.float32)
         if Score is not None:
             target = tl.load(Target + offs, mask=mask, other=0)
+            none = target < 0
+            target = tl.maximum(target, 0)
             t_squared = tl.zeros((BLOCK_R,), tl.float32)
             dot = tl.zeros((BLOCK_R,), tl.float64)
             for start in range(0, D, BLOCK_D):
@@ -50,6 +52,7 @@ def prepare_kernel(
                 # The very factors that the tile meets, rounded alike.
                 dot *= _inverse_norm(x_squared, X).to(tl.float64)
                 dot *= _inverse_norm(t_squared, X).to(tl.float64)
+            dot = tl.where(none, 0.0, dot)
             if TargetSim is not None:
                 tl.store(TargetSim + offs, dot.to(tl.float32), mask=mask)
             score = dot * tl.load(Scale).to(tl.float64)
@@ -118,7 +121,9 @@ def settle_kernel(
     D,
     stride_om,
     strides,  # of xs and of scaled
+    Smooth,  # [R] or None: what smoothing takes from every admissible entry
     RELATIVE: tl.constexpr,  # entries are relative to over_l
+    DECOUPLED: tl.constexpr,  # the target stays out of l
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -140,7 +145,11 @@ def settle_kernel(
     above = score - row_shift.to(tl.float64)
     # Bounded: see fusedloss/rows.py.
     most = tl.where(label_smoothing > 0, 80.0, 88.0)
-    l = total + tl.exp(tl.minimum(above, most, propagate_nan=tl.PropagateNan.ALL)).to(tl.float32)
+    if DECOUPLED:
+        l = total
+        weight = tl.where(total == 0, 0.0, weight)
+    else:
+        l = total + tl.exp(tl.minimum(above, most, propagate_nan=tl.PropagateNan.ALL)).to(tl.float32)
     over_l = tl.where(weight == 0, 0.0, weight / l)
     if Shift is not None:
         tl.store(Shift + offs, row_shift, mask=mask)
@@ -151,7 +160,10 @@ def settle_kernel(
         log_total = tl.log(tl.where(positive, total, 1.0).to(tl.float64))
         # log(1 + exp(difference)); a NaN total takes the first branch and stays.
         difference = tl.where(total == 0, float("-inf"), tl.where(positive, log_total, total.to(tl.float64)) - above)
-        loss = tl.maximum(difference, 0.0) + _log1p(tl.exp(-tl.abs(difference)))
+        if DECOUPLED:
+            loss = difference
+        else:
+            loss = tl.maximum(difference, 0.0) + _log1p(tl.exp(-tl.abs(difference)))
         loss = tl.where(difference == difference, loss, difference)  # maxima drop NaN
         tl.store(Loss + offs, tl.where(weight == 0, 0.0, weight * loss.to(tl.float32)), mask=mask)
     if Entry is not None or Out is not None:
@@ -159,15 +171,18 @@ def settle_kernel(
             entry = label_smoothing * l - total
         else:
             entry = label_smoothing * weight - over_l * total
+        if Smooth is not None:
+            entry -= tl.load(Smooth + offs, mask=mask, other=0.0)
         entry = tl.where(weight == 0, 0.0, entry)
         if Entry is not None:
             tl.store(Entry + offs, entry, mask=mask)
         if Out is not None:
-            target = tl.load(Target + offs, mask=mask, other=0)
+            target = tl.load(Target + offs, mask=mask, other=-1)
+            hit = mask & (target >= 0)
             if RowFactor is not None:
-                entry *= tl.load(RowFactor + offs, mask=mask, other=0.0)
-                entry *= tl.load(ColFactor + target, mask=mask, other=0.0)
-            tl.store(Out + offs * stride_om + target, entry.to(Out.dtype.element_ty), mask=mask)
+                entry *= tl.load(RowFactor + offs, mask=hit, other=0.0)
+                entry *= tl.load(ColFactor + target, mask=hit, other=0.0)
+            tl.store(Out + offs * stride_om + target, entry.to(Out.dtype.element_ty), mask=hit)
     for number in tl.static_range(len(xs)):
         for start in range(0, D, BLOCK_D):
             x = _load(xs[number], offs, strides[2 * number], start, D, mask, BLOCK_D) * over_l[:, None]

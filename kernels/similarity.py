@@ -15,6 +15,7 @@ removed columns (bias = -inf) have z = -inf.
 import triton
 import triton.language as tl
 
+from .masks import admitted
 from .softmax import hits
 
 
@@ -28,6 +29,7 @@ def similarity_kernel(
     ColFactor,  # [N] or None
     Bias,  # [N] or None
     Target,  # [M] int64 or None
+    masks,  # MaskArgs or None
     args,  # the epilogue's own
     M,
     N,
@@ -71,18 +73,18 @@ def similarity_kernel(
         # columns and q on sm_90, a whole 128 x 128 tile spills 264 bytes a thread, halves none.
         if SUBTILES == 1:
             _fold(
-                sim, Out, Scale, RowFactor, ColFactor, Bias, Target, args, M, N, stride_om,
+                sim, Out, Scale, RowFactor, ColFactor, Bias, Target, masks, args, M, N, stride_om,
                 pid_m, pid_n, EPILOGUE, DESCRIPTORS, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         else:
             halves = tl.permute(tl.reshape(sim, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
             left, right = tl.split(halves)
             _fold(
-                left, Out, Scale, RowFactor, ColFactor, Bias, Target, args, M, N, stride_om,
+                left, Out, Scale, RowFactor, ColFactor, Bias, Target, masks, args, M, N, stride_om,
                 pid_m, pid_n * 2, EPILOGUE, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
             )  # fmt: skip
             _fold(
-                right, Out, Scale, RowFactor, ColFactor, Bias, Target, args, M, N, stride_om,
+                right, Out, Scale, RowFactor, ColFactor, Bias, Target, masks, args, M, N, stride_om,
                 pid_m, pid_n * 2 + 1, EPILOGUE, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
             )  # fmt: skip
 
@@ -96,6 +98,7 @@ def panel_kernel(
     ColFactor,
     Bias,
     Target,
+    masks,
     args,
     M,
     N,
@@ -112,7 +115,7 @@ def panel_kernel(
     mask = (offs_m < M)[:, None] & (first_tile.to(tl.int64) * BLOCK_N + offs_n < N)[None, :]
     sim = tl.load(Sim + offs_m[:, None] * stride_sm + offs_n[None, :], mask=mask, other=0.0)
     _fold(
-        sim, Out, Scale, RowFactor, ColFactor, Bias, Target, args, M, N, stride_om,
+        sim, Out, Scale, RowFactor, ColFactor, Bias, Target, masks, args, M, N, stride_om,
         pid_m, first_tile + tl.program_id(1), EPILOGUE, False, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -129,7 +132,7 @@ def _place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl
 
 @triton.jit
 def _fold(
-    sim, Out, Scale, RowFactor, ColFactor, Bias, Target, args, M, N, stride_om,
+    sim, Out, Scale, RowFactor, ColFactor, Bias, Target, masks, args, M, N, stride_om,
     pid_m, pid_n,
     EPILOGUE: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -143,12 +146,18 @@ def _fold(
     if ColFactor is not None:
         sim *= tl.load(ColFactor + offs_n, mask=mask_n, other=0.0)[None, :]
     z = sim * tl.load(Scale)
+    if masks is not None:
+        if masks.Own is not None:
+            z = tl.where(hits(masks.Own, offs_m, mask_m, pid_n, BLOCK_N), sim * tl.load(masks.OwnScale), z)
     if Bias is not None:
         bias = tl.load(Bias + offs_n, mask=mask_n, other=float("-inf"))
         # Not a sum alone: NaN in a removed column must not outlive the -inf.
         z = tl.where(bias[None, :] == float("-inf"), float("-inf"), z + bias[None, :])
     else:
         z = tl.where(mask_n[None, :], z, float("-inf"))
+    if masks is not None:
+        admit = admitted(sim, mask_m, mask_n, offs_m, offs_n, pid_n, masks, BLOCK_N)
+        z = tl.where(admit, z, float("-inf"))
     if Target is not None:
         z = tl.where(hits(Target, offs_m, mask_m, pid_n, BLOCK_N), float("-inf"), z)
     value = EPILOGUE(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args)

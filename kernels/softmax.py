@@ -34,6 +34,30 @@ def hits(Target, offs_m, mask_m, pid_n, BLOCK_N: tl.constexpr):
     return tl.arange(0, BLOCK_N)[None, :] == column[:, None]
 
 
+class TallyArgs(NamedTuple):
+    """What is counted of a row's admissible negatives, [n_tiles, M] each."""
+
+    Score: Any  # [M]: above it a logit ranks before the target's
+    Count: Any
+    Above: Any
+    Max: Any
+    Z: Any
+    Sim: Any
+
+
+@triton.jit
+def tally(z, sim, offs_m, pid_n, M, args):
+    mask_m = offs_m < M
+    row = pid_n.to(tl.int64) * M + offs_m
+    admitted = z > float("-inf")
+    score = tl.load(args.Score + offs_m, mask=mask_m, other=0.0)
+    tl.store(args.Count + row, tl.sum(admitted.to(tl.float32), axis=1), mask=mask_m)
+    tl.store(args.Above + row, tl.sum((z > score[:, None]).to(tl.float32), axis=1), mask=mask_m)
+    tl.store(args.Max + row, tl.max(z, axis=1), mask=mask_m)
+    tl.store(args.Z + row, tl.sum(tl.where(admitted, z, 0.0), axis=1), mask=mask_m)
+    tl.store(args.Sim + row, tl.sum(tl.where(admitted, sim, 0.0), axis=1), mask=mask_m)
+
+
 class StatsArgs(NamedTuple):
     """Maxima and sums of exp(z - maximum); a maximum may be -inf, its sum is then 0."""
 
@@ -41,10 +65,13 @@ class StatsArgs(NamedTuple):
     RowSum: Any
     ColMax: Any = None  # [m_tiles, N]
     ColSum: Any = None
+    Tally: Any = None  # TallyArgs
 
 
 @triton.jit
 def stats(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args):
+    if args.Tally is not None:
+        tally(z, sim, offs_m, pid_n, M, args.Tally)
     row_max = tl.max(z, axis=1)
     row_sum = tl.sum(exponential(z - finite(row_max)[:, None]), axis=1)
     row = pid_n.to(tl.int64) * M + offs_m
@@ -66,10 +93,13 @@ class ExpArgs(NamedTuple):
     shift: Any  # one number for all rows and columns
     RowSum: Any  # [n_tiles, M]
     ColSum: Any = None  # [m_tiles, N]
+    Tally: Any = None  # TallyArgs
 
 
 @triton.jit
 def exp(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args):
+    if args.Tally is not None:
+        tally(z, sim, offs_m, pid_n, M, args.Tally)
     e = exponential(z - args.shift)
     tl.store(args.RowSum + pid_n.to(tl.int64) * M + offs_m, tl.sum(e, axis=1), mask=offs_m < M)
     if args.ColSum is not None:
@@ -83,7 +113,7 @@ class GradArgs(NamedTuple):
 
     Stored is `gain * dz`, and `gain * entry` at the target. Q receives the row sums of
     dz (sim - target_sim), without the gain and the target, where the row's term is taken against
-    the row's target and the column's against the column's.
+    the row's target and the column's against the column's. Smooth is taken from every admissible dz.
     """
 
     Gain: Any  # 0-dim or None
@@ -95,6 +125,7 @@ class GradArgs(NamedTuple):
     ColWeight: Any = None
     ColTargetSim: Any = None
     Q: Any = None  # [n_tiles, M]
+    Smooth: Any = None  # [M]
 
 
 @triton.jit
@@ -123,6 +154,9 @@ def grad(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args):
             q += tl.sum(p * (sim - target_sim[None, :]), axis=1)
     if args.Q is not None:
         tl.store(args.Q + pid_n.to(tl.int64) * M + offs_m, q, mask=mask_m)
+    if args.Smooth is not None:
+        smooth = tl.load(args.Smooth + offs_m, mask=mask_m, other=0.0)
+        dz -= tl.where(z > float("-inf"), smooth[:, None], 0.0)
     if Target is not None:
         # Found once more: kept since the logits, a tile of predicates spills 16 bytes on sm_100.
         hit = hits(Target, offs_m, mask_m, pid_n, z.shape[1])

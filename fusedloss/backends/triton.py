@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..problem import Patch, Prepared, Problem, RowSums, Settled, Softmax, Strip
+from ..problem import GuideRule, Patch, Prepared, Problem, RowSums, Settled, Softmax, Strip, StripMask, Tally, stats_dtype
+from ..rows import guide_threshold
 from ..waves import wave_rows
 
 if TYPE_CHECKING:
@@ -31,7 +32,11 @@ PANEL_BYTES = 32 << 20  # fp32 similarities from the vendor's GEMM: they fit an 
 
 
 def why_not(problem: Problem) -> str | None:
-    return _why_not(problem.dtype, problem.device, os.environ.get("TRITON_INTERPRET"))
+    dtypes = {problem.dtype: None}  # in order
+    for block in problem.blocks:
+        dtypes |= {x.dtype: None for x in block.mask.guide or ()}
+    reasons = (_why_not(dtype, problem.device, os.environ.get("TRITON_INTERPRET")) for dtype in dtypes)
+    return next((reason for reason in reasons if reason), None)
 
 
 @functools.cache
@@ -61,7 +66,7 @@ def _why_not(dtype: torch.dtype, device: torch.device, interpret: str | None) ->
 
 
 def workspace_dtype(problem: Problem) -> torch.dtype:
-    return problem.dtype
+    return problem.dtype if problem.fold is None else stats_dtype(problem.dtype)  # folds see the similarities
 
 
 def can_exp(problem: Problem) -> bool:
@@ -72,6 +77,7 @@ def can_exp(problem: Problem) -> bool:
         and abs(problem.scale_bound) <= SAFE_SCALE
         and problem.dtype != torch.float16
         and all(block.bias is None for block in problem.blocks)
+        and not (problem.label_smoothing and problem.masked)
     )
 
 
@@ -89,26 +95,97 @@ def _exp_shift(problem: Problem) -> float:
 # The similarity GEMM --------------------------------------------------------------------------------------------------
 
 
-def stats_rows(strips: list[Strip]) -> RowSums:
+def stats_rows(strips: list[Strip], tally: Tally | None = None, score: Tensor | None = None) -> RowSums:
     maxima, sums = [], []
     for strip in strips:
-        config = _config(strip, "stats")
+        config = _config(strip, _mode("stats", strip, tally))
         maxima.append(_row_table(strip, config))
         sums.append(_row_table(strip, config))
-        _similarities(_softmax().stats, strip, None, _softmax().StatsArgs(maxima[-1], sums[-1]), config)
+        counts = _tally_args(strip, config, tally, score)
+        args = _softmax().StatsArgs(maxima[-1], sums[-1], Tally=counts)
+        _similarities(_softmax().stats, strip, None, args, config)
+        _add_tally(tally, counts)
     return RowSums(_stacked(maxima), _stacked(sums))
 
 
-def stats_rows_and_columns(strip: Strip) -> tuple[RowSums, RowSums]:
-    config = _config(strip, "stats, columns")
+def stats_rows_and_columns(
+    strip: Strip, tally: Tally | None = None, score: Tensor | None = None
+) -> tuple[RowSums, RowSums]:
+    config = _config(strip, _mode("stats, columns", strip, tally))
     rows = RowSums(_row_table(strip, config), _row_table(strip, config))
     columns = RowSums(_column_table(strip, config), _column_table(strip, config))
-    _similarities(_softmax().stats, strip, None, _softmax().StatsArgs(*rows, *columns), config)
+    counts = _tally_args(strip, config, tally, score)
+    _similarities(_softmax().stats, strip, None, _softmax().StatsArgs(*rows, *columns, counts), config)
+    _add_tally(tally, counts)
     return rows, columns
 
 
+def _tally_args(strip: Strip, config: Config, tally: Tally | None, score: Tensor | None) -> Any:
+    if tally is None:
+        return None
+    return _softmax().TallyArgs(score, *(_row_table(strip, config) for _ in tally))
+
+
+def _add_tally(tally: Tally | None, counts: Any) -> None:
+    if tally is not None:
+        for total, table in zip(tally, counts[1:], strict=True):
+            if total is tally.maximum:
+                torch.maximum(total, table.amax(0), out=total)
+            else:
+                total.add_(table.sum(0))
+
+
+def top_rows(strips: list[Strip]) -> tuple[Tensor, Tensor]:
+    (strip,) = strips
+    config = _config(strip, _mode("top", strip, None))
+    top = _row_table(strip, config)
+    column = torch.empty_like(top, dtype=torch.int64)
+    _similarities(_masks().top, strip, None, _masks().TopArgs(top, column), config)
+    largest = top.amax(0)
+    first = column.masked_fill(top != largest, strip.y.shape[0]).amin(0)
+    return largest, first.masked_fill(largest == -torch.inf, -1)
+
+
+def similarities(strip: Strip, out: Tensor) -> None:
+    """`out = row_factor * col_factor * <x, y>`, nothing else."""
+    # Writers multiply by the factors once more: here they come after.
+    bare = strip._replace(row_factor=None, col_factor=None, bias=None, target=None, mask=None, own=None)
+    _similarities(_masks().store, bare, out, (), _config(strip, "store"))
+    for factor in (strip.row_factor, strip.col_factor):
+        if factor is not None:
+            out.mul_(factor[:, None] if factor is strip.row_factor else factor)
+
+
+def guide_rows(strips: list[Strip], rule: GuideRule, outs: list[Tensor]) -> list[Tensor | None]:
+    """What the guide drops of each block, one bit a column."""
+    own = strips[0].scale.new_empty(strips[0].x.shape[0])
+    _similarities(_masks().pick, strips[0], None, _masks().PickArgs(own), _config(strips[0], "guide"))
+    threshold = guide_threshold(own, rule)
+    dropped: list[Tensor | None] = []
+    for strip in strips:
+        words = _cdiv(strip.y.shape[0], 32)
+        bits = torch.empty((strip.x.shape[0], words), dtype=torch.int32, device=strip.x.device)
+        args = _masks().BitsArgs(threshold, bits, words)
+        _similarities(_masks().bits, strip, None, args, _config(strip, "guide"))
+        dropped.append(bits)
+    return dropped
+
+
+def _mode(name: str, strip: Strip, tally: Tally | None) -> str:
+    return f"{name}{', tally' if tally is not None else ''}{', masked' if _masked(strip) else ''}"
+
+
+def _masked(strip: Strip) -> bool:
+    return strip.mask is not None or strip.own_scale is not None
+
+
 def exp_rows(
-    problem: Problem, strips: list[Strip], outs: list[Tensor], target_sim: Tensor | None
+    problem: Problem,
+    strips: list[Strip],
+    outs: list[Tensor],
+    target_sim: Tensor | None,
+    tally: Tally | None = None,
+    score: Tensor | None = None,
 ) -> tuple[RowSums, None]:
     """Write E = exp(z - shift). A scale that is known beforehand has no gradient, so there is no q."""
     if target_sim is not None:
@@ -116,14 +193,16 @@ def exp_rows(
     shift = _exp_shift(problem)
     sums = []
     for strip, out in zip(strips, outs, strict=True):
-        config = _config(strip, "exp")
+        config = _config(strip, _mode("exp", strip, tally))
         sums.append(_row_table(strip, config))
-        _similarities(_softmax().exp, strip, out, _softmax().ExpArgs(shift, sums[-1]), config)
+        counts = _tally_args(strip, config, tally, score)
+        _similarities(_softmax().exp, strip, out, _softmax().ExpArgs(shift, sums[-1], Tally=counts), config)
+        _add_tally(tally, counts)
     return RowSums(shift, _stacked(sums)), None
 
 
 def exp_rows_and_columns(problem: Problem, strip: Strip, out: Tensor) -> tuple[RowSums, RowSums]:
-    config = _config(strip, "exp, columns")
+    config = _config(strip, _mode("exp, columns", strip, None))
     shift, rows, columns = _exp_shift(problem), _row_table(strip, config), _column_table(strip, config)
     _similarities(_softmax().exp, strip, out, _softmax().ExpArgs(shift, rows, columns), config)
     return RowSums(shift, rows), RowSums(shift, columns)
@@ -136,18 +215,20 @@ def grad_rows(
     columns: Softmax | None,
     entry: Tensor,
     gain: Tensor | None,
+    smooth: Tensor | None = None,
 ) -> Tensor | None:
     """Write gain * dz. q holds the tiles' sums of dz_ij (sim_ij - target's), j != t, where targets are given."""
     wants_q = rows.target_sim is not None
     qs = []
     for strip, out in zip(strips, outs, strict=True):
-        config = _config(strip, f"grad{', columns' if columns is not None else ''}{', q' if wants_q else ''}")
+        mode = f"grad{', columns' if columns is not None else ''}{', q' if wants_q else ''}"
+        config = _config(strip, _mode(mode, strip, None))
         q = _row_table(strip, config) if wants_q else None
         if q is not None:
             qs.append(q)
         own_entry = None if strip.target is None else entry
         args = _softmax().GradArgs(
-            gain, rows.shift, rows.weight, own_entry, rows.target_sim, *(columns or (None, None, None)), q
+            gain, rows.shift, rows.weight, own_entry, rows.target_sim, *(columns or (None, None, None)), q, smooth
         )
         _similarities(_softmax().grad, strip, out, args, config)
     return _stacked(qs) if qs else None
@@ -249,8 +330,32 @@ def _multiply(sim: Tensor, x: Tensor, y: Tensor) -> None:
         torch.mm(x.to(sim.dtype), y.to(sim.dtype).T, out=sim)
 
 
-def _columns(strip: Strip) -> tuple[Tensor | None, ...]:
-    return strip.scale, strip.row_factor, strip.col_factor, strip.bias, strip.target
+def _columns(strip: Strip) -> tuple[Any, ...]:
+    return strip.scale, strip.row_factor, strip.col_factor, strip.bias, strip.target, _mask_args(strip)
+
+
+def _mask_args(strip: Strip) -> Any:
+    if not _masked(strip):
+        return None
+    mask = strip.mask or StripMask()
+    drops, keeps = ([c for c in mask.compare if c.keep == keep] for keep in (False, True))
+    dense, bits = mask.dense, mask.dropped
+    exempt = () if mask.exempt is None else tuple(c.contiguous() for c in mask.exempt.unbind(1))
+    return _masks().MaskArgs(
+        tuple(c.rows.contiguous() for c in drops),
+        tuple(c.keys.contiguous() for c in drops),
+        tuple(c.rows.contiguous() for c in keeps),
+        tuple(c.keys.contiguous() for c in keeps),
+        None if dense is None else dense.view(torch.uint8),
+        bits,
+        mask.threshold,
+        exempt,
+        mask.skip,
+        strip.own,
+        strip.own_scale,
+        *((0, 0) if dense is None else dense.stride()),
+        0 if bits is None else bits.stride(0),
+    )
 
 
 # Once per row ---------------------------------------------------------------------------------------------------------
@@ -323,6 +428,8 @@ def settle(
     weight: Tensor,
     label_smoothing: float = 0.0,
     *,
+    decoupled: bool = False,
+    smooth: Tensor | None = None,
     patch: Patch | None = None,
     scaled: Sequence[Tensor] = (),
     dtype: torch.dtype | None = None,
@@ -360,7 +467,9 @@ def settle(
         D,
         0 if out is None else out.stride(0),
         strides,
+        smooth,
         RELATIVE=patch is not None,
+        DECOUPLED=decoupled,
     )
     return settled
 
@@ -412,6 +521,13 @@ def _softmax() -> ModuleType:
     from ..kernels import softmax
 
     return softmax
+
+
+@functools.cache
+def _masks() -> ModuleType:
+    from ..kernels import masks
+
+    return masks
 
 
 @functools.cache
