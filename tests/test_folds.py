@@ -168,7 +168,8 @@ def test_extreme_values_stay_finite(name, dtype):
     for tensor in (found.loss, slope, *found.scalars):
         assert tensor.isfinite().all() and tensor.dtype == dtype
     if dtype == torch.float64:
-        same(name, values, part, one, rtol=1e-7)  # autograd's exp(z - lse) loses the digits of z, up to 1e9 in circle
+        # Autograd's exp(z - lse) loses the digits of z, up to 1e9 in circle. Equal negatives are semi_hard's to choose.
+        same(name, values, part, one, gradient=name != "semi_hard", rtol=1e-7)
 
 
 @pytest.mark.parametrize("name", FOLDS)
@@ -204,19 +205,17 @@ def error(found, wanted, dim=None):
 @pytest.mark.parametrize("name", ["sigmoid", "sup_con_in", "multi_similarity"])
 @pytest.mark.parametrize("gap", [10, 20, 40])
 def test_a_well_fitted_row_keeps_its_relative_precision(name, gap):
-    """Where the positives lead by 20, softplus is 2e-9 and fp32 has no digits for 1 + 2e-9."""
-    values = torch.randn(4, 64)
-    values[:, :8] += 10 + gap
-    values[:, 8:] -= gap
-    labels = torch.arange(64) // 8
+    """Where the positive leads by 20, softplus is 2e-9 and fp32 has no digits for 1 + 2e-9."""
+    values = torch.rand(4, 64) - gap
+    values[:, 0] += 2 * gap
+    labels = torch.arange(64)
     part = Part(torch.arange(4), torch.ones(4), None, torch.zeros(4, dtype=torch.int64), labels)
     scalars = tuple(torch.tensor(number) for number in (1.0, 0.0)[: len(CASES[name][0])])
     options = (1.0, 1.0, 0.0) if name == "multi_similarity" else None
     found, slope = run(name, values, part, scalars, options)
     wide = part._replace(weight=part.weight.double())
     wanted, wanted_slope = run(name, values.double(), wide, tuple(scalar.double() for scalar in scalars), options)
-    constant = math.log(8) if name == "sup_con_in" else 0  # L_in of a perfect row
-    assert (wanted.loss - constant > 0).all()
+    assert 0 < wanted.loss.max() < 1000 * math.exp(-gap)
     assert error(found.loss, wanted.loss).max() < 1e-5
     assert error(slope, wanted_slope).max() < 1e-5
 
@@ -245,7 +244,7 @@ def test_sup_con_in_without_negatives_is_the_entropy_it_cannot_lose():
     """log |P| at best: without a negative there is nothing else to lose, and nothing to learn."""
     values = torch.randn(5, 5, dtype=torch.float64)
     found, slope = run("sup_con_in", values, labelled(values, [0] * 5))
-    close(found.loss, torch.full((5,), math.log(4)))
+    close(found.loss, torch.full((5,), math.log(4), dtype=torch.float64))
     assert not slope.any() and not any(found.scalars)
 
 
@@ -319,9 +318,8 @@ def clustered(classes):
 @pytest.mark.parametrize("classes", [1, 2, 7, 24])
 @pytest.mark.parametrize("name", ["multi_similarity", "circle"])
 def test_pytorch_metric_learning(name, classes):
-    library = pytest.importorskip("pytorch_metric_learning")
-    assert library
-    from pytorch_metric_learning import losses, reducers
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    reducers = pytest.importorskip("pytorch_metric_learning.reducers")
 
     x, labels = clustered(classes)
     x.requires_grad_()
@@ -345,8 +343,7 @@ def test_pytorch_metric_learning(name, classes):
 @pytest.mark.parametrize("margin", [0.5, 5.0])
 @pytest.mark.parametrize("name", TRIPLETS)
 def test_sentence_transformers(name, margin, classes):
-    library = pytest.importorskip("sentence_transformers")
-    losses = library.losses
+    losses = pytest.importorskip("sentence_transformers.losses")
 
     x, labels = clustered(classes)
     x.requires_grad_()
