@@ -158,6 +158,33 @@ def test_rows_do_not_know_their_chunk(name):
 
 
 @pytest.mark.parametrize("name", FOLDS)
+def test_values_may_be_a_window_of_a_workspace(name):
+    workspace = torch.randn(8, 11, dtype=torch.float64)
+    window = workspace[1:7, 2:9]
+    part = labelled(window.clone(), torch.randint(0, 3, (7,)), torch.arange(6))
+    wanted, slope = run(name, window, part)
+    around = workspace.clone()
+    window.zero_(), around[1:7, 2:9].zero_()
+    window += part.teacher
+    found = FOLDS[name][0](window, part, scalars_of(name), CASES[name][1], True)
+    assert torch.equal(found.loss, wanted.loss) and torch.equal(window, slope)
+    window.zero_()
+    assert torch.equal(workspace, around)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FOLDS)
+def test_a_gpu_agrees(name, device):
+    values = torch.randn(40, 300, dtype=torch.float64)
+    part = labelled(values, torch.randint(0, 20, (300,)), torch.arange(40))
+    wanted, slope = run(name, values, part)
+    there = Part(*(None if tensor is None else tensor.to(device) for tensor in part))
+    found, found_slope = run(name, values.to(device), there)
+    close(found.loss.cpu(), wanted.loss)
+    close(found_slope.cpu(), slope)
+
+
+@pytest.mark.parametrize("name", FOLDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_values_stay_finite(name, dtype):
     values = (torch.randn(12, 12, dtype=dtype) * 1e4).clamp(-1e4, 1e4)
@@ -186,10 +213,12 @@ def test_fp32_is_as_exact_as_its_input(name):
     found, slope = run(name, values, part, scalars)
     wide = part._replace(teacher=teacher.double(), weight=part.weight.double())
     wanted, wanted_slope = run(name, values.double(), wide, tuple(scalar.double() for scalar in scalars))
-    assert error(found.loss, wanted.loss).max() < 1e-6
-    assert (error(slope, wanted_slope, dim=1) < 1e-6).all()
+    # The difference of two distributions has fewer digits than either.
+    bound = 1e-5 if name == "distill" else 1.5e-6
+    assert error(found.loss, wanted.loss).max() < 1.5e-6
+    assert error(slope, wanted_slope, dim=1).max() < bound
     for one, other in zip(found.scalars, wanted.scalars, strict=True):
-        assert error(one, other) < 2e-6
+        assert error(one, other) < bound
 
 
 def error(found, wanted, dim=None):
@@ -218,6 +247,19 @@ def test_a_well_fitted_row_keeps_its_relative_precision(name, gap):
     assert 0 < wanted.loss.max() < 1000 * math.exp(-gap)
     assert error(found.loss, wanted.loss).max() < 1e-5
     assert error(slope, wanted_slope).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["margin_ranking", "sup_con_in", "batch_all", "semi_hard", "distill"])
+def test_what_all_columns_share_costs_no_digits(name):
+    """These losses see differences only. The values are multiples of 1/64, so that fp32 holds them with the offset."""
+    values = torch.randint(0, 320, (8, 64)) / 64
+    part = labelled(values, torch.arange(64) // 2, torch.arange(8), teacher=values.flip(0))
+    one = tuple(torch.ones(()) for _ in CASES[name][0])
+    found, slope = run(name, values + 1e4, part._replace(teacher=part.teacher + 1e4), one)
+    wide = part._replace(weight=part.weight.double(), teacher=part.teacher.double())
+    wanted, wanted_slope = run(name, values.double(), wide, tuple(scalar.double() for scalar in one))
+    close(found.loss.double(), wanted.loss, rtol=1e-6)
+    close(slope.double(), wanted_slope, rtol=1e-6, atol=1e-7)
 
 
 def test_sigmoid_takes_a_target_or_labels():
