@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold_
 
 TILE = 1024  # columns at a time, where a step needs wider types than the values'
 # Probabilities below this are 0: as denormals they would make the products that follow several times slower on a CPU.
@@ -34,7 +33,8 @@ class Part(NamedTuple):
 
 class Folded(NamedTuple):
     loss: Tensor  # [R], weighted
-    count: Tensor | None  # [R] in the values' dtype, where the final sum is divided by the sum of counts
+    # [R] in the values' dtype, where the final sum is divided by the sum of counts
+    count: Tensor | None  # type: ignore[assignment]  # tuple.count, which nobody calls
     scalars: tuple[Tensor, ...] = ()  # 0-dim: the gradient by each of the fold's scalars
 
 
@@ -97,14 +97,17 @@ def _softmax_(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     columns they are 0 and -inf.
     """
     shift = _shift(x.masked_fill_(~mask, -torch.inf))
-    total = threshold_(x.sub_(shift).exp_(), FLOOR, 0.0).sum(dim=1, keepdim=True)
+    total = torch.threshold_(x.sub_(shift).exp_(), FLOOR, 0.0).sum(dim=1, keepdim=True)
     x.div_(total.masked_fill(total == 0, 1))
     return shift[:, 0], total.log_()[:, 0]
 
 
-def _log_softmax_(x: Tensor) -> Tensor:
-    total = x.sub_(_shift(x)).exp().sum(dim=1, keepdim=True)
-    return x.sub_(total.masked_fill_(total == 0, 1).log_())
+def _probabilities_(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of each row, and its normaliser [R, 1]; `x` itself loses its row's maximum."""
+    p = x.sub_(_shift(x)).exp()
+    total = p.sum(dim=1, keepdim=True)
+    total.masked_fill_(total == 0, 1)
+    return torch.threshold_(p.div_(total), FLOOR, 0.0), total
 
 
 def _wide(values: Tensor) -> torch.dtype:
@@ -328,12 +331,10 @@ def batch_all(values: Tensor, part: Part, scalars: Scalars, options: Options, gr
     ascending = reach.masked_fill_(~positive, -torch.inf).sort(dim=1).values
     reached = torch.searchsorted(ascending, values_, right=True, out_int32=True).sub_(values.shape[1])
     slope.add_(reached.mul_(negative))
-    # fp64, about the mean (the slopes of a row add up to 0): what triplets lose by is small beside the distances.
-    wide = _wide(values)
-    centre = values.mean(dim=1, keepdim=True).to(wide)
+    wide = _wide(values)  # a triplet's loss is small beside its distances
     loss = margin * count.to(wide)
     for tile in _tiles(values.shape[1]):
-        loss += torch.linalg.vecdot(values[:, tile].to(wide).sub_(centre), slope[:, tile].to(wide))
+        loss += torch.linalg.vecdot(values[:, tile].to(wide), slope[:, tile].to(wide))
     loss = _weighted(loss.to(values.dtype), part)
     if gradient:
         _weigh_(values.copy_(slope), part)
@@ -396,24 +397,25 @@ def semi_hard_formula(values: Tensor, part: Part, scalars: Scalars, options: Opt
 def distill(values: Tensor, part: Part, scalars: Scalars, options: Options, gradient: bool) -> Folded:
     """`KL(p || q) = sum p (log p - log q)`, p the teacher's softmax and q that of `scale values`.
 
-    Exactly 0 where both have equal logits. `sum (q - p)`, which is 0, is added: it cancels the rounding that the two
-    normalisers share over a row, all there would be to see of a loss near 0.
+    Exactly 0 where both have equal logits. `sum (q - p)`, which is 0, is added: it cancels the rounding of the two
+    normalisers, all there would be to see of a loss near 0.
     """
     (scale,) = scalars
     assert part.teacher is not None, "distill needs a teacher"
     # A copy, so that both run through the same arithmetic on equally aligned memory.
-    log_p = _log_softmax_(_put_(part.teacher.to(values.dtype, copy=True), part.own, -torch.inf))
-    log_q = _log_softmax_(_put_(values * scale, part.own, -torch.inf))
-    p = threshold_(log_p.exp(), FLOOR, 0.0)
-    ratio = log_p.sub_(log_q).masked_fill_(p == 0, 0)
-    dz = threshold_(log_q.exp_(), FLOOR, 0.0).sub_(p)
+    ratio = _put_(part.teacher.to(values.dtype, copy=True), part.own, -torch.inf)
+    z = _put_(values * scale, part.own, -torch.inf)
+    (p, total_p), (q, total_q) = _probabilities_(ratio), _probabilities_(z)
+    wide = _wide(values)
+    ratio.sub_(z).sub_(total_p.to(wide).log_() - total_q.to(wide).log_()).masked_fill_(p == 0, 0)
+    dz = q.sub_(p)
     loss = _weighted((torch.linalg.vecdot(p, ratio) + dz.sum(dim=1)).clamp_min_(0), part)
     if not gradient:
         return Folded(loss, None)
     _weigh_(dz, part)
-    torch.mul(dz, values, out=p).masked_fill_((part.weight == 0)[:, None], 0)
+    torch.mul(dz, values, out=z).masked_fill_((part.weight == 0)[:, None], 0)
     torch.mul(dz, scale, out=values)
-    return Folded(loss, None, (p.sum(),))
+    return Folded(loss, None, (z.sum(),))
 
 
 def distill_formula(values: Tensor, part: Part, scalars: Scalars, options: Options) -> tuple[Tensor, Tensor | None]:
