@@ -250,7 +250,7 @@ def circle(values: Tensor, part: Part, scalars: Scalars, options: Options, gradi
     """`log(1 + sum_pos exp(-gamma a_p (v_p - 1 + m)) sum_neg exp(gamma a_n (v_n - m)))`.
 
     `a_p = max(0, 1 + m - v_p)` and `a_n = max(0, v_n + m)` are constants to the gradient. A row without a positive or
-    without a negative has an empty sum: its loss is 0.
+    without a negative has an empty sum: its loss is 0. Counted are the rows that lose anything.
     """
     m, gamma = options
     positive, negative = _sets(values, part)
@@ -264,7 +264,7 @@ def circle(values: Tensor, part: Part, scalars: Scalars, options: Options, gradi
     if gradient:
         pushed.mul_(repel).addcmul_(pulled, attract, value=-1)
         _weigh_(pushed, part, torch.sigmoid(z))
-    return Folded(loss, None)
+    return Folded(loss, _counted(loss > 0, values, part))
 
 
 def circle_formula(values: Tensor, part: Part, scalars: Scalars, options: Options) -> tuple[Tensor, Tensor | None]:
@@ -274,7 +274,8 @@ def circle_formula(values: Tensor, part: Part, scalars: Scalars, options: Option
     pull = _logsumexp(-gamma * torch.relu(1 + m - constant) * (values - (1 - m)), positive)
     push = _logsumexp(gamma * torch.relu(constant + m) * (values - m), negative)
     both = positive.any(dim=1) & negative.any(dim=1)
-    return _left_in(_softplus(torch.where(both, pull + push, FAR)), part), None
+    loss = _left_in(_softplus(torch.where(both, pull + push, FAR)), part)
+    return loss, _counted(loss > 0, values, part)
 
 
 # Supervised contrastive, the mean inside the logarithm ----------------------------------------------------------------

@@ -198,7 +198,7 @@ def execute(
     tensors: Sequence[Tensor],
     constants: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-    """The weighted losses or their sum, what was counted, the sum's gradients by (scale, *tensors): None if unwanted."""
+    """The weighted losses or their sum, what was counted, and the sum's gradients by (scale, *tensors), or None."""
     problem = unflatten(plan, scale, target, weight, tensors, constants)
     result = sweep.run(problem, BACKENDS[plan.backend], _wants(plan, wanted))
     biases = [g for g, block in zip(result.biases, problem.blocks, strict=True) if block.bias is not None]
@@ -224,9 +224,7 @@ class _Loss(torch.autograd.Function):
             problem = unflatten(plan, scale, target, weight, tensors, constants)
             sweep.workspace_shape(problem, BACKENDS[plan.backend])
         ctx.save_for_backward(scale, target, weight, *rest)
-        value, counted, gradients = execute(
-            plan, _in_forward(plan, wanted), scale, target, weight, tensors, constants
-        )
+        value, counted, gradients = execute(plan, _in_forward(plan, wanted), scale, target, weight, tensors, constants)
         ctx.gradients = None if plan.per_row else gradients
         ctx.mark_non_differentiable(*counted)
         return value, *counted

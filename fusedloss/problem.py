@@ -75,7 +75,7 @@ class Block:
     query: int
     key: int
     bias: Tensor | None = None
-    mask: Mask = Mask()
+    mask: Mask = Mask()  # noqa: RUF009  # immutable
     penalty: float = 0.0
     own_penalty: float = 0.0
 
@@ -132,7 +132,7 @@ class Problem:
     scale_bound: float | None = None
     workspace_bytes: int | None = None
     decoupled: bool = False
-    guide_rule: GuideRule = GuideRule()
+    guide_rule: GuideRule = GuideRule()  # noqa: RUF009
     wants_tally: bool = False
     fold: Fold | None = None
 
@@ -223,7 +223,7 @@ class StripMask(NamedTuple):
 class Tally(NamedTuple):
     """What is counted of a row's admissible negatives where somebody asks; zeros and -inf to begin with."""
 
-    count: Tensor  # [R]
+    admitted: Tensor  # [R], how many there are
     above: Tensor  # how many have a larger logit than the target
     maximum: Tensor  # the largest logit
     z: Tensor  # sums of the logits, and of the similarities

@@ -149,7 +149,7 @@ def fold_part(problem: Problem, chunk: slice) -> Part:
     rows = torch.arange(chunk.start, chunk.stop, device=problem.device)
     row_labels, key_labels = fold.labels or (None, None)
     teacher = None
-    if fold.teacher is not None:
+    if fold.teacher is not None and fold.teacher_scale is not None:
         query, key = (x.to(problem.scale.dtype) for x in fold.teacher)
         teacher = query[chunk] @ key.T * fold.teacher_scale
     return Part(

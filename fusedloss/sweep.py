@@ -258,7 +258,7 @@ class _Sweep:
         score = above_ties(_part(self.prepared.score, chunk).to(self.dtype))
         return Tally(*(_part(t, chunk) for t in self.tally)), score
 
-    # Other functions of a row's similarities ---------------------------------------------------------------------------
+    # Other functions of a row's similarities --------------------------------------------------------------------------
 
     def _folded(self) -> Tensor:
         workspace = self._workspace()
@@ -297,9 +297,8 @@ class _Sweep:
                 if gradient is not None:
                     gradient.accumulator()[rows].addcmul_(self.operands[number][rows].to(self.dtype), sums[:, None])
             out.neg_()
-        for factor in (strip.row_factor, strip.col_factor):
-            if factor is not None:
-                out.mul_(factor[:, None] if factor is strip.row_factor else factor)
+        if strip.row_factor is not None and strip.col_factor is not None:
+            out.mul_(strip.row_factor[:, None]).mul_(strip.col_factor)
         self._contract(chunk, [out], self._queries(chunk), None)
         return folded.loss
 
@@ -591,7 +590,8 @@ class _Gradient:
         self.like, self.shape = problem.scale, problem.operands[number].shape
         self.dtype = saved_dtype(problem.dtype)
         self.apply = finish  # (total, over_l, rows, out): what the products left out
-        at_once = not problem.label_smoothing and all(block.key != number for block in problem.blocks)
+        queries, keys = ({getattr(block, side) for block in problem.blocks} for side in ("query", "key"))
+        at_once = not problem.label_smoothing and number in queries - keys
         if problem.fold is not None and problem.fold.distance in ("euclidean", "squared"):
             at_once = False  # the lengths of both sides add a multiple of each row
         self.kept = self.like.new_empty(self.shape, dtype=self.dtype) if at_once else None

@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedloss
 from fusedloss.backends import BACKENDS
+from fusedloss.info import probe
 from fusedloss.op import flatten
 from fusedloss.problem import Block, Problem
-from fusedloss.info import probe
 
 PLAIN = ["chunked", "reference"]
 
@@ -271,7 +271,14 @@ def test_the_op_meets_torch_librarys_own_checks(backend, per_row, symmetric):
     x, y = leaves((6, 4), (6, 4), dtype=torch.float32)
     scale = torch.tensor(2.0, requires_grad=True)
     problem = Problem(
-        (x, y), (Block(0, 1),), scale, torch.arange(6), torch.ones(6), cosine=True, symmetric=symmetric, wants_tally=True
+        (x, y),
+        (Block(0, 1),),
+        scale,
+        torch.arange(6),
+        torch.ones(6),
+        cosine=True,
+        symmetric=symmetric,
+        wants_tally=True,
     )
     plan, tensors, constants = flatten(problem, backend, per_row)
     arguments = (scale, problem.target, problem.weight, tensors, constants, *plan)

@@ -138,7 +138,7 @@ def _count_(tally: Tally | None, strip: Strip, z: Tensor, sim: Tensor | None, sc
     if tally is None:
         return
     admitted = z > -math.inf
-    tally.count.add_(admitted.sum(1))
+    tally.admitted.add_(admitted.sum(1))
     tally.above.add_((z > score[:, None]).sum(1))
     torch.maximum(tally.maximum, z.amax(1), out=tally.maximum)
     if sim is not None:
@@ -236,7 +236,7 @@ def guide_rows(strips: list[Strip], rule: GuideRule, outs: list[Tensor]) -> list
     similarities(first, outs[0])
     own = outs[0].gather(1, target.clamp(min=0)[:, None])
     threshold = guide_threshold(own, rule)
-    dropped = []
+    dropped: list[Tensor | None] = []
     for strip, out in zip(strips, outs, strict=True):
         if strip is not first:
             similarities(strip, out)

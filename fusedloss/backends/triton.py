@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..problem import GuideRule, Patch, Prepared, Problem, RowSums, Settled, Softmax, Strip, StripMask, Tally, stats_dtype
+from ..problem import (
+    GuideRule,
+    Patch,
+    Prepared,
+    Problem,
+    RowSums,
+    Settled,
+    Softmax,
+    Strip,
+    StripMask,
+    Tally,
+    stats_dtype,
+)
 from ..rows import guide_threshold
 from ..waves import wave_rows
 
@@ -151,9 +163,8 @@ def similarities(strip: Strip, out: Tensor) -> None:
     # Writers multiply by the factors once more: here they come after.
     bare = strip._replace(row_factor=None, col_factor=None, bias=None, target=None, mask=None, own=None)
     _similarities(_masks().store, bare, out, (), _config(strip, "store"))
-    for factor in (strip.row_factor, strip.col_factor):
-        if factor is not None:
-            out.mul_(factor[:, None] if factor is strip.row_factor else factor)
+    if strip.row_factor is not None and strip.col_factor is not None:
+        out.mul_(strip.row_factor[:, None]).mul_(strip.col_factor)
 
 
 def guide_rows(strips: list[Strip], rule: GuideRule, outs: list[Tensor]) -> list[Tensor | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ class Stats(NamedTuple):
     positive_score: Tensor  # mean of the targets'
     hardest_negative_score: Tensor  # mean of each row's largest, over the rows that have a negative
     masked: Tensor  # share of the negatives that masks and biases of -inf drop
+
+
+# Tensor, or (Tensor, Stats) under return_stats=True: a union would make every caller's type checker ask which.
+Loss = Any
 
 
 def autocast(*embeddings: Tensor) -> tuple[Tensor, ...]:
@@ -64,7 +68,7 @@ class Objective(NamedTuple):
     reduction: str
     every_row: bool  # with weight 1
 
-    def result(self) -> Tensor | tuple[Tensor, Stats]:
+    def result(self) -> Loss:
         """The loss, and what its sweep counted where that was asked for."""
         return mean_of([self])
 
@@ -97,12 +101,17 @@ class Objective(NamedTuple):
         )
 
 
-def mean_of(objectives: Sequence[Objective]) -> Tensor | tuple[Tensor, Stats]:
+def mean_of(objectives: Sequence[Objective]) -> Loss:
     """The mean of several losses, with the statistics of the first."""
     found = [one._reduced() for one in objectives]
     loss = torch.stack([loss for loss, _ in found]).mean(0) if len(found) > 1 else found[0][0]
     first = objectives[0]
     return (loss, first._stats(found[0][1])) if first.problem.wants_tally else loss
+
+
+def reduced(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
+    """A sum as what was asked for; `counts` [M] is what each row counts in the mean."""
+    return over(loss, counts.sum()) if reduction == "mean" else loss
 
 
 def over(total: Tensor, count: Tensor) -> Tensor:

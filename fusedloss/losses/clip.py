@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import checks, masks
 from ..problem import Block
-from ._in_batch import Stats, as_scale, autocast, distinct, objective
+from ._in_batch import Loss, as_scale, autocast, distinct, objective
 from ._module import LossModule
 
 
@@ -22,7 +22,7 @@ def clip(
     backend: str = "auto",
     workspace_bytes: int | None = None,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, Stats]:
+) -> Loss:
     """CLIP loss (Radford et al. 2021), the mean of both directions; argument names and order are open_clip's.
 
         z_ij   = logit_scale * <image_i, text_j> + logit_bias

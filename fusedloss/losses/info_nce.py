@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import checks, masks
 from ..problem import Block
-from ._in_batch import Objective, Stats, as_scale, autocast, distinct, objective
+from ._in_batch import Loss, Objective, as_scale, autocast, distinct, objective
 from ._module import LossModule
 
 
@@ -26,7 +26,7 @@ def info_nce(
     backend: str = "auto",
     workspace_bytes: int | None = None,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, Stats]:
+) -> Loss:
     """InfoNCE (van den Oord et al. 2018): each query's key against all the other keys of the batch.
 
         z_ij   = <query_i, key_j> / temperature + key_bias_j

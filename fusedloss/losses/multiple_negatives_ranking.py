@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import checks, masks
 from ..problem import Block, Mask
-from ._in_batch import Objective, Stats, as_scale, autocast, distinct, mean_of, objective
+from ._in_batch import Loss, Objective, as_scale, autocast, distinct, mean_of, objective
 from ._module import LossModule
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -31,7 +31,7 @@ def multiple_negatives_ranking(
     backend: str = "auto",
     workspace_bytes: int | None = None,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, Stats]:
+) -> Loss:
     """Multiple negatives ranking (Henderson et al. 2017), with the options of sentence-transformers 6.2.
 
         loss_i = logsumexp over the columns of row i  -  scale * s(anchor_i, positive_i)
@@ -180,8 +180,6 @@ def multiple_negatives_ranking_objectives(
     ]
 
 
-
-
 def _check_directions(directions: Sequence[str], partition_mode: str) -> None:
     if isinstance(directions, str) or not all(name in DIRECTIONS for name in directions):
         raise ValueError(f"directions is {directions!r}: needs a sequence of {', '.join(map(repr, DIRECTIONS))}")
@@ -208,6 +206,11 @@ class MultipleNegativesRankingLoss(LossModule, function=multiple_negatives_ranki
 
     It takes embeddings: a class of this name that wraps a sentence-transformers model is not in this version.
     """
+
+    directions: Sequence[str]
+    partition_mode: str
+    hardness_mode: str | None
+    hardness_strength: float
 
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)

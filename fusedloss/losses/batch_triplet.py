@@ -1,0 +1,211 @@
+"""Triplets mined in a labelled batch: all, the hardest, and the semi-hard ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..masks import itself
+from ..pairs import DISTANCES, of_pairs
+from ..problem import Compare, Fold, Mask, stats_dtype
+from ..rows import row_chunks
+from ._fold import fold_loss, top
+from ._in_batch import over
+from ._module import LossModule
+
+
+def batch_all_triplet(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    margin: float = 5.0,
+    distance: str = "euclidean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """The mean over all valid triplets of a batch that lose anything (Hermans et al. 2017; sentence-transformers).
+
+        loss = sum over (a, p, n) of relu(d_ap - d_an + margin) / (number of those above 0 + 1e-16)
+               p != a, labels_p == labels_a != labels_n
+
+    Each row's positives and negatives are sorted and summed from there: O(N log N) a row, no tensor of triplets.
+    Without a triplet the loss is 0.
+
+    Args:
+        embeddings: `[N, D]`. labels: int64 `[N]`, any values.
+        margin: in the unit of the distance.
+        distance: "euclidean" (gradient 0 at distance 0), "squared" (its square) or "cosine" (1 - cosine).
+        backend: "auto", "triton", "chunked" or "reference".
+        workspace_bytes: the most that the workspace for one chunk of distances may take; see `info_nce`.
+
+    Returns:
+        A 0-dim tensor, float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> fusedloss.batch_all_triplet(encoder(x), y, margin=0.2, distance="cosine").backward()
+    """
+    loss, count = _folded("batch_all", embeddings, labels, margin, distance, backend, workspace_bytes)
+    return loss / (count + 1e-16)
+
+
+def batch_semi_hard_triplet(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    margin: float = 5.0,
+    distance: str = "euclidean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """For each pair of a label, the nearest negative that is farther (Schroff et al. 2015; sentence-transformers).
+
+        neg(i, j) = min{d_ik > d_ij : labels_k != labels_i}, or where there is none max{d_ik : labels_k != labels_i}
+        loss      = mean over ordered pairs (i, j), labels_i == labels_j, of relu(d_ij - neg(i, j) + margin)
+
+    Where all labels are equal, neg falls back to the row's smallest distance, as upstream. Parameters, result and
+    errors are `batch_all_triplet`'s.
+
+    Example:
+        >>> fusedloss.batch_semi_hard_triplet(encoder(x), y, margin=5.0).backward()
+    """
+    loss, count = _folded("semi_hard", embeddings, labels, margin, distance, backend, workspace_bytes)
+    return over(loss, count)
+
+
+def batch_hard_triplet(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    margin: float = 5.0,
+    distance: str = "euclidean",
+    reduction: str = "mean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """Each row's farthest positive against its nearest negative (Hermans et al. 2017; sentence-transformers).
+
+        hp_i   = max(0, max{d_ij : j != i, labels_j == labels_i}),  hn_i = min{d_ij : labels_j != labels_i}
+        loss_i = relu(hp_i - hn_i + margin)
+
+    All rows count in the mean. A row without a positive has hp = 0; in a batch of one label hn = hp, so that its rows
+    lose `margin` and have no gradient, as upstream. The first index on ties takes the gradient. Rows and columns are
+    searched tile by tile; the gradient is that of 2 N pairs.
+
+    Args:
+        embeddings: `[N, D]`. labels: int64 `[N]`, any values.
+        margin: in the unit of the distance.
+        distance: "euclidean" (gradient 0 at distance 0), "squared" (its square) or "cosine" (1 - cosine).
+        reduction: "mean", "sum" or "none" (`[N]`).
+        backend: "auto", "triton", "chunked" or "reference".
+        workspace_bytes: accepted as in the other losses; nothing is stored that it could bound.
+
+    Returns:
+        A 0-dim tensor (`[N]` for "none"), float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> fusedloss.batch_hard_triplet(encoder(x), y, margin=0.3, distance="cosine").backward()
+    """
+    checks.number("margin", margin)
+    difference = _hardest(embeddings, labels, distance, reduction, backend, workspace_bytes)
+    return _reduce((difference + margin).clamp(min=0), reduction)
+
+
+def batch_hard_soft_margin_triplet(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    distance: str = "euclidean",
+    reduction: str = "mean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """`batch_hard_triplet` with `log(1 + exp(hp_i - hn_i))` instead of the hinge: no margin (Hermans et al. 2017).
+
+    Parameters, result and errors are `batch_hard_triplet`'s.
+
+    Example:
+        >>> fusedloss.batch_hard_soft_margin_triplet(encoder(x), y).backward()
+    """
+    difference = _hardest(embeddings, labels, distance, reduction, backend, workspace_bytes)
+    return _reduce(torch.logaddexp(difference, torch.zeros_like(difference)), reduction)
+
+
+def _check(embeddings: Tensor, labels: Tensor, distance: str, workspace_bytes: int | None) -> None:
+    checks.embeddings(embeddings=embeddings)
+    checks.integers("labels", labels, (embeddings.shape[0],), embeddings)
+    checks.choice("distance", distance, checks.DISTANCES)
+    checks.count("workspace_bytes", workspace_bytes)
+
+
+def _folded(
+    name: str,
+    embeddings: Tensor,
+    labels: Tensor,
+    margin: float,
+    distance: str,
+    backend: str,
+    workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor]:
+    _check(embeddings, labels, distance, workspace_bytes)
+    checks.number("margin", margin)
+    one = torch.ones((), dtype=stats_dtype(embeddings.dtype), device=embeddings.device)
+    weight = one.expand(embeddings.shape[0]).contiguous()
+    fold = Fold(name, (float(margin),), labels=(labels, labels), itself=True, distance=distance)
+    loss, count = fold_loss([embeddings], one, weight, fold, distance == "cosine", True, backend, workspace_bytes)
+    return loss, torch.zeros_like(loss) if count is None else count
+
+
+def _hardest(
+    embeddings: Tensor, labels: Tensor, distance: str, reduction: str, backend: str, workspace_bytes: int | None
+) -> Tensor:
+    """hp - hn of each row."""
+    _check(embeddings, labels, distance, workspace_bytes)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    cosine = distance == "cosine"
+    # |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y>: the order of the distances of a row does not need |x|^2.
+    scale, squares = (1.0, None) if cosine else (2.0, _squares(embeddings))
+    others = Mask((Compare(labels, labels, False),))
+    same = Mask((Compare(labels, labels, True),), skip=itself(len(labels), labels))
+    less = None if squares is None else -squares
+    farthest = top([embeddings], -scale, same, cosine, backend, workspace_bytes, squares)
+    nearest = top([embeddings], scale, others, cosine, backend, workspace_bytes, less)
+    apart = DISTANCES[distance]
+    positive = of_pairs(apart, embeddings, embeddings, farthest).clamp(min=0)
+    negative = of_pairs(apart, embeddings, embeddings, nearest)
+    return (positive - negative).masked_fill(nearest < 0, 0)
+
+
+def _squares(x: Tensor) -> Tensor:
+    parts = [x[chunk].detach().to(stats_dtype(x.dtype)).square().sum(1) for chunk in row_chunks(x)]
+    return torch.cat(parts) if parts else x.new_empty(0, dtype=stats_dtype(x.dtype))
+
+
+def _reduce(rows: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return rows
+    return rows.sum() / max(rows.shape[0], 1) if reduction == "mean" else rows.sum()
+
+
+class BatchAllTripletLoss(LossModule, function=batch_all_triplet):
+    """`batch_all_triplet` with its options in the constructor and `forward(embeddings, labels)`."""
+
+
+class BatchHardTripletLoss(LossModule, function=batch_hard_triplet):
+    """`batch_hard_triplet` with its options in the constructor and `forward(embeddings, labels)`."""
+
+
+class BatchHardSoftMarginTripletLoss(LossModule, function=batch_hard_soft_margin_triplet):
+    """`batch_hard_soft_margin_triplet` with its options in the constructor and `forward(embeddings, labels)`."""
+
+
+class BatchSemiHardTripletLoss(LossModule, function=batch_semi_hard_triplet):
+    """`batch_semi_hard_triplet` with its options in the constructor and `forward(embeddings, labels)`."""

@@ -1,0 +1,90 @@
+"""CLIP distillation: the student's softmax over the whole batch learns the teacher's, neither materialised."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..problem import Fold, Guide
+from ._fold import fold_loss
+from ._in_batch import as_scale, autocast, distinct
+from ._module import LossModule
+
+
+def clip_distill(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    teacher_image_features: Tensor,
+    teacher_text_features: Tensor,
+    teacher_logit_scale: float | Tensor,
+    *,
+    normalize: bool = False,
+    reduction: str = "mean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """CLIP distillation over the full batch: KL(teacher || student) of the two softmaxes, the mean of both directions.
+
+        p_i    = softmax_j(teacher_logit_scale * <teacher_image_i, teacher_text_j>)
+        loss_i = KL(p_i || softmax_j(logit_scale * <image_i, text_j>)) / 2  +  the same from text to image
+
+    open_clip's DistillClipLoss is the cross-entropy of the same distributions: it differs by the teacher's entropy,
+    a constant, and has the same gradient. Both matrices are computed by row chunks, once for each direction.
+
+    Args:
+        image_features, text_features: `[B, D]`, used as given unless `normalize`.
+        logit_scale: the multiplier itself: a number, or a tensor of one element, which receives a gradient.
+        teacher_image_features, teacher_text_features: `[B, T]`, of the teacher, of any dimension, used as given; they
+            receive no gradient.
+        teacher_logit_scale: a number, or a tensor of one element without gradient.
+        normalize: divide each of the student's rows by `max(|row|, 1e-12)` first.
+        reduction: "mean", "sum", or "none" (`[B]`: `(row_i + column_i) / 2`).
+        backend: "auto", "triton", "chunked" or "reference".
+        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
+
+    Returns:
+        A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> with torch.no_grad():
+        ...     teacher_image, teacher_text = teacher(pixels, tokens)
+        >>> fusedloss.clip_distill(image, text, scale, teacher_image, teacher_text, 100.0).backward()
+    """
+    checks.embeddings(image_features=image_features, text_features=text_features)
+    checks.embeddings(teacher_image_features=teacher_image_features, teacher_text_features=teacher_text_features)
+    rows = image_features.shape[0]
+    for name, x in (
+        ("text_features", text_features),
+        ("teacher_image_features", teacher_image_features),
+        ("teacher_text_features", teacher_text_features),
+    ):
+        if x.shape[0] != rows:
+            raise ValueError(f"{name} has {x.shape[0]} rows and image_features {rows}: they must be one batch")
+        checks.same_device(name, x, "image_features", image_features)
+    checks.scalar("logit_scale", logit_scale, image_features, positive=False)
+    checks.scalar("teacher_logit_scale", teacher_logit_scale, image_features, positive=False)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.count("workspace_bytes", workspace_bytes)
+    scale, _ = as_scale(logit_scale, image_features, inverse=False)
+    teacher_scale, _ = as_scale(teacher_logit_scale, image_features, inverse=False)
+    image, text = autocast(image_features, text_features)
+    weight = torch.full((rows,), 0.5, dtype=scale.dtype, device=scale.device)
+    teachers = teacher_image_features.detach(), teacher_text_features.detach()
+    losses = []
+    for student, teacher in (((image, text), teachers), ((text, image), teachers[::-1])):
+        fold = Fold("distill", teacher=Guide(*teacher), teacher_scale=teacher_scale.detach())
+        operands, _ = distinct(*student)
+        summed = reduction != "none"
+        losses.append(fold_loss(operands, scale, weight, fold, normalize, summed, backend, workspace_bytes)[0])
+    loss = losses[0] + losses[1]
+    return loss / max(rows, 1) if reduction == "mean" else loss
+
+
+class ClipDistillLoss(LossModule, function=clip_distill):
+    """`clip_distill` with its options in the constructor and its tensors in `forward`."""

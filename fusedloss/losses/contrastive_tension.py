@@ -1,0 +1,40 @@
+"""Contrastive tension with in-batch negatives: one sentence, two encoders."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._module import LossModule
+from .clip import clip
+
+
+def contrastive_tension_in_batch(
+    a: Tensor,
+    b: Tensor,
+    logit_scale: float | Tensor = 20.0,
+    *,
+    reduction: str = "mean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """Contrastive tension with in-batch negatives (Carlsson et al. 2021), as in sentence-transformers.
+
+        z_ij   = logit_scale * cos(a_i, b_j)
+        loss_i = (logsumexp_j z_ij + logsumexp_j z_ji) / 2 - z_ii
+
+    a, b: `[B, D]`, the same sentences by two encoders; normalised inside. logit_scale: the multiplier itself; in
+    sentence-transformers it is the exponential of a learnt parameter that starts at log(20). It is `clip` with
+    `normalize=True`, whose other parameters, result and errors it has.
+
+    Example:
+        >>> fusedloss.contrastive_tension_in_batch(encoder_1(x), encoder_2(x), log_scale.exp()).backward()
+    """
+    loss = clip(
+        a, b, logit_scale, normalize=True, reduction=reduction, backend=backend, workspace_bytes=workspace_bytes
+    )
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+class ContrastiveTensionInBatchLoss(LossModule, function=contrastive_tension_in_batch):
+    """`contrastive_tension_in_batch` with its options in the constructor and `forward(a, b, logit_scale=20.0)`."""

@@ -1,0 +1,153 @@
+"""GISTEmbed: multiple negatives ranking whose false negatives a guide model takes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .. import checks, masks
+from ..problem import Block, Guide, GuideRule, Mask
+from ._in_batch import Loss, Objective, as_scale, autocast, distinct, objective
+from ._module import LossModule
+
+
+def gist_embed(
+    anchor: Tensor,
+    positive: Tensor,
+    *negatives: Tensor,
+    guide: Sequence[Tensor],
+    temperature: float | Tensor = 0.01,
+    margin_strategy: str = "absolute",
+    margin: float = 0.0,
+    contrast_anchors: bool = True,
+    contrast_positives: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+    return_stats: bool = False,
+) -> Loss:
+    """GISTEmbed (Solatorio 2024) as in sentence-transformers: in-batch negatives that a guide model filters.
+
+        t_i    = cos(guide_anchor_i, guide_positive_i)
+        th_i   = t_i - margin                 ("absolute"),  t_i - |t_i| * margin  ("relative")
+        loss_i = logsumexp over the columns of row i  -  cos(anchor_i, positive_i) / temperature
+
+    The columns of row i, each a cosine over `temperature`, dropped where the guide's cosine of the same pair is larger
+    than th_i: (anchor_i, positive_j); (anchor_i, anchor_j) with `contrast_anchors`; (positive_i, positive_j) with
+    `contrast_positives`; (anchor_i, negative_j) of each column of negatives. The own positive always stays. As
+    upstream, nothing else drops the pair of a row with itself in the second and third set than the guide's own 1:
+    where th_i reaches that (a guide that takes both for the same, a negative margin), it stays.
+
+    A guide's cosine within 4 eps of the threshold is a tie, which stays, as an exact duplicate of the positive does.
+    No [B, B] matrix is stored: the guide's products are computed beside the model's, and their outcome kept as a mask
+    of one row chunk.
+
+    Args:
+        anchor, positive: `[B, D]`. negatives: any number of `[K, D]`.
+        guide: `(guide_anchor, guide_positive, *guide_negatives)`, embeddings of the same texts by the guide, of any
+            dimension; they receive no gradient.
+        temperature: a positive number, or a tensor of one element, which receives a gradient.
+        margin_strategy, margin: see above.
+        contrast_anchors, contrast_positives: whether anchors meet anchors, and positives positives.
+        reduction: "mean", "sum" or "none" (`[B]`).
+        backend: "auto", "triton", "chunked" or "reference".
+        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
+        return_stats: return `(loss, Stats)`; `Stats.masked` is the share that the guide drops.
+
+    Returns:
+        A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> guides = [teacher(texts) for texts in (questions, answers)]
+        >>> fusedloss.gist_embed(model(questions), model(answers), guide=guides).backward()
+    """
+    return gist_embed_objective(
+        anchor,
+        positive,
+        *negatives,
+        guide=guide,
+        temperature=temperature,
+        margin_strategy=margin_strategy,
+        margin=margin,
+        contrast_anchors=contrast_anchors,
+        contrast_positives=contrast_positives,
+        reduction=reduction,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+        return_stats=return_stats,
+    ).result()
+
+
+def gist_embed_objective(
+    anchor: Tensor,
+    positive: Tensor,
+    *negatives: Tensor,
+    guide: Sequence[Tensor],
+    temperature: float | Tensor = 0.01,
+    margin_strategy: str = "absolute",
+    margin: float = 0.0,
+    contrast_anchors: bool = True,
+    contrast_positives: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+    return_stats: bool = False,
+) -> Objective:
+    named = {"anchor": anchor, "positive": positive, **{f"negatives[{i}]": x for i, x in enumerate(negatives)}}
+    checks.embeddings(**named)
+    if positive.shape[0] != anchor.shape[0]:
+        raise ValueError(f"positive has {positive.shape[0]} rows and anchor {anchor.shape[0]}: they must be pairs")
+    guides = _guides(guide, named)
+    checks.scalar("temperature", temperature, anchor, positive=True)
+    checks.choice("margin_strategy", margin_strategy, masks.STRATEGIES)
+    checks.number("margin", margin)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.count("workspace_bytes", workspace_bytes)
+    scale, scale_bound = as_scale(temperature, anchor, inverse=True)
+    operands, (a, p, *n) = distinct(anchor, positive, *negatives)
+    guide_a, guide_p, *guide_n = guides
+
+    def block(query: int, key: int, guide_query: Tensor, guide_key: Tensor) -> Block:
+        return Block(query, key, mask=Mask(guide=Guide(guide_query, guide_key)))
+
+    blocks = [block(a, p, guide_a, guide_p)]
+    blocks += [block(a, a, guide_a, guide_a)] if contrast_anchors else []
+    blocks += [block(p, p, guide_p, guide_p)] if contrast_positives else []
+    blocks += [block(a, key, guide_a, guide_key) for key, guide_key in zip(n, guide_n, strict=True)]
+    return objective(
+        autocast(*operands),
+        blocks,
+        None,
+        scale,
+        scale_bound=scale_bound,
+        cosine=True,
+        guide_rule=GuideRule(float(margin), margin_strategy == "relative"),
+        reduction=reduction,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+        return_stats=return_stats,
+    )
+
+
+def _guides(guide: Sequence[Tensor], named: dict[str, Tensor]) -> list[Tensor]:
+    if isinstance(guide, Tensor) or len(guide) != len(named):
+        got = "one tensor" if isinstance(guide, Tensor) else f"{len(guide)} tensors"
+        raise ValueError(f"guide holds {got}: needs {len(named)}, one for each of {', '.join(named)}")
+    checks.embeddings(**{f"guide[{i}]": x for i, x in enumerate(guide)})
+    for i, (x, (name, own)) in enumerate(zip(guide, named.items(), strict=True)):
+        if x.shape[0] != own.shape[0]:
+            raise ValueError(f"guide[{i}] has {x.shape[0]} rows and {name} {own.shape[0]}: they must agree")
+        checks.same_device(f"guide[{i}]", x, name, own)
+    return [x.detach() for x in guide]
+
+
+class GISTEmbedLoss(LossModule, function=gist_embed, tensors=("guide",)):
+    """`gist_embed` with its options in the constructor and `forward(anchor, positive, *negatives, guide=...)`.
+
+    It takes embeddings: a class of this name that wraps a sentence-transformers model is not in this version.
+    """

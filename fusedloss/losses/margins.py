@@ -1,0 +1,129 @@
+"""Margins between a pair and the batch's other pairs: to the hardest of them, or to all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..masks import itself
+from ..pairs import cosine, of_pairs
+from ..problem import Fold, Mask, stats_dtype
+from ._fold import fold_loss, top
+from ._in_batch import autocast, distinct
+from ._module import LossModule
+
+
+def mega_batch_margin(
+    anchor: Tensor,
+    positive: Tensor,
+    *,
+    positive_margin: float = 0.8,
+    negative_margin: float = 0.3,
+    reduction: str = "mean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """Mega-batch margin loss (Wieting & Gimpel 2018) as in sentence-transformers, over cosines s.
+
+        loss_i = relu(positive_margin - s_ii) + relu(max_{j != i} s_ij - negative_margin)
+
+    A batch of one has no second term. The first index on ties takes the gradient.
+
+    Args:
+        anchor, positive: `[B, D]`, normalised inside.
+        positive_margin, negative_margin: cosines.
+        reduction: "mean", "sum" or "none" (`[B]`).
+        backend: "auto", "triton", "chunked" or "reference".
+        workspace_bytes: accepted as in the other losses; nothing is stored that it could bound.
+
+    Returns:
+        A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> fusedloss.mega_batch_margin(encoder(a), encoder(b), positive_margin=0.8).backward()
+    """
+    rows = _pairs(anchor, positive, reduction, workspace_bytes)
+    checks.number("positive_margin", positive_margin)
+    checks.number("negative_margin", negative_margin)
+    operands, _ = distinct(anchor, positive)
+    hardest = top(operands, 1.0, Mask(skip=rows), True, backend, workspace_bytes)
+    own = of_pairs(cosine, anchor, positive, rows)
+    other = of_pairs(cosine, anchor, positive, hardest).masked_fill(hardest < 0, -torch.inf)
+    loss = (positive_margin - own).clamp(min=0) + (other - negative_margin).clamp(min=0)
+    return _reduce(loss, reduction)
+
+
+def in_batch_margin_ranking(
+    anchor: Tensor,
+    positive: Tensor,
+    *,
+    margin: float = 0.5,
+    similarity: str = "cos",
+    reduction: str = "mean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """Margin ranking against every other positive of the batch: the hinge of a ranking SVM, over all negatives.
+
+        loss_i = 1/(N - 1) sum_{j != i} relu(margin - s(anchor_i, positive_i) + s(anchor_i, positive_j))
+
+    Args:
+        anchor: `[B, D]`. positive: `[N, D]` with N >= B: row i belongs to anchor i.
+        margin: in the unit of the similarity.
+        similarity: "cos" (rows divided by `max(|row|, 1e-12)`) or "dot".
+        reduction: "mean", "sum" or "none" (`[B]`).
+        backend: "auto", "triton", "chunked" or "reference".
+        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
+
+    Returns:
+        A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> fusedloss.in_batch_margin_ranking(encoder(questions), encoder(answers), margin=0.3).backward()
+    """
+    rows = _pairs(anchor, positive, reduction, workspace_bytes, more_positives=True)
+    checks.number("margin", margin)
+    checks.choice("similarity", similarity, checks.SIMILARITIES)
+    operands = autocast(*distinct(anchor, positive)[0])
+    one = torch.ones((), dtype=stats_dtype(operands[0].dtype), device=anchor.device)
+    weight = one.expand(len(rows)).contiguous()
+    fold = Fold("margin_ranking", (float(margin), 1.0))
+    summed = reduction != "none"
+    loss, _ = fold_loss(operands, one, weight, fold, similarity == "cos", summed, backend, workspace_bytes, rows)
+    return loss / max(len(rows), 1) if reduction == "mean" else loss
+
+
+def _pairs(
+    anchor: Tensor, positive: Tensor, reduction: str, workspace_bytes: int | None, more_positives: bool = False
+) -> Tensor:
+    """Each row's own column."""
+    checks.embeddings(anchor=anchor, positive=positive)
+    rows, columns = anchor.shape[0], positive.shape[0]
+    if columns < rows or (columns > rows and not more_positives):
+        raise ValueError(f"positive has {columns} rows and anchor {rows}: every anchor needs its positive")
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.count("workspace_bytes", workspace_bytes)
+    return itself(rows, anchor)
+
+
+def _reduce(rows: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return rows
+    return rows.sum() / max(rows.shape[0], 1) if reduction == "mean" else rows.sum()
+
+
+class MegaBatchMarginLoss(LossModule, function=mega_batch_margin):
+    """`mega_batch_margin` with its options in the constructor and `forward(anchor, positive)`."""
+
+
+class InBatchMarginRankingLoss(LossModule, function=in_batch_margin_ranking):
+    """`in_batch_margin_ranking` with its options in the constructor and `forward(anchor, positive)`."""

@@ -1,0 +1,124 @@
+"""Multi-similarity and circle loss: both weigh every positive and every negative of a row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..problem import Fold, stats_dtype
+from ._fold import fold_loss
+from ._in_batch import autocast, over
+from ._module import LossModule
+
+
+def multi_similarity(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 2.0,
+    beta: float = 50.0,
+    base: float = 0.5,
+    reduction: str = "mean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """Multi-similarity loss (Wang et al. 2019) as in pytorch-metric-learning, over cosines s, without its miner.
+
+        loss_i = 1/alpha log(1 + sum_{p in P(i)} exp(-alpha (s_ip - base)))
+               + 1/beta  log(1 + sum_{n in N(i)} exp( beta  (s_in - base)))
+
+    P(i) are the other rows of row i's label, N(i) those of other labels; the mean is over all rows.
+
+    Args:
+        embeddings: `[N, D]`, normalised inside. labels: int64 `[N]`, any values.
+        alpha, beta: positive. base: a cosine.
+        reduction: "mean", "sum" or "none" (`[N]`).
+        backend: "auto", "triton", "chunked" or "reference".
+        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
+
+    Returns:
+        A 0-dim tensor (`[N]` for "none"), float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> fusedloss.multi_similarity(encoder(x), y).backward()
+    """
+    checks.scalar("alpha", alpha, None, positive=True)
+    checks.scalar("beta", beta, None, positive=True)
+    checks.number("base", base)
+    options = (float(alpha), float(beta), float(base))
+    loss, _ = _folded("multi_similarity", embeddings, labels, options, reduction, backend, workspace_bytes)
+    return loss / max(embeddings.shape[0], 1) if reduction == "mean" else loss
+
+
+def circle(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    m: float = 0.4,
+    gamma: float = 80.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """Circle loss (Sun et al. 2020) as in pytorch-metric-learning, over cosines s.
+
+        loss_i = log(1 + sum_{n in N(i)} exp( gamma relu(s_in + m) (s_in - m))
+                       * sum_{p in P(i)} exp(-gamma relu(1 + m - s_ip) (s_ip - 1 + m)))
+
+    The factors relu(.) are constants to the gradient. A row without a positive or without a negative has loss 0; the
+    mean is over the rows whose loss is above 0.
+
+    Args:
+        embeddings: `[N, D]`, normalised inside. labels: int64 `[N]`, any values.
+        m: the relaxation margin. gamma: the scale, positive.
+        reduction: "mean", "sum" or "none" (`[N]`).
+        backend: "auto", "triton", "chunked" or "reference".
+        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
+
+    Returns:
+        A 0-dim tensor (`[N]` for "none"), float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> fusedloss.circle(encoder(x), y, m=0.25, gamma=256).backward()
+    """
+    checks.number("m", m)
+    checks.scalar("gamma", gamma, None, positive=True)
+    loss, count = _folded("circle", embeddings, labels, (float(m), float(gamma)), reduction, backend, workspace_bytes)
+    return over(loss, count) if reduction == "mean" and count is not None else loss
+
+
+def _folded(
+    name: str,
+    embeddings: Tensor,
+    labels: Tensor,
+    options: tuple[float, ...],
+    reduction: str,
+    backend: str,
+    workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    checks.embeddings(embeddings=embeddings)
+    checks.integers("labels", labels, (embeddings.shape[0],), embeddings)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.count("workspace_bytes", workspace_bytes)
+    (x,) = autocast(embeddings)
+    one = torch.ones((), dtype=stats_dtype(x.dtype), device=x.device)
+    weight = one.expand(x.shape[0]).contiguous()
+    fold = Fold(name, options, labels=(labels, labels), itself=True)
+    return fold_loss([x], one, weight, fold, True, reduction != "none", backend, workspace_bytes)
+
+
+class MultiSimilarityLoss(LossModule, function=multi_similarity):
+    """`multi_similarity` with its options in the constructor and `forward(embeddings, labels)`."""
+
+
+class CircleLoss(LossModule, function=circle):
+    """`circle` with its options in the constructor and `forward(embeddings, labels)`."""

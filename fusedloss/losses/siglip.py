@@ -1,0 +1,99 @@
+"""SigLIP: a sigmoid for every pair of the batch, no normaliser."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks, masks
+from ..problem import Fold
+from ._fold import fold_loss
+from ._in_batch import as_scale, autocast, distinct
+from ._module import LossModule
+
+
+def siglip(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    target: Tensor | masks.Mask | None = None,
+    normalize: bool = False,
+    reduction: str = "mean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """SigLIP loss (Zhai et al. 2023); argument names and order are open_clip's.
+
+        z_ij   = logit_scale * <image_i, text_j> + logit_bias;   y_ij = 1 for positives, else -1
+        loss_i = sum_j log(1 + exp(-y_ij z_ij));                 the mean is over rows, as in open_clip
+
+    Args:
+        image_features: `[M, D]`, used as given: normalise them first, or pass `normalize=True`.
+        text_features: `[N, D]`, the dtype and device of `image_features`.
+        logit_scale: the multiplier itself (already exponentiated): a number, or a tensor of one element, which
+            receives a gradient.
+        logit_bias: a number, or a tensor of one element, which receives a gradient; None is 0.
+        target: which pairs are positives: None, pair i with i (needs N >= M); int64 `[M]`, each row's column; or
+            `masks.same_id(image_ids, text_ids)`, every pair of equal ids.
+        normalize: divide each row of both by `max(|row|, 1e-12)` first.
+        reduction: "mean" (the sum over all pairs, divided by M), "sum", or "none" (`[M]`).
+        backend: "auto", "triton", "chunked" or "reference".
+        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
+
+    Returns:
+        A 0-dim tensor (`[M]` for "none"), float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        IndexError: on a CPU, a target outside `text_features`.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> image, text = F.normalize(vision(pixels), dim=1), F.normalize(language(tokens), dim=1)
+        >>> fusedloss.siglip(image, text, log_scale.exp(), bias).backward()
+    """
+    checks.embeddings(image_features=image_features, text_features=text_features)
+    M, N = image_features.shape[0], text_features.shape[0]
+    checks.scalar("logit_scale", logit_scale, image_features, positive=False)
+    if logit_bias is not None:
+        checks.scalar("logit_bias", logit_bias, image_features, positive=False)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.count("workspace_bytes", workspace_bytes)
+    labels, column = _positives(target, M, N, image_features)
+    operands, _ = distinct(image_features, text_features)
+    scale, _ = as_scale(logit_scale, image_features, inverse=False)
+    bias, _ = as_scale(0.0 if logit_bias is None else logit_bias, image_features, inverse=False)
+    weight = torch.ones(M, dtype=scale.dtype, device=scale.device)
+    if column is not None:
+        # Where values are not read back, a target outside is a NaN loss.
+        outside = (column < 0) | (column >= N)
+        weight, column = weight.masked_fill(outside, torch.nan), column.masked_fill(outside, 0)
+    fold = Fold("sigmoid", labels=labels, scalars=(bias,))
+    summed = reduction != "none"
+    loss, _ = fold_loss(
+        autocast(*operands), scale, weight, fold, normalize, summed, backend, workspace_bytes, target=column
+    )
+    return loss / max(M, 1) if reduction == "mean" else loss
+
+
+def _positives(
+    target: Tensor | masks.Mask | None, M: int, N: int, like: Tensor
+) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+    """Either labels of both sides, or a column for each row."""
+    if isinstance(target, masks.Mask):
+        (bound,) = masks.bind(target, M, [N], like)
+        if len(target.compare) != 1 or target.compare[0][0] != "same_id" or bound._replace(compare=()).given:
+            raise ValueError("target is a mask of several parts, or not of masks.same_id: needs masks.same_id alone")
+        return (bound.compare[0].rows, bound.compare[0].keys), None
+    if target is not None:
+        checks.target("target", target, M, N, -(2**63), like)
+        return None, target
+    if N < M:
+        raise ValueError(f"text_features has {N} rows and image_features {M}: the default target needs one text each")
+    return None, masks.itself(M, like)
+
+
+class SigLipLoss(LossModule, function=siglip, tensors=("target",)):
+    """`siglip` with its options in the constructor and tensors in `forward(image_features, text_features, ...)`."""
