@@ -27,7 +27,18 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedloss.backends import triton as backend
-from fusedloss.problem import Block, Patch, Problem, RowSums, Softmax, Strip
+from fusedloss.problem import (
+    Block,
+    Compare,
+    GuideRule,
+    Patch,
+    Problem,
+    RowSums,
+    Softmax,
+    Strip,
+    StripMask,
+    Tally,
+)
 
 CAPABILITIES = (80, 90, 100, 120)
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
@@ -41,7 +52,19 @@ MODES = (
     "grad, columns",
     "grad, columns, q",
 )
+# With every mask and every count that a launch can have.
+MASKED = (
+    "stats, tally, masked",
+    "stats, columns, tally, masked",
+    "exp, tally, masked",
+    "grad, columns, q, masked",
+    "top, masked",
+    "guide",
+    "store",
+)
 TYPES = {
+    torch.int32: "i32",
+    torch.uint8: "u8",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
@@ -72,22 +95,37 @@ def similarities(mode: str, dtype: torch.dtype, size: int, dim: int) -> None:
     """The launcher of `mode` with every optional operand present: the most registers it needs."""
     x, vector, target = empty(size, dim, kind=dtype), empty(size), empty(size, kind=torch.int64)
     strip = Strip(x, x, empty(), vector, vector, vector, target)
+    tally = score = smooth = None
+    if "masked" in mode:
+        compare = tuple(Compare(target, target, keep) for keep in (False, True))
+        dense, exempt = empty(size, size, kind=torch.bool), empty(size, 1, kind=torch.int64)
+        bits = empty(size, size // 32, kind=torch.int32)
+        mask = StripMask(compare, dense, vector, exempt, target, bits)
+        strip = strip._replace(mask=mask, own=target, own_scale=empty())
+        smooth = vector
+    if "tally" in mode:
+        tally, score = Tally(*(vector.clone() for _ in Tally._fields)), vector
     problem = Problem((x,), (Block(0, 0),), empty(), target, vector, scale_bound=20.0)
     out = empty(size, size, kind=dtype)
     gain = empty() if dtype == torch.float16 else None
-    softmax = Softmax(vector, vector, vector if mode.endswith("q") else None)
-    match mode:
-        case "stats":
-            backend.stats_rows([strip])
-        case "stats, columns":
-            backend.stats_rows_and_columns(strip)
-        case "exp":
-            backend.exp_rows(problem, [strip], [out], None)
-        case "exp, columns":
+    softmax = Softmax(vector, vector, vector if " q" in mode else None)
+    match mode.split(", ")[0], "columns" in mode:
+        case "stats", False:
+            backend.stats_rows([strip], tally, score)
+        case "stats", True:
+            backend.stats_rows_and_columns(strip, tally, score)
+        case "exp", False:
+            backend.exp_rows(problem, [strip], [out], None, tally, score)
+        case "exp", True:
             backend.exp_rows_and_columns(problem, strip, out)
-        case _:
-            columns = softmax if "columns" in mode else None
-            backend.grad_rows([strip], [out], softmax, columns, vector, gain)
+        case "grad", columns:
+            backend.grad_rows([strip], [out], softmax, softmax if columns else None, vector, gain, smooth)
+        case "top", _:
+            backend.top_rows([strip])
+        case "guide", _:
+            backend.guide_rows([strip], GuideRule(), [])
+        case "store", _:
+            backend.similarities(strip, empty(size, size))
 
 
 def by_row(name: str, dtype: torch.dtype) -> None:
@@ -182,12 +220,13 @@ def cases() -> list[tuple[str, str, str, str, int, int]]:
     large, few, wide = (8192, 768), (512, 768), (8192, 4096)
     narrow = [(mode, dtype, "highest", *large) for dtype in ("bfloat16", "float16") for mode in MODES]
     tf32 = [(mode, "float32", "high", *large) for mode in MODES]
+    masked = [(mode, dtype, "high", *large) for dtype in ("bfloat16", "float32") for mode in MASKED]
     # In full precision no tensor core is used and the tile is far from any limit.
     full = [(mode, "float32", "highest", *large) for mode in (MODES[0], MODES[-1])]
     small = [(MODES[-1], dtype, "high", *few) for dtype in ("bfloat16", "float32")]
     library = [(mode, dtype, "high", *wide) for dtype in ("bfloat16", "float32") for mode in MODES]
     return [
-        *(("similarities", *case) for case in (*narrow, *tf32, *full, *small, *library)),
+        *(("similarities", *case) for case in (*narrow, *tf32, *masked, *full, *small, *library)),
         *(("rows", name, dtype, "", 8192, 768) for dtype in ("bfloat16", "float32") for name in BY_ROW),
     ]
 

@@ -55,7 +55,7 @@ def wrong(capability: int, entry: dict[str, Any]) -> list[str]:
         found.append("registers of all programs")
     if programs * (entry["shared"] + 1024) > multiprocessor << 10:
         found.append("shared memory of all programs")
-    stores = not entry["mode"].startswith("stats")
+    stores = not entry["mode"].startswith(("stats", "top", "guide"))
     multiplies = config["GEMM"] != "library" and (entry["dtype"] != "float32" or entry["precision"] == "high")
     if bool(entry[tensor_cores]) != multiplies:
         found.append(f"{tensor_cores} {entry[tensor_cores]}")
@@ -79,6 +79,8 @@ def test_no_spills_it_fits_and_it_uses_the_hardware(compiled, compiler, capabili
     kinds = {(e["mode"], e["dtype"], e["precision"] == "high") for e in entries if e["kernel"] == "similarities"}
     for mode in compiler.MODES:  # none was passed over
         assert {(mode, "bfloat16", False), (mode, "float16", False), (mode, "float32", True)} <= kinds
+    for mode in compiler.MASKED:
+        assert {(mode, "bfloat16", True), (mode, "float32", True)} <= kinds
     assert {e["mode"] for e in entries if e["kernel"] == "rows"} == set(compiler.BY_ROW)
 
 
