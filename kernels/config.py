@@ -66,12 +66,15 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
             # In halves 176 KiB; whole, fp32 tiles take 272. With q halves spill 128 bytes, with the
             # columns' weights 96, with both 696.
             return Config("descriptors", 128, 256, BLOCK_D, SUBTILES=2)
-        if capability[0] == 10 and " q" in mode:
-            # Tensor memory is read a row per thread, with every column's vectors: 128 spill 104.
+        if "masked" in mode or (capability[0] == 10 and " q" in mode):
+            # Every mask at once spills 208 bytes a thread at 128 columns on sm_90. On sm_100 tensor memory is
+            # read a row per thread, with every column's vectors: 128 spill 104 with q alone.
             return Config("descriptors", 128, 64, BLOCK_D, num_stages=4)
         return Config("descriptors", 128, 128, BLOCK_D, SUBTILES=2, num_stages=4)
     if few:
         return Config("pointers", 64, 64, BLOCK_D, num_warps=4, num_stages=4)
+    if "masked" in mode:
+        return Config("pointers", 128, 64, BLOCK_D)
     # 96 KiB of shared memory: within sm_120's 99.
     return Config("pointers", 128, 128, BLOCK_D, SUBTILES=2)
 

