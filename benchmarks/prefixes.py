@@ -36,7 +36,16 @@ def racers(query: Tensor, key: Tensor, dims: list[int], temperature: float) -> d
 
     def one_pass() -> None:
         sweep_prefixes(
-            (query, key), [(0, 1, None)], scale, target, weight, dims, [1.0] * len(dims), (True, True), False, (False,),
+            (query, key),
+            [(0, 1, None)],
+            scale,
+            target,
+            weight,
+            dims,
+            [1.0] * len(dims),
+            (True, True),
+            False,
+            (False,),
             chunk=chunk,
         )
 

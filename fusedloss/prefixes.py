@@ -23,12 +23,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import NORM_EPS, RowSums, inverse_norms, stats_dtype
+from .problem import NORM_EPS, RowSums, stats_dtype
 from .rows import row_chunks, settle
 
 LOG2E = math.log2(math.e)
-TILE_ELEMENTS = 384 * 1024  # of a tile: with its two companions 4.5 MiB of fp32, which two cores keep in their L2
-TILE_COLUMNS = 1024
+# A tile [384, 1024] of one prefix with its companions is 4.5 MiB of fp32, near what the cores keep in their L2. More
+# rows would make the products no faster, and memory that is touched for the first time costs more than they do.
+CPU_ROWS, TILE_COLUMNS = 384, 1024
+SCORE_ROWS = 128  # at a time in fp64: 768 KiB at D = 768
 # Up to this scale neither exp(z) nor its sum leaves fp32, so no maximum is searched; and exp(-2 * 30) = 2**-87 leaves
 # nothing to flush.
 SAFE_SCALE = 30.0
@@ -65,7 +67,8 @@ def sweep_prefixes(
     operands: matrices [rows, D]. blocks: (query, key, bias), columns side by side under one row normaliser.
     scale: 0-dim; target: [M], a column of block 0; weight: [M], 0 leaves a row out: all as in `Problem`.
     dims, dim_weights: d_k and c_k, in any order.
-    chunk: rows at a time. The workspace takes chunk * len(dims) * columns elements; without gradients there is none.
+    chunk: rows at a time, at most. The workspace takes chunk * len(dims) * columns elements; without gradients there
+        is none.
     admit: (block, rows, columns) -> which may compete, [rows, columns] bool, or None for all. It is asked twice, and
         has no say about targets.
     """
@@ -116,6 +119,7 @@ class _Sweep:
     ):
         self.dtype = stats_dtype(operands[0].dtype)
         self.device = operands[0].device
+        self.wide = torch.float64 if self.device.type in ("cpu", "cuda") else self.dtype  # fp64 is not everywhere
         self.operands, self.admit = operands, admit
         self.target, self.weight = target, weight.to(self.dtype)
         self.blocks = [(query, key) for query, key, _ in blocks]
@@ -140,10 +144,12 @@ class _Sweep:
         )
         used = {number for block in self.blocks for number in block}
         # [K, rows] per operand
-        self.inverse = {n: torch.stack([inverse_norms(operands[n][:, :dim]) for dim in self.dims]) for n in used}
+        self.inverse = {n: self._inverse_norms(operands[n]) for n in used}
         self.wants = [wanted and n in used for n, wanted in enumerate(wants_operands)]
         self.wants_any = any(wants_operands) or wants_scale or any(wants_biases)
-        self.totals = [x.new_zeros(x.shape, dtype=self.dtype) if w else None for x, w in zip(operands, wants_operands, strict=True)]
+        self.totals = [
+            x.new_zeros(x.shape, dtype=self.dtype) if w else None for x, w in zip(operands, wants_operands, strict=True)
+        ]
         # sum of dz z over the other side, by prefix and row; what the gradient loses to the norms follows from it
         self.along = {n: torch.zeros_like(self.inverse[n]) for n in used if self.wants[n]}
         self.scale_grad = torch.zeros_like(self.scale) if wants_scale else None
@@ -156,13 +162,14 @@ class _Sweep:
     def run(self, chunk: int) -> Prefixed:
         M = self.target.shape[0]
         losses = torch.empty_like(self.weight)
-        rows = min(chunk, M)
-        width = min(TILE_COLUMNS, max(64, TILE_ELEMENTS // max(rows, 1) // 64 * 64), max([1, *self.columns]))
+        chunk = max(1, min(chunk, M, CPU_ROWS if self.device.type == "cpu" else chunk))
+        width = min(TILE_COLUMNS, max([1, *self.columns]))
         elements = len(self.dims) * sum(self.columns) if self.wants_any else width
-        self.workspace = self.weight.new_empty(rows * elements)
-        self.buffers = [self.weight.new_empty(rows * width) for _ in range(3)]
-        self.y = self.weight.new_empty(width * self.dims[-1])
-        for start in range(0, M, max(chunk, 1)):
+        self.workspace = self.weight.new_empty(chunk * elements)
+        self.buffers = [self.weight.new_empty(chunk * width) for _ in range(3)]
+        self.y = self.weight.new_empty((width, self.dims[-1]))
+        self.rows = {n: [self.weight.new_empty((chunk, self.dims[-1])) for _ in range(3)] for n, _ in self.blocks}
+        for start in range(0, M, chunk):
             part = slice(start, min(start + chunk, M))
             queries = {number: self._queries(number, part) for number, _ in self.blocks}
             tiles = list(self._tiles(part, width))
@@ -182,9 +189,10 @@ class _Sweep:
 
     def _queries(self, number: int, part: slice) -> _Queries:
         inverse = self.inverse[number][:, part]
-        x = self.operands[number][part, : self.dims[-1]].to(self.dtype) * (inverse[-1] * self.unit)[:, None]
-        signed = x * self.weight[part].sign()[:, None] if self.wants_any else x
-        return _Queries(x, signed, inverse / inverse[-1], torch.zeros_like(x) if self.wants[number] else None)
+        x, signed, dx = (buffer[: part.stop - part.start] for buffer in self.rows[number])
+        torch.mul(self._wide(self.operands[number][part]), (inverse[-1] * self.unit)[:, None], out=x)
+        torch.mul(x, self.weight[part].sign()[:, None], out=signed)
+        return _Queries(x, signed, inverse / inverse[-1], dx.zero_() if self.wants[number] else None)
 
     def _tiles(self, part: slice, width: int) -> Iterator[_Tile]:
         rows, offset, K = part.stop - part.start, 0, len(self.dims)
@@ -205,8 +213,21 @@ class _Sweep:
             return None  # elsewhere the host reads nothing back
         return inside[:, None], index.clamp(0, tile.stop - tile.start - 1)[:, None]
 
+    def _wide(self, x: Tensor) -> Tensor:
+        return x[:, : self.dims[-1]].to(self.dtype)
+
     def _keys(self, tile: _Tile) -> Tensor:
-        return self.operands[self.blocks[tile.block][1]][tile.columns].to(self.dtype)
+        return self._wide(self.operands[self.blocks[tile.block][1]][tile.columns])
+
+    def _inverse_norms(self, x: Tensor) -> Tensor:
+        """`problem.inverse_norms` of every prefix, [K, rows], from one pass over `x`."""
+        squares = [
+            torch.linalg.vector_norm(x[:, s], dim=1, dtype=self.dtype).to(self.wide).square() for s in self.segments
+        ]
+        norms = torch.stack(squares).cumsum(0).sqrt()
+        if x.dtype == torch.float16:
+            norms = norms.masked_fill(norms == 0, 1)
+        return norms.clamp_min(NORM_EPS).reciprocal().to(self.dtype)
 
     def _buffer(self, number: int, like: Tensor) -> Tensor:
         return self.buffers[number][: like.numel()].view(like.shape)
@@ -269,31 +290,26 @@ class _Sweep:
         """Losses, and what a logit is compared with so that its power of two is |dz|."""
         score, weight = self._scores(part, queries[self.blocks[0][0]]), self.weight[part]
         # z in natural units is `back` times what the workspace holds: exactly, also where `unit` was rounded.
-        natural = shift.double() * self.back.double() if self.scale_is_wide else shift * self.back
-        rows = [
-            settle(RowSums(natural[k], total[k]), score[k], c * weight) for k, c in enumerate(self.dim_weights)
-        ]
+        natural = shift.to(self.wide) * self.back.to(self.wide)
+        rows = [settle(RowSums(natural[k], total[k]), score[k], c * weight) for k, c in enumerate(self.dim_weights)]
         over_l = torch.stack([row.weight for row in rows])
         return _Normalised(
             torch.stack([row.loss for row in rows]).sum(0),
-            (shift.to(natural.dtype) - over_l.abs().to(natural.dtype).log2()),
+            shift.to(self.wide) - over_l.abs().to(self.wide).log2(),
             -over_l.abs() * total,
             over_l.sign(),
         )
 
-    @property
-    def scale_is_wide(self) -> bool:
-        return self.device.type in ("cpu", "cuda")  # fp64 is not everywhere
-
     def _scores(self, part: slice, rows: _Queries) -> Tensor:
         """[K, R] the targets' logits, in fp64: well-fitted pairs owe all of their loss to these numbers."""
-        wide = torch.float64 if self.scale_is_wide else self.dtype
+        wide = self.wide
         query, key = self.blocks[0]
         target, D = self.target[part], self.dims[-1]
         sim = torch.empty(rows.ratio.shape, dtype=wide, device=self.device)
         x = self.operands[query][part, :D]
-        for r in row_chunks(x):
-            product = x[r].to(wide) * self.operands[key][target[r], :D].to(wide)
+        for start in range(0, x.shape[0], SCORE_ROWS):
+            r = slice(start, start + SCORE_ROWS)
+            product = self.operands[key][target[r], :D].to(wide).mul_(x[r])
             for k, segment in enumerate(self.segments):
                 sim[k, r] = product[:, segment].sum(1)
         # The norms as the sweep rounds them, so that target and negatives share their errors.
@@ -312,11 +328,11 @@ class _Sweep:
         y = None
         if dx is not None:
             raw = self._keys(tile)
-            y = self.y[: raw.shape[0] * self.dims[-1]].view(raw.shape[0], -1)
+            y = self.y[: raw.shape[0]]
             for k, segment in enumerate(self.segments):
                 torch.mul(raw[:, segment], inverse[k, :, None], out=y[:, segment])
         # |dz| times the row's ratio: an addend of the exponent, no pass of its own.
-        shift = (found.shift - ratio.to(found.shift.dtype).log2()).to(self.dtype)
+        shift = (found.shift - ratio.to(self.wide).log2()).to(self.dtype)
         entry, sign = found.entry * ratio, found.sign / ratio
         dz, suffix, product = (self._buffer(n, tile.z[0]) for n in range(3))
         for k in reversed(range(len(self.dims))):
