@@ -36,6 +36,8 @@ SCORE_ROWS = 128  # at a time in fp64: 768 KiB at D = 768
 SAFE_SCALE = 30.0
 FLUSH = 2.0**-100  # smaller exponentials turn products into denormals, 2 to 5 times slower on a CPU
 
+NOTHING = 1e30  # as a shift: 2 to the power of minus that is 0, and 0 times it as well
+
 Admit = Callable[[int, slice, slice], Tensor | None]
 
 
@@ -100,6 +102,7 @@ class _Normalised(NamedTuple):
     shift: Tensor  # [K, R], fp64: z minus it is the logarithm of dz, to base 2
     entry: Tensor  # [K, R]: |dz| of the target is minus that
     sign: Tensor  # [K, R] of dz
+    score: Tensor  # [K, R] of the target, without bias
 
 
 class _Sweep:
@@ -136,7 +139,8 @@ class _Sweep:
         # are multiplied by the true one.
         self.scale = scale.to(self.dtype)
         self.unit = torch.where(self.scale == 0, 1e-20, self.scale) * LOG2E
-        self.back = self.scale / self.unit
+        self.natural = self.scale.to(self.wide) / self.unit.to(self.wide)
+        self.back = self.natural.to(self.dtype)
         self.safe = (
             self.device.type == "cpu"
             and all(bias is None for bias in self.biases)
@@ -288,9 +292,12 @@ class _Sweep:
 
     def _settle(self, part: slice, queries: dict[int, _Queries], shift: Tensor, total: Tensor) -> _Normalised:
         """Losses, and what a logit is compared with so that its power of two is |dz|."""
-        score, weight = self._scores(part, queries[self.blocks[0][0]]), self.weight[part]
+        own, weight = self._scores(part, queries[self.blocks[0][0]]), self.weight[part]
         # z in natural units is `back` times what the workspace holds: exactly, also where `unit` was rounded.
-        natural = shift.to(self.wide) * self.back.to(self.wide)
+        natural, score = shift.to(self.wide) * self.natural, own * self.natural
+        bias = self.biases[0]
+        if bias is not None:
+            score = score + bias[self.target[part]]
         rows = [settle(RowSums(natural[k], total[k]), score[k], c * weight) for k, c in enumerate(self.dim_weights)]
         over_l = torch.stack([row.weight for row in rows])
         return _Normalised(
@@ -298,10 +305,11 @@ class _Sweep:
             shift.to(self.wide) - over_l.abs().to(self.wide).log2(),
             -over_l.abs() * total,
             over_l.sign(),
+            own.to(self.dtype),
         )
 
     def _scores(self, part: slice, rows: _Queries) -> Tensor:
-        """[K, R] the targets' logits, in fp64: well-fitted pairs owe all of their loss to these numbers."""
+        """[K, R] of the targets, as the workspace has them but fp64: well-fitted pairs owe all of their loss to these."""
         wide = self.wide
         query, key = self.blocks[0]
         target, D = self.target[part], self.dims[-1]
@@ -314,9 +322,7 @@ class _Sweep:
                 sim[k, r] = product[:, segment].sum(1)
         # The norms as the sweep rounds them, so that target and negatives share their errors.
         factor = (self.inverse[query][-1, part] * self.unit).to(wide) * rows.ratio.to(wide)
-        score = sim.cumsum(0) * factor * self.inverse[key][:, target].to(wide) * self.back.to(wide)
-        bias = self.biases[0]
-        return score if bias is None else score + bias[target]
+        return sim.cumsum(0) * factor * self.inverse[key][:, target].to(wide)
 
     def _tile_gradients(self, part: slice, queries: dict[int, _Queries], tile: _Tile, found: _Normalised) -> None:
         query, key = self.blocks[tile.block]
@@ -331,9 +337,12 @@ class _Sweep:
             y = self.y[: raw.shape[0]]
             for k, segment in enumerate(self.segments):
                 torch.mul(raw[:, segment], inverse[k, :, None], out=y[:, segment])
-        # |dz| times the row's ratio: an addend of the exponent, no pass of its own.
-        shift = (found.shift - ratio.to(self.wide).log2()).to(self.dtype)
-        entry, sign = found.entry * ratio, found.sign / ratio
+        # |dz| times the row's ratio: an addend of the exponent, no pass of its own. Where it is rounded a row of dz is off
+        # by one factor (ulp(16) / 2 = 5e-7), which the target has to share: a row sums to 0.
+        exact = (found.shift - ratio.to(self.wide).log2()).clamp(max=NOTHING)
+        shift = exact.to(self.dtype)
+        entry = found.entry * ratio
+        sign = found.sign / ratio
         dz, suffix, product = (self._buffer(n, tile.z[0]) for n in range(3))
         for k in reversed(range(len(self.dims))):
             z, segment = tile.z[k], self.segments[k]
@@ -345,6 +354,10 @@ class _Sweep:
             if tile.hits is not None:
                 inside, index = tile.hits
                 dz.scatter_add_(1, index, torch.where(inside, entry[k, :, None], 0))
+            if self.scale_grad is not None:
+                # A row of dz sums to 0: less the target's the logits give the same, and have little to cancel.
+                torch.sub(z, found.score[k, :, None], out=product).mul_(dz)
+                self.scale_grad += torch.dot(product.sum(1), sign[k]) / self.unit
             self._sum_along(part, tile, k, torch.mul(z, dz, out=product), sign[k])
             bias_grad = self.bias_grads[tile.block]
             if bias_grad is not None:
@@ -362,14 +375,10 @@ class _Sweep:
                 dy[tile.columns, segment].addmm_(suffix.T, signed[:, segment])
 
     def _sum_along(self, part: slice, tile: _Tile, k: int, product: Tensor, sign: Tensor) -> None:
-        """Row and column sums of dz z."""
+        """Row and column sums of `product = dz z`, of the very dz that is multiplied: its errors along x cancel."""
         query, key = self.blocks[tile.block]
-        if query in self.along or self.scale_grad is not None:
-            rows = product.sum(1) * sign
-            if query in self.along:
-                self.along[query][k, part] += rows
-            if self.scale_grad is not None:
-                self.scale_grad += rows.sum() / self.unit
+        if query in self.along:
+            self.along[query][k, part] += product.sum(1) * sign
         if key in self.along:
             self.along[key][k, tile.columns] += torch.mv(product.T, sign)
 
