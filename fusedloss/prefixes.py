@@ -79,28 +79,55 @@ def sweep_prefixes(
     ).run(chunk)
 
 
+# What the loops over tiles and prefixes index is cut once: a view takes 2 us, and a step has dozens.
+
+
 class _Queries(NamedTuple):
     """Rows of one operand in a chunk: `x` divided by its norm at the longest prefix and times scale * log2(e)."""
 
-    x: Tensor  # [R, d_K]
-    signed: Tensor  # [R, d_K], times the sign of the row's weight
+    x: list[Tensor]  # per segment [R, d_k - d_{k-1}]
+    signed: list[Tensor]  # times the sign of the row's weight
     ratio: Tensor  # [K, R] |x|_K / |x|_k
-    dx: Tensor | None  # [R, d_K]
+    ratios: list[Tensor]  # per prefix [R, 1]
+    dx: list[Tensor] | None  # per segment
 
 
 class _Tile(NamedTuple):
+    """Columns of a block."""
+
     block: int
+    query: int
     columns: slice
-    z: Tensor | None  # [K, R, columns] in the workspace: logits in units of log 2, without bias
+    y: Tensor  # [columns, d_K], in the input dtype
+    inverse: list[Tensor]  # per prefix [columns], 1 / norms
+    step: list[Tensor]  # |y|_k / |y|_{k+1}
+    along: list[Tensor] | None
+    dy: list[Tensor] | None  # per segment
+    dbias: Tensor | None
+
+
+class _Part(NamedTuple):
+    """A tile's part of a row chunk."""
+
+    tile: _Tile
+    z: list[Tensor] | None  # per prefix [R, columns] in the workspace: logits in units of log 2, without bias
     hits: tuple[Tensor, Tensor] | None  # (mask, column) of the targets inside
+
+
+class _Powers(NamedTuple):
+    """What turns logits into |dz| times the row's ratio, per prefix; [R, 1] but for signs."""
+
+    shift: list[Tensor]
+    entry: list[Tensor]  # of the target
+    sign: list[Tensor]  # [R], of dz, over the ratio
 
 
 class _Normalised(NamedTuple):
     """What the second pass needs of the first, per prefix and row."""
 
     loss: Tensor  # [R]
-    shift: Tensor  # [K, R], fp64: z minus it is the logarithm of dz, to base 2
-    entry: Tensor  # [K, R]: |dz| of the target is minus that
+    shift: Tensor  # [K, R], fp64: z minus it is the logarithm of |dz|, to base 2
+    entry: Tensor  # [K, R]: dz of the target, less its sign
     sign: Tensor  # [K, R] of dz
     score: Tensor  # [K, R] of the target, without bias
 
@@ -173,17 +200,19 @@ class _Sweep:
         self.buffers = [self.weight.new_empty(chunk * width) for _ in range(3)]
         self.y = self.weight.new_empty((width, self.dims[-1]))
         self.rows = {n: [self.weight.new_empty((chunk, self.dims[-1])) for _ in range(3)] for n, _ in self.blocks}
+        tiles = list(self._tiles(width))
         for start in range(0, M, chunk):
             part = slice(start, min(start + chunk, M))
             queries = {number: self._queries(number, part) for number, _ in self.blocks}
-            tiles = list(self._tiles(part, width))
-            found = self._settle(part, queries, *self._sums(part, queries, tiles))
+            parts = self._parts(part, tiles)
+            found = self._settle(part, queries, *self._sums(part, queries, parts))
             losses[part] = found.loss
             if self.wants_any:
-                for tile in tiles:
-                    self._tile_gradients(part, queries, tile, found)
-                for number, rows_ in queries.items():
-                    self._end_chunk(number, part, rows_)
+                powers = {number: self._powers(found, rows.ratio) for number, rows in queries.items()}
+                for piece in parts:
+                    self._tile_gradients(part, queries, piece, powers[piece.tile.query], found.score)
+                for number, rows in queries.items():
+                    self._end_chunk(number, part, rows)
         for number, total in enumerate(self.totals):
             if total is not None and number in self.keys:
                 self._finish(number, slice(0, total.shape[0]))
@@ -196,19 +225,47 @@ class _Sweep:
         x, signed, dx = (buffer[: part.stop - part.start] for buffer in self.rows[number])
         torch.mul(self._wide(self.operands[number][part]), (inverse[-1] * self.unit)[:, None], out=x)
         torch.mul(x, self.weight[part].sign()[:, None], out=signed)
-        return _Queries(x, signed, inverse / inverse[-1], dx.zero_() if self.wants[number] else None)
+        ratio = inverse / inverse[-1]
+        return _Queries(
+            self._cut(x),
+            self._cut(signed),
+            ratio,
+            [row[:, None] for row in ratio],
+            self._cut(dx.zero_()) if self.wants[number] else None,
+        )
 
-    def _tiles(self, part: slice, width: int) -> Iterator[_Tile]:
-        rows, offset, K = part.stop - part.start, 0, len(self.dims)
-        for block, columns in enumerate(self.columns):
-            for start in range(0, columns, width):
-                tile = slice(start, min(start + width, columns))
-                size = K * rows * (tile.stop - start)
-                z = None
-                if self.wants_any:
-                    z = self.workspace[offset : offset + size].view(K, rows, tile.stop - start)
-                    offset += size
-                yield _Tile(block, tile, z, self._hits(part, tile) if block == 0 else None)
+    def _cut(self, x: Tensor) -> list[Tensor]:
+        return [x[:, segment] for segment in self.segments]
+
+    def _tiles(self, width: int) -> Iterator[_Tile]:
+        for block, (query, key) in enumerate(self.blocks):
+            total, dbias = self.totals[key], self.bias_grads[block]
+            for start in range(0, self.columns[block], width):
+                tile = slice(start, min(start + width, self.columns[block]))
+                inverse = self.inverse[key][:, tile]
+                yield _Tile(
+                    block,
+                    query,
+                    tile,
+                    self.operands[key][tile, : self.dims[-1]],
+                    list(inverse),
+                    list(inverse[1:] / inverse[:-1]),
+                    list(self.along[key][:, tile]) if key in self.along else None,
+                    None if total is None else self._cut(total[tile]),
+                    None if dbias is None else dbias[tile],
+                )
+
+    def _parts(self, part: slice, tiles: list[_Tile]) -> list[_Part]:
+        rows, offset, parts = part.stop - part.start, 0, []
+        for tile in tiles:
+            width = tile.y.shape[0]
+            z = None
+            if self.wants_any:
+                size = len(self.dims) * rows * width
+                z = list(self.workspace[offset : offset + size].view(-1, rows, width))
+                offset += size
+            parts.append(_Part(tile, z, self._hits(part, tile.columns) if tile.block == 0 else None))
+        return parts
 
     def _hits(self, part: slice, tile: slice) -> tuple[Tensor, Tensor] | None:
         index = self.target[part] - tile.start
@@ -220,9 +277,6 @@ class _Sweep:
     def _wide(self, x: Tensor) -> Tensor:
         return x[:, : self.dims[-1]].to(self.dtype)
 
-    def _keys(self, tile: _Tile) -> Tensor:
-        return self._wide(self.operands[self.blocks[tile.block][1]][tile.columns])
-
     def _inverse_norms(self, x: Tensor) -> Tensor:
         """`problem.inverse_norms` of every prefix, [K, rows], from one pass over `x`."""
         squares = [
@@ -233,47 +287,47 @@ class _Sweep:
             norms = norms.masked_fill(norms == 0, 1)
         return norms.clamp_min(NORM_EPS).reciprocal().to(self.dtype)
 
-    def _buffer(self, number: int, like: Tensor) -> Tensor:
-        return self.buffers[number][: like.numel()].view(like.shape)
+    def _buffer(self, number: int, rows: int, tile: _Tile) -> Tensor:
+        columns = tile.y.shape[0]
+        return self.buffers[number][: rows * columns].view(rows, columns)
 
-    def _sums(self, part: slice, queries: dict[int, _Queries], tiles: list[_Tile]) -> tuple[Tensor, Tensor]:
+    def _sums(self, part: slice, queries: dict[int, _Queries], parts: list[_Part]) -> tuple[Tensor, Tensor]:
         """Writes the logits of every prefix; returns shift and total, [K, R]: sum_{j != t} 2^z = total 2^shift."""
-        rows = part.stop - part.start
+        rows, last = part.stop - part.start, len(self.dims) - 1
         total = self.weight.new_zeros((len(self.dims), rows))
         maximum = torch.zeros_like(total) if self.safe else torch.full_like(total, -torch.inf)
-        for tile in tiles:
-            query, key = self.blocks[tile.block]
-            x, _, ratio, _ = queries[query]
-            y, inverse = self._keys(tile), self.inverse[key][:, tile.columns]
+        totals, maxima = list(total), list(maximum)
+        for tile, logits, hits in parts:
+            x, ratios = queries[tile.query].x, queries[tile.query].ratios
+            y = [segment.T for segment in self._cut(tile.y.to(self.dtype))]
             admitted = None if self.admit is None else self.admit(tile.block, part, tile.columns)
-            shape = rows, tile.columns.stop - tile.columns.start
-            z_last = self.buffers[1][: rows * shape[1]].view(shape) if tile.z is None else tile.z[-1]
-            scratch = self._buffer(0, z_last)
-            last = len(self.dims) - 1
-            for k, segment in enumerate(self.segments):
+            apart = self.biases[tile.block] is not None or admitted is not None or hits is not None
+            scratch = self._buffer(0, rows, tile)
+            z_last = self._buffer(1, rows, tile) if logits is None else logits[-1]
+            for k in range(last + 1):
                 # Dot products accumulate where the last prefix's logits will stand.
                 if k == 0:
-                    torch.mm(x[:, segment], y[:, segment].T, out=z_last)
+                    torch.mm(x[k], y[k], out=z_last)
                 else:
-                    z_last.addmm_(x[:, segment], y[:, segment].T)
+                    z_last.addmm_(x[k], y[k])
                 if k == last:
-                    z = z_last.mul_(inverse[k])
+                    z = z_last.mul_(tile.inverse[k])
                 else:
-                    z = self._buffer(2, z_last) if tile.z is None else tile.z[k]
-                    torch.mul(z_last, inverse[k], out=z).mul_(ratio[k, :, None])
+                    z = self._buffer(2, rows, tile) if logits is None else logits[k]
+                    torch.mul(z_last, tile.inverse[k], out=z).mul_(ratios[k])
                 if self.safe:
                     torch.exp2(z, out=scratch)
-                    self._leave_out(scratch, tile, admitted, 0.0)
+                    self._leave_out(scratch, hits, admitted, 0.0)
                 else:
-                    if self.biases[tile.block] is not None or admitted is not None or tile.hits is not None:
+                    if apart:
                         z = self._add_bias_(scratch.copy_(z), tile)
-                        self._leave_out(z, tile, admitted, -torch.inf)
-                    new = torch.maximum(maximum[k], z.amax(1))
+                        self._leave_out(z, hits, admitted, -torch.inf)
+                    new = torch.maximum(maxima[k], z.amax(1))
                     shift = torch.where(new == -torch.inf, 0, new)
                     torch.sub(z, shift[:, None], out=scratch).exp2_()
-                    total[k] *= torch.exp2(maximum[k] - shift)
-                    maximum[k] = new
-                total[k] += scratch.sum(1)
+                    totals[k].mul_(torch.exp2(maxima[k] - shift))
+                    maxima[k].copy_(new)
+                totals[k].add_(scratch.sum(1))
         return torch.where(maximum == -torch.inf, 0, maximum), total
 
     def _add_bias_(self, z: Tensor, tile: _Tile) -> Tensor:
@@ -283,11 +337,13 @@ class _Sweep:
         bias = bias[tile.columns]
         return z.add_(bias * LOG2E).masked_fill_(bias == -torch.inf, -torch.inf)
 
-    def _leave_out(self, values: Tensor, tile: _Tile, admitted: Tensor | None, value: float) -> None:
+    def _leave_out(
+        self, values: Tensor, hits: tuple[Tensor, Tensor] | None, admitted: Tensor | None, value: float
+    ) -> None:
         if admitted is not None:
             values.masked_fill_(~admitted, value)
-        if tile.hits is not None:
-            inside, index = tile.hits
+        if hits is not None:
+            inside, index = hits
             values.scatter_(1, index, torch.where(inside, value, values.gather(1, index)))
 
     def _settle(self, part: slice, queries: dict[int, _Queries], shift: Tensor, total: Tensor) -> _Normalised:
@@ -309,7 +365,7 @@ class _Sweep:
         )
 
     def _scores(self, part: slice, rows: _Queries) -> Tensor:
-        """[K, R] of the targets, as the workspace has them but fp64: well-fitted pairs owe all of their loss to these."""
+        """[K, R] of the targets, as the workspace has them but in fp64: well-fitted pairs owe their loss to these."""
         wide = self.wide
         query, key = self.blocks[0]
         target, D = self.target[part], self.dims[-1]
@@ -317,79 +373,80 @@ class _Sweep:
         x = self.operands[query][part, :D]
         for start in range(0, x.shape[0], SCORE_ROWS):
             r = slice(start, start + SCORE_ROWS)
-            product = self.operands[key][target[r], :D].to(wide).mul_(x[r])
+            product = self.operands[key][target[r], :D].to(wide).mul_(x[r].to(wide))
             for k, segment in enumerate(self.segments):
                 sim[k, r] = product[:, segment].sum(1)
         # The norms as the sweep rounds them, so that target and negatives share their errors.
         factor = (self.inverse[query][-1, part] * self.unit).to(wide) * rows.ratio.to(wide)
         return sim.cumsum(0) * factor * self.inverse[key][:, target].to(wide)
 
-    def _tile_gradients(self, part: slice, queries: dict[int, _Queries], tile: _Tile, found: _Normalised) -> None:
-        query, key = self.blocks[tile.block]
-        _, signed, ratio, dx = queries[query]
-        assert tile.z is not None
-        inverse = self.inverse[key][:, tile.columns]
+    def _powers(self, found: _Normalised, ratio: Tensor) -> _Powers:
+        """The ratio is an addend of the exponent: no pass of its own."""
+        shift = (found.shift - ratio.to(self.wide).log2()).clamp(max=NOTHING).to(self.dtype)
+        return _Powers(list(shift[:, :, None]), list((found.entry * ratio)[:, :, None]), list(found.sign / ratio))
+
+    def _tile_gradients(
+        self, part: slice, queries: dict[int, _Queries], piece: _Part, powers: _Powers, score: Tensor
+    ) -> None:
+        tile, logits, hits = piece
+        rows, last = queries[tile.query], len(self.dims) - 1
+        assert logits is not None
+        count = part.stop - part.start
         admitted = None if self.admit is None else self.admit(tile.block, part, tile.columns)
-        dy = self.totals[key]
-        y = None
-        if dx is not None:
-            raw = self._keys(tile)
-            y = self.y[: raw.shape[0]]
-            for k, segment in enumerate(self.segments):
-                torch.mul(raw[:, segment], inverse[k, :, None], out=y[:, segment])
-        # |dz| times the row's ratio: an addend of the exponent, no pass of its own. Where it is rounded a row of dz is off
-        # by one factor (ulp(16) / 2 = 5e-7), which the target has to share: a row sums to 0.
-        exact = (found.shift - ratio.to(self.wide).log2()).clamp(max=NOTHING)
-        shift = exact.to(self.dtype)
-        entry = found.entry * ratio
-        sign = found.sign / ratio
-        dz, suffix, product = (self._buffer(n, tile.z[0]) for n in range(3))
-        for k in reversed(range(len(self.dims))):
-            z, segment = tile.z[k], self.segments[k]
-            torch.sub(z, shift[k, :, None], out=dz)
+        flush = not self.safe and self.device.type == "cpu" and self.dtype == torch.float32
+        y: list[Tensor] = []
+        if rows.dx is not None:
+            raw, y = self._cut(tile.y.to(self.dtype)), self._cut(self.y[: tile.y.shape[0]])
+            for k in range(last + 1):
+                torch.mul(raw[k], tile.inverse[k][:, None], out=y[k])
+        rows_along = self.along.get(tile.query)
+        dz, suffix, product = (self._buffer(n, count, tile) for n in range(3))
+        for k in reversed(range(last + 1)):
+            z, sign = logits[k], powers.sign[k]
+            torch.sub(z, powers.shift[k], out=dz)
             self._add_bias_(dz, tile).exp2_()
-            if not self.safe and self.device.type == "cpu" and self.dtype == torch.float32:
+            if flush:
                 torch.ops.aten.hardshrink.out(dz, FLUSH, out=dz)
-            self._leave_out(dz, tile, admitted, 0.0)
-            if tile.hits is not None:
-                inside, index = tile.hits
-                dz.scatter_add_(1, index, torch.where(inside, entry[k, :, None], 0))
+            self._leave_out(dz, hits, admitted, 0.0)
+            if hits is not None:
+                inside, index = hits
+                dz.scatter_add_(1, index, torch.where(inside, powers.entry[k], 0))
             if self.scale_grad is not None:
                 # A row of dz sums to 0: less the target's the logits give the same, and have little to cancel.
-                torch.sub(z, found.score[k, :, None], out=product).mul_(dz)
-                self.scale_grad += torch.dot(product.sum(1), sign[k]) / self.unit
-            self._sum_along(part, tile, k, torch.mul(z, dz, out=product), sign[k])
-            bias_grad = self.bias_grads[tile.block]
-            if bias_grad is not None:
-                bias_grad[tile.columns] += torch.mv(dz.T, sign[k])
+                torch.sub(z, score[k, :, None], out=product).mul_(dz)
+                self.scale_grad += torch.dot(product.sum(1), sign) / self.unit
+            # Row and column sums of dz z, of the very dz that is multiplied: its errors along x cancel.
+            if rows_along is not None or tile.along is not None:
+                torch.mul(z, dz, out=product)
+            if rows_along is not None:
+                rows_along[k, part].addcmul_(product.sum(1), sign)
+            if tile.along is not None:
+                tile.along[k].addmv_(product.T, sign)
+            if tile.dbias is not None:
+                tile.dbias.addmv_(dz.T, sign)
             if self.dim_weights[k] < 0:
                 dz.neg_()
             # suffix = sum_{m >= k} dz_m / |y|_m * |y|_k: the columns' 1/norms wait for the products.
-            if k == len(self.dims) - 1:
+            if k == last:
                 dz, suffix = suffix, dz
             else:
-                torch.addcmul(dz, suffix, inverse[k + 1] / inverse[k], out=suffix)
-            if dx is not None and y is not None:
-                dx[:, segment].addmm_(suffix, y[:, segment])
-            if dy is not None:
-                dy[tile.columns, segment].addmm_(suffix.T, signed[:, segment])
-
-    def _sum_along(self, part: slice, tile: _Tile, k: int, product: Tensor, sign: Tensor) -> None:
-        """Row and column sums of `product = dz z`, of the very dz that is multiplied: its errors along x cancel."""
-        query, key = self.blocks[tile.block]
-        if query in self.along:
-            self.along[query][k, part] += product.sum(1) * sign
-        if key in self.along:
-            self.along[key][k, tile.columns] += torch.mv(product.T, sign)
+                torch.addcmul(dz, suffix, tile.step[k], out=suffix)
+            if rows.dx is not None:
+                rows.dx[k].addmm_(suffix, y[k])
+            if tile.dy is not None:
+                tile.dy[k].addmm_(suffix.T, rows.signed[k])
 
     def _end_chunk(self, number: int, part: slice, rows: _Queries) -> None:
         """dx to the units of what `_finish` multiplies: there a key's gradient and a query's are one matrix."""
         total = self.totals[number]
         if total is None or rows.dx is None:
             return
+        factor = self.unit * self.weight[part].sign() / rows.ratio
         for k, segment in enumerate(self.segments):
-            factor = self.unit * self.weight[part].sign() / rows.ratio[k]
-            total[part, segment].addcmul_(rows.dx[:, segment], factor[:, None])
+            if number in self.keys:
+                total[part, segment] += rows.dx[k].mul_(factor[k, :, None])
+            else:
+                torch.mul(rows.dx[k], factor[k, :, None], out=total[part, segment])
         if number not in self.keys:
             self._finish(number, part)
 
