@@ -199,6 +199,7 @@ class _Sweep:
         self.workspace = self.weight.new_empty(chunk * elements)
         self.buffers = [self.weight.new_empty(chunk * width) for _ in range(3)]
         self.y = self.weight.new_empty((width, self.dims[-1]))
+        self.scores = [torch.empty((SCORE_ROWS, self.dims[-1]), dtype=self.wide, device=self.device) for _ in range(2)]
         self.rows = {n: [self.weight.new_empty((chunk, self.dims[-1])) for _ in range(3)] for n, _ in self.blocks}
         tiles = list(self._tiles(width))
         for start in range(0, M, chunk):
@@ -373,7 +374,8 @@ class _Sweep:
         x = self.operands[query][part, :D]
         for start in range(0, x.shape[0], SCORE_ROWS):
             r = slice(start, start + SCORE_ROWS)
-            product = self.operands[key][target[r], :D].to(wide).mul_(x[r].to(wide))
+            product, other = (buffer[: target[r].shape[0]] for buffer in self.scores)
+            product.copy_(self.operands[key][target[r], :D]).mul_(other.copy_(x[r]))
             for k, segment in enumerate(self.segments):
                 sim[k, r] = product[:, segment].sum(1)
         # The norms as the sweep rounds them, so that target and negatives share their errors.
