@@ -36,8 +36,6 @@ SCORE_ROWS = 128  # at a time in fp64: 768 KiB at D = 768
 SAFE_SCALE = 30.0
 FLUSH = 2.0**-100  # smaller exponentials turn products into denormals, 2 to 5 times slower on a CPU
 
-NOTHING = 1e30  # as a shift: 2 to the power of minus that is 0, and 0 times it as well
-
 Admit = Callable[[int, slice, slice], Tensor | None]
 
 
@@ -114,22 +112,24 @@ class _Part(NamedTuple):
     hits: tuple[Tensor, Tensor] | None  # (mask, column) of the targets inside
 
 
-class _Powers(NamedTuple):
-    """What turns logits into |dz| times the row's ratio, per prefix; [R, 1] but for signs."""
+class _Normalised(NamedTuple):
+    """What the second pass needs of the first, [K, R]: `|dz| = weight 2^(z - shift)` off the target."""
+
+    shift: Tensor
+    weight: Tensor
+    entry: Tensor  # of the target
+    sign: Tensor  # of dz
+    score: Tensor  # of the target, without bias
+
+
+class _Rows(NamedTuple):
+    """The same per prefix, [R, 1], as one operand's rows want it: weight and entry times their ratio."""
 
     shift: list[Tensor]
-    entry: list[Tensor]  # of the target
-    sign: list[Tensor]  # [R], of dz, over the ratio
-
-
-class _Normalised(NamedTuple):
-    """What the second pass needs of the first, per prefix and row."""
-
-    loss: Tensor  # [R]
-    shift: Tensor  # [K, R], fp64: z minus it is the logarithm of |dz|, to base 2
-    entry: Tensor  # [K, R]: dz of the target, less its sign
-    sign: Tensor  # [K, R] of dz
-    score: Tensor  # [K, R] of the target, without bias
+    weight: list[Tensor]
+    entry: list[Tensor]
+    sign: list[Tensor]  # [R], over the ratio
+    score: list[Tensor]
 
 
 class _Sweep:
@@ -206,12 +206,11 @@ class _Sweep:
             part = slice(start, min(start + chunk, M))
             queries = {number: self._queries(number, part) for number, _ in self.blocks}
             parts = self._parts(part, tiles)
-            found = self._settle(part, queries, *self._sums(part, queries, parts))
-            losses[part] = found.loss
+            losses[part], found = self._settle(part, queries, *self._sums(part, queries, parts))
             if self.wants_any:
-                powers = {number: self._powers(found, rows.ratio) for number, rows in queries.items()}
+                settled = {number: self._settled(found, rows.ratio) for number, rows in queries.items()}
                 for piece in parts:
-                    self._tile_gradients(part, queries, piece, powers[piece.tile.query], found.score)
+                    self._tile_gradients(part, queries, piece, settled[piece.tile.query])
                 for number, rows in queries.items():
                     self._end_chunk(number, part, rows)
         for number, total in enumerate(self.totals):
@@ -347,8 +346,9 @@ class _Sweep:
             inside, index = hits
             values.scatter_(1, index, torch.where(inside, value, values.gather(1, index)))
 
-    def _settle(self, part: slice, queries: dict[int, _Queries], shift: Tensor, total: Tensor) -> _Normalised:
-        """Losses, and what a logit is compared with so that its power of two is |dz|."""
+    def _settle(
+        self, part: slice, queries: dict[int, _Queries], shift: Tensor, total: Tensor
+    ) -> tuple[Tensor, _Normalised]:
         own, weight = self._scores(part, queries[self.blocks[0][0]]), self.weight[part]
         # z in natural units is `back` times what the workspace holds: exactly, also where `unit` was rounded.
         natural, score = shift.to(self.wide) * self.natural, own * self.natural
@@ -357,13 +357,8 @@ class _Sweep:
             score = score + bias[self.target[part]]
         rows = [settle(RowSums(natural[k], total[k]), score[k], c * weight) for k, c in enumerate(self.dim_weights)]
         over_l = torch.stack([row.weight for row in rows])
-        return _Normalised(
-            torch.stack([row.loss for row in rows]).sum(0),
-            shift.to(self.wide) - over_l.abs().to(self.wide).log2(),
-            -over_l.abs() * total,
-            over_l.sign(),
-            own.to(self.dtype),
-        )
+        losses, size = torch.stack([row.loss for row in rows]).sum(0), over_l.abs()
+        return losses, _Normalised(shift, size, -size * total, over_l.sign(), own.to(self.dtype))
 
     def _scores(self, part: slice, rows: _Queries) -> Tensor:
         """[K, R] of the targets, as the workspace has them but in fp64: well-fitted pairs owe their loss to these."""
@@ -382,20 +377,18 @@ class _Sweep:
         factor = (self.inverse[query][-1, part] * self.unit).to(wide) * rows.ratio.to(wide)
         return sim.cumsum(0) * factor * self.inverse[key][:, target].to(wide)
 
-    def _powers(self, found: _Normalised, ratio: Tensor) -> _Powers:
-        """The ratio is an addend of the exponent: no pass of its own."""
-        shift = (found.shift - ratio.to(self.wide).log2()).clamp(max=NOTHING).to(self.dtype)
-        return _Powers(list(shift[:, :, None]), list((found.entry * ratio)[:, :, None]), list(found.sign / ratio))
+    def _settled(self, found: _Normalised, ratio: Tensor) -> _Rows:
+        columns = (found.shift, found.weight * ratio, found.entry * ratio)
+        shift, weight, entry = (list(t[:, :, None]) for t in columns)
+        return _Rows(shift, weight, entry, list(found.sign / ratio), list(found.score[:, :, None]))
 
-    def _tile_gradients(
-        self, part: slice, queries: dict[int, _Queries], piece: _Part, powers: _Powers, score: Tensor
-    ) -> None:
+    def _tile_gradients(self, part: slice, queries: dict[int, _Queries], piece: _Part, settled: _Rows) -> None:
         tile, logits, hits = piece
         rows, last = queries[tile.query], len(self.dims) - 1
         assert logits is not None
         count = part.stop - part.start
         admitted = None if self.admit is None else self.admit(tile.block, part, tile.columns)
-        flush = not self.safe and self.device.type == "cpu" and self.dtype == torch.float32
+        flush = self.device.type == "cpu" and self.dtype == torch.float32
         y: list[Tensor] = []
         if rows.dx is not None:
             raw, y = self._cut(tile.y.to(self.dtype)), self._cut(self.y[: tile.y.shape[0]])
@@ -404,18 +397,23 @@ class _Sweep:
         rows_along = self.along.get(tile.query)
         dz, suffix, product = (self._buffer(n, count, tile) for n in range(3))
         for k in reversed(range(last + 1)):
-            z, sign = logits[k], powers.sign[k]
-            torch.sub(z, powers.shift[k], out=dz)
-            self._add_bias_(dz, tile).exp2_()
-            if flush:
-                torch.ops.aten.hardshrink.out(dz, FLUSH, out=dz)
+            z, sign = logits[k], settled.sign[k]
+            if self.safe:
+                torch.exp2(z, out=dz)
+            else:
+                torch.sub(z, settled.shift[k], out=dz)
+                self._add_bias_(dz, tile).exp2_()
+                if flush:
+                    torch.ops.aten.hardshrink.out(dz, FLUSH, out=dz)
+            # A pass of its own: as an addend of the exponent 1 / l would be rounded by up to ulp(16) / 2 = 5e-7.
+            dz.mul_(settled.weight[k])
             self._leave_out(dz, hits, admitted, 0.0)
             if hits is not None:
                 inside, index = hits
-                dz.scatter_add_(1, index, torch.where(inside, powers.entry[k], 0))
+                dz.scatter_add_(1, index, torch.where(inside, settled.entry[k], 0))
             if self.scale_grad is not None:
                 # A row of dz sums to 0: less the target's the logits give the same, and have little to cancel.
-                torch.sub(z, score[k, :, None], out=product).mul_(dz)
+                torch.sub(z, settled.score[k], out=product).mul_(dz)
                 self.scale_grad += torch.dot(product.sum(1), sign) / self.unit
             # Row and column sums of dz z, of the very dz that is multiplied: its errors along x cancel.
             if rows_along is not None or tile.along is not None:
