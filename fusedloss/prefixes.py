@@ -85,6 +85,7 @@ class _Queries(NamedTuple):
 
     x: list[Tensor]  # per segment [R, d_k - d_{k-1}]
     signed: list[Tensor]  # times the sign of the row's weight
+    factor: Tensor  # [R]
     ratio: Tensor  # [K, R] |x|_K / |x|_k
     ratios: list[Tensor]  # per prefix [R, 1]
     dx: list[Tensor] | None  # per segment
@@ -175,7 +176,8 @@ class _Sweep:
         )
         used = {number for block in self.blocks for number in block}
         # [K, rows] per operand
-        self.inverse = {n: self._inverse_norms(operands[n]) for n in used}
+        self.inverse_wide = {n: self._inverse_norms(operands[n]) for n in used}
+        self.inverse = {n: inverse.to(self.dtype) for n, inverse in self.inverse_wide.items()}
         self.wants = [wanted and n in used for n, wanted in enumerate(wants_operands)]
         self.wants_any = any(wants_operands) or wants_scale or any(wants_biases)
         self.totals = [
@@ -183,7 +185,7 @@ class _Sweep:
         ]
         # sum of dz z over the other side, by prefix and row; what the gradient loses to the norms follows from it
         self.along = {n: torch.zeros_like(self.inverse[n]) for n in used if self.wants[n]}
-        self.scale_grad = torch.zeros_like(self.scale) if wants_scale else None
+        self.scale_grad = torch.zeros_like(self.scale, dtype=self.wide) if wants_scale else None
         self.bias_grads = [
             torch.zeros_like(bias) if wanted and bias is not None else None
             for bias, wanted in zip(self.biases, wants_biases, strict=True)
@@ -216,19 +218,24 @@ class _Sweep:
         for number, total in enumerate(self.totals):
             if total is not None and number in self.keys:
                 self._finish(number, slice(0, total.shape[0]))
-        return Prefixed(losses, tuple(self.totals), self.scale_grad, tuple(self.bias_grads))
+        by_scale = None if self.scale_grad is None else self.scale_grad.to(self.dtype)
+        return Prefixed(losses, tuple(self.totals), by_scale, tuple(self.bias_grads))
 
     # The parts of a chunk -------------------------------------------------------------------------------------------
 
     def _queries(self, number: int, part: slice) -> _Queries:
-        inverse = self.inverse[number][:, part]
+        # The rows' factors are rounded once each: scale 100 would magnify four roundings past eager's.
+        exact = self.inverse_wide[number][:, part] * self.unit.to(self.wide)
+        factor = exact[-1].to(self.dtype)
+        ratio = (exact / factor.to(self.wide)).to(self.dtype)
+        ratio[-1] = 1
         x, signed, dx = (buffer[: part.stop - part.start] for buffer in self.rows[number])
-        torch.mul(self._wide(self.operands[number][part]), (inverse[-1] * self.unit)[:, None], out=x)
+        torch.mul(self._wide(self.operands[number][part]), factor[:, None], out=x)
         torch.mul(x, self.weight[part].sign()[:, None], out=signed)
-        ratio = inverse / inverse[-1]
         return _Queries(
             self._cut(x),
             self._cut(signed),
+            factor,
             ratio,
             [row[:, None] for row in ratio],
             self._cut(dx.zero_()) if self.wants[number] else None,
@@ -285,7 +292,7 @@ class _Sweep:
         norms = torch.stack(squares).cumsum(0).sqrt()
         if x.dtype == torch.float16:
             norms = norms.masked_fill(norms == 0, 1)
-        return norms.clamp_min(NORM_EPS).reciprocal().to(self.dtype)
+        return norms.clamp_min(NORM_EPS).reciprocal()
 
     def _buffer(self, number: int, rows: int, tile: _Tile) -> Tensor:
         columns = tile.y.shape[0]
@@ -374,7 +381,7 @@ class _Sweep:
             for k, segment in enumerate(self.segments):
                 sim[k, r] = product[:, segment].sum(1)
         # The norms as the sweep rounds them, so that target and negatives share their errors.
-        factor = (self.inverse[query][-1, part] * self.unit).to(wide) * rows.ratio.to(wide)
+        factor = rows.factor.to(wide) * rows.ratio.to(wide)
         return sim.cumsum(0) * factor * self.inverse[key][:, target].to(wide)
 
     def _settled(self, found: _Normalised, ratio: Tensor) -> _Rows:
@@ -414,7 +421,7 @@ class _Sweep:
             if self.scale_grad is not None:
                 # A row of dz sums to 0: less the target's the logits give the same, and have little to cancel.
                 torch.sub(z, settled.score[k], out=product).mul_(dz)
-                self.scale_grad += torch.dot(product.sum(1), sign) / self.unit
+                self.scale_grad += torch.dot(product.sum(1).to(self.wide), sign.to(self.wide)) / self.unit
             # Row and column sums of dz z, of the very dz that is multiplied: its errors along x cancel.
             if rows_along is not None or tile.along is not None:
                 torch.mul(z, dz, out=product)
