@@ -423,11 +423,12 @@ class _Sweep:
                 torch.sub(z, settled.score[k], out=product).mul_(dz)
                 self.scale_grad += torch.dot(product.sum(1).to(self.wide), sign.to(self.wide)) / self.unit
             # Row and column sums of dz z, of the very dz that is multiplied: its errors along x cancel.
-            if rows_along is not None or tile.along is not None:
+            # The last prefix's follow from the whole, in `_finish`.
+            if k < last and (rows_along is not None or tile.along is not None):
                 torch.mul(z, dz, out=product)
-            if rows_along is not None:
+            if k < last and rows_along is not None:
                 rows_along[k, part].addcmul_(product.sum(1), sign)
-            if tile.along is not None:
+            if k < last and tile.along is not None:
                 tile.along[k].addmv_(product.T, sign)
             if tile.dbias is not None:
                 tile.dbias.addmv_(dz.T, sign)
@@ -458,16 +459,23 @@ class _Sweep:
             self._finish(number, part)
 
     def _finish(self, number: int, part: slice) -> None:
-        """Applies the norms and their projection; a row shorter than 1e-12 is divided by a constant: none."""
-        total, inverse = self.totals[number], self.inverse[number][:, part]
+        """Applies the norms and their projection; a row shorter than 1e-12 is divided by a constant: none.
+
+        All prefixes' sums of dz z add up to the product of the gradient, norms held fixed, with x. The last one
+        follows from it: a pass less, and what remains is orthogonal to x to the last digit.
+        """
+        total = self.totals[number]
         if total is None:
             return
-        total = total[part]
-        along = self.along[number][:, part] * (inverse * inverse).masked_fill(inverse >= 1 / NORM_EPS, 0)
-        along = along.flip(0).cumsum(0).flip(0) * self.back
-        inverse = inverse * self.back
+        total, inverse, along = total[part], self.inverse[number][:, part], self.along[number][:, part]
         x = self.operands[number][part]
         for r in row_chunks(x):
-            for k, segment in enumerate(self.segments):
-                dx = total[r, segment].mul_(inverse[k, r, None])
-                dx.addcmul_(x[r, segment].to(self.dtype), along[k, r, None], value=-1)
+            pairs = [(total[r, segment], x[r, segment].to(self.dtype)) for segment in self.segments]
+            along[-1, r] -= along[:-1, r].sum(0)
+            for k, (dx, row) in enumerate(pairs):
+                dx.mul_(inverse[k, r, None])
+                along[-1, r] += torch.linalg.vecdot(dx, row)
+            lost = along[:, r] * inverse[:, r].square().masked_fill(inverse[:, r] >= 1 / NORM_EPS, 0)
+            lost = lost.flip(0).cumsum(0).flip(0)
+            for k, (dx, row) in enumerate(pairs):
+                dx.addcmul_(row, lost[k, :, None], value=-1).mul_(self.back)

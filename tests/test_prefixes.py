@@ -220,7 +220,7 @@ def test_no_rows_and_strides():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", testing.KINDS)
 @pytest.mark.parametrize("scale", [1.0, 20.0, 100.0])
-@pytest.mark.parametrize("dims, share", [((64, 32, 16), 1.0), ((64, 16, 5), 2.0)])
+@pytest.mark.parametrize("dims, share", [((64, 32, 16), 1.5), ((64, 16, 5), 2.0)])
 def test_error_budget(dims, share, scale, kind, dtype):
     """Against the loop in fp32 on the same inputs; 16-bit inputs are computed in fp32, and come out in it.
 
