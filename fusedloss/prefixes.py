@@ -1,0 +1,481 @@
+"""Matryoshka in one sweep: softmax losses of several prefixes of the same embeddings, out of one similarity GEMM.
+
+    z_k[i, j] = scale <x_i[:d_k], y_j[:d_k]> / (|x_i[:d_k]| |y_j[:d_k]|) + bias_j
+    loss_i    = weight_i sum_k c_k CE(z_k[i], target_i)
+
+With segments [d_{k-1}, d_k) of the columns, and |x|_k, |y|_k the norms of the prefixes:
+
+    acc += x[:, segment k] @ y[:, segment k].T        after which acc holds the dot products of prefix k
+    H_k[i, j] = scale dz_k[i, j] / (|x_i|_k |y_j|_k)
+    dx[:, segment k] = (sum_{m >= k} H_m) @ y[:, segment k] - (sum_{m >= k} rowsum(dz_m z_m) / |x|_m^2) x[:, segment k]
+
+and dy alike, with the transpose and column sums. The three products of the longest prefix serve all of them: 6 MND,
+against 6 MN sum_k d_k for a loop. Two passes over a row chunk: the first stores the logits of all prefixes and sums
+their exponentials; the second turns a tile of them into dz, its suffix sums and products while it is in cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .problem import NORM_EPS, RowSums, stats_dtype
+from .rows import row_chunks, settle
+
+LOG2E = math.log2(math.e)
+# A tile [384, 1024] of one prefix with its companions is 4.5 MiB of fp32, near what two cores keep in their L2. More
+# rows would make the products no faster, and fresh memory is dear: 0.48 ms the first time a tile is written, then 0.06.
+CPU_ROWS, TILE_COLUMNS = 384, 1024
+SCORE_ROWS = 128  # at a time in fp64: 768 KiB at D = 768
+# Up to this scale neither exp(z) nor its sum leaves fp32, so no maximum is searched; and exp(-2 * 30) = 2**-87 leaves
+# nothing to flush.
+SAFE_SCALE = 30.0
+FLUSH = 2.0**-100  # smaller exponentials turn products into denormals, 2 to 5 times slower on a CPU
+
+Admit = Callable[[int, slice, slice], Tensor | None]
+
+
+class Prefixed(NamedTuple):
+    losses: Tensor  # [M], weighted
+    gradients: tuple[Tensor | None, ...]  # of losses.sum(), one per operand, fp32 (fp64 for fp64)
+    scale: Tensor | None
+    biases: tuple[Tensor | None, ...]
+
+
+@torch.no_grad()
+def sweep_prefixes(
+    operands: Sequence[Tensor],
+    blocks: Sequence[tuple[int, int, Tensor | None]],
+    scale: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    dims: Sequence[int],
+    dim_weights: Sequence[float],
+    wants_operands: Sequence[bool],
+    wants_scale: bool,
+    wants_biases: Sequence[bool],
+    *,
+    chunk: int,
+    admit: Admit | None = None,
+) -> Prefixed:
+    """The weighted losses of the cosine logits of all prefixes, and the gradients of their sum.
+
+    operands: matrices [rows, D]. blocks: (query, key, bias), columns side by side under one row normaliser.
+    scale: 0-dim; target: [M], a column of block 0; weight: [M], 0 leaves a row out: all as in `Problem`.
+    dims, dim_weights: d_k and c_k, in any order.
+    chunk: rows at a time, at most. The workspace takes chunk * len(dims) * columns elements; without gradients there
+        is none.
+    admit: (block, rows, columns) -> which may compete, [rows, columns] bool, or None for all. It is asked twice, and
+        has no say about targets.
+    """
+    return _Sweep(
+        operands, blocks, scale, target, weight, dims, dim_weights, wants_operands, wants_scale, wants_biases, admit
+    ).run(chunk)
+
+
+# What the loops over tiles and prefixes index is cut once: a view takes 2 us, and a step has dozens.
+
+
+class _Queries(NamedTuple):
+    """Rows of one operand in a chunk: `x` divided by its norm at the longest prefix and times scale * log2(e)."""
+
+    x: list[Tensor]  # per segment [R, d_k - d_{k-1}]
+    signed: list[Tensor]  # times the sign of the row's weight
+    factor: Tensor  # [R]
+    ratio: Tensor  # [K, R] |x|_K / |x|_k
+    ratios: list[Tensor]  # per prefix [R, 1]
+    dx: list[Tensor] | None  # per segment
+
+
+class _Tile(NamedTuple):
+    """Columns of a block."""
+
+    block: int
+    query: int
+    columns: slice
+    y: Tensor  # [columns, d_K], in the input dtype
+    inverse: list[Tensor]  # per prefix [columns], 1 / norms
+    step: list[Tensor]  # |y|_k / |y|_{k+1}
+    along: list[Tensor] | None
+    dy: list[Tensor] | None  # per segment
+    dbias: Tensor | None
+
+
+class _Part(NamedTuple):
+    """A tile's part of a row chunk."""
+
+    tile: _Tile
+    z: list[Tensor] | None  # per prefix [R, columns] in the workspace: logits in units of log 2, without bias
+    hits: tuple[Tensor, Tensor] | None  # (mask, column) of the targets inside
+
+
+class _Normalised(NamedTuple):
+    """What the second pass needs of the first, [K, R]: `|dz| = weight 2^(z - shift)` off the target."""
+
+    shift: Tensor
+    weight: Tensor
+    entry: Tensor  # of the target
+    sign: Tensor  # of dz
+    score: Tensor  # of the target, without bias
+
+
+class _Rows(NamedTuple):
+    """The same per prefix, [R, 1], as one operand's rows want it: weight and entry times their ratio."""
+
+    shift: list[Tensor]
+    weight: list[Tensor]
+    entry: list[Tensor]
+    sign: list[Tensor]  # [R], over the ratio
+    score: list[Tensor]
+
+
+class _Sweep:
+    def __init__(
+        self,
+        operands: Sequence[Tensor],
+        blocks: Sequence[tuple[int, int, Tensor | None]],
+        scale: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        dims: Sequence[int],
+        dim_weights: Sequence[float],
+        wants_operands: Sequence[bool],
+        wants_scale: bool,
+        wants_biases: Sequence[bool],
+        admit: Admit | None,
+    ):
+        self.dtype = stats_dtype(operands[0].dtype)
+        self.device = operands[0].device
+        self.wide = torch.float64 if self.device.type in ("cpu", "cuda") else self.dtype  # fp64 is not everywhere
+        self.operands, self.admit = operands, admit
+        self.target, self.weight = target, weight.to(self.dtype)
+        self.blocks = [(query, key) for query, key, _ in blocks]
+        self.columns = [operands[key].shape[0] for _, key in self.blocks]
+        self.biases = [None if bias is None else bias.to(self.dtype) for _, _, bias in blocks]
+        by_dim: dict[int, float] = {}
+        for dim, dim_weight in zip(dims, dim_weights, strict=True):
+            by_dim[dim] = by_dim.get(dim, 0.0) + dim_weight
+        self.dims = sorted(by_dim)
+        self.dim_weights = [by_dim[dim] for dim in self.dims]
+        self.segments = [slice(low, high) for low, high in zip([0, *self.dims], self.dims, strict=False)]
+
+        # Logits are kept in units of log 2. A scale of 0 would leave nothing to learn the cosines from; the gradients
+        # are multiplied by the true one.
+        self.scale = scale.to(self.dtype)
+        self.unit = torch.where(self.scale == 0, 1e-20, self.scale) * LOG2E
+        self.natural = self.scale.to(self.wide) / self.unit.to(self.wide)
+        self.back = self.natural.to(self.dtype)
+        self.safe = (
+            self.device.type == "cpu"
+            and all(bias is None for bias in self.biases)
+            and abs(self.scale.item()) <= SAFE_SCALE
+        )
+        used = {number for block in self.blocks for number in block}
+        # [K, rows] per operand
+        self.inverse_wide = {n: self._inverse_norms(operands[n]) for n in used}
+        self.inverse = {n: inverse.to(self.dtype) for n, inverse in self.inverse_wide.items()}
+        self.wants = [wanted and n in used for n, wanted in enumerate(wants_operands)]
+        self.wants_any = any(wants_operands) or wants_scale or any(wants_biases)
+        self.totals = [
+            x.new_zeros(x.shape, dtype=self.dtype) if w else None for x, w in zip(operands, wants_operands, strict=True)
+        ]
+        # sum of dz z over the other side, by prefix and row; what the gradient loses to the norms follows from it
+        self.along = {n: torch.zeros_like(self.inverse[n]) for n in used if self.wants[n]}
+        self.scale_grad = torch.zeros_like(self.scale, dtype=self.wide) if wants_scale else None
+        self.bias_grads = [
+            torch.zeros_like(bias) if wanted and bias is not None else None
+            for bias, wanted in zip(self.biases, wants_biases, strict=True)
+        ]
+        self.keys = {key for _, key in self.blocks}
+
+    def run(self, chunk: int) -> Prefixed:
+        M = self.target.shape[0]
+        losses = torch.empty_like(self.weight)
+        chunk = max(1, min(chunk, M, CPU_ROWS if self.device.type == "cpu" else chunk))
+        width = min(TILE_COLUMNS, max([1, *self.columns]))
+        elements = len(self.dims) * sum(self.columns) if self.wants_any else width
+        self.workspace = self.weight.new_empty(chunk * elements)
+        self.buffers = [self.weight.new_empty(chunk * width) for _ in range(3)]
+        self.y = self.weight.new_empty((width, self.dims[-1]))
+        self.scores = [torch.empty((SCORE_ROWS, self.dims[-1]), dtype=self.wide, device=self.device) for _ in range(2)]
+        self.rows = {n: [self.weight.new_empty((chunk, self.dims[-1])) for _ in range(3)] for n, _ in self.blocks}
+        tiles = list(self._tiles(width))
+        for start in range(0, M, chunk):
+            part = slice(start, min(start + chunk, M))
+            queries = {number: self._queries(number, part) for number, _ in self.blocks}
+            parts = self._parts(part, tiles)
+            losses[part], found = self._settle(part, queries, *self._sums(part, queries, parts))
+            if self.wants_any:
+                settled = {number: self._settled(found, rows.ratio) for number, rows in queries.items()}
+                for piece in parts:
+                    self._tile_gradients(part, queries, piece, settled[piece.tile.query])
+                for number, rows in queries.items():
+                    self._end_chunk(number, part, rows)
+        for number, total in enumerate(self.totals):
+            if total is not None and number in self.keys:
+                self._finish(number, slice(0, total.shape[0]))
+        by_scale = None if self.scale_grad is None else self.scale_grad.to(self.dtype)
+        return Prefixed(losses, tuple(self.totals), by_scale, tuple(self.bias_grads))
+
+    # The parts of a chunk -------------------------------------------------------------------------------------------
+
+    def _queries(self, number: int, part: slice) -> _Queries:
+        # The rows' factors are rounded once each: scale 100 would magnify four roundings past eager's.
+        exact = self.inverse_wide[number][:, part] * self.unit.to(self.wide)
+        factor = exact[-1].to(self.dtype)
+        ratio = (exact / factor.to(self.wide)).to(self.dtype)
+        ratio[-1] = 1
+        x, signed, dx = (buffer[: part.stop - part.start] for buffer in self.rows[number])
+        torch.mul(self._wide(self.operands[number][part]), factor[:, None], out=x)
+        torch.mul(x, self.weight[part].sign()[:, None], out=signed)
+        return _Queries(
+            self._cut(x),
+            self._cut(signed),
+            factor,
+            ratio,
+            [row[:, None] for row in ratio],
+            self._cut(dx.zero_()) if self.wants[number] else None,
+        )
+
+    def _cut(self, x: Tensor) -> list[Tensor]:
+        return [x[:, segment] for segment in self.segments]
+
+    def _tiles(self, width: int) -> Iterator[_Tile]:
+        for block, (query, key) in enumerate(self.blocks):
+            total, dbias = self.totals[key], self.bias_grads[block]
+            for start in range(0, self.columns[block], width):
+                tile = slice(start, min(start + width, self.columns[block]))
+                inverse = self.inverse[key][:, tile]
+                yield _Tile(
+                    block,
+                    query,
+                    tile,
+                    self.operands[key][tile, : self.dims[-1]],
+                    list(inverse),
+                    list(inverse[1:] / inverse[:-1]),
+                    list(self.along[key][:, tile]) if key in self.along else None,
+                    None if total is None else self._cut(total[tile]),
+                    None if dbias is None else dbias[tile],
+                )
+
+    def _parts(self, part: slice, tiles: list[_Tile]) -> list[_Part]:
+        rows, offset, parts = part.stop - part.start, 0, []
+        for tile in tiles:
+            width = tile.y.shape[0]
+            z = None
+            if self.wants_any:
+                size = len(self.dims) * rows * width
+                z = list(self.workspace[offset : offset + size].view(-1, rows, width))
+                offset += size
+            parts.append(_Part(tile, z, self._hits(part, tile.columns) if tile.block == 0 else None))
+        return parts
+
+    def _hits(self, part: slice, tile: slice) -> tuple[Tensor, Tensor] | None:
+        index = self.target[part] - tile.start
+        inside = (index >= 0) & (index < tile.stop - tile.start)
+        if self.device.type == "cpu" and not inside.any():
+            return None  # elsewhere the host reads nothing back
+        return inside[:, None], index.clamp(0, tile.stop - tile.start - 1)[:, None]
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return x[:, : self.dims[-1]].to(self.dtype)
+
+    def _inverse_norms(self, x: Tensor) -> Tensor:
+        """`problem.inverse_norms` of every prefix, [K, rows], from one pass over `x`."""
+        squares = [
+            torch.linalg.vector_norm(x[:, s], dim=1, dtype=self.dtype).to(self.wide).square() for s in self.segments
+        ]
+        norms = torch.stack(squares).cumsum(0).sqrt()
+        if x.dtype == torch.float16:
+            norms = norms.masked_fill(norms == 0, 1)
+        return norms.clamp_min(NORM_EPS).reciprocal()
+
+    def _buffer(self, number: int, rows: int, tile: _Tile) -> Tensor:
+        columns = tile.y.shape[0]
+        return self.buffers[number][: rows * columns].view(rows, columns)
+
+    def _sums(self, part: slice, queries: dict[int, _Queries], parts: list[_Part]) -> tuple[Tensor, Tensor]:
+        """Writes the logits of every prefix; returns shift and total, [K, R]: sum_{j != t} 2^z = total 2^shift."""
+        rows, last = part.stop - part.start, len(self.dims) - 1
+        total = self.weight.new_zeros((len(self.dims), rows))
+        maximum = torch.zeros_like(total) if self.safe else torch.full_like(total, -torch.inf)
+        totals, maxima = list(total), list(maximum)
+        for tile, logits, hits in parts:
+            x, ratios = queries[tile.query].x, queries[tile.query].ratios
+            y = [segment.T for segment in self._cut(tile.y.to(self.dtype))]
+            admitted = None if self.admit is None else self.admit(tile.block, part, tile.columns)
+            apart = self.biases[tile.block] is not None or admitted is not None or hits is not None
+            scratch = self._buffer(0, rows, tile)
+            z_last = self._buffer(1, rows, tile) if logits is None else logits[-1]
+            for k in range(last + 1):
+                # Dot products accumulate where the last prefix's logits will stand.
+                if k == 0:
+                    torch.mm(x[k], y[k], out=z_last)
+                else:
+                    z_last.addmm_(x[k], y[k])
+                if k == last:
+                    z = z_last.mul_(tile.inverse[k])
+                else:
+                    z = self._buffer(2, rows, tile) if logits is None else logits[k]
+                    torch.mul(z_last, tile.inverse[k], out=z).mul_(ratios[k])
+                if self.safe:
+                    torch.exp2(z, out=scratch)
+                    self._leave_out(scratch, hits, admitted, 0.0)
+                else:
+                    if apart:
+                        z = self._add_bias_(scratch.copy_(z), tile)
+                        self._leave_out(z, hits, admitted, -torch.inf)
+                    new = torch.maximum(maxima[k], z.amax(1))
+                    shift = torch.where(new == -torch.inf, 0, new)
+                    torch.sub(z, shift[:, None], out=scratch).exp2_()
+                    totals[k].mul_(torch.exp2(maxima[k] - shift))
+                    maxima[k].copy_(new)
+                totals[k].add_(scratch.sum(1))
+        return torch.where(maximum == -torch.inf, 0, maximum), total
+
+    def _add_bias_(self, z: Tensor, tile: _Tile) -> Tensor:
+        bias = self.biases[tile.block]
+        if bias is None:
+            return z
+        bias = bias[tile.columns]
+        return z.add_(bias * LOG2E).masked_fill_(bias == -torch.inf, -torch.inf)
+
+    def _leave_out(
+        self, values: Tensor, hits: tuple[Tensor, Tensor] | None, admitted: Tensor | None, value: float
+    ) -> None:
+        if admitted is not None:
+            values.masked_fill_(~admitted, value)
+        if hits is not None:
+            inside, index = hits
+            values.scatter_(1, index, torch.where(inside, value, values.gather(1, index)))
+
+    def _settle(
+        self, part: slice, queries: dict[int, _Queries], shift: Tensor, total: Tensor
+    ) -> tuple[Tensor, _Normalised]:
+        own, weight = self._scores(part, queries[self.blocks[0][0]]), self.weight[part]
+        # z in natural units is `back` times what the workspace holds: exactly, also where `unit` was rounded.
+        natural, score = shift.to(self.wide) * self.natural, own * self.natural
+        bias = self.biases[0]
+        if bias is not None:
+            score = score + bias[self.target[part]]
+        rows = [settle(RowSums(natural[k], total[k]), score[k], c * weight) for k, c in enumerate(self.dim_weights)]
+        over_l = torch.stack([row.weight for row in rows])
+        losses, size = torch.stack([row.loss for row in rows]).sum(0), over_l.abs()
+        return losses, _Normalised(shift, size, -size * total, over_l.sign(), own.to(self.dtype))
+
+    def _scores(self, part: slice, rows: _Queries) -> Tensor:
+        """[K, R] of the targets, as the workspace has them but in fp64: well-fitted pairs owe their loss to these."""
+        wide = self.wide
+        query, key = self.blocks[0]
+        target, D = self.target[part], self.dims[-1]
+        sim = torch.empty(rows.ratio.shape, dtype=wide, device=self.device)
+        x = self.operands[query][part, :D]
+        for start in range(0, x.shape[0], SCORE_ROWS):
+            r = slice(start, start + SCORE_ROWS)
+            product, other = (buffer[: target[r].shape[0]] for buffer in self.scores)
+            product.copy_(self.operands[key][target[r], :D]).mul_(other.copy_(x[r]))
+            for k, segment in enumerate(self.segments):
+                sim[k, r] = product[:, segment].sum(1)
+        # The norms as the sweep rounds them, so that target and negatives share their errors.
+        factor = rows.factor.to(wide) * rows.ratio.to(wide)
+        return sim.cumsum(0) * factor * self.inverse[key][:, target].to(wide)
+
+    def _settled(self, found: _Normalised, ratio: Tensor) -> _Rows:
+        columns = (found.shift, found.weight * ratio, found.entry * ratio)
+        shift, weight, entry = (list(t[:, :, None]) for t in columns)
+        return _Rows(shift, weight, entry, list(found.sign / ratio), list(found.score[:, :, None]))
+
+    def _tile_gradients(self, part: slice, queries: dict[int, _Queries], piece: _Part, settled: _Rows) -> None:
+        tile, logits, hits = piece
+        rows, last = queries[tile.query], len(self.dims) - 1
+        assert logits is not None
+        count = part.stop - part.start
+        admitted = None if self.admit is None else self.admit(tile.block, part, tile.columns)
+        flush = self.device.type == "cpu" and self.dtype == torch.float32
+        y: list[Tensor] = []
+        if rows.dx is not None:
+            raw, y = self._cut(tile.y.to(self.dtype)), self._cut(self.y[: tile.y.shape[0]])
+            for k in range(last + 1):
+                torch.mul(raw[k], tile.inverse[k][:, None], out=y[k])
+        rows_along = self.along.get(tile.query)
+        dz, suffix, product = (self._buffer(n, count, tile) for n in range(3))
+        for k in reversed(range(last + 1)):
+            z, sign = logits[k], settled.sign[k]
+            if self.safe:
+                torch.exp2(z, out=dz)
+            else:
+                torch.sub(z, settled.shift[k], out=dz)
+                self._add_bias_(dz, tile).exp2_()
+                if flush:
+                    torch.ops.aten.hardshrink.out(dz, FLUSH, out=dz)
+            # A pass of its own: as an addend of the exponent 1 / l would be rounded by up to ulp(16) / 2 = 5e-7.
+            dz.mul_(settled.weight[k])
+            self._leave_out(dz, hits, admitted, 0.0)
+            if hits is not None:
+                inside, index = hits
+                dz.scatter_add_(1, index, torch.where(inside, settled.entry[k], 0))
+            if self.scale_grad is not None:
+                # A row of dz sums to 0: less the target's the logits give the same, and have little to cancel.
+                torch.sub(z, settled.score[k], out=product).mul_(dz)
+                self.scale_grad += torch.dot(product.sum(1).to(self.wide), sign.to(self.wide)) / self.unit
+            # Row and column sums of dz z, of the very dz that is multiplied: its errors along x cancel.
+            # The last prefix's follow from the whole, in `_finish`.
+            if k < last and (rows_along is not None or tile.along is not None):
+                torch.mul(z, dz, out=product)
+            if k < last and rows_along is not None:
+                rows_along[k, part].addcmul_(product.sum(1), sign)
+            if k < last and tile.along is not None:
+                tile.along[k].addmv_(product.T, sign)
+            if tile.dbias is not None:
+                tile.dbias.addmv_(dz.T, sign)
+            if self.dim_weights[k] < 0:
+                dz.neg_()
+            # suffix = sum_{m >= k} dz_m / |y|_m * |y|_k: the columns' 1/norms wait for the products.
+            if k == last:
+                dz, suffix = suffix, dz
+            else:
+                torch.addcmul(dz, suffix, tile.step[k], out=suffix)
+            if rows.dx is not None:
+                rows.dx[k].addmm_(suffix, y[k])
+            if tile.dy is not None:
+                tile.dy[k].addmm_(suffix.T, rows.signed[k])
+
+    def _end_chunk(self, number: int, part: slice, rows: _Queries) -> None:
+        """dx to the units of what `_finish` multiplies: there a key's gradient and a query's are one matrix."""
+        total = self.totals[number]
+        if total is None or rows.dx is None:
+            return
+        factor = self.unit * self.weight[part].sign() / rows.ratio
+        for k, segment in enumerate(self.segments):
+            if number in self.keys:
+                total[part, segment] += rows.dx[k].mul_(factor[k, :, None])
+            else:
+                torch.mul(rows.dx[k], factor[k, :, None], out=total[part, segment])
+        if number not in self.keys:
+            self._finish(number, part)
+
+    def _finish(self, number: int, part: slice) -> None:
+        """Applies the norms and their projection; a row shorter than 1e-12 is divided by a constant: none.
+
+        All prefixes' sums of dz z add up to the product of the gradient, norms held fixed, with x. The last one
+        follows from it: a pass less, and what remains is orthogonal to x to the last digit.
+        """
+        total = self.totals[number]
+        if total is None:
+            return
+        total, inverse, along = total[part], self.inverse[number][:, part], self.along[number][:, part]
+        x = self.operands[number][part]
+        for r in row_chunks(x):
+            pairs = [(total[r, segment], x[r, segment].to(self.dtype)) for segment in self.segments]
+            along[-1, r] -= along[:-1, r].sum(0)
+            for k, (dx, row) in enumerate(pairs):
+                dx.mul_(inverse[k, r, None])
+                along[-1, r] += torch.linalg.vecdot(dx, row)
+            lost = along[:, r] * inverse[:, r].square().masked_fill(inverse[:, r] >= 1 / NORM_EPS, 0)
+            lost = lost.flip(0).cumsum(0).flip(0)
+            for k, (dx, row) in enumerate(pairs):
+                dx.addcmul_(row, lost[k, :, None], value=-1).mul_(self.back)
