@@ -14,6 +14,7 @@ from .losses.contrastive_tension import contrastive_tension_in_batch
 from .losses.gist import gist_embed
 from .losses.info_nce import info_nce
 from .losses.margins import in_batch_margin_ranking, mega_batch_margin
+from .losses.matryoshka import matryoshka
 from .losses.metric_learning import circle, multi_similarity
 from .losses.multiple_negatives_ranking import multiple_negatives_ranking
 from .losses.nt_xent import decoupled_contrastive, nt_xent
@@ -35,6 +36,7 @@ __all__ = [
     "global_orthogonal_regularization",
     "in_batch_margin_ranking",
     "info_nce",
+    "matryoshka",
     "mega_batch_margin",
     "multi_similarity",
     "multiple_negatives_ranking",

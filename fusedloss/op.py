@@ -60,7 +60,8 @@ def flatten(problem: Problem, backend: str, per_row: bool) -> Flat:
         constants += mask.guide or ()
         shape += [int(mask.guide is not None), int(mask.margin is not None)]
         numbers += [block.penalty, block.own_penalty, mask.margin or 0.0]
-    shape += [*(int(flag) for flag in flags), problem.workspace_bytes or 0]
+    shape += [*(int(flag) for flag in flags), problem.workspace_bytes or 0, len(problem.prefixes), *problem.prefixes]
+    numbers += problem.prefix_weights
     fold = problem.fold
     if fold is not None:
         constants += fold.labels or ()
@@ -100,6 +101,8 @@ def unflatten(
     blocks = tuple(_block(read) for _ in range(block_count))
     cosine, symmetric, decoupled, wants_tally, bounded = (read.flag() for _ in range(5))
     workspace_bytes = next(read.shape) or None
+    prefixes = tuple(next(read.shape) for _ in range(next(read.shape)))
+    prefix_weights = tuple(next(read.numbers) for _ in prefixes)
     return Problem(
         operands,
         blocks,
@@ -115,6 +118,8 @@ def unflatten(
         GuideRule(margin, bool(relative)),
         wants_tally,
         _fold(plan, read) if plan.fold else None,
+        prefixes,
+        prefix_weights,
     )
 
 

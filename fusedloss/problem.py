@@ -119,6 +119,8 @@ class Problem:
     guide_rule: how blocks' guides mask.
     wants_tally: count what `Tally` holds.
     fold: instead of the softmax.
+    prefixes, prefix_weights: instead of all of D, the weighted sum of the losses of these prefixes, each of whose rows
+        is divided by its own norm (`cosine`).
     """
 
     operands: tuple[Tensor, ...]
@@ -135,6 +137,8 @@ class Problem:
     guide_rule: GuideRule = GuideRule()  # noqa: RUF009
     wants_tally: bool = False
     fold: Fold | None = None
+    prefixes: tuple[int, ...] = ()
+    prefix_weights: tuple[float, ...] = ()
 
     @property
     def masked(self) -> bool:

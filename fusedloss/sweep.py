@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .folds import FOLDS
+from .prefixes import sweep_prefixes
 from .problem import (
     Block,
     Patch,
@@ -77,10 +78,62 @@ class Result(NamedTuple):
 @torch.no_grad()
 def run(problem: Problem, backend: ModuleType, wants: Wants) -> Result:
     """The weighted losses and the gradients of their sum."""
+    once = _prefixed if problem.prefixes else _swept
     if not autocasting(problem.operands[0]):
-        return _Sweep(problem, backend, wants).run()
+        return once(problem, backend, wants)
     with torch.autocast(problem.device.type, enabled=False):
-        return _Sweep(problem, backend, wants).run()
+        return once(problem, backend, wants)
+
+
+def _swept(problem: Problem, backend: ModuleType, wants: Wants) -> Result:
+    return _Sweep(problem, backend, wants).run()
+
+
+def _prefixed(problem: Problem, backend: ModuleType, wants: Wants) -> Result:
+    """All prefixes out of one similarity product: `prefixes.py`, which walks the same chunks."""
+    width, columns = len(problem.prefixes), problem.columns
+    chunk = STATS_ROWS.get(problem.device.type, STATS_ROWS["cpu"])
+    if wants.any:
+        sizes = (problem.rows, width * columns, problem.operands[0].shape[1])
+        chunk = chunk_rows(*sizes, stats_dtype(problem.dtype).itemsize, problem.device, problem.workspace_bytes)
+    found = sweep_prefixes(
+        problem.operands,
+        [(block.query, block.key, block.bias) for block in problem.blocks],
+        problem.scale,
+        problem.target,
+        problem.weight,
+        problem.prefixes,
+        problem.prefix_weights,
+        wants.operands,
+        wants.scale,
+        wants.biases,
+        chunk=chunk,
+        admit=_Admission(problem, backend) if problem.masked else None,
+    )
+    kept = saved_dtype(problem.dtype)
+    gradients = tuple(None if g is None else g.to(kept) for g in found.gradients)
+    return Result(found.losses, gradients, found.scale, found.biases, (), [])
+
+
+class _Admission:
+    """Which columns may compete, asked for tile by tile; a guide answers for a chunk at a time."""
+
+    def __init__(self, problem: Problem, backend: ModuleType):
+        guided = any(block.mask.guide is not None for block in problem.blocks)
+        wants = Wants((False,) * len(problem.operands), False, (False,) * len(problem.blocks))
+        self.problem, self.backend, self.guided = problem, backend, guided
+        self.sweep, self.chunk = _Sweep(problem, backend, wants), slice(0, 0)
+        self.masks: list[StripMask | None] = []
+
+    def __call__(self, block: int, rows: slice, columns: slice) -> Tensor | None:
+        if rows != self.chunk:
+            like, R = self.problem.scale, rows.stop - rows.start
+            widths = [self.problem.operands[b.key].shape[0] for b in self.problem.blocks]
+            outs = [like.new_empty(R, width) for width in widths] if self.guided else []
+            self.masks = [strip.mask for strip in self.sweep._strips(rows, outs)]
+            self.chunk = rows
+        mask = self.masks[block]
+        return None if mask is None else self.backend.admitted(mask, columns)
 
 
 @torch.no_grad()

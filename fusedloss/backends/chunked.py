@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..problem import GuideRule, Patch, Problem, RowSums, Softmax, Strip, Tally, inverse_norms, stats_dtype
+from ..problem import GuideRule, Patch, Problem, RowSums, Softmax, Strip, StripMask, Tally, inverse_norms, stats_dtype
 from ..rows import finish, guide_threshold, merge, operand, patch_target, prepare, settle
 
 __all__ = ["finish", "inverse_norms", "merge", "operand", "prepare", "settle"]  # torch has no faster way to these
@@ -83,7 +83,7 @@ def _admit_(z: Tensor, strip: Strip, tile: slice) -> Tensor:
 
     The target is one of these: the sums leave it out.
     """
-    dropped = list(_dropped(z, strip, tile))
+    dropped = [] if strip.mask is None else list(_dropped(z, strip.mask, strip.scale, tile))
     if strip.own_scale is not None:
         inside, index = _hits(strip.own, tile)
         entry = z.gather(1, index)
@@ -100,23 +100,37 @@ def _admit_(z: Tensor, strip: Strip, tile: slice) -> Tensor:
     return z
 
 
-def _dropped(z: Tensor, strip: Strip, tile: slice) -> Iterator[Tensor]:
+def _dropped(z: Tensor, mask: StripMask, scale: Tensor | None, tile: slice) -> Iterator[Tensor]:
     """What the masks drop of the tile `z = scale * sim`, one bool matrix each."""
-    if strip.mask is None:
-        return
-    for compare in strip.mask.compare:
+    for compare in mask.compare:
         test = torch.ne if compare.keep else torch.eq
         yield test(compare.rows[:, None], compare.keys[tile])
-    if strip.mask.dense is not None:
-        yield ~strip.mask.dense[:, tile]
-    if strip.mask.dropped is not None:
-        yield strip.mask.dropped[:, tile]
-    if strip.mask.threshold is not None:
-        above = z > (strip.mask.threshold * strip.scale)[:, None]
-        if strip.mask.exempt is not None:
-            for column in strip.mask.exempt.unbind(1):
+    if mask.dense is not None:
+        yield ~mask.dense[:, tile]
+    if mask.dropped is not None:
+        yield mask.dropped[:, tile]
+    if mask.threshold is not None and scale is not None:
+        above = z > (mask.threshold * scale)[:, None]
+        if mask.exempt is not None:
+            for column in mask.exempt.unbind(1):
                 _fill_(above, column, tile, False)
         yield above
+
+
+def admitted(mask: StripMask, tile: slice) -> Tensor:
+    """Where no part of a mask drops a column, for masks that do not depend on the similarities."""
+    rows = (mask.compare[0].rows if mask.compare else _first(mask.dense, mask.dropped, mask.skip)).shape[0]
+    like = _first(mask.dense, mask.dropped, mask.skip, *(c.keys for c in mask.compare))
+    z = torch.zeros(rows, tile.stop - tile.start, device=like.device)
+    for dropped in _dropped(z, mask, None, tile):
+        z.masked_fill_(dropped, 1)
+    if mask.skip is not None:
+        _fill_(z, mask.skip, tile, 1)
+    return z == 0
+
+
+def _first(*tensors: Tensor | None) -> Tensor:
+    return next(t for t in tensors if t is not None)
 
 
 def _hits(columns: Tensor | None, tile: slice) -> tuple[Tensor, Tensor]:

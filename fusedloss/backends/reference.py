@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,13 @@ def top_rows(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _loss_rows(problem: Problem) -> tuple[Tensor, list[Tensor]]:
+    if problem.prefixes:
+        total = torch.zeros_like(problem.weight)
+        for dim, weight in zip(problem.prefixes, problem.prefix_weights, strict=True):
+            operands = tuple(x[:, :dim] for x in problem.operands)
+            own = replace(problem, operands=operands, cosine=True, prefixes=(), prefix_weights=())
+            total = total + weight * _loss_rows(own)[0]
+        return total, []
     rows = _rows(problem)
     if problem.fold is not None:
         return _fold_rows(problem, rows)

@@ -44,6 +44,8 @@ PANEL_BYTES = 32 << 20  # fp32 similarities from the vendor's GEMM: they fit an 
 
 
 def why_not(problem: Problem) -> str | None:
+    if problem.prefixes:
+        return "no kernel sums several prefixes in one sweep yet; matryoshka takes them one after the other here"
     dtypes = {problem.dtype: None}  # in order
     for block in problem.blocks:
         dtypes |= {x.dtype: None for x in block.mask.guide or ()}

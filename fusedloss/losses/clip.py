@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import checks, masks
 from ..problem import Block
-from ._in_batch import Loss, as_scale, autocast, distinct, objective
+from ._in_batch import Loss, Objective, as_scale, autocast, distinct, objective
 from ._module import LossModule
 
 
@@ -59,6 +59,38 @@ def clip(
         >>> image, text = F.normalize(vision(pixels), dim=1), F.normalize(language(tokens), dim=1)
         >>> fusedloss.clip(image, text, log_scale.exp()).backward()
     """
+    result = clip_objective(
+        image_features,
+        text_features,
+        logit_scale,
+        logit_bias,
+        mask=mask,
+        normalize=normalize,
+        reduction=reduction,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+        return_stats=return_stats,
+    ).result()
+    if not isinstance(logit_bias, Tensor):
+        return result
+    loss, *stats = result if isinstance(result, tuple) else (result,)
+    loss = loss + 0.0 * logit_bias.reshape(()).to(loss.dtype)
+    return (loss, stats[0]) if stats else loss
+
+
+def clip_objective(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    mask: masks.Mask | Tensor | None = None,
+    normalize: bool = False,
+    reduction: str = "mean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+    return_stats: bool = False,
+) -> Objective:
     checks.embeddings(image_features=image_features, text_features=text_features)
     if image_features.shape[0] != text_features.shape[0]:
         raise ValueError(
@@ -79,7 +111,7 @@ def clip(
         )
     scale, scale_bound = as_scale(logit_scale, image_features, inverse=False)
     operands, (x, y) = distinct(image_features, text_features)
-    built = objective(
+    return objective(
         autocast(*operands),
         [Block(x, y, mask=bound)],
         None,
@@ -92,12 +124,6 @@ def clip(
         workspace_bytes=workspace_bytes,
         return_stats=return_stats,
     )
-    result = built.result()
-    if not isinstance(logit_bias, Tensor):
-        return result
-    loss, *stats = result if isinstance(result, tuple) else (result,)
-    loss = loss + 0.0 * logit_bias.reshape(()).to(loss.dtype)
-    return (loss, stats[0]) if stats else loss
 
 
 class ClipLoss(LossModule, function=clip, tensors=("mask",)):

@@ -48,7 +48,15 @@ def nt_xent(
         >>> z1, z2 = projector(encoder(augment(x))), projector(encoder(augment(x)))
         >>> fusedloss.nt_xent(z1, z2, temperature=0.5).backward()
     """
-    return two_views(z1, z2, temperature, False, reduction, backend, workspace_bytes, return_stats).result()
+    return nt_xent_objective(
+        z1,
+        z2,
+        temperature=temperature,
+        reduction=reduction,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+        return_stats=return_stats,
+    ).result()
 
 
 def decoupled_contrastive(
@@ -70,12 +78,22 @@ def decoupled_contrastive(
     Example:
         >>> fusedloss.decoupled_contrastive(z1, z2, temperature=0.1).backward()
     """
-    return two_views(z1, z2, temperature, True, reduction, backend, workspace_bytes, return_stats).result()
+    return nt_xent_objective(
+        z1,
+        z2,
+        temperature=temperature,
+        decoupled=True,
+        reduction=reduction,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+        return_stats=return_stats,
+    ).result()
 
 
-def two_views(
+def nt_xent_objective(
     z1: Tensor,
     z2: Tensor,
+    *,
     temperature: float | Tensor = 0.5,
     decoupled: bool = False,
     reduction: str = "mean",

@@ -1,0 +1,138 @@
+"""Matryoshka representation learning: the same loss of several prefixes of the embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import checks
+from ..backends import BACKENDS, select
+from ..problem import Block, Problem
+from ._in_batch import Objective, mean_of
+from .clip import clip, clip_objective
+from .gist import gist_embed, gist_embed_objective
+from .info_nce import info_nce, info_nce_objective
+from .multiple_negatives_ranking import multiple_negatives_ranking, multiple_negatives_ranking_objectives
+from .nt_xent import nt_xent, nt_xent_objective
+
+# Those whose prefixes share one similarity product.
+OBJECTIVES: dict[Callable[..., Any], Callable[..., Objective | list[Objective]]] = {
+    clip: clip_objective,
+    gist_embed: gist_embed_objective,
+    info_nce: info_nce_objective,
+    multiple_negatives_ranking: multiple_negatives_ranking_objectives,
+    nt_xent: nt_xent_objective,
+}
+
+
+def matryoshka(
+    loss: Callable[..., Tensor],
+    *embeddings: Tensor,
+    dims: Sequence[int],
+    weights: Sequence[float] | None = None,
+    **loss_options: Any,
+) -> Tensor:
+    """Matryoshka loss (Kusupati et al. 2022) as in sentence-transformers: a weighted sum over nested prefixes.
+
+        total = sum_k weights_k * loss(*(x[:, :dims_k] / |x[:, :dims_k]| for x in embeddings), **loss_options)
+
+    `info_nce`, `clip`, `multiple_negatives_ranking`, `gist_embed` and `nt_xent` take one pass: prefixes accumulate
+    along the features, so that all of them share one similarity product and one product for each gradient, the work of
+    the longest prefix alone. Any other loss, label smoothing, `masks.score_margin`, hardness, and the triton backend
+    take one pass for each prefix, with the same result.
+
+    Args:
+        loss: one of this package's functions, or any callable of embeddings.
+        embeddings: what the loss takes first, each `[rows, D]`.
+        dims: distinct numbers from 1 to D, in any order.
+        weights: one for each dim; None: 1 each.
+        loss_options: given to the loss as they are (a guide's embeddings are not cut).
+
+    Returns:
+        What the loss returns: a 0-dim tensor, or rows under `reduction="none"`.
+
+    Raises:
+        ValueError, TypeError: dims or weights that do not fit, and what the loss raises.
+
+    Example:
+        >>> fusedloss.matryoshka(fusedloss.info_nce, query, key, dims=(768, 256, 64), temperature=0.05).backward()
+    """
+    if not embeddings:
+        raise ValueError("embeddings is empty: needs those that the loss takes")
+    checks.embeddings(**{f"embeddings[{i}]": x for i, x in enumerate(embeddings)})
+    dims = _checked_dims(dims, embeddings[0].shape[1])
+    weights = [1.0] * len(dims) if weights is None else list(weights)
+    if len(weights) != len(dims):
+        raise ValueError(f"weights has {len(weights)} numbers and dims {len(dims)}: needs one for each")
+    for i, weight in enumerate(weights):
+        checks.number(f"weights[{i}]", weight)
+    if loss_options.get("return_stats"):
+        raise ValueError("return_stats=True: every prefix has statistics of its own; ask the loss for one of them")
+    if loss in OBJECTIVES:
+        built = OBJECTIVES[loss](*embeddings, **loss_options)
+        objectives = built if isinstance(built, list) else [built]
+        parts = [part for one in objectives for part in _one_directional(one, dims, weights)]
+        if all(_at_once(part) for part in parts):
+            return mean_of(parts)
+    total = None
+    for dim, weight in zip(dims, weights, strict=True):
+        prefixes = {id(x): F.normalize(x[:, :dim].float() if _narrow(x) else x[:, :dim], dim=1) for x in embeddings}
+        value = weight * loss(*(prefixes[id(x)] for x in embeddings), **loss_options)
+        total = value if total is None else total + value
+    assert total is not None
+    return total
+
+
+def _narrow(x: Tensor) -> bool:
+    """Unit vectors are not rounded to 16 bits."""
+    return x.element_size() == 2
+
+
+def _checked_dims(dims: Sequence[int], D: int) -> tuple[int, ...]:
+    if not len(dims):
+        raise ValueError("dims is empty: needs at least one")
+    for dim in dims:
+        checks.index("dims", dim)
+        if not 1 <= dim <= D:
+            raise ValueError(f"dims holds {dim}: needs numbers from 1 to D = {D}")
+    if len(set(dims)) != len(dims):
+        raise ValueError(f"dims is {tuple(dims)}: needs distinct numbers")
+    return tuple(int(dim) for dim in dims)
+
+
+def _one_directional(one: Objective, dims: tuple[int, ...], weights: Sequence[float]) -> list[Objective]:
+    """Symmetric losses are the mean of both directions, which have normalisers of their own for every prefix."""
+    prefixed = replace(
+        one.problem,
+        cosine=True,
+        symmetric=False,
+        scale_bound=None,
+        prefixes=dims,
+        prefix_weights=tuple(float(weight) for weight in weights),
+    )
+    if not one.problem.symmetric:
+        return [one._replace(problem=prefixed)]
+    (block,) = prefixed.blocks
+    mask = block.mask
+    compare = tuple(c._replace(rows=c.keys, keys=c.rows) for c in mask.compare)
+    turned = mask._replace(compare=compare, dense=None if mask.dense is None else mask.dense.T)
+    back = replace(prefixed, blocks=(Block(block.key, block.query, mask=turned),))
+    return [one._replace(problem=prefixed), one._replace(problem=back)]
+
+
+def _at_once(one: Objective) -> bool:
+    """Whether the backend that would run it sums all prefixes in one sweep."""
+    problem = one.problem
+    plain = not (problem.label_smoothing or any(b.mask.margin is not None for b in problem.blocks))
+    if not plain or any(b.penalty or b.own_penalty for b in problem.blocks):
+        return False
+    alone = replace(problem, prefixes=(), prefix_weights=())
+    return _can_run(problem, select(alone, one.backend))
+
+
+def _can_run(problem: Problem, backend: str) -> bool:
+    return BACKENDS[backend].why_not(problem) is None
