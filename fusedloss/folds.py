@@ -381,6 +381,9 @@ def semi_hard(values: Tensor, part: Part, scalars: Scalars, options: Options, gr
 
 def semi_hard_formula(values: Tensor, part: Part, scalars: Scalars, options: Options) -> tuple[Tensor, Tensor | None]:
     (margin,) = options
+    if values.shape[1] == 0:  # which has no minimum
+        loss = _left_in(values.sum(dim=1), part)
+        return loss, torch.zeros_like(loss)
     positive, negative = _relations(values, part)
     farther = negative[:, None, :] & (values[:, None, :] > values[:, :, None])  # [row, positive, negative]
     semi_hard = torch.where(farther, values[:, None, :], torch.inf).min(dim=2).values

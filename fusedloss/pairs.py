@@ -71,6 +71,8 @@ class _OfPairs(torch.autograd.Function):
         x, y, column = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: once more, as a formula
             with torch.enable_grad():
+                # Apart, where both are one tensor: else each would get the gradient of both.
+                x, y = x.view_as(x), y.view_as(y)
                 values = ctx.function(*_wide(x, y[column]))
                 inputs = [t for t, want in zip((x, y), ctx.needs_input_grad[1:3], strict=True) if want]
                 found = iter(torch.autograd.grad(values, inputs, upstream, create_graph=True))

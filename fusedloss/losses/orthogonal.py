@@ -59,7 +59,9 @@ def _column(x: Tensor, cosine: bool, mean_weight: float, second_moment_weight: f
     with torch.autocast(x.device.type, enabled=False):
         dtype = stats_dtype(x.dtype)
         rows = unit_rows(x.to(dtype)) if cosine else x.to(dtype)
-        pairs = max(x.shape[0] * (x.shape[0] - 1), 1)
+        pairs = x.shape[0] * (x.shape[0] - 1)
+        if pairs == 0:  # where the rounding of the two sums would be left
+            return rows.sum() * 0
         # The diagonal cancels most of both sums on spread-out embeddings: sums in fp64, D x D of them.
         own = rows.square().sum(1, dtype=torch.float64)
         total = rows.sum(0, dtype=torch.float64).square().sum() - own.sum()

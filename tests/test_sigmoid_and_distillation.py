@@ -1,0 +1,787 @@
+"""SigLIP, CLIP distillation, orthogonal regularisation and chosen pairs; and what all losses beside the softmax share:
+per-row results, frozen sides, autocast, graphs that are kept, second derivatives, torch.compile, errors and modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import fusedloss
+from fusedloss import masks, pairs, rows, sweep, testing
+from fusedloss.backends import chunked
+
+BACKENDS = ["chunked", "reference"]
+ALL = ["chunked", "reference", "triton"]
+
+
+def randn(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def scalar(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+@contextlib.contextmanager
+def chunks(rows, columns):
+    """Several row chunks and column tiles at a handful of rows; a context, because hypothesis repeats the test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "chunk_rows", lambda M, *_: max(1, min(M, rows)))
+        patch.setattr(sweep, "STATS_ROWS", {"cpu": rows, "cuda": rows})
+        patch.setattr(chunked, "TILE_COLUMNS", columns)
+        yield
+
+
+def both(ours, formula, tensors):
+    """Value, gradients and, where there are several values, the gradients of a random mix of them: theirs and ours."""
+    upstream = 0.1 + torch.rand_like(formula(*tensors), dtype=torch.float64)
+    for f in (ours, formula):
+        value, *gradients = testing.value_and_gradients(lambda *t, f=f: (f(*t) * upstream).sum(), tensors)
+        yield [f(*tensors).detach(), value, *gradients]
+
+
+def same(ours, formula, tensors, rtol=1e-10, atol=1e-12):
+    for a, b in zip(*both(ours, formula, tensors), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def near(ours, formula, tensors):
+    """In fp32 against a formula in fp64: the error of the whole: small entries are differences of large ones."""
+    for a, b in zip(*both(ours, formula, tensors), strict=True):
+        assert (a.double() - b).norm() <= 16 * torch.finfo(torch.float32).eps * b.norm()
+
+
+def reduced(values, reduction):
+    return {"none": values, "sum": values.sum(), "mean": values.sum() / max(len(values), 1)}[reduction]
+
+
+# Formulas, one value a row --------------------------------------------------------------------------------------------
+
+
+def sigmoid_rows(image, text, scale, bias=0.0, positive=None, normalize=False):
+    if normalize:
+        image, text = F.normalize(image, dim=1, eps=1e-12), F.normalize(text, dim=1, eps=1e-12)
+    z = scale * (image @ text.T) + bias
+    positive = torch.eye(*z.shape, dtype=torch.bool) if positive is None else positive
+    return -F.logsigmoid(torch.where(positive, z, -z)).sum(1)
+
+
+def distill_rows(image, text, scale, teacher_image, teacher_text, teacher_scale):
+    z, teacher = scale * (image @ text.T), teacher_scale * (teacher_image @ teacher_text.T)
+    by_row, by_column = (
+        F.kl_div(a.log_softmax(1), b.log_softmax(1), reduction="none", log_target=True).sum(1)
+        for a, b in ((z, teacher), (z.T, teacher.T))
+    )
+    return (by_row + by_column) / 2
+
+
+def ranking_rows(anchor, positive, margin=0.5):
+    s = F.normalize(anchor, dim=1) @ F.normalize(positive, dim=1).T
+    other = ~torch.eye(*s.shape, dtype=torch.bool)
+    return (F.relu(margin - s.diagonal()[:, None] + s) * other).sum(1) / (s.shape[1] - 1)
+
+
+def mega_batch_rows(anchor, positive):
+    s = F.normalize(anchor, dim=1) @ F.normalize(positive, dim=1).T
+    other = s.masked_fill(torch.eye(len(s), dtype=torch.bool), -torch.inf).max(1).values
+    return F.relu(0.8 - s.diagonal()) + F.relu(other - 0.3)
+
+
+def relations(labels):
+    equal = labels[:, None] == labels
+    return equal & ~torch.eye(len(labels), dtype=torch.bool), ~equal
+
+
+def apart(x, labels):
+    positive, negative = relations(labels)
+    squared = (x[:, None] - x[None]).square().sum(2)
+    d = torch.where(squared == 0, 1, squared).sqrt().masked_fill(squared == 0, 0)
+    return torch.where(positive, d, 0).max(1).values - torch.where(negative, d, torch.inf).min(1).values
+
+
+def log_sum(x, mask):
+    return x.masked_fill(~mask, -1e30).logsumexp(1)
+
+
+def multi_similarity_rows(x, labels):
+    s, (positive, negative) = F.normalize(x, dim=1) @ F.normalize(x, dim=1).T, relations(labels)
+    pull, push = log_sum(-2 * (s - 0.5), positive), log_sum(50 * (s - 0.5), negative)
+    zero = torch.zeros_like(pull)
+    return torch.logaddexp(pull, zero) / 2 + torch.logaddexp(push, zero) / 50
+
+
+def circle_rows(x, labels):
+    s, (positive, negative) = F.normalize(x, dim=1) @ F.normalize(x, dim=1).T, relations(labels)
+    fixed = s.detach()
+    pull = log_sum(-80 * F.relu(1.4 - fixed) * (s - 0.6), positive)
+    push = log_sum(80 * F.relu(fixed + 0.4) * (s - 0.4), negative)
+    return torch.logaddexp(pull + push, torch.zeros_like(pull))
+
+
+LABELS = torch.tensor([0, 1, 1, 2, 0, 1, 2, 0, 0, 2, 1, 1, 0])
+TEACHERS = [torch.randn(13, 3, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (1, 2)]
+# loss, formula, number of matrices [13, D]
+ROWS = {
+    "siglip": (
+        lambda x, y, **options: fusedloss.siglip(x, y, 2.5, -1.0, **options),
+        lambda x, y: sigmoid_rows(x, y, 2.5, -1.0),
+        2,
+    ),
+    "clip_distill": (
+        lambda x, y, **options: fusedloss.clip_distill(x, y, 1.5, *(t.to(x.dtype) for t in TEACHERS), 2.0, **options),
+        lambda x, y: distill_rows(x, y, 1.5, *TEACHERS, 2.0),
+        2,
+    ),
+    "in_batch_margin_ranking": (fusedloss.in_batch_margin_ranking, ranking_rows, 2),
+    "mega_batch_margin": (fusedloss.mega_batch_margin, mega_batch_rows, 2),
+    "batch_hard_triplet": (
+        lambda x, **options: fusedloss.batch_hard_triplet(x, LABELS, margin=0.5, **options),
+        lambda x: F.relu(apart(x, LABELS) + 0.5),
+        1,
+    ),
+    "batch_hard_soft_margin_triplet": (
+        lambda x, **options: fusedloss.batch_hard_soft_margin_triplet(x, LABELS, **options),
+        lambda x: F.softplus(apart(x, LABELS)),
+        1,
+    ),
+    "multi_similarity": (
+        lambda x, **options: fusedloss.multi_similarity(x, LABELS, **options),
+        lambda x: multi_similarity_rows(x, LABELS),
+        1,
+    ),
+    "circle": (
+        lambda x, **options: fusedloss.circle(x, LABELS, **options),
+        lambda x: circle_rows(x, LABELS),
+        1,
+    ),
+}
+# without a value for each row
+SUMMED = {
+    "batch_all_triplet": (lambda x, **options: fusedloss.batch_all_triplet(x, LABELS, margin=0.5, **options), 1),
+    "batch_semi_hard_triplet": (
+        lambda x, **options: fusedloss.batch_semi_hard_triplet(x, LABELS, margin=0.5, **options),
+        1,
+    ),
+}
+EVERY = {name: (loss, count) for name, (loss, _, count) in ROWS.items()} | SUMMED
+
+
+def matrices(name, dtype=torch.float64):
+    return [randn(13, 6).to(dtype) for _ in range(EVERY[name][1])]
+
+
+# SigLIP ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("target", [None, "columns", "fewer columns", "ids"])
+@given(data=st.data())
+@settings(max_examples=8, deadline=None)
+def test_siglip_is_the_sum_of_log_sigmoids(target, reduction, backend, data):
+    """Over all pairs, with every gradient: both sides, scale and bias."""
+    M, D = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5))
+    N = max(1, M - 3) if target == "fewer columns" else M + data.draw(st.integers(0, 7))
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    normalize, biased = data.draw(st.booleans()), data.draw(st.sampled_from([None, "number", "tensor"]))
+    given, positive = None, None
+    if target == "ids":
+        ids = torch.randint(0, 4, (M,)), torch.randint(0, 4, (N,))
+        given, positive = masks.same_id(*ids), ids[0][:, None] == ids[1]
+    elif target is not None:
+        given = torch.randint(0, N, (M,))
+        positive = given[:, None] == torch.arange(N)
+    tensors = [randn(M, D), randn(N, D), 1 + randn().exp()] + ([randn()] if biased == "tensor" else [])
+    fixed = {None: None, "number": -2.25, "tensor": None}[biased]
+
+    def ours(x, y, scale, bias=fixed):
+        return fusedloss.siglip(
+            x, y, scale, bias, target=given, normalize=normalize, reduction=reduction, backend=backend
+        )
+
+    def formula(x, y, scale, bias=fixed or 0.0):
+        return reduced(sigmoid_rows(x, y, scale, bias, positive, normalize), reduction)
+
+    with chunks(data.draw(st.integers(1, 10)), data.draw(st.integers(1, 10))):
+        same(ours, formula, tensors)
+
+
+@pytest.mark.parametrize("target", [None, "columns", "ids"])
+def test_siglip_on_triton(target):
+    """The kernels' own tiles, in fp32, with a learnable scale and bias."""
+    ids = torch.randint(0, 5, (19,)), torch.randint(0, 5, (27,))
+    columns = torch.randint(0, 27, (19,))
+    given = {None: None, "columns": columns, "ids": masks.same_id(*ids)}[target]
+    positive = {None: None, "columns": columns[:, None] == torch.arange(27), "ids": ids[0][:, None] == ids[1]}[target]
+    near(
+        lambda x, y, s, b: fusedloss.siglip(x, y, s, b, target=given, normalize=True, backend="triton"),
+        lambda x, y, s, b: sigmoid_rows(x.double(), y.double(), s, b, positive, True).mean(),
+        [torch.randn(19, 8), torch.randn(27, 8), torch.tensor(7.0), torch.tensor(-3.0)],
+    )
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_siglip_at_logits_of_ten_thousand(sign, dtype, backend):
+    """No exponential may overflow: where a pair is that wrong its loss is |z|, where it is that right it is 0."""
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("no kernel for it")
+    x = torch.eye(3, dtype=dtype)
+    y = 2 * torch.eye(3, dtype=dtype) - 1  # logits of +10,000 on the diagonal and of -10,000 elsewhere
+    value, dx, dy, dscale = testing.value_and_gradients(
+        lambda x, y, s: fusedloss.siglip(x, y, s, backend=backend), [x, y, torch.tensor(sign * 1e4, dtype=dtype)]
+    )
+    assert value == (0 if sign > 0 else 3e4)
+    # A wrong pair's slope by its logit is -y / M: each row has three.
+    wanted = torch.zeros_like(x) if sign > 0 else 1e4 / 3 * y.new_tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) @ y
+    torch.testing.assert_close(dx, wanted)
+    assert torch.isfinite(dy).all()
+    torch.testing.assert_close(dscale, torch.tensor(0.0 if sign > 0 else -3.0, dtype=dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_siglip_of_well_separated_pairs_keeps_its_digits(backend):
+    """A loss of 3e-18 is one; 1 - sigmoid would be 0."""
+    x = torch.eye(2, dtype=torch.float64)
+    y = 2 * x - 1
+    value = fusedloss.siglip(x, y, 40.0, backend=backend)
+    assert value.item() == pytest.approx(2 * math.log1p(math.exp(-40)), rel=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_siglip_without_rows(backend):
+    x, y = torch.empty(0, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    scale = torch.tensor(2.0, requires_grad=True)
+    value = fusedloss.siglip(x, y, scale, backend=backend)
+    value.backward()
+    assert value == 0 and (y.grad == 0).all() and scale.grad == 0
+
+
+# Distillation ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@given(data=st.data())
+@settings(max_examples=12, deadline=None)
+def test_clip_distill_is_the_divergence_of_both_softmaxes(reduction, backend, data):
+    """The teacher has a dimension and a scale of its own."""
+    B, D, T = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    normalize = data.draw(st.booleans())
+    teacher = randn(B, T), randn(B, T), data.draw(st.sampled_from([0.0, 0.5, 5.0, scalar(3.0)]))
+    unit = (lambda x: F.normalize(x, dim=1, eps=1e-12)) if normalize else lambda x: x
+    with chunks(data.draw(st.integers(1, 10)), data.draw(st.integers(1, 10))):
+        same(
+            lambda x, y, s: fusedloss.clip_distill(
+                x, y, s, *teacher, normalize=normalize, reduction=reduction, backend=backend
+            ),
+            lambda x, y, s: reduced(distill_rows(unit(x), unit(y), s, *teacher), reduction),
+            [randn(B, D), randn(B, D), 1 + randn().exp()],
+        )
+
+
+def test_clip_distill_on_triton():
+    teacher = torch.randn(19, 5), torch.randn(19, 5), 3.0
+    near(
+        lambda x, y, s: fusedloss.clip_distill(x, y, s, *teacher, backend="triton"),
+        lambda x, y, s: distill_rows(x.double(), y.double(), s, *(t.double() for t in teacher[:2]), 3.0).mean(),
+        [torch.randn(19, 8), torch.randn(19, 8), torch.tensor(1.5)],
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clip_distill_has_the_gradient_of_soft_targets(backend):
+    """The cross-entropy of open_clip's DistillClipLoss differs by the teacher's entropy, in which no student is."""
+    teacher = randn(11, 3), randn(11, 3)
+    logits = 4 * teacher[0] @ teacher[1].T
+    found = testing.value_and_gradients(
+        lambda x, y, s: fusedloss.clip_distill(x, y, s, *teacher, 4.0, backend=backend),
+        tensors := [randn(11, 6), randn(11, 6), scalar(2.0)],
+    )
+
+    def soft(x, y, s):
+        z = s * x @ y.T
+        return (F.cross_entropy(z, logits.softmax(1)) + F.cross_entropy(z.T, logits.T.softmax(1))) / 2
+
+    wanted = testing.value_and_gradients(soft, tensors)
+    for a, b in zip(found[1:], wanted[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    entropy = [-(p * p.log()).sum(1).mean() for p in (logits.softmax(1), logits.T.softmax(1))]
+    torch.testing.assert_close(found[0] + sum(entropy) / 2, wanted[0])
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_student_that_is_its_teacher_loses_nothing(dtype, backend):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("no kernel for it")
+    x, y = randn(40, 6).to(dtype), randn(40, 6).to(dtype)
+    found = testing.value_and_gradients(
+        lambda a, b, s: fusedloss.clip_distill(a, b, s, x, y, 3.0, backend=backend),
+        [x, y, torch.tensor(3.0, dtype=dtype)],
+    )
+    eps = torch.finfo(dtype).eps
+    assert found[0] == 0 if backend == "chunked" else found[0] <= 4 * eps
+    assert all((t.abs() <= 16 * eps).all() for t in found[1:])
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_the_teacher_receives_no_gradient(backend):
+    student = [torch.randn(5, 4, requires_grad=True) for _ in range(2)]
+    teacher = [torch.randn(5, 3, requires_grad=True) for _ in range(2)]
+    scale = torch.tensor(2.0, requires_grad=True)
+    fusedloss.clip_distill(*student, 1.0, *teacher, scale, backend=backend).backward()
+    assert all(t.grad is None for t in (*teacher, scale)) and all(t.grad is not None for t in student)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_teacher_that_is_sure_rules_the_rest_out(backend):
+    """Probabilities of exactly 0 are 0 log 0 = 0: what is left is the student's cross-entropy."""
+    eye = torch.eye(4, dtype=torch.float64)
+    x, y = randn(4, 3), randn(4, 3)
+    found = fusedloss.clip_distill(x, y, 2.0, eye, eye, 1e4, backend=backend)
+    torch.testing.assert_close(found, fusedloss.clip(x, y, 2.0, backend=backend))
+
+
+# Orthogonal regularisation --------------------------------------------------------------------------------------------
+
+
+def orthogonal(x, similarity, mean_weight, second_moment_weight):
+    """From the matrix [B, B] without its diagonal."""
+    x = F.normalize(x, dim=1) if similarity == "cos" else x
+    s = (x @ x.T) * (1 - torch.eye(len(x), dtype=torch.float64))
+    number = max(len(x) * (len(x) - 1), 1)
+    mean, second = s.sum() / number, s.square().sum() / number
+    return mean_weight * mean**2 + second_moment_weight * F.relu(second - 1 / x.shape[1])
+
+
+@pytest.mark.parametrize("similarity", ["cos", "dot"])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.0, 2.5), (0.7, 0.0)])
+@pytest.mark.parametrize("aggregation", ["mean", "sum"])
+def test_orthogonal_regularization_is_its_formula(similarity, weights, aggregation):
+    """Columns of their own lengths and dimensions, one of them of a single row."""
+    columns = [randn(12, 4) + 1, randn(9, 7), randn(1, 5), randn(2, 3)]
+    same(
+        lambda *x: fusedloss.global_orthogonal_regularization(
+            *x,
+            similarity=similarity,
+            mean_weight=weights[0],
+            second_moment_weight=weights[1],
+            aggregation=aggregation,
+        ),
+        lambda *x: getattr(torch.stack([orthogonal(c, similarity, *weights) for c in x]), aggregation)(),
+        columns,
+    )
+
+
+@pytest.mark.parametrize("similarity", ["cos", "dot"])
+@pytest.mark.parametrize("aggregation", ["mean", "sum"])
+@pytest.mark.parametrize("rows", [1, 2, 24])
+def test_orthogonal_regularization_as_in_sentence_transformers(similarity, aggregation, rows):
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    util = pytest.importorskip("sentence_transformers.util")
+    function = {"cos": util.cos_sim, "dot": util.dot_score}[similarity]
+    theirs = losses.GlobalOrthogonalRegularizationLoss(torch.nn.Module(), function, 0.6, 1.3, aggregation)
+    same(
+        lambda *x: fusedloss.global_orthogonal_regularization(
+            *x, similarity=similarity, mean_weight=0.6, second_moment_weight=1.3, aggregation=aggregation
+        ),
+        lambda *x: sum(theirs.compute_loss_from_embeddings(list(x)).values()),
+        [randn(rows, 5) + 1, randn(rows, 5)],
+    )
+
+
+def test_orthogonal_regularization_of_one_row_is_0():
+    x = torch.randn(1, 4, requires_grad=True)
+    value = fusedloss.global_orthogonal_regularization(x)
+    value.backward()
+    assert value == 0 and (x.grad == 0).all()
+
+
+def test_orthogonal_regularization_survives_its_cancellation_in_fp32():
+    """Of nearly orthogonal rows the diagonal is nearly all of both sums, and what is left must still be right."""
+    x = F.normalize(randn(2048, 256), dim=1).float()
+    found, exact = (fusedloss.global_orthogonal_regularization(t, second_moment_weight=0.0) for t in (x, x.double()))
+    assert found.dtype == torch.float32
+    assert abs(found.double() - exact) <= 1e-3 * exact
+
+
+# Chosen pairs ---------------------------------------------------------------------------------------------------------
+
+
+PAIRWISE = {**pairs.DISTANCES, "dot": pairs.dot, "cos": pairs.cosine}
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    monkeypatch.setattr(rows, "ROWS", 3)
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_of_pairs_has_its_derivatives(name, few_rows):
+    """First and second ones; over several chunks, with columns that repeat and rows that have none."""
+    column = torch.tensor([2, -1, 2, 0, 4, 2, -1, 1])
+    x, y = randn(8, 3).requires_grad_(), randn(5, 3).requires_grad_()
+    function = lambda x, y: pairs.of_pairs(PAIRWISE[name], x, y, column)
+    assert torch.autograd.gradcheck(function, (x, y))
+    assert torch.autograd.gradgradcheck(function, (x, y))
+    values = function(x, y)
+    assert (values[column < 0] == 0).all()
+    torch.testing.assert_close(values[column >= 0], PAIRWISE[name](x[column >= 0], y[column[column >= 0]]))
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_of_pairs_within_one_matrix(name, few_rows):
+    """Both sides' gradients meet in it; a row beside itself is at distance 0, where the root has no slope."""
+    column = torch.tensor([2, -1, 2, 3, 1, 0, 5, 2])
+    x = randn(8, 3)
+    same(
+        lambda x: pairs.of_pairs(PAIRWISE[name], x, x, column),
+        lambda x: PAIRWISE[name](x, x[column.clamp(min=0)]).masked_fill(column < 0, 0),
+        [x],
+    )
+    column[3] = 6
+    function = lambda x: pairs.of_pairs(PAIRWISE[name], x, x, column)
+    assert torch.autograd.gradcheck(function, x.requires_grad_())
+    assert torch.autograd.gradgradcheck(function, x)
+
+
+def test_of_pairs_computes_only_what_is_wanted():
+    x, y, column = torch.randn(4, 3), torch.randn(4, 3, requires_grad=True), torch.tensor([1, 1, 0, -1])
+    pairs.of_pairs(pairs.dot, x, y, column).sum().backward()
+    torch.testing.assert_close(y.grad, torch.stack([x[2], x[0] + x[1], torch.zeros(3), torch.zeros(3)]))
+    assert x.grad is None
+    empty = pairs.of_pairs(pairs.dot, x[:0], y, column[:0])
+    assert empty.shape == (0,) and empty.dtype == torch.float32
+
+
+def test_of_pairs_of_16_bit_rows_is_in_fp32():
+    x, y = (torch.randn(6, 8).bfloat16().requires_grad_() for _ in range(2))
+    column = torch.tensor([0, 0, 0, 0, 0, 0])
+    values = pairs.of_pairs(pairs.dot, x, y, column)
+    values.sum().backward()
+    assert values.dtype == torch.float32 and y.grad.dtype == torch.bfloat16
+    # Six rows meet in one, added in fp32 and rounded once.
+    assert torch.equal(y.grad[0], x.float().sum(0).bfloat16())
+
+
+# What all share -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_by_its_own_weight(name, reduction, backend):
+    """ "none" may be weighed by anything; `same` does so at random."""
+    loss, formula, _ = ROWS[name]
+    tensors = matrices(name)
+    assert (formula(*tensors) > 0).all()  # so that circle's mean is one over all rows
+    with chunks(4, 5):
+        same(
+            lambda *t: loss(*t, reduction=reduction, backend=backend),
+            lambda *t: reduced(formula(*t), reduction),
+            tensors,
+        )
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_by_its_own_weight_on_triton(name):
+    loss, formula, _ = ROWS[name]
+    near(
+        lambda *t: loss(*t, reduction="none", backend="triton"),
+        lambda *t: formula(*(x.double() for x in t)),
+        matrices(name, torch.float32),
+    )
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("name", [name for name, (_, count) in EVERY.items() if count == 2])
+def test_a_frozen_side(name, frozen, backend):
+    """The other one's gradient does not depend on it."""
+    loss = EVERY[name][0]
+    tensors = matrices(name, torch.float32)
+    both = testing.value_and_gradients(lambda *t: loss(*t, backend=backend), tensors)
+    tensors[1 - frozen].requires_grad_()
+    loss(*tensors, backend=backend).backward()
+    assert tensors[frozen].grad is None
+    torch.testing.assert_close(tensors[1 - frozen].grad, both[2 - frozen])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_towers_train_scale_and_bias(backend):
+    x, y = matrices("siglip")
+    tensors = [scalar(2.0), scalar(-1.0)]
+    same(
+        lambda s, b: fusedloss.siglip(x, y, s, b, backend=backend),
+        lambda s, b: sigmoid_rows(x, y, s, b).mean(),
+        tensors,
+    )
+    same(
+        lambda s: fusedloss.clip_distill(x, y, s, *TEACHERS, 2.0, backend=backend),
+        lambda s: distill_rows(x, y, s, *TEACHERS, 2.0).mean(),
+        tensors[:1],
+    )
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("name", EVERY)
+def test_without_gradients(name, backend):
+    loss = EVERY[name][0]
+    tensors = [t.requires_grad_() for t in matrices(name, torch.float32)]
+    wanted = loss(*tensors, backend=backend)
+    with torch.no_grad():
+        found = loss(*tensors, backend=backend)
+    assert not found.requires_grad and wanted.requires_grad
+    torch.testing.assert_close(found, wanted.detach())
+
+
+CAST = ["siglip", "clip_distill", "in_batch_margin_ranking", "multi_similarity", "circle"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", EVERY)
+def test_under_autocast(name, backend):
+    """Matrix products are of bf16 numbers; distances between chosen or sorted pairs stay in fp32, as upstream."""
+    loss = EVERY[name][0]
+    tensors = matrices(name, torch.float32)
+
+    def inside(*t):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss(*t, backend=backend)
+
+    found = testing.value_and_gradients(inside, tensors)
+    outside = lambda *t: loss(*((x.bfloat16() if name in CAST else x) for x in t), backend=backend)
+    wanted = testing.value_and_gradients(outside, tensors)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == torch.float32
+        # the teacher's logits of clip_distill are those of fp32 embeddings inside
+        tolerance = {"rtol": 2e-2, "atol": 2e-2} if name == "clip_distill" else {}
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_graph_that_is_kept_gives_its_gradient_again(name, reduction, backend):
+    """Gradients are scaled in place on their way out: a second backward must not find them so."""
+    if reduction == "none" and name in SUMMED:
+        pytest.skip("it has no value for each row")
+    loss = EVERY[name][0]
+    leaves = [t.requires_grad_() for t in matrices(name, torch.float32)]
+    value = loss(*leaves, backend=backend, **({} if name in SUMMED else {"reduction": reduction})).sum()
+    once = torch.autograd.grad(value, leaves, torch.tensor(3.0), retain_graph=True)
+    again = torch.autograd.grad(value, leaves, torch.tensor(3.0))
+    for a, b in zip(once, again, strict=True):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["siglip", "in_batch_margin_ranking", "clip_distill", "batch_hard_triplet"])
+def test_second_derivatives(name, reduction):
+    """Of a penalty on the gradient, which needs create_graph."""
+    loss, formula, _ = ROWS[name]
+    upstream = torch.rand(13, dtype=torch.float64) if reduction == "none" else scalar(1.3)
+
+    def penalty(values, leaves):
+        gradients = torch.autograd.grad((values * upstream).sum(), leaves, create_graph=True)
+        return sum(g.square().sum() for g in gradients)
+
+    leaves = [t.requires_grad_() for t in matrices(name)]
+    with chunks(4, 5):
+        found = torch.autograd.grad(penalty(loss(*leaves, reduction=reduction, backend="chunked"), leaves), leaves)
+    wanted = torch.autograd.grad(penalty(reduced(formula(*leaves), reduction), leaves), leaves)
+    for a, b in zip(found, wanted, strict=True):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_second_derivatives_by_scale_and_bias():
+    x, y = matrices("siglip")
+    function = lambda s, b: fusedloss.siglip(x, y, s, b, backend="chunked")
+    assert torch.autograd.gradgradcheck(function, (scalar(0.7).requires_grad_(), scalar(-0.2).requires_grad_()))
+
+
+@pytest.mark.parametrize("name", ["siglip", "batch_hard_triplet", "batch_all_triplet", "clip_distill"])
+def test_compiles_in_one_graph(name):
+    """Labels, scale and bias are the graph's inputs."""
+    labels = LABELS.clone()
+    options = {"backend": "chunked"}
+    steps = {
+        "siglip": lambda x, y, s: fusedloss.siglip(x, y, s, -s, normalize=True, **options),
+        "batch_hard_triplet": lambda x, y, s: s * fusedloss.batch_hard_triplet(x + y, labels, margin=0.5, **options),
+        "batch_all_triplet": lambda x, y, s: s * fusedloss.batch_all_triplet(x + y, labels, margin=0.5, **options),
+        "clip_distill": lambda x, y, s: fusedloss.clip_distill(x, y, s, y, x, 2.0, **options),
+    }
+    torch._dynamo.reset()
+    compiled = torch.compile(steps[name], fullgraph=True, backend="aot_eager")
+    tensors = [torch.randn(13, 6), torch.randn(13, 6), torch.tensor(1.5)]
+    found, wanted = (testing.value_and_gradients(step, tensors) for step in (compiled, steps[name]))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+X, Y = torch.ones(4, 3), torch.ones(4, 3)
+OF_LABELS = [
+    fusedloss.batch_all_triplet,
+    fusedloss.batch_hard_triplet,
+    fusedloss.batch_hard_soft_margin_triplet,
+    fusedloss.batch_semi_hard_triplet,
+    fusedloss.multi_similarity,
+    fusedloss.circle,
+]
+
+
+@pytest.mark.parametrize("loss", OF_LABELS)
+def test_labels_that_do_not_fit(loss):
+    with pytest.raises(TypeError, match=r"labels is torch\.int32: needs a tensor of int64 \[4\]"):
+        loss(X, torch.zeros(4, dtype=torch.int32))
+    with pytest.raises(TypeError, match=r"labels is torch\.float32"):
+        loss(X, torch.zeros(4))
+    with pytest.raises(TypeError, match="labels is list"):
+        loss(X, [0, 1, 0, 1])
+    for shape in [(3,), (4, 1), ()]:
+        with pytest.raises(ValueError, match="labels has shape"):
+            loss(X, torch.zeros(shape, dtype=torch.int64))
+    with pytest.raises(ValueError, match="embeddings has shape"):
+        loss(X[0], torch.zeros(4, dtype=torch.int64))
+
+
+LABELS4 = torch.tensor([0, 0, 1, 1])
+WRONG = {
+    "distance": (ValueError, "distance is 'manhattan': .*'euclidean', 'squared', 'cosine'"),
+    "similarity": (ValueError, "similarity is 'euclidean': needs one of 'cos', 'dot'"),
+    "reduction": (ValueError, "reduction is 'median'"),
+    "backend": (ValueError, "backend is 'numpy'"),
+    "margin": (ValueError, "margin is nan"),
+}
+CALLS = [
+    *(("distance", lambda f=f: f(X, LABELS4, distance="manhattan")) for f in OF_LABELS[:4]),
+    ("similarity", lambda: fusedloss.in_batch_margin_ranking(X, Y, similarity="euclidean")),
+    ("similarity", lambda: fusedloss.global_orthogonal_regularization(X, similarity="euclidean")),
+    *(("reduction", lambda f=f: f(X, LABELS4, reduction="median")) for f in (*OF_LABELS[1:3], *OF_LABELS[4:])),
+    ("reduction", lambda: fusedloss.siglip(X, Y, 1.0, reduction="median")),
+    ("reduction", lambda: fusedloss.clip_distill(X, Y, 1.0, X, Y, 1.0, reduction="median")),
+    ("reduction", lambda: fusedloss.mega_batch_margin(X, Y, reduction="median")),
+    *(("backend", lambda f=f: f(X, LABELS4, backend="numpy")) for f in OF_LABELS),
+    *(("margin", lambda f=f: f(X, LABELS4, margin=math.nan)) for f in (*OF_LABELS[:2], OF_LABELS[3])),
+]
+
+
+@pytest.mark.parametrize("what, call", CALLS)
+def test_options_that_do_not_exist(what, call):
+    error, message = WRONG[what]
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: fusedloss.siglip(X, Y[:3], 1.0), "text_features has 3 rows and image_features 4"),
+        (lambda: fusedloss.clip_distill(X, Y[:3], 1.0, X, Y, 1.0), "text_features has 3 rows"),
+        (lambda: fusedloss.clip_distill(X, Y, 1.0, X[:2], Y[:2], 1.0), "teacher_image_features has 2 rows"),
+        (lambda: fusedloss.clip_distill(X, Y, 1.0, X, Y[:2], 1.0), "teacher_text_features has 2 rows"),
+        (lambda: fusedloss.clip_distill(X, Y, 1.0, X, Y[:, :2], 1.0), "teacher_text_features has D = 2"),
+        (lambda: fusedloss.clip_distill(X, Y, math.inf, X, Y, 1.0), "logit_scale is inf"),
+        (lambda: fusedloss.clip_distill(X, Y, 1.0, X, Y, math.inf), "teacher_logit_scale is inf"),
+        (lambda: fusedloss.mega_batch_margin(X, Y[:3]), "positive has 3 rows and anchor 4"),
+        (lambda: fusedloss.mega_batch_margin(X[:3], Y), "positive has 4 rows and anchor 3"),
+        (lambda: fusedloss.mega_batch_margin(X, Y, positive_margin=math.inf), "positive_margin is inf"),
+        (lambda: fusedloss.mega_batch_margin(X, Y, negative_margin=math.inf), "negative_margin is inf"),
+        (lambda: fusedloss.in_batch_margin_ranking(X, Y[:3]), "positive has 3 rows and anchor 4"),
+        (lambda: fusedloss.siglip(X, Y, math.nan), "logit_scale is nan"),
+        (lambda: fusedloss.siglip(X, Y, 1.0, math.inf), "logit_bias is inf"),
+        (lambda: fusedloss.siglip(X, Y, torch.ones(4)), "logit_scale has shape"),
+        (lambda: fusedloss.siglip(X, Y, 1.0, target=torch.zeros(3, dtype=torch.int64)), "target has shape"),
+        (lambda: fusedloss.siglip(X, Y, 1.0, target=masks.same_group(LABELS4, LABELS4)), "target is a mask of several"),
+        (lambda: fusedloss.siglip(X, Y, 1.0, target=masks.not_self()), "target is a mask of several"),
+        (
+            lambda: fusedloss.siglip(X, Y, 1.0, target=masks.same_id(LABELS4, LABELS4) & masks.not_self()),
+            "target is a mask of several",
+        ),
+        (lambda: fusedloss.multi_similarity(X, LABELS4, alpha=0.0), "alpha is 0.0: needs a positive"),
+        (lambda: fusedloss.multi_similarity(X, LABELS4, beta=-1.0), "beta is -1.0: needs a positive"),
+        (lambda: fusedloss.multi_similarity(X, LABELS4, base=math.nan), "base is nan"),
+        (lambda: fusedloss.circle(X, LABELS4, gamma=0.0), "gamma is 0.0: needs a positive"),
+        (lambda: fusedloss.circle(X, LABELS4, m=math.nan), "m is nan"),
+        (lambda: fusedloss.global_orthogonal_regularization(), "embeddings is empty"),
+        (lambda: fusedloss.global_orthogonal_regularization(X, X[0]), r"embeddings\[1\] has shape"),
+        (lambda: fusedloss.global_orthogonal_regularization(X, aggregation="max"), "aggregation is 'max'"),
+        (lambda: fusedloss.global_orthogonal_regularization(X, mean_weight=math.nan), "mean_weight is nan"),
+    ],
+)
+def test_values_that_do_not_fit(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("wrong", [4, -1, -100, 2**40])
+def test_siglip_names_the_target_outside(wrong):
+    """On a CPU, where it can be read. There is no index to leave a row out by."""
+    with pytest.raises(IndexError, match=rf"target\[2\] is {wrong}: needs an index from 0 to 3"):
+        fusedloss.siglip(X, Y, 1.0, target=torch.tensor([0, 1, wrong, 3]))
+    with pytest.raises(TypeError, match=r"target is torch\.int32"):
+        fusedloss.siglip(X, Y, 1.0, target=torch.zeros(4, dtype=torch.int32))
+
+
+# Modules --------------------------------------------------------------------------------------------------------------
+
+MODULES = {
+    "BatchAllTripletLoss": ("batch_all_triplet", {"margin": 0.4, "distance": "cosine"}, ["x", "labels"]),
+    "BatchHardTripletLoss": ("batch_hard_triplet", {"margin": 0.4, "reduction": "none"}, ["x", "labels"]),
+    "BatchHardSoftMarginTripletLoss": ("batch_hard_soft_margin_triplet", {"distance": "squared"}, ["x", "labels"]),
+    "BatchSemiHardTripletLoss": ("batch_semi_hard_triplet", {"margin": 0.4, "distance": "squared"}, ["x", "labels"]),
+    "MegaBatchMarginLoss": ("mega_batch_margin", {"positive_margin": 0.9, "negative_margin": -0.4}, ["x", "y"]),
+    "InBatchMarginRankingLoss": ("in_batch_margin_ranking", {"margin": 0.2, "similarity": "dot"}, ["x", "y"]),
+    "MultiSimilarityLoss": ("multi_similarity", {"alpha": 3.0, "beta": 9.0, "base": 0.1}, ["x", "labels"]),
+    "CircleLoss": ("circle", {"m": 0.25, "gamma": 11.0}, ["x", "labels"]),
+    "SigLipLoss": ("siglip", {"normalize": True, "reduction": "sum"}, ["x", "y", "scale", "bias"]),
+    "ClipDistillLoss": ("clip_distill", {"reduction": "sum"}, ["x", "y", "scale", "y", "x", "scale"]),
+    "GlobalOrthogonalRegularizationLoss": (
+        "global_orthogonal_regularization",
+        {"mean_weight": 0.3, "second_moment_weight": 2.0, "similarity": "dot", "aggregation": "sum"},
+        ["x", "y"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_are_their_functions(name):
+    """With the options in the constructor, of which each has its effect; they show in the module's repr."""
+    function, options, arguments = MODULES[name]
+    given = {"x": randn(13, 5), "y": randn(13, 5), "labels": LABELS, "scale": 2.0, "bias": scalar(-0.5)}
+    given = [given[argument] for argument in arguments]
+    module = getattr(fusedloss, name)(**options)
+    function = getattr(fusedloss, function)
+    found = module(*given)
+    assert torch.equal(found, function(*given, **options))
+    for option in options:
+        others = {other: value for other, value in options.items() if other != option}
+        plain = function(*given, **others)
+        assert plain.shape != found.shape or not torch.allclose(plain, found)
+        assert f"{option}={options[option]!r}" in repr(module)
+        with pytest.raises(TypeError, match=f"forward got '{option}'"):
+            module(*given, **{option: options[option]})
+    assert not list(module.parameters())
+    with pytest.raises(TypeError, match=r"an nn\.Module"):
+        getattr(fusedloss, name)(torch.nn.Linear(2, 2))
+
+
+def test_siglip_loss_takes_its_target_in_forward():
+    x, y, target = randn(4, 3), randn(6, 3), torch.tensor([5, 0, 2, 2])
+    found = fusedloss.SigLipLoss()(x, y, 2.0, target=target)
+    assert torch.equal(found, fusedloss.siglip(x, y, 2.0, target=target))
+    assert found != fusedloss.siglip(x, y, 2.0)
