@@ -86,8 +86,8 @@ def settle(
         left_out = left_out | (sums.total == 0)
     # Infinite in the dtype of the other logits: inf - inf, as in torch's own cross-entropy.
     score = score.masked_fill(score.to(sums.total.dtype) == torch.inf, torch.nan)
-    # A row without negatives takes its target's score as shift, so that 1 / l is 1 and not exp(-score). One that is left
-    # out may have a score of -inf, and 0 times exp(-inf - shift) would be NaN.
+    # A row without negatives takes its target's score as shift, so that 1 / l is 1 and not exp(-score). One that is
+    # left out may have a score of -inf, and exp(-inf + inf) times its weight would be NaN.
     total = sums.total
     shift = torch.where((total == 0) & ~left_out, score.to(total.dtype), sums.shift)
     # A target's logit far above the others must not make l infinite: a smoothed entry is a share of l, and 80 leaves

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import epilogues
 from ..folds import FOLDS
-from ..problem import Guide, Mask, Problem, Tally, autocasting, stats_dtype, unit_rows
+from ..problem import Guide, Mask, Problem, autocasting, stats_dtype, unit_rows
 from ..rows import above_ties, fold_part, fold_scalars, guide_threshold, score_ties
 
 
@@ -44,7 +44,7 @@ def _loss_rows(problem: Problem) -> tuple[Tensor, list[Tensor]]:
         return _fold_rows(problem, rows)
     z = _logits(problem, rows)
     with torch.no_grad():
-        counted = list(_tally(problem, z)) if problem.wants_tally else []
+        counted = _counted(problem, z) if problem.wants_tally else []
     if not problem.symmetric:
         # Before the formula: 0 times the NaN gradient of a row without admissible columns is NaN.
         z = z.masked_fill((problem.weight == 0)[:, None], 0)
@@ -133,14 +133,13 @@ def _at(columns: Tensor, like: Tensor) -> Tensor:
     return columns[:, None] == torch.arange(like.shape[1], device=like.device)
 
 
-def _tally(problem: Problem, z: Tensor) -> Tally:
+def _counted(problem: Problem, z: Tensor) -> list[Tensor]:
     none, index = problem.target < 0, problem.target.clamp(min=0)[:, None]
     entry = z.gather(1, index)
     negatives = z.scatter(1, index, torch.where(none[:, None], entry, -torch.inf))
     admitted = negatives > -torch.inf
     above = (negatives > above_ties(entry)).sum(1).to(z.dtype)
-    nothing = torch.zeros_like(above)
-    return Tally(admitted.sum(1).to(z.dtype), above, negatives.amax(1), nothing, nothing)
+    return [admitted.sum(1).to(z.dtype), above, negatives.amax(1), entry[:, 0].masked_fill(none, 0)]
 
 
 def _fold_rows(problem: Problem, rows: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
