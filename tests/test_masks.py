@@ -373,7 +373,7 @@ def test_clip_in_triton(names):
     ids=["score_margin", "guide", "not_self", "joined"],
 )
 def test_clip_refuses_what_belongs_to_rows(mask):
-    with pytest.raises(ValueError, match="mask has a part that belongs to rows.* and clip has two directions"):
+    with pytest.raises(ValueError, match=r"mask has a part that belongs to rows.* and clip has two directions"):
         fusedloss.clip(torch.ones(3, 4), torch.ones(3, 4), 1.0, mask=mask)
 
 
@@ -483,3 +483,312 @@ def test_a_masked_key_may_hold_anything(backend, name, bad):
     if name == "score_margin":  # the finite key was no worse than the others, and competed
         wanted = fusedloss.info_nce(query, without, reduction="none", backend="reference")
     close(found, wanted, rtol=1e-5)
+
+
+# Ties -----------------------------------------------------------------------------------------------------------------
+
+MANY, WIDE = 1500, 384
+
+
+def lengths(rows, dtype):
+    """Rows of different lengths, so that a cosine or a bound on its rounding cannot leave them out."""
+    return torch.linspace(0.1, 30, rows, dtype=dtype)[:, None]
+
+
+def only_duplicates(rows, copies):
+    """Nothing but the target and its copies, which stand `rows` columns apart."""
+    return masks.same_group(torch.arange(rows), torch.arange(rows).repeat(copies))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_duplicate_of_the_target_is_a_tie_for_score_margin(backend, dtype, normalize):
+    """Its similarity is the target's, however a product of another shape rounds it: log 2 where it stays, else 0."""
+    query, key = (torch.randn(MANY, WIDE, dtype=dtype) for _ in range(2))
+    if normalize:
+        query, key = query * lengths(MANY, dtype), key * lengths(MANY, dtype)
+    mask = only_duplicates(MANY, 2) & masks.score_margin(0.0)
+    options = {"mask": mask, "temperature": 1e4, "normalize": normalize, "reduction": "none", "backend": backend}
+    rows = fusedloss.info_nce(query, torch.cat([key, key]), **options)
+    close(rows, torch.full((MANY,), math.log(2)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("width", [3, WIDE])
+def test_a_duplicate_of_the_guides_target_is_a_tie(backend, dtype, width):
+    """A threshold out of a separate dot product lies below half of these, by an ulp or two."""
+    query, key = (torch.randn(MANY, width, dtype=dtype) * lengths(MANY, dtype) for _ in range(2))
+    mask = only_duplicates(MANY, 2) & masks.guide(query, torch.cat([key, key]))
+    blank = torch.zeros(2 * MANY, 4, dtype=dtype)  # all logits are 0: the loss is the log of a count
+    rows = fusedloss.info_nce(blank[:MANY], blank, mask=mask, reduction="none", backend=backend)
+    close(rows, torch.full((MANY,), math.log(2)), rtol=1e-6)
+
+
+def test_a_separate_dot_product_would_not_do():
+    """What the tests above are about: that much of the positives rounds to less than a product's entry."""
+    x, y = (F.normalize(torch.randn(MANY, WIDE), dim=1) for _ in range(2))
+    apart = (x @ y.T).diagonal() > (x * y).sum(1)
+    assert 0.2 < apart.float().mean() < 0.8
+
+
+@pytest.mark.parametrize("name", ["score_margin", "guide"])
+@pytest.mark.parametrize("backend", ALL)
+def test_a_duplicate_in_another_block_is_a_tie(backend, name):
+    """Positives again among the hard negatives: a block of another width, whose product may round otherwise."""
+    rows, dim = (70, 40) if backend == "triton" else (MANY, WIDE)
+    anchor, positive = (torch.randn(rows, dim) * lengths(rows, torch.float32) for _ in range(2))
+    negatives = [positive.clone(), torch.cat([positive, positive[:17]])]
+    groups = torch.cat([torch.arange(rows).repeat(3), torch.full((17,), -1)])
+    documents = torch.cat([positive, *negatives])
+    part = masks.score_margin(0.0) if name == "score_margin" else masks.guide(anchor, documents)
+    mask = masks.same_group(torch.arange(rows), groups) & part
+    options = {"mask": mask, "scale": 1e-4, "reduction": "none", "backend": backend}
+    loss = fusedloss.multiple_negatives_ranking(anchor, positive, *negatives, **options)
+    close(loss, torch.full((rows,), math.log(3)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_a_duplicate_among_the_negatives_of_gist_embed_is_a_tie(backend):
+    """Guides whose positives lie far above all else, so that everything competes but the pairs of rows with themselves;
+    embeddings of 0, so that the loss is the log of how many do."""
+    rows, dim = (70, 40) if backend == "triton" else (MANY, WIDE)
+    guide_anchor = torch.randn(rows, dim)
+    guide_positive = guide_anchor + 0.5 * torch.randn(rows, dim)
+    blank = torch.zeros(rows, 4)
+    options = {"guide": (guide_anchor, guide_positive, guide_positive), "reduction": "none", "backend": backend}
+    loss = fusedloss.gist_embed(blank, blank, blank, **options)
+    close(loss.exp(), torch.full((rows,), 4.0 * rows - 2), rtol=1e-5)
+    loss = fusedloss.gist_embed(blank, blank, blank, margin=1e-3, **options)
+    close(loss.exp(), torch.full((rows,), 4.0 * rows - 3), rtol=1e-5)  # and below a margin it is none
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("name", ["score_margin", "guide"])
+def test_what_lies_clearly_above_is_no_tie(backend, name):
+    """1e-5 above the target's cosine is dropped, 1e-5 below stays: log 2 of the two others, and not log 3."""
+    angles = torch.tensor([1.0, 1.0 - 1e-4, 1.0 + 1e-4])
+    key = torch.stack([angles.cos(), angles.sin()], dim=1)
+    query = torch.tensor([[1.0, 0.0]])
+    part = masks.score_margin(0.0) if name == "score_margin" else masks.guide(query, key)
+    rows = fusedloss.info_nce(query, key, mask=part, temperature=1e4, reduction="none", backend=backend)
+    close(rows, torch.tensor([math.log(2)]), rtol=1e-4)
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+X = torch.arange(12.0).reshape(3, 4)
+IDS = torch.arange(3)
+ELSEWHERE = torch.arange(3, device="meta")
+FREE = torch.ones(3, 3, dtype=torch.bool)
+
+
+def with_mask(mask):
+    return lambda: fusedloss.info_nce(X, X, mask=mask)
+
+
+BAD = [
+    (with_mask(masks.same_id(IDS.int(), IDS)), TypeError, r"same_id's row_ids is torch.int32: needs a tensor of int64"),
+    (with_mask(masks.same_id(IDS, IDS.float())), TypeError, "same_id's key_ids is torch.float32"),
+    (with_mask(masks.same_id([0, 1, 2], IDS)), TypeError, "same_id's row_ids is list"),
+    (with_mask(masks.same_id(IDS[:2], IDS)), ValueError, r"same_id's row_ids has shape \[2\]: needs int64 \[3\]"),
+    (with_mask(masks.same_id(IDS, IDS[:, None])), ValueError, r"same_id's key_ids has shape \[3, 1\]"),
+    (with_mask(masks.same_id(IDS, ELSEWHERE)), ValueError, "same_id's key_ids is on meta"),
+    (with_mask(masks.same_group(IDS.bool(), IDS)), TypeError, "same_group's row_groups is torch.bool"),
+    (with_mask(masks.same_group(IDS, IDS[:1])), ValueError, r"same_group's key_groups has shape \[1\]"),
+    (with_mask(masks.same_group(ELSEWHERE, IDS)), ValueError, "same_group's row_groups is on meta"),
+    (with_mask(FREE.float()), TypeError, r"mask is torch.float32: needs a tensor of bool \[3, 3\]"),
+    (with_mask(FREE[:2]), ValueError, r"mask has shape \[2, 3\]: needs bool \[3, 3\]"),
+    (with_mask(FREE.to("meta")), ValueError, "mask is on meta"),
+    (with_mask(FREE.to_sparse()), TypeError, "mask is of layout"),
+    (with_mask(0.1), TypeError, "mask is a float: needs one of fusedloss.masks, or a bool tensor"),
+    (with_mask([masks.not_self()]), TypeError, "mask is a list"),
+    (with_mask(masks.same_id), TypeError, "mask is a function"),
+    (with_mask(masks.score_margin(0.0, IDS)), ValueError, r"exempt has shape \[3\]: needs int64 \[3, any\]"),
+    (with_mask(masks.score_margin(0.0, X)), TypeError, "score_margin's exempt is torch.float32"),
+    (with_mask(masks.score_margin(0.0, ELSEWHERE[:, None])), ValueError, "score_margin's exempt is on meta"),
+    (lambda: masks.score_margin("0"), TypeError, "margin is a str: needs a number"),
+    (lambda: masks.score_margin(math.nan), ValueError, "margin is nan: needs a finite number"),
+    (lambda: masks.guide(X, X, margin=None), TypeError, "margin is a NoneType"),
+    (lambda: masks.guide(X, X, strategy="percentage"), ValueError, "strategy is 'percentage': needs one of 'absolute'"),
+    (lambda: masks.guide(X, X[:, :2]), ValueError, "guide_key has D = 2 and guide_query has D = 4"),
+    (lambda: masks.guide(IDS, X), TypeError, "guide_query has dtype torch.int64"),
+    (lambda: masks.guide(X, X.to("meta")), ValueError, "guide_key is on meta and guide_query on cpu"),
+    (with_mask(masks.guide(X[:2], X)), ValueError, "guide_query has 2 rows: needs 3, as many as the loss's own"),
+    (with_mask(masks.guide(X, X[:2])), ValueError, "guide_key has 2 rows: needs 3"),
+    (with_mask(masks.guide(*[X.to("meta")] * 2)), ValueError, "guide_query is on meta"),
+    (lambda: masks.not_self(1.0), TypeError, "offset is a float: needs a whole number"),
+    (lambda: masks.guide(X, X) & masks.guide(X, X), ValueError, "mask joins two of masks.guide: needs at most one"),
+    (lambda: masks.not_self() & masks.not_self(1), ValueError, "mask joins two of masks.not_self"),
+    (lambda: masks.score_margin(1) & FREE & masks.score_margin(2), ValueError, "mask joins two of masks.score_margin"),
+    (lambda: masks.not_self() & 3, TypeError, "unsupported operand"),
+    (
+        lambda: fusedloss.multiple_negatives_ranking(X, X, X, mask=FREE),
+        ValueError,
+        r"mask has shape \[3, 3\]: needs bool \[3, 6\]",
+    ),
+    (lambda: fusedloss.clip(X, X, 1.0, mask="same_id"), TypeError, "mask is a str"),
+]
+
+
+@pytest.mark.parametrize("call, error, message", BAD, ids=[str(i) for i in range(len(BAD))])
+def test_bad_masks_are_named_with_their_remedy(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+# Statistics -----------------------------------------------------------------------------------------------------------
+
+
+def directly(logits, target, admitted, scale, counted=None):
+    """Stats over the rows that count, row by row."""
+    accurate, ranks, positives, hardest, dropped, negatives = [], [], [], [], 0, 0
+    for i, (z, t) in enumerate(zip(logits.double(), target.tolist(), strict=True)):
+        if counted is not None and not counted[i]:
+            continue
+        rivals = [j for j in range(len(z)) if j != t and admitted[i, j]]
+        above = sum(z[j] > z[t] for j in rivals)
+        accurate.append(float(above == 0))
+        ranks.append(1 / (1 + above))
+        positives.append(z[t] / scale)
+        if rivals:
+            hardest.append(z[rivals].max() / scale)
+        negatives += len(z) - 1
+        dropped += len(z) - 1 - len(rivals)
+    mean = lambda values: sum(values) / len(values) if values else 0.0
+    return [mean(accurate), mean(ranks), mean(positives), mean(hardest), dropped / negatives if negatives else 0.0]
+
+
+def counts_the_same(call, wanted, **tolerance):
+    """`return_stats` adds statistics without gradient and changes neither the loss nor its gradient."""
+    plain = call()
+    loss, stats = call(return_stats=True)
+    assert isinstance(stats, fusedloss.Stats)
+    close(loss, plain.detach(), rtol=1e-6 if plain.dtype == torch.float32 else 1e-14)
+    assert loss.requires_grad
+    for name, found, value in zip(stats._fields, stats, wanted, strict=True):
+        assert found.dim() == 0 and not found.requires_grad and found.dtype == plain.dtype, name
+        close(found, value, **tolerance)
+
+
+def leaf(rows, dim, backend):
+    """What all backends can hold."""
+    x = torch.randn(rows, dim)
+    return (x if backend == "triton" else x.double()).requires_grad_()
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("names", [(), ("same_id",), ("score_margin, exempt",), COMBINED[3]], ids=" & ".join)
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_what_info_nce_counts(backend, names, with_gradient):
+    query, key = leaf(11, 4, backend), leaf(17, 4, backend)
+    target = torch.randint(0, 17, (11,))
+    target[3] = IGNORED
+    weight, bias = torch.rand(11), torch.randn(17)
+    weight[2], bias[5] = 0, -torch.inf
+    valid = target.clamp(min=0)
+    sim = (query @ key.T).detach()
+    mask, admitted = joined(names, sim, valid)
+    admitted = admitted & (bias > -torch.inf)
+    counted = (target != IGNORED) & (weight > 0) & admitted.gather(1, valid[:, None])[:, 0]
+
+    def call(**options):
+        with torch.set_grad_enabled(with_gradient):
+            loss = fusedloss.info_nce(
+                query,
+                key,
+                target,
+                temperature=0.25,
+                key_bias=bias,
+                mask=mask,
+                weight=weight,
+                backend=backend,
+                **options,
+            )
+        return loss if with_gradient else watched(loss)
+
+    counts_the_same(call, directly(sim * 4 + bias, valid, admitted, 4, counted), rtol=1e-5, atol=1e-6)
+
+
+def watched(result):
+    """Without gradients the sweep is another; the check asks a loss for one."""
+    if isinstance(result, tuple):
+        return result[0].requires_grad_(), result[1]
+    return result.requires_grad_()
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("names", [(), ("same_id",), ("bool", "same_group")], ids=" & ".join)
+def test_what_clip_counts_from_image_to_text(backend, names):
+    image, text = leaf(13, 4, backend), leaf(13, 4, backend)
+    target = torch.arange(13)
+    sim = (image @ text.T).detach()
+    mask, admitted = joined(names, sim, target)
+    call = lambda **options: fusedloss.clip(image, text, 3.0, mask=mask, backend=backend, **options)
+    counts_the_same(call, directly(sim * 3, target, admitted, 3), rtol=1e-5, atol=1e-6)
+    with_bias = lambda **options: fusedloss.clip(
+        image, text, 3.0, torch.ones(()), mask=mask, backend=backend, **options
+    )
+    counts_the_same(with_bias, directly(sim * 3, target, admitted, 3), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("partition_mode", ["joint", "per_direction"])
+def test_what_multiple_negatives_ranking_counts(backend, partition_mode):
+    """All columns of its one logsumexp; of several, those from query to document."""
+    a, p, n = leaf(9, 4, backend), leaf(9, 4, backend), leaf(9, 4, backend)
+    target, eye = torch.arange(9), torch.eye(9, dtype=torch.bool)
+    mask, admitted = joined(("same_id",), torch.zeros(9, 18), target)
+    sim = cosines(a, torch.cat([p, n])).detach()
+    directions = ("query_to_doc", "doc_to_query")
+    if partition_mode == "joint":
+        directions = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+        sim = torch.cat([sim, cosines(a, a), cosines(p, a), cosines(p, p), cosines(p, n)], dim=1).detach()
+        admitted = torch.cat([admitted, ~eye, eye | True, ~eye, ~eye], dim=1)
+    options = {"scale": 6.0, "mask": mask, "directions": directions, "partition_mode": partition_mode}
+    call = lambda **more: fusedloss.multiple_negatives_ranking(a, p, n, backend=backend, **options, **more)
+    counts_the_same(call, directly(sim * 6, target, admitted, 6), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("backend", ALL)
+def test_what_gist_embed_counts(backend):
+    """What the guide drops is masked, the pairs of rows with themselves among it."""
+    texts = [leaf(8, 4, backend) for _ in range(3)]
+    guides = [leaf(8, 5, backend).detach() for _ in range(3)]
+    pairs = [(0, 1), (0, 0), (1, 1), (0, 2)]
+    sim, guided = (torch.cat([cosines(x[i], x[j]) for i, j in pairs], dim=1).detach() for x in (texts, guides))
+    target = torch.arange(8)
+    admitted = guided <= guided.gather(1, target[:, None])
+    call = lambda **options: fusedloss.gist_embed(*texts, guide=guides, temperature=0.2, backend=backend, **options)
+    counts_the_same(call, directly(sim * 5, target, admitted, 5), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("loss", ["nt_xent", "decoupled_contrastive"])
+def test_what_two_views_count(backend, loss):
+    """Of the 2B - 1 columns beside the positive, the row itself is masked."""
+    z1, z2 = leaf(7, 4, backend), leaf(7, 4, backend)
+    sim = cosines(*[torch.cat([z1, z2])] * 2).detach()
+    call = lambda **options: getattr(fusedloss, loss)(z1, z2, temperature=0.5, backend=backend, **options)
+    wanted = directly(sim * 2, torch.arange(14).roll(7), ~torch.eye(14, dtype=torch.bool), 2)
+    assert wanted[4] == 1 / 13
+    counts_the_same(call, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_what_is_counted_where_nothing_is(backend):
+    """No row that counts, or no negative: zeros, not NaN; and a tie is won."""
+    x = leaf(4, 3, backend)
+    nobody = fusedloss.info_nce(x, x, torch.full((4,), IGNORED), backend=backend, return_stats=True)[1]
+    assert nobody == (0, 0, 0, 0, 0)
+    alone = fusedloss.clip(x[:1], x[:1], 2.0, normalize=True, backend=backend, return_stats=True)[1]
+    close(torch.stack(alone), torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0]), rtol=1e-6)
+    key = torch.cat([x, x, x])
+    tied = fusedloss.info_nce(x, key, normalize=True, backend=backend, return_stats=True)[1]
+    assert tied.accuracy == 1 and tied.mean_reciprocal_rank == 1
