@@ -72,7 +72,7 @@ def _logits(problem: Problem, rows: list[Tensor]) -> Tensor:
         z = sim * problem.scale
         if block.penalty or block.own_penalty:
             columns = torch.arange(sim.shape[1], device=sim.device)
-            penalty = torch.where(own[:, None] == columns, block.own_penalty, block.penalty)
+            penalty = torch.full_like(sim, block.penalty).masked_fill(own[:, None] == columns, block.own_penalty)
             z = z + penalty * sim.detach()
         if block.bias is not None:
             bias = block.bias.to(z.dtype)
