@@ -5,6 +5,7 @@ In fp64 both agree to rounding. A library that is not installed leaves its formu
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
@@ -204,6 +205,7 @@ def gist_rows(texts, guides, temperature, strategy, margin, anchors, positives):
     return torch.stack(rows)
 
 
+@functools.cache
 def tokenizer():
     from transformers import PreTrainedTokenizerBase
 
@@ -560,21 +562,14 @@ BUDGETS = {
 JUDGED = [case for case in itertools.product(BUDGETS, testing.KINDS) if case != ("ranking, joint", "pairs")]
 
 
-@pytest.mark.parametrize("name, kind", JUDGED)
-@pytest.mark.parametrize(
-    "backend, dtype",
-    [
-        ("chunked", torch.float32),
-        ("chunked", torch.bfloat16),
-        ("chunked", torch.float16),
-        ("triton", torch.float32),
-        ("triton", torch.float16),
-    ],
-    ids=str,
-)
+INTERPRETED = [(name, "clustered", "triton", dtype) for name in BUDGETS for dtype in (torch.float32, torch.float16)]
+CHUNKED = [(*case, "chunked", dtype) for case in JUDGED for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+
+
+@pytest.mark.parametrize("name, kind, backend, dtype", CHUNKED + INTERPRETED, ids=str)
 def test_inside_the_error_budget(name, kind, backend, dtype):
     """At most twice the error that a careful user's eager code has, beside an eps of the largest."""
-    rows = 40 if backend == "chunked" else 21
+    rows = 40 if backend == "chunked" else 12
     loss, eager, count = BUDGETS[name]
     if name == "gist":
         guides = gist_guides(rows, dtype)
