@@ -517,10 +517,12 @@ def test_a_duplicate_of_the_target_is_a_tie_for_score_margin(backend, dtype, nor
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("width", [3, WIDE])
-def test_a_duplicate_of_the_guides_target_is_a_tie(backend, dtype, width):
-    """A threshold out of a separate dot product lies below half of these, by an ulp or two."""
+@pytest.mark.parametrize("length", [1.0, 0.7])
+def test_a_duplicate_of_the_guides_target_is_a_tie(backend, dtype, width, length):
+    """A threshold out of a separate dot product lies below half of these, by an ulp or two. So does any threshold, of
+    a copy of another length: the same cosine, rounded otherwise."""
     query, key = (torch.randn(MANY, width, dtype=dtype) * lengths(MANY, dtype) for _ in range(2))
-    mask = only_duplicates(MANY, 2) & masks.guide(query, torch.cat([key, key]))
+    mask = only_duplicates(MANY, 2) & masks.guide(query, torch.cat([key, length * key]))
     blank = torch.zeros(2 * MANY, 4, dtype=dtype)  # all logits are 0: the loss is the log of a count
     rows = fusedloss.info_nce(blank[:MANY], blank, mask=mask, reduction="none", backend=backend)
     close(rows, torch.full((MANY,), math.log(2)), rtol=1e-6)
