@@ -17,7 +17,7 @@ from .backends import BACKENDS, reference
 from .problem import Block, Compare, Fold, Guide, GuideRule, Mask, Problem, saved_dtype, stats_dtype
 from .sweep import Wants
 
-COUNTED = 5  # most vectors that `Result.counted` may hold: a Tally's
+COUNTED = 4  # most vectors that `Result.counted` may hold
 
 
 class Plan(NamedTuple):

@@ -86,9 +86,10 @@ def settle(
         left_out = left_out | (sums.total == 0)
     # Infinite in the dtype of the other logits: inf - inf, as in torch's own cross-entropy.
     score = score.masked_fill(score.to(sums.total.dtype) == torch.inf, torch.nan)
-    # A row without negatives takes its target's score as shift, so that 1 / l is 1 and not exp(-score).
+    # A row without negatives takes its target's score as shift, so that 1 / l is 1 and not exp(-score). One that is
+    # left out may have a score of -inf, and exp(-inf + inf) times its weight would be NaN.
     total = sums.total
-    shift = torch.where(total == 0, score.to(total.dtype), sums.shift)
+    shift = torch.where((total == 0) & ~left_out, score.to(total.dtype), sums.shift)
     # A target's logit far above the others must not make l infinite: a smoothed entry is a share of l, and 80 leaves
     # room for the product with y. What it costs are probabilities under exp(-80), beside a share of 1 / N.
     most = 80.0 if label_smoothing else 88.0 if total.dtype == torch.float32 else 700.0

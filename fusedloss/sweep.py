@@ -72,7 +72,7 @@ class Result(NamedTuple):
     scale: Tensor | None
     biases: tuple[Tensor | None, ...]
     scalars: tuple[Tensor | None, ...]
-    counted: list[Tensor]  # each [M]: the start of a Tally, or what a fold's sum is divided by
+    counted: list[Tensor]  # each [M]: the start of a Tally and the target's logit, or what a fold's sum is divided by
 
 
 @torch.no_grad()
@@ -233,7 +233,9 @@ class _Sweep:
         if self.smoothing is not None:
             losses += self.smoothing.losses(self)
         gradients = self._finish() if self.wants.any else (None,) * len(self.operands)
-        counted = list(self.tally) if self.tally is not None and self.problem.wants_tally else self.count
+        counted = self.count
+        if self.tally is not None and self.problem.wants_tally:
+            counted = [*self.tally[:3], self.prepared.score.to(self.dtype)]
         return Result(losses, gradients, self.scale_grad, tuple(self.bias_grads), tuple(self.scalar_grads), counted)
 
     def top_rows(self) -> tuple[Tensor, Tensor]:

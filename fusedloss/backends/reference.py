@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import epilogues
 from ..folds import FOLDS
-from ..problem import Guide, Mask, Problem, Tally, autocasting, stats_dtype, unit_rows
+from ..problem import Guide, Mask, Problem, autocasting, stats_dtype, unit_rows
 from ..rows import above_ties, fold_part, fold_scalars, guide_threshold, score_ties
 
 
@@ -52,7 +52,7 @@ def _loss_rows(problem: Problem) -> tuple[Tensor, list[Tensor]]:
         return _fold_rows(problem, rows)
     z = _logits(problem, rows)
     with torch.no_grad():
-        counted = list(_tally(problem, z)) if problem.wants_tally else []
+        counted = _counted(problem, z) if problem.wants_tally else []
     if not problem.symmetric:
         # Before the formula: 0 times the NaN gradient of a row without admissible columns is NaN.
         z = z.masked_fill((problem.weight == 0)[:, None], 0)
@@ -80,7 +80,7 @@ def _logits(problem: Problem, rows: list[Tensor]) -> Tensor:
         z = sim * problem.scale
         if block.penalty or block.own_penalty:
             columns = torch.arange(sim.shape[1], device=sim.device)
-            penalty = torch.where(own[:, None] == columns, block.own_penalty, block.penalty)
+            penalty = torch.full_like(sim, block.penalty).masked_fill(own[:, None] == columns, block.own_penalty)
             z = z + penalty * sim.detach()
         if block.bias is not None:
             bias = block.bias.to(z.dtype)
@@ -141,14 +141,13 @@ def _at(columns: Tensor, like: Tensor) -> Tensor:
     return columns[:, None] == torch.arange(like.shape[1], device=like.device)
 
 
-def _tally(problem: Problem, z: Tensor) -> Tally:
+def _counted(problem: Problem, z: Tensor) -> list[Tensor]:
     none, index = problem.target < 0, problem.target.clamp(min=0)[:, None]
     entry = z.gather(1, index)
     negatives = z.scatter(1, index, torch.where(none[:, None], entry, -torch.inf))
     admitted = negatives > -torch.inf
     above = (negatives > above_ties(entry)).sum(1).to(z.dtype)
-    nothing = torch.zeros_like(above)
-    return Tally(admitted.sum(1).to(z.dtype), above, negatives.amax(1), nothing, nothing)
+    return [admitted.sum(1).to(z.dtype), above, negatives.amax(1), entry[:, 0].masked_fill(none, 0)]
 
 
 def _fold_rows(problem: Problem, rows: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
