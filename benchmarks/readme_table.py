@@ -41,6 +41,30 @@ def race(folder: Path) -> str:
     return tabulate(table, headers, tablefmt="github", disable_numparse=True) + absent(rows)
 
 
+def in_batch(folder: Path) -> str:
+    """Claims of the in-batch family, and the libraries that it replaces at the sizes they survive."""
+    path = folder / "in_batch.json"
+    if not path.exists():
+        return "**Not measured yet**; `benchmarks/in_batch.py` does."
+    found = json.loads(path.read_text())
+    verdict = {True: "yes", False: "**no**", None: ""}
+    table = [[c["claim"], f"{c['measured']:.3g}", c["required"] or "", verdict[c["held"]]] for c in found["claims"]]
+    text = tabulate(table, ["", "measured", "required", "held"], tablefmt="github", disable_numparse=True)
+    rows = [
+        [
+            row["case"],
+            str(row["n"]),
+            row["racer"],
+            number(row, "seconds", "{:.0f}", 1e-3),
+            number(row, "memory_bytes", "{:.0f}", 2**20),
+            row.get("note", ""),
+        ]
+        for row in found["rows"]
+    ]
+    headers = ["loss", "N", "", "ms", "memory, MiB", ""]
+    return text + "\n\n" + tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
 def absent(rows: list[dict]) -> str:
     """A sentence on who never ran, and why."""
     ran = {row["racer"] for row in rows if "seconds" in row}
@@ -109,7 +133,7 @@ def number(row: dict, key: str, form: str, unit: float = 1) -> str:
 
 
 def written(text: str, folder: Path = RESULTS) -> str:
-    for table in (claims, race, gpu):
+    for table in (claims, race, in_batch, gpu):
         start, end = f"<!-- {table.__name__}:start -->", f"<!-- {table.__name__}:end -->"
         before, rest = text.split(start)
         text = before + start + "\n" + table(folder) + "\n" + end + rest.split(end)[1]
