@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import NamedTuple
 
@@ -49,7 +50,6 @@ CUDA_BYTES, CUDA_ROWS = 896 * MIB, 8448
 CUDA_LEAST_ROWS, CUDA_SHARE = 3840, 16  # rows that the default may exceed CUDA_BYTES for; at most this part of the card
 STATS_ROWS = {"cpu": 1024, "cuda": CUDA_ROWS}  # a sweep that stores nothing has partial sums only
 CONVERTED_COLUMNS = 4096  # where a product wants another dtype, the workspace is converted tile by tile
-FOLD_COPIES = 6  # of a chunk that folds keep beside it: sorted values and their int64 places, masks
 PAD = 16  # elements: each block's part of a workspace row starts aligned for 16-byte accesses
 
 
@@ -128,9 +128,9 @@ class _Admission:
     def __call__(self, block: int, rows: slice, columns: slice) -> Tensor | None:
         if rows != self.chunk:
             like, R = self.problem.scale, rows.stop - rows.start
-            widths = [self.problem.operands[b.key].shape[0] for b in self.problem.blocks]
-            outs = [like.new_empty(R, width) for width in widths] if self.guided else []
-            self.masks = [strip.mask for strip in self.sweep._strips(rows, outs)]
+            if self.guided and self.sweep.room is None:  # the first chunk is the largest
+                self.sweep.room = like.new_empty(R, sum(_block_widths(self.problem)))
+            self.masks = [strip.mask for strip in self.sweep._strips(rows, [])]
             self.chunk = rows
         mask = self.masks[block]
         return None if mask is None else self.backend.admitted(mask, columns)
@@ -176,7 +176,7 @@ def workspace_shape(problem: Problem, backend: ModuleType) -> tuple[tuple[int, i
     """(rows, columns) and dtype of the workspace; raises where the budget does not allow one."""
     dtype, D = backend.workspace_dtype(problem), problem.operands[0].shape[1]
     width = sum(_block_widths(problem))
-    row_bytes = dtype.itemsize * (1 if problem.fold is None else FOLD_COPIES)
+    row_bytes = dtype.itemsize * backend.workspace_copies(problem)
     rows = chunk_rows(problem.rows, width, D, row_bytes, problem.device, problem.workspace_bytes)
     return (rows, width), dtype
 
@@ -199,9 +199,19 @@ class _Sweep:
         self.operands = [backend.operand(x) for x in problem.operands]
         self.biases = [None if b.bias is None else b.bias.to(self.dtype).contiguous() for b in problem.blocks]
         self.prepared = self._prepare()
-        self.factors = self._factors()
+        self.norms = self._norms()
+        self.given, self.factors = self.operands, self.norms
+        self.units = bool(backend.takes_units(problem))
+        if self.units:
+            self.operands = [_unit(x, factor) for x, factor in zip(self.given, self.norms, strict=True)]
+            self.factors = [None] * len(self.operands)
         self.masks = [self._mask(block) for block in problem.blocks]
+        own = {id(x): x for block in problem.blocks for x in block.mask.guide or ()}
+        self.unit_guides = bool(own) and backend.takes_units(
+            replace(problem, operands=tuple(own.values()), cosine=True, label_smoothing=0.0)
+        )
         self.guides = self._guides()
+        self.room: Tensor | None = None  # for what guides say of a chunk
         penalties = [p for block in problem.blocks for p in (block.penalty, block.own_penalty)]
         self.scales = {p: problem.scale + p if p else problem.scale for p in penalties}
         self.own = torch.arange(problem.rows, device=problem.device) if any(penalties) else None
@@ -451,7 +461,7 @@ class _Sweep:
         if self.problem.blocks[0].mask.guide is None:
             return []
         one = torch.ones_like(self.problem.scale)
-        prepared: dict[int, tuple[Tensor, Tensor]] = {}
+        prepared: dict[int, tuple[Tensor, Tensor | None]] = {}
         strips = []
         for number, block in enumerate(self.problem.blocks):
             assert block.mask.guide is not None
@@ -459,14 +469,15 @@ class _Sweep:
             for x in block.mask.guide:
                 if id(x) not in prepared:
                     x_ = self.backend.operand(x)
-                    prepared[id(x)] = x_, self.backend.inverse_norms(x_)
+                    factor = self.backend.inverse_norms(x_)
+                    prepared[id(x)] = (_unit(x_, factor), None) if self.unit_guides else (x_, factor)
                 sides.append(prepared[id(x)])
             (x, row_factor), (y, col_factor) = sides
             target = self.problem.target if number == 0 else None
-            strips.append(Strip(x, y, one.to(row_factor.dtype), row_factor, col_factor, None, target))
+            strips.append(Strip(x, y, one.to(stats_dtype(x.dtype)), row_factor, col_factor, None, target))
         return strips
 
-    def _factors(self) -> list[Tensor | None]:
+    def _norms(self) -> list[Tensor | None]:
         block = self.problem.blocks[0]
         known = {block.query: self.prepared.row_factor, block.key: self.prepared.col_factor}
         if not self.problem.cosine:
@@ -506,10 +517,13 @@ class _Sweep:
         finish, scale, gain = self.backend.finish, self.problem.scale, self.gain
         if self.problem.fold is not None:
             scale = torch.ones_like(scale)  # folds give the gradient by the similarity itself
-        operand, factor = self.operands[number], self.factors[number]
+        operand, norms = self.given[number], self.norms[number]
 
         def apply(total: Tensor, over_l: Tensor | None, rows: slice, out: Tensor) -> None:
-            finish(total, over_l, scale, gain, _part(operand, rows), _part_or_none(factor, rows), out)
+            factor = _part_or_none(norms, rows)
+            if self.units and factor is not None:  # from the gradient by the unit row
+                over_l = factor if over_l is None else over_l * factor
+            finish(total, over_l, scale, gain, _part(operand, rows), factor, out)
 
         return _Gradient(self.problem, number, apply)
 
@@ -561,7 +575,11 @@ class _Sweep:
                 )
                 for guide in self.guides
             ]
-            drops = self.backend.guide_rows(parts, self.problem.guide_rule, outs)
+            if outs and self.room is None and self.backend.workspace_copies(self.problem) > 1:
+                shape, _ = workspace_shape(self.problem, self.backend)
+                self.room = torch.empty(shape, dtype=parts[0].scale.dtype, device=self.problem.device)
+            room = [] if self.room is None else self._outs(self.room, chunk)
+            drops = self.backend.guide_rows(parts, self.problem.guide_rule, room)
             strips = [
                 strip._replace(mask=(strip.mask or StripMask())._replace(dropped=dropped))
                 for strip, dropped in zip(strips, drops, strict=True)
@@ -745,6 +763,11 @@ class _Smoothing:
                 mean_query = _weighted_sum(problem.operands[block.query], rows)
                 factored = columns if col_factor is None else columns * col_factor
                 dy.accumulator().addr_(factored, mean_query, alpha=-self.eps)
+
+
+def _unit(x: Tensor, factor: Tensor | None) -> Tensor:
+    assert factor is not None
+    return x.to(factor.dtype) * factor[:, None]
 
 
 def _part(x: Tensor, chunk: slice) -> Tensor:

@@ -19,12 +19,19 @@ from ..rows import finish, guide_threshold, merge, operand, patch_target, prepar
 __all__ = ["finish", "inverse_norms", "merge", "operand", "prepare", "settle"]  # torch has no faster way to these
 
 LOG2E = math.log2(math.e)
+BIT_ROWS = 128  # at a time in fp64: 768 KiB at D = 768
 # Columns a GEMM computes at once: the passes that follow find [1024, 1024] fp32, 4 MiB, in a CPU's caches. At 4096 a
 # step took 4 % longer.
 TILE_COLUMNS = 1024
 # Exponentials below this share of the row's largest are 0. Smaller ones turn products into denormals, which made the
 # GEMMs 2 to 5 times slower at cold temperatures. 2**-100 leaves 26 bits above the denormals for the other factor.
 FLUSH = 2.0**-100
+# Up to this scale neither exp(cosine * scale) nor a sum of 2**40 of them leaves fp32: no maximum is searched, and
+# exp(-2 * 30) = 2**-87 leaves nothing to flush.
+SAFE_SCALE = 30.0
+# Of unit copies of the embeddings, which spare two passes over every tile and one over the keys for every chunk.
+UNIT_BYTES = 32 << 20
+FOLD_COPIES = 6  # of a chunk that folds keep beside it: sorted values and their int64 places, masks
 
 
 def why_not(problem: Problem) -> str | None:
@@ -38,6 +45,20 @@ def can_exp(problem: Problem) -> bool:
 
 def can_store(problem: Problem) -> bool:
     return False  # rows and columns have shifts of their own
+
+
+def takes_units(problem: Problem) -> bool:
+    """Whether the sweep hands out unit rows instead of factors: fp32 copies, so never of 16-bit embeddings."""
+    size = sum(x.numel() * x.element_size() for x in problem.operands)
+    wide = problem.dtype == stats_dtype(problem.dtype)
+    return problem.cosine and wide and not problem.label_smoothing and size <= UNIT_BYTES
+
+
+def workspace_copies(problem: Problem) -> int:
+    """How much memory a chunk needs, in matrices of its size: a guide's bounds stand beside it."""
+    if problem.fold is not None:
+        return FOLD_COPIES
+    return 2 if problem.blocks[0].mask.guide is not None else 1
 
 
 def workspace_dtype(problem: Problem) -> torch.dtype:
@@ -78,12 +99,12 @@ def _logits(sim: Tensor, strip: Strip, tile: slice, out: Tensor) -> Tensor:
     return _admit_(torch.mul(sim, strip.scale, out=out), strip, tile)
 
 
-def _admit_(z: Tensor, strip: Strip, tile: slice) -> Tensor:
-    """From `scale * sim` to logits, -inf where a column does not compete, whatever is there, NaN included.
+def _admit_(z: Tensor, strip: Strip, tile: slice, unit: float = 1.0) -> Tensor:
+    """From `unit * scale * sim` to logits, -inf where a column does not compete, whatever is there, NaN included.
 
     The target is one of these: the sums leave it out.
     """
-    dropped = [] if strip.mask is None else list(_dropped(z, strip.mask, strip.scale, tile))
+    dropped = [] if strip.mask is None else list(_dropped(z, strip.mask, strip.scale * unit, tile))
     if strip.own_scale is not None:
         inside, index = _hits(strip.own, tile)
         entry = z.gather(1, index)
@@ -93,6 +114,8 @@ def _admit_(z: Tensor, strip: Strip, tile: slice) -> Tensor:
         z.add_(bias).masked_fill_(bias == -math.inf, -math.inf)
     for mask in dropped:
         z.masked_fill_(mask, -math.inf)
+    if strip.mask is not None and strip.mask.dropped is not None:
+        torch.minimum(z, strip.mask.dropped[:, tile].to(z.dtype), out=z)  # a tenth of masked_fill_'s time
     if strip.mask is not None and strip.mask.skip is not None:
         _fill_(z, strip.mask.skip, tile, -math.inf)
     if strip.target is not None:
@@ -101,14 +124,12 @@ def _admit_(z: Tensor, strip: Strip, tile: slice) -> Tensor:
 
 
 def _dropped(z: Tensor, mask: StripMask, scale: Tensor | None, tile: slice) -> Iterator[Tensor]:
-    """What the masks drop of the tile `z = scale * sim`, one bool matrix each."""
+    """What the masks, but for the guide's, drop of the tile `z = scale * sim`, one bool matrix each."""
     for compare in mask.compare:
         test = torch.ne if compare.keep else torch.eq
         yield test(compare.rows[:, None], compare.keys[tile])
     if mask.dense is not None:
         yield ~mask.dense[:, tile]
-    if mask.dropped is not None:
-        yield mask.dropped[:, tile]
     if mask.threshold is not None and scale is not None:
         above = z > (mask.threshold * scale)[:, None]
         if mask.exempt is not None:
@@ -126,7 +147,8 @@ def admitted(mask: StripMask, tile: slice) -> Tensor:
         z.masked_fill_(dropped, 1)
     if mask.skip is not None:
         _fill_(z, mask.skip, tile, 1)
-    return z == 0
+    admit = z == 0
+    return admit if mask.dropped is None else admit & (mask.dropped[:, tile] > 0)
 
 
 def _first(*tensors: Tensor | None) -> Tensor:
@@ -240,7 +262,7 @@ def similarities(strip: Strip, out: Tensor) -> None:
 
 
 def guide_rows(strips: list[Strip], rule: GuideRule, outs: list[Tensor]) -> list[Tensor | None]:
-    """What the guide drops of each block. `strips` hold the guide's embeddings; `outs` is memory to use.
+    """What each block's logits are held down to: -inf where the guide drops a column, else inf. Written to `outs`.
 
     The threshold is read out of the product that the target stands in: a dot product beside it rounds otherwise, and
     half the positives would lie above their own.
@@ -248,14 +270,15 @@ def guide_rows(strips: list[Strip], rule: GuideRule, outs: list[Tensor]) -> list
     first, target = strips[0], strips[0].target
     assert target is not None
     similarities(first, outs[0])
-    own = outs[0].gather(1, target.clamp(min=0)[:, None])
-    threshold = guide_threshold(own, rule)
-    dropped: list[Tensor | None] = []
+    threshold = guide_threshold(outs[0].gather(1, target.clamp(min=0)[:, None]), rule)
     for strip, out in zip(strips, outs, strict=True):
-        if strip is not first:
-            similarities(strip, out)
-        dropped.append(torch.gt(out, threshold))
-    return dropped
+        x = _rows(strip)
+        for tile in _tiles(strip):
+            bound = out[:, tile]
+            if strip is not first:
+                _similarity(strip, x, tile, bound)
+            bound.gt_(threshold).sub_(0.5).mul_(-math.inf)
+    return [*outs]
 
 
 def stats_rows_and_columns(
@@ -285,7 +308,66 @@ def exp_rows(
     tally: Tally | None = None,
     score: Tensor | None = None,
 ) -> tuple[RowSums, Tensor | None]:
-    """Write `exp(z - max)` with the row's own maximum over all strips; `q_i = sum_{j != t} E_ij (sim_ij - sim_it)`."""
+    """Write `exp(z - shift)`; `q_i = sum_{j != t} E_ij (sim_ij - sim_it)`.
+
+    The shift is the row's own maximum over all strips, or 0 where the host knows that nothing can overflow.
+    """
+    if target_sim is not None or tally is not None or any(strip.bias is not None for strip in strips):
+        return _exp_rows_in_steps(strips, outs, target_sim, tally, score)
+    rows = strips[0].x.shape[0]
+    maximum, total = _empty_sums(strips[0], rows)
+    safe = problem.cosine and problem.scale_bound is not None and abs(problem.scale_bound) <= SAFE_SCALE
+    for strip, out in zip(strips, outs, strict=True):
+        x = _rows_in_bits(strip)
+        for tile in _tiles(strip):
+            z = out[:, tile]
+            _similarity(strip, x, tile, z)
+            _admit_(z, strip, tile, LOG2E)
+            if safe:
+                total += z.exp2_().sum(1)
+                _factors_(z, strip, tile)
+            else:
+                maximum = torch.maximum(maximum, z.amax(1))
+    if safe:
+        return RowSums(torch.zeros_like(total), total), None
+    shift = _finite(maximum)
+    for strip, out in zip(strips, outs, strict=True):
+        for tile in _tiles(strip):
+            e = out[:, tile]
+            total += e.sub_(shift[:, None]).exp2_().sum(1)
+            _factors_(_flush_(e), strip, tile)
+    # In fp64, where there is one: rounded, it would be another shift than what was subtracted.
+    return RowSums(shift.to(_wide(shift)) / LOG2E, total), None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.device.type in ("cpu", "cuda") else x.dtype
+
+
+def _rows_in_bits(strip: Strip) -> Tensor:
+    """Rows whose products with the keys are the logits over log 2, so that exponentials are powers of two.
+
+    Rounded once: log2(e) as a factor of its own would be magnified by the logits.
+    """
+    wide = _wide(strip.scale)
+    factor = (strip.scale.to(wide) * LOG2E).expand(strip.x.shape[0])
+    if strip.row_factor is not None:
+        factor = factor * strip.row_factor
+    out = strip.scale.new_empty(strip.x.shape)
+    for start in range(0, strip.x.shape[0], BIT_ROWS):
+        part = slice(start, start + BIT_ROWS)
+        out[part] = strip.x[part].to(wide) * factor[part, None]
+    return out
+
+
+def _exp_rows_in_steps(
+    strips: list[Strip],
+    outs: list[Tensor],
+    target_sim: Tensor | None,
+    tally: Tally | None,
+    score: Tensor | None,
+) -> tuple[RowSums, Tensor | None]:
+    """With biases, counts or q: logits in natural units, and similarities beside them."""
     rows = strips[0].x.shape[0]
     maximum, total = _empty_sums(strips[0], rows)
     # Where q is wanted the workspace holds similarities until the second pass, else logits right away.

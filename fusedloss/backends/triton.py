@@ -39,6 +39,7 @@ MIN_TRITON = (3, 6)
 # exp(-69) = 1e-30 is the smallest row sum whose inverse, and products with x, stay normal numbers.
 LOWEST_EXPONENT = 69.0
 SAFE_SCALE = 59.0  # up to here exp_rows' exponents lie within [-69, 49]
+FOLD_COPIES = 6  # see chunked
 ALIGNMENT = 16  # bytes: of a row's start, for wide copies and for tensor descriptors
 PANEL_BYTES = 32 << 20  # fp32 similarities from the vendor's GEMM: they fit an H200's L2, where the fold reads them
 
@@ -77,6 +78,14 @@ def _why_not(dtype: torch.dtype, device: torch.device, interpret: str | None) ->
     if capability < (8, 0):
         return f"needs compute capability 8.0 or newer, not {'.'.join(map(str, capability))}"
     return None
+
+
+def takes_units(problem: Problem) -> bool:
+    return False  # factors act on the accumulator
+
+
+def workspace_copies(problem: Problem) -> int:
+    return FOLD_COPIES if problem.fold is not None else 1
 
 
 def workspace_dtype(problem: Problem) -> torch.dtype:
