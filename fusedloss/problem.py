@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -221,7 +221,7 @@ class StripMask(NamedTuple):
     threshold: Tensor | None = None  # [R]: larger similarities are dropped
     exempt: Tensor | None = None  # [R, E], int64
     skip: Tensor | None = None  # [R]
-    dropped: Tensor | None = None  # by the guide: bool [R, N], or packed bits, as the backend likes it
+    dropped: Any = None  # by the guide, as the backend likes it: bounds of tiles, packed bits
 
 
 class Tally(NamedTuple):

@@ -10,6 +10,7 @@ by upstream / denominator in fp32.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -119,18 +120,14 @@ class _Admission:
     """Which columns may compete, asked for tile by tile; a guide answers for a chunk at a time."""
 
     def __init__(self, problem: Problem, backend: ModuleType):
-        guided = any(block.mask.guide is not None for block in problem.blocks)
         wants = Wants((False,) * len(problem.operands), False, (False,) * len(problem.blocks))
-        self.problem, self.backend, self.guided = problem, backend, guided
+        self.backend = backend
         self.sweep, self.chunk = _Sweep(problem, backend, wants), slice(0, 0)
         self.masks: list[StripMask | None] = []
 
     def __call__(self, block: int, rows: slice, columns: slice) -> Tensor | None:
         if rows != self.chunk:
-            like, R = self.problem.scale, rows.stop - rows.start
-            if self.guided and self.sweep.room is None:  # the first chunk is the largest
-                self.sweep.room = like.new_empty(R, sum(_block_widths(self.problem)))
-            self.masks = [strip.mask for strip in self.sweep._strips(rows, [])]
+            self.masks = [strip.mask for strip in self.sweep._strips(rows)]
             self.chunk = rows
         mask = self.masks[block]
         return None if mask is None else self.backend.admitted(mask, columns)
@@ -176,8 +173,8 @@ def workspace_shape(problem: Problem, backend: ModuleType) -> tuple[tuple[int, i
     """(rows, columns) and dtype of the workspace; raises where the budget does not allow one."""
     dtype, D = backend.workspace_dtype(problem), problem.operands[0].shape[1]
     width = sum(_block_widths(problem))
-    row_bytes = dtype.itemsize * backend.workspace_copies(problem)
-    rows = chunk_rows(problem.rows, width, D, row_bytes, problem.device, problem.workspace_bytes)
+    beside = math.ceil(width * backend.workspace_copies(problem))
+    rows = chunk_rows(problem.rows, beside, D, dtype.itemsize, problem.device, problem.workspace_bytes)
     return (rows, width), dtype
 
 
@@ -239,7 +236,7 @@ class _Sweep:
         elif self.wants.any:
             losses = self._one_directional()
         else:
-            losses = _joined([self._stats_chunk(chunk, outs).loss for chunk, outs in self._stats_chunks_and_room()])
+            losses = _joined([self._stats(chunk, self._strips(chunk))[0].loss for chunk in self._stats_chunks()])
         if self.smoothing is not None:
             losses += self.smoothing.losses(self)
         gradients = self._finish() if self.wants.any else (None,) * len(self.operands)
@@ -252,7 +249,7 @@ class _Sweep:
         if not self.problem.rows or not self.problem.columns:
             found = [self._no_top()]
         else:
-            found = [self.backend.top_rows(self._strips(chunk, [])) for chunk in self._stats_chunks()]
+            found = [self.backend.top_rows(self._strips(chunk)) for chunk in self._stats_chunks()]
         values, columns = zip(*found, strict=True)
         return _joined(list(values)), _joined(list(columns))
 
@@ -274,7 +271,7 @@ class _Sweep:
 
     def _exp_chunk(self, chunk: slice, outs: list[Tensor]) -> Settled:
         """E = exp(z - shift) in the workspace; weight / l is folded into the operands of the two GEMMs."""
-        strips, counts = self._strips(chunk, outs), self._counts(chunk)
+        strips, counts = self._strips(chunk), self._counts(chunk)
         sums, q = self.backend.exp_rows(self.problem, strips, outs, self._wanted_target_sim(chunk), *counts)
         dtype = _gemm_dtype(self.problem, outs[0].dtype)
         queries = self._queries(chunk)
@@ -292,13 +289,10 @@ class _Sweep:
 
     def _grad_chunk(self, chunk: slice, outs: list[Tensor]) -> Settled:
         """Where no shift is known to be safe: the row's log-sum-exp first, then dz itself."""
-        strips = self._strips(chunk, outs)
+        strips = self._strips(chunk)
         rows, smooth = self._stats(chunk, strips)
         self._grad(chunk, strips, outs, rows.softmax(self._wanted_target_sim(chunk)), None, rows.entry, smooth)
         return rows
-
-    def _stats_chunk(self, chunk: slice, outs: list[Tensor]) -> Settled:
-        return self._stats(chunk, self._strips(chunk, outs))[0]
 
     def _stats(self, chunk: slice, strips: list[Strip]) -> tuple[Settled, Tensor | None]:
         """The rows' losses, and what smoothing takes from each admissible entry where a mask makes that differ."""
@@ -330,7 +324,7 @@ class _Sweep:
         losses = []
         for chunk in _chunks(self.problem.rows, workspace.shape[0]):
             outs = self._outs(workspace, chunk)
-            losses.append(self._fold_chunk(chunk, self._strips(chunk, outs)[0], outs[0]))
+            losses.append(self._fold_chunk(chunk, self._strips(chunk)[0], outs[0]))
         return _joined(losses)
 
     def _fold_chunk(self, chunk: slice, strip: Strip, out: Tensor) -> Tensor:
@@ -396,7 +390,7 @@ class _Sweep:
         columns: RowSums | None = None
         chunks = []
         for chunk in self._stats_chunks():
-            sums, more = self.backend.stats_rows_and_columns(self._strips(chunk, [])[0], *self._counts(chunk))
+            sums, more = self.backend.stats_rows_and_columns(self._strips(chunk)[0], *self._counts(chunk))
             chunks.append(self._settle(chunk, sums, weight)[:4])
             if chunk.stop - chunk.start == self.problem.rows:
                 columns = more
@@ -412,13 +406,13 @@ class _Sweep:
             workspace = self._workspace()
             for chunk in _chunks(self.problem.rows, workspace.shape[0]):
                 part, outs = by_row.map(functools.partial(_part, chunk=chunk)), self._outs(workspace, chunk)
-                self._grad(chunk, self._strips(chunk, outs), outs, part, column_softmax, _part(entry, chunk))
+                self._grad(chunk, self._strips(chunk), outs, part, column_softmax, _part(entry, chunk))
         return rows.loss + by_column.loss
 
     def _stored(self, workspace: Tensor, weight: Tensor) -> Tensor:
         chunk = slice(0, self.problem.rows)
         outs = self._outs(workspace, chunk)
-        sums, column_sums = self.backend.exp_rows_and_columns(self.problem, self._strips(chunk, outs)[0], outs[0])
+        sums, column_sums = self.backend.exp_rows_and_columns(self.problem, self._strips(chunk)[0], outs[0])
         rows = self._settle(chunk, sums, weight)
         columns = self.backend.settle(column_sums, self.prepared.score, weight)
         entry = rows.entry + columns.entry
@@ -547,8 +541,7 @@ class _Sweep:
         exponent = torch.floor(15 - torch.log2(factors * weight.clamp_min(2.0**-126)))
         return torch.exp2(exponent.clamp(-126, 126))  # a power of two also where no row counts
 
-    def _strips(self, chunk: slice, outs: list[Tensor]) -> list[Strip]:
-        """`outs` is where guides' similarities may go until their masks are made."""
+    def _strips(self, chunk: slice) -> list[Strip]:
         strips = []
         for number, block in enumerate(self.problem.blocks):
             other_own = block.own_penalty != block.penalty and number > 0  # in block 0 it is the target
@@ -575,11 +568,9 @@ class _Sweep:
                 )
                 for guide in self.guides
             ]
-            if outs and self.room is None and self.backend.workspace_copies(self.problem) > 1:
-                shape, _ = workspace_shape(self.problem, self.backend)
-                self.room = torch.empty(shape, dtype=parts[0].scale.dtype, device=self.problem.device)
-            room = [] if self.room is None else self._outs(self.room, chunk)
-            drops = self.backend.guide_rows(parts, self.problem.guide_rule, room)
+            if self.room is None:  # the first chunk is the largest
+                self.room = parts[0].scale.new_empty(self.backend.guide_room(parts[0]))
+            drops = self.backend.guide_rows(parts, self.problem.guide_rule, self.room)
             strips = [
                 strip._replace(mask=(strip.mask or StripMask())._replace(dropped=dropped))
                 for strip, dropped in zip(strips, drops, strict=True)
@@ -587,16 +578,11 @@ class _Sweep:
         return strips
 
     def _stats_chunks(self) -> Iterator[slice]:
-        return _chunks(self.problem.rows, STATS_ROWS.get(self.problem.device.type, STATS_ROWS["cpu"]))
-
-    def _stats_chunks_and_room(self) -> Iterator[tuple[slice, list[Tensor]]]:
         """With a guide the chunks of the sweep that stores: its mask must come out alike in forward and backward."""
-        if not self.guides:
-            yield from ((chunk, []) for chunk in self._stats_chunks())
-            return
-        workspace = self._workspace()
-        for chunk in _chunks(self.problem.rows, workspace.shape[0]):
-            yield chunk, self._outs(workspace, chunk)
+        rows = STATS_ROWS.get(self.problem.device.type, STATS_ROWS["cpu"])
+        if self.guides:
+            rows = workspace_shape(self.problem, self.backend)[0][0]
+        return _chunks(self.problem.rows, rows)
 
     def _workspace(self) -> Tensor:
         shape, dtype = workspace_shape(self.problem, self.backend)

@@ -123,7 +123,7 @@ def similarities(mode: str, dtype: torch.dtype, size: int, dim: int) -> None:
         case "top", _:
             backend.top_rows([strip])
         case "guide", _:
-            backend.guide_rows([strip], GuideRule(), [])
+            backend.guide_rows([strip], GuideRule(), empty())
         case "store", _:
             backend.similarities(strip, empty(size, size))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,11 +55,13 @@ def takes_units(problem: Problem) -> bool:
     return problem.cosine and wide and not problem.label_smoothing and size <= UNIT_BYTES
 
 
-def workspace_copies(problem: Problem) -> int:
-    """How much memory a chunk needs, in matrices of its size: a guide's bounds stand beside it."""
+def workspace_copies(problem: Problem) -> float:
+    """How much memory a chunk needs, in matrices of its size: a guide's bounds of block 0 stand beside it."""
     if problem.fold is not None:
         return FOLD_COPIES
-    return 2 if problem.blocks[0].mask.guide is not None else 1
+    if problem.blocks[0].mask.guide is None:
+        return 1
+    return 1 + problem.operands[problem.blocks[0].key].shape[0] / max(1, problem.columns)
 
 
 def workspace_dtype(problem: Problem) -> torch.dtype:
@@ -115,7 +118,7 @@ def _admit_(z: Tensor, strip: Strip, tile: slice, unit: float = 1.0) -> Tensor:
     for mask in dropped:
         z.masked_fill_(mask, -math.inf)
     if strip.mask is not None and strip.mask.dropped is not None:
-        torch.minimum(z, strip.mask.dropped[:, tile].to(z.dtype), out=z)  # a tenth of masked_fill_'s time
+        torch.minimum(z, _bound(strip.mask.dropped, tile).to(z.dtype), out=z)  # a tenth of masked_fill_'s time
     if strip.mask is not None and strip.mask.skip is not None:
         _fill_(z, strip.mask.skip, tile, -math.inf)
     if strip.target is not None:
@@ -148,7 +151,7 @@ def admitted(mask: StripMask, tile: slice) -> Tensor:
     if mask.skip is not None:
         _fill_(z, mask.skip, tile, 1)
     admit = z == 0
-    return admit if mask.dropped is None else admit & (mask.dropped[:, tile] > 0)
+    return admit if mask.dropped is None else admit & (_bound(mask.dropped, tile) > 0)
 
 
 def _first(*tensors: Tensor | None) -> Tensor:
@@ -261,24 +264,51 @@ def similarities(strip: Strip, out: Tensor) -> None:
         _similarity(strip, x, tile, out[:, tile])
 
 
-def guide_rows(strips: list[Strip], rule: GuideRule, outs: list[Tensor]) -> list[Tensor | None]:
-    """What each block's logits are held down to: -inf where the guide drops a column, else inf. Written to `outs`.
+class Bounds(NamedTuple):
+    """What a guide holds a block's logits down to: -inf where it drops a column, else inf."""
+
+    stored: Tensor | None  # block 0's, out of which the threshold was read; the others' are computed tile by tile
+    strip: Strip
+    x: Tensor
+    threshold: Tensor
+    buffer: Tensor
+
+
+def guide_room(strip: Strip) -> tuple[int, int]:
+    return strip.x.shape[0], strip.y.shape[0]
+
+
+def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor) -> list[Bounds]:
+    """What the guide says of each block of a chunk. `strips` hold its embeddings; `room` is for block 0.
 
     The threshold is read out of the product that the target stands in: a dot product beside it rounds otherwise, and
     half the positives would lie above their own.
     """
     first, target = strips[0], strips[0].target
     assert target is not None
-    similarities(first, outs[0])
-    threshold = guide_threshold(outs[0].gather(1, target.clamp(min=0)[:, None]), rule)
-    for strip, out in zip(strips, outs, strict=True):
-        x = _rows(strip)
-        for tile in _tiles(strip):
-            bound = out[:, tile]
-            if strip is not first:
-                _similarity(strip, x, tile, bound)
-            bound.gt_(threshold).sub_(0.5).mul_(-math.inf)
-    return [*outs]
+    stored = room[: first.x.shape[0], : first.y.shape[0]]
+    similarities(first, stored)
+    threshold = guide_threshold(stored.gather(1, target.clamp(min=0)[:, None]), rule)
+    for tile in _tiles(first):
+        _hold_down_(stored[:, tile], threshold)
+    buffer = _tile_buffer(strips) if len(strips) > 1 else threshold
+    known = {id(first.x): _rows(first)}
+    for strip in strips:
+        if id(strip.x) not in known:
+            known[id(strip.x)] = _rows(strip)
+    return [Bounds(stored if s is first else None, s, known[id(s.x)], threshold, buffer) for s in strips]
+
+
+def _bound(bounds: Bounds, tile: slice) -> Tensor:
+    if bounds.stored is not None:
+        return bounds.stored[:, tile]
+    out = _view(bounds.buffer, bounds.x.shape[0], tile)
+    _similarity(bounds.strip, bounds.x, tile, out)
+    return _hold_down_(out, bounds.threshold)
+
+
+def _hold_down_(sim: Tensor, threshold: Tensor) -> Tensor:
+    return sim.gt_(threshold).sub_(0.5).mul_(-math.inf)
 
 
 def stats_rows_and_columns(

@@ -84,7 +84,7 @@ def takes_units(problem: Problem) -> bool:
     return False  # factors act on the accumulator
 
 
-def workspace_copies(problem: Problem) -> int:
+def workspace_copies(problem: Problem) -> float:
     return FOLD_COPIES if problem.fold is not None else 1
 
 
@@ -178,12 +178,16 @@ def similarities(strip: Strip, out: Tensor) -> None:
         out.mul_(strip.row_factor[:, None]).mul_(strip.col_factor)
 
 
-def guide_rows(strips: list[Strip], rule: GuideRule, outs: list[Tensor]) -> list[Tensor | None]:
+def guide_room(strip: Strip) -> tuple[int, int]:
+    return 0, 0  # nothing is stored but bits
+
+
+def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor) -> list[Tensor]:
     """What the guide drops of each block, one bit a column."""
     own = strips[0].scale.new_empty(strips[0].x.shape[0])
     _similarities(_masks().pick, strips[0], None, _masks().PickArgs(own), _config(strips[0], "guide"))
     threshold = guide_threshold(own, rule)
-    dropped: list[Tensor | None] = []
+    dropped = []
     for strip in strips:
         words = _cdiv(strip.y.shape[0], 32)
         bits = torch.empty((strip.x.shape[0], words), dtype=torch.int32, device=strip.x.device)
