@@ -7,14 +7,18 @@ precision on well-fitted pairs, where `lse - z_t` and `p_t - 1` cancel (loss 2.7
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 
-def softmax_rows(z: Tensor, target: Tensor, label_smoothing: float = 0.0, decoupled: bool = False) -> Tensor:
+def softmax_rows(
+    z: Tensor, target: Tensor, label_smoothing: float = 0.0, decoupled: bool = False, copies: int = 1
+) -> Tensor:
     """Cross-entropy of each row of `z` [M, N] with column `target` [M], differentiable; -inf logits are no columns.
 
-    decoupled: the target, -1 for none, stays out of the normaliser.
+    decoupled: the target, -1 for none, stays out of the normaliser. copies: how often the target stands in it.
     """
     if z.shape[0] == 0:
         return z.sum(dim=1)
@@ -26,7 +30,7 @@ def softmax_rows(z: Tensor, target: Tensor, label_smoothing: float = 0.0, decoup
     maximum = negatives.detach().amax(dim=1)
     shift = torch.where(maximum == -torch.inf, 0, maximum)
     total = torch.exp(negatives - shift[:, None]).sum(dim=1)
-    loss = decoupled_loss(shift, total, z_target) if decoupled else softmax_loss(shift, total, z_target)
+    loss = decoupled_loss(shift, total, z_target) if decoupled else softmax_loss(shift, total, z_target, copies)
     if label_smoothing:
         admissible = z > -torch.inf
         mean = z.masked_fill(~admissible, 0).sum(dim=1) / admissible.sum(dim=1).clamp_min(1)
@@ -34,13 +38,15 @@ def softmax_rows(z: Tensor, target: Tensor, label_smoothing: float = 0.0, decoup
     return loss
 
 
-def softmax_loss(shift: Tensor, total: Tensor, z_target: Tensor) -> Tensor:
-    """`log(1 + total exp(shift - z_t))`, where `total exp(shift)` sums the negatives: never negative, 0 without any.
+def softmax_loss(shift: Tensor, total: Tensor, z_target: Tensor, copies: int = 1) -> Tensor:
+    """`log(copies + total exp(shift - z_t))`, where `total exp(shift)` sums the negatives: never negative.
+
+    With one copy and without negatives it is exactly 0.
 
     logaddexp, because F.softplus turns into the identity at 20 and is 2e-9 off there.
     """
     difference = _log(total) - (z_target - shift).to(total.dtype)
-    return torch.logaddexp(difference, torch.zeros_like(difference))
+    return torch.logaddexp(difference, torch.full_like(difference, math.log(copies)))
 
 
 def decoupled_loss(shift: Tensor, total: Tensor, z_target: Tensor) -> Tensor:

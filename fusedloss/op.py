@@ -40,7 +40,7 @@ class Flat(NamedTuple):
 
 def flatten(problem: Problem, backend: str, per_row: bool) -> Flat:
     flags = (problem.cosine, problem.symmetric, problem.decoupled, problem.wants_tally, problem.scale_bound is not None)
-    shape = [len(problem.operands), len(problem.blocks)]
+    shape = [len(problem.operands), len(problem.blocks), problem.copies]
     numbers = [problem.label_smoothing, problem.scale_bound or 0.0, *(float(v) for v in problem.guide_rule)]
     constants: list[Tensor] = []
     biases = [b.bias for b in problem.blocks if b.bias is not None]
@@ -95,7 +95,7 @@ def unflatten(
     constants: Sequence[Tensor],
 ) -> Problem:
     read = _Reader(plan, tensors, constants)
-    operand_count, block_count = next(read.shape), next(read.shape)
+    operand_count, block_count, copies = (next(read.shape) for _ in range(3))
     smoothing, bound, margin, relative = (next(read.numbers) for _ in range(4))
     operands = tuple(next(read.tensors) for _ in range(operand_count))
     blocks = tuple(_block(read) for _ in range(block_count))
@@ -115,6 +115,7 @@ def unflatten(
         bound if bounded else None,
         workspace_bytes,
         decoupled,
+        copies,
         GuideRule(margin, bool(relative)),
         wants_tally,
         _fold(plan, read) if plan.fold else None,
@@ -153,7 +154,7 @@ def _wants(plan: Plan, wanted: Sequence[bool]) -> Wants:
     by_scale, *rest = wanted
     flags = iter(rest)
     shape = iter(plan.shape)
-    operand_count, block_count = next(shape), next(shape)
+    operand_count, block_count, _copies = (next(shape) for _ in range(3))
     operands = tuple(next(flags) for _ in range(operand_count))
     biases = []
     for _ in range(block_count):

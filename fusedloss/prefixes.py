@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from .problem import NORM_EPS, RowSums, stats_dtype
-from .rows import row_chunks, settle
+from .rows import fresh, row_chunks, settle
 
 LOG2E = math.log2(math.e)
-# A tile [384, 1024] of one prefix with its companions is 4.5 MiB of fp32, near what two cores keep in their L2. More
+# A tile [384, 1536] of one prefix is 2.25 MiB of fp32, near what two cores keep in their L2. More
 # rows would make the products no faster, and fresh memory is dear: 0.48 ms the first time a tile is written, then 0.06.
-CPU_ROWS, TILE_COLUMNS = 384, 1024
+CPU_ROWS, TILE_COLUMNS = 384, 1536
 SCORE_ROWS = 128  # at a time in fp64: 768 KiB at D = 768
 # Up to this scale neither exp(z) nor its sum leaves fp32, so no maximum is searched; and exp(-2 * 30) = 2**-87 leaves
 # nothing to flush.
@@ -61,6 +61,7 @@ def sweep_prefixes(
     *,
     chunk: int,
     admit: Admit | None = None,
+    copies: int = 1,
 ) -> Prefixed:
     """The weighted losses of the cosine logits of all prefixes, and the gradients of their sum.
 
@@ -70,10 +71,21 @@ def sweep_prefixes(
     chunk: rows at a time, at most. The workspace takes chunk * len(dims) * columns elements; without gradients there
         is none.
     admit: (block, rows, columns) -> which may compete, [rows, columns] bool, or None for all. It is asked twice, and
-        has no say about targets.
+        has no say about targets. copies: of the target, as in `Problem`.
     """
     return _Sweep(
-        operands, blocks, scale, target, weight, dims, dim_weights, wants_operands, wants_scale, wants_biases, admit
+        operands,
+        blocks,
+        scale,
+        target,
+        weight,
+        dims,
+        dim_weights,
+        wants_operands,
+        wants_scale,
+        wants_biases,
+        admit,
+        copies,
     ).run(chunk)
 
 
@@ -147,11 +159,12 @@ class _Sweep:
         wants_scale: bool,
         wants_biases: Sequence[bool],
         admit: Admit | None,
+        copies: int,
     ):
         self.dtype = stats_dtype(operands[0].dtype)
         self.device = operands[0].device
         self.wide = torch.float64 if self.device.type in ("cpu", "cuda") else self.dtype  # fp64 is not everywhere
-        self.operands, self.admit = operands, admit
+        self.operands, self.admit, self.copies = operands, admit, copies
         self.target, self.weight = target, weight.to(self.dtype)
         self.blocks = [(query, key) for query, key, _ in blocks]
         self.columns = [operands[key].shape[0] for _, key in self.blocks]
@@ -198,8 +211,8 @@ class _Sweep:
         chunk = max(1, min(chunk, M, CPU_ROWS if self.device.type == "cpu" else chunk))
         width = min(TILE_COLUMNS, max([1, *self.columns]))
         elements = len(self.dims) * sum(self.columns) if self.wants_any else width
-        self.workspace = self.weight.new_empty(chunk * elements)
-        self.buffers = [self.weight.new_empty(chunk * width) for _ in range(3)]
+        self.workspace = fresh(self.weight, (chunk * elements,))
+        self.buffers = [fresh(self.weight, (chunk * width,)) for _ in range(3)]
         self.y = self.weight.new_empty((width, self.dims[-1]))
         self.scores = [torch.empty((SCORE_ROWS, self.dims[-1]), dtype=self.wide, device=self.device) for _ in range(2)]
         self.rows = {n: [self.weight.new_empty((chunk, self.dims[-1])) for _ in range(3)] for n, _ in self.blocks}
@@ -362,7 +375,10 @@ class _Sweep:
         bias = self.biases[0]
         if bias is not None:
             score = score + bias[self.target[part]]
-        rows = [settle(RowSums(natural[k], total[k]), score[k], c * weight) for k, c in enumerate(self.dim_weights)]
+        rows = [
+            settle(RowSums(natural[k], total[k]), score[k], c * weight, copies=self.copies)
+            for k, c in enumerate(self.dim_weights)
+        ]
         over_l = torch.stack([row.weight for row in rows])
         losses, size = torch.stack([row.loss for row in rows]).sum(0), over_l.abs()
         return losses, _Normalised(shift, size, -size * total, over_l.sign(), own.to(self.dtype))

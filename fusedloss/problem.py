@@ -116,6 +116,8 @@ class Problem:
         the same result.
     workspace_bytes: the most that the workspace may take; None: the device's default.
     decoupled: the target stays out of its row's normaliser, too (DCL): `lse_neg - z_t`.
+    copies: how often the target's logit stands in its row; what stands in other blocks, too, is skipped there and
+        counted here, so that a well-fitted pair's gradient is not a difference of rounded halves.
     guide_rule: how blocks' guides mask.
     wants_tally: count what `Tally` holds.
     fold: instead of the softmax.
@@ -134,6 +136,7 @@ class Problem:
     scale_bound: float | None = None
     workspace_bytes: int | None = None
     decoupled: bool = False
+    copies: int = 1
     guide_rule: GuideRule = GuideRule()  # noqa: RUF009
     wants_tally: bool = False
     fold: Fold | None = None

@@ -68,6 +68,7 @@ def settle(
     label_smoothing: float = 0.0,
     *,
     decoupled: bool = False,
+    copies: int = 1,
     smooth: Tensor | None = None,
     patch: Patch | None = None,
     scaled: Sequence[Tensor] = (),
@@ -78,8 +79,8 @@ def settle(
     With `patch`, entries are relative to `weight / l` and written into the workspace, merged in fp32 before they are
     rounded; `scaled` are then the matrices whose rows are wanted times `weight / l`, rounded to `dtype`.
 
-    decoupled: l is the sum of the negatives alone; a row without any has loss 0. smooth: what smoothing takes from
-    every admissible entry, where it is known by row.
+    copies: how often the target's exponential stands in l. decoupled: l is the sum of the negatives alone; a row
+    without any has loss 0. smooth: what smoothing takes from every admissible entry, where it is known by row.
     """
     left_out = weight == 0
     if decoupled:
@@ -94,7 +95,7 @@ def settle(
     # room for the product with y. What it costs are probabilities under exp(-80), beside a share of 1 / N.
     most = 80.0 if label_smoothing else 88.0 if total.dtype == torch.float32 else 700.0
     own = torch.exp((score - shift).clamp(max=most).to(total.dtype))
-    l = total.clone() if decoupled else total + own
+    l = total.clone() if decoupled else total + copies * own
     over_l = (weight / l).masked_fill(left_out, 0)
     if patch is None:
         entry = label_smoothing * weight - over_l * total
@@ -105,7 +106,7 @@ def settle(
     entry = entry.masked_fill(left_out, 0)
     if patch is not None:
         patch_target(patch, entry)
-    loss = decoupled_loss(shift, total, score) if decoupled else softmax_loss(shift, total, score)
+    loss = decoupled_loss(shift, total, score) if decoupled else softmax_loss(shift, total, score, copies)
     loss = (weight * loss).masked_fill(left_out, 0)
     return Settled(loss, shift, over_l, entry, [(x * over_l[:, None]).to(dtype) for x in scaled])
 
@@ -201,3 +202,12 @@ def finish(
 def row_chunks(x: Tensor) -> Iterator[slice]:
     for start in range(0, x.shape[0], ROWS):
         yield slice(start, start + ROWS)
+
+
+def fresh(like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory to be written by products. On a CPU it is touched in order first: 0.25 ms a MiB.
+
+    Pages that threads of a product meet in strides for the first time cost 20 times that.
+    """
+    out = like.new_empty(shape, dtype=dtype)
+    return out.zero_() if like.device.type == "cpu" else out

@@ -37,7 +37,7 @@ from .problem import (
     saved_dtype,
     stats_dtype,
 )
-from .rows import above_ties, fold_part, fold_scalars, row_chunks
+from .rows import above_ties, fold_part, fold_scalars, fresh, row_chunks
 from .waves import wave_rows
 
 MIB = 1 << 20
@@ -110,6 +110,7 @@ def _prefixed(problem: Problem, backend: ModuleType, wants: Wants) -> Result:
         wants.biases,
         chunk=chunk,
         admit=_Admission(problem, backend) if problem.masked else None,
+        copies=problem.copies,
     )
     kept = saved_dtype(problem.dtype)
     gradients = tuple(None if g is None else g.to(kept) for g in found.gradients)
@@ -484,7 +485,7 @@ class _Sweep:
     def _settle(self, chunk: slice, sums: RowSums, weight: Tensor | None = None, **options) -> Settled:
         weight = self.problem.weight if weight is None else weight
         score = _part(self.prepared.score, chunk)
-        options["decoupled"] = self.problem.decoupled
+        options |= {"decoupled": self.problem.decoupled, "copies": self.problem.copies}
         return self.backend.settle(sums, score, _part(weight, chunk), self.problem.label_smoothing, **options)
 
     def _patch(self, chunk: slice, out: Tensor) -> Patch:
@@ -569,7 +570,7 @@ class _Sweep:
                 for guide in self.guides
             ]
             if self.room is None:  # the first chunk is the largest
-                self.room = parts[0].scale.new_empty(self.backend.guide_room(parts[0]))
+                self.room = fresh(parts[0].scale, self.backend.guide_room(parts[0]))
             drops = self.backend.guide_rows(parts, self.problem.guide_rule, self.room)
             strips = [
                 strip._replace(mask=(strip.mask or StripMask())._replace(dropped=dropped))
@@ -586,7 +587,7 @@ class _Sweep:
 
     def _workspace(self) -> Tensor:
         shape, dtype = workspace_shape(self.problem, self.backend)
-        return torch.empty(shape, dtype=dtype, device=self.problem.device)
+        return fresh(self.problem.scale, shape, dtype)
 
     def _outs(self, workspace: Tensor, chunk: slice) -> list[Tensor]:
         outs, start = [], 0
@@ -653,7 +654,7 @@ class _Gradient:
         at_once = not problem.label_smoothing and number in queries - keys
         if problem.fold is not None and problem.fold.distance in ("euclidean", "squared"):
             at_once = False  # the lengths of both sides add a multiple of each row
-        self.kept = self.like.new_empty(self.shape, dtype=self.dtype) if at_once else None
+        self.kept = fresh(self.like, self.shape, self.dtype) if at_once else None
         self.total: Tensor | None = None  # over all chunks
         self.product: Tensor | None = None  # of this chunk
 
@@ -671,7 +672,7 @@ class _Gradient:
 
     def add_columns(self, tile: slice, values: Tensor, x: Tensor) -> None:
         if self.total is None and values.shape[0] == self.shape[0]:
-            self.total = self.like.new_empty(self.shape)
+            self.total = fresh(self.like, self.shape)
             mm(self.total, values, x)
         else:
             add_mm(self.accumulator()[tile], values, x)

@@ -106,6 +106,7 @@ def settle_kernel(
     Score,  # [R] fp64, the target's logit
     Weight,  # [R]
     label_smoothing,
+    copies,  # how often the target stands in l
     Shift,  # [R] outputs: the row's shift, or None
     OverL,  # weight / l
     Entry,  # of the target in the gradient
@@ -149,7 +150,7 @@ def settle_kernel(
         l = total
         weight = tl.where(total == 0, 0.0, weight)
     else:
-        l = total + tl.exp(tl.minimum(above, most, propagate_nan=tl.PropagateNan.ALL)).to(tl.float32)
+        l = total + copies * tl.exp(tl.minimum(above, most, propagate_nan=tl.PropagateNan.ALL)).to(tl.float32)
     over_l = tl.where(weight == 0, 0.0, weight / l)
     if Shift is not None:
         tl.store(Shift + offs, row_shift, mask=mask)
@@ -158,12 +159,13 @@ def settle_kernel(
     if Loss is not None:
         positive = total > 0
         log_total = tl.log(tl.where(positive, total, 1.0).to(tl.float64))
-        # log(1 + exp(difference)); a NaN total takes the first branch and stays.
+        # log(copies + exp(difference)); a NaN total takes the first branch and stays.
         difference = tl.where(total == 0, float("-inf"), tl.where(positive, log_total, total.to(tl.float64)) - above)
         if DECOUPLED:
             loss = difference
         else:
-            loss = tl.maximum(difference, 0.0) + _log1p(tl.exp(-tl.abs(difference)))
+            floor = tl.log(tl.full((BLOCK_R,), 1.0, tl.float64) * copies)
+            loss = tl.maximum(difference, floor) + _log1p(tl.exp(-tl.abs(difference - floor)))
         loss = tl.where(difference == difference, loss, difference)  # maxima drop NaN
         tl.store(Loss + offs, tl.where(weight == 0, 0.0, weight * loss.to(tl.float32)), mask=mask)
     if Entry is not None or Out is not None:

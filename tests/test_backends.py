@@ -239,3 +239,116 @@ def test_fp16_keeps_its_range_whatever_the_norms_and_weights(backend, norm, weig
     )
     for a, b in zip(found, wanted, strict=True):
         assert ((a.double() - b).norm() / b.norm()) < 5e-3
+
+
+# The rest of the family -----------------------------------------------------------------------------------------------
+# Against eager as users write it; their own files hold every option. These run on a GPU, too.
+
+
+def cosines(x, y):
+    return torch.nn.functional.normalize(wide(x), dim=1) @ torch.nn.functional.normalize(wide(y), dim=1).T
+
+
+def wide(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def cross_entropy(z, target, dropped):
+    dropped = dropped & (target[:, None] != torch.arange(z.shape[1], device=z.device))
+    return torch.nn.functional.cross_entropy(z.masked_fill(dropped, -torch.inf), target)
+
+
+def rows_of(x):
+    return torch.arange(len(x), device=x.device)
+
+
+def ids(x, modulus=7):
+    return rows_of(x) % modulus
+
+
+def eager_masked(q, k, s):
+    return cross_entropy(cosines(q, k) * s, rows_of(q), ids(q)[:, None] == ids(k))
+
+
+def eager_gist(q, k, s):
+    g = cosines(q.detach(), k.detach())
+    threshold = g.diagonal()[:, None] - 0.1
+    sets = [(q, k), (q, q), (k, k)]
+    z = torch.cat([cosines(*pair) for pair in sets], dim=1) * s
+    dropped = torch.cat([cosines(*(x.detach() for x in pair)) > threshold for pair in sets], dim=1)
+    return cross_entropy(z, rows_of(q), dropped)
+
+
+def eager_nt_xent(q, k, s):
+    u = torch.cat([q, k])
+    return cross_entropy(cosines(u, u) * s, rows_of(u).roll(len(q)), torch.eye(len(u), device=u.device) > 0)
+
+
+def eager_sup_con(q, k, s):
+    u = torch.cat([q, k])
+    own = torch.eye(len(u), device=u.device) > 0
+    positive = (ids(u)[:, None] == ids(u)) & ~own
+    z = (cosines(u, u) * s).masked_fill(own, -torch.inf)
+    log_p = (z - z.logsumexp(1, keepdim=True)).masked_fill(~positive, 0)
+    counted = positive.any(1)
+    return -(log_p.sum(1) / positive.sum(1).clamp(min=1))[counted].sum() / counted.sum().clamp(min=1)
+
+
+def eager_siglip(q, k, s):
+    z = wide(q @ k.T) * s - 1.0
+    return -torch.nn.functional.logsigmoid(z * (2 * torch.eye(len(q), device=q.device) - 1)).sum() / len(q)
+
+
+def eager_joint(q, k, s):
+    own = torch.eye(len(q), device=q.device) > 0
+    parts = [(cosines(q, k), ~own & own), (cosines(q, q), own), (cosines(k, q), ~own & own), (cosines(k, k), own)]
+    z, dropped = (torch.cat(side, dim=1) for side in zip(*parts, strict=True))
+    return cross_entropy(z * s, rows_of(q), dropped)
+
+
+ALL_DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+FAMILY = {
+    "masked": (
+        lambda q, k, s, **o: fusedloss.info_nce(
+            q, k, temperature=1 / s, normalize=True, mask=fusedloss.masks.same_id(ids(q), ids(k)), **o
+        ),
+        eager_masked,
+    ),
+    "gist": (
+        lambda q, k, s, **o: fusedloss.gist_embed(q, k, guide=(q, k), temperature=1 / s, margin=0.1, **o),
+        eager_gist,
+    ),
+    "nt_xent": (lambda q, k, s, **o: fusedloss.nt_xent(q, k, temperature=1 / s, **o), eager_nt_xent),
+    "sup_con": (
+        lambda q, k, s, **o: fusedloss.sup_con(torch.cat([q, k]), ids(torch.cat([q, k])), temperature=1 / s, **o),
+        eager_sup_con,
+    ),
+    "siglip": (lambda q, k, s, **o: fusedloss.siglip(q, k, s, -1.0, **o), eager_siglip),
+    "joint": (
+        lambda q, k, s, **o: fusedloss.multiple_negatives_ranking(q, k, scale=s, directions=ALL_DIRECTIONS, **o),
+        eager_joint,
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", ["ragged", "one row", "several chunks"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("loss", list(FAMILY))
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "triton"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_family_inside_the_error_budget(device, backend, learnable, loss, dtype, shape):
+    rows, _, dim = SHAPES[shape]
+    ours, eager = FAMILY[loss]
+    query, key = (x.to(device) * 1.3 for x in testing.inputs("random", rows, rows, dim, dtype, seed=rows))
+    skip_if_unsupported(backend, query)
+    scale = torch.tensor(7.0, dtype=stats_dtype(dtype), device=device) if learnable else 7.0
+    found = testing.value_and_gradients(lambda *t: ours(*t, scale, backend=backend), [query, key])
+    baseline = testing.value_and_gradients(lambda *t: eager(*t, 7.0), [query, key])
+    oracle = testing.value_and_gradients(lambda *t: eager(*t, 7.0), [query.double(), key.double()])
+    for name, out, base, exact in zip(("loss", "dquery", "dkey"), found, baseline, oracle, strict=True):
+        if dtype == torch.float64:
+            torch.testing.assert_close(out, exact, rtol=1e-11, atol=1e-12)
+            continue
+        share = testing.budget_share(out, base, exact, dtype)
+        assert share <= 1, f"{name}: {share:.2f} of the budget"

@@ -349,6 +349,16 @@ TORTURE = {
 
 @pytest.mark.parametrize("case", list(TORTURE))
 def test_torture_in_fp32(case):
+    # In one dimension each error is that of a logit or two, and a draw may find eager exact: the worst of four.
+    draws = [tortured(case) for _ in range(4 if case == "D = 1" else 1)]
+    for number, name in enumerate(("loss", "dquery", "dkey")):
+        out, base, exact = (torch.stack([draw[side][number] for draw in draws]) for side in range(3))
+        share = testing.budget_share(out, base, exact, torch.float32)
+        assert share <= 1, f"{name}: {share:.2f} of the budget"
+
+
+def tortured(case):
+    """Values and gradients of ours, of eager, and in fp64; ours inside the bounds that need no eager."""
     query, key, temperature = TORTURE[case]()
     tensors = [query.float(), key.float(), torch.tensor(temperature)]
     found = testing.value_and_gradients(lambda q, k, t: fusedloss.info_nce(q, k, temperature=t), tensors)
@@ -358,9 +368,6 @@ def test_torture_in_fp32(case):
         lambda q, k, t: fusedloss.info_nce(q, k, temperature=t, backend="reference"), doubles
     )
     assert all(torch.isfinite(t).all() for t in found)
-    for name, out, base, exact in zip(("loss", "dquery", "dkey"), found, eager, oracle, strict=False):
-        share = testing.budget_share(out, base, exact, torch.float32)
-        assert share <= 1, f"{name}: {share:.2f} of the budget"
 
     query, key, temperature = doubles
     sim = query @ key.T
@@ -381,6 +388,7 @@ def test_torture_in_fp32(case):
     p = (sim / temperature).softmax(dim=1)
     row_bounds = (p * (sim - sim.diagonal()[:, None])).abs().sum() / len(query)
     assert (found[3].double() - oracle[3]).abs() <= 1e-5 * row_bounds / temperature**2
+    return found, eager, oracle
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

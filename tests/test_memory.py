@@ -52,3 +52,46 @@ def test_on_a_gpu_the_workspace_is_bounded(backend):
         query, key = (torch.randn(n, 64, device="cuda", requires_grad=True) for _ in range(2))
         gradients = 2 * query.numel() * 4
         assert measure.peak_memory(lambda q=query, k=key: step(q, k), "cuda") - gradients < 1100 * MIB
+
+
+def family_memory(loss: str) -> int:
+    """Of one step at N = 6144, whose logits are 144 MiB a matrix."""
+    import fusedloss
+
+    x, y, gx, gy = (torch.randn(6144, 32) for _ in range(4))
+    labels = torch.arange(6144) // 4
+    calls = {
+        "gist_embed": lambda q, k: fusedloss.gist_embed(q, k, guide=(gx, gy)),
+        "nt_xent": lambda q, k: fusedloss.nt_xent(q, k),
+        "sup_con": lambda q, k: fusedloss.sup_con(q, labels),
+        "siglip": lambda q, k: fusedloss.siglip(q, k, 10.0, -10.0),
+        "clip_distill": lambda q, k: fusedloss.clip_distill(q, k, 10.0, gx, gy, 5.0),
+        "batch_hard_triplet": lambda q, k: fusedloss.batch_hard_triplet(q, labels),
+        "batch_all_triplet": lambda q, k: fusedloss.batch_all_triplet(q, labels),
+        "mega_batch_margin": lambda q, k: fusedloss.mega_batch_margin(q, k),
+        "matryoshka": lambda q, k: fusedloss.matryoshka(fusedloss.info_nce, q, k, dims=(32, 16, 8)),
+    }
+
+    def step(query: torch.Tensor, key: torch.Tensor) -> None:
+        calls[loss](query.requires_grad_(), key.requires_grad_()).backward()
+
+    return measure.peak_memory(lambda: step(x, y))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a CPU's peak can be reset on Linux only")
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "gist_embed",
+        "nt_xent",
+        "sup_con",
+        "siglip",
+        "clip_distill",
+        "batch_hard_triplet",
+        "batch_all_triplet",
+        "mega_batch_margin",
+        "matryoshka",
+    ],
+)
+def test_the_family_stays_under_one_matrix_of_logits(loss):
+    assert measure.isolated(family_memory, loss) < 144 * MIB

@@ -32,7 +32,7 @@ FLUSH = 2.0**-100
 SAFE_SCALE = 30.0
 # Of unit copies of the embeddings, which spare two passes over every tile and one over the keys for every chunk.
 UNIT_BYTES = 32 << 20
-FOLD_COPIES = 6  # of a chunk that folds keep beside it: sorted values and their int64 places, masks
+FOLD_COPIES = 8  # what a chunk of a fold takes: sorted values and their int64 places, masks
 
 
 def why_not(problem: Problem) -> str | None:
@@ -143,19 +143,14 @@ def _dropped(z: Tensor, mask: StripMask, scale: Tensor | None, tile: slice) -> I
 
 def admitted(mask: StripMask, tile: slice) -> Tensor:
     """Where no part of a mask drops a column, for masks that do not depend on the similarities."""
-    rows = (mask.compare[0].rows if mask.compare else _first(mask.dense, mask.dropped, mask.skip)).shape[0]
-    like = _first(mask.dense, mask.dropped, mask.skip, *(c.keys for c in mask.compare))
-    z = torch.zeros(rows, tile.stop - tile.start, device=like.device)
+    bound = None if mask.dropped is None else _bound(mask.dropped, tile)
+    like = next(t for t in (*(c.rows for c in mask.compare), mask.dense, mask.skip, bound) if t is not None)
+    z = torch.zeros(like.shape[0], tile.stop - tile.start, device=like.device)
     for dropped in _dropped(z, mask, None, tile):
         z.masked_fill_(dropped, 1)
     if mask.skip is not None:
         _fill_(z, mask.skip, tile, 1)
-    admit = z == 0
-    return admit if mask.dropped is None else admit & (_bound(mask.dropped, tile) > 0)
-
-
-def _first(*tensors: Tensor | None) -> Tensor:
-    return next(t for t in tensors if t is not None)
+    return z == 0 if bound is None else (z == 0) & (bound > 0)
 
 
 def _hits(columns: Tensor | None, tile: slice) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ def _loss_rows(problem: Problem) -> tuple[Tensor, list[Tensor]]:
     if not problem.symmetric:
         # Before the formula: 0 times the NaN gradient of a row without admissible columns is NaN.
         z = z.masked_fill((problem.weight == 0)[:, None], 0)
-    loss = epilogues.softmax_rows(z, problem.target, problem.label_smoothing, problem.decoupled)
+    loss = epilogues.softmax_rows(z, problem.target, problem.label_smoothing, problem.decoupled, problem.copies)
     if problem.symmetric:
         diagonal = torch.arange(problem.rows, device=z.device)
         loss = (loss + epilogues.softmax_rows(z.T, diagonal)) / 2

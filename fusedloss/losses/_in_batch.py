@@ -87,7 +87,7 @@ class Objective(NamedTuple):
         rows = problem.weight != 0
         scale = problem.scale.detach()
         has_negative = rows & (maximum > -torch.inf)
-        negatives = rows.sum() * max(problem.columns - 1, 0)
+        negatives = rows.sum() * max(problem.columns - problem.copies, 0)
 
         def mean(values: Tensor, over_rows: Tensor) -> Tensor:
             return over(values.masked_fill(~over_rows, 0).sum(), over_rows.sum().to(values.dtype))
@@ -132,6 +132,7 @@ def objective(
     label_smoothing: float = 0.0,
     symmetric: bool = False,
     decoupled: bool = False,
+    copies: int = 1,
     guide_rule: GuideRule | None = None,
     reduction: str = "mean",
     backend: str = "auto",
@@ -166,6 +167,7 @@ def objective(
         scale_bound,
         workspace_bytes,
         decoupled,
+        copies,
         guide_rule or GuideRule(),
         return_stats,
     )

@@ -150,7 +150,8 @@ def multiple_negatives_ranking_objectives(
             for number, (key, part) in enumerate(zip(documents, bound, strict=True))
         ],
         "query_to_query": [Block(query, query, mask=own)],
-        "doc_to_query": [Block(documents[0], query)],
+        # Jointly, the positive stands here once more: counted as a second copy of the target.
+        "doc_to_query": [Block(documents[0], query, mask=own if partition_mode == "joint" else Mask())],
         "doc_to_doc": [Block(documents[0], key, mask=own) for key in documents],
     }
     if partition_mode == "joint":
@@ -170,6 +171,7 @@ def multiple_negatives_ranking_objectives(
             scale_bound=None if scale_bound is None else scale_bound + strength,
             cosine=similarity == "cos",
             symmetric=symmetric,
+            copies=2 if partition_mode == "joint" and "doc_to_query" in directions else 1,
             guide_rule=masks.rule(mask),
             reduction=reduction,
             backend=backend,
