@@ -512,11 +512,12 @@ class _Sweep:
         finish, scale, gain = self.backend.finish, self.problem.scale, self.gain
         if self.problem.fold is not None:
             scale = torch.ones_like(scale)  # folds give the gradient by the similarity itself
-        operand, norms = self.given[number], self.norms[number]
+        # Nothing of `self` below: a cycle would keep the gradients until the next collection, and autograd copy them.
+        operand, norms, units = self.given[number], self.norms[number], self.units
 
         def apply(total: Tensor, over_l: Tensor | None, rows: slice, out: Tensor) -> None:
             factor = _part_or_none(norms, rows)
-            if self.units and factor is not None:  # from the gradient by the unit row
+            if units and factor is not None:  # from the gradient by the unit row
                 over_l = factor if over_l is None else over_l * factor
             finish(total, over_l, scale, gain, _part(operand, rows), factor, out)
 

@@ -68,9 +68,10 @@ def workspace_dtype(problem: Problem) -> torch.dtype:
     return stats_dtype(problem.dtype)
 
 
-def _tiles(strip: Strip) -> Iterator[slice]:
-    for start in range(0, strip.y.shape[0], TILE_COLUMNS):
-        yield slice(start, min(start + TILE_COLUMNS, strip.y.shape[0]))
+def _tiles(strip: Strip, columns: int | None = None) -> Iterator[slice]:
+    columns = columns or TILE_COLUMNS
+    for start in range(0, strip.y.shape[0], columns):
+        yield slice(start, min(start + columns, strip.y.shape[0]))
 
 
 def _rows(strip: Strip) -> Tensor:
@@ -342,9 +343,11 @@ def exp_rows(
     rows = strips[0].x.shape[0]
     maximum, total = _empty_sums(strips[0], rows)
     safe = problem.cosine and problem.scale_bound is not None and abs(problem.scale_bound) <= SAFE_SCALE
+    guided = any(strip.mask is not None and strip.mask.dropped is not None for strip in strips)
+    columns = 2 * TILE_COLUMNS if safe and not guided else TILE_COLUMNS  # few passes follow: fewer calls win
     for strip, out in zip(strips, outs, strict=True):
         x = _rows_in_bits(strip)
-        for tile in _tiles(strip):
+        for tile in _tiles(strip, columns):
             z = out[:, tile]
             _similarity(strip, x, tile, z)
             _admit_(z, strip, tile, LOG2E)
