@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -343,11 +344,17 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--keep-libraries", action="store_true", help="take the libraries' rows from --out as they are")
     options = parser.parse_args()
     environment = results.environment(__file__)
     rows: list[dict[str, Any]] = []
     plan = [(c, n) for c in options.cases for n in options.size or [CPU_SIZES[c][0]]]
     tried = {c: CPU_SIZES[c][1] for c in options.cases if options.device == "cpu" and not options.size}
+    kept = []
+    if options.keep_libraries:
+        before = json.loads(options.out.read_text())
+        kept = [{"kept_from": before["environment"]["date"], **row} for row in before["rows"] if "samples" not in row]
+        tried = {}
     total = sum(3 * (options.rounds + 1) for _ in plan) + sum(2 * len(sizes) for sizes in tried.values())
     ended = None
     try:
@@ -356,6 +363,7 @@ def main() -> int:
                 rows += rows_of(case, n, options.device, options.rounds, tick)
             for case, sizes in tried.items():
                 rows += library_rows(case, sizes, tick)
+            rows += kept
     except KeyboardInterrupt:
         ended = "interrupted"
     whole = options.device == "cpu" and not options.size and len(options.cases) == len(CASES) and ended is None
