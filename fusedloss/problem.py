@@ -224,7 +224,7 @@ class StripMask(NamedTuple):
     threshold: Tensor | None = None  # [R]: larger similarities are dropped
     exempt: Tensor | None = None  # [R, E], int64
     skip: Tensor | None = None  # [R]
-    dropped: Any = None  # by the guide, as the backend likes it: bounds of tiles, packed bits
+    dropped: Any = None  # by the guide, as the backend likes it: tiles on demand, packed bits
 
 
 class Tally(NamedTuple):
