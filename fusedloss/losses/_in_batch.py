@@ -114,6 +114,13 @@ def reduced(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
     return over(loss, counts.sum()) if reduction == "mean" else loss
 
 
+def of_rows(loss: Tensor, reduction: str) -> Tensor:
+    """`[M]` losses of rows that all count, as what was asked for."""
+    if reduction == "none":
+        return loss
+    return loss.sum() / max(loss.shape[0], 1) if reduction == "mean" else loss.sum()
+
+
 def over(total: Tensor, count: Tensor) -> Tensor:
     """`total / count`, and 0 for 0."""
     return torch.where(count == 0, 0, total / count.masked_fill(count == 0, 1))

@@ -11,7 +11,7 @@ from ..pairs import DISTANCES, of_pairs
 from ..problem import Compare, Fold, Mask, stats_dtype
 from ..rows import row_chunks
 from ._fold import fold_loss, top
-from ._in_batch import over
+from ._in_batch import of_rows, over
 from ._module import LossModule
 
 
@@ -116,7 +116,7 @@ def batch_hard_triplet(
     """
     checks.number("margin", margin)
     difference = _hardest(embeddings, labels, distance, reduction, backend, workspace_bytes)
-    return _reduce((difference + margin).clamp(min=0), reduction)
+    return of_rows((difference + margin).clamp(min=0), reduction)
 
 
 def batch_hard_soft_margin_triplet(
@@ -136,7 +136,7 @@ def batch_hard_soft_margin_triplet(
         >>> fusedloss.batch_hard_soft_margin_triplet(encoder(x), y).backward()
     """
     difference = _hardest(embeddings, labels, distance, reduction, backend, workspace_bytes)
-    return _reduce(torch.logaddexp(difference, torch.zeros_like(difference)), reduction)
+    return of_rows(torch.logaddexp(difference, torch.zeros_like(difference)), reduction)
 
 
 def _check(embeddings: Tensor, labels: Tensor, distance: str, workspace_bytes: int | None) -> None:
@@ -187,12 +187,6 @@ def _hardest(
 def _squares(x: Tensor) -> Tensor:
     parts = [x[chunk].detach().to(stats_dtype(x.dtype)).square().sum(1) for chunk in row_chunks(x)]
     return torch.cat(parts) if parts else x.new_empty(0, dtype=stats_dtype(x.dtype))
-
-
-def _reduce(rows: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return rows
-    return rows.sum() / max(rows.shape[0], 1) if reduction == "mean" else rows.sum()
 
 
 class BatchAllTripletLoss(LossModule, function=batch_all_triplet):

@@ -10,7 +10,7 @@ from ..masks import itself
 from ..pairs import cosine, of_pairs
 from ..problem import Fold, Mask, stats_dtype
 from ._fold import fold_loss, top
-from ._in_batch import autocast, distinct
+from ._in_batch import autocast, distinct, of_rows
 from ._module import LossModule
 
 
@@ -55,7 +55,7 @@ def mega_batch_margin(
     own = of_pairs(cosine, anchor, positive, rows)
     other = of_pairs(cosine, anchor, positive, hardest).masked_fill(hardest < 0, -torch.inf)
     loss = (positive_margin - own).clamp(min=0) + (other - negative_margin).clamp(min=0)
-    return _reduce(loss, reduction)
+    return of_rows(loss, reduction)
 
 
 def in_batch_margin_ranking(
@@ -113,12 +113,6 @@ def _pairs(
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.count("workspace_bytes", workspace_bytes)
     return itself(rows, anchor)
-
-
-def _reduce(rows: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return rows
-    return rows.sum() / max(rows.shape[0], 1) if reduction == "mean" else rows.sum()
 
 
 class MegaBatchMarginLoss(LossModule, function=mega_batch_margin):
