@@ -33,7 +33,7 @@ SAFE_SCALE = 30.0
 FAR = -1e30  # beyond every logit, and its exponential is 0
 # Of unit copies of the embeddings, which spare two passes over every tile and one over the keys for every chunk.
 UNIT_BYTES = 32 << 20
-FOLD_COPIES = 8  # what a chunk of a fold takes: sorted values and their int64 places, masks
+FOLD_COPIES = 12  # what a chunk of a fold takes: sorted values and their int64 places, masks
 
 
 def why_not(problem: Problem) -> str | None:

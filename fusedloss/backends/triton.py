@@ -39,7 +39,7 @@ MIN_TRITON = (3, 6)
 # exp(-69) = 1e-30 is the smallest row sum whose inverse, and products with x, stay normal numbers.
 LOWEST_EXPONENT = 69.0
 SAFE_SCALE = 59.0  # up to here exp_rows' exponents lie within [-69, 49]
-FOLD_COPIES = 8  # see chunked
+FOLD_COPIES = 12  # see chunked
 ALIGNMENT = 16  # bytes: of a row's start, for wide copies and for tensor descriptors
 PANEL_BYTES = 32 << 20  # fp32 similarities from the vendor's GEMM: they fit an H200's L2, where the fold reads them
 
