@@ -5,12 +5,16 @@ primitives that the driver in `sweep.py` calls. On one row chunk:
 
     can_exp(problem)             whether `exp_rows` may be used: it finds, or the host knows, a safe shift
     can_store(problem)           whether one shift serves rows and columns: `exp_rows_and_columns` and `weigh`
-    workspace_dtype(problem)     dtype of the bounded workspace
-    stats_rows(strips)                                       -> RowSums
-    stats_rows_and_columns(strip)                            -> RowSums, RowSums
-    exp_rows(problem, strips, outs, target_sim)              -> RowSums, q        writes E = exp(z - shift)
+    takes_units(problem)         whether operands come as unit rows instead of with factors
+    workspace_dtype(problem), workspace_copies(problem)   of the bounded workspace: its dtype, and what stands beside it
+    stats_rows(strips, tally, score)                         -> RowSums           and adds to the tally, if any
+    stats_rows_and_columns(strip, tally, score)              -> RowSums, RowSums  likewise
+    exp_rows(problem, strips, outs, target_sim, tally, score) -> RowSums, q       writes E = exp(z - shift)
     exp_rows_and_columns(problem, strip, out)                -> RowSums, RowSums  likewise
-    grad_rows(strips, outs, rows, columns, entry, gain)      -> q                 writes dz * gain
+    grad_rows(strips, outs, rows, columns, entry, gain, smooth) -> q              writes dz * gain
+    top_rows(strips)                                         -> largest logits, their columns
+    similarities(strip, out)                                 writes them, for folds
+    guide_room(strip), guide_rows(strips, rule, room)        -> a block's StripMask.dropped each
 
 Writers store `value * row_factor * col_factor`, multiplied before rounding; at the target 0, `grad_rows` its entry.
 What surrounds them, per row, with `rows.py` as its definition:
@@ -20,7 +24,8 @@ What surrounds them, per row, with `rows.py` as its definition:
     merge, settle, weigh         partial sums -> loss, weight / l, the target's entry
     finish                       a product -> the gradient: scale, 1/l, the projection through the norms
 
-`reference` materialises the logits and is ordinary differentiable torch: `loss_rows(problem)`.
+`reference` materialises the logits and is ordinary differentiable torch: `loss_rows(problem)`, `top_rows(problem)`.
+A backend that takes `problem.prefixes` also has `admitted(mask, tile)`.
 """
 
 from __future__ import annotations
