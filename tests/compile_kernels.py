@@ -153,6 +153,28 @@ def by_row(name: str, dtype: torch.dtype) -> None:
             backend.finish(empty(size, dim), vector, empty(), None, x, vector, empty(size, dim, kind=dtype))
 
 
+# Kernels of losses without a sweep: name -> the launcher with every optional operand, on meta tensors of a dtype.
+Launches = dict[str, Callable[[torch.dtype], object]]
+
+
+def pointwise() -> Launches:
+    return {}
+
+
+def classes() -> Launches:
+    return {}
+
+
+def pairs() -> Launches:
+    return {}
+
+
+def lists() -> Launches:
+    return {}
+
+
+ROWWISE: Launches = {**pointwise(), **classes(), **pairs(), **lists()}
+
 BY_ROW = ("prepare", "norms", "merge", "settle", "settle, patch", "weigh", "finish")
 
 
@@ -227,7 +249,7 @@ def cases() -> list[tuple[str, str, str, str, int, int]]:
     library = [(mode, dtype, "high", *wide) for dtype in ("bfloat16", "float32") for mode in MODES]
     return [
         *(("similarities", *case) for case in (*narrow, *tf32, *masked, *full, *small, *library)),
-        *(("rows", name, dtype, "", 8192, 768) for dtype in ("bfloat16", "float32") for name in BY_ROW),
+        *(("rows", name, dtype, "", 8192, 768) for dtype in ("bfloat16", "float32") for name in (*BY_ROW, *ROWWISE)),
     ]
 
 
@@ -243,7 +265,9 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
     for kernel, mode, dtype, precision, size, dim in cases():
         kind = getattr(torch, dtype)
         entry = {"kernel": kernel, "mode": mode, "dtype": dtype, "precision": precision, "size": size, "D": dim}
-        if kernel == "rows":
+        if mode in ROWWISE:
+            ROWWISE[mode](kind)
+        elif kernel == "rows":
             by_row(mode, kind)
         else:
             torch.set_float32_matmul_precision(precision)

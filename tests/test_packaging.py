@@ -206,12 +206,14 @@ def within(name, *packages):
 
 
 UPPER = ("fusedloss.functional", "fusedloss.losses", "fusedloss.op")
+DRIVERS = ("fusedloss.sweep", "fusedloss.rowwise")
 FORBIDDEN = {
-    "fusedloss.sweep": UPPER,
-    "fusedloss.backends": (*UPPER, "fusedloss.sweep"),
+    "fusedloss.sweep": (*UPPER, "fusedloss.rowwise"),
+    "fusedloss.rowwise": (*UPPER, "fusedloss.sweep"),
+    "fusedloss.backends": (*UPPER, *DRIVERS),
     # what all of the above share
-    "fusedloss.problem": (*UPPER, "fusedloss.sweep", "fusedloss.backends"),
-    "fusedloss.epilogues": (*UPPER, "fusedloss.sweep", "fusedloss.backends"),
+    "fusedloss.problem": (*UPPER, *DRIVERS, "fusedloss.backends"),
+    "fusedloss.epilogues": (*UPPER, *DRIVERS, "fusedloss.backends"),
 }
 
 

@@ -33,6 +33,9 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
 from .. import checks
 from ..errors import UnsupportedError
 from ..problem import Problem
@@ -58,3 +61,25 @@ def select(problem: Problem, backend: str) -> str:
             return name
     reasons = "; ".join(f"{name}: {module.why_not(problem) or 'can run it'}" for name, module in BACKENDS.items())
     raise UnsupportedError(f"backend={backend!r} cannot run this problem. {reasons}")
+
+
+def select_rowwise(backend: str, x: Tensor, *, multiplies: bool = False, unsupported: str | None = None) -> str:
+    """Of a loss without a sweep: "reference", "chunked" or "triton".
+
+    multiplies: the kernel has products of tiles. unsupported: why no kernel takes these arguments.
+    """
+    checks.backend(backend)
+    if backend == "auto":
+        backend = os.environ.get("FUSEDLOSS_BACKEND") or "auto"
+        checks.backend(backend, "FUSEDLOSS_BACKEND")
+    if backend == "auto":
+        return AUTO.get(x.device.type, ("chunked", "reference"))[0]
+    if backend == "triton":
+        # What the interpreter cannot do with bfloat16 is to multiply tiles.
+        dtype = torch.float32 if x.dtype == torch.bfloat16 and not multiplies else x.dtype
+        reason = unsupported or triton.why_not_on(dtype, x.device)
+    else:
+        reason = "fusedloss._C has no kernel for this loss" if backend == "cuda" else None
+    if reason is None:
+        return backend
+    raise UnsupportedError(f"backend={backend!r} cannot run this loss. {backend}: {reason}; chunked: can run it")

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .. import checks
 from ..masks import itself
-from ..pairs import DISTANCES, of_pairs
 from ..problem import Compare, Fold, Mask, stats_dtype
 from ..rows import row_chunks
+from ..rowwise.pairs import DISTANCES, of_pairs
 from ._fold import fold_loss, top
 from ._in_batch import of_rows, over
 from ._module import LossModule

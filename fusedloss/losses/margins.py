@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .. import checks
 from ..masks import itself
-from ..pairs import cosine, of_pairs
 from ..problem import Fold, Mask, stats_dtype
+from ..rowwise.pairs import cosine, of_pairs
 from ._fold import fold_loss, top
 from ._in_batch import autocast, distinct, of_rows
 from ._module import LossModule

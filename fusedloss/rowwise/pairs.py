@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import stats_dtype, unit_rows
-from .rows import row_chunks
+from ..problem import stats_dtype, unit_rows
+from ..rows import row_chunks
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
@@ -90,3 +90,30 @@ class _OfPairs(torch.autograd.Function):
             if dy is not None:
                 dy.index_add_(0, column[chunk], by_other)
         return None, None if dx is None else dx.to(x.dtype), None if dy is None else dy.to(y.dtype), None
+
+
+def angle(x: Tensor, y: Tensor) -> Tensor:
+    """AnglE's: unit rows read as complex numbers (dims i and i + ceil(D / 2)), the absolute sum of x times conj(y)."""
+    x, y = unit_rows(x), unit_rows(y)
+    if x.shape[1] % 2:
+        x, y = (torch.nn.functional.pad(t, (0, 1)) for t in (x, y))
+    (a, b), (c, d) = x.chunk(2, dim=1), y.chunk(2, dim=1)
+    return ((a * c + b * d).sum(1) + (b * c - a * d).sum(1)).abs()
+
+
+def manhattan_distance(x: Tensor, y: Tensor) -> Tensor:
+    return (x - y).abs().sum(1)
+
+
+KINDS = {
+    "dot": dot,
+    "cos": cosine,
+    "angle": angle,
+    "euclidean": euclidean_distance,
+    "manhattan": manhattan_distance,
+}
+
+
+def scores(kind: str, query: Tensor, *others: Tensor, backend: str = "auto") -> Tensor:
+    """`[M, K]`, of query's rows and those of the K others, differentiable in all; fp32, or fp64 for fp64 inputs."""
+    return torch.stack([KINDS[kind](*_wide(query, other)) for other in others], dim=1)
