@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import masks as masks
 from .errors import UnsupportedError as UnsupportedError
+from .functional import adaptive_layer as adaptive_layer
 from .functional import batch_all_triplet as batch_all_triplet
 from .functional import batch_hard_soft_margin_triplet as batch_hard_soft_margin_triplet
 from .functional import batch_hard_triplet as batch_hard_triplet
@@ -18,6 +19,7 @@ from .functional import global_orthogonal_regularization as global_orthogonal_re
 from .functional import in_batch_margin_ranking as in_batch_margin_ranking
 from .functional import info_nce as info_nce
 from .functional import matryoshka as matryoshka
+from .functional import matryoshka_2d as matryoshka_2d
 from .functional import mega_batch_margin as mega_batch_margin
 from .functional import multi_similarity as multi_similarity
 from .functional import multiple_negatives_ranking as multiple_negatives_ranking

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .losses.adaptive_layer import adaptive_layer, matryoshka_2d
 from .losses.batch_triplet import (
     batch_all_triplet,
     batch_hard_soft_margin_triplet,
@@ -23,6 +24,7 @@ from .losses.siglip import siglip
 from .losses.sup_con import sup_con
 
 __all__ = [
+    "adaptive_layer",
     "batch_all_triplet",
     "batch_hard_soft_margin_triplet",
     "batch_hard_triplet",
@@ -37,6 +39,7 @@ __all__ = [
     "in_batch_margin_ranking",
     "info_nce",
     "matryoshka",
+    "matryoshka_2d",
     "mega_batch_margin",
     "multi_similarity",
     "multiple_negatives_ranking",

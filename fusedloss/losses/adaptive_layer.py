@@ -1,0 +1,182 @@
+"""Losses of several layers of an encoder, so that its last layers may be left away; alone, or of prefixes as well."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import checks
+from ..problem import stats_dtype
+from .matryoshka import matryoshka
+
+WEIGHTINGS: dict[str, Callable[[int], float]] = {
+    "uniform": lambda layer: 1.0,
+    "log": lambda layer: 1 / (1 + math.log(1 + layer)),
+    "linear": lambda layer: 1 / (1 + layer),
+}
+
+
+def adaptive_layer(
+    loss: Callable[..., Tensor],
+    *columns: Tensor | Sequence[Tensor],
+    layer_indices: Sequence[int] | None = None,
+    last_layer_weight: float = 1.0,
+    prior_layers_weight: float = 1.0,
+    kl_div_weight: float = 1.0,
+    kl_temperature: float = 0.3,
+    layer_weighting: str | Callable[[int], float] = "uniform",
+    **loss_options: Any,
+) -> Tensor:
+    """Adaptive layers (Li et al. 2024, 2DMSE) as in sentence-transformers' AdaptiveLayerLoss: a loss of every layer.
+
+        total = last_layer_weight * loss(last)
+              + sum_{i in layer_indices} prior_layers_weight * w_i / len(layer_indices) * loss(layer_i)
+                                       + kl_div_weight * T * KL(softmax(last / T) || softmax(layer_i / T))
+
+    with T = kl_temperature and the KL summed over the features, averaged over the rows of all columns. The last layer
+    is the teacher in it and gets no gradient from it.
+
+    Args:
+        loss: one of this package's functions, or any callable of embeddings.
+        columns: for each of the embeddings that the loss takes, those of all layers, the last one last: a tensor
+            `[layers, rows, D]` or a sequence of matrices `[rows, D]`.
+        layer_indices: the layers before the last that count in this step, from 0 (the embedding layer's output); None:
+            all. The paper takes one, drawn anew for each step: `random.sample(range(layers - 1), 1)`.
+        last_layer_weight, prior_layers_weight, kl_div_weight: as above.
+        kl_temperature: of the KL term; 0: none.
+        layer_weighting: of the prior layers' losses, `w_i`: "uniform": 1, "log": `1 / (1 + ln(1 + i))`, "linear":
+            `1 / (1 + i)`, or a function of i.
+        loss_options: given to the loss as they are.
+
+    Returns:
+        What the loss returns, a 0-dim tensor.
+
+    Raises:
+        ValueError, TypeError, IndexError: columns of different numbers of layers, indices that are no prior layer, an
+            unknown weighting, and what the loss raises.
+
+    Example:
+        >>> layers = [model.layer(text, i) for i in range(13)], [model.layer(answer, i) for i in range(13)]
+        >>> fusedloss.adaptive_layer(fusedloss.multiple_negatives_ranking, *layers, layer_indices=[4]).backward()
+    """
+    count = _layers(columns)
+    indices = _prior(layer_indices, count)
+    for name, value in (
+        ("last_layer_weight", last_layer_weight),
+        ("prior_layers_weight", prior_layers_weight),
+        ("kl_div_weight", kl_div_weight),
+        ("kl_temperature", kl_temperature),
+    ):
+        checks.number(name, value)
+    if kl_temperature < 0:
+        raise ValueError(f"kl_temperature is {kl_temperature}: needs a positive number, or 0 for no KL term")
+    if not callable(layer_weighting):
+        checks.choice("layer_weighting", layer_weighting, tuple(WEIGHTINGS))
+        layer_weighting = WEIGHTINGS[layer_weighting]
+    if loss_options.get("return_stats"):
+        raise ValueError("return_stats=True: every layer has statistics of its own; ask the loss for one of them")
+    last = [column[count - 1] for column in columns]
+    total = loss(*last, **loss_options) * last_layer_weight
+    for i in indices:
+        layer = [column[i] for column in columns]
+        share = prior_layers_weight * layer_weighting(i) / len(indices)
+        total = total + loss(*layer, **loss_options) * share
+        if kl_temperature and kl_div_weight:
+            divergence = _divergence(layer, last, kl_temperature)
+            total = total + divergence * (kl_temperature * kl_div_weight)
+    return total
+
+
+def matryoshka_2d(
+    loss: Callable[..., Tensor],
+    *columns: Tensor | Sequence[Tensor],
+    dims: Sequence[int],
+    weights: Sequence[float] | None = None,
+    layer_indices: Sequence[int] | None = None,
+    last_layer_weight: float = 1.0,
+    prior_layers_weight: float = 1.0,
+    kl_div_weight: float = 1.0,
+    kl_temperature: float = 0.3,
+    layer_weighting: str | Callable[[int], float] = "uniform",
+    **loss_options: Any,
+) -> Tensor:
+    """Two-dimensional Matryoshka (Li et al. 2024): `adaptive_layer` of `matryoshka` of a loss.
+
+    The KL term is that of whole embeddings, as in sentence-transformers' Matryoshka2dLoss.
+
+    Args:
+        loss, columns, layer_indices, last_layer_weight, prior_layers_weight, kl_div_weight, kl_temperature,
+            layer_weighting: as in `adaptive_layer`.
+        dims, weights: as in `matryoshka`.
+        loss_options: given to the loss as they are.
+
+    Returns:
+        What the loss returns, a 0-dim tensor.
+
+    Raises:
+        ValueError, TypeError, IndexError: what `adaptive_layer` and `matryoshka` raise.
+
+    Example:
+        >>> loss = fusedloss.matryoshka_2d(fusedloss.info_nce, query_layers, key_layers, dims=(384, 128, 32))
+        >>> loss.backward()
+    """
+    return adaptive_layer(
+        functools.partial(matryoshka, loss, dims=dims, weights=weights),
+        *columns,
+        layer_indices=layer_indices,
+        last_layer_weight=last_layer_weight,
+        prior_layers_weight=prior_layers_weight,
+        kl_div_weight=kl_div_weight,
+        kl_temperature=kl_temperature,
+        layer_weighting=layer_weighting,
+        **loss_options,
+    )
+
+
+def _layers(columns: Sequence[Tensor | Sequence[Tensor]]) -> int:
+    if not columns:
+        raise ValueError("columns is empty: needs every layer's embeddings, for each of those that the loss takes")
+    for i, column in enumerate(columns):
+        if isinstance(column, Tensor) and column.dim() != 3:
+            raise ValueError(
+                f"columns[{i}] has shape {list(column.shape)}: needs [layers, rows, D], or a sequence of [rows, D]"
+            )
+        if not len(column):
+            raise ValueError(f"columns[{i}] has no layers: needs at least the last")
+        if len(column) != len(columns[0]):
+            raise ValueError(f"columns[{i}] has {len(column)} layers and columns[0] {len(columns[0])}: they must agree")
+        checks.embeddings(**{f"columns[{i}][{layer}]": x for layer, x in enumerate(column)})
+    return len(columns[0])
+
+
+def _prior(indices: Sequence[int] | None, count: int) -> Sequence[int]:
+    if indices is None:
+        return range(count - 1)
+    for i in indices:
+        checks.index("layer_indices", i)
+        if not 0 <= i < count - 1:
+            raise IndexError(f"layer_indices holds {i}: needs layers from 0 to {count - 2}, before the last of {count}")
+    if len(set(indices)) != len(indices):
+        raise ValueError(f"layer_indices is {list(indices)}: needs distinct layers")
+    return indices
+
+
+def _divergence(students: Sequence[Tensor], teachers: Sequence[Tensor], temperature: float) -> Tensor:
+    """The mean over all rows of `KL(softmax(teacher / T) || softmax(student / T))`."""
+    rows = max(sum(len(x) for x in students), 1)
+    total = None
+    for student, teacher in zip(students, teachers, strict=True):
+        dtype = stats_dtype(student.dtype)
+        with torch.autocast(student.device.type, enabled=False):
+            log_q = F.log_softmax(student.to(dtype) / temperature, dim=1)
+            log_p = F.log_softmax(teacher.detach().to(dtype) / temperature, dim=1)
+            part = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / rows
+        total = part if total is None else total + part
+    assert total is not None
+    return total
