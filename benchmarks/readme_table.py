@@ -12,6 +12,7 @@ from fusedloss.results import summary
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+LARGE = 1 << 20  # elements: see rowwise.py
 GPU_RESULTS = ("gpu-full", "gpu")  # the first that is there
 
 
@@ -63,6 +64,28 @@ def in_batch(folder: Path) -> str:
     ]
     headers = ["loss", "N", "", "ms", "memory, MiB", ""]
     return text + "\n\n" + tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def rowwise(folder: Path) -> str:
+    """Losses without a sweep beside torch: the ratio from 2^20 elements on, and what is lost below it."""
+    path = folder / "rowwise.json"
+    if not path.exists():
+        return "**Not measured yet**; `benchmarks/rowwise.py` does."
+    rows = json.loads(path.read_text())["rows"]
+    sizes = sorted({row["size"] for row in rows})
+    at = {(row["loss"], row["size"]): row for row in rows}
+    names = list(dict.fromkeys(row["loss"] for row in rows))
+
+    def cell(row: dict | None) -> str:
+        if row is None:
+            return ""
+        extra = f"{1e6 * (row['ours'] - row['torch']):+.0f} us"
+        text = f"{row['ratio']:.2f}" if row["size"] >= LARGE else extra
+        return text if row["held"] else f"**{text}**"
+
+    table = [[name, *(cell(at.get((name, size))) for size in sizes)] for name in names]
+    headers = ["loss", *(f"{size:,} elements".replace(",", " ") for size in sizes)]
+    return tabulate(table, headers, tablefmt="github", disable_numparse=True)
 
 
 def absent(rows: list[dict]) -> str:
@@ -133,7 +156,7 @@ def number(row: dict, key: str, form: str, unit: float = 1) -> str:
 
 
 def written(text: str, folder: Path = RESULTS) -> str:
-    for table in (claims, race, in_batch, gpu):
+    for table in (claims, race, in_batch, rowwise, gpu):
         start, end = f"<!-- {table.__name__}:start -->", f"<!-- {table.__name__}:end -->"
         before, rest = text.split(start)
         text = before + start + "\n" + table(folder) + "\n" + end + rest.split(end)[1]
