@@ -53,7 +53,7 @@ def score_kernel(
             value = tl.sqrt_rn(value)
         if Norm is not None:
             x_norm = _length(x_squared, Query)
-            y_norm = _length(y_squared, Query)
+            y_norm = _length(y_squared, others[k])
             value *= _inverse(x_norm, eps)
             value *= _inverse(y_norm, eps)
             if k == 0:
@@ -170,7 +170,7 @@ def _apart(x, y, eps, start, D, BLOCK_D: tl.constexpr):
 def _length(squared, X):
     length = tl.sqrt_rn(squared)
     if X.dtype.element_ty == tl.float16:
-        length = tl.where(length == 0, 1.0, length)  # 1 / eps times another row is beyond fp16; the score is 0 anyway
+        length = tl.where(length == 0, 1.0, length)  # 1 / eps is beyond fp16, for the gradient; the score is 0 anyway
     return length
 
 

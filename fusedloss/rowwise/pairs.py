@@ -180,8 +180,9 @@ def _forward(kind: str, eps: float, query: Tensor, others: Sequence[Tensor]) -> 
     if kind == "squared":
         value.square_()
     if norm is not None:
-        if query.dtype == torch.float16:
-            norm.masked_fill_(norm == 0, 1)  # 1 / eps times another row is beyond fp16; the score is 0 anyway
+        for x, length in zip((query, *others), norm, strict=True):
+            if x.dtype == torch.float16:
+                length.masked_fill_(length == 0, 1)  # 1 / eps is beyond fp16, for the gradient; the score is 0 anyway
         factor = norm.clamp_min(eps).reciprocal_()
         value.mul_(factor[0]).mul_(factor[1:])
     return value, norm
@@ -262,7 +263,7 @@ def _times(weight: Tensor, y: Tensor, out: Tensor, add: bool = False, turn: int 
         out[:, :rest].addcmul_(y[:, half:], weight, value=-turn)
 
 
-# Mined pairs -----------------------------------------------------------------------------------------------------------
+# Mined pairs ----------------------------------------------------------------------------------------------------------
 
 
 def of_pairs(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, column: Tensor) -> Tensor:
