@@ -127,8 +127,7 @@ def score_backward_kernel(
                 else:
                     apart = _apart(x, y, eps, start, D, BLOCK_D)
                     if KIND == "manhattan":
-                        # Not a comparison that a NaN would lose.
-                        apart = tl.where(apart > 0, 1.0, tl.where(apart < 0, -1.0, apart))
+                        apart = tl.where(apart > 0, 1.0, tl.where(apart < 0, -1.0, 0.0))
                     dx += weight[:, None] * apart
                     dy = -weight[:, None] * apart
                 if dothers[k] is not None:

@@ -70,7 +70,7 @@ def embed_distill(
     else:
         pairs = zip(teachers, students, strict=True)
         found = torch.cat([scores(kind, t, x, eps=eps, backend=backend) for t, x in pairs], 1)
-    columns = found.mean(1)
+    columns = found.mean(1) if len(students) > 1 else found.squeeze(1)
     if distance == "cosine":
         columns = 1 - columns
     elif distance == "mse":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import checks
 from ._in_batch import of_rows
@@ -56,7 +57,8 @@ def margin_mse(
         margins = margins[:, :1] - margins[:, 1:]
     elif label.dim() == 1:
         margins = margins[:, None]
-    return of_rows((found[:, :1] - found[:, 1:] - margins).square().mean(1), reduction)
+    near, far = found.split((1, count), dim=1)
+    return of_rows(F.mse_loss(near - far, margins, reduction="none").mean(1), reduction)
 
 
 class MarginMSELoss(LossModule, function=margin_mse, tensors=("label",), choices={"similarity": SIMILARITIES}):

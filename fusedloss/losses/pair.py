@@ -95,8 +95,8 @@ def _distances(a: Tensor, b: Tensor, label: Tensor, distance: str, margin: float
     checks.choice("distance", distance, DISTANCES)
     checks.number("margin", margin)
     if distance == "cosine":
-        return 1 - scores("cos", a, b, eps=1e-8, backend=backend)[:, 0]
-    return scores(distance, a, b, eps=1e-6, backend=backend)[:, 0]
+        return 1 - scores("cos", a, b, eps=1e-8, backend=backend).squeeze(1)
+    return scores(distance, a, b, eps=1e-6, backend=backend).squeeze(1)
 
 
 def cosine_similarity(
@@ -141,7 +141,7 @@ def cosine_similarity(
         raise TypeError(f"transform is a {type(transform).__name__}: needs a function of a tensor [B], or None")
     if callable(loss) and reduction != "mean":
         raise ValueError(f"reduction is {reduction!r}, but loss is a function, which reduces by itself")
-    cosines = scores("cos", a, b, eps=1e-8, backend=backend)[:, 0]
+    cosines = scores("cos", a, b, eps=1e-8, backend=backend).squeeze(1)
     target = score.to(cosines.dtype)
     if transform is not None:
         cosines = transform(cosines)
@@ -175,7 +175,7 @@ def contrastive_tension(
     check_rows(a=a, b=b)
     check_numbers("label", label, [(a.shape[0],)], a)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
-    dots = scores("dot", a, b, backend=backend)[:, 0]
+    dots = scores("dot", a, b, backend=backend).squeeze(1)
     return of_rows(F.binary_cross_entropy_with_logits(dots, label.to(dots.dtype), reduction="none"), reduction)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..backends import select_rowwise
 
@@ -31,18 +30,21 @@ class _OrderedPairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, label: Tensor) -> Tensor:
         # O(B) work: in fp64, where exp(z_i - z_j - loss) keeps its digits at |z| = 1e4.
-        wide = torch.float64 if z.device.type in ("cpu", "cuda") else z.dtype
+        wide, rows = torch.float64 if z.device.type in ("cpu", "cuda") else z.dtype, len(z)
         levels, order = label.sort()
         x = z[order].to(wide)
         # By how many rows are taken: the log of the sum of exp(x) over the first, and of exp(-x) over the last.
-        first, last = F.pad(torch.stack([x, -x.flip(0)]).logcumsumexp(1), (1, 0), value=-torch.inf)
-        lower = first[torch.searchsorted(levels, levels)]
-        higher = last[len(x) - torch.searchsorted(levels, levels, right=True)]
-        loss = torch.cat([x.new_zeros(1), x + higher]).logsumexp(0)
-        # NaN is sorted to the end, and compares as no label does.
-        loss = loss.masked_fill((levels[-1:] != levels[-1:]).any(), torch.nan)
+        sums = x.new_full((2, rows + 1), -torch.inf)
+        torch.logcumsumexp(torch.stack([x, -x.flip(0)]), 1, out=sums[:, 1:])
+        lower = sums[0][torch.searchsorted(levels, levels)]
+        higher = sums[1][rows - torch.searchsorted(levels, levels, right=True)]
+        one = x.new_zeros(1)
+        if rows and levels.is_floating_point():
+            one = one.masked_fill(levels[-1:].isnan(), torch.nan)  # NaN is sorted to the end
+        up, down = x + higher, lower - x
+        loss = torch.cat([one, up]).logsumexp(0)
         gradient = torch.empty_like(z)
-        gradient[order] = ((x + higher - loss).exp_() - (lower - x - loss).exp_()).to(z.dtype)
+        gradient[order] = ((up - loss).exp_() - (down - loss).exp_()).to(z.dtype)
         ctx.save_for_backward(gradient, z, label)
         return loss.to(z.dtype)
 

@@ -19,9 +19,11 @@ from ..backends import select_rowwise, triton_pairs
 from ..problem import NORM_EPS, stats_dtype
 from ..rows import row_chunks
 
-# Elements of a block. A CPU's caches hold four of 1 MiB, and the 5 us of a call are a tenth of its work; a GPU's share
-# is there to bound what the copies of 16-bit inputs take.
-BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
+# Elements of a block. On a CPU each call wakes the other threads: blocks of 2^18 elements took up to 1.3 times as long
+# as these of 4 MiB. On a GPU it only bounds what the fp32 copies of 16-bit inputs take.
+BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}
+# Up to here (256 KiB a matrix) a step is calls, and an autograd.Function's cost more than those of its formula.
+SMALL = 1 << 16
 
 
 # The formulas: what `backend="reference"` runs ------------------------------------------------------------------------
@@ -32,39 +34,40 @@ def dot(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
 
 
 def cosine(x: Tensor, y: Tensor, eps: float = NORM_EPS) -> Tensor:
-    return (_unit(x, eps) * _unit(y, eps)).sum(1)
+    return dot(x, y) / (_length(x, eps) * _length(y, eps))
 
 
 def angle(x: Tensor, y: Tensor, eps: float = NORM_EPS) -> Tensor:
     """AnglE's: unit rows read as complex numbers (dims i and i + ceil(D / 2)); |Re + Im| of the sum of x conj(y)."""
-    x, y = _unit(x, eps), _unit(y, eps)
-    if x.shape[1] % 2:
-        x, y = (torch.nn.functional.pad(t, (0, 1)) for t in (x, y))
-    (a, b), (c, d) = x.chunk(2, dim=1), y.chunk(2, dim=1)
-    return ((a * c + b * d).sum(1) + (b * c - a * d).sum(1)).abs()
+    half, rest = (x.shape[1] + 1) // 2, x.shape[1] // 2
+    imaginary = dot(x[:, half:], y[:, :rest]) - dot(x[:, :rest], y[:, half:])
+    return ((dot(x, y) + imaginary) / (_length(x, eps) * _length(y, eps))).abs()
 
 
 def squared_distance(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
-    return (x - y + eps).square().sum(1)
+    return torch.nn.functional.mse_loss(x + eps if eps else x, y, reduction="none").sum(1)
 
 
 def euclidean_distance(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
     """The root of 0 has gradient 0 here, not infinity."""
-    squared = squared_distance(x, y, eps)
-    zero = squared == 0
-    return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+    return torch.linalg.vector_norm(_apart(x, y, eps), dim=1)
 
 
 def manhattan_distance(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
-    return (x - y + eps).abs().sum(1)
+    return _apart(x, y, eps).abs().sum(1)
+
+
+def _apart(x: Tensor, y: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    apart = torch.sub(x, y, out=out)
+    return apart.add_(eps) if eps else apart
 
 
 def cosine_distance(x: Tensor, y: Tensor) -> Tensor:
     return 1 - cosine(x, y)
 
 
-def _unit(x: Tensor, eps: float) -> Tensor:
-    return torch.nn.functional.normalize(x, dim=1, eps=eps)
+def _length(x: Tensor, eps: float) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1).clamp_min(eps)
 
 
 class Kind(NamedTuple):
@@ -97,14 +100,22 @@ def scores(kind: str, query: Tensor, *others: Tensor, eps: float | None = None, 
     if eps is None:
         eps = KINDS[kind].eps
     name = select_rowwise(backend, query)
-    if name == "reference" or torch.compiler.is_compiling():
+    if name == "reference" or torch.compiler.is_compiling() or (name == "chunked" and _plain(kind, query, others)):
         return _formula(kind, eps, query, others)
     return _Scores.apply(kind, eps, name, query, *others)
 
 
+def _plain(kind: str, query: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether the formula does as well: it makes no fp32 copies, and the batch is small or it keeps its inputs only."""
+    inputs_only = kind in ("dot", "squared") and len(others) == 1
+    wide = stats_dtype(query.dtype)
+    return (inputs_only or query.numel() <= SMALL) and all(x.dtype == wide for x in (query, *others))
+
+
 def _formula(kind: str, eps: float, query: Tensor, others: Sequence[Tensor]) -> Tensor:
     dtype, formula = stats_dtype(query.dtype), KINDS[kind].formula
-    return torch.stack([formula(query.to(dtype), other.to(dtype), eps) for other in others], dim=1)
+    found = [formula(query.to(dtype), other.to(dtype), eps) for other in others]
+    return found[0][:, None] if len(found) == 1 else torch.stack(found, dim=1)
 
 
 class _Scores(torch.autograd.Function):
@@ -243,12 +254,6 @@ def _backward(
             if out is not None and found is not None and found is not out:
                 out.copy_(found)
     return gradients
-
-
-def _apart(x: Tensor, y: Tensor, eps: float, out: Tensor) -> None:
-    torch.sub(x, y, out=out)
-    if eps:
-        out.add_(eps)
 
 
 def _times(weight: Tensor, y: Tensor, out: Tensor, add: bool = False, turn: int = 0) -> None:
