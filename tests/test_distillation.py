@@ -137,13 +137,13 @@ def test_a_student_infinitely_sure_against_a_teacher_that_agrees():
 
 
 def test_close_distributions_have_a_loss_that_is_small():
-    """The divergence of nearly equal distributions, against fp64: q - p of softmaxes alone would be noise."""
+    """A divergence of 1e-5 is of second order: in fp32 it would be off in the third digit."""
     q, p, n = (torch.randn(50, 8) for _ in range(3))
     dots = torch.stack([(q * p).sum(1), (q * n).sum(1)], 1)
     label = (dots + 1e-2 * torch.randn(50, 2)).detach()
     found = fusedloss.distill_kl_div(q, p, n, label=label)
     wanted = fusedloss.distill_kl_div(q.double(), p.double(), n.double(), label=label)
-    assert abs(found.item() - wanted.item()) <= 1e-6 and found >= 0
+    assert 0 < wanted < 1e-4 and abs(found.item() / wanted.item() - 1) <= 1e-4
 
 
 def test_learnt_temperatures():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import checks
@@ -28,8 +29,8 @@ def distill_kl_div(
         p_i = softmax_k(s(query_i, candidate_ik) / t_student),  q_i = softmax_k(label_ik / t_teacher)
         loss_i = t_student^2 sum_k q_ik log(q_ik / p_ik)            (Hinton et al. 2015; Lin et al. 2020)
 
-    log q is a log-softmax, not the logarithm of a softmax. A candidate to which the teacher gives nothing, by a score
-    of -inf or because it underflows, adds nothing. A NaN score makes the loss NaN.
+    What follows the similarities is computed in fp64, log q as a log-softmax. A candidate to which the teacher gives
+    nothing, by a score of -inf or because it underflows, adds nothing. A NaN score makes the loss NaN.
 
     Args:
         query, positive, negatives: `[B, D]` each, float16, bfloat16, float32 or float64, any strides. The candidates
@@ -61,12 +62,13 @@ def distill_kl_div(
     student = _or(temperature, "student_temperature", student_temperature, query)
     teacher = _or(temperature, "teacher_temperature", teacher_temperature, query)
     found = similarities(similarity, query, positive, *negatives, backend=backend)
-    log_p = (found / student).log_softmax(1)
-    log_q = (label.detach().to(found.dtype) / teacher).log_softmax(1)
+    # O(B K) numbers in fp64: their divergence is of second order, and in fp32 that of a well-fitted batch is noise.
+    wide = torch.float64 if found.device.type in ("cpu", "cuda") else found.dtype
+    log_p = (found.to(wide) / student).log_softmax(1)
+    log_q = (label.detach().to(wide) / teacher).log_softmax(1)
     q = log_q.exp()
-    none = q == 0
-    terms = q * (log_q - log_p).masked_fill(none, 0)
-    return of_rows(terms.sum(1) * (student * student), reduction)
+    terms = q * (log_q - log_p).masked_fill(q == 0, 0)
+    return of_rows((terms.sum(1) * (student * student)).to(found.dtype), reduction)
 
 
 def _or(temperature: float | Tensor, name: str, value: float | Tensor | None, like: Tensor) -> float | Tensor:
