@@ -21,7 +21,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+import fusedloss
 from fusedloss import measure, results, show
 
 LARGE = 1 << 20  # from here on the ratio is asked for, below it the difference
@@ -54,7 +56,135 @@ def classes(size: int, device: str, dtype: torch.dtype) -> list[Case]:
 
 
 def pairs(size: int, device: str, dtype: torch.dtype) -> list[Case]:
-    return []
+    """Beside what sentence-transformers 6.2.0 computes, D = 384."""
+    rows = max(2, size // 384)
+    a, b, c = (normal(rows, 384, device=device, dtype=dtype, seed=seed) for seed in range(3))
+    label = torch.arange(rows, device=device) % 2
+    gold = torch.rand(rows, generator=torch.Generator(device).manual_seed(3), device=device)
+    teacher = normal(rows, 2, device=device, seed=4)
+
+    def wide(*tensors: Tensor) -> list[Tensor]:
+        return [x.float() if x.dtype.itemsize < 4 else x for x in tensors]
+
+    def dot(x: Tensor, y: Tensor) -> Tensor:
+        x, y = wide(x, y)
+        return (x * y).sum(-1)
+
+    def cos(x: Tensor, y: Tensor) -> Tensor:
+        x, y = wide(x, y)
+        return (F.normalize(x, dim=-1) * F.normalize(y, dim=-1)).sum(-1)
+
+    def angle(x: Tensor, y: Tensor) -> Tensor:
+        x, y = (F.normalize(t, dim=1) for t in wide(x, y))
+        (x_lo, x_hi), (y_lo, y_hi) = x.chunk(2, dim=1), y.chunk(2, dim=1)
+        return ((x * y).sum(1) + (x_hi * y_lo - x_lo * y_hi).sum(1)).abs()
+
+    def euclidean(x: Tensor, y: Tensor) -> Tensor:
+        x, y = wide(x, y)
+        return torch.linalg.vector_norm(x - y, dim=-1)
+
+    def contrastive(d: Tensor) -> Tensor:
+        return (0.5 * (label.float() * d.pow(2) + (1 - label).float() * F.relu(0.5 - d).pow(2))).mean()
+
+    def online(d: Tensor) -> Tensor:
+        negatives, positives = d[label == 0], d[label == 1]
+        pushed = negatives[negatives < (positives.max() if len(positives) else negatives.mean())]
+        pulled = positives[positives > (negatives.min() if len(negatives) else positives.mean())]
+        return pulled.pow(2).sum() + F.relu(0.5 - pushed).pow(2).sum()
+
+    def ranked(scores: Tensor) -> Tensor:
+        labels, order = gold.sort()
+        z = 20.0 * scores[order]
+        above = torch.searchsorted(labels, labels, right=True)
+        suffix = torch.cat([torch.logcumsumexp(-z.flip(0), dim=0).flip(0), z.new_full((1,), -torch.inf)])
+        return torch.cat([z.new_zeros(1), z + suffix[above]]).logsumexp(0)
+
+    def kl(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        student = torch.stack([dot(x, y), dot(x, z)], dim=1)
+        return F.kl_div((student / 4.0).log_softmax(1), (teacher / 4.0).softmax(1), reduction="batchmean") * 16.0
+
+    def apart(x: Tensor, y: Tensor) -> Tensor:
+        return 1 - F.cosine_similarity(x, y)
+
+    ones, two, three = [a], [a, b], [a, b, c]
+    table: list[tuple[str, list[Tensor], Callable[..., Tensor], Callable[..., Tensor]]] = [
+        ("contrastive", two, lambda x, y: fusedloss.contrastive(x, y, label), lambda x, y: contrastive(apart(x, y))),
+        (
+            "contrastive, euclidean",
+            two,
+            lambda x, y: fusedloss.contrastive(x, y, label, distance="euclidean"),
+            lambda x, y: contrastive(F.pairwise_distance(x, y)),
+        ),
+        (
+            "contrastive, manhattan",
+            two,
+            lambda x, y: fusedloss.contrastive(x, y, label, distance="manhattan"),
+            lambda x, y: contrastive(F.pairwise_distance(x, y, p=1)),
+        ),
+        (
+            "online_contrastive",
+            two,
+            lambda x, y: fusedloss.online_contrastive(x, y, label),
+            lambda x, y: online(apart(x, y)),
+        ),
+        (
+            "triplet",
+            three,
+            lambda x, y, z: fusedloss.triplet(x, y, z),
+            lambda x, y, z: F.relu(euclidean(x, y) - euclidean(x, z) + 5.0).mean(),
+        ),
+        (
+            "triplet, cosine",
+            three,
+            lambda x, y, z: fusedloss.triplet(x, y, z, distance="cosine"),
+            lambda x, y, z: F.relu((1 - cos(x, y)) - (1 - cos(x, z)) + 5.0).mean(),
+        ),
+        (
+            "cosine_similarity",
+            two,
+            lambda x, y: fusedloss.cosine_similarity(x, y, gold),
+            lambda x, y: F.mse_loss(F.cosine_similarity(x, y), gold.to(x.dtype)),
+        ),
+        (
+            "contrastive_tension",
+            two,
+            lambda x, y: fusedloss.contrastive_tension(x, y, label),
+            lambda x, y: F.binary_cross_entropy_with_logits(dot(x, y), label.float(), reduction="sum"),
+        ),
+        ("cosent", two, lambda x, y: fusedloss.cosent(x, y, gold), lambda x, y: ranked(cos(x, y))),
+        ("angle", two, lambda x, y: fusedloss.angle(x, y, gold), lambda x, y: ranked(angle(x, y))),
+        (
+            "margin_mse",
+            three,
+            lambda x, y, z: fusedloss.margin_mse(x, y, z, label=gold),
+            lambda x, y, z: F.mse_loss((dot(x, y) - dot(x, z))[:, None], gold[:, None]),
+        ),
+        (
+            "distill_kl_div",
+            three,
+            lambda x, y, z: fusedloss.distill_kl_div(x, y, z, label=teacher, temperature=4.0),
+            kl,
+        ),
+        ("embed_distill", ones, lambda x: fusedloss.embed_distill(x, b), lambda x: apart(x, b).mean()),
+        (
+            "embed_distill, mse",
+            ones,
+            lambda x: fusedloss.embed_distill(x, b, distance="mse"),
+            lambda x: F.mse_loss(x, b),
+        ),
+        (
+            "embed_distill, l2",
+            ones,
+            lambda x: fusedloss.embed_distill(x, b, distance="l2"),
+            lambda x: torch.norm(x - b, dim=-1).mean(),
+        ),
+    ]
+    itemsize = a.element_size()
+    # Every matrix is read twice, every gradient written once.
+    return [
+        Case(name, leaves, ours, theirs, (2 * max(2, len(leaves)) + len(leaves)) * a.numel() * itemsize)
+        for name, leaves, ours, theirs in table
+    ]
 
 
 def lists(size: int, device: str, dtype: torch.dtype) -> list[Case]:

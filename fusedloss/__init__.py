@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import masks as masks
 from .errors import UnsupportedError as UnsupportedError
 from .functional import adaptive_layer as adaptive_layer
+from .functional import angle as angle
 from .functional import batch_all_triplet as batch_all_triplet
 from .functional import batch_hard_soft_margin_triplet as batch_hard_soft_margin_triplet
 from .functional import batch_hard_triplet as batch_hard_triplet
@@ -12,20 +13,29 @@ from .functional import batch_semi_hard_triplet as batch_semi_hard_triplet
 from .functional import circle as circle
 from .functional import clip as clip
 from .functional import clip_distill as clip_distill
+from .functional import contrastive as contrastive
+from .functional import contrastive_tension as contrastive_tension
 from .functional import contrastive_tension_in_batch as contrastive_tension_in_batch
+from .functional import cosent as cosent
+from .functional import cosine_similarity as cosine_similarity
 from .functional import decoupled_contrastive as decoupled_contrastive
+from .functional import distill_kl_div as distill_kl_div
+from .functional import embed_distill as embed_distill
 from .functional import gist_embed as gist_embed
 from .functional import global_orthogonal_regularization as global_orthogonal_regularization
 from .functional import in_batch_margin_ranking as in_batch_margin_ranking
 from .functional import info_nce as info_nce
+from .functional import margin_mse as margin_mse
 from .functional import matryoshka as matryoshka
 from .functional import matryoshka_2d as matryoshka_2d
 from .functional import mega_batch_margin as mega_batch_margin
 from .functional import multi_similarity as multi_similarity
 from .functional import multiple_negatives_ranking as multiple_negatives_ranking
 from .functional import nt_xent as nt_xent
+from .functional import online_contrastive as online_contrastive
 from .functional import siglip as siglip
 from .functional import sup_con as sup_con
+from .functional import triplet as triplet
 from .losses._in_batch import Stats as Stats
 from .losses.batch_triplet import BatchAllTripletLoss as BatchAllTripletLoss
 from .losses.batch_triplet import BatchHardSoftMarginTripletLoss as BatchHardSoftMarginTripletLoss
@@ -34,8 +44,13 @@ from .losses.batch_triplet import BatchSemiHardTripletLoss as BatchSemiHardTripl
 from .losses.clip import ClipLoss as ClipLoss
 from .losses.clip_distill import ClipDistillLoss as ClipDistillLoss
 from .losses.contrastive_tension import ContrastiveTensionInBatchLoss as ContrastiveTensionInBatchLoss
+from .losses.cosent import AnglELoss as AnglELoss
+from .losses.cosent import CoSENTLoss as CoSENTLoss
+from .losses.distill import DistillKLDivLoss as DistillKLDivLoss
+from .losses.embed_distill import EmbedDistillLoss as EmbedDistillLoss
 from .losses.gist import GISTEmbedLoss as GISTEmbedLoss
 from .losses.info_nce import InfoNCELoss as InfoNCELoss
+from .losses.margin_mse import MarginMSELoss as MarginMSELoss
 from .losses.margins import InBatchMarginRankingLoss as InBatchMarginRankingLoss
 from .losses.margins import MegaBatchMarginLoss as MegaBatchMarginLoss
 from .losses.metric_learning import CircleLoss as CircleLoss
@@ -44,7 +59,12 @@ from .losses.multiple_negatives_ranking import MultipleNegativesRankingLoss as M
 from .losses.nt_xent import DCLLoss as DCLLoss
 from .losses.nt_xent import NTXentLoss as NTXentLoss
 from .losses.orthogonal import GlobalOrthogonalRegularizationLoss as GlobalOrthogonalRegularizationLoss
+from .losses.pair import ContrastiveLoss as ContrastiveLoss
+from .losses.pair import ContrastiveTensionLoss as ContrastiveTensionLoss
+from .losses.pair import CosineSimilarityLoss as CosineSimilarityLoss
+from .losses.pair import OnlineContrastiveLoss as OnlineContrastiveLoss
 from .losses.siglip import SigLipLoss as SigLipLoss
 from .losses.sup_con import SupConLoss as SupConLoss
+from .losses.triplet import TripletLoss as TripletLoss
 
 __version__ = "0.1.0"

@@ -12,19 +12,26 @@ from .losses.batch_triplet import (
 from .losses.clip import clip
 from .losses.clip_distill import clip_distill
 from .losses.contrastive_tension import contrastive_tension_in_batch
+from .losses.cosent import angle, cosent
+from .losses.distill import distill_kl_div
+from .losses.embed_distill import embed_distill
 from .losses.gist import gist_embed
 from .losses.info_nce import info_nce
+from .losses.margin_mse import margin_mse
 from .losses.margins import in_batch_margin_ranking, mega_batch_margin
 from .losses.matryoshka import matryoshka
 from .losses.metric_learning import circle, multi_similarity
 from .losses.multiple_negatives_ranking import multiple_negatives_ranking
 from .losses.nt_xent import decoupled_contrastive, nt_xent
 from .losses.orthogonal import global_orthogonal_regularization
+from .losses.pair import contrastive, contrastive_tension, cosine_similarity, online_contrastive
 from .losses.siglip import siglip
 from .losses.sup_con import sup_con
+from .losses.triplet import triplet
 
 __all__ = [
     "adaptive_layer",
+    "angle",
     "batch_all_triplet",
     "batch_hard_soft_margin_triplet",
     "batch_hard_triplet",
@@ -32,18 +39,27 @@ __all__ = [
     "circle",
     "clip",
     "clip_distill",
+    "contrastive",
+    "contrastive_tension",
     "contrastive_tension_in_batch",
+    "cosent",
+    "cosine_similarity",
     "decoupled_contrastive",
+    "distill_kl_div",
+    "embed_distill",
     "gist_embed",
     "global_orthogonal_regularization",
     "in_batch_margin_ranking",
     "info_nce",
+    "margin_mse",
     "matryoshka",
     "matryoshka_2d",
     "mega_batch_margin",
     "multi_similarity",
     "multiple_negatives_ranking",
     "nt_xent",
+    "online_contrastive",
     "siglip",
     "sup_con",
+    "triplet",
 ]

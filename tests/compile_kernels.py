@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 import triton
+from fusedloss.kernels import pairs as pairs_kernels
 from fusedloss.kernels import rows, similarity
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedloss.backends import triton as backend
+from fusedloss.backends import triton_pairs
 from fusedloss.problem import (
     Block,
     Compare,
@@ -166,7 +168,29 @@ def classes() -> Launches:
 
 
 def pairs() -> Launches:
-    return {}
+    """Three others, with every gradient wanted."""
+
+    def forward(kind: str) -> Callable[[torch.dtype], object]:
+        return lambda dtype: triton_pairs.forward(kind, 1e-6, *_pairs(dtype))
+
+    def backward(kind: str) -> Callable[[torch.dtype], object]:
+        def launch(dtype: torch.dtype) -> object:
+            query, others = _pairs(dtype)
+            upstream, value, norm = empty(8192, 3), empty(3, 8192), empty(4, 8192) if kind in ("cos", "angle") else None
+            kept = None if kind in ("dot", "manhattan") else value
+            return triton_pairs.backward(kind, 1e-6, upstream, (query, *others), kept, norm, (True,) * 4)
+
+        return launch
+
+    kinds = ("dot", "cos", "angle", "euclidean", "manhattan")
+    return {f"score, {kind}": forward(kind) for kind in kinds} | {
+        f"score backward, {kind}": backward(kind) for kind in kinds
+    }
+
+
+def _pairs(dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    query, *others = (empty(8192, 768, kind=dtype) for _ in range(4))
+    return query, others
 
 
 def lists() -> Launches:
@@ -258,7 +282,7 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
     backend._multiprocessors = lambda device: 132
     backend._multiply = lambda sim, x, y: None
     backend._row_options = lambda name, interpreted: {**row_options(name)}
-    for module in (rows, similarity):
+    for module in (rows, similarity, pairs_kernels):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Recorder(getattr(module, name), capability))
     results, seen = [], set()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import checks
 
@@ -26,15 +27,28 @@ CHECKS: dict[str, Callable[[Any], None]] = {
 
 
 class LossModule(nn.Module):
-    """Takes its constructor from `function`: the keyword-only parameters but for the tensors named in `tensors`."""
+    """Takes its constructor from `function`: the keyword-only parameters but for the tensors named in `tensors`.
+
+    choices: of an option, where they are not those that the name has in CHECKS. learnt: options that may be modules or
+        parameters, which are then this module's.
+    """
 
     function: ClassVar[Callable[..., Any]]
     tensors: ClassVar[tuple[str, ...]] = ()
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
+    learnt: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[inspect.Signature]
 
-    def __init_subclass__(cls, *, function: Callable[..., Any], tensors: tuple[str, ...] = ()) -> None:
+    def __init_subclass__(
+        cls,
+        *,
+        function: Callable[..., Any],
+        tensors: tuple[str, ...] = (),
+        choices: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+        learnt: tuple[str, ...] = (),
+    ) -> None:
         super().__init_subclass__()
-        cls.function, cls.tensors = staticmethod(function), tensors
+        cls.function, cls.tensors, cls.choices, cls.learnt = staticmethod(function), tensors, choices, learnt
         parameters = inspect.signature(function).parameters.values()
         named = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in tensors]
         cls.options = inspect.Signature([p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in named])
@@ -49,9 +63,11 @@ class LossModule(nn.Module):
         except TypeError as error:
             raise TypeError(f"{type(self).__name__}: {error}; it takes {self.options}") from None
         bound.apply_defaults()
-        checks.options_not_modules(**bound.arguments)
+        checks.options_not_modules(**{n: value for n, value in bound.arguments.items() if n not in self.learnt})
         for name, value in bound.arguments.items():
-            if name in CHECKS:
+            if name in self.choices:
+                checks.choice(name, value, self.choices[name])
+            elif name in CHECKS:
                 CHECKS[name](value)
             setattr(self, name, value)
 
@@ -64,5 +80,6 @@ class LossModule(nn.Module):
 
     def extra_repr(self) -> str:
         always = [p.name for p in self.options.parameters.values() if p.name in ("temperature", "scale")]
-        defaults = {p.name: p.default for p in self.options.parameters.values()}
+        shown_by_torch = [n for n in self.learnt if isinstance(getattr(self, n), nn.Module | Tensor)]
+        defaults = {p.name: p.default for p in self.options.parameters.values() if p.name not in shown_by_torch}
         return checks.options(self, **{n: None if n in always else default for n, default in defaults.items()})

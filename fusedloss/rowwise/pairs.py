@@ -1,45 +1,274 @@
-"""Similarities and distances of one chosen pair a row, differentiable, in chunks: nothing of M x D is kept or copied.
+"""Rows of one matrix against the same rows of others, and mined pairs: nothing of M x D is kept or copied.
 
-What a sweep over all pairs has found (the hardest positive, the hardest negative) is computed again here, where its
-gradient is two rows and not a matrix.
+`scores` is what pair, triplet and distillation losses are made of. It saves its inputs and a few numbers a row, and its
+backward reads the inputs again: a normalised copy, or a difference, would cost another M x D of memory and a write.
+
+`of_pairs` is for what a sweep over all pairs has found (the hardest positive, the hardest negative). It is computed
+again here, where its gradient is two rows and not a matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..problem import stats_dtype, unit_rows
+from ..backends import select_rowwise, triton_pairs
+from ..problem import NORM_EPS, stats_dtype
 from ..rows import row_chunks
 
+# Elements of a block. On a CPU each call wakes the other threads: blocks of 2^18 elements took up to 1.3 times as long
+# as these of 4 MiB. On a GPU it only bounds what the fp32 copies of 16-bit inputs take.
+BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}
+# Up to here (256 KiB a matrix) a step is calls, and an autograd.Function's cost more than those of its formula.
+SMALL = 1 << 16
 
-def dot(x: Tensor, y: Tensor) -> Tensor:
+
+# The formulas: what `backend="reference"` runs ------------------------------------------------------------------------
+
+
+def dot(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
     return (x * y).sum(1)
 
 
-def cosine(x: Tensor, y: Tensor) -> Tensor:
-    return (unit_rows(x) * unit_rows(y)).sum(1)
+def cosine(x: Tensor, y: Tensor, eps: float = NORM_EPS) -> Tensor:
+    return dot(x, y) / (_length(x, eps) * _length(y, eps))
+
+
+def angle(x: Tensor, y: Tensor, eps: float = NORM_EPS) -> Tensor:
+    """AnglE's: unit rows read as complex numbers (dims i and i + ceil(D / 2)); |Re + Im| of the sum of x conj(y)."""
+    half, rest = (x.shape[1] + 1) // 2, x.shape[1] // 2
+    imaginary = dot(x[:, half:], y[:, :rest]) - dot(x[:, :rest], y[:, half:])
+    return ((dot(x, y) + imaginary) / (_length(x, eps) * _length(y, eps))).abs()
+
+
+def squared_distance(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
+    return torch.nn.functional.mse_loss(x + eps if eps else x, y, reduction="none").sum(1)
+
+
+def euclidean_distance(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
+    """The root of 0 has gradient 0 here, not infinity."""
+    return torch.linalg.vector_norm(_apart(x, y, eps), dim=1)
+
+
+def manhattan_distance(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
+    return _apart(x, y, eps).abs().sum(1)
+
+
+def _apart(x: Tensor, y: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    apart = torch.sub(x, y, out=out)
+    return apart.add_(eps) if eps else apart
 
 
 def cosine_distance(x: Tensor, y: Tensor) -> Tensor:
     return 1 - cosine(x, y)
 
 
-def squared_distance(x: Tensor, y: Tensor) -> Tensor:
-    return (x - y).square().sum(1)
+def _length(x: Tensor, eps: float) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1).clamp_min(eps)
 
 
-def euclidean_distance(x: Tensor, y: Tensor) -> Tensor:
-    """The root of 0 has gradient 0 here, not infinity."""
-    squared = squared_distance(x, y)
-    zero = squared == 0
-    return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+class Kind(NamedTuple):
+    formula: Callable[[Tensor, Tensor, float], Tensor]
+    eps: float  # what `scores` takes by default
+    cosine: bool = False  # divides rows by their norms
 
 
+KINDS = {
+    "dot": Kind(dot, 0.0),
+    "cos": Kind(cosine, NORM_EPS, cosine=True),
+    "angle": Kind(angle, NORM_EPS, cosine=True),
+    "euclidean": Kind(euclidean_distance, 0.0),
+    "squared": Kind(squared_distance, 0.0),
+    "manhattan": Kind(manhattan_distance, 0.0),
+}
 DISTANCES = {"euclidean": euclidean_distance, "squared": squared_distance, "cosine": cosine_distance}
+
+
+# Rows against the same rows of others ---------------------------------------------------------------------------------
+
+
+def scores(kind: str, query: Tensor, *others: Tensor, eps: float | None = None, backend: str = "auto") -> Tensor:
+    """`[M, K]`: each row of `query` [M, D] with the same row of each of the K others; fp32, or fp64 for fp64 queries.
+
+    kind: "dot"; "cos" and "angle" (AnglE's), of rows divided by `max(|row|, eps)`; "euclidean", "squared" and
+        "manhattan", of the difference plus `eps`, as in torch.nn.functional.pairwise_distance.
+    eps: by default 1e-12 for cosines (torch.nn.functional.normalize's; cosine_similarity's is 1e-8), 0 for distances.
+    """
+    if eps is None:
+        eps = KINDS[kind].eps
+    name = select_rowwise(backend, query)
+    if name == "reference" or torch.compiler.is_compiling() or (name == "chunked" and _plain(kind, query, others)):
+        return _formula(kind, eps, query, others)
+    return _Scores.apply(kind, eps, name, query, *others)
+
+
+def _plain(kind: str, query: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether the formula does as well: it makes no fp32 copies, and the batch is small or it keeps its inputs only."""
+    inputs_only = kind in ("dot", "squared") and len(others) == 1
+    wide = stats_dtype(query.dtype)
+    return (inputs_only or query.numel() <= SMALL) and all(x.dtype == wide for x in (query, *others))
+
+
+def _formula(kind: str, eps: float, query: Tensor, others: Sequence[Tensor]) -> Tensor:
+    dtype, formula = stats_dtype(query.dtype), KINDS[kind].formula
+    found = [formula(query.to(dtype), other.to(dtype), eps) for other in others]
+    return found[0][:, None] if len(found) == 1 else torch.stack(found, dim=1)
+
+
+class _Scores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kind: str, eps: float, backend: str, query: Tensor, *others: Tensor) -> Tensor:
+        forward = triton_pairs.forward if backend == "triton" else _forward
+        value, norm = forward(kind, eps, query, others)
+        ctx.kind, ctx.eps, ctx.backend, ctx.others = kind, eps, backend, len(others)
+        kept = (value,) if kind == "euclidean" else () if norm is None else (value, norm)
+        ctx.save_for_backward(query, *others, *kept)
+        return value.abs().T if kind == "angle" else value.T
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        matrices, (value, norm) = saved[: 1 + ctx.others], (*saved[1 + ctx.others :], None, None)[:2]
+        if not torch.is_grad_enabled():
+            backward = triton_pairs.backward if ctx.backend == "triton" else _backward
+            return None, None, None, *backward(ctx.kind, ctx.eps, upstream, matrices, value, norm, wanted)
+        # create_graph=True: once more, as a formula.
+        if ctx.backend == "triton":
+            raise RuntimeError("backend='triton' has no second derivatives: use backend='reference' or 'chunked'")
+        with torch.enable_grad():
+            # Apart, where several are one tensor: else each would get the gradient of all.
+            query, *others = (x.view_as(x) for x in matrices)
+            inputs = [x for x, want in zip((query, *others), wanted, strict=True) if want]
+            values = _formula(ctx.kind, ctx.eps, query, others)
+            found = iter(torch.autograd.grad(values, inputs, upstream, create_graph=True))
+        return None, None, None, *(next(found) if want else None for want in wanted)
+
+
+def _blocks(x: Tensor) -> Iterator[slice | None]:
+    """Of rows; None: all of them, which saves the slicing of a small batch."""
+    rows = max(1, BLOCK.get(x.device.type, BLOCK["cuda"]) // x.shape[1])
+    if x.shape[0] <= rows:
+        yield None
+    else:
+        for start in range(0, x.shape[0], rows):
+            yield slice(start, start + rows)
+
+
+def _rows(x: Tensor, rows: slice | None) -> Tensor:
+    return x if rows is None else x[rows]
+
+
+def _forward(kind: str, eps: float, query: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """[K, M] scores (with AnglE's sign), and for cosines the norms [1 + K, M]."""
+    dtype, M = stats_dtype(query.dtype), query.shape[0]
+    value = query.new_empty((len(others), M), dtype=dtype)
+    norm = query.new_empty((1 + len(others), M), dtype=dtype) if KINDS[kind].cosine else None
+    for rows in _blocks(query):
+        x = _rows(query, rows).to(dtype)
+        room = torch.empty(x.shape, dtype=dtype, device=x.device)
+        if norm is not None:
+            torch.linalg.vector_norm(x, dim=1, out=_rows(norm[0], rows))
+        for k, other in enumerate(others):
+            y, out = _rows(other, rows).to(dtype), _rows(value[k], rows)
+            if norm is not None:
+                torch.linalg.vector_norm(y, dim=1, out=_rows(norm[k + 1], rows))
+            if norm is not None or kind == "dot":
+                torch.mul(x, y, out=room)
+                if kind == "angle":
+                    half, rest = (x.shape[1] + 1) // 2, x.shape[1] // 2
+                    room[:, half:].addcmul_(x[:, half:], y[:, :rest])
+                    room[:, :rest].addcmul_(x[:, :rest], y[:, half:], value=-1)
+                torch.sum(room, 1, out=out)
+                continue
+            _apart(x, y, eps, room)
+            if kind == "manhattan":
+                torch.sum(room.abs_(), 1, out=out)
+            else:
+                torch.linalg.vector_norm(room, dim=1, out=out)
+    if kind == "squared":
+        value.square_()
+    if norm is not None:
+        for x, length in zip((query, *others), norm, strict=True):
+            if x.dtype == torch.float16:
+                length.masked_fill_(length == 0, 1)  # 1 / eps is beyond fp16, for the gradient; the score is 0 anyway
+        factor = norm.clamp_min(eps).reciprocal_()
+        value.mul_(factor[0]).mul_(factor[1:])
+    return value, norm
+
+
+def _backward(
+    kind: str,
+    eps: float,
+    upstream: Tensor,  # [M, K]
+    matrices: Sequence[Tensor],
+    value: Tensor | None,
+    norm: Tensor | None,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    dtype = stats_dtype(matrices[0].dtype)
+    gradients = [torch.empty_like(x) if want else None for x, want in zip(matrices, wanted, strict=True)]
+    weight = upstream.T.to(dtype)  # [K, M], of the other side, or of the difference
+    own = None  # [1 + K, M], of the row itself
+    if norm is not None and value is not None:
+        if kind == "angle":
+            weight = weight * value.sign()
+        factor = norm.clamp_min(eps).reciprocal_()
+        along = weight * value
+        # Through the norms: -<dx, x> / |x|^2 of x itself; nothing where eps took the norm's place.
+        own = torch.cat([along.sum(0, keepdim=True), along]).neg_() * factor.square().masked_fill_(norm < eps, 0)
+        weight = weight * factor[0] * factor[1:]
+    elif kind == "squared":
+        weight = 2 * weight
+    elif kind == "euclidean" and value is not None:
+        weight = (weight / value).masked_fill_(value == 0, 0)
+    for rows in _blocks(matrices[0]):
+        x, *ys = (_rows(matrix, rows).to(dtype) for matrix in matrices)
+        # Where a gradient is written: in its place, or in fp32 before it is rounded to that.
+        outs = [out if out is None else _rows(out, rows) for out in gradients]
+        dx, *dys = (out if out is None or out.dtype == dtype else torch.empty_like(x) for out in outs)
+        for k, (y, dy) in enumerate(zip(ys, dys, strict=True)):
+            by = _rows(weight[k], rows)[:, None]
+            if own is not None or kind == "dot":
+                if dx is not None:
+                    _times(by, y, dx, add=k > 0, turn=int(kind == "angle"))
+                if dy is not None:
+                    _times(by, x, dy, turn=-int(kind == "angle"))
+                    if own is not None:
+                        dy.addcmul_(y, _rows(own[k + 1], rows)[:, None])
+            elif dx is not None or dy is not None:
+                apart = dx if dx is not None and k == 0 else dy if dy is not None else torch.empty_like(x)
+                _apart(x, y, eps, apart)
+                if kind == "manhattan":
+                    apart.sign_()
+                apart.mul_(by)
+                if dx is not None and apart is not dx:
+                    dx.add_(apart)
+                if dy is not None:
+                    torch.neg(apart, out=dy)
+        if own is not None and dx is not None:
+            dx.addcmul_(x, _rows(own[0], rows)[:, None])
+        for out, found in zip(outs, (dx, *dys), strict=True):
+            if out is not None and found is not None and found is not out:
+                out.copy_(found)
+    return gradients
+
+
+def _times(weight: Tensor, y: Tensor, out: Tensor, add: bool = False, turn: int = 0) -> None:
+    """`out = weight y`, or `out += weight y`; turn: AnglE's, y plus (+1) or minus (-1) the complex i y."""
+    if add:
+        out.addcmul_(y, weight)
+    else:
+        torch.mul(y, weight, out=out)
+    if turn:
+        half, rest = (y.shape[1] + 1) // 2, y.shape[1] // 2
+        out[:, half:].addcmul_(y[:, :rest], weight, value=turn)
+        out[:, :rest].addcmul_(y[:, half:], weight, value=-turn)
+
+
+# Mined pairs ----------------------------------------------------------------------------------------------------------
 
 
 def of_pairs(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, column: Tensor) -> Tensor:
@@ -90,30 +319,3 @@ class _OfPairs(torch.autograd.Function):
             if dy is not None:
                 dy.index_add_(0, column[chunk], by_other)
         return None, None if dx is None else dx.to(x.dtype), None if dy is None else dy.to(y.dtype), None
-
-
-def angle(x: Tensor, y: Tensor) -> Tensor:
-    """AnglE's: unit rows read as complex numbers (dims i and i + ceil(D / 2)), the absolute sum of x times conj(y)."""
-    x, y = unit_rows(x), unit_rows(y)
-    if x.shape[1] % 2:
-        x, y = (torch.nn.functional.pad(t, (0, 1)) for t in (x, y))
-    (a, b), (c, d) = x.chunk(2, dim=1), y.chunk(2, dim=1)
-    return ((a * c + b * d).sum(1) + (b * c - a * d).sum(1)).abs()
-
-
-def manhattan_distance(x: Tensor, y: Tensor) -> Tensor:
-    return (x - y).abs().sum(1)
-
-
-KINDS = {
-    "dot": dot,
-    "cos": cosine,
-    "angle": angle,
-    "euclidean": euclidean_distance,
-    "manhattan": manhattan_distance,
-}
-
-
-def scores(kind: str, query: Tensor, *others: Tensor, backend: str = "auto") -> Tensor:
-    """`[M, K]`, of query's rows and those of the K others, differentiable in all; fp32, or fp64 for fp64 inputs."""
-    return torch.stack([KINDS[kind](*_wide(query, other)) for other in others], dim=1)

@@ -1,0 +1,45 @@
+"""What the losses of pairs share: their checks, and similarities that are larger for nearer rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .. import checks
+from ..rowwise.pairs import scores
+
+SIMILARITIES = ("cos", "dot", "euclidean", "manhattan", "angle")
+
+
+def similarities(name: str, query: Tensor, *others: Tensor, backend: str) -> Tensor:
+    """`[B, K]`; of a distance its negative, as in sentence-transformers."""
+    found = scores(name, query, *others, backend=backend)
+    return -found if name in ("euclidean", "manhattan") else found
+
+
+def check_rows(**embeddings: Tensor) -> None:
+    """Matrices [B, D] of one B."""
+    checks.embeddings(**embeddings)
+    (first_name, first), *others = embeddings.items()
+    for name, x in others:
+        if x.shape[0] != first.shape[0]:
+            raise ValueError(f"{name} has {x.shape[0]} rows and {first_name} {first.shape[0]}: they must agree")
+
+
+def check_columns(query: Tensor, positive: Tensor, negatives: Sequence[Tensor]) -> None:
+    if not negatives:
+        raise ValueError("negatives is empty: needs at least one matrix [B, D] after positive")
+    check_rows(query=query, positive=positive, **{f"negatives[{i}]": x for i, x in enumerate(negatives)})
+
+
+def check_numbers(name: str, value: Tensor, shapes: Sequence[tuple[int, ...]], like: Tensor) -> None:
+    """A label: real numbers of any dtype, of one of these shapes."""
+    need = " or ".join(str(list(shape)) for shape in shapes)
+    if not isinstance(value, Tensor) or value.dtype.is_complex:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} is {got}: needs a tensor of real numbers {need}")
+    checks.dense(name, value)
+    if value.shape not in shapes:
+        raise ValueError(f"{name} has shape {list(value.shape)}: needs {need}")
+    checks.same_device(name, value, "the embeddings", like)

@@ -1,0 +1,83 @@
+"""A teacher's distribution over a query's candidates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..problem import stats_dtype
+from ._in_batch import of_rows
+from ._module import LossModule
+from ._pairs import SIMILARITIES, check_columns, check_numbers, similarities
+
+
+def distill_kl_div(
+    query: Tensor,
+    positive: Tensor,
+    *negatives: Tensor,
+    label: Tensor,
+    similarity: str = "dot",
+    temperature: float | Tensor = 1.0,
+    student_temperature: float | Tensor | None = None,
+    teacher_temperature: float | Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """The Kullback-Leibler divergence from a teacher's softmax over candidates, as in sentence-transformers.
+
+        p_i = softmax_k(s(query_i, candidate_ik) / t_student),  q_i = softmax_k(label_ik / t_teacher)
+        loss_i = t_student^2 sum_k q_ik log(q_ik / p_ik)            (Hinton et al. 2015; Lin et al. 2020)
+
+    What follows the similarities is computed in fp64, log q as a log-softmax. A candidate to which the teacher gives
+    nothing, by a score of -inf or because it underflows, adds nothing. A NaN score makes the loss NaN.
+
+    Args:
+        query, positive, negatives: `[B, D]` each, float16, bfloat16, float32 or float64, any strides. The candidates
+            are the positive and the negatives, K in all and at least two.
+        label: the teacher's scores `[B, K]`, any real dtype; without a gradient.
+        similarity: "dot", "cos" (norms of at least 1e-12), "angle", or the negative of a distance, "euclidean" or
+            "manhattan".
+        temperature: a positive number, or a tensor of one element, which receives a gradient.
+        student_temperature, teacher_temperature: of one side only, instead of `temperature`.
+        reduction: "mean", "sum" or "none" (`[B]`).
+        backend: "auto", "triton", "chunked" or "reference".
+
+    Returns:
+        A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs. An empty batch gives 0.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> scores = cross_encoder(texts)  # [B, 2]
+        >>> fusedloss.distill_kl_div(query, positive, negative, label=scores, temperature=2.0).backward()
+    """
+    check_columns(query, positive, negatives)
+    check_numbers("label", label, [(query.shape[0], len(negatives) + 1)], query)
+    checks.choice("similarity", similarity, SIMILARITIES)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.scalar("temperature", temperature, query, positive=True)
+    student = _or(temperature, "student_temperature", student_temperature, query)
+    teacher = _or(temperature, "teacher_temperature", teacher_temperature, query)
+    found = similarities(similarity, query, positive, *negatives, backend=backend)
+    # O(B K) numbers in fp64: their divergence is of second order, and in fp32 that of a well-fitted batch is noise.
+    wide = torch.float64 if found.device.type in ("cpu", "cuda") else found.dtype
+    log_p = (found.to(wide) / student).log_softmax(1)
+    log_q = (label.detach().to(wide) / teacher).log_softmax(1)
+    q = log_q.exp()
+    terms = q * (log_q - log_p).masked_fill(q == 0, 0)
+    return of_rows((terms.sum(1) * (student * student)).to(found.dtype), reduction)
+
+
+def _or(temperature: float | Tensor, name: str, value: float | Tensor | None, like: Tensor) -> float | Tensor:
+    if value is None:
+        value = temperature
+    else:
+        checks.scalar(name, value, like, positive=True)
+    return value.reshape(()).to(stats_dtype(like.dtype)) if isinstance(value, Tensor) else value
+
+
+class DistillKLDivLoss(LossModule, function=distill_kl_div, tensors=("label",), choices={"similarity": SIMILARITIES}):
+    """`distill_kl_div` with its options in the constructor and `forward(query, positive, *negatives, label=...)`."""

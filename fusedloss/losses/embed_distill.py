@@ -1,0 +1,116 @@
+"""A student's embeddings beside a teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import checks
+from ..problem import stats_dtype
+from ..rowwise.pairs import scores
+from ._in_batch import of_rows
+from ._module import LossModule
+from ._pairs import check_rows
+
+DISTANCES = ("cosine", "mse", "l2")
+
+
+def embed_distill(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    *,
+    distance: str = "cosine",
+    projection: Tensor | Callable[[Tensor], Tensor] | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """The distance from a student's embeddings to a teacher's (Kim et al. 2023), as in sentence-transformers.
+
+        loss_i = mean over columns c of d(projection(student_ic), teacher_ic)
+
+    With distance "mse" it is sentence-transformers' MSELoss (Reimers & Gurevych 2020).
+
+    Args:
+        student: `[B, D]`, or a list of columns of that shape: float16, bfloat16, float32 or float64, any strides.
+        teacher: `[B, T]` for all columns, or `[B, columns, T]`, or a list; T is D but for a projection. Any floating
+            dtype, as it is: it is not rounded to the student's. It has no gradient.
+        distance: "cosine" (1 - cosine, norms of at least 1e-8), "mse" (the mean of squares over T) or "l2" (the norm of
+            the difference, whose gradient is 0 at 0).
+        projection: from the student's dimension to the teacher's: a weight `[T, D]`, or a function or module, as
+            `torch.nn.Linear(D, T)`. Trained alongside.
+        reduction: "mean", "sum" or "none" (`[B]`).
+        backend: "auto", "triton", "chunked" or "reference".
+
+    Returns:
+        A 0-dim tensor (`[B]` for "none"), float32, or float64 for a float64 student. An empty batch gives 0.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> fusedloss.embed_distill(student(texts), teacher_embeddings, distance="mse").backward()
+    """
+    checks.choice("distance", distance, DISTANCES)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    students = [student] if isinstance(student, Tensor) else list(student)
+    if not students:
+        raise ValueError("student is empty: needs [B, D], or at least one column of it")
+    names = ["student" if isinstance(student, Tensor) else f"student[{i}]" for i in range(len(students))]
+    check_rows(**dict(zip(names, students, strict=True)))
+    if projection is not None:
+        students = [_projected(x, projection) for x in students]
+    teachers = _teachers(teacher, students)
+    kind, eps = {"cosine": ("cos", 1e-8), "mse": ("squared", 0.0), "l2": ("euclidean", 0.0)}[distance]
+    if len(teachers) == 1:  # read once for all columns
+        found = scores(kind, teachers[0], *students, eps=eps, backend=backend)
+    else:
+        pairs = zip(teachers, students, strict=True)
+        found = torch.cat([scores(kind, t, x, eps=eps, backend=backend) for t, x in pairs], 1)
+    columns = found.mean(1) if len(students) > 1 else found.squeeze(1)
+    if distance == "cosine":
+        columns = 1 - columns
+    elif distance == "mse":
+        columns = columns / students[0].shape[1]
+    return of_rows(columns, reduction)
+
+
+def _projected(x: Tensor, projection: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
+    if not isinstance(projection, Tensor):
+        if not callable(projection):
+            raise TypeError(f"projection is a {type(projection).__name__}: needs a weight [T, D], a function, or None")
+        return projection(x)
+    if projection.dim() != 2 or projection.shape[1] != x.shape[1]:
+        raise ValueError(f"projection has shape {list(projection.shape)}: needs [T, {x.shape[1]}]")
+    return F.linear(x, projection)
+
+
+def _teachers(teacher: Tensor | Sequence[Tensor], students: Sequence[Tensor]) -> list[Tensor]:
+    """One for all columns, or one each."""
+    (rows, dim), count, first = students[0].shape, len(students), students[0]
+    if isinstance(teacher, Tensor):
+        if teacher.shape not in ((rows, dim), (rows, count, dim)):
+            need = f"[{rows}, {dim}] or [{rows}, {count}, {dim}]"
+            raise ValueError(f"teacher has shape {list(teacher.shape)}: needs {need}, as student")
+        found = [teacher] if teacher.dim() == 2 else list(teacher.unbind(1))
+    else:
+        found = list(teacher)
+        if len(found) != count:
+            raise ValueError(f"teacher has {len(found)} columns and student {count}: they must agree")
+    for x in found:
+        if not isinstance(x, Tensor) or x.dtype not in checks.FLOATING:
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"teacher is {got}: needs float16, bfloat16, float32 or float64 embeddings")
+        checks.dense("teacher", x)
+        if x.shape != first.shape:
+            raise ValueError(f"teacher has a column of shape {list(x.shape)}: needs [{rows}, {dim}], as student")
+        checks.same_device("teacher", x, "student", first)
+    dtype = stats_dtype(first.dtype)
+    return [x.detach() if stats_dtype(x.dtype) == dtype else x.detach().to(dtype) for x in found]
+
+
+class EmbedDistillLoss(LossModule, function=embed_distill, choices={"distance": DISTANCES}, learnt=("projection",)):
+    """`embed_distill` with its options in the constructor and `forward(student, teacher)`; a projection is its own."""

@@ -1,0 +1,65 @@
+"""A teacher's margins between a positive and its negatives."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import checks
+from ._in_batch import of_rows
+from ._module import LossModule
+from ._pairs import SIMILARITIES, check_columns, check_numbers, similarities
+
+
+def margin_mse(
+    query: Tensor,
+    positive: Tensor,
+    *negatives: Tensor,
+    label: Tensor,
+    similarity: str = "dot",
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """MarginMSE (Hofstätter et al. 2021), as in sentence-transformers.
+
+        loss_i = mean over k of (s(query_i, positive_i) - s(query_i, negative_ik) - margin_ik)^2
+
+    Args:
+        query, positive, negatives: `[B, D]` each, K negatives, float16, bfloat16, float32 or float64, any strides.
+        label: the teacher's margins, `[B, K]`, or `[B]` for one negative; or its scores `[B, K + 1]`, the positive's
+            first, from which they follow. Any real dtype; without a gradient.
+        similarity: "dot", "cos" (norms of at least 1e-12), "angle", or the negative of a distance, "euclidean" or
+            "manhattan".
+        reduction: "mean", "sum" or "none" (`[B]`).
+        backend: "auto", "triton", "chunked" or "reference".
+
+    Returns:
+        A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs. An empty batch gives 0.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> margins = teacher_scores[:, 0] - teacher_scores[:, 1]
+        >>> fusedloss.margin_mse(query, positive, negative, label=margins).backward()
+    """
+    check_columns(query, positive, negatives)
+    rows, count = query.shape[0], len(negatives)
+    # A single negative's [B] and [B, 1] are the same; K + 1 scores are looked for before K margins.
+    shapes = [(rows, count + 1), (rows, count), *([(rows,)] if count == 1 else [])]
+    check_numbers("label", label, shapes, query)
+    checks.choice("similarity", similarity, SIMILARITIES)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    found = similarities(similarity, query, positive, *negatives, backend=backend)
+    margins = label.detach().to(found.dtype)
+    if label.shape == shapes[0]:
+        margins = margins[:, :1] - margins[:, 1:]
+    elif label.dim() == 1:
+        margins = margins[:, None]
+    near, far = found.split((1, count), dim=1)
+    return of_rows(F.mse_loss(near - far, margins, reduction="none").mean(1), reduction)
+
+
+class MarginMSELoss(LossModule, function=margin_mse, tensors=("label",), choices={"similarity": SIMILARITIES}):
+    """`margin_mse` with its options in the constructor and `forward(query, positive, *negatives, label=...)`."""

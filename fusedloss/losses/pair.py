@@ -1,0 +1,195 @@
+"""A pair of embeddings and what is known of it: the same or not, or how similar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import checks
+from ..rowwise.pairs import scores
+from ._in_batch import of_rows
+from ._module import LossModule
+from ._pairs import check_numbers, check_rows
+
+DISTANCES = ("cosine", "euclidean", "manhattan")
+
+
+def contrastive(
+    a: Tensor,
+    b: Tensor,
+    label: Tensor,
+    *,
+    distance: str = "cosine",
+    margin: float = 0.5,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Contrastive loss (Hadsell et al. 2006), as in sentence-transformers: y = 1 is pulled, y = 0 pushed beyond margin.
+
+        loss_i = (y_i d_i^2 + (1 - y_i) relu(margin - d_i)^2) / 2
+
+    Args:
+        a, b: `[B, D]`, float16, bfloat16, float32 or float64, any strides.
+        label: `[B]`, any real dtype; numbers other than 0 and 1 weigh both terms as the formula says.
+        distance: "cosine" (1 - cosine, norms of at least 1e-8), or "euclidean" or "manhattan" of `a - b + 1e-6`, as
+            torch.nn.functional.pairwise_distance has them: equal rows have a finite gradient.
+        margin: in the unit of the distance.
+        reduction: "mean", "sum" or "none" (`[B]`).
+        backend: "auto", "triton", "chunked" or "reference".
+
+    Returns:
+        A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs. An empty batch gives 0.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> same = torch.tensor([1, 0, 1])
+        >>> fusedloss.contrastive(encoder(a), encoder(b), same, margin=0.5).backward()
+    """
+    d = _distances(a, b, label, distance, margin, backend)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    y = label.to(d.dtype)
+    return of_rows(0.5 * (y * d.square() + (1 - y) * (margin - d).relu().square()), reduction)
+
+
+def online_contrastive(
+    a: Tensor, b: Tensor, label: Tensor, *, distance: str = "cosine", margin: float = 0.5, backend: str = "auto"
+) -> Tensor:
+    """`contrastive` over the hard pairs of the batch only, summed and without the half, as in sentence-transformers.
+
+        loss = sum over y_i = 1 with d_i > min{d_j : y_j = 0} of d_i^2
+             + sum over y_i = 0 with d_i < max{d_j : y_j = 1} of relu(margin - d_i)^2
+
+    Where one class is missing, the threshold is the mean distance of the other. Pairs with any other label take no
+    part. Nothing is read back: masks, no selection. A NaN distance counts as hard, and so shows. Parameters but for
+    `reduction`, and errors, are `contrastive`'s.
+
+    Example:
+        >>> fusedloss.online_contrastive(encoder(a), encoder(b), same, margin=0.5).backward()
+    """
+    d = _distances(a, b, label, distance, margin, backend)
+    if not d.shape[0]:
+        return d.sum()
+    with torch.no_grad():
+        positive, negative = label == 1, label == 0
+        far, near = d.masked_fill(~positive, -torch.inf).amax(), d.masked_fill(~negative, torch.inf).amin()
+        far = torch.where(positive.any(), far, _mean(d, negative))
+        near = torch.where(negative.any(), near, _mean(d, positive))
+        # Not above and not below rather than below and above: a comparison with NaN is False.
+        pulled, pushed = positive & ~(d <= near), negative & ~(d >= far)
+    return d.where(pulled, (margin - d).relu().where(pushed, 0)).square().sum()
+
+
+def _mean(d: Tensor, chosen: Tensor) -> Tensor:
+    return d.masked_fill(~chosen, 0).sum() / chosen.sum()
+
+
+def _distances(a: Tensor, b: Tensor, label: Tensor, distance: str, margin: float, backend: str) -> Tensor:
+    check_rows(a=a, b=b)
+    check_numbers("label", label, [(a.shape[0],)], a)
+    checks.choice("distance", distance, DISTANCES)
+    checks.number("margin", margin)
+    if distance == "cosine":
+        return 1 - scores("cos", a, b, eps=1e-8, backend=backend).squeeze(1)
+    return scores(distance, a, b, eps=1e-6, backend=backend).squeeze(1)
+
+
+def cosine_similarity(
+    a: Tensor,
+    b: Tensor,
+    score: Tensor,
+    *,
+    loss: str | Callable[[Tensor, Tensor], Tensor] = "mse",
+    transform: Callable[[Tensor], Tensor] | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """A loss between the cosine of each pair and its gold score, as sentence-transformers' CosineSimilarityLoss.
+
+        loss_i = (transform(cos(a_i, b_i)) - score_i)^2
+
+    Args:
+        a, b: `[B, D]`; the cosine takes norms of at least 1e-8.
+        score: `[B]`, any real dtype, in the unit of what `transform` returns.
+        loss: "mse", or a function (or module) of two tensors [B], as `torch.nn.L1Loss()`, which reduces them itself.
+        transform: applied to the cosines [B] first, as `torch.nn.Sigmoid()`; None: nothing.
+        reduction: "mean", "sum" or "none" (`[B]`); of "mse".
+        backend: "auto", "triton", "chunked" or "reference".
+
+    Returns:
+        A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs; or what `loss` returns.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> gold = torch.tensor([1.0, 0.3])
+        >>> fusedloss.cosine_similarity(encoder(a), encoder(b), gold).backward()
+    """
+    check_rows(a=a, b=b)
+    check_numbers("score", score, [(a.shape[0],)], a)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    if loss != "mse" and not callable(loss):
+        raise ValueError(f"loss is {loss!r}: needs 'mse' or a function of two tensors [B]")
+    if transform is not None and not callable(transform):
+        raise TypeError(f"transform is a {type(transform).__name__}: needs a function of a tensor [B], or None")
+    if callable(loss) and reduction != "mean":
+        raise ValueError(f"reduction is {reduction!r}, but loss is a function, which reduces by itself")
+    cosines = scores("cos", a, b, eps=1e-8, backend=backend).squeeze(1)
+    target = score.to(cosines.dtype)
+    if transform is not None:
+        cosines = transform(cosines)
+    return loss(cosines, target) if callable(loss) else of_rows((cosines - target).square(), reduction)
+
+
+def contrastive_tension(
+    a: Tensor, b: Tensor, label: Tensor, *, reduction: str = "sum", backend: str = "auto"
+) -> Tensor:
+    """Contrastive tension (Carlsson et al. 2021), as in sentence-transformers: is this the same sentence twice?
+
+        loss_i = log(1 + exp(<a_i, b_i>)) - label_i <a_i, b_i>
+
+    Args:
+        a, b: `[B, D]`, each by its own encoder.
+        label: `[B]`, any real dtype: 1 for the same sentence, 0 for another.
+        reduction: "sum" (the paper's), "mean" or "none" (`[B]`).
+        backend: "auto", "triton", "chunked" or "reference".
+
+    Returns:
+        A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> same = torch.tensor([1, 0, 0, 0, 0, 0, 0, 0])
+        >>> fusedloss.contrastive_tension(encoder_1(x), encoder_2(y), same).backward()
+    """
+    check_rows(a=a, b=b)
+    check_numbers("label", label, [(a.shape[0],)], a)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    dots = scores("dot", a, b, backend=backend).squeeze(1)
+    return of_rows(F.binary_cross_entropy_with_logits(dots, label.to(dots.dtype), reduction="none"), reduction)
+
+
+class ContrastiveLoss(LossModule, function=contrastive, choices={"distance": DISTANCES}):
+    """`contrastive` with its options in the constructor and `forward(a, b, label)`."""
+
+
+class OnlineContrastiveLoss(LossModule, function=online_contrastive, choices={"distance": DISTANCES}):
+    """`online_contrastive` with its options in the constructor and `forward(a, b, label)`."""
+
+
+class CosineSimilarityLoss(LossModule, function=cosine_similarity, learnt=("loss", "transform")):
+    """`cosine_similarity` with its options in the constructor and `forward(a, b, score)`."""
+
+
+class ContrastiveTensionLoss(LossModule, function=contrastive_tension):
+    """`contrastive_tension` with its options in the constructor and `forward(a, b, label)`."""

@@ -1,0 +1,63 @@
+"""An anchor nearer to its positive than to its negative, by a margin."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import checks
+from ..rowwise.pairs import scores
+from ._in_batch import of_rows
+from ._module import LossModule
+from ._pairs import check_rows
+
+DISTANCES = ("euclidean", "cosine", "manhattan")
+
+
+def triplet(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    distance: str = "euclidean",
+    margin: float = 5.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Triplet loss (Schroff et al. 2015; Hermans et al. 2017), as in sentence-transformers.
+
+        loss_i = relu(d(anchor_i, positive_i) - d(anchor_i, negative_i) + margin)
+
+    Args:
+        anchor, positive, negative: `[B, D]`, float16, bfloat16, float32 or float64, any strides.
+        distance: "euclidean" (gradient 0 at distance 0), "cosine" (1 - cosine, norms of at least 1e-12) or
+            "manhattan".
+        margin: in the unit of the distance.
+        reduction: "mean", "sum" or "none" (`[B]`).
+        backend: "auto", "triton", "chunked" or "reference".
+
+    Returns:
+        A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs. An empty batch gives 0.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> query, answer, other = encode(questions), encode(answers), encode(others)
+        >>> fusedloss.triplet(query, answer, other, distance="cosine", margin=0.3).backward()
+    """
+    check_rows(anchor=anchor, positive=positive, negative=negative)
+    checks.choice("distance", distance, DISTANCES)
+    checks.number("margin", margin)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    if distance == "cosine":
+        near, far = scores("cos", anchor, positive, negative, backend=backend).unbind(1)
+        apart = far - near  # (1 - near) - (1 - far) would be rounded twice more
+    else:
+        near, far = scores(distance, anchor, positive, negative, backend=backend).unbind(1)
+        apart = near - far
+    return of_rows((apart + margin).relu(), reduction)
+
+
+class TripletLoss(LossModule, function=triplet, choices={"distance": DISTANCES}):
+    """`triplet` with its options in the constructor and `forward(anchor, positive, negative)`."""
