@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import masks as masks
 from .errors import UnsupportedError as UnsupportedError
+from .functional import arcface as arcface
 from .functional import batch_all_triplet as batch_all_triplet
 from .functional import batch_hard_soft_margin_triplet as batch_hard_soft_margin_triplet
 from .functional import batch_hard_triplet as batch_hard_triplet
@@ -12,16 +13,20 @@ from .functional import circle as circle
 from .functional import clip as clip
 from .functional import clip_distill as clip_distill
 from .functional import contrastive_tension_in_batch as contrastive_tension_in_batch
+from .functional import cosface as cosface
 from .functional import decoupled_contrastive as decoupled_contrastive
 from .functional import gist_embed as gist_embed
 from .functional import global_orthogonal_regularization as global_orthogonal_regularization
 from .functional import in_batch_margin_ranking as in_batch_margin_ranking
 from .functional import info_nce as info_nce
+from .functional import linear_cross_entropy as linear_cross_entropy
 from .functional import matryoshka as matryoshka
 from .functional import mega_batch_margin as mega_batch_margin
 from .functional import multi_similarity as multi_similarity
 from .functional import multiple_negatives_ranking as multiple_negatives_ranking
 from .functional import nt_xent as nt_xent
+from .functional import proxy_anchor as proxy_anchor
+from .functional import proxy_nca as proxy_nca
 from .functional import siglip as siglip
 from .functional import sup_con as sup_con
 from .losses._in_batch import Stats as Stats
@@ -34,6 +39,9 @@ from .losses.clip_distill import ClipDistillLoss as ClipDistillLoss
 from .losses.contrastive_tension import ContrastiveTensionInBatchLoss as ContrastiveTensionInBatchLoss
 from .losses.gist import GISTEmbedLoss as GISTEmbedLoss
 from .losses.info_nce import InfoNCELoss as InfoNCELoss
+from .losses.linear_cross_entropy import LinearCrossEntropyLoss as LinearCrossEntropyLoss
+from .losses.margin_softmax import ArcFaceLoss as ArcFaceLoss
+from .losses.margin_softmax import CosFaceLoss as CosFaceLoss
 from .losses.margins import InBatchMarginRankingLoss as InBatchMarginRankingLoss
 from .losses.margins import MegaBatchMarginLoss as MegaBatchMarginLoss
 from .losses.metric_learning import CircleLoss as CircleLoss
@@ -42,6 +50,8 @@ from .losses.multiple_negatives_ranking import MultipleNegativesRankingLoss as M
 from .losses.nt_xent import DCLLoss as DCLLoss
 from .losses.nt_xent import NTXentLoss as NTXentLoss
 from .losses.orthogonal import GlobalOrthogonalRegularizationLoss as GlobalOrthogonalRegularizationLoss
+from .losses.proxies import ProxyAnchorLoss as ProxyAnchorLoss
+from .losses.proxies import ProxyNCALoss as ProxyNCALoss
 from .losses.siglip import SigLipLoss as SigLipLoss
 from .losses.sup_con import SupConLoss as SupConLoss
 

@@ -13,16 +13,20 @@ from .losses.clip_distill import clip_distill
 from .losses.contrastive_tension import contrastive_tension_in_batch
 from .losses.gist import gist_embed
 from .losses.info_nce import info_nce
+from .losses.linear_cross_entropy import linear_cross_entropy
+from .losses.margin_softmax import arcface, cosface
 from .losses.margins import in_batch_margin_ranking, mega_batch_margin
 from .losses.matryoshka import matryoshka
 from .losses.metric_learning import circle, multi_similarity
 from .losses.multiple_negatives_ranking import multiple_negatives_ranking
 from .losses.nt_xent import decoupled_contrastive, nt_xent
 from .losses.orthogonal import global_orthogonal_regularization
+from .losses.proxies import proxy_anchor, proxy_nca
 from .losses.siglip import siglip
 from .losses.sup_con import sup_con
 
 __all__ = [
+    "arcface",
     "batch_all_triplet",
     "batch_hard_soft_margin_triplet",
     "batch_hard_triplet",
@@ -31,16 +35,20 @@ __all__ = [
     "clip",
     "clip_distill",
     "contrastive_tension_in_batch",
+    "cosface",
     "decoupled_contrastive",
     "gist_embed",
     "global_orthogonal_regularization",
     "in_batch_margin_ranking",
     "info_nce",
+    "linear_cross_entropy",
     "matryoshka",
     "mega_batch_margin",
     "multi_similarity",
     "multiple_negatives_ranking",
     "nt_xent",
+    "proxy_anchor",
+    "proxy_nca",
     "siglip",
     "sup_con",
 ]

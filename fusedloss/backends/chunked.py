@@ -42,7 +42,7 @@ def why_not(problem: Problem) -> str | None:
 
 def can_exp(problem: Problem) -> bool:
     """exp_rows finds each row's maximum before it exponentiates; smoothing over what a mask leaves needs its sums."""
-    return not (problem.label_smoothing and problem.masked)
+    return not problem.smooths_by_row
 
 
 def can_store(problem: Problem) -> bool:
@@ -105,7 +105,7 @@ def _logits(sim: Tensor, strip: Strip, tile: slice, out: Tensor) -> Tensor:
 
 
 def _admit_(z: Tensor, strip: Strip, tile: slice, unit: float = 1.0, far: float | None = None) -> Tensor:
-    """From `unit * scale * sim` to logits, -inf where a column does not compete, whatever is there, NaN included.
+    """From `unit * scale * sim` to logits, bent, -inf where a column does not compete, whatever is there, NaN included.
 
     The target is one of these: the sums leave it out. `far`: what to add instead where a guide drops a column, in one
     pass of a tenth of `masked_fill_`'s time.
@@ -115,9 +115,13 @@ def _admit_(z: Tensor, strip: Strip, tile: slice, unit: float = 1.0, far: float 
         inside, index = _hits(strip.own, tile)
         entry = z.gather(1, index)
         z.scatter_(1, index, torch.where(inside, entry * (strip.own_scale / strip.scale), entry))
-    if strip.bias is not None:
-        bias = strip.bias[tile]
-        z.add_(bias).masked_fill_(bias == -math.inf, -math.inf)
+    bias = None if strip.bias is None else strip.bias[tile]
+    if bias is not None:
+        z.add_(bias)
+    if strip.softcap:
+        z.div_(strip.softcap).tanh_().mul_(strip.softcap)
+    if bias is not None:
+        z.masked_fill_(bias == -math.inf, -math.inf)
     for mask in dropped:
         z.masked_fill_(mask, -math.inf)
     if strip.mask is not None and strip.mask.dropped is not None:
@@ -131,6 +135,11 @@ def _admit_(z: Tensor, strip: Strip, tile: slice, unit: float = 1.0, far: float 
     if strip.target is not None:
         _fill_(z, strip.target, tile, -math.inf)
     return z
+
+
+def _slope(z: Tensor, softcap: float, out: Tensor) -> Tensor:
+    """The softcap's derivative where it gave z, `1 - (z / softcap)^2`; 0 for the -inf of a dropped column."""
+    return torch.addcmul(z.new_ones(()), z, z, value=-(softcap**-2), out=out).clamp_(min=0)
 
 
 def _dropped(z: Tensor, mask: StripMask, scale: Tensor | None, tile: slice) -> Iterator[Tensor]:
@@ -336,15 +345,16 @@ def exp_rows(
     tally: Tally | None = None,
     score: Tensor | None = None,
 ) -> tuple[RowSums, Tensor | None]:
-    """Write `exp(z - shift)`; `q_i = sum_{j != t} E_ij (sim_ij - sim_it)`.
+    """Write `exp(z - shift)`, times the slope under a softcap; `q_i = sum_{j != t} E_ij (sim_ij - sim_it)`.
 
     The shift is the row's own maximum over all strips, or 0 where the host knows that nothing can overflow.
     """
-    if target_sim is not None or tally is not None or any(strip.bias is not None for strip in strips):
-        return _exp_rows_in_steps(strips, outs, target_sim, tally, score)
+    safe = problem.bound is not None and problem.bound <= SAFE_SCALE
+    bent = any(strip.softcap for strip in strips)
+    if target_sim is not None or tally is not None or bent or any(strip.bias is not None for strip in strips):
+        return _exp_rows_in_steps(strips, outs, target_sim, tally, score, safe)
     rows = strips[0].x.shape[0]
     maximum, total = _empty_sums(strips[0], rows)
-    safe = problem.cosine and problem.scale_bound is not None and abs(problem.scale_bound) <= SAFE_SCALE
     guided = any(strip.mask is not None and strip.mask.dropped is not None for strip in strips)
     columns = 2 * TILE_COLUMNS if safe and not guided else TILE_COLUMNS  # few passes follow: fewer calls win
     for strip, out in zip(strips, outs, strict=True):
@@ -397,13 +407,14 @@ def _exp_rows_in_steps(
     target_sim: Tensor | None,
     tally: Tally | None,
     score: Tensor | None,
+    safe: bool,
 ) -> tuple[RowSums, Tensor | None]:
-    """With biases, counts or q: logits in natural units, and similarities beside them."""
+    """With biases, counts, q or a softcap: logits in natural units, and similarities or slopes beside them."""
     rows = strips[0].x.shape[0]
     maximum, total = _empty_sums(strips[0], rows)
     # Where q is wanted the workspace holds similarities until the second pass, else logits right away.
     q = None if target_sim is None else torch.zeros_like(total)
-    buffer = _tile_buffer(strips) if q is not None else total
+    buffer = _tile_buffer(strips) if q is not None or strips[0].softcap else total
     for strip, out in zip(strips, outs, strict=True):
         x = _rows(strip) if q is not None else _rows(strip) * strip.scale
         for tile in _tiles(strip):
@@ -414,7 +425,7 @@ def _exp_rows_in_steps(
             _admit_(z, strip, tile)
             if tally is not None and score is not None:
                 _count_(tally, strip, z, None, score)
-            maximum = torch.maximum(maximum, z.amax(1))
+            maximum = torch.maximum(maximum, z.amax(1)) if not safe else maximum
     shift = _finite(maximum)[:, None]
     for strip, out in zip(strips, outs, strict=True):
         for tile in _tiles(strip):
@@ -422,9 +433,13 @@ def _exp_rows_in_steps(
             if target_sim is not None:
                 apart = torch.sub(e, target_sim[:, None], out=_view(buffer, rows, tile))
                 _admit_(e.mul_(strip.scale), strip, tile)
-            _exp_(e.sub_(shift))
+            if strip.softcap:
+                slope = _slope(e, strip.softcap, _view(buffer, rows, tile))
+            _exp_(e if safe else e.sub_(shift))
             total += e.sum(1)
             _flush_(e)
+            if strip.softcap:
+                e.mul_(slope)
             if q is not None:
                 q += apart.mul_(e).sum(1)
             _factors_(e, strip, tile)
@@ -467,6 +482,8 @@ def grad_rows(
                     q += (p * (sim - softmax.target_sim)).sum(1)
             if smooth is not None:
                 dz.sub_(torch.mul(z > -math.inf, smooth[:, None], out=scratch))
+            if strip.softcap:
+                dz.mul_(_slope(z, strip.softcap, scratch))
             if gain is not None:
                 dz.mul_(gain)
             _factors_(dz, strip, tile)
