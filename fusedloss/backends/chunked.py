@@ -30,6 +30,7 @@ FLUSH = 2.0**-100
 # Up to this scale neither exp(cosine * scale) nor a sum of 2**40 of them leaves fp32: no maximum is searched, and
 # exp(-2 * 30) = 2**-87 leaves nothing to flush.
 SAFE_SCALE = 30.0
+BENT_FAR = -1e15  # as a tanh
 FAR = -1e30  # beyond every logit, and its exponential is 0
 # Of unit copies of the embeddings, which spare two passes over every tile and one over the keys for every chunk.
 UNIT_BYTES = 32 << 20
@@ -115,13 +116,15 @@ def _admit_(z: Tensor, strip: Strip, tile: slice, unit: float = 1.0, far: float 
         inside, index = _hits(strip.own, tile)
         entry = z.gather(1, index)
         z.scatter_(1, index, torch.where(inside, entry * (strip.own_scale / strip.scale), entry))
-    bias = None if strip.bias is None else strip.bias[tile]
-    if bias is not None:
-        z.add_(bias)
+    removed = None
+    if strip.bias is not None:
+        bias = strip.bias[tile]
+        z.add_(bias if unit == 1 else (bias.to(_wide(z)) * unit).to(z.dtype))
+        removed = bias == -math.inf
     if strip.softcap:
         z.div_(strip.softcap).tanh_().mul_(strip.softcap)
-    if bias is not None:
-        z.masked_fill_(bias == -math.inf, -math.inf)
+    if removed is not None and (z.device.type != "cpu" or bool(removed.any())):
+        z.masked_fill_(removed, -math.inf)
     for mask in dropped:
         z.masked_fill_(mask, -math.inf)
     if strip.mask is not None and strip.mask.dropped is not None:
@@ -350,15 +353,16 @@ def exp_rows(
     The shift is the row's own maximum over all strips, or 0 where the host knows that nothing can overflow.
     """
     safe = problem.bound is not None and problem.bound <= SAFE_SCALE
-    bent = any(strip.softcap for strip in strips)
-    if target_sim is not None or tally is not None or bent or any(strip.bias is not None for strip in strips):
-        return _exp_rows_in_steps(strips, outs, target_sim, tally, score, safe)
+    if problem.softcap and safe and tally is None and not problem.masked:
+        return _exp_rows_bent(strips, outs), None
+    if target_sim is not None or tally is not None or problem.softcap:
+        return _exp_rows_in_steps(strips, outs, target_sim, tally, score)
     rows = strips[0].x.shape[0]
     maximum, total = _empty_sums(strips[0], rows)
     guided = any(strip.mask is not None and strip.mask.dropped is not None for strip in strips)
     columns = 2 * TILE_COLUMNS if safe and not guided else TILE_COLUMNS  # few passes follow: fewer calls win
     for strip, out in zip(strips, outs, strict=True):
-        x = _rows_in_bits(strip)
+        x = _rows_times(strip, LOG2E)
         for tile in _tiles(strip, columns):
             z = out[:, tile]
             _similarity(strip, x, tile, z)
@@ -385,13 +389,13 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.device.type in ("cpu", "cuda") else x.dtype
 
 
-def _rows_in_bits(strip: Strip) -> Tensor:
-    """Rows whose products with the keys are the logits over log 2, so that exponentials are powers of two.
+def _rows_times(strip: Strip, unit: float) -> Tensor:
+    """Rows whose products with the keys are `unit` times the logits: times log2(e), exponentials are powers of two.
 
     Rounded once: log2(e) as a factor of its own would be magnified by the logits.
     """
     wide = _wide(strip.scale)
-    factor = (strip.scale.to(wide) * LOG2E).expand(strip.x.shape[0])
+    factor = (strip.scale.to(wide) * unit).expand(strip.x.shape[0])
     if strip.row_factor is not None:
         factor = factor * strip.row_factor
     out = strip.scale.new_empty(strip.x.shape)
@@ -401,15 +405,39 @@ def _rows_in_bits(strip: Strip) -> Tensor:
     return out
 
 
+def _exp_rows_bent(strips: list[Strip], outs: list[Tensor]) -> RowSums:
+    """Under a softcap that bounds the exponents: a tile's slopes are at hand while it is in cache."""
+    rows = strips[0].x.shape[0]
+    total, buffer = strips[0].scale.new_zeros(rows), _tile_buffer(strips)
+    for strip, out in zip(strips, outs, strict=True):
+        x = _rows_times(strip, 1 / strip.softcap)
+        for tile in _tiles(strip):
+            tanh = _view(buffer, rows, tile)
+            _similarity(strip, x, tile, tanh)
+            bias = None if strip.bias is None else strip.bias[tile] / strip.softcap
+            if bias is not None:
+                tanh.add_(bias)
+            tanh.tanh_()
+            # Dropped: the exponential of this is 0, and its square is finite.
+            if bias is not None:
+                tanh.masked_fill_(bias == -math.inf, BENT_FAR)
+            if strip.target is not None:
+                _fill_(tanh, strip.target, tile, BENT_FAR)
+            e = torch.mul(tanh, strip.softcap * LOG2E, out=out[:, tile]).exp2_()
+            total += e.sum(1)
+            e.addcmul_(e, tanh.square_(), value=-1)
+            _factors_(e, strip, tile)
+    return RowSums(torch.zeros_like(total), total)
+
+
 def _exp_rows_in_steps(
     strips: list[Strip],
     outs: list[Tensor],
     target_sim: Tensor | None,
     tally: Tally | None,
     score: Tensor | None,
-    safe: bool,
 ) -> tuple[RowSums, Tensor | None]:
-    """With biases, counts, q or a softcap: logits in natural units, and similarities or slopes beside them."""
+    """With counts, q or a softcap: logits in natural units, and similarities or slopes beside them."""
     rows = strips[0].x.shape[0]
     maximum, total = _empty_sums(strips[0], rows)
     # Where q is wanted the workspace holds similarities until the second pass, else logits right away.
@@ -425,7 +453,7 @@ def _exp_rows_in_steps(
             _admit_(z, strip, tile)
             if tally is not None and score is not None:
                 _count_(tally, strip, z, None, score)
-            maximum = torch.maximum(maximum, z.amax(1)) if not safe else maximum
+            maximum = torch.maximum(maximum, z.amax(1))
     shift = _finite(maximum)[:, None]
     for strip, out in zip(strips, outs, strict=True):
         for tile in _tiles(strip):
@@ -435,7 +463,7 @@ def _exp_rows_in_steps(
                 _admit_(e.mul_(strip.scale), strip, tile)
             if strip.softcap:
                 slope = _slope(e, strip.softcap, _view(buffer, rows, tile))
-            _exp_(e if safe else e.sub_(shift))
+            _exp_(e.sub_(shift))
             total += e.sum(1)
             _flush_(e)
             if strip.softcap:

@@ -115,9 +115,10 @@ can_store = can_exp
 
 def _exp_shift(problem: Problem) -> float:
     """Logits within +-bound: exponents at most 0, or higher where the lowest would underflow."""
-    if problem.bound is None:
-        raise ValueError("exp_rows needs a bound: see can_exp")
-    return min(problem.bound, LOWEST_EXPONENT - problem.bound)
+    bound = problem.softcap or problem.scale_bound
+    if bound is None:
+        raise ValueError("exp_rows needs scale_bound or a softcap: see can_exp")
+    return min(abs(bound), LOWEST_EXPONENT - abs(bound))
 
 
 # The similarity GEMM --------------------------------------------------------------------------------------------------
