@@ -6,6 +6,7 @@ from . import masks as masks
 from .errors import UnsupportedError as UnsupportedError
 from .functional import adaptive_layer as adaptive_layer
 from .functional import angle as angle
+from .functional import arcface as arcface
 from .functional import batch_all_triplet as batch_all_triplet
 from .functional import batch_hard_soft_margin_triplet as batch_hard_soft_margin_triplet
 from .functional import batch_hard_triplet as batch_hard_triplet
@@ -17,6 +18,7 @@ from .functional import contrastive as contrastive
 from .functional import contrastive_tension as contrastive_tension
 from .functional import contrastive_tension_in_batch as contrastive_tension_in_batch
 from .functional import cosent as cosent
+from .functional import cosface as cosface
 from .functional import cosine_similarity as cosine_similarity
 from .functional import decoupled_contrastive as decoupled_contrastive
 from .functional import distill_kl_div as distill_kl_div
@@ -25,6 +27,7 @@ from .functional import gist_embed as gist_embed
 from .functional import global_orthogonal_regularization as global_orthogonal_regularization
 from .functional import in_batch_margin_ranking as in_batch_margin_ranking
 from .functional import info_nce as info_nce
+from .functional import linear_cross_entropy as linear_cross_entropy
 from .functional import margin_mse as margin_mse
 from .functional import matryoshka as matryoshka
 from .functional import matryoshka_2d as matryoshka_2d
@@ -33,6 +36,8 @@ from .functional import multi_similarity as multi_similarity
 from .functional import multiple_negatives_ranking as multiple_negatives_ranking
 from .functional import nt_xent as nt_xent
 from .functional import online_contrastive as online_contrastive
+from .functional import proxy_anchor as proxy_anchor
+from .functional import proxy_nca as proxy_nca
 from .functional import siglip as siglip
 from .functional import sup_con as sup_con
 from .functional import triplet as triplet
@@ -50,7 +55,10 @@ from .losses.distill import DistillKLDivLoss as DistillKLDivLoss
 from .losses.embed_distill import EmbedDistillLoss as EmbedDistillLoss
 from .losses.gist import GISTEmbedLoss as GISTEmbedLoss
 from .losses.info_nce import InfoNCELoss as InfoNCELoss
+from .losses.linear_cross_entropy import LinearCrossEntropyLoss as LinearCrossEntropyLoss
 from .losses.margin_mse import MarginMSELoss as MarginMSELoss
+from .losses.margin_softmax import ArcFaceLoss as ArcFaceLoss
+from .losses.margin_softmax import CosFaceLoss as CosFaceLoss
 from .losses.margins import InBatchMarginRankingLoss as InBatchMarginRankingLoss
 from .losses.margins import MegaBatchMarginLoss as MegaBatchMarginLoss
 from .losses.metric_learning import CircleLoss as CircleLoss
@@ -63,6 +71,8 @@ from .losses.pair import ContrastiveLoss as ContrastiveLoss
 from .losses.pair import ContrastiveTensionLoss as ContrastiveTensionLoss
 from .losses.pair import CosineSimilarityLoss as CosineSimilarityLoss
 from .losses.pair import OnlineContrastiveLoss as OnlineContrastiveLoss
+from .losses.proxies import ProxyAnchorLoss as ProxyAnchorLoss
+from .losses.proxies import ProxyNCALoss as ProxyNCALoss
 from .losses.siglip import SigLipLoss as SigLipLoss
 from .losses.sup_con import SupConLoss as SupConLoss
 from .losses.triplet import TripletLoss as TripletLoss

@@ -174,7 +174,8 @@ def index(name: str, value: int) -> None:
         raise ValueError(f"{name} is {value}: needs a 64-bit integer")
 
 
-def target(name: str, value: Tensor, rows: int, columns: int, ignore_index: int, like: Tensor) -> None:
+def target(name: str, value: Tensor, rows: int, columns: int, ignore_index: int | None, like: Tensor) -> None:
+    """`ignore_index` None: every row counts."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} is {got}: needs an int64 tensor [{rows}] of column indices; call .long()")
@@ -183,13 +184,13 @@ def target(name: str, value: Tensor, rows: int, columns: int, ignore_index: int,
         raise ValueError(f"{name} has shape {list(value.shape)}: needs [{rows}], one index per row")
     same_device(name, value, "the embeddings", like)
     if reads_values(value):
-        outside = ((value < 0) | (value >= columns)) & (value != ignore_index)
+        outside = (value < 0) | (value >= columns)
+        if ignore_index is not None:
+            outside &= value != ignore_index
         if bool(outside.any()):
             row = int(outside.nonzero()[0, 0])
-            raise IndexError(
-                f"{name}[{row}] is {int(value[row])}: needs an index from 0 to {columns - 1}, or {ignore_index} to "
-                "leave the row out"
-            )
+            other = "" if ignore_index is None else f", or {ignore_index} to leave the row out"
+            raise IndexError(f"{name}[{row}] is {int(value[row])}: needs an index from 0 to {columns - 1}{other}")
 
 
 def options(module: nn.Module, **defaults: object) -> str:

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from .problem import Margin
+
 
 def softmax_rows(
     z: Tensor, target: Tensor, label_smoothing: float = 0.0, decoupled: bool = False, copies: int = 1
@@ -52,6 +54,30 @@ def softmax_loss(shift: Tensor, total: Tensor, z_target: Tensor, copies: int = 1
 def decoupled_loss(shift: Tensor, total: Tensor, z_target: Tensor) -> Tensor:
     """`log(total) + shift - z_t`; 0 for a row without negatives."""
     return torch.where(total == 0, 0, _log(total) - (z_target - shift).to(total.dtype))
+
+
+def bent(z: Tensor, softcap: float) -> Tensor:
+    """`softcap * tanh(z / softcap)`, whose derivative is `1 - (bent / softcap)^2`."""
+    return torch.tanh(z / softcap) * softcap
+
+
+def marginal(cosine: Tensor, margin: Margin, eps: float) -> tuple[Tensor, Tensor]:
+    """The target's cosine less its margin, `cos(theta + angle) - margin.cosine`, and the derivative of that by it.
+
+    Beyond pi - angle, where the first would rise again, it is `cosine - angle sin(angle)`, pytorch-metric-learning's
+    rule. From the sine, of which acos is not asked: its derivative is infinite at 1. Closer to its class vector than
+    sqrt(eps), where the direction that is left of a row is the rounding of its products, only `cos(angle)` of the
+    derivative is.
+    """
+    sin, cos = math.sin(margin.angle), math.cos(margin.angle)
+    square = (1 - cosine) * (1 + cosine)
+    apart = square > eps
+    sine = torch.where(apart, square, 1).sqrt()
+    nearly = square.detach().clamp(min=0).sqrt()
+    beyond = cosine < -cos
+    value = torch.where(beyond, cosine - margin.angle * sin, cosine * cos - torch.where(apart, sine, nearly) * sin)
+    slope = torch.where(beyond, 1, cos + torch.where(apart, cosine / sine, 0) * sin)
+    return value - margin.cosine, slope
 
 
 def _log(total: Tensor) -> Tensor:

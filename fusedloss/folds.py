@@ -242,6 +242,33 @@ def multi_similarity_formula(
     return _left_in(pull + push, part), None
 
 
+@torch.no_grad()
+def proxy_anchor(values: Tensor, part: Part, scalars: Scalars, options: Options, gradient: bool) -> Folded:
+    """`share log(1 + sum_pos exp(-alpha (v - margin))) + log(1 + sum_neg exp(alpha (v + margin)))`."""
+    _, share = scalars
+    margin, alpha = options
+    positive, negative = _sets(values, part)
+    pulled = (values - margin).mul_(-alpha)
+    pushed = values.add_(margin).mul_(alpha)
+    pull, push = (shift + log for shift, log in (_softmax_(pulled, positive), _softmax_(pushed, negative)))
+    loss = _weighted(share * _softplus(pull) + _softplus(push), part)
+    if gradient:
+        pulled.mul_((share * torch.sigmoid(pull))[:, None])
+        _weigh_(pushed.mul_(torch.sigmoid(push)[:, None]).sub_(pulled), part, alpha)
+    return Folded(loss, None)
+
+
+def proxy_anchor_formula(
+    values: Tensor, part: Part, scalars: Scalars, options: Options
+) -> tuple[Tensor, Tensor | None]:
+    _, share = scalars
+    margin, alpha = options
+    positive, negative = _relations(values, part)
+    pull = _softplus(_logsumexp(-alpha * (values - margin), positive))
+    push = _softplus(_logsumexp(alpha * (values + margin), negative))
+    return _left_in(share * pull + push, part), None
+
+
 # Circle ---------------------------------------------------------------------------------------------------------------
 
 
@@ -434,6 +461,7 @@ FOLDS: dict[str, tuple[Fold, Formula]] = {
     "sigmoid": (sigmoid, sigmoid_formula),
     "margin_ranking": (margin_ranking, margin_ranking_formula),
     "multi_similarity": (multi_similarity, multi_similarity_formula),
+    "proxy_anchor": (proxy_anchor, proxy_anchor_formula),
     "circle": (circle, circle_formula),
     "sup_con_in": (sup_con_in, sup_con_in_formula),
     "batch_all": (batch_all, batch_all_formula),

@@ -17,7 +17,9 @@ from .losses.distill import distill_kl_div
 from .losses.embed_distill import embed_distill
 from .losses.gist import gist_embed
 from .losses.info_nce import info_nce
+from .losses.linear_cross_entropy import linear_cross_entropy
 from .losses.margin_mse import margin_mse
+from .losses.margin_softmax import arcface, cosface
 from .losses.margins import in_batch_margin_ranking, mega_batch_margin
 from .losses.matryoshka import matryoshka
 from .losses.metric_learning import circle, multi_similarity
@@ -25,6 +27,7 @@ from .losses.multiple_negatives_ranking import multiple_negatives_ranking
 from .losses.nt_xent import decoupled_contrastive, nt_xent
 from .losses.orthogonal import global_orthogonal_regularization
 from .losses.pair import contrastive, contrastive_tension, cosine_similarity, online_contrastive
+from .losses.proxies import proxy_anchor, proxy_nca
 from .losses.siglip import siglip
 from .losses.sup_con import sup_con
 from .losses.triplet import triplet
@@ -32,6 +35,7 @@ from .losses.triplet import triplet
 __all__ = [
     "adaptive_layer",
     "angle",
+    "arcface",
     "batch_all_triplet",
     "batch_hard_soft_margin_triplet",
     "batch_hard_triplet",
@@ -43,6 +47,7 @@ __all__ = [
     "contrastive_tension",
     "contrastive_tension_in_batch",
     "cosent",
+    "cosface",
     "cosine_similarity",
     "decoupled_contrastive",
     "distill_kl_div",
@@ -51,6 +56,7 @@ __all__ = [
     "global_orthogonal_regularization",
     "in_batch_margin_ranking",
     "info_nce",
+    "linear_cross_entropy",
     "margin_mse",
     "matryoshka",
     "matryoshka_2d",
@@ -59,6 +65,8 @@ __all__ = [
     "multiple_negatives_ranking",
     "nt_xent",
     "online_contrastive",
+    "proxy_anchor",
+    "proxy_nca",
     "siglip",
     "sup_con",
     "triplet",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import sweep
 from .backends import BACKENDS, reference
-from .problem import Block, Compare, Fold, Guide, GuideRule, Mask, Problem, saved_dtype, stats_dtype
+from .problem import Block, Compare, Fold, Guide, GuideRule, Margin, Mask, Problem, saved_dtype, stats_dtype
 from .sweep import Wants
 
 COUNTED = 4  # most vectors that `Result.counted` may hold
@@ -42,6 +42,7 @@ def flatten(problem: Problem, backend: str, per_row: bool) -> Flat:
     flags = (problem.cosine, problem.symmetric, problem.decoupled, problem.wants_tally, problem.scale_bound is not None)
     shape = [len(problem.operands), len(problem.blocks), problem.copies]
     numbers = [problem.label_smoothing, problem.scale_bound or 0.0, *(float(v) for v in problem.guide_rule)]
+    numbers += [problem.softcap, *problem.margin, problem.z_loss]
     constants: list[Tensor] = []
     biases = [b.bias for b in problem.blocks if b.bias is not None]
 
@@ -96,7 +97,8 @@ def unflatten(
 ) -> Problem:
     read = _Reader(plan, tensors, constants)
     operand_count, block_count, copies = (next(read.shape) for _ in range(3))
-    smoothing, bound, margin, relative = (next(read.numbers) for _ in range(4))
+    smoothing, bound, guide_margin, relative, softcap = (next(read.numbers) for _ in range(5))
+    margin, z_loss = Margin(next(read.numbers), next(read.numbers)), next(read.numbers)
     operands = tuple(next(read.tensors) for _ in range(operand_count))
     blocks = tuple(_block(read) for _ in range(block_count))
     cosine, symmetric, decoupled, wants_tally, bounded = (read.flag() for _ in range(5))
@@ -116,11 +118,14 @@ def unflatten(
         workspace_bytes,
         decoupled,
         copies,
-        GuideRule(margin, bool(relative)),
+        GuideRule(guide_margin, bool(relative)),
         wants_tally,
         _fold(plan, read) if plan.fold else None,
         prefixes,
         prefix_weights,
+        softcap,
+        margin,
+        z_loss,
     )
 
 

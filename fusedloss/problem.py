@@ -43,6 +43,16 @@ class GuideRule(NamedTuple):
     relative: bool = False
 
 
+class Margin(NamedTuple):
+    """What a target must win by: its cosine becomes `cos(theta + angle) - cosine` (`epilogues.marginal`)."""
+
+    angle: float = 0.0  # radians
+    cosine: float = 0.0
+
+
+NO_MARGIN = Margin()
+
+
 class Mask(NamedTuple):
     """Which columns of a block may compete; all that is given must agree. The target always may, but for `skip`.
 
@@ -86,7 +96,7 @@ class Fold:
 
     options: its numbers. labels: of rows and columns. itself: row i stands in column i and is not its own pair.
     distance: "euclidean" or "squared" where the fold sees distances; "cosine": `1 - sim`.
-    scalars: learnable 0-dim tensors after the scale. teacher: embeddings whose logits are the fold's second input.
+    scalars: 0-dim tensors after the scale, maybe learnable. teacher: embeddings whose logits are the second input.
     """
 
     name: str
@@ -123,6 +133,10 @@ class Problem:
     fold: instead of the softmax.
     prefixes, prefix_weights: instead of all of D, the weighted sum of the losses of these prefixes, each of whose rows
         is divided by its own norm (`cosine`).
+    softcap: logits are bent to `cap * tanh(z / cap)` before the softmax; 0: they are not. The scale has no gradient
+        then, as under a margin.
+    margin: of the targets' cosines, before the scale (`cosine`).
+    z_loss: of the squared log-normaliser, added to each row's loss.
     """
 
     operands: tuple[Tensor, ...]
@@ -142,11 +156,27 @@ class Problem:
     fold: Fold | None = None
     prefixes: tuple[int, ...] = ()
     prefix_weights: tuple[float, ...] = ()
+    softcap: float = 0.0
+    margin: Margin = NO_MARGIN
+    z_loss: float = 0.0
 
     @property
     def masked(self) -> bool:
         """Whether rows may have different admissible columns."""
         return any(block.mask.given for block in self.blocks)
+
+    @property
+    def smooths_by_row(self) -> bool:
+        """Whether smoothing needs each row's own sum of logits: otherwise it is a rank-one correction."""
+        return bool(self.label_smoothing) and (self.masked or bool(self.softcap))
+
+    @property
+    def bound(self) -> float | None:
+        """What no logit but a target's exceeds, as far as the host knows."""
+        if self.softcap:
+            return self.softcap
+        biased = any(block.bias is not None for block in self.blocks)
+        return abs(self.scale_bound) if self.cosine and not biased and self.scale_bound is not None else None
 
     @property
     def rows(self) -> int:
@@ -199,7 +229,7 @@ def unit_rows(x: Tensor) -> Tensor:
 class Strip(NamedTuple):
     """One block of one row chunk, as a backend sees it: `R` rows against all `N` columns of the block.
 
-    z[i, j] = scale * row_factor[i] * col_factor[j] * <x_i, y_j> + bias[j]
+    z[i, j] = scale * row_factor[i] * col_factor[j] * <x_i, y_j> + bias[j], bent by `softcap` where there is one
 
     Vectors are in the statistics dtype and contiguous; `x` and `y` are in the input dtype with any strides.
     """
@@ -214,6 +244,7 @@ class Strip(NamedTuple):
     mask: StripMask | None = None
     own: Tensor | None = None  # [R] int64, the column that `own_scale` multiplies instead
     own_scale: Tensor | None = None
+    softcap: float = 0.0
 
 
 class StripMask(NamedTuple):
@@ -264,6 +295,7 @@ class Prepared(NamedTuple):
     col_factor: Tensor | None  # [N]
     score: Tensor  # [M], wide: at scale 100 the half-ulp of an fp32 score is a relative 4e-6 of its pair
     target_sim: Tensor | None  # [M], where the gradient of the scale is wanted
+    slope: Tensor | None = None  # [M], of the score by the target's `scale * sim`, where that is not 1
 
 
 class Patch(NamedTuple):

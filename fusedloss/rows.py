@@ -12,9 +12,21 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .epilogues import decoupled_loss, softmax_loss
+from .epilogues import bent, decoupled_loss, marginal, softmax_loss
 from .folds import Part
-from .problem import NORM_EPS, GuideRule, Patch, Prepared, Problem, RowSums, Settled, inverse_norms, stats_dtype
+from .problem import (
+    NO_MARGIN,
+    NORM_EPS,
+    GuideRule,
+    Margin,
+    Patch,
+    Prepared,
+    Problem,
+    RowSums,
+    Settled,
+    inverse_norms,
+    stats_dtype,
+)
 
 ROWS = 1024  # at a time, where rows are converted: fp32 copies stay in a CPU's caches
 
@@ -32,8 +44,10 @@ def prepare(
     *,
     cosine: bool,
     wants_target_sim: bool,
+    softcap: float = 0.0,
+    margin: Margin = NO_MARGIN,
 ) -> Prepared:
-    """1/norms of both sides, and the target's logit `scale f_i f_t <x_i, y_t> + bias_t`.
+    """1/norms of both sides, and the target's logit `scale f_i f_t <x_i, y_t> + bias_t`, under its margin and bent.
 
     A row dot beside the sweep: in the tile it would cost registers and spill.
     """
@@ -43,14 +57,31 @@ def prepare(
     sim = torch.empty(x.shape[0], dtype=wide, device=x.device)
     none, target = target < 0, target.clamp(min=0)
     for chunk in row_chunks(x):
-        sim[chunk] = torch.linalg.vecdot(x[chunk].to(wide), y[target[chunk]].to(wide))
-    if row_factor is not None and col_factor is not None:
+        own, other = x[chunk].to(wide), y[target[chunk]].to(wide)
+        sim[chunk] = torch.linalg.vecdot(own, other)
+        if any(margin):  # An angle is the root of a difference: rounded factors would cost it half its digits.
+            sim[chunk] /= _length(own) * _length(other)
+    if row_factor is not None and col_factor is not None and not any(margin):
         sim = sim * row_factor * col_factor[target]
     sim = sim.masked_fill(none, 0)
-    score = sim * scale
+    score, slope = marginal(sim, margin, torch.finfo(scale.dtype).eps) if any(margin) else (sim, None)
+    score = score * scale
     if bias is not None:
         score = score + bias[target]
-    return Prepared(row_factor, col_factor, score, sim.to(scale.dtype) if wants_target_sim else None)
+    if softcap:
+        score = bent(score, softcap)
+        slope = 1 - (score / softcap).square()
+    return Prepared(
+        row_factor,
+        col_factor,
+        score,
+        sim.to(scale.dtype) if wants_target_sim else None,
+        None if slope is None else slope.to(scale.dtype),
+    )
+
+
+def _length(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1).clamp_min(NORM_EPS)
 
 
 def merge(running: RowSums, part: RowSums) -> RowSums:
@@ -69,7 +100,9 @@ def settle(
     *,
     decoupled: bool = False,
     copies: int = 1,
+    z_loss: float = 0.0,
     smooth: Tensor | None = None,
+    slope: Tensor | None = None,
     patch: Patch | None = None,
     scaled: Sequence[Tensor] = (),
     dtype: torch.dtype | None = None,
@@ -81,6 +114,7 @@ def settle(
 
     copies: how often the target's exponential stands in l. decoupled: l is the sum of the negatives alone; a row
     without any has loss 0. smooth: what smoothing takes from every admissible entry, where it is known by row.
+    slope: what the target's entry is times, see `Prepared`.
     """
     left_out = weight == 0
     if decoupled:
@@ -93,20 +127,25 @@ def settle(
     shift = torch.where((total == 0) & ~left_out, score.to(total.dtype), sums.shift)
     # A target's logit far above the others must not make l infinite: a smoothed entry is a share of l, and 80 leaves
     # room for the product with y. What it costs are probabilities under exp(-80), beside a share of 1 / N.
-    most = 80.0 if label_smoothing else 88.0 if total.dtype == torch.float32 else 700.0
+    most = 80.0 if label_smoothing or z_loss else 88.0 if total.dtype == torch.float32 else 700.0
     own = torch.exp((score - shift).clamp(max=most).to(total.dtype))
     l = total.clone() if decoupled else total + copies * own
+    loss = decoupled_loss(shift, total, score) if decoupled else softmax_loss(shift, total, score, copies)
+    spread: float | Tensor = label_smoothing
+    if z_loss:  # d lse^2 = 2 lse p: more of the softmax, and as much of the target's mass as makes its entry 2 lse p_t
+        lse = (score + loss).to(total.dtype)
+        spread = spread + 2 * z_loss * lse
+        l = l / (1 + 2 * z_loss * lse)
+        loss = loss + z_loss * lse.square()
     over_l = (weight / l).masked_fill(left_out, 0)
-    if patch is None:
-        entry = label_smoothing * weight - over_l * total
-    else:
-        entry = label_smoothing * l - total
+    entry = spread * weight - over_l * total if patch is None else spread * l - total
     if smooth is not None:
         entry = entry - smooth
+    if slope is not None:
+        entry = entry * slope
     entry = entry.masked_fill(left_out, 0)
     if patch is not None:
         patch_target(patch, entry)
-    loss = decoupled_loss(shift, total, score) if decoupled else softmax_loss(shift, total, score, copies)
     loss = (weight * loss).masked_fill(left_out, 0)
     return Settled(loss, shift, over_l, entry, [(x * over_l[:, None]).to(dtype) for x in scaled])
 

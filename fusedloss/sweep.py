@@ -213,7 +213,7 @@ class _Sweep:
         penalties = [p for block in problem.blocks for p in (block.penalty, block.own_penalty)]
         self.scales = {p: problem.scale + p if p else problem.scale for p in penalties}
         self.own = torch.arange(problem.rows, device=problem.device) if any(penalties) else None
-        self.by_row_smoothing = bool(problem.label_smoothing) and problem.masked
+        self.by_row_smoothing = problem.smooths_by_row
         counts = problem.wants_tally or self.by_row_smoothing
         self.tally = Tally.empty(problem.rows, problem.weight) if counts else None
         self.count: list[Tensor] = []
@@ -433,6 +433,8 @@ class _Sweep:
             self.biases[0],
             cosine=self.problem.cosine,
             wants_target_sim=self.wants.scale or any(b.mask.margin is not None for b in self.problem.blocks),
+            softcap=self.problem.softcap,
+            margin=self.problem.margin,
         )
 
     def _mask(self, block: Block) -> StripMask | None:
@@ -486,6 +488,7 @@ class _Sweep:
         weight = self.problem.weight if weight is None else weight
         score = _part(self.prepared.score, chunk)
         options |= {"decoupled": self.problem.decoupled, "copies": self.problem.copies}
+        options |= {"z_loss": self.problem.z_loss, "slope": _part_or_none(self.prepared.slope, chunk)}
         return self.backend.settle(sums, score, _part(weight, chunk), self.problem.label_smoothing, **options)
 
     def _patch(self, chunk: slice, out: Tensor) -> Patch:
@@ -534,13 +537,17 @@ class _Sweep:
     def _gain(self) -> Tensor:
         """The power of two that brings the largest possible dz to fp16's upper half: what is small would round to 0.
 
-        |dz| is at most its row's weight times both factors. Computed on the device; undone in fp32 after the GEMMs.
+        |dz| is at most its row's weight times both factors, at the target times its slope, and times 1 + 2 z_loss lse,
+        for which there is room up to 16. Computed on the device; undone in fp32 after the GEMMs.
         """
         one = torch.ones_like(self.problem.scale)
         largest = [one if f is None or not len(f) else f.amax() for f in self.factors]
         factors = torch.stack([largest[block.query] * largest[block.key] for block in self.problem.blocks]).amax()
-        weight = self.problem.weight.abs().amax() if self.problem.rows else one
-        exponent = torch.floor(15 - torch.log2(factors * weight.clamp_min(2.0**-126)))
+        weight = self.problem.weight.abs()
+        if self.prepared.slope is not None:
+            weight = weight * self.prepared.slope.abs().clamp_min(1)
+        weight = weight.amax() if self.problem.rows else one
+        exponent = torch.floor((11 if self.problem.z_loss else 15) - torch.log2(factors * weight.clamp_min(2.0**-126)))
         return torch.exp2(exponent.clamp(-126, 126))  # a power of two also where no row counts
 
     def _strips(self, chunk: slice) -> list[Strip]:
@@ -559,6 +566,7 @@ class _Sweep:
                     mask=_mask_part(self.masks[number], chunk),
                     own=_part_or_none(self.own, chunk) if other_own else None,
                     own_scale=self.scales[block.own_penalty] if other_own else None,
+                    softcap=self.problem.softcap,
                 )
             )
         if self.guides:

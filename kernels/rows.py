@@ -11,6 +11,7 @@ from .softmax import finite
 
 # A row shorter than this is divided by it, as in torch.nn.functional.normalize.
 NORM_EPS = tl.constexpr(1e-12)
+FP32_EPS = tl.constexpr(2.0**-23)
 
 
 @triton.jit
@@ -24,14 +25,18 @@ def prepare_kernel(
     Bias,  # [N] or None
     Score,  # [M] fp64 or None: the target's logit
     TargetSim,  # [M] or None: row_factor_i * col_factor_t * <x_i, y_t>
+    Slope,  # [M] or None: of the score by its `scale * sim`
     M,
     N,
     D,
     stride_xm,
     stride_yn,
+    SOFTCAP: tl.constexpr,  # or None
+    MARGIN: tl.constexpr,  # angle, its sine and cosine, and what a cosine is less; or None
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    # Numbers that scores depend on are constants: an argument would be rounded to fp32.
     offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     if X is not None:
         mask = offs < M
@@ -42,23 +47,39 @@ def prepare_kernel(
             target = tl.maximum(target, 0)
             t_squared = tl.zeros((BLOCK_R,), tl.float32)
             dot = tl.zeros((BLOCK_R,), tl.float64)
+            x_exact = tl.zeros((BLOCK_R,), tl.float64)
+            t_exact = tl.zeros((BLOCK_R,), tl.float64)
             for start in range(0, D, BLOCK_D):
                 x = _load(X, offs, stride_xm, start, D, mask, BLOCK_D)
                 t = _load(Y, target, stride_yn, start, D, mask, BLOCK_D)
                 x_squared += tl.sum(x * x, axis=1)
                 t_squared += tl.sum(t * t, axis=1)
                 dot += tl.sum(x.to(tl.float64) * t.to(tl.float64), axis=1)
-            if RowFactor is not None:
+                if MARGIN is not None:
+                    x_exact += tl.sum(x.to(tl.float64) * x.to(tl.float64), axis=1)
+                    t_exact += tl.sum(t.to(tl.float64) * t.to(tl.float64), axis=1)
+            if MARGIN is not None:
+                # An angle is the root of a difference: rounded factors would cost it half its digits.
+                dot /= tl.maximum(tl.sqrt(x_exact), NORM_EPS, propagate_nan=tl.PropagateNan.ALL)
+                dot /= tl.maximum(tl.sqrt(t_exact), NORM_EPS, propagate_nan=tl.PropagateNan.ALL)
+            elif RowFactor is not None:
                 # The very factors that the tile meets, rounded alike.
                 dot *= _inverse_norm(x_squared, X).to(tl.float64)
                 dot *= _inverse_norm(t_squared, X).to(tl.float64)
             dot = tl.where(none, 0.0, dot)
             if TargetSim is not None:
                 tl.store(TargetSim + offs, dot.to(tl.float32), mask=mask)
+            if MARGIN is not None:
+                dot, slope = _marginal(dot, MARGIN)
             score = dot * tl.load(Scale).to(tl.float64)
             if Bias is not None:
                 score += tl.load(Bias + target, mask=mask, other=0.0).to(tl.float64)
+            if SOFTCAP is not None:
+                score = SOFTCAP * _tanh(score / SOFTCAP)
+                slope = 1 - (score / SOFTCAP) * (score / SOFTCAP)
             tl.store(Score + offs, score, mask=mask)
+            if Slope is not None:
+                tl.store(Slope + offs, slope.to(tl.float32), mask=mask)
         else:
             for start in range(0, D, BLOCK_D):
                 x = _load(X, offs, stride_xm, start, D, mask, BLOCK_D)
@@ -107,6 +128,7 @@ def settle_kernel(
     Weight,  # [R]
     label_smoothing,
     copies,  # how often the target stands in l
+    z_loss,  # or None
     Shift,  # [R] outputs: the row's shift, or None
     OverL,  # weight / l
     Entry,  # of the target in the gradient
@@ -123,6 +145,7 @@ def settle_kernel(
     stride_om,
     strides,  # of xs and of scaled
     Smooth,  # [R] or None: what smoothing takes from every admissible entry
+    Slope,  # [R] or None: what the target's entry is times
     RELATIVE: tl.constexpr,  # entries are relative to over_l
     DECOUPLED: tl.constexpr,  # the target stays out of l
     BLOCK_R: tl.constexpr,
@@ -145,18 +168,13 @@ def settle_kernel(
     row_shift = tl.where(total == 0, score.to(tl.float32), row_shift)
     above = score - row_shift.to(tl.float64)
     # Bounded: see fusedloss/rows.py.
-    most = tl.where(label_smoothing > 0, 80.0, 88.0)
+    most = tl.where((label_smoothing > 0) | (z_loss is not None), 80.0, 88.0)
     if DECOUPLED:
         l = total
         weight = tl.where(total == 0, 0.0, weight)
     else:
         l = total + copies * tl.exp(tl.minimum(above, most, propagate_nan=tl.PropagateNan.ALL)).to(tl.float32)
-    over_l = tl.where(weight == 0, 0.0, weight / l)
-    if Shift is not None:
-        tl.store(Shift + offs, row_shift, mask=mask)
-    if OverL is not None:
-        tl.store(OverL + offs, over_l, mask=mask)
-    if Loss is not None:
+    if (Loss is not None) | (z_loss is not None):
         positive = total > 0
         log_total = tl.log(tl.where(positive, total, 1.0).to(tl.float64))
         # log(copies + exp(difference)); a NaN total takes the first branch and stays.
@@ -167,14 +185,29 @@ def settle_kernel(
             floor = tl.log(tl.full((BLOCK_R,), 1.0, tl.float64) * copies)
             loss = tl.maximum(difference, floor) + _log1p(tl.exp(-tl.abs(difference - floor)))
         loss = tl.where(difference == difference, loss, difference)  # maxima drop NaN
+    spread = label_smoothing
+    if z_loss is not None:
+        # See fusedloss/rows.py.
+        lse = (score + loss).to(tl.float32)
+        spread += 2 * z_loss * lse
+        l /= 1 + 2 * z_loss * lse
+        loss += z_loss * (lse * lse)
+    over_l = tl.where(weight == 0, 0.0, weight / l)
+    if Shift is not None:
+        tl.store(Shift + offs, row_shift, mask=mask)
+    if OverL is not None:
+        tl.store(OverL + offs, over_l, mask=mask)
+    if Loss is not None:
         tl.store(Loss + offs, tl.where(weight == 0, 0.0, weight * loss.to(tl.float32)), mask=mask)
     if Entry is not None or Out is not None:
         if RELATIVE:
-            entry = label_smoothing * l - total
+            entry = spread * l - total
         else:
-            entry = label_smoothing * weight - over_l * total
+            entry = spread * weight - over_l * total
         if Smooth is not None:
             entry -= tl.load(Smooth + offs, mask=mask, other=0.0)
+        if Slope is not None:
+            entry *= tl.load(Slope + offs, mask=mask, other=0.0)
         entry = tl.where(weight == 0, 0.0, entry)
         if Entry is not None:
             tl.store(Entry + offs, entry, mask=mask)
@@ -315,6 +348,28 @@ def _summed(Sum, n_tiles, R, offs, mask, BLOCK_R: tl.constexpr, BLOCK_T: tl.cons
         inside = (tiles < n_tiles)[:, None] & mask[None, :]
         total += tl.sum(tl.load(Sum + place, mask=inside, other=0.0), axis=0)
     return total
+
+
+@triton.jit
+def _marginal(cosine, MARGIN: tl.constexpr):
+    """The target's cosine less its margin, and the derivative by it: `marginal` in fusedloss/epilogues.py."""
+    ANGLE: tl.constexpr = MARGIN[0]
+    SIN: tl.constexpr = MARGIN[1]
+    COS: tl.constexpr = MARGIN[2]
+    square = (1 - cosine) * (1 + cosine)
+    apart = square > FP32_EPS
+    sine = tl.sqrt(tl.maximum(square, 0.0))
+    beyond = cosine < -COS
+    value = tl.where(beyond, cosine - ANGLE * SIN, cosine * COS - sine * SIN)
+    slope = tl.where(beyond, 1.0, COS + tl.where(apart, cosine / tl.where(apart, sine, 1.0), 0.0) * SIN)
+    return value - MARGIN[3], slope
+
+
+@triton.jit
+def _tanh(x):
+    """fp64, to an absolute 1e-16."""
+    e = tl.exp(-2 * tl.abs(x))
+    return tl.where(x < 0, e - 1, 1 - e) / (1 + e)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """The similarity GEMM with an epilogue: a tile of logits is folded while it is in registers.
 
-    z[i, j] = scale * row_factor[i] * col_factor[j] * <x_i, y_j> + bias[j]
+    z[i, j] = scale * row_factor[i] * col_factor[j] * <x_i, y_j> + bias[j], bent by a softcap
 
 Two kernels, one fold, one table of epilogues (`softmax.py`):
 
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .masks import admitted
-from .softmax import hits
+from .softmax import hits, tanh
 
 
 @triton.jit
@@ -28,6 +28,7 @@ def similarity_kernel(
     RowFactor,  # [M] or None
     ColFactor,  # [N] or None
     Bias,  # [N] or None
+    softcap,  # logits become softcap * tanh(z / softcap); or None
     Target,  # [M] int64 or None
     masks,  # MaskArgs or None
     args,  # the epilogue's own
@@ -73,18 +74,18 @@ def similarity_kernel(
         # columns and q on sm_90, a whole 128 x 128 tile spills 264 bytes a thread, halves none.
         if SUBTILES == 1:
             _fold(
-                sim, Out, Scale, RowFactor, ColFactor, Bias, Target, masks, args, M, N, stride_om,
+                sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
                 pid_m, pid_n, EPILOGUE, DESCRIPTORS, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         else:
             halves = tl.permute(tl.reshape(sim, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
             left, right = tl.split(halves)
             _fold(
-                left, Out, Scale, RowFactor, ColFactor, Bias, Target, masks, args, M, N, stride_om,
+                left, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
                 pid_m, pid_n * 2, EPILOGUE, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
             )  # fmt: skip
             _fold(
-                right, Out, Scale, RowFactor, ColFactor, Bias, Target, masks, args, M, N, stride_om,
+                right, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
                 pid_m, pid_n * 2 + 1, EPILOGUE, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
             )  # fmt: skip
 
@@ -97,6 +98,7 @@ def panel_kernel(
     RowFactor,
     ColFactor,
     Bias,
+    softcap,
     Target,
     masks,
     args,
@@ -115,7 +117,7 @@ def panel_kernel(
     mask = (offs_m < M)[:, None] & (first_tile.to(tl.int64) * BLOCK_N + offs_n < N)[None, :]
     sim = tl.load(Sim + offs_m[:, None] * stride_sm + offs_n[None, :], mask=mask, other=0.0)
     _fold(
-        sim, Out, Scale, RowFactor, ColFactor, Bias, Target, masks, args, M, N, stride_om,
+        sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
         pid_m, first_tile + tl.program_id(1), EPILOGUE, False, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -131,8 +133,15 @@ def _place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl
 
 
 @triton.jit
+def _bent(z, softcap):
+    if softcap is not None:
+        z = softcap * tanh(z / softcap)
+    return z
+
+
+@triton.jit
 def _fold(
-    sim, Out, Scale, RowFactor, ColFactor, Bias, Target, masks, args, M, N, stride_om,
+    sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
     pid_m, pid_n,
     EPILOGUE: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -152,9 +161,9 @@ def _fold(
     if Bias is not None:
         bias = tl.load(Bias + offs_n, mask=mask_n, other=float("-inf"))
         # Not a sum alone: NaN in a removed column must not outlive the -inf.
-        z = tl.where(bias[None, :] == float("-inf"), float("-inf"), z + bias[None, :])
+        z = tl.where(bias[None, :] == float("-inf"), float("-inf"), _bent(z + bias[None, :], softcap))
     else:
-        z = tl.where(mask_n[None, :], z, float("-inf"))
+        z = tl.where(mask_n[None, :], _bent(z, softcap), float("-inf"))
     if masks is not None:
         admit = admitted(sim, mask_m, mask_n, offs_m, offs_n, pid_n, masks, BLOCK_N)
         z = tl.where(admit, z, float("-inf"))
@@ -162,6 +171,10 @@ def _fold(
         z = tl.where(hits(Target, offs_m, mask_m, pid_n, BLOCK_N), float("-inf"), z)
     value = EPILOGUE(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args)
     if Out is not None:
+        if softcap is not None:
+            # The softcap's derivative, 1 - tanh^2; what was dropped is 0 and the target's entry has its own.
+            bend = tl.where(z == float("-inf"), 0.0, z / softcap)
+            value *= 1 - bend * bend
         # Factors enter before rounding, so that the next two GEMMs take x and y as they are. They
         # are loaded again because two more vectors, live across the epilogue, would spill.
         if RowFactor is not None:

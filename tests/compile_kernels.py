@@ -33,6 +33,7 @@ from fusedloss.problem import (
     Block,
     Compare,
     GuideRule,
+    Margin,
     Patch,
     Problem,
     RowSums,
@@ -64,6 +65,8 @@ MASKED = (
     "guide",
     "store",
 )
+# Under a softcap, which stands in the way from similarities to logits and back.
+SOFTCAP = ("stats, softcap", "stats, tally, softcap", "exp, softcap", "grad, softcap")
 TYPES = {
     torch.int32: "i32",
     torch.uint8: "u8",
@@ -105,6 +108,8 @@ def similarities(mode: str, dtype: torch.dtype, size: int, dim: int) -> None:
         mask = StripMask(compare, dense, vector, exempt, target, bits)
         strip = strip._replace(mask=mask, own=target, own_scale=empty())
         smooth = vector
+    if "softcap" in mode:
+        strip, smooth = strip._replace(softcap=30.0), vector
     if "tally" in mode:
         tally, score = Tally(*(vector.clone() for _ in Tally._fields)), vector
     problem = Problem((x,), (Block(0, 0),), empty(), target, vector, scale_bound=20.0)
@@ -141,6 +146,9 @@ def by_row(name: str, dtype: torch.dtype) -> None:
             backend.prepare(
                 x, empty(size, dim, kind=dtype), target, empty(), vector, cosine=True, wants_target_sim=True
             )
+        case "prepare, softcap, margin":
+            y, options = empty(size, dim, kind=dtype), {"softcap": 30.0, "margin": Margin(0.5, 0.1)}
+            backend.prepare(x, y, target, empty(), vector, cosine=True, wants_target_sim=True, **options)
         case "norms":
             backend.inverse_norms(x)
         case "merge":
@@ -149,6 +157,8 @@ def by_row(name: str, dtype: torch.dtype) -> None:
             backend.settle(table, score, vector, 0.1)
         case "settle, patch":
             backend.settle(RowSums(-20.0, table.total), score, vector, 0.1, patch=patch, scaled=[x], dtype=dtype)
+        case "settle, z-loss, slope":
+            backend.settle(table, score, vector, 0.1, z_loss=1e-4, smooth=vector, slope=vector)
         case "weigh":
             backend.weigh(patch, vector, vector, vector)
         case "finish":
@@ -199,7 +209,17 @@ def lists() -> Launches:
 
 ROWWISE: Launches = {**pointwise(), **classes(), **pairs(), **lists()}
 
-BY_ROW = ("prepare", "norms", "merge", "settle", "settle, patch", "weigh", "finish")
+BY_ROW = (
+    "prepare",
+    "prepare, softcap, margin",
+    "norms",
+    "merge",
+    "settle",
+    "settle, patch",
+    "settle, z-loss, slope",
+    "weigh",
+    "finish",
+)
 
 
 class Recorder:
@@ -267,12 +287,14 @@ def cases() -> list[tuple[str, str, str, str, int, int]]:
     narrow = [(mode, dtype, "highest", *large) for dtype in ("bfloat16", "float16") for mode in MODES]
     tf32 = [(mode, "float32", "high", *large) for mode in MODES]
     masked = [(mode, "bfloat16", "high", *large) for mode in MASKED]
+    bent = [(mode, dtype, "high", *large) for dtype in ("bfloat16", "float16", "float32") for mode in SOFTCAP]
+    bent += [(mode, "bfloat16", "high", *wide) for mode in SOFTCAP]
     # In full precision no tensor core is used and the tile is far from any limit.
     full = [(mode, "float32", "highest", *large) for mode in (MODES[0], MODES[-1])]
     small = [(MODES[-1], dtype, "high", *few) for dtype in ("bfloat16", "float32")]
     library = [(mode, dtype, "high", *wide) for dtype in ("bfloat16", "float32") for mode in MODES]
     return [
-        *(("similarities", *case) for case in (*narrow, *tf32, *masked, *full, *small, *library)),
+        *(("similarities", *case) for case in (*narrow, *tf32, *masked, *bent, *full, *small, *library)),
         *(("rows", name, dtype, "", 8192, 768) for dtype in ("bfloat16", "float32") for name in (*BY_ROW, *ROWWISE)),
     ]
 

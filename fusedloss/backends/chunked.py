@@ -30,6 +30,7 @@ FLUSH = 2.0**-100
 # Up to this scale neither exp(cosine * scale) nor a sum of 2**40 of them leaves fp32: no maximum is searched, and
 # exp(-2 * 30) = 2**-87 leaves nothing to flush.
 SAFE_SCALE = 30.0
+BENT_FAR = -1e15  # as a tanh
 FAR = -1e30  # beyond every logit, and its exponential is 0
 # Of unit copies of the embeddings, which spare two passes over every tile and one over the keys for every chunk.
 UNIT_BYTES = 32 << 20
@@ -42,7 +43,7 @@ def why_not(problem: Problem) -> str | None:
 
 def can_exp(problem: Problem) -> bool:
     """exp_rows finds each row's maximum before it exponentiates; smoothing over what a mask leaves needs its sums."""
-    return not (problem.label_smoothing and problem.masked)
+    return not problem.smooths_by_row
 
 
 def can_store(problem: Problem) -> bool:
@@ -105,7 +106,7 @@ def _logits(sim: Tensor, strip: Strip, tile: slice, out: Tensor) -> Tensor:
 
 
 def _admit_(z: Tensor, strip: Strip, tile: slice, unit: float = 1.0, far: float | None = None) -> Tensor:
-    """From `unit * scale * sim` to logits, -inf where a column does not compete, whatever is there, NaN included.
+    """From `unit * scale * sim` to logits, bent, -inf where a column does not compete, whatever is there, NaN included.
 
     The target is one of these: the sums leave it out. `far`: what to add instead where a guide drops a column, in one
     pass of a tenth of `masked_fill_`'s time.
@@ -115,9 +116,15 @@ def _admit_(z: Tensor, strip: Strip, tile: slice, unit: float = 1.0, far: float 
         inside, index = _hits(strip.own, tile)
         entry = z.gather(1, index)
         z.scatter_(1, index, torch.where(inside, entry * (strip.own_scale / strip.scale), entry))
+    removed = None
     if strip.bias is not None:
         bias = strip.bias[tile]
-        z.add_(bias).masked_fill_(bias == -math.inf, -math.inf)
+        z.add_(bias if unit == 1 else (bias.to(_wide(z)) * unit).to(z.dtype))
+        removed = bias == -math.inf
+    if strip.softcap:
+        z.div_(strip.softcap).tanh_().mul_(strip.softcap)
+    if removed is not None and (z.device.type != "cpu" or bool(removed.any())):
+        z.masked_fill_(removed, -math.inf)
     for mask in dropped:
         z.masked_fill_(mask, -math.inf)
     if strip.mask is not None and strip.mask.dropped is not None:
@@ -131,6 +138,11 @@ def _admit_(z: Tensor, strip: Strip, tile: slice, unit: float = 1.0, far: float 
     if strip.target is not None:
         _fill_(z, strip.target, tile, -math.inf)
     return z
+
+
+def _slope(z: Tensor, softcap: float, out: Tensor) -> Tensor:
+    """The softcap's derivative where it gave z, `1 - (z / softcap)^2`; 0 for the -inf of a dropped column."""
+    return torch.addcmul(z.new_ones(()), z, z, value=-(softcap**-2), out=out).clamp_(min=0)
 
 
 def _dropped(z: Tensor, mask: StripMask, scale: Tensor | None, tile: slice) -> Iterator[Tensor]:
@@ -336,19 +348,21 @@ def exp_rows(
     tally: Tally | None = None,
     score: Tensor | None = None,
 ) -> tuple[RowSums, Tensor | None]:
-    """Write `exp(z - shift)`; `q_i = sum_{j != t} E_ij (sim_ij - sim_it)`.
+    """Write `exp(z - shift)`, times the slope under a softcap; `q_i = sum_{j != t} E_ij (sim_ij - sim_it)`.
 
     The shift is the row's own maximum over all strips, or 0 where the host knows that nothing can overflow.
     """
-    if target_sim is not None or tally is not None or any(strip.bias is not None for strip in strips):
+    safe = problem.bound is not None and problem.bound <= SAFE_SCALE
+    if problem.softcap and safe and tally is None and not problem.masked:
+        return _exp_rows_bent(strips, outs), None
+    if target_sim is not None or tally is not None or problem.softcap:
         return _exp_rows_in_steps(strips, outs, target_sim, tally, score)
     rows = strips[0].x.shape[0]
     maximum, total = _empty_sums(strips[0], rows)
-    safe = problem.cosine and problem.scale_bound is not None and abs(problem.scale_bound) <= SAFE_SCALE
     guided = any(strip.mask is not None and strip.mask.dropped is not None for strip in strips)
     columns = 2 * TILE_COLUMNS if safe and not guided else TILE_COLUMNS  # few passes follow: fewer calls win
     for strip, out in zip(strips, outs, strict=True):
-        x = _rows_in_bits(strip)
+        x = _rows_times(strip, LOG2E)
         for tile in _tiles(strip, columns):
             z = out[:, tile]
             _similarity(strip, x, tile, z)
@@ -375,13 +389,13 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.device.type in ("cpu", "cuda") else x.dtype
 
 
-def _rows_in_bits(strip: Strip) -> Tensor:
-    """Rows whose products with the keys are the logits over log 2, so that exponentials are powers of two.
+def _rows_times(strip: Strip, unit: float) -> Tensor:
+    """Rows whose products with the keys are `unit` times the logits: times log2(e), exponentials are powers of two.
 
     Rounded once: log2(e) as a factor of its own would be magnified by the logits.
     """
     wide = _wide(strip.scale)
-    factor = (strip.scale.to(wide) * LOG2E).expand(strip.x.shape[0])
+    factor = (strip.scale.to(wide) * unit).expand(strip.x.shape[0])
     if strip.row_factor is not None:
         factor = factor * strip.row_factor
     out = strip.scale.new_empty(strip.x.shape)
@@ -391,6 +405,31 @@ def _rows_in_bits(strip: Strip) -> Tensor:
     return out
 
 
+def _exp_rows_bent(strips: list[Strip], outs: list[Tensor]) -> RowSums:
+    """Under a softcap that bounds the exponents: a tile's slopes are at hand while it is in cache."""
+    rows = strips[0].x.shape[0]
+    total, buffer = strips[0].scale.new_zeros(rows), _tile_buffer(strips)
+    for strip, out in zip(strips, outs, strict=True):
+        x = _rows_times(strip, 1 / strip.softcap)
+        for tile in _tiles(strip):
+            tanh = _view(buffer, rows, tile)
+            _similarity(strip, x, tile, tanh)
+            bias = None if strip.bias is None else strip.bias[tile] / strip.softcap
+            if bias is not None:
+                tanh.add_(bias)
+            tanh.tanh_()
+            # Dropped: the exponential of this is 0, and its square is finite.
+            if bias is not None:
+                tanh.masked_fill_(bias == -math.inf, BENT_FAR)
+            if strip.target is not None:
+                _fill_(tanh, strip.target, tile, BENT_FAR)
+            e = torch.mul(tanh, strip.softcap * LOG2E, out=out[:, tile]).exp2_()
+            total += e.sum(1)
+            e.addcmul_(e, tanh.square_(), value=-1)
+            _factors_(e, strip, tile)
+    return RowSums(torch.zeros_like(total), total)
+
+
 def _exp_rows_in_steps(
     strips: list[Strip],
     outs: list[Tensor],
@@ -398,12 +437,12 @@ def _exp_rows_in_steps(
     tally: Tally | None,
     score: Tensor | None,
 ) -> tuple[RowSums, Tensor | None]:
-    """With biases, counts or q: logits in natural units, and similarities beside them."""
+    """With counts, q or a softcap: logits in natural units, and similarities or slopes beside them."""
     rows = strips[0].x.shape[0]
     maximum, total = _empty_sums(strips[0], rows)
     # Where q is wanted the workspace holds similarities until the second pass, else logits right away.
     q = None if target_sim is None else torch.zeros_like(total)
-    buffer = _tile_buffer(strips) if q is not None else total
+    buffer = _tile_buffer(strips) if q is not None or strips[0].softcap else total
     for strip, out in zip(strips, outs, strict=True):
         x = _rows(strip) if q is not None else _rows(strip) * strip.scale
         for tile in _tiles(strip):
@@ -422,9 +461,13 @@ def _exp_rows_in_steps(
             if target_sim is not None:
                 apart = torch.sub(e, target_sim[:, None], out=_view(buffer, rows, tile))
                 _admit_(e.mul_(strip.scale), strip, tile)
+            if strip.softcap:
+                slope = _slope(e, strip.softcap, _view(buffer, rows, tile))
             _exp_(e.sub_(shift))
             total += e.sum(1)
             _flush_(e)
+            if strip.softcap:
+                e.mul_(slope)
             if q is not None:
                 q += apart.mul_(e).sum(1)
             _factors_(e, strip, tile)
@@ -467,6 +510,8 @@ def grad_rows(
                     q += (p * (sim - softmax.target_sim)).sum(1)
             if smooth is not None:
                 dz.sub_(torch.mul(z > -math.inf, smooth[:, None], out=scratch))
+            if strip.softcap:
+                dz.mul_(_slope(z, strip.softcap, scratch))
             if gain is not None:
                 dz.mul_(gain)
             _factors_(dz, strip, tile)

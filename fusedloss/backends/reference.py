@@ -57,6 +57,8 @@ def _loss_rows(problem: Problem) -> tuple[Tensor, list[Tensor]]:
         # Before the formula: 0 times the NaN gradient of a row without admissible columns is NaN.
         z = z.masked_fill((problem.weight == 0)[:, None], 0)
     loss = epilogues.softmax_rows(z, problem.target, problem.label_smoothing, problem.decoupled, problem.copies)
+    if problem.z_loss:
+        loss = loss + problem.z_loss * z.logsumexp(1).square()
     if problem.symmetric:
         diagonal = torch.arange(problem.rows, device=z.device)
         loss = (loss + epilogues.softmax_rows(z.T, diagonal)) / 2
@@ -82,9 +84,17 @@ def _logits(problem: Problem, rows: list[Tensor]) -> Tensor:
             columns = torch.arange(sim.shape[1], device=sim.device)
             penalty = torch.full_like(sim, block.penalty).masked_fill(own[:, None] == columns, block.own_penalty)
             z = z + penalty * sim.detach()
+        if number == 0 and any(problem.margin):
+            index = problem.target.clamp(min=0)[:, None]
+            eps = torch.finfo(sim.dtype).eps
+            target = epilogues.marginal(sim.gather(1, index), problem.margin, eps)[0] * problem.scale
+            z = z.scatter(1, index, torch.where(problem.target[:, None] < 0, z.gather(1, index), target))
         if block.bias is not None:
-            bias = block.bias.to(z.dtype)
-            z = torch.where(bias == -torch.inf, -torch.inf, z + bias)  # whatever z is there, NaN included
+            z = z + block.bias.to(z.dtype)
+        if problem.softcap:
+            z = epilogues.bent(z, problem.softcap)
+        if block.bias is not None:
+            z = torch.where(block.bias == -torch.inf, -torch.inf, z)  # whatever z is there, NaN included
         if block.mask.given:
             with torch.no_grad():
                 dropped = _dropped(problem, block.mask, sim, thresholds)

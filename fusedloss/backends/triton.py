@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 
 from ..problem import (
+    NO_MARGIN,
     GuideRule,
+    Margin,
     Patch,
     Prepared,
     Problem,
@@ -100,12 +103,10 @@ def workspace_dtype(problem: Problem) -> torch.dtype:
 def can_exp(problem: Problem) -> bool:
     """Whether the host knows a shift that keeps every exponential and every row's sum normal."""
     return (
-        problem.cosine
-        and problem.scale_bound is not None
-        and abs(problem.scale_bound) <= SAFE_SCALE
+        problem.bound is not None
+        and problem.bound <= SAFE_SCALE
         and problem.dtype != torch.float16
-        and all(block.bias is None for block in problem.blocks)
-        and not (problem.label_smoothing and problem.masked)
+        and not problem.smooths_by_row
     )
 
 
@@ -114,10 +115,10 @@ can_store = can_exp
 
 def _exp_shift(problem: Problem) -> float:
     """Logits within +-bound: exponents at most 0, or higher where the lowest would underflow."""
-    if problem.scale_bound is None:
-        raise ValueError("exp_rows needs scale_bound: see can_exp")
-    bound = abs(problem.scale_bound)
-    return min(bound, LOWEST_EXPONENT - bound)
+    bound = problem.softcap or problem.scale_bound
+    if bound is None:
+        raise ValueError("exp_rows needs scale_bound or a softcap: see can_exp")
+    return min(abs(bound), LOWEST_EXPONENT - abs(bound))
 
 
 # The similarity GEMM --------------------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def top_rows(strips: list[Strip]) -> tuple[Tensor, Tensor]:
 def similarities(strip: Strip, out: Tensor) -> None:
     """`out = row_factor * col_factor * <x, y>`, nothing else."""
     # Writers multiply by the factors once more: here they come after.
-    bare = strip._replace(row_factor=None, col_factor=None, bias=None, target=None, mask=None, own=None)
+    bare = strip._replace(row_factor=None, col_factor=None, bias=None, target=None, mask=None, own=None, softcap=0.0)
     _similarities(_masks().store, bare, out, (), _config(strip, "store"))
     if strip.row_factor is not None and strip.col_factor is not None:
         out.mul_(strip.row_factor[:, None]).mul_(strip.col_factor)
@@ -203,7 +204,8 @@ def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor) -> list[Tenso
 
 
 def _mode(name: str, strip: Strip, tally: Tally | None) -> str:
-    return f"{name}{', tally' if tally is not None else ''}{', masked' if _masked(strip) else ''}"
+    more = {"tally": tally is not None, "masked": _masked(strip), "softcap": bool(strip.softcap)}
+    return ", ".join([name, *(option for option, given in more.items() if given)])
 
 
 def _masked(strip: Strip) -> bool:
@@ -362,7 +364,8 @@ def _multiply(sim: Tensor, x: Tensor, y: Tensor) -> None:
 
 
 def _columns(strip: Strip) -> tuple[Any, ...]:
-    return strip.scale, strip.row_factor, strip.col_factor, strip.bias, strip.target, _mask_args(strip)
+    softcap = strip.softcap or None
+    return strip.scale, strip.row_factor, strip.col_factor, strip.bias, softcap, strip.target, _mask_args(strip)
 
 
 def _mask_args(strip: Strip) -> Any:
@@ -409,12 +412,15 @@ def prepare(
     *,
     cosine: bool,
     wants_target_sim: bool,
+    softcap: float = 0.0,
+    margin: Margin = NO_MARGIN,
 ) -> Prepared:
     (M, D), N = x.shape, y.shape[0]
     row_factor = scale.new_empty(M) if cosine else None
     col_factor = row_factor if y is x else scale.new_empty(N) if cosine else None
     score = torch.empty(M, dtype=torch.float64, device=x.device)
     target_sim = scale.new_empty(M) if wants_target_sim else None
+    slope = scale.new_empty(M) if softcap or any(margin) else None
     own_columns = None if y is x else col_factor
     _by_row(
         "prepare_kernel",
@@ -429,20 +435,24 @@ def prepare(
         bias,
         score,
         target_sim,
+        slope,
         M,
         N,
         D,
         x.stride(0),
         y.stride(0),
+        SOFTCAP=softcap or None,
+        MARGIN=(margin.angle, math.sin(margin.angle), math.cos(margin.angle), margin.cosine) if any(margin) else None,
     )
-    return Prepared(row_factor, col_factor, score, target_sim)
+    return Prepared(row_factor, col_factor, score, target_sim, slope)
 
 
 def inverse_norms(y: Tensor) -> Tensor:
     N, D = y.shape
     factor = torch.empty(N, dtype=torch.float32, device=y.device)
-    nothing = (None,) * 4
-    _by_row("prepare_kernel", y.device, N, None, y, None, None, factor, *nothing, 0, N, D, 0, y.stride(0))
+    nothing = (None,) * 5
+    sizes = (0, N, D, 0, y.stride(0))
+    _by_row("prepare_kernel", y.device, N, None, y, None, None, factor, *nothing, *sizes, SOFTCAP=None, MARGIN=None)
     return factor
 
 
@@ -461,7 +471,9 @@ def settle(
     *,
     decoupled: bool = False,
     copies: int = 1,
+    z_loss: float = 0.0,
     smooth: Tensor | None = None,
+    slope: Tensor | None = None,
     patch: Patch | None = None,
     scaled: Sequence[Tensor] = (),
     dtype: torch.dtype | None = None,
@@ -485,6 +497,7 @@ def settle(
         weight,
         float(label_smoothing),
         float(copies),
+        z_loss or None,
         settled.shift,
         settled.weight,
         settled.entry if patch is None else None,
@@ -501,6 +514,7 @@ def settle(
         0 if out is None else out.stride(0),
         strides,
         smooth,
+        slope,
         RELATIVE=patch is not None,
         DECOUPLED=decoupled,
     )

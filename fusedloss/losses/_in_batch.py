@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import select
 from ..op import loss_rows_or_sum
-from ..problem import Block, GuideRule, Problem, stats_dtype
+from ..problem import NO_MARGIN, Block, GuideRule, Margin, Problem, stats_dtype
 
 
 class Stats(NamedTuple):
@@ -114,6 +114,13 @@ def reduced(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
     return over(loss, counts.sum()) if reduction == "mean" else loss
 
 
+def columns_and_weights(target: Tensor, weight: Tensor, columns: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Indices that are columns, and the weights of their rows: 0 for the ignored, NaN for one that is no column."""
+    ignored = target == ignore_index
+    outside = ~ignored & ((target < 0) | (target >= columns))
+    return target.masked_fill(ignored | outside, 0), weight.masked_fill(ignored, 0).masked_fill(outside, torch.nan)
+
+
 def of_rows(loss: Tensor, reduction: str) -> Tensor:
     """`[M]` losses of rows that all count, as what was asked for."""
     if reduction == "none":
@@ -141,6 +148,7 @@ def objective(
     decoupled: bool = False,
     copies: int = 1,
     guide_rule: GuideRule | None = None,
+    margin: Margin = NO_MARGIN,
     reduction: str = "mean",
     backend: str = "auto",
     workspace_bytes: int | None = None,
@@ -154,10 +162,7 @@ def objective(
     if target is None:
         target = torch.arange(rows, device=query.device)
     elif not decoupled:
-        ignored = target == ignore_index
-        outside = ~ignored & ((target < 0) | (target >= columns))
-        target = target.masked_fill(ignored | outside, 0)
-        row_weight = row_weight.masked_fill(ignored, 0).masked_fill(outside, torch.nan)
+        target, row_weight = columns_and_weights(target, row_weight, columns, ignore_index)
     if bias is not None:
         row_weight = row_weight.masked_fill(bias.detach()[target] == -torch.inf, 0)
     if skip is not None:
@@ -177,5 +182,6 @@ def objective(
         copies,
         guide_rule or GuideRule(),
         return_stats,
+        margin=margin,
     )
     return Objective(problem, backend, reduction, every_row)

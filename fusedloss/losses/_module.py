@@ -16,7 +16,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "temperature": lambda value: checks.scalar("temperature", value, None, positive=True),
     "scale": lambda value: checks.scalar("scale", value, None, positive=True),
     "label_smoothing": lambda value: checks.share("label_smoothing", value),
-    "ignore_index": lambda value: checks.index("ignore_index", value),
+    "ignore_index": lambda value: None if value is None else checks.index("ignore_index", value),
     "similarity": lambda value: checks.choice("similarity", value, checks.SIMILARITIES),
     "distance": lambda value: checks.choice("distance", value, checks.DISTANCES),
     "margin": lambda value: checks.number("margin", value),

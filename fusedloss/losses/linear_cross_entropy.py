@@ -1,0 +1,177 @@
+"""Cross-entropy of a linear layer's logits that are never materialised: a vocabulary's or a classifier's head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backends import select
+from ..op import loss_rows_or_sum
+from ..problem import Block, Problem
+from ._in_batch import as_scale, autocast, columns_and_weights, distinct
+from ._module import LossModule
+
+IGNORE_INDEX = -100
+INSTEAD = "torch.nn.functional.linear_cross_entropy takes it"
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    compact: bool | None = None,
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """`torch.nn.functional.linear_cross_entropy` of class indices, with neither logits nor their gradient in memory.
+
+        z      = input @ linear_weight.T + linear_bias            softcap: z = softcap * tanh(z / softcap)
+        loss_i = weight_target (logsumexp_c z_ic - z_i,target)    z_loss:  + weight_target z_loss logsumexp_c(z_ic)^2
+
+    Memory is O((N + C) D) plus a bounded workspace. In 16 bits the logits are fp32 from the accumulator to the
+    exponential. Class probabilities and K-dimensional weights are torch's alone.
+
+    Args:
+        input: `[N, D]`, or `[D]`, or `[..., D]`; float16, bfloat16, float32 or float64, any strides.
+        linear_weight: `[C, D]`, the dtype and device of `input`. Receives a gradient, as `input` and `linear_bias` do.
+        target: int64 of `input`'s shape without D: class indices.
+        linear_bias: `[C]`. -inf removes a class, also from what smoothing is spread over.
+        weight: `[C]`, of classes: multiplies the loss of a row whose target it is; the mean divides by the sum over the
+            rows. Receives no gradient.
+        reduction: "mean" (NaN without a row that counts, as in torch), "sum", or "none" (`target`'s shape).
+        ignore_index: rows with this target are left out; None is -100.
+        label_smoothing: share of the target mass spread over all classes, by `weight` where there is one; beside a
+            `weight`, neither softcap nor z_loss can be given.
+        options: torch's LinearCrossEntropyOptions, for its callers' sake: chunks follow from `workspace_bytes`.
+        softcap: bends logits to within +-softcap (Gemma 2), after the bias.
+        z_loss: weight of the squared log-normaliser (PaLM).
+        compact: whether rows that are left out are taken out before the products. Their number must be read for that:
+            None does so on a CPU, where it costs nothing, and not on a GPU, where it waits for the device.
+        backend: "auto", "triton", "chunked" or "reference".
+        workspace_bytes: the most that the workspace for one chunk of logits may take; see `info_nce`.
+
+    Returns:
+        A 0-dim tensor (`target`'s shape for "none"), float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        IndexError: on a CPU, a target that is no class. On a GPU values are not read back and the loss is NaN.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> hidden = decoder(tokens)                                                     # [B, T, D]
+        >>> fusedloss.linear_cross_entropy(hidden, head.weight, tokens_after, ignore_index=pad_id).backward()
+    """
+    ignore_index = IGNORE_INDEX if ignore_index is None else ignore_index
+    x, index = _rows(input, linear_weight, target)
+    classes = linear_weight.shape[0]
+    checks.index("ignore_index", ignore_index)
+    checks.target("target", index, x.shape[0], classes, ignore_index, x)
+    if x.shape[0] and not classes:
+        raise ValueError("linear_weight has no rows: needs at least one class")
+    if linear_bias is not None:
+        checks.vector("linear_bias", linear_bias, classes, "class", x)
+    if weight is not None:
+        checks.vector("weight", weight, classes, "class", x)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.share("label_smoothing", label_smoothing)
+    checks.number("z_loss", z_loss)
+    checks.count("workspace_bytes", workspace_bytes)
+    if softcap is not None:
+        checks.number("softcap", softcap)
+        checks.scalar("softcap", softcap, x, positive=True)
+    if z_loss < 0:
+        raise ValueError(f"z_loss is {z_loss}: needs a number of at least 0")
+    if weight is not None and label_smoothing and (softcap is not None or z_loss):
+        other = "softcap" if softcap is not None else "z_loss"
+        raise ValueError(f"{other} is given beside both weight and label_smoothing: pass at most two of the three")
+
+    x, y = autocast(x, linear_weight)
+    if compact is None:
+        compact = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    kept = (index != ignore_index).nonzero()[:, 0] if compact else None
+    if kept is not None and len(kept) < len(index):
+        x, index = x.index_select(0, kept), index.index_select(0, kept)
+    scale, scale_bound = as_scale(1.0, x, inverse=False)
+    index, counts = columns_and_weights(index, torch.ones_like(index, dtype=scale.dtype), classes, ignore_index)
+    share, row_weight, smoothed = counts, counts, None
+    if weight is not None:
+        weight = weight.detach().to(scale.dtype)
+        row_weight = share = counts * weight[index]
+        if label_smoothing:
+            # eps / C sum_c w_c (lse - z_c) is a multiple of the cross-entropy, and of a difference linear in x.
+            row_weight = (1 - label_smoothing) * share + label_smoothing * weight.mean() * counts
+            smoothed = label_smoothing * _apart(x, y, linear_bias, index, weight).masked_fill(counts == 0, 0)
+            label_smoothing = 0.0
+    operands, (query, key) = distinct(x, y)
+    problem = Problem(
+        tuple(operands),
+        (Block(query, key, linear_bias),),
+        scale,
+        index,
+        row_weight,
+        label_smoothing=label_smoothing,
+        scale_bound=scale_bound,
+        workspace_bytes=workspace_bytes,
+        softcap=float(softcap or 0.0),
+        z_loss=float(z_loss),
+    )
+    loss, _ = loss_rows_or_sum(problem, select(problem, backend), reduction == "none")
+    if smoothed is not None:
+        loss = loss + (smoothed if reduction == "none" else smoothed.sum())
+    if reduction == "none":
+        if kept is not None and len(kept) < target.numel():
+            loss = loss.new_zeros(target.numel()).index_copy(0, kept, loss)
+        return loss.reshape(target.shape)
+    if reduction == "sum":
+        return loss
+    total = share.sum()  # the gradients of a mean over nothing are 0, as torch's are
+    return torch.where(total == 0, torch.nan, loss / total.masked_fill(total == 0, 1))
+
+
+def _rows(input: Tensor, linear_weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """`input` as `[N, D]` and `target` as `[N]`."""
+    if not isinstance(input, Tensor) or input.dim() == 0:
+        got = f"shape {list(input.shape)}" if isinstance(input, Tensor) else f"a {type(input).__name__}"
+        raise TypeError(f"input is {got}: needs a floating tensor [..., D]")
+    if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
+        shape = list(linear_weight.shape)
+        raise ValueError(f"linear_weight has shape {shape}: needs [C, D]; for K dimensions {INSTEAD}")
+    if isinstance(target, Tensor) and target.dtype.is_floating_point:
+        raise TypeError(f"target is {target.dtype}: needs int64 class indices; for class probabilities {INSTEAD}")
+    x = input.reshape(-1, input.shape[-1]) if input.shape[-1] else input.reshape(-1, 0)
+    checks.embeddings(input=x, linear_weight=linear_weight)
+    if isinstance(target, Tensor) and target.shape != input.shape[:-1]:
+        wanted = list(input.shape[:-1])
+        raise ValueError(f"target has shape {list(target.shape)}: needs {wanted}, one class for each row of input")
+    return x, target.reshape(-1) if isinstance(target, Tensor) else target
+
+
+def _apart(x: Tensor, y: Tensor, bias: Tensor | None, index: Tensor, weight: Tensor) -> Tensor:
+    """`1/C sum_c weight_c (z_i,target - z_ic)` for each row, O((N + C) D)."""
+    with torch.autocast(x.device.type, enabled=False):
+        x, y = x.to(weight.dtype), y.to(weight.dtype)
+        apart = weight.sum() * (x * y.index_select(0, index)).sum(1) - x @ (weight @ y)
+        if bias is not None:
+            bias = bias.to(weight.dtype)
+            apart = apart + weight.sum() * bias[index] - weight @ bias
+        return apart / len(weight)
+
+
+class LinearCrossEntropyLoss(LossModule, function=linear_cross_entropy, tensors=("linear_bias", "weight")):
+    """`linear_cross_entropy` with its options in the constructor and `forward(input, linear_weight, target, ...)`.
+
+    The layer's own parameters stay the model's: torch's module of this name holds a layer of its own.
+    """

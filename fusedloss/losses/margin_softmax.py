@@ -1,0 +1,157 @@
+"""Softmax over classes whose own class must win by a margin: ArcFace and CosFace."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from .. import checks
+from ..problem import Block, Margin
+from ._in_batch import as_scale, autocast, distinct, objective
+from ._module import LossModule
+
+
+def arcface(
+    embeddings: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    *,
+    margin: float = 0.5,
+    scale: float = 64.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """ArcFace (Deng et al. 2019), over the cosines of embeddings and class vectors, without a [B, C] matrix.
+
+        z_ic   = scale cos(theta_ic), and scale cos(theta_it + margin) at the target t
+        loss_i = logsumexp_c z_ic - z_it
+
+    Where theta + margin exceeds pi, the target has cos(theta) - margin sin(margin) instead, as in
+    pytorch-metric-learning, whose margin is in degrees. Angles are taken in fp64, from sines: the derivative of acos is
+    not asked for. A row that is parallel to its class vector, to sqrt(eps) of the accumulator, has no direction to be
+    turned in; its gradient there has only the cosine's part.
+
+    Args:
+        embeddings: `[B, D]`, normalised inside; float16, bfloat16, float32 or float64, any strides.
+        target: int64 `[B]`, class indices.
+        weight: `[C, D]`, a vector of each class, normalised inside: `W.T` of pytorch-metric-learning's `W`.
+        margin: radians, from 0 to below pi; pytorch-metric-learning's 28.6 degrees are 0.4992.
+        scale: a positive number.
+        ignore_index: rows with this target are left out.
+        reduction: "mean" (over the rows that count; 0 if none does), "sum", or "none" (`[B]`).
+        backend: "auto", "triton", "chunked" or "reference".
+        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
+
+    Returns:
+        A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        IndexError: on a CPU, a target that is no class. On a GPU values are not read back and the loss is NaN.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.randn(people, 512))
+        >>> fusedloss.arcface(encoder(faces), person, weight, margin=0.5, scale=64.0).backward()
+    """
+    checks.number("margin", margin)
+    if not 0 <= margin < math.pi:
+        raise ValueError(f"margin is {margin}: needs radians, from 0 to below pi")
+    rule = Margin(angle=float(margin))
+    return _margin_softmax(embeddings, target, weight, rule, scale, ignore_index, reduction, backend, workspace_bytes)
+
+
+def cosface(
+    embeddings: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    *,
+    margin: float = 0.35,
+    scale: float = 64.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """CosFace, or AM-Softmax (Wang et al. 2018), over the cosines of embeddings and class vectors.
+
+        z_ic   = scale cos(theta_ic), and scale (cos(theta_it) - margin) at the target t
+        loss_i = logsumexp_c z_ic - z_it
+
+    pytorch-metric-learning's CosFaceLoss, without a [B, C] matrix.
+
+    Args:
+        embeddings: `[B, D]`, normalised inside; float16, bfloat16, float32 or float64, any strides.
+        target: int64 `[B]`, class indices.
+        weight: `[C, D]`, a vector of each class, normalised inside: `W.T` of pytorch-metric-learning's `W`.
+        margin: what is taken from the target's cosine.
+        scale: a positive number.
+        ignore_index: rows with this target are left out.
+        reduction: "mean" (over the rows that count; 0 if none does), "sum", or "none" (`[B]`).
+        backend: "auto", "triton", "chunked" or "reference".
+        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
+
+    Returns:
+        A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        IndexError: on a CPU, a target that is no class. On a GPU values are not read back and the loss is NaN.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.randn(people, 512))
+        >>> fusedloss.cosface(encoder(faces), person, weight, margin=0.35, scale=64.0).backward()
+    """
+    checks.number("margin", margin)
+    rule = Margin(cosine=float(margin))
+    return _margin_softmax(embeddings, target, weight, rule, scale, ignore_index, reduction, backend, workspace_bytes)
+
+
+def _margin_softmax(
+    embeddings: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    margin: Margin,
+    scale: float,
+    ignore_index: int,
+    reduction: str,
+    backend: str,
+    workspace_bytes: int | None,
+) -> Tensor:
+    checks.embeddings(embeddings=embeddings, weight=weight)
+    rows, classes = embeddings.shape[0], weight.shape[0]
+    checks.index("ignore_index", ignore_index)
+    checks.target("target", target, rows, classes, ignore_index, embeddings)
+    if rows and not classes:
+        raise ValueError("weight has no rows: needs at least one class")
+    checks.number("scale", scale)
+    checks.scalar("scale", scale, embeddings, positive=True)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.count("workspace_bytes", workspace_bytes)
+    multiplier, scale_bound = as_scale(scale, embeddings, inverse=False)
+    operands, (query, key) = distinct(embeddings, weight)
+    return objective(
+        autocast(*operands),
+        [Block(query, key)],
+        target,
+        multiplier,
+        scale_bound=scale_bound,
+        ignore_index=ignore_index,
+        cosine=True,
+        margin=margin,
+        reduction=reduction,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+    ).result()
+
+
+class ArcFaceLoss(LossModule, function=arcface):
+    """`arcface` with its options in the constructor and `forward(embeddings, target, weight)`."""
+
+
+class CosFaceLoss(LossModule, function=cosface):
+    """`cosface` with its options in the constructor and `forward(embeddings, target, weight)`."""

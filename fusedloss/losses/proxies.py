@@ -1,0 +1,163 @@
+"""A vector of each class in the place of its other members: Proxy-NCA and Proxy-Anchor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..problem import Block, Fold, stats_dtype
+from ._fold import fold_loss
+from ._in_batch import as_scale, autocast, columns_and_weights, distinct, objective, of_rows
+from ._module import LossModule
+
+
+def proxy_nca(
+    embeddings: Tensor,
+    target: Tensor,
+    proxies: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    decoupled: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """Proxy-NCA (Movshovitz-Attias et al. 2017), over distances of unit rows and unit proxies.
+
+        z_ic   = -scale |u_i - p_c|^2 = 2 scale <u_i, p_c> + a constant
+        loss_i = logsumexp_c z_ic - z_i,target        decoupled: without c = target in the sum, as in the paper
+
+    By default pytorch-metric-learning's ProxyNCALoss and its softmax_scale, without a [B, C] matrix. It leaves out rows
+    whose probability is 0 in their precision; here their loss is what it is.
+
+    Args:
+        embeddings: `[B, D]`, normalised inside; float16, bfloat16, float32 or float64, any strides.
+        target: int64 `[B]`, class indices.
+        proxies: `[C, D]`, a vector of each class, normalised inside.
+        scale: a positive number, or a tensor of one element, which receives a gradient. The paper's is 1;
+            ProxyNCA++ (Teh et al. 2020) has 9.
+        decoupled: leave a row's own proxy out of its sum.
+        ignore_index: rows with this target are left out.
+        reduction: "mean" (over the rows that count; 0 if none does), "sum", or "none" (`[B]`).
+        backend: "auto", "triton", "chunked" or "reference".
+        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
+
+    Returns:
+        A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        IndexError: on a CPU, a target that is no class. On a GPU values are not read back and the loss is NaN.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> proxies = torch.nn.Parameter(torch.randn(classes, 128))
+        >>> fusedloss.proxy_nca(encoder(x), y, proxies, scale=9.0).backward()
+    """
+    checks.index("ignore_index", ignore_index)
+    _check(embeddings, target, proxies, ignore_index, reduction, workspace_bytes)
+    checks.scalar("scale", scale, embeddings, positive=True)
+    half, bound = as_scale(scale, embeddings, inverse=False)
+    ones = torch.ones_like(target, dtype=half.dtype)
+    index, weight = columns_and_weights(target, ones, proxies.shape[0], ignore_index)
+    operands, (query, key) = distinct(embeddings, proxies)
+    return objective(
+        autocast(*operands),
+        [Block(query, key)],
+        index,
+        2 * half,
+        scale_bound=None if bound is None else 2 * bound,
+        weight=weight,
+        cosine=True,
+        decoupled=decoupled,
+        reduction=reduction,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+    ).result()
+
+
+def proxy_anchor(
+    embeddings: Tensor,
+    target: Tensor,
+    proxies: Tensor,
+    *,
+    margin: float = 0.1,
+    alpha: float = 32.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """Proxy-Anchor (Kim et al. 2020), over the cosines s_ci of proxies and embeddings.
+
+        loss_c = C / |P+| log(1 + sum_{i: target_i  = c} exp(-alpha (s_ci - margin)))
+                        + log(1 + sum_{i: target_i != c} exp( alpha (s_ci + margin)))
+
+    The rows are the C proxies; |P+| is how many of them have an embedding in the batch. pytorch-metric-learning's
+    ProxyAnchorLoss is the mean, without a [B, C] matrix; sums are shifted by their largest term.
+
+    Args:
+        embeddings: `[B, D]`, normalised inside; float16, bfloat16, float32 or float64, any strides.
+        target: int64 `[B]`, class indices.
+        proxies: `[C, D]`, a vector of each class, normalised inside.
+        margin: of the cosine. alpha: the scale, positive.
+        reduction: "mean" over the proxies, "sum", or "none" (`[C]`).
+        backend: "auto", "triton", "chunked" or "reference".
+        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
+
+    Returns:
+        A 0-dim tensor (`[C]` for "none"), float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        IndexError: on a CPU, a target that is no class. On a GPU values are not read back and the loss is NaN.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> proxies = torch.nn.Parameter(torch.randn(classes, 128))
+        >>> fusedloss.proxy_anchor(encoder(x), y, proxies, margin=0.1, alpha=32.0).backward()
+    """
+    _check(embeddings, target, proxies, None, reduction, workspace_bytes)
+    checks.number("margin", margin)
+    checks.number("alpha", alpha)
+    checks.scalar("alpha", alpha, embeddings, positive=True)
+    classes = proxies.shape[0]
+    one = torch.ones((), dtype=stats_dtype(embeddings.dtype), device=embeddings.device)
+    outside = (target < 0) | (target >= classes)
+    index = target.masked_fill(outside, 0)
+    if not len(target):  # log(1 + 0) each
+        return of_rows(0 * proxies.to(one.dtype).sum(1) + 0 * embeddings.sum(), reduction)
+    present = one.new_zeros(classes).index_fill(0, index, 1).sum()
+    # NaN where a target is no class: it is part of every proxy's loss.
+    weight = one.expand(classes).masked_fill(outside.any(), torch.nan)
+    labels = (torch.arange(classes, device=target.device), index)
+    fold = Fold("proxy_anchor", (float(margin), float(alpha)), labels, scalars=(classes / present.clamp_min(1),))
+    operands = autocast(proxies, embeddings)
+    loss, _ = fold_loss(operands, one, weight, fold, True, reduction != "none", backend, workspace_bytes)
+    return loss / max(classes, 1) if reduction == "mean" else loss
+
+
+def _check(
+    embeddings: Tensor,
+    target: Tensor,
+    proxies: Tensor,
+    ignore_index: int | None,
+    reduction: str,
+    workspace_bytes: int | None,
+) -> None:
+    checks.embeddings(embeddings=embeddings, proxies=proxies)
+    rows, classes = embeddings.shape[0], proxies.shape[0]
+    checks.target("target", target, rows, classes, ignore_index, embeddings)
+    if rows and not classes:
+        raise ValueError("proxies has no rows: needs at least one class")
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.count("workspace_bytes", workspace_bytes)
+
+
+class ProxyNCALoss(LossModule, function=proxy_nca):
+    """`proxy_nca` with its options in the constructor and `forward(embeddings, target, proxies)`."""
+
+
+class ProxyAnchorLoss(LossModule, function=proxy_anchor):
+    """`proxy_anchor` with its options in the constructor and `forward(embeddings, target, proxies)`."""
