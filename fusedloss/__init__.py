@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import masks as masks
 from .errors import UnsupportedError as UnsupportedError
+from .functional import adr_mse as adr_mse
 from .functional import batch_all_triplet as batch_all_triplet
 from .functional import batch_hard_soft_margin_triplet as batch_hard_soft_margin_triplet
 from .functional import batch_hard_triplet as batch_hard_triplet
@@ -17,11 +18,16 @@ from .functional import gist_embed as gist_embed
 from .functional import global_orthogonal_regularization as global_orthogonal_regularization
 from .functional import in_batch_margin_ranking as in_batch_margin_ranking
 from .functional import info_nce as info_nce
+from .functional import lambda_loss as lambda_loss
+from .functional import list_mle as list_mle
+from .functional import list_net as list_net
 from .functional import matryoshka as matryoshka
 from .functional import mega_batch_margin as mega_batch_margin
 from .functional import multi_similarity as multi_similarity
 from .functional import multiple_negatives_ranking as multiple_negatives_ranking
 from .functional import nt_xent as nt_xent
+from .functional import plist_mle as plist_mle
+from .functional import rank_net as rank_net
 from .functional import siglip as siglip
 from .functional import sup_con as sup_con
 from .losses._in_batch import Stats as Stats
@@ -34,6 +40,12 @@ from .losses.clip_distill import ClipDistillLoss as ClipDistillLoss
 from .losses.contrastive_tension import ContrastiveTensionInBatchLoss as ContrastiveTensionInBatchLoss
 from .losses.gist import GISTEmbedLoss as GISTEmbedLoss
 from .losses.info_nce import InfoNCELoss as InfoNCELoss
+from .losses.lists import ADRMSELoss as ADRMSELoss
+from .losses.lists import LambdaLoss as LambdaLoss
+from .losses.lists import ListMLELoss as ListMLELoss
+from .losses.lists import ListNetLoss as ListNetLoss
+from .losses.lists import PListMLELoss as PListMLELoss
+from .losses.lists import RankNetLoss as RankNetLoss
 from .losses.margins import InBatchMarginRankingLoss as InBatchMarginRankingLoss
 from .losses.margins import MegaBatchMarginLoss as MegaBatchMarginLoss
 from .losses.metric_learning import CircleLoss as CircleLoss

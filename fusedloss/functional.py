@@ -13,6 +13,7 @@ from .losses.clip_distill import clip_distill
 from .losses.contrastive_tension import contrastive_tension_in_batch
 from .losses.gist import gist_embed
 from .losses.info_nce import info_nce
+from .losses.lists import adr_mse, lambda_loss, list_mle, list_net, plist_mle, rank_net
 from .losses.margins import in_batch_margin_ranking, mega_batch_margin
 from .losses.matryoshka import matryoshka
 from .losses.metric_learning import circle, multi_similarity
@@ -23,6 +24,7 @@ from .losses.siglip import siglip
 from .losses.sup_con import sup_con
 
 __all__ = [
+    "adr_mse",
     "batch_all_triplet",
     "batch_hard_soft_margin_triplet",
     "batch_hard_triplet",
@@ -36,11 +38,16 @@ __all__ = [
     "global_orthogonal_regularization",
     "in_batch_margin_ranking",
     "info_nce",
+    "lambda_loss",
+    "list_mle",
+    "list_net",
     "matryoshka",
     "mega_batch_margin",
     "multi_similarity",
     "multiple_negatives_ranking",
     "nt_xent",
+    "plist_mle",
+    "rank_net",
     "siglip",
     "sup_con",
 ]
