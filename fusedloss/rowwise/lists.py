@@ -12,7 +12,7 @@ for backward is that gradient, in fp32: no pair's share underflows in 16 bits be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,20 +36,21 @@ RankWeight = str | Callable[[Tensor], Tensor] | None
 
 
 class _Known(torch.autograd.Function):
-    """`loss`, whose gradient by the scores was found beside it."""
+    """`loss`, whose gradient by the scores was found beside it: `factor * gradient`."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        ctx.dtype = scores.dtype
+    def forward(ctx: Any, scores: Tensor, loss: Tensor, gradient: Tensor, factor: Tensor | float) -> Tensor:
+        ctx.save_for_backward(gradient, *((factor,) if isinstance(factor, Tensor) else ()))
+        ctx.dtype, ctx.factor = scores.dtype, None if isinstance(factor, Tensor) else factor
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("this backend has no second derivatives (create_graph=True): use backend='reference'")
-        (gradient,) = ctx.saved_tensors
-        return (gradient * (upstream if upstream.dim() == 0 else upstream[:, None])).to(ctx.dtype), None, None
+        gradient, *factor = ctx.saved_tensors
+        upstream = upstream * (factor[0] if factor else ctx.factor)
+        return (gradient * (upstream if upstream.dim() == 0 else upstream[:, None])).to(ctx.dtype), None, None, None
 
 
 def _reduced(
@@ -68,9 +69,7 @@ def _reduced(
         count = count.clamp(min=1).to(sums.dtype) if isinstance(count, Tensor) else max(count, 1)
         over = unit * count
     loss = (sums if reduction == "none" else sums.sum()) / over
-    if gradient is None:
-        return loss
-    return _Known.apply(scores, loss, gradient.mul_(scale / over))
+    return loss if gradient is None else _Known.apply(scores, loss, gradient, scale / over)
 
 
 def _wants_gradient(scores: Tensor) -> bool:
@@ -83,32 +82,16 @@ def _row_blocks(Q: int, n: int, device: torch.device) -> Iterator[slice]:
         yield slice(start, min(start + rows, Q))
 
 
-# Documents by score ---------------------------------------------------------------------------------------------------
+# Pairs of documents ---------------------------------------------------------------------------------------------------
 
 
-class Ranked(NamedTuple):
-    """Every query's documents, the highest score first (equal ones as they came) and padding last."""
-
-    score: Tensor  # [Q, n], times the scale
-    label: Tensor  # [Q, n]
-    order: Tensor  # int64 [Q, n]: their places in the input
-    length: Tensor | int  # [Q], documents of each query
-
-
-def ranked(scores: Tensor, labels: Tensor, mask: Tensor | None, scale: float) -> Ranked:
+def _entered(scores: Tensor, labels: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """As the pairwise losses see them: fp32 or fp64, scores within their bounds and times the scale, padding marked."""
     dtype = stats_dtype(scores.dtype)
-    labels = labels.to(dtype)
-    # 0 times a label: one that is NaN or infinite makes the query's loss NaN.
-    z = torch.add(scores.to(dtype).clamp(-LARGEST, LARGEST), labels, alpha=0)
+    z, y = scores.to(dtype).clamp(-LARGEST, LARGEST), labels.to(dtype)
     if mask is not None:
-        z, labels = z.where(mask, PADDING), labels.where(mask, PADDING)
-    z, order = z.sort(dim=1, descending=True, stable=True)
-    length = z.shape[1] if mask is None else mask.sum(1)
-    return Ranked(z if scale == 1 else z * scale, labels.gather(1, order), order, length)
-
-
-def _in_input_order(by_rank: Tensor, order: Tensor, left_out: Tensor) -> Tensor:
-    return torch.empty_like(by_rank).scatter_(1, order, by_rank).masked_fill_(left_out, 0)
+        z, y = z.where(mask, PADDING), y.where(mask, PADDING)
+    return (z if scale == 1 else z * scale), y
 
 
 def _left_out(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -117,47 +100,80 @@ def _left_out(scores: Tensor, mask: Tensor | None) -> Tensor:
     return clamped if mask is None else clamped.logical_or_(~mask)
 
 
-def _pairs(z: Tensor, top: int, buffers: int) -> Iterator[tuple[slice, slice, slice, list[Tensor]]]:
-    """(queries, rows, columns, workspace): blocks that hold every pair i < j, i among the `top`, once.
+class Pairs(NamedTuple):
+    """A block of pairs (i, j), i of `rows` and j of `columns`, which are the rows and all documents after them."""
 
-    The workspace's first buffer holds z_j - z_i, [queries, rows, columns]; the others are free. Columns begin with the
-    rows themselves: that square is meaningful above its diagonal, and 0 or below elsewhere.
-    """
+    queries: slice
+    rows: slice
+    columns: slice
+    workspace: Sequence[Tensor]  # [queries, rows, columns] each
+    whole: bool  # all pairs there are
+
+    def difference(self, x: Tensor, out: Tensor) -> Tensor:
+        """x_j - x_i"""
+        if self.whole:
+            return torch.sub(x.unsqueeze(1), x.unsqueeze(2), out=out)  # a third of the time that slices take
+        return torch.sub(x[self.queries, None, self.columns], x[self.queries, self.rows, None], out=out)
+
+    def square(self, block: Tensor) -> Tensor:
+        return block[..., : block.shape[1]]
+
+    def add_odd(self, total: Tensor, value: Tensor) -> None:
+        """total_i += value_ij and total_j -= value_ij, where value_ji = -value_ij: the square has both."""
+        if self.whole:
+            total.add_(value.sum(2))
+            return
+        total[self.queries, self.rows].add_(value.sum(2))
+        if self.columns.stop > self.rows.stop:
+            total[self.queries, self.rows.stop :].sub_(value[..., value.shape[1] :].sum(1))
+
+
+def _pairs(z: Tensor, top: int, buffers: int) -> Iterator[Pairs]:
+    """Blocks that together have every pair i < j with i among the `top`."""
     Q, n = z.shape
     block = BLOCK.get(z.device.type, BLOCK["cuda"])
+    if n <= ONE_BLOCK and Q * n * n <= block:
+        room = z.new_empty(buffers, Q, top, n)
+        yield Pairs(slice(0, Q), slice(0, top), slice(0, n), room.unbind(), top == n)
+        return
     height = n if n <= ONE_BLOCK else min(n, max(ROWS[0], min(ROWS[1], block // max(Q * n, 1))))
     batch = max(1, block // max(height * n, 1))
     room = z.new_empty(buffers, min(batch, Q) * min(height, top) * n)
     for start in range(0, top, height):
-        rows, columns = slice(start, min(start + height, top)), slice(start, n)
+        rows = slice(start, min(start + height, top))
         for first in range(0, Q, batch):
             queries = slice(first, min(first + batch, Q))
-            shape = queries.stop - queries.start, rows.stop - start, n - start
+            shape = queries.stop - first, rows.stop - start, n - start
             workspace = [flat[: math.prod(shape)].view(shape) for flat in room]
-            below = torch.sub(z[queries, None, columns], z[queries, rows, None], out=workspace[0])
-            below[..., : shape[1]].clamp_(max=0)
-            yield queries, rows, columns, workspace
-
-
-def _keep_upper(*blocks: Tensor) -> None:
-    """Of the square that rows and columns share, only i < j counts."""
-    for block in blocks:
-        block[..., : block.shape[1]].triu_(1)
+            yield Pairs(queries, rows, slice(start, n), workspace, False)
 
 
 # RankNet and LambdaLoss -----------------------------------------------------------------------------------------------
 
 
-class Tables(NamedTuple):
-    """Of positions alone, fp64: neighbours' differences would cancel in fp32, by 3e-4 at the thousandth place."""
+class Ranked(NamedTuple):
+    """Every query's documents, the highest score first (equal ones as they came) and padding last."""
 
-    inverse: Tensor  # [n]: 1 / log2(1 + position)
-    delta: Tensor  # [n]: between distance d and d + 1, at d; 0 at 0
+    score: Tensor  # [Q, n], times sigma
+    label: Tensor  # [Q, n]
+    order: Tensor  # int64 [Q, n]: their places in the input
+    length: Tensor | int  # [Q], documents of each query
 
 
-def tables(n: int, device: torch.device) -> Tables:
-    inverse = torch.arange(2, n + 2, dtype=torch.float64, device=device).log2_().reciprocal_()
-    return Tables(inverse, torch.cat([inverse.new_zeros(1), inverse[:-1] - inverse[1:]]))
+def ranked(scores: Tensor, labels: Tensor, mask: Tensor | None, sigma: float) -> Ranked:
+    z, y = _entered(scores, labels, mask, sigma)
+    # 0 times a label: one that is NaN or infinite makes the query's loss NaN.
+    z, order = torch.add(z, y, alpha=0).sort(dim=1, descending=True, stable=True)
+    return Ranked(z, y.gather(1, order), order, z.shape[1] if mask is None else mask.sum(1))
+
+
+def _in_input_order(by_rank: Tensor, order: Tensor, left_out: Tensor) -> Tensor:
+    return torch.empty_like(by_rank).scatter_(1, order, by_rank).masked_fill_(left_out, 0)
+
+
+def _discounts(n: int, device: torch.device) -> Tensor:
+    """[n]: 1 / log2(1 + position), in fp64: differences of neighbours cancel, in fp32 by 3e-4 at the thousandth."""
+    return torch.arange(2, n + 2, dtype=torch.float64, device=device).log2_().reciprocal_()
 
 
 def _unequal(labels: Tensor, length: Tensor | int) -> tuple[Tensor, Tensor]:
@@ -167,9 +183,9 @@ def _unequal(labels: Tensor, length: Tensor | int) -> tuple[Tensor, Tensor]:
     return lower - length * (labels.shape[1] - length), ascending  # padding is lower than all
 
 
-def _gains(by_rank: Ranked, k: int, eps: float, ascending: Tensor, table: Tables) -> Tensor:
+def _gains(by_rank: Ranked, k: int, eps: float, ascending: Tensor, inverse: Tensor) -> Tensor:
     """[Q, n]: (2^label - 1) / max(DCG@k of the best order, eps), negative labels as 0."""
-    inverse = table.inverse[:k].to(ascending.dtype)
+    inverse = inverse[:k].to(ascending.dtype)
     best = torch.expm1(ascending[:, ascending.shape[1] - k :].clamp(min=0) * LN2)
     ideal = (best * inverse.flip(0)).sum(1).clamp(min=eps)
     return torch.expm1(by_rank.label.clamp(min=0) * LN2) / ideal[:, None]
@@ -189,10 +205,10 @@ def _selected(by_rank: Ranked, weighting: Weighting, k: int) -> tuple[Tensor, Te
     return count, ascending
 
 
-def _expanded(weighting: Callable[..., Tensor], by_rank: Ranked, gain: Tensor, table: Tables) -> Tensor:
+def _expanded(weighting: Callable[..., Tensor], by_rank: Ranked, gain: Tensor, inverse: Tensor) -> Tensor:
     """What a user's function gives, `[Q, n, n]`; it is called as sentence-transformers calls its schemes."""
     Q, n = gain.shape
-    discount = table.inverse.reciprocal()[None].to(gain.dtype)
+    discount = inverse.reciprocal()[None].to(gain.dtype)
     with torch.enable_grad():
         weight = weighting(gain, discount, by_rank.label.clamp(min=0))
     if not isinstance(weight, Tensor):
@@ -283,16 +299,16 @@ def _lambda_formula(
         counts = counts & ~(y[:, :, None] <= y[:, None, :])
     weight: Tensor | float = 1.0
     if weighting is not None:
-        table = tables(n, z.device)
-        gain = _gains(by_rank, top, eps, ascending, table)
-        inverse, delta = (t.to(z.dtype) for t in table)
-        far = (table.inverse[:, None] - table.inverse).abs().to(z.dtype)
+        inverse = _discounts(n, z.device)
+        gain = _gains(by_rank, top, eps, ascending, inverse)
+        delta = torch.cat([inverse.new_zeros(1), inverse[:-1] - inverse[1:]]).to(z.dtype)
         near = delta[(place[:, None] - place).abs()]
+        far = (inverse[:, None] - inverse).abs().to(z.dtype)
         apart = (gain[:, :, None] - gain[:, None, :]).abs()
         if callable(weighting):
-            weight = _expanded(weighting, by_rank, gain, table)
+            weight = _expanded(weighting, by_rank, gain, inverse)
         elif weighting == "ndcg_loss1":
-            weight = (gain * inverse)[:, :, None]
+            weight = (gain * inverse.to(z.dtype))[:, :, None]
         else:
             weight = apart * {"ndcg_loss2": near, "lambda_rank": far, "ndcg_loss2pp": mu * near + far}[weighting]
     losses = -weight * nn.functional.logsigmoid(z[:, :, None] - z[:, None, :])
@@ -318,33 +334,34 @@ def _lambdas(
 ) -> Lambdas:
     z = by_rank.score
     (Q, n), device = z.shape, z.device
-    table = tables(n, device) if weighting is not None else None
-    gain = by_rank.label if table is None else _gains(by_rank, top, eps, ascending, table)
-    found = Lambdas(z.new_zeros(Q), *(torch.zeros_like(z) if wanted else None for wanted in (gradient, curvature)))
+    inverse = _discounts(n, device) if weighting is not None else None
+    gain = by_rank.label if inverse is None else _gains(by_rank, top, eps, ascending, inverse)
+    by_score = torch.zeros_like(z) if gradient else None
+    found = Lambdas(z.new_zeros(Q), by_score, torch.zeros_like(z) if curvature else None)
     if not callable(weighting):
         if weighting == "ndcg_loss1":
-            assert table is not None
+            assert inverse is not None
             # A document with itself: log 2, and no gradient.
-            gain = gain * table.inverse.to(z.dtype)
+            gain = gain * inverse.to(z.dtype)
             found.loss.add_(gain[:, :top].sum(1), alpha=LN2)
-        _walk(z, top, _weigher(weighting, gain, table, mu), found)
+        _walk(z, top, _weigher(weighting, gain, inverse, mu), found)
         return found
-    assert table is not None
+    assert inverse is not None
     # A user's weights are as many as the pairs: those of a few queries at once.
     for queries in _row_blocks(Q, n * n, device):
         few = by_rank._replace(score=z[queries], label=by_rank.label[queries])
-        weight = _expanded(weighting, few, gain[queries], table)
+        weight = _expanded(weighting, few, gain[queries], inverse)
         if weight.requires_grad:
             raise RuntimeError("weighting returned a tensor that requires grad: use backend='reference', or detach it")
-        parts = Lambdas(*(t if t is None else t[queries] for t in found))
-        _walk(few.score, top, _weigher(weight, few.label, None, mu), parts)
+        part = Lambdas(found.loss[queries], *(None if t is None else t[queries] for t in found[1:]))
+        _walk(few.score, top, _weigher(weight, few.label, None, mu), part)
     return found
 
 
 Weigher = Callable[[slice, slice, slice, Tensor, Tensor], None]
 
 
-def _weigher(weighting: str | Tensor | None, value: Tensor, table: Tables | None, mu: float) -> Weigher:
+def _weigher(weighting: str | Tensor | None, value: Tensor, inverse: Tensor | None, mu: float) -> Weigher:
     """Writes a block's `weight`, w_ij + w_ji (one of them is 0 but for ndcg_loss1), and `wrong`: -w_ji, j the better.
 
     value: gains, gain / discount for ndcg_loss1, labels for None or given weights.
@@ -363,50 +380,52 @@ def _weigher(weighting: str | Tensor | None, value: Tensor, table: Tables | None
             wrong.copy_(lower).neg_()
             return
         torch.sub(upper, lower, out=wrong)
-        if table is None:
+        if inverse is None:
             wrong.sign_()
         torch.abs(wrong, out=weight)
         wrong.clamp_(max=0)
-        if table is not None:
+        if inverse is not None:
             if queries.start == 0:
-                positions[:] = [_by_position(str(weighting), table, mu, rows, columns).to(value.dtype)]
+                positions[:] = [_by_position(str(weighting), inverse, mu, rows, columns).to(value.dtype)]
             weight.mul_(positions[0])
             wrong.mul_(positions[0])
 
     return weigh
 
 
-def _by_position(weighting: str, table: Tables, mu: float, rows: slice, columns: slice) -> Tensor:
+def _by_position(weighting: str, inverse: Tensor, mu: float, rows: slice, columns: slice) -> Tensor:
     """fp64 [rows, columns]: what multiplies |gain_i - gain_j|; anything where j <= i."""
-    inverse, delta = table
-    total = inverse.new_zeros(())
-    if weighting != "lambda_rank":
-        height, width = rows.stop - rows.start, columns.stop - columns.start
-        shifted = torch.cat([delta.new_zeros(height - 1), delta[:width]])
-        total = shifted.unfold(0, width, 1).flip(0)  # delta[j - i]
-    if weighting == "ndcg_loss2":
-        return total
-    return torch.sub(inverse[rows, None], inverse[columns]).add_(total, alpha=mu)
+    far = torch.sub(inverse[rows, None], inverse[columns])
+    if weighting == "lambda_rank":
+        return far
+    height, width = far.shape
+    by_distance = torch.cat([inverse.new_zeros(height), inverse[: width - 1] - inverse[1:width]])
+    near = by_distance.unfold(0, width, 1).flip(0)  # at j - i
+    return near if weighting == "ndcg_loss2" else far.add_(near, alpha=mu)
 
 
 def _walk(z: Tensor, top: int, weigh: Weigher, found: Lambdas) -> None:
     """Adds every pair to what is wanted. Padding adds nothing: it is the worst, and infinitely far below."""
-    for queries, rows, columns, (below, weight, wrong, loss, room) in _pairs(z, top, 5):
+    for block in _pairs(z, top, 5):
+        queries, rows, columns, (below, weight, wrong, loss, room), _ = block
+        block.difference(z, out=below)
+        block.square(below).clamp_(max=0)
         weigh(queries, rows, columns, weight, wrong)
-        _keep_upper(weight, wrong)
+        for half in (weight, wrong):  # i < j
+            block.square(half).triu_(1)
         # i is above j. If it should be: log(1 + exp(z_j - z_i)), and if not: that plus z_i - z_j.
         torch.mul(wrong, below, out=loss)
         share = below.sigmoid_()  # at most 1/2
         loss.addcmul_(weight, torch.neg(share, out=room).log1p_(), value=-1)
-        found.loss[queries] += loss.sum((1, 2))
+        found.loss[queries].add_(loss.sum((1, 2)))
         if found.curvature is not None:
             torch.addcmul(share, share, share, value=-1, out=room).mul_(weight)
-            found.curvature[queries, rows] += room.sum(2)
-            found.curvature[queries, columns] += room.sum(1)
+            found.curvature[queries, rows].add_(room.sum(2))
+            found.curvature[queries, columns].add_(room.sum(1))
         if found.gradient is not None:
             pull = wrong.addcmul_(weight, share)
-            found.gradient[queries, rows] -= pull.sum(2)
-            found.gradient[queries, columns] += pull.sum(1)
+            found.gradient[queries, rows].sub_(pull.sum(2))
+            found.gradient[queries, columns].add_(pull.sum(1))
 
 
 def _lambda_kernel(
@@ -415,13 +434,13 @@ def _lambda_kernel(
     from ..backends import triton_lists
 
     z = by_rank.score
-    table = tables(z.shape[1], z.device)
-    value = by_rank.label if weighting is None else _gains(by_rank, top, eps, ascending, table)
+    inverse = _discounts(z.shape[1], z.device)
+    value = by_rank.label if weighting is None else _gains(by_rank, top, eps, ascending, inverse)
     if weighting == "ndcg_loss1":
-        value = value * table.inverse.to(z.dtype)
+        value = value * inverse.to(z.dtype)
     length = by_rank.length if isinstance(by_rank.length, Tensor) else None
-    delta = table.delta if weighting == "ndcg_loss2" else table.delta * mu
-    return Lambdas(*triton_lists.lambdas(z, value, length, weighting, top, table.inverse, delta, gradient=gradient))
+    z, value = z.contiguous(), value.contiguous()
+    return Lambdas(*triton_lists.lambdas(z, value, length, weighting, top, inverse, mu, gradient=gradient))
 
 
 # ADR-MSE --------------------------------------------------------------------------------------------------------------
@@ -434,8 +453,8 @@ def adr_mse(
     name = select_rowwise(backend, scores)
     count = scores.numel() if mask is None else mask.sum()
     if name == "reference" or torch.compiler.is_compiling() or labels.requires_grad:
-        sums = _adr_formula(ranked(scores, labels, mask, alpha))
-        return _reduced(scores, sums, None, reduction, count)
+        sums = _adr_formula(*_entered(scores, labels, mask, alpha / 2))
+        return _reduced(scores, sums, None, reduction, count, unit=4)
     wanted = _wants_gradient(scores)
     with torch.no_grad():
         if name == "triton":
@@ -443,59 +462,47 @@ def adr_mse(
 
             sums, gradient = triton_lists.adr(scores, labels, mask, alpha, LARGEST, gradient=wanted)
         else:
-            by_rank = ranked(scores, labels, mask, alpha)
-            sums, gradient = _adr(by_rank, gradient=wanted)
+            sums, gradient = _adr(*_entered(scores, labels, mask, alpha / 2), gradient=wanted)
             if gradient is not None:
-                gradient = _in_input_order(gradient, by_rank.order, _left_out(scores, mask))
-    return _reduced(scores, sums, gradient, reduction, count, scale=alpha)
+                gradient.masked_fill_(_left_out(scores, mask), 0)
+    return _reduced(scores, sums, gradient, reduction, count, unit=4, scale=alpha)
 
 
-def _true_ranks(labels: Tensor) -> Tensor:
-    """From 1, the highest label first; equal ones share the mean of their places. Padding is below all."""
-    ascending = labels.sort(1).values
-    lower = torch.searchsorted(ascending, labels) + torch.searchsorted(ascending, labels, right=True)
-    return (labels.shape[1] + 0.5) - lower.to(labels.dtype) / 2
+def _adr_rows(leads: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
+    """Four times the loss, sums of queries; and the slope of the loss by the soft rank.
+
+    The true rank is (n + 1 + leads) / 2. excess: twice what the soft rank has more.
+    """
+    slope = excess / (leads + (leads.shape[1] + 3)).log2_().sub_(1)  # over log2(1 + true rank)
+    return (slope * excess).sum(1), slope
 
 
-def _adr_rows(by_rank: Ranked, soft: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(soft - true rank, 0 for padding; 1 / log2(1 + true rank); sums over documents)"""
-    true = _true_ranks(by_rank.label)
-    error = soft - true
-    if isinstance(by_rank.length, Tensor):
-        padding = torch.arange(soft.shape[1], device=soft.device) >= by_rank.length[:, None]
-        error = error.masked_fill(padding, 0)
-    discount = (true + 1).log2_().reciprocal_()
-    return error, discount, (error.square() * discount).sum(1)
+def _adr_formula(z: Tensor, y: Tensor) -> Tensor:
+    """With 2 sigmoid(2x) = 1 + tanh(x): what a pair adds to either rank is odd, and 0 where they agree."""
+    above = (y[:, None, :] - y[:, :, None]).sign()
+    leads = above.sum(2)
+    excess = ((z[:, None, :] - z[:, :, None]).tanh() - above).sum(2)
+    return (excess.square() / ((leads + (leads.shape[1] + 3)).log2() - 1)).sum(1)
 
 
-def _adr_formula(by_rank: Ranked) -> Tensor:
-    z = by_rank.score
-    above = (z[:, None, :] - z[:, :, None]).sigmoid()
-    return _adr_rows(by_rank, 0.5 + above.sum(2))[2]  # with itself: 1/2
-
-
-def _adr(by_rank: Ranked, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
-    z = by_rank.score
+def _adr(z: Tensor, y: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
     n = z.shape[1]
-    # The soft rank is the place, plus what leaks up from below, less what leaks down.
-    soft = torch.arange(1, n + 1, device=z.device) + z * 0
-    for queries, rows, columns, (below,) in _pairs(z, n, 1):
-        share = below.sigmoid_()
-        _keep_upper(share)
-        soft[queries, rows] += share.sum(2)
-        soft[queries, columns] -= share.sum(1)
-    error, discount, sums = _adr_rows(by_rank, soft)
+    leads, excess = torch.zeros_like(z), torch.zeros_like(z)
+    for block in _pairs(z, n, 2):
+        above, pull = block.workspace
+        block.difference(y, out=above).sign_()
+        block.add_odd(leads, above)
+        block.add_odd(excess, block.difference(z, out=pull).tanh_().sub_(above))
+    sums, slope = _adr_rows(leads, excess)
     if not gradient:
         return sums, None
-    by_soft = error.mul_(discount).mul_(2)
+    one = z.new_ones(())
     by_score = torch.zeros_like(z)
-    for queries, rows, columns, (below, slope) in _pairs(z, n, 2):
-        share = below.sigmoid_()
-        torch.addcmul(share, share, share, value=-1, out=slope)
-        pull = slope.mul_(torch.sub(by_soft[queries, None, columns], by_soft[queries, rows, None], out=below))
-        _keep_upper(pull)
-        by_score[queries, rows] += pull.sum(2)
-        by_score[queries, columns] -= pull.sum(1)
+    for block in _pairs(z, n, 2):
+        leak, pull = block.workspace
+        block.difference(z, out=leak).tanh_()
+        torch.addcmul(one, leak, leak, value=-1, out=leak)
+        block.add_odd(by_score, block.difference(slope, out=pull).mul_(leak))
     return sums, by_score
 
 
@@ -505,11 +512,10 @@ def _adr(by_rank: Ranked, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
 def list_net(scores: Tensor, labels: Tensor, mask: Tensor | None, *, reduction: str, backend: str) -> Tensor:
     """Cross-entropy of softmax(scores) from softmax(labels), a query a row; 0 for one without documents."""
     name = select_rowwise(backend, scores)
-    Q, n = scores.shape
-    dtype = stats_dtype(scores.dtype)
+    Q = scores.shape[0]
     if name == "reference" or torch.compiler.is_compiling() or labels.requires_grad:
-        sums = _list_net_terms(scores.to(dtype), labels.to(dtype), mask)[0]
-        return _reduced(scores, sums, None, reduction, Q)
+        sums = _list_net_terms(scores, labels, mask)[0]
+        return _reduced(scores, sums, None, reduction, Q, unit=-1)
     wanted = _wants_gradient(scores)
     with torch.no_grad():
         if name == "triton":
@@ -517,22 +523,34 @@ def list_net(scores: Tensor, labels: Tensor, mask: Tensor | None, *, reduction: 
 
             sums, gradient = triton_lists.list_net(scores, labels, mask, gradient=wanted)
         else:
-            sums = torch.empty(Q, dtype=dtype, device=scores.device)
-            gradient = sums.new_empty(Q, n) if wanted else None
-            for rows in _row_blocks(Q, n, scores.device):
-                part = None if mask is None else mask[rows]
-                sums[rows], log_share, target = _list_net_terms(scores[rows].to(dtype), labels[rows].to(dtype), part)
-                if gradient is not None:
-                    torch.sub(log_share.exp_(), target, out=gradient[rows])
-    return _reduced(scores, sums, gradient, reduction, Q)
+            sums, gradient = _list_net(scores, labels, mask, gradient=wanted)
+    return _reduced(scores, sums, gradient, reduction, Q, unit=-1, scale=-1)
 
 
-def _list_net_terms(z: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _list_net_terms(scores: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = stats_dtype(scores.dtype)
+    z, y = scores.to(dtype), labels.to(dtype)
     if mask is not None:
         z, y = z.where(mask, PADDING), y.where(mask, PADDING)
     log_share, target = z.log_softmax(1), y.softmax(1)
-    sums = -(target * log_share).sum(1)
+    sums = (target * log_share).sum(1)
     return (sums if mask is None else sums.where(mask.any(1), 0)), log_share, target
+
+
+def _list_net(scores: Tensor, labels: Tensor, mask: Tensor | None, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    Q, n = scores.shape
+    blocks = list(_row_blocks(Q, n, scores.device))
+    if len(blocks) == 1:
+        sums, log_share, target = _list_net_terms(scores, labels, mask)
+        return sums, log_share.exp_().sub_(target) if gradient else None
+    sums = torch.empty(Q, dtype=stats_dtype(scores.dtype), device=scores.device)
+    by_score = sums.new_empty(Q, n) if gradient else None
+    for rows in blocks:
+        part = None if mask is None else mask[rows]
+        sums[rows], log_share, target = _list_net_terms(scores[rows], labels[rows], part)
+        if by_score is not None:
+            torch.sub(log_share.exp_(), target, out=by_score[rows])
+    return sums, by_score
 
 
 # ListMLE --------------------------------------------------------------------------------------------------------------
