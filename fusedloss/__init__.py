@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import boosting as boosting
 from . import masks as masks
 from .errors import UnsupportedError as UnsupportedError
 from .functional import adr_mse as adr_mse

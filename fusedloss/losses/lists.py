@@ -79,14 +79,9 @@ def lambda_loss(
         >>> fusedloss.lambda_loss(scores, relevance, mask=is_document).backward()
     """
     scores, labels, mask = _padded(scores, labels, mask)
-    if not callable(weighting) and weighting is not None:
-        checks.choice("weighting", weighting, WEIGHTINGS)
-    checks.count("k", k)
-    _positive("sigma", sigma)
+    check_lambda(weighting, k, sigma, eps, mu)
     checks.choice("reduction_log", reduction_log, tuple(UNITS))
     checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.number("eps", eps)
-    checks.number("mu", mu)
     if not scores.numel():
         return _nothing(scores, reduction)
     return lists.lambda_loss(
@@ -317,6 +312,15 @@ def _padded(scores: Lists, labels: Lists, mask: Tensor | None) -> tuple[Tensor, 
     place = torch.arange(padded.shape[1], device=padded.device)
     real = None if whole else place < torch.tensor(lengths, device=padded.device)[:, None]
     return _padded(padded, nn.utils.rnn.pad_sequence(list(labels), batch_first=True), real)
+
+
+def check_lambda(weighting: object, k: int | None, sigma: float, eps: float, mu: float) -> None:
+    if weighting is not None and not callable(weighting):
+        checks.choice("weighting", weighting, WEIGHTINGS)
+    checks.count("k", k)
+    _positive("sigma", sigma)
+    checks.number("eps", eps)
+    checks.number("mu", mu)
 
 
 def _positive(name: str, value: float) -> None:
