@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,7 +190,102 @@ def pairs(size: int, device: str, dtype: torch.dtype) -> list[Case]:
 
 
 def lists(size: int, device: str, dtype: torch.dtype) -> list[Case]:
-    return []
+    """Lists of 20 documents, of 100, and from 2^16 scores on of 1024; pairs of long lists only up to 2^16 scores."""
+    import fusedloss
+
+    cases = []
+    for n in (20, 100, 1024):
+        Q = size // n
+        if not Q or (n == 1024 and size < 1 << 16):
+            continue
+        scores = normal(Q, n, device=device, dtype=dtype)
+        labels = normal(Q, n, device=device, seed=1).mul_(2).round_().clamp_(0, 4)
+
+        def case(name: str, ours: Callable, theirs: Callable, n: int = n, scores: Tensor = scores, **given) -> None:
+            moved = scores.numel() * (2 * scores.itemsize + 4)  # scores and labels read, a gradient written
+            cases.append(Case(f"{name}, n={n}", [scores], partial(ours, **given), partial(theirs, **given), moved))
+
+        if size * n <= 1 << 26:
+            case("lambda_loss", fusedloss.lambda_loss, eager_lambda_loss, labels=labels)
+            case("lambda_loss k=10", fusedloss.lambda_loss, eager_lambda_loss, labels=labels, k=10)
+            case("rank_net", fusedloss.rank_net, partial(eager_lambda_loss, weighted=False), labels=labels)
+            case("adr_mse", fusedloss.adr_mse, eager_adr_mse, labels=labels)
+        case("list_net", fusedloss.list_net, eager_list_net, labels=labels)
+        case("list_mle", fusedloss.list_mle, eager_list_mle, labels=labels)
+        case("plist_mle", fusedloss.plist_mle, partial(eager_list_mle, weighted=True), labels=labels)
+    return cases
+
+
+# What sentence-transformers 6.2.0 computes once it has put scores and labels into matrices without padding.
+
+
+def eager_lambda_loss(scores: Tensor, labels: Tensor, k: int | None = None, weighted: bool = True) -> Tensor:
+    """NDCG-Loss2++, or RankNet."""
+    scores, n = scores.float(), scores.shape[1]
+    z, order = scores.sort(descending=True, dim=-1)
+    best = labels.sort(descending=True, dim=-1).values.clamp_(min=0.0)
+    y = labels.gather(1, order)
+    apart = y[:, :, None] - y[:, None, :]
+    counts = torch.isfinite(apart) & (apart > 0)
+    top = torch.zeros((n, n), dtype=torch.bool, device=scores.device)
+    top[:k, :] = 1
+    top[:, :k] = 1
+    y.clamp_(min=0.0)
+    place = torch.arange(1, n + 1, device=scores.device)
+    discount = torch.log2(1.0 + place.float())[None, :]
+    ideal = torch.sum(((torch.pow(2, best) - 1) / discount)[:, :k], dim=-1).clamp(min=1e-10)
+    gain = (torch.pow(2, y) - 1) / ideal[:, None]
+    if weighted:
+        distance = torch.abs(place[:, None] - place[None, :])
+        near = torch.abs(torch.pow(discount[0, distance - 1], -1.0) - torch.pow(discount[0, distance], -1.0))
+        near.diagonal().zero_()
+        near = near[None, :, :] * torch.abs(gain[:, :, None] - gain[:, None, :])
+        far = torch.abs(torch.pow(discount[:, :, None], -1.0) - torch.pow(discount[:, None, :], -1.0))
+        weights = 10.0 * near + far * torch.abs(gain[:, :, None] - gain[:, None, :])
+    else:
+        weights = torch.tensor(1.0, device=scores.device)
+    differences = (z[:, :, None] - z[:, None, :]).clamp(min=-1e8, max=1e8)
+    differences.masked_fill_(torch.isnan(differences), 0.0)
+    losses = weights * F.logsigmoid(1.0 * differences) / math.log(2)
+    chosen = losses[counts & top]
+    return -chosen.sum() / max(chosen.numel(), 1)
+
+
+def eager_adr_mse(scores: Tensor, labels: Tensor) -> Tensor:
+    scores = scores.float()
+    mask = torch.ones_like(scores, dtype=torch.bool)
+    y_i, y_j, valid = labels.unsqueeze(2), labels.unsqueeze(1), mask.unsqueeze(1)
+    greater = ((y_j > y_i) & valid).sum(dim=-1).float()
+    equal = ((y_j == y_i) & valid).sum(dim=-1).float()
+    true = greater + (equal + 1.0) / 2.0
+    above = torch.sigmoid(scores.unsqueeze(1) - scores.unsqueeze(2)) * mask.unsqueeze(1).float()
+    soft = 1.0 + above.sum(dim=2) - 0.5 * mask.float()
+    loss = 1.0 / torch.log2(true + 1.0) * (true - soft) ** 2 * mask.float()
+    return loss.sum() / mask.sum()
+
+
+def eager_list_net(scores: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(scores.float(), labels.softmax(dim=1))
+
+
+def eager_list_mle(scores: Tensor, labels: Tensor, weighted: bool = False) -> Tensor:
+    scores = scores.float()
+    mask = torch.ones_like(scores, dtype=torch.bool)
+    if not torch.any(mask):
+        return torch.tensor(0.0, requires_grad=True)
+    z = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    log_probs = scores - torch.flip(torch.logcumsumexp(torch.flip(z, [1]), dim=1), [1])
+    if weighted:
+        n = mask.sum(dim=1, keepdim=True)
+        ranks = torch.arange(1, mask.size(1) + 1, device=mask.device).expand_as(mask)
+        scale = (n - 127).clamp_min(0)
+        weights = (torch.pow(2.0, n - ranks - scale) - torch.pow(2.0, -scale)) * mask
+        log_probs = log_probs * (weights / (weights.sum(dim=1, keepdim=True) + 1e-10))
+    log_probs[~mask] = 0.0
+    losses = -torch.sum(log_probs, dim=1)
+    if not torch.any(losses):
+        return torch.tensor(0.0, requires_grad=True)
+    return torch.mean(losses)
 
 
 FAMILIES = {"pointwise": pointwise, "classes": classes, "pairs": pairs, "lists": lists}

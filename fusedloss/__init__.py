@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from . import boosting as boosting
 from . import masks as masks
 from .errors import UnsupportedError as UnsupportedError
 from .functional import adaptive_layer as adaptive_layer
+from .functional import adr_mse as adr_mse
 from .functional import angle as angle
 from .functional import arcface as arcface
 from .functional import batch_all_triplet as batch_all_triplet
@@ -27,7 +29,10 @@ from .functional import gist_embed as gist_embed
 from .functional import global_orthogonal_regularization as global_orthogonal_regularization
 from .functional import in_batch_margin_ranking as in_batch_margin_ranking
 from .functional import info_nce as info_nce
+from .functional import lambda_loss as lambda_loss
 from .functional import linear_cross_entropy as linear_cross_entropy
+from .functional import list_mle as list_mle
+from .functional import list_net as list_net
 from .functional import margin_mse as margin_mse
 from .functional import matryoshka as matryoshka
 from .functional import matryoshka_2d as matryoshka_2d
@@ -36,8 +41,10 @@ from .functional import multi_similarity as multi_similarity
 from .functional import multiple_negatives_ranking as multiple_negatives_ranking
 from .functional import nt_xent as nt_xent
 from .functional import online_contrastive as online_contrastive
+from .functional import plist_mle as plist_mle
 from .functional import proxy_anchor as proxy_anchor
 from .functional import proxy_nca as proxy_nca
+from .functional import rank_net as rank_net
 from .functional import siglip as siglip
 from .functional import sup_con as sup_con
 from .functional import triplet as triplet
@@ -56,6 +63,12 @@ from .losses.embed_distill import EmbedDistillLoss as EmbedDistillLoss
 from .losses.gist import GISTEmbedLoss as GISTEmbedLoss
 from .losses.info_nce import InfoNCELoss as InfoNCELoss
 from .losses.linear_cross_entropy import LinearCrossEntropyLoss as LinearCrossEntropyLoss
+from .losses.lists import ADRMSELoss as ADRMSELoss
+from .losses.lists import LambdaLoss as LambdaLoss
+from .losses.lists import ListMLELoss as ListMLELoss
+from .losses.lists import ListNetLoss as ListNetLoss
+from .losses.lists import PListMLELoss as PListMLELoss
+from .losses.lists import RankNetLoss as RankNetLoss
 from .losses.margin_mse import MarginMSELoss as MarginMSELoss
 from .losses.margin_softmax import ArcFaceLoss as ArcFaceLoss
 from .losses.margin_softmax import CosFaceLoss as CosFaceLoss

@@ -18,6 +18,7 @@ from .losses.embed_distill import embed_distill
 from .losses.gist import gist_embed
 from .losses.info_nce import info_nce
 from .losses.linear_cross_entropy import linear_cross_entropy
+from .losses.lists import adr_mse, lambda_loss, list_mle, list_net, plist_mle, rank_net
 from .losses.margin_mse import margin_mse
 from .losses.margin_softmax import arcface, cosface
 from .losses.margins import in_batch_margin_ranking, mega_batch_margin
@@ -34,6 +35,7 @@ from .losses.triplet import triplet
 
 __all__ = [
     "adaptive_layer",
+    "adr_mse",
     "angle",
     "arcface",
     "batch_all_triplet",
@@ -56,7 +58,10 @@ __all__ = [
     "global_orthogonal_regularization",
     "in_batch_margin_ranking",
     "info_nce",
+    "lambda_loss",
     "linear_cross_entropy",
+    "list_mle",
+    "list_net",
     "margin_mse",
     "matryoshka",
     "matryoshka_2d",
@@ -65,8 +70,10 @@ __all__ = [
     "multiple_negatives_ranking",
     "nt_xent",
     "online_contrastive",
+    "plist_mle",
     "proxy_anchor",
     "proxy_nca",
+    "rank_net",
     "siglip",
     "sup_con",
     "triplet",

@@ -9,6 +9,7 @@ theirs. Run it in a process without TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -21,7 +22,6 @@ from typing import Any
 
 import torch
 import triton
-from fusedloss.kernels import pairs as pairs_kernels
 from fusedloss.kernels import rows, similarity
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -165,6 +165,9 @@ def by_row(name: str, dtype: torch.dtype) -> None:
             backend.finish(empty(size, dim), vector, empty(), None, x, vector, empty(size, dim, kind=dtype))
 
 
+ROWWISE_KERNELS = [
+    importlib.import_module(f"fusedloss.kernels.{name}") for name in ("pairs", "lists", "pointwise", "classes")
+]
 # Kernels of losses without a sweep: name -> the launcher with every optional operand, on meta tensors of a dtype.
 Launches = dict[str, Callable[[torch.dtype], object]]
 
@@ -204,7 +207,25 @@ def _pairs(dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 def lists() -> Launches:
-    return {}
+    from fusedloss.backends import triton_lists
+
+    n, vector = 1024, empty(64, kind=torch.int64)
+    matrix, mask = empty(64, n), empty(64, n, kind=torch.bool)
+    inverse = empty(n, kind=torch.float64)
+    of = lambda dtype: empty(64, n, kind=dtype)
+    pairs = lambda name: (
+        lambda dtype: triton_lists.lambdas(matrix, matrix, vector, name, 10, inverse, 10.0, gradient=True)
+    )
+    return {
+        "lambda, ndcg_loss2pp": pairs("ndcg_loss2pp"),
+        "lambda, ndcg_loss1": pairs("ndcg_loss1"),
+        "lambda, rank_net": pairs(None),
+        "adr, ranks": lambda dtype: triton_lists.adr(of(dtype), of(dtype), mask, 1.0, 1e8, gradient=False),
+        "adr, gradient": lambda dtype: triton_lists.adr(of(dtype), of(dtype), mask, 1.0, 1e8, gradient=True),
+        "list_net": lambda dtype: triton_lists.list_net(of(dtype), of(dtype), mask, gradient=True),
+        "list_mle, n=1024": lambda dtype: triton_lists.list_mle(matrix, matrix, gradient=True),
+        "list_mle, n=4096": lambda dtype: triton_lists.list_mle(*2 * [empty(64, 4096)], gradient=True),
+    }
 
 
 ROWWISE: Launches = {**pointwise(), **classes(), **pairs(), **lists()}
@@ -304,7 +325,7 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
     backend._multiprocessors = lambda device: 132
     backend._multiply = lambda sim, x, y: None
     backend._row_options = lambda name, interpreted: {**row_options(name)}
-    for module in (rows, similarity, pairs_kernels):
+    for module in (rows, similarity, *ROWWISE_KERNELS):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Recorder(getattr(module, name), capability))
     results, seen = [], set()

@@ -1,0 +1,163 @@
+"""LambdaRank and its relatives as objectives of gradient boosting: first and second derivatives of `lambda_loss`.
+
+    booster = lightgbm.train({"objective": fusedloss.boosting.lightgbm_objective(k=30)}, dataset)
+
+Nothing here imports lightgbm or xgboost: the objectives are functions that those call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy
+import torch
+from torch import Tensor
+
+from .losses.lists import check_lambda
+from .rowwise import lists
+
+Array = TypeVar("Array", numpy.ndarray, Tensor)
+PAIRS = 1 << 22  # at once, with padding: groups of like sizes are padded together
+
+
+def lambda_gradients(
+    scores: Array,
+    labels: Array,
+    *,
+    group: Sequence[int] | numpy.ndarray | Tensor | None = None,
+    weighting: str | Callable[[Tensor, Tensor, Tensor], Tensor] | None = "lambda_rank",
+    k: int | None = None,
+    sigma: float = 1.0,
+    eps: float = 1e-10,
+    mu: float = 10.0,
+) -> tuple[Array, Array]:
+    """Derivatives of the sum of `lambda_loss`'s pairs (in nats) by each score, the weights w held fixed.
+
+        p_ij        = sigmoid(-sigma (s_i - s_j))                         for pairs that want i above j
+        gradient_i  = sum_j over pairs  -sigma w_ij p_ij + sigma w_ji p_ji
+        hessian_i   = sum_j over pairs  sigma^2 w p (1 - p)
+
+    The default is LambdaRank (Burges 2010), the lambdas of LambdaMART; with k = lambdarank_truncation_level they are
+    LightGBM's without lambdarank_norm. Equal scores rank as they came.
+
+    Args:
+        scores: `[total]`, the documents of one query after the other: numpy or torch, float32 or float64.
+        labels: `[total]`, the higher, the more relevant.
+        group: the number of documents of each query, as lightgbm and xgboost have it; None: one query.
+        weighting, k, sigma, eps, mu: see `lambda_loss`.
+
+    Returns:
+        gradient and hessian `[total]`, arrays or tensors as `scores` and in its dtype.
+
+    Raises:
+        ValueError, TypeError: a shape or an option that does not fit.
+
+    Example:
+        >>> gradient, hessian = fusedloss.boosting.lambda_gradients(scores, labels, group=[3, 5])
+    """
+    check_lambda(weighting, k, sigma, eps, mu)
+    flat = torch.as_tensor(scores).detach()
+    graded = torch.as_tensor(labels, device=flat.device).detach()
+    if flat.dim() != 1 or not flat.is_floating_point():
+        raise ValueError(f"scores is {flat.dtype} {list(flat.shape)}: needs floating numbers [total]")
+    if graded.shape != flat.shape:
+        raise ValueError(f"labels has shape {list(graded.shape)} and scores {list(flat.shape)}: they must agree")
+    sizes = _sizes(group, len(flat))
+    gradient, hessian = torch.zeros_like(flat), torch.zeros_like(flat)
+    ends = sizes.cumsum(0)
+    for queries in _like_sizes(sizes):
+        place = torch.arange(int(sizes[queries[-1]]))
+        mask = place < sizes[queries, None]
+        index = ((ends - sizes)[queries, None] + place).where(mask, 0).to(flat.device)
+        mask = mask.to(flat.device)
+        found = lists.lambda_gradients(
+            flat[index], graded[index], mask, weighting=weighting, k=k, sigma=sigma, eps=eps, mu=mu
+        )
+        for out, part in zip((gradient, hessian), found, strict=True):
+            out[index[mask]] = part[mask].to(out.dtype)
+    if isinstance(scores, Tensor):
+        return gradient, hessian
+    return gradient.numpy(), hessian.numpy()
+
+
+def lightgbm_objective(
+    *,
+    weighting: str | Callable[[Tensor, Tensor, Tensor], Tensor] | None = "lambda_rank",
+    k: int | None = None,
+    sigma: float = 1.0,
+    eps: float = 1e-10,
+    mu: float = 10.0,
+) -> Callable[[numpy.ndarray, Any], tuple[numpy.ndarray, numpy.ndarray]]:
+    """`lambda_gradients` as a custom objective (scores, dataset) -> (gradient, hessian) of lightgbm, and of xgboost.
+
+        lightgbm.train({"objective": lightgbm_objective(k=30)}, Dataset(x, label=y, group=sizes))
+        xgboost.train({}, DMatrix(x, label=y, qid=qid), obj=xgboost_objective(k=30))
+
+    Labels, groups and weights are asked of the dataset (get_label, get_group, get_weight). Weights multiply gradient
+    and hessian: one per document, or one per query as xgboost has them. Tested with lightgbm 4.7; for xgboost with a
+    stand-in for its DMatrix.
+    """
+    options = {"weighting": weighting, "k": k, "sigma": sigma, "eps": eps, "mu": mu}
+
+    def objective(scores: numpy.ndarray, dataset: Any) -> tuple[numpy.ndarray, numpy.ndarray]:
+        return _weighted(scores, dataset.get_label(), dataset.get_weight(), dataset.get_group(), options)
+
+    return objective
+
+
+xgboost_objective = lightgbm_objective  # their datasets are asked in the same words
+
+
+def sklearn_objective(
+    *,
+    weighting: str | Callable[[Tensor, Tensor, Tensor], Tensor] | None = "lambda_rank",
+    k: int | None = None,
+    sigma: float = 1.0,
+    eps: float = 1e-10,
+    mu: float = 10.0,
+) -> Callable[..., tuple[numpy.ndarray, numpy.ndarray]]:
+    """The same for `lightgbm.LGBMRanker(objective=sklearn_objective(k=30))`: (labels, scores, weight, group)."""
+    options = {"weighting": weighting, "k": k, "sigma": sigma, "eps": eps, "mu": mu}
+
+    def objective(
+        labels: numpy.ndarray, scores: numpy.ndarray, weight: Any, group: Any
+    ) -> tuple[numpy.ndarray, numpy.ndarray]:
+        return _weighted(scores, labels, weight, group, options)
+
+    return objective
+
+
+def _weighted(
+    scores: numpy.ndarray, labels: numpy.ndarray, weight: Any, group: Any, options: dict[str, Any]
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    if group is None or not len(group):
+        raise ValueError("the dataset has no groups: a ranking objective needs the number of documents of each query")
+    gradient, hessian = lambda_gradients(numpy.asarray(scores), numpy.asarray(labels), group=group, **options)
+    if weight is None or not len(weight):
+        return gradient, hessian
+    weight = numpy.asarray(weight)
+    if len(weight) == len(group) != len(scores):
+        weight = numpy.repeat(weight, group)
+    return gradient * weight, hessian * weight
+
+
+def _sizes(group: Any, total: int) -> Tensor:
+    sizes = torch.tensor([total]) if group is None else torch.as_tensor(numpy.asarray(group)).to("cpu", torch.int64)
+    if sizes.dim() != 1 or bool((sizes < 0).any()) or int(sizes.sum()) != total:
+        raise ValueError(f"group is {sizes.tolist()}: needs the queries' numbers of documents, {total} in all")
+    return sizes
+
+
+def _like_sizes(sizes: Tensor) -> list[Tensor]:
+    """Queries from the shortest to the longest, as many together as have PAIRS pairs, and within a factor of 2."""
+    order = sizes.argsort(stable=True)
+    blocks: list[Tensor] = []
+    end = len(order)
+    while end and int(sizes[order[end - 1]]):
+        longest = int(sizes[order[end - 1]])
+        start = max(0, end - max(1, PAIRS // longest**2))
+        start = max(start, int(torch.searchsorted(sizes[order], longest // 2 + 1)))
+        blocks.append(order[start:end])
+        end = start
+    return blocks

@@ -1,0 +1,380 @@
+"""Losses of rerankers: scores of a query's documents, against labels that say how relevant each is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..rowwise import lists
+from ._module import LossModule
+
+WEIGHTINGS = ("ndcg_loss2pp", "ndcg_loss2", "ndcg_loss1", "lambda_rank")
+UNITS = {"binary": lists.LN2, "natural": 1.0}  # a loss in bits is one in nats, over log 2
+
+Lists = Tensor | Sequence[Tensor]
+
+
+def lambda_loss(
+    scores: Lists,
+    labels: Lists,
+    *,
+    mask: Tensor | None = None,
+    weighting: str | Callable[[Tensor, Tensor, Tensor], Tensor] | None = "ndcg_loss2pp",
+    k: int | None = None,
+    sigma: float = 1.0,
+    eps: float = 1e-10,
+    reduction_log: str = "binary",
+    mu: float = 10.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """LambdaLoss (Wang et al. 2018), as sentence-transformers' cross-encoder loss.
+
+        loss = sum_(i, j) -w_ij log2 sigmoid(sigma (s_i - s_j)) / number of pairs
+        over pairs of a query's documents with label_i > label_j, at least one of them among its k best scores
+
+    With documents at positions 1.. by score, D_p = log2(1 + p) and gain G_i = (2^label_i - 1) / DCG@k of the best order
+    (negative labels gain nothing), w_ij is
+
+        "ndcg_loss2pp"   mu * "ndcg_loss2" + "lambda_rank"
+        "ndcg_loss2"     |1 / D_|i-j| - 1 / D_(|i-j|+1)| |G_i - G_j|
+        "lambda_rank"    |1 / D_i - 1 / D_j| |G_i - G_j|
+        "ndcg_loss1"     G_i / D_i, over all pairs: equal labels and i = j, too
+        None             1: RankNet
+
+    No [Q, n, n] is made: pairs are visited in blocks, and the gradient is found in the same pass. Weights carry no
+    gradient; equal scores rank as they came. Scores enter clamped to +-1e8 and without gradient beyond
+    (sentence-transformers clamps their differences): an infinite score gives finite numbers. A NaN score or label makes
+    the loss NaN (there, a NaN score counts as a tie). So does an infinite label, and a gain that overflows (a label
+    over 127 in fp32), unless all of the query's labels are equal.
+
+    Args:
+        scores: `[Q, n]`, floating, any strides; or a list of 1-D tensors, one a query.
+        labels: likewise, any real dtype: the higher, the more relevant.
+        mask: bool `[Q, n]`, True for documents. What padding holds, NaN included, is not looked at.
+        weighting: a name of the above, or a function (gain `[Q, n]`, discount D `[1, n]`, labels `[Q, n]`, both by
+            score and padding 0) -> weights that broadcast to `[Q, n, n]`, as a scheme of sentence-transformers. It is
+            called for a few queries at once, whose n x n weights exist; those without gradient on "reference" only.
+        k: how many of the best scores count as the top; None is all.
+        sigma: multiplies the scores, above 0.
+        eps: the least that the best DCG counts as.
+        reduction_log: "binary" (bits) or "natural".
+        mu: of "ndcg_loss2pp".
+        reduction: "mean" over all pairs that count (0 without one), "sum", or "none": `[Q]`, sums over each query.
+        backend: "auto", "triton" (not with a function), "chunked" or "reference".
+
+    Returns:
+        A 0-dim tensor (`[Q]` for "none"), float32, or float64 for float64 scores.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> scores = reranker(queries, documents)  # [Q, n]
+        >>> fusedloss.lambda_loss(scores, relevance, mask=is_document).backward()
+    """
+    scores, labels, mask = _padded(scores, labels, mask)
+    check_lambda(weighting, k, sigma, eps, mu)
+    checks.choice("reduction_log", reduction_log, tuple(UNITS))
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    if not scores.numel():
+        return _nothing(scores, reduction)
+    return lists.lambda_loss(
+        scores,
+        labels,
+        mask,
+        weighting=weighting,
+        k=k,
+        sigma=sigma,
+        eps=eps,
+        mu=mu,
+        unit=UNITS[reduction_log],
+        reduction=reduction,
+        backend=backend,
+    )
+
+
+def rank_net(
+    scores: Lists,
+    labels: Lists,
+    *,
+    mask: Tensor | None = None,
+    k: int | None = None,
+    sigma: float = 1.0,
+    eps: float = 1e-10,
+    reduction_log: str = "binary",
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """RankNet (Burges et al. 2005): `lambda_loss` with weights of 1, whose parameters, result and errors it has.
+
+        loss = mean of -log2 sigmoid(sigma (s_i - s_j)) over pairs of a query's documents with label_i > label_j
+
+    Example:
+        >>> fusedloss.rank_net(scores, labels, mask=is_document).backward()
+    """
+    return lambda_loss(
+        scores,
+        labels,
+        mask=mask,
+        weighting=None,
+        k=k,
+        sigma=sigma,
+        eps=eps,
+        reduction_log=reduction_log,
+        reduction=reduction,
+        backend=backend,
+    )
+
+
+def list_net(
+    scores: Lists, labels: Lists, *, mask: Tensor | None = None, reduction: str = "mean", backend: str = "auto"
+) -> Tensor:
+    """ListNet (Cao et al. 2007), as sentence-transformers' cross-encoder loss.
+
+        loss_q = -sum_i softmax(labels)_i log softmax(scores)_i
+
+    A query without documents has loss 0 and counts in the mean (in sentence-transformers it is NaN).
+
+    Args:
+        scores, labels, mask: see `lambda_loss`. Labels that require grad receive it.
+        reduction: "mean" over queries, "sum" or "none" (`[Q]`).
+        backend: "auto", "triton", "chunked" or "reference".
+
+    Returns, Raises: see `lambda_loss`.
+
+    Example:
+        >>> fusedloss.list_net(scores, teacher_scores, mask=is_document).backward()
+    """
+    scores, labels, mask = _padded(scores, labels, mask)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    if not scores.numel():
+        return _nothing(scores, reduction)
+    return lists.list_net(scores, labels, mask, reduction=reduction, backend=backend)
+
+
+def list_mle(
+    scores: Lists,
+    labels: Lists,
+    *,
+    mask: Tensor | None = None,
+    respect_input_order: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """ListMLE (Xia et al. 2008): minus the log-likelihood of the right order under Plackett-Luce.
+
+        loss_q = sum_i logsumexp_(j >= i) s_j - s_i
+
+    It is `plist_mle` with weights of 1, whose parameters, result and errors it has.
+
+    Example:
+        >>> fusedloss.list_mle(scores, labels, respect_input_order=False).backward()
+    """
+    return plist_mle(
+        scores,
+        labels,
+        mask=mask,
+        lambda_weight=None,
+        respect_input_order=respect_input_order,
+        reduction=reduction,
+        backend=backend,
+    )
+
+
+def plist_mle(
+    scores: Lists,
+    labels: Lists,
+    *,
+    mask: Tensor | None = None,
+    lambda_weight: str | Callable[[Tensor], Tensor] | None = "default",
+    respect_input_order: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Position-aware ListMLE (Lan et al. 2014), as sentence-transformers' cross-encoder loss.
+
+        loss_q = sum_i w_i / (sum w + 1e-10) (logsumexp_(j >= i) s_j - s_i)
+        w_i    = 2^(n - i) - 1 at the i-th place of n documents
+
+    w is divided by 2^(n - 127) in lists of more than 127 documents, so that it stays finite. A query without documents
+    has loss 0 and counts in the mean.
+
+    Args:
+        scores, labels, mask: see `lambda_loss`. A place without a document is skipped, wherever it stands.
+        lambda_weight: "default"; None for weights of 1, not divided by their sum; or a function of the mask, bool
+            `[Q, n]` in the list's order, that returns weights of that shape.
+        respect_input_order: documents stand in the right order; the labels' values are not looked at. Else they are
+            sorted by label, the highest first and equal ones as they came.
+        reduction: "mean" over queries, "sum" or "none" (`[Q]`).
+        backend: "auto", "triton" (up to 4096 documents), "chunked" or "reference".
+
+    Returns, Raises: see `lambda_loss`.
+
+    Example:
+        >>> fusedloss.plist_mle(scores, labels, mask=is_document, respect_input_order=False).backward()
+    """
+    scores, labels, mask = _padded(scores, labels, mask)
+    if not callable(lambda_weight) and lambda_weight is not None:
+        checks.choice("lambda_weight", lambda_weight, ("default",))
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    if not scores.numel():
+        return _nothing(scores, reduction)
+    return lists.list_mle(
+        scores,
+        labels,
+        mask,
+        lambda_weight=lambda_weight,
+        respect_input_order=respect_input_order,
+        reduction=reduction,
+        backend=backend,
+    )
+
+
+def adr_mse(
+    scores: Lists,
+    labels: Lists,
+    *,
+    mask: Tensor | None = None,
+    alpha: float = 1.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Approximate discounted rank MSE (Schlatt et al. 2025), as sentence-transformers' cross-encoder loss.
+
+        R_i    = 1 + sum_(j != i) sigmoid(alpha (s_j - s_i))                     the soft rank
+        loss_i = (t_i - R_i)^2 / log2(1 + t_i)                                   t_i: the label's rank, ties averaged
+
+    No [Q, n, n] is made: pairs are visited in blocks, once for the ranks and once for the gradient.
+
+    Args:
+        scores, labels, mask: see `lambda_loss`; clamping and NaN likewise.
+        alpha: above 0; the higher, the closer is R to the rank.
+        reduction: "mean" over documents (0 without one), "sum", or "none": `[Q]`, sums over each query.
+        backend: "auto", "triton", "chunked" or "reference".
+
+    Returns, Raises: see `lambda_loss`.
+
+    Example:
+        >>> fusedloss.adr_mse(scores, labels, mask=is_document).backward()
+    """
+    scores, labels, mask = _padded(scores, labels, mask)
+    _positive("alpha", alpha)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    if not scores.numel():
+        return _nothing(scores, reduction)
+    return lists.adr_mse(scores, labels, mask, alpha=alpha, reduction=reduction, backend=backend)
+
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+def _padded(scores: Lists, labels: Lists, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scores and labels `[Q, n]`, and which of them are documents."""
+    if isinstance(scores, Tensor) and isinstance(labels, Tensor):
+        if scores.dtype not in checks.FLOATING:
+            raise TypeError(f"scores has dtype {scores.dtype}: needs float16, bfloat16, float32 or float64")
+        checks.dense("scores", scores)
+        checks.dense("labels", labels)
+        if scores.dim() != 2:
+            raise ValueError(f"scores has shape {list(scores.shape)}: needs [queries, documents], or a list of 1-D")
+        if labels.shape != scores.shape:
+            raise ValueError(f"labels has shape {list(labels.shape)} and scores {list(scores.shape)}: they must agree")
+        if labels.is_complex():
+            raise TypeError(f"labels has dtype {labels.dtype}: needs real numbers")
+        if labels.device != scores.device:
+            raise ValueError(f"labels is on {labels.device} and scores on {scores.device}: move one of them")
+        if mask is not None:
+            checks.boolean("mask", mask, tuple(scores.shape), scores)
+        return scores, labels, mask
+    if mask is not None:
+        raise ValueError("mask is given beside lists of tensors: needs [Q, n] scores; lists have no padding to mask")
+    for name, given in (("scores", scores), ("labels", labels)):
+        checks.options_not_modules(**{name: given})
+        if isinstance(given, Tensor) or not isinstance(given, Sequence):
+            raise TypeError(f"{name} is a {type(given).__name__}: needs a tensor [Q, n] as the other, or a list as it")
+        for i, x in enumerate(given):
+            if not isinstance(x, Tensor) or x.dim() != 1:
+                got = f"of shape {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+                raise ValueError(f"{name}[{i}] is {got}: needs a 1-D tensor, one number per document")
+    lengths, found = ([len(x) for x in given] for given in (scores, labels))
+    if lengths != found:
+        raise ValueError(f"scores has lists of {lengths} documents and labels of {found}: they must agree")
+    if not lengths:
+        return torch.zeros(0, 0), torch.zeros(0, 0), None
+    padded = nn.utils.rnn.pad_sequence(list(scores), batch_first=True)
+    whole = all(n == lengths[0] for n in lengths)
+    place = torch.arange(padded.shape[1], device=padded.device)
+    real = None if whole else place < torch.tensor(lengths, device=padded.device)[:, None]
+    return _padded(padded, nn.utils.rnn.pad_sequence(list(labels), batch_first=True), real)
+
+
+def check_lambda(weighting: object, k: int | None, sigma: float, eps: float, mu: float) -> None:
+    if weighting is not None and not callable(weighting):
+        checks.choice("weighting", weighting, WEIGHTINGS)
+    checks.count("k", k)
+    _positive("sigma", sigma)
+    checks.number("eps", eps)
+    checks.number("mu", mu)
+
+
+def _positive(name: str, value: float) -> None:
+    checks.number(name, value)
+    if value <= 0:
+        raise ValueError(f"{name} is {value}: needs a positive number")
+
+
+def _nothing(scores: Tensor, reduction: str) -> Tensor:
+    """No documents: zeros that backward still goes through."""
+    sums = scores.to(lists.stats_dtype(scores.dtype)).sum(1)
+    return sums if reduction == "none" else sums.sum()
+
+
+# Modules --------------------------------------------------------------------------------------------------------------
+
+
+class _WithFunction(LossModule, function=lambda_loss, tensors=("mask",)):
+    """Of a loss one of whose options, `takes_module`, may be an nn.Module: a scheme of sentence-transformers, say."""
+
+    takes_module: str
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        module = kwargs.get(self.takes_module)
+        if isinstance(module, nn.Module):
+            kwargs[self.takes_module] = None
+        super().__init__(*args, **kwargs)
+        if isinstance(module, nn.Module):
+            setattr(self, self.takes_module, module)
+
+
+class LambdaLoss(_WithFunction, function=lambda_loss, tensors=("mask",)):
+    """`lambda_loss` with its options in the constructor and `forward(scores, labels, mask=None)`."""
+
+    takes_module = "weighting"
+
+
+class RankNetLoss(LossModule, function=rank_net, tensors=("mask",)):
+    """`rank_net` with its options in the constructor and `forward(scores, labels, mask=None)`."""
+
+
+class ListNetLoss(LossModule, function=list_net, tensors=("mask",)):
+    """`list_net` with its options in the constructor and `forward(scores, labels, mask=None)`."""
+
+
+class ListMLELoss(LossModule, function=list_mle, tensors=("mask",)):
+    """`list_mle` with its options in the constructor and `forward(scores, labels, mask=None)`."""
+
+
+class PListMLELoss(_WithFunction, function=plist_mle, tensors=("mask",)):
+    """`plist_mle` with its options in the constructor and `forward(scores, labels, mask=None)`."""
+
+    takes_module = "lambda_weight"
+
+
+class ADRMSELoss(LossModule, function=adr_mse, tensors=("mask",)):
+    """`adr_mse` with its options in the constructor and `forward(scores, labels, mask=None)`."""

@@ -1,0 +1,671 @@
+"""Losses of lists: the scores of a query's documents `[Q, n]`, and labels that say how relevant each is.
+
+    pairwise   RankNet, LambdaLoss, ADR-MSE: n^2 pairs a query, visited in blocks, none of them kept
+    listwise   ListNet, ListMLE, PListMLE: one pass over each row
+
+The pairwise ones sort the documents by score first. With i ranked above j, `s_j - s_i` is never positive: exponentials
+cannot overflow, every pair is met once, and what it adds to document i it takes from document j, so that a block's
+gradient is its row sums less its column sums. A function here knows its gradient when it knows its value; what is saved
+for backward is that gradient, in fp32: no pair's share underflows in 16 bits before upstream enlarges it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import select_rowwise
+from ..problem import stats_dtype
+
+LN2 = math.log(2)
+LARGEST = 1e8  # scores are clamped to this: -inf ranks last and gives finite numbers
+PADDING = -1e30  # the score and the label of a place without a document: below all others, and 0 times it is 0
+BLOCK = {"cpu": 1 << 17, "cuda": 1 << 24}  # pairs or elements at once: five buffers of them stay in two cores' caches
+ROWS = 32, 128  # of a block, at least and at most: the more, the more pairs below the diagonal are computed for nothing
+ONE_BLOCK = 64  # up to so many documents a block has all of them
+
+Weighting = str | Callable[[Tensor, Tensor, Tensor], Tensor] | None
+RankWeight = str | Callable[[Tensor], Tensor] | None
+
+
+# Value and gradient ---------------------------------------------------------------------------------------------------
+
+
+class _Known(torch.autograd.Function):
+    """`loss`, whose gradient by the scores was found beside it: `factor * gradient`."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, loss: Tensor, gradient: Tensor, factor: Tensor | float) -> Tensor:
+        ctx.save_for_backward(gradient, *((factor,) if isinstance(factor, Tensor) else ()))
+        ctx.dtype, ctx.factor = scores.dtype, None if isinstance(factor, Tensor) else factor
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("this backend has no second derivatives (create_graph=True): use backend='reference'")
+        gradient, *factor = ctx.saved_tensors
+        upstream = upstream * (factor[0] if factor else ctx.factor)
+        return (gradient * (upstream if upstream.dim() == 0 else upstream[:, None])).to(ctx.dtype), None, None, None
+
+
+def _reduced(
+    scores: Tensor,
+    sums: Tensor,
+    gradient: Tensor | None,
+    reduction: str,
+    count: Tensor | int,
+    *,
+    unit: float = 1.0,
+    scale: float = 1.0,
+) -> Tensor:
+    """Sums of queries as what was asked for, in `unit`s. gradient: of their sum by `scale * scores`, or None."""
+    over: Tensor | float = unit
+    if reduction == "mean":
+        count = count.clamp(min=1).to(sums.dtype) if isinstance(count, Tensor) else max(count, 1)
+        over = unit * count
+    loss = (sums if reduction == "none" else sums.sum()) / over
+    return loss if gradient is None else _Known.apply(scores, loss, gradient, scale / over)
+
+
+def _wants_gradient(scores: Tensor) -> bool:
+    return torch.is_grad_enabled() and scores.requires_grad
+
+
+def _row_blocks(Q: int, n: int, device: torch.device) -> Iterator[slice]:
+    rows = max(1, BLOCK.get(device.type, BLOCK["cuda"]) // max(n, 1))
+    for start in range(0, Q, rows):
+        yield slice(start, min(start + rows, Q))
+
+
+# Pairs of documents ---------------------------------------------------------------------------------------------------
+
+
+def _entered(scores: Tensor, labels: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """As the pairwise losses see them: fp32 or fp64, scores within their bounds and times the scale, padding marked."""
+    dtype = stats_dtype(scores.dtype)
+    z, y = scores.to(dtype).clamp(-LARGEST, LARGEST), labels.to(dtype)
+    if mask is not None:
+        z, y = z.where(mask, PADDING), y.where(mask, PADDING)
+    return (z if scale == 1 else z * scale), y
+
+
+def _left_out(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """What has no gradient: padding, and scores that were clamped."""
+    clamped = scores.abs() > LARGEST
+    return clamped if mask is None else clamped.logical_or_(~mask)
+
+
+class Pairs(NamedTuple):
+    """A block of pairs (i, j), i of `rows` and j of `columns`, which are the rows and all documents after them."""
+
+    queries: slice
+    rows: slice
+    columns: slice
+    workspace: Sequence[Tensor]  # [queries, rows, columns] each
+    whole: bool  # all pairs there are
+
+    def difference(self, x: Tensor, out: Tensor) -> Tensor:
+        """x_j - x_i"""
+        if self.whole:
+            return torch.sub(x.unsqueeze(1), x.unsqueeze(2), out=out)  # a third of the time that slices take
+        return torch.sub(x[self.queries, None, self.columns], x[self.queries, self.rows, None], out=out)
+
+    def square(self, block: Tensor) -> Tensor:
+        return block[..., : block.shape[1]]
+
+    def add_odd(self, total: Tensor, value: Tensor) -> None:
+        """total_i += value_ij and total_j -= value_ij, where value_ji = -value_ij: the square has both."""
+        if self.whole:
+            total.add_(value.sum(2))
+            return
+        total[self.queries, self.rows].add_(value.sum(2))
+        if self.columns.stop > self.rows.stop:
+            total[self.queries, self.rows.stop :].sub_(value[..., value.shape[1] :].sum(1))
+
+
+def _pairs(z: Tensor, top: int, buffers: int) -> Iterator[Pairs]:
+    """Blocks that together have every pair i < j with i among the `top`."""
+    Q, n = z.shape
+    block = BLOCK.get(z.device.type, BLOCK["cuda"])
+    if n <= ONE_BLOCK and Q * n * n <= block:
+        room = z.new_empty(buffers, Q, top, n)
+        yield Pairs(slice(0, Q), slice(0, top), slice(0, n), room.unbind(), top == n)
+        return
+    height = n if n <= ONE_BLOCK else min(n, max(ROWS[0], min(ROWS[1], block // max(Q * n, 1))))
+    batch = max(1, block // max(height * n, 1))
+    room = z.new_empty(buffers, min(batch, Q) * min(height, top) * n)
+    for start in range(0, top, height):
+        rows = slice(start, min(start + height, top))
+        for first in range(0, Q, batch):
+            queries = slice(first, min(first + batch, Q))
+            shape = queries.stop - first, rows.stop - start, n - start
+            workspace = [flat[: math.prod(shape)].view(shape) for flat in room]
+            yield Pairs(queries, rows, slice(start, n), workspace, False)
+
+
+# RankNet and LambdaLoss -----------------------------------------------------------------------------------------------
+
+
+class Ranked(NamedTuple):
+    """Every query's documents, the highest score first (equal ones as they came) and padding last."""
+
+    score: Tensor  # [Q, n], times sigma
+    label: Tensor  # [Q, n]
+    order: Tensor  # int64 [Q, n]: their places in the input
+    length: Tensor | int  # [Q], documents of each query
+
+
+def ranked(scores: Tensor, labels: Tensor, mask: Tensor | None, sigma: float) -> Ranked:
+    z, y = _entered(scores, labels, mask, sigma)
+    # 0 times a label: one that is NaN or infinite makes the query's loss NaN.
+    z, order = torch.add(z, y, alpha=0).sort(dim=1, descending=True, stable=True)
+    return Ranked(z, y.gather(1, order), order, z.shape[1] if mask is None else mask.sum(1))
+
+
+def _in_input_order(by_rank: Tensor, order: Tensor, left_out: Tensor) -> Tensor:
+    return torch.empty_like(by_rank).scatter_(1, order, by_rank).masked_fill_(left_out, 0)
+
+
+def _discounts(n: int, device: torch.device) -> Tensor:
+    """[n]: 1 / log2(1 + position), in fp64: differences of neighbours cancel, in fp32 by 3e-4 at the thousandth."""
+    return torch.arange(2, n + 2, dtype=torch.float64, device=device).log2_().reciprocal_()
+
+
+def _unequal(labels: Tensor, length: Tensor | int) -> tuple[Tensor, Tensor]:
+    """int64 [Q]: how many pairs of documents have different labels; and the labels in ascending order."""
+    ascending = labels.sort(1).values
+    lower = torch.searchsorted(ascending, ascending).sum(1)
+    return lower - length * (labels.shape[1] - length), ascending  # padding is lower than all
+
+
+def _gains(by_rank: Ranked, k: int, eps: float, ascending: Tensor, inverse: Tensor) -> Tensor:
+    """[Q, n]: (2^label - 1) / max(DCG@k of the best order, eps), negative labels as 0."""
+    inverse = inverse[:k].to(ascending.dtype)
+    best = torch.expm1(ascending[:, ascending.shape[1] - k :].clamp(min=0) * LN2)
+    ideal = (best * inverse.flip(0)).sum(1).clamp(min=eps)
+    return torch.expm1(by_rank.label.clamp(min=0) * LN2) / ideal[:, None]
+
+
+def _selected(by_rank: Ranked, weighting: Weighting, k: int) -> tuple[Tensor, Tensor]:
+    """int64 [Q]: the ordered pairs that count; and the labels in ascending order."""
+    n = by_rank.label.shape[1]
+    count, ascending = _unequal(by_rank.label, by_rank.length)
+    if k < n:  # less those outside the top
+        rest = by_rank.length - k
+        rest = rest.clamp(min=0) if isinstance(rest, Tensor) else rest
+        count = count - _unequal(by_rank.label[:, k:].contiguous(), rest)[0]
+    if weighting == "ndcg_loss1":  # every two documents, and each with itself
+        length = torch.as_tensor(by_rank.length, device=count.device).expand_as(count)
+        count = length**2 - (length - k).clamp(min=0) ** 2
+    return count, ascending
+
+
+def _expanded(weighting: Callable[..., Tensor], by_rank: Ranked, gain: Tensor, inverse: Tensor) -> Tensor:
+    """What a user's function gives, `[Q, n, n]`; it is called as sentence-transformers calls its schemes."""
+    Q, n = gain.shape
+    discount = inverse.reciprocal()[None].to(gain.dtype)
+    with torch.enable_grad():
+        weight = weighting(gain, discount, by_rank.label.clamp(min=0))
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weighting returned a {type(weight).__name__}: needs a tensor")
+    try:
+        return weight.to(gain.dtype).expand(Q, n, n)
+    except RuntimeError:
+        raise ValueError(
+            f"weighting returned the shape {list(weight.shape)}: needs one that broadcasts to {[Q, n, n]}"
+        ) from None
+
+
+def lambda_loss(
+    scores: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    *,
+    weighting: Weighting,
+    k: int | None,
+    sigma: float,
+    eps: float,
+    mu: float,
+    unit: float,
+    reduction: str,
+    backend: str,
+) -> Tensor:
+    """`-sum w_ij log sigmoid(sigma (s_i - s_j))` over the pairs that count, / their number under "mean"."""
+    reason = "a function as weighting gives weights that no kernel knows" if callable(weighting) else None
+    name = select_rowwise(backend, scores, unsupported=reason)
+    top = min(k or scores.shape[1], scores.shape[1])
+    if name == "reference" or torch.compiler.is_compiling() or labels.requires_grad or _trains(weighting):
+        by_rank = ranked(scores, labels, mask, sigma)
+        count, ascending = _selected(by_rank, weighting, top)
+        sums = _lambda_formula(by_rank, weighting, top, eps, mu, ascending).masked_fill(count == 0, 0)
+        return _reduced(scores, sums, None, reduction, count.sum(), unit=unit)
+    wanted = _wants_gradient(scores)
+    with torch.no_grad():
+        by_rank = ranked(scores, labels, mask, sigma)
+        count, ascending = _selected(by_rank, weighting, top)
+        lambdas = _lambda_kernel if name == "triton" else _lambdas
+        found = lambdas(by_rank, weighting, top, eps, mu, ascending, gradient=wanted)
+        # Where no pair counts, gains that overflowed (inf / inf) do not, either.
+        none = count == 0
+        sums = found.loss.masked_fill_(none, 0)
+        gradient = None
+        if found.gradient is not None:
+            gradient = _in_input_order(found.gradient, by_rank.order, _left_out(scores, mask) | none[:, None])
+    return _reduced(scores, sums, gradient, reduction, count.sum(), unit=unit, scale=sigma)
+
+
+def lambda_gradients(
+    scores: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    *,
+    weighting: Weighting,
+    k: int | None,
+    sigma: float,
+    eps: float,
+    mu: float,
+) -> tuple[Tensor, Tensor]:
+    """Of the sum of pair losses, first and second derivatives by each score, weights held fixed."""
+    with torch.no_grad():
+        top = min(k or scores.shape[1], scores.shape[1])
+        by_rank = ranked(scores, labels, mask, sigma)
+        count, ascending = _selected(by_rank, weighting, top)
+        found = _lambdas(by_rank, weighting, top, eps, mu, ascending, gradient=True, curvature=True)
+        assert found.gradient is not None and found.curvature is not None
+        left_out = _left_out(scores, mask) | (count == 0)[:, None]
+        gradient, curvature = (_in_input_order(t, by_rank.order, left_out) for t in (found.gradient, found.curvature))
+        return gradient.mul_(sigma), curvature.mul_(sigma * sigma)
+
+
+def _trains(weighting: Any) -> bool:
+    return isinstance(weighting, nn.Module) and any(p.requires_grad for p in weighting.parameters())
+
+
+def _lambda_formula(
+    by_rank: Ranked, weighting: Weighting, top: int, eps: float, mu: float, ascending: Tensor
+) -> Tensor:
+    z, y = by_rank.score, by_rank.label
+    n = z.shape[1]
+    place = torch.arange(n, device=z.device)
+    length = torch.as_tensor(by_rank.length, device=z.device).reshape(-1, 1)
+    real = place < length
+    counts = real[:, :, None] & real[:, None, :] & ((place < top)[:, None] | (place < top))
+    if weighting != "ndcg_loss1":
+        counts = counts & ~(y[:, :, None] <= y[:, None, :])
+    weight: Tensor | float = 1.0
+    if weighting is not None:
+        inverse = _discounts(n, z.device)
+        gain = _gains(by_rank, top, eps, ascending, inverse)
+        delta = torch.cat([inverse.new_zeros(1), inverse[:-1] - inverse[1:]]).to(z.dtype)
+        near = delta[(place[:, None] - place).abs()]
+        far = (inverse[:, None] - inverse).abs().to(z.dtype)
+        apart = (gain[:, :, None] - gain[:, None, :]).abs()
+        if callable(weighting):
+            weight = _expanded(weighting, by_rank, gain, inverse)
+        elif weighting == "ndcg_loss1":
+            weight = (gain * inverse.to(z.dtype))[:, :, None]
+        else:
+            weight = apart * {"ndcg_loss2": near, "lambda_rank": far, "ndcg_loss2pp": mu * near + far}[weighting]
+    losses = -weight * nn.functional.logsigmoid(z[:, :, None] - z[:, None, :])
+    return losses.where(counts, 0).sum((1, 2)) + (z * 0).sum(1)  # a NaN shows, even of a document without a pair
+
+
+class Lambdas(NamedTuple):
+    loss: Tensor  # [Q]: the sum of the query's pairs
+    gradient: Tensor | None  # [Q, n], in ranked order, by sigma * score
+    curvature: Tensor | None = None
+
+
+def _lambdas(
+    by_rank: Ranked,
+    weighting: Weighting,
+    top: int,
+    eps: float,
+    mu: float,
+    ascending: Tensor,
+    *,
+    gradient: bool,
+    curvature: bool = False,
+) -> Lambdas:
+    z = by_rank.score
+    (Q, n), device = z.shape, z.device
+    inverse = _discounts(n, device) if weighting is not None else None
+    gain = by_rank.label if inverse is None else _gains(by_rank, top, eps, ascending, inverse)
+    by_score = torch.zeros_like(z) if gradient else None
+    found = Lambdas(z.new_zeros(Q), by_score, torch.zeros_like(z) if curvature else None)
+    if not callable(weighting):
+        if weighting == "ndcg_loss1":
+            assert inverse is not None
+            # A document with itself: log 2, and no gradient.
+            gain = gain * inverse.to(z.dtype)
+            found.loss.add_(gain[:, :top].sum(1), alpha=LN2)
+        _walk(z, top, _weigher(weighting, gain, inverse, mu), found)
+        return found
+    assert inverse is not None
+    # A user's weights are as many as the pairs: those of a few queries at once.
+    for queries in _row_blocks(Q, n * n, device):
+        few = by_rank._replace(score=z[queries], label=by_rank.label[queries])
+        weight = _expanded(weighting, few, gain[queries], inverse)
+        if weight.requires_grad:
+            raise RuntimeError("weighting returned a tensor that requires grad: use backend='reference', or detach it")
+        part = Lambdas(found.loss[queries], *(None if t is None else t[queries] for t in found[1:]))
+        _walk(few.score, top, _weigher(weight, few.label, None, mu), part)
+    return found
+
+
+Weigher = Callable[[slice, slice, slice, Tensor, Tensor], None]
+
+
+def _weigher(weighting: str | Tensor | None, value: Tensor, inverse: Tensor | None, mu: float) -> Weigher:
+    """Writes a block's `weight`, w_ij + w_ji (one of them is 0 but for ndcg_loss1), and `wrong`: -w_ji, j the better.
+
+    value: gains, gain / discount for ndcg_loss1, labels for None or given weights.
+    """
+    positions: list[Tensor] = []  # of the present rows and columns, the same for all queries
+
+    def weigh(queries: slice, rows: slice, columns: slice, weight: Tensor, wrong: Tensor) -> None:
+        upper, lower = value[queries, rows, None], value[queries, None, columns]
+        if isinstance(weighting, Tensor):
+            given = weighting[queries, columns, rows].transpose(1, 2).where(upper < lower, 0)
+            torch.add(given, weighting[queries, rows, columns].where(upper > lower, 0), out=weight)
+            torch.neg(given, out=wrong)
+            return
+        if weighting == "ndcg_loss1":
+            torch.add(upper, lower, out=weight)
+            wrong.copy_(lower).neg_()
+            return
+        torch.sub(upper, lower, out=wrong)
+        if inverse is None:
+            wrong.sign_()
+        torch.abs(wrong, out=weight)
+        wrong.clamp_(max=0)
+        if inverse is not None:
+            if queries.start == 0:
+                positions[:] = [_by_position(str(weighting), inverse, mu, rows, columns).to(value.dtype)]
+            weight.mul_(positions[0])
+            wrong.mul_(positions[0])
+
+    return weigh
+
+
+def _by_position(weighting: str, inverse: Tensor, mu: float, rows: slice, columns: slice) -> Tensor:
+    """fp64 [rows, columns]: what multiplies |gain_i - gain_j|; anything where j <= i."""
+    far = torch.sub(inverse[rows, None], inverse[columns])
+    if weighting == "lambda_rank":
+        return far
+    height, width = far.shape
+    by_distance = torch.cat([inverse.new_zeros(height), inverse[: width - 1] - inverse[1:width]])
+    near = by_distance.unfold(0, width, 1).flip(0)  # at j - i
+    return near if weighting == "ndcg_loss2" else far.add_(near, alpha=mu)
+
+
+def _walk(z: Tensor, top: int, weigh: Weigher, found: Lambdas) -> None:
+    """Adds every pair to what is wanted. Padding adds nothing: it is the worst, and infinitely far below."""
+    for block in _pairs(z, top, 5):
+        queries, rows, columns, (below, weight, wrong, loss, room), _ = block
+        block.difference(z, out=below)
+        block.square(below).clamp_(max=0)
+        weigh(queries, rows, columns, weight, wrong)
+        for half in (weight, wrong):  # i < j
+            block.square(half).triu_(1)
+        # i is above j. If it should be: log(1 + exp(z_j - z_i)), and if not: that plus z_i - z_j.
+        torch.mul(wrong, below, out=loss)
+        share = below.sigmoid_()  # at most 1/2
+        loss.addcmul_(weight, torch.neg(share, out=room).log1p_(), value=-1)
+        found.loss[queries].add_(loss.sum((1, 2)))
+        if found.curvature is not None:
+            torch.addcmul(share, share, share, value=-1, out=room).mul_(weight)
+            found.curvature[queries, rows].add_(room.sum(2))
+            found.curvature[queries, columns].add_(room.sum(1))
+        if found.gradient is not None:
+            pull = wrong.addcmul_(weight, share)
+            found.gradient[queries, rows].sub_(pull.sum(2))
+            found.gradient[queries, columns].add_(pull.sum(1))
+
+
+def _lambda_kernel(
+    by_rank: Ranked, weighting: Any, top: int, eps: float, mu: float, ascending: Tensor, *, gradient: bool
+) -> Lambdas:
+    from ..backends import triton_lists
+
+    z = by_rank.score
+    inverse = _discounts(z.shape[1], z.device)
+    value = by_rank.label if weighting is None else _gains(by_rank, top, eps, ascending, inverse)
+    if weighting == "ndcg_loss1":
+        value = value * inverse.to(z.dtype)
+    length = by_rank.length if isinstance(by_rank.length, Tensor) else None
+    z, value = z.contiguous(), value.contiguous()
+    return Lambdas(*triton_lists.lambdas(z, value, length, weighting, top, inverse, mu, gradient=gradient))
+
+
+# ADR-MSE --------------------------------------------------------------------------------------------------------------
+
+
+def adr_mse(
+    scores: Tensor, labels: Tensor, mask: Tensor | None, *, alpha: float, reduction: str, backend: str
+) -> Tensor:
+    """(true rank - soft rank)^2 / log2(1 + true rank), soft rank 1 + sum_j sigmoid(alpha (s_j - s_i))."""
+    name = select_rowwise(backend, scores)
+    count = scores.numel() if mask is None else mask.sum()
+    if name == "reference" or torch.compiler.is_compiling() or labels.requires_grad:
+        sums = _adr_formula(*_entered(scores, labels, mask, alpha / 2))
+        return _reduced(scores, sums, None, reduction, count, unit=4)
+    wanted = _wants_gradient(scores)
+    with torch.no_grad():
+        if name == "triton":
+            from ..backends import triton_lists
+
+            sums, gradient = triton_lists.adr(scores, labels, mask, alpha, LARGEST, gradient=wanted)
+        else:
+            sums, gradient = _adr(*_entered(scores, labels, mask, alpha / 2), gradient=wanted)
+            if gradient is not None:
+                gradient.masked_fill_(_left_out(scores, mask), 0)
+    return _reduced(scores, sums, gradient, reduction, count, unit=4, scale=alpha)
+
+
+def _adr_rows(leads: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
+    """Four times the loss, sums of queries; and the slope of the loss by the soft rank.
+
+    The true rank is (n + 1 + leads) / 2. excess: twice what the soft rank has more.
+    """
+    slope = excess / (leads + (leads.shape[1] + 3)).log2_().sub_(1)  # over log2(1 + true rank)
+    return (slope * excess).sum(1), slope
+
+
+def _adr_formula(z: Tensor, y: Tensor) -> Tensor:
+    """With 2 sigmoid(2x) = 1 + tanh(x): what a pair adds to either rank is odd, and 0 where they agree."""
+    above = (y[:, None, :] - y[:, :, None]).sign()
+    leads = above.sum(2)
+    excess = ((z[:, None, :] - z[:, :, None]).tanh() - above).sum(2)
+    return (excess.square() / ((leads + (leads.shape[1] + 3)).log2() - 1)).sum(1)
+
+
+def _adr(z: Tensor, y: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    n = z.shape[1]
+    leads, excess = torch.zeros_like(z), torch.zeros_like(z)
+    for block in _pairs(z, n, 2):
+        above, pull = block.workspace
+        block.difference(y, out=above).sign_()
+        block.add_odd(leads, above)
+        block.add_odd(excess, block.difference(z, out=pull).tanh_().sub_(above))
+    sums, slope = _adr_rows(leads, excess)
+    if not gradient:
+        return sums, None
+    one = z.new_ones(())
+    by_score = torch.zeros_like(z)
+    for block in _pairs(z, n, 2):
+        leak, pull = block.workspace
+        block.difference(z, out=leak).tanh_()
+        torch.addcmul(one, leak, leak, value=-1, out=leak)
+        block.add_odd(by_score, block.difference(slope, out=pull).mul_(leak))
+    return sums, by_score
+
+
+# ListNet --------------------------------------------------------------------------------------------------------------
+
+
+def list_net(scores: Tensor, labels: Tensor, mask: Tensor | None, *, reduction: str, backend: str) -> Tensor:
+    """Cross-entropy of softmax(scores) from softmax(labels), a query a row; 0 for one without documents."""
+    name = select_rowwise(backend, scores)
+    Q = scores.shape[0]
+    if name == "reference" or torch.compiler.is_compiling() or labels.requires_grad:
+        sums = _list_net_terms(scores, labels, mask)[0]
+        return _reduced(scores, sums, None, reduction, Q, unit=-1)
+    wanted = _wants_gradient(scores)
+    with torch.no_grad():
+        if name == "triton":
+            from ..backends import triton_lists
+
+            sums, gradient = triton_lists.list_net(scores, labels, mask, gradient=wanted)
+        else:
+            sums, gradient = _list_net(scores, labels, mask, gradient=wanted)
+    return _reduced(scores, sums, gradient, reduction, Q, unit=-1, scale=-1)
+
+
+def _list_net_terms(scores: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = stats_dtype(scores.dtype)
+    z, y = scores.to(dtype), labels.to(dtype)
+    if mask is not None:
+        z, y = z.where(mask, PADDING), y.where(mask, PADDING)
+    log_share, target = z.log_softmax(1), y.softmax(1)
+    sums = (target * log_share).sum(1)
+    return (sums if mask is None else sums.where(mask.any(1), 0)), log_share, target
+
+
+def _list_net(scores: Tensor, labels: Tensor, mask: Tensor | None, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    Q, n = scores.shape
+    blocks = list(_row_blocks(Q, n, scores.device))
+    if len(blocks) == 1:
+        sums, log_share, target = _list_net_terms(scores, labels, mask)
+        return sums, log_share.exp_().sub_(target) if gradient else None
+    sums = torch.empty(Q, dtype=stats_dtype(scores.dtype), device=scores.device)
+    by_score = sums.new_empty(Q, n) if gradient else None
+    for rows in blocks:
+        part = None if mask is None else mask[rows]
+        sums[rows], log_share, target = _list_net_terms(scores[rows], labels[rows], part)
+        if by_score is not None:
+            torch.sub(log_share.exp_(), target, out=by_score[rows])
+    return sums, by_score
+
+
+# ListMLE --------------------------------------------------------------------------------------------------------------
+
+
+def list_mle(
+    scores: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    *,
+    lambda_weight: RankWeight,
+    respect_input_order: bool,
+    reduction: str,
+    backend: str,
+) -> Tensor:
+    """`sum_i w_i (logsumexp_{j >= i} s_j - s_i)`, in the input's order or the labels'."""
+    Q, n = scores.shape
+    name = select_rowwise(backend, scores)
+    if name == "triton" and n > 4096:
+        name = select_rowwise(backend, scores, unsupported=f"a list of {n} documents is longer than 4096")
+    order = None if respect_input_order else _by_label(labels, mask, stats_dtype(scores.dtype))
+    listed = mask if mask is None or order is None else mask.gather(1, order)
+    weight = _rank_weights(lambda_weight, listed, scores)
+    if name == "reference" or torch.compiler.is_compiling() or (weight is not None and weight.requires_grad):
+        z = _listed(scores, labels, mask, order)
+        sums = _list_mle_formula(z, weight)
+        return _reduced(scores, sums, None, reduction, Q)
+    wanted = _wants_gradient(scores)
+    with torch.no_grad():
+        z = _listed(scores, labels, mask, order)
+        if name == "triton":
+            from ..backends import triton_lists
+
+            sums, gradient = triton_lists.list_mle(z, weight, gradient=wanted)
+        else:
+            sums, gradient = _list_mle(z, weight, gradient=wanted, signed=callable(lambda_weight))
+        if gradient is not None and order is not None:
+            gradient = torch.empty_like(gradient).scatter_(1, order, gradient)
+    return _reduced(scores, sums, gradient, reduction, Q)
+
+
+def _by_label(labels: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The highest first, padding last."""
+    labels = labels.detach().to(dtype)
+    if mask is not None:
+        labels = labels.where(mask, PADDING)
+    return labels.sort(dim=1, descending=True, stable=True).indices
+
+
+def _listed(scores: Tensor, labels: Tensor, mask: Tensor | None, order: Tensor | None) -> Tensor:
+    """Scores in the list's order; padding at PADDING."""
+    z = scores.to(stats_dtype(scores.dtype))
+    if order is not None:
+        z = torch.add(z, labels.detach(), alpha=0).to(z.dtype)  # a label that is NaN shows
+    if mask is not None:
+        z = z.where(mask, PADDING)
+    return z if order is None else z.gather(1, order)
+
+
+def _rank_weights(lambda_weight: RankWeight, mask: Tensor | None, scores: Tensor) -> Tensor | None:
+    """[Q, n] or [1, n], 0 for padding, in the list's order; None: all are 1."""
+    dtype = stats_dtype(scores.dtype)
+    Q, n = scores.shape
+    if lambda_weight is None:
+        return None if mask is None else mask.to(dtype)
+    if callable(lambda_weight):
+        whole = torch.ones(Q, n, dtype=torch.bool, device=scores.device) if mask is None else mask
+        weight = lambda_weight(whole)
+        if not isinstance(weight, Tensor) or weight.shape != (Q, n):
+            got = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise ValueError(f"lambda_weight returned {got}: needs a tensor {[Q, n]}")
+        weight = weight.to(dtype)
+    else:
+        if mask is None:
+            rank = torch.arange(1, n + 1, dtype=dtype, device=scores.device)[None]
+            length = rank[:, -1:]
+        else:
+            rank = mask.cumsum(1)
+            length = rank[:, -1:]
+        # 2^(n - rank) - 1; of more than 127 documents divided by 2^(n - 127), so that the sum stays finite.
+        excess = (length - 127).clamp(min=0)
+        weight = torch.exp2((length - rank - excess).to(dtype)) - torch.exp2(-excess.to(dtype))
+    if mask is not None:
+        weight = weight.where(mask, 0)
+    return weight / (weight.sum(1, keepdim=True) + 1e-10)
+
+
+def _suffix_lse(z: Tensor) -> Tensor:
+    return z.flip(1).logcumsumexp(1).flip(1)
+
+
+def _list_mle_formula(z: Tensor, weight: Tensor | None) -> Tensor:
+    terms = _suffix_lse(z) - z
+    return (terms if weight is None else terms * weight).sum(1)
+
+
+def _list_mle(z: Tensor, weight: Tensor | None, *, gradient: bool, signed: bool) -> tuple[Tensor, Tensor | None]:
+    Q, n = z.shape
+    sums = z.new_empty(Q)
+    by_score = torch.empty_like(z) if gradient else None
+    for rows in _row_blocks(Q, n, z.device):
+        part, lse = z[rows], _suffix_lse(z[rows])
+        w = None if weight is None else weight if weight.shape[0] == 1 else weight[rows]
+        terms = lse - part
+        sums[rows] = (terms if w is None else terms.mul_(w)).sum(1)
+        if by_score is not None:
+            # sum_{i <= k} w_i exp(s_k - lse_i) - w_k, in logarithms
+            if w is None:
+                torch.sub(_chosen(part, -lse), 1, out=by_score[rows])
+                continue
+            out = torch.sub(_chosen(part, w.clamp(min=0).log_() - lse), w, out=by_score[rows])
+            if signed:
+                out -= _chosen(part, (-w).clamp_(min=0).log_() - lse)
+    return sums, by_score
+
+
+def _chosen(z: Tensor, log_weight: Tensor) -> Tensor:
+    return log_weight.logcumsumexp(1).add_(z).exp_()
