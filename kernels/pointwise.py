@@ -24,7 +24,7 @@ def pointwise_kernel(
     stride_pr,
     stride_pc,
     value_factor,  # of Losses
-    kept_factor,
+    gain,  # of Kept
     options,  # the formula's own: a tuple of floats
     FORMULA: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -45,7 +45,7 @@ def pointwise_kernel(
         loss *= weight
         derivative *= weight
     if Kept is not None:
-        tl.store(Kept + offs, (derivative * kept_factor).to(Kept.dtype.element_ty), mask=mask)
+        tl.store(Kept + offs, (derivative * gain).to(Kept.dtype.element_ty), mask=mask)
     if Losses is not None:
         tl.store(Losses + offs, (loss * value_factor).to(Losses.dtype.element_ty), mask=mask)
     if Partial is not None:

@@ -26,7 +26,7 @@ def evaluate(
     weight: Tensor | None,
     pos_weight: Tensor | None,
     kept: Tensor | None,
-    kept_factor: float,
+    gain: float,
     losses: Tensor | None,
     columns: int,
 ) -> Tensor:
@@ -53,7 +53,7 @@ def evaluate(
                 *((0, 0) if weight is None else weight.stride()),
                 *((0, 0) if pos_weight is None else pos_weight.stride()),
                 float(formula.value_factor),
-                float(kept_factor),
+                float(gain),
                 options,
                 FORMULA=function,
                 BLOCK=block,
@@ -61,9 +61,9 @@ def evaluate(
     return partial.sum(dtype=torch.float64) if losses is None else losses
 
 
-def times(kept: Tensor, factor: Tensor) -> Tensor:
-    """`kept * factor` rounded once; factor is 0-dim fp32."""
-    out, block = torch.empty_like(kept), _block(kept.device)
+def times(kept: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """`out = kept * factor`, rounded once; factor is 0-dim fp32. `out` may be `kept`."""
+    block = _block(kept.device)
     if kept.numel():
         with _on(kept.device):
             _kernels().times_kernel[(_cdiv(kept.numel(), block),)](kept, factor, out, kept.numel(), BLOCK=block)

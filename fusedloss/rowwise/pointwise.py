@@ -125,17 +125,18 @@ class BinaryCrossEntropy:
         positive = _positive(x)
         both = None  # a + b, where it is not 1
         if e.weight is None and e.pos_weight is None:
-            side = positive.sub_(t)
+            side = positive - t
         else:
             a, b = t if e.pos_weight is None else t * e.pos_weight.to(wide), 1 - t
             if e.weight is not None:
-                a, b = a * e.weight.to(wide), b.mul_(e.weight)
+                weight = e.weight.to(wide)
+                a, b = a * weight, b.mul_(weight)
             both = a + b
-            side = b.mul_(positive).sub_(positive.neg_().add_(1).mul_(a))
+            side = b.mul_(positive).sub_((1 - positive).mul_(a))
             log.mul_(both)
         if e.slope is not None:
-            small.copysign_(x)
-            torch.sub(side, small if both is None else small.mul_(both), out=e.slope)
+            half_sign = positive.sub_(0.5)  # copysign takes three times as long
+            torch.addcmul(side, half_sign, small if both is None else small.mul_(both), value=-2, out=e.slope)
         if e.losses is not None:
             return torch.addcmul(log.neg_(), side, x, out=e.losses)
         return _dot(side, x).sub_(log.sum())
@@ -164,7 +165,8 @@ class Focal:
     def block(self, e: Elements, wide: torch.dtype) -> Tensor:
         x, t = e.x.to(wide), e.t.to(wide)
         small, log = _tails(x)
-        positive, signed = _positive(x), torch.copysign(small, x)
+        positive = _positive(x)
+        signed = (positive - 0.5).mul_(2).mul_(small)  # copysign takes longer
         p, not_p = positive - signed, (1 - positive).add_(signed)
         q = p.addcmul_(p, t, value=-1).addcmul_(not_p, t).clamp_(min=torch.finfo(wide).tiny)
         side = positive.sub_(t)
@@ -186,7 +188,7 @@ Formula = Difference | BinaryCrossEntropy | Focal
 def _tails(x: Tensor) -> tuple[Tensor, Tensor]:
     """sigmoid(-|x|) and log(sigmoid(|x|)) = -log1p(exp(-|x|)), each to its last digits."""
     small = x.abs().neg_().sigmoid_()
-    return small, torch.log1p(-small)
+    return small, small.neg().log1p_()
 
 
 def _positive(x: Tensor) -> Tensor:
@@ -195,7 +197,7 @@ def _positive(x: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.reshape(-1), b.reshape(-1))
+    return torch.dot(a, b) if a.dim() == 1 else torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 class Task(NamedTuple):
@@ -213,12 +215,8 @@ class Task(NamedTuple):
         return stats_dtype(x.dtype if x.dtype == t.dtype else torch.promote_types(x.dtype, t.dtype))
 
     def gain(self, kept: torch.dtype) -> float:
-        """What the kept derivative is multiplied by, beside the formula's own factor."""
-        bounded = not isinstance(self.formula, Difference)
-        return FP16_GAIN if bounded and kept == torch.float16 and self.reduction != "none" else 1.0
-
-    def kept_factor(self, kept: torch.dtype) -> float:
-        return self.formula.slope_factor if self.reduction == "none" else self.gain(kept)
+        """What the kept derivative is multiplied by."""
+        return FP16_GAIN if kept == torch.float16 and not isinstance(self.formula, Difference) else 1.0
 
 
 def loss(
@@ -281,19 +279,14 @@ class _Pointwise(torch.autograd.Function):
             dtype = torch.promote_types(dtype, t.dtype)
         if dtype == torch.float16 and (task.weight is not None or task.pos_weight is not None):
             dtype = torch.float32  # a weight may lie anywhere
-        kept = torch.empty(x.shape, dtype=dtype, device=x.device)
+        kept = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
         value = _evaluate(x, t, task, kept)
-        ctx.reduction, ctx.backend, ctx.dtypes, ctx.factor = task.reduction, task.backend, (x.dtype, t.dtype), 1.0
-        if task.reduction == "none":
-            ctx.save_for_backward(kept)
-            return value
+        ctx.reduction, ctx.backend, ctx.dtypes = task.reduction, task.backend, (x.dtype, t.dtype)
         ctx.factor = task.formula.slope_factor / task.gain(dtype)
-        if task.reduction == "mean" and task.weight_sum is not None:
-            ctx.save_for_backward(kept, task.weight_sum)
-        else:
-            ctx.save_for_backward(kept)
-            if task.reduction == "mean":
-                ctx.factor /= x.numel() or 1
+        by_sum = task.reduction == "mean" and task.weight_sum is not None
+        if task.reduction == "mean" and not by_sum:
+            ctx.factor /= x.numel() or 1
+        ctx.save_for_backward(kept, *((task.weight_sum,) if by_sum else ()))
         return value
 
     @staticmethod
@@ -305,14 +298,18 @@ class _Pointwise(torch.autograd.Function):
             )
         kept, *weight_sum = ctx.saved_tensors
         wide = stats_dtype(kept.dtype)
+        # Of no further use, it becomes the gradient: a fresh tensor's pages take longer than the multiplication.
+        out = kept if _last_backward() else None
         if ctx.reduction == "none":
-            grad = torch.mul(kept, upstream)
+            if upstream.dtype != kept.dtype:
+                kept, upstream, out = kept.to(wide), upstream.to(wide), None
+            grad = torch.addcmul(kept.new_zeros(()), kept, upstream, value=ctx.factor, out=out)
         else:
             # In fp32: 1 / 2^26 is nothing in fp16.
             factor = (upstream if upstream.dtype == wide else upstream.to(wide)) * ctx.factor
             if weight_sum:
                 factor = factor / weight_sum[0]
-            grad = _times(kept, factor, ctx.backend)
+            grad = _times(kept, factor, ctx.backend, out)
         x_dtype, t_dtype = ctx.dtypes
         by_x = (grad if grad.dtype == x_dtype else grad.to(x_dtype)) if ctx.needs_input_grad[0] else None
         by_t = None
@@ -321,70 +318,85 @@ class _Pointwise(torch.autograd.Function):
         return by_x, by_t, None
 
 
-def _times(kept: Tensor, factor: Tensor, backend: str) -> Tensor:
+def _last_backward() -> bool:
+    """Whether this graph is freed after the backward pass that runs, and nobody else sees the saved tensors."""
+    return not (
+        torch._C._autograd._get_current_graph_task_keep_graph() or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _times(kept: Tensor, factor: Tensor, backend: str, out: Tensor | None) -> Tensor:
     """`kept * factor` in kept's dtype, multiplied in the factor's, which is fp32 or wider."""
     if kept.dtype == factor.dtype or kept.device.type == "cpu":
-        return torch.mul(kept, factor)  # on a CPU a number keeps its digits beside a 16-bit tensor
+        return torch.mul(kept, factor, out=out)  # on a CPU a number keeps its digits beside a 16-bit tensor
     if backend == "triton":
         from ..backends import triton_pointwise
 
-        return triton_pointwise.times(kept, factor)
+        return triton_pointwise.times(kept, factor, torch.empty_like(kept) if out is None else out)
     return kept.to(factor.dtype).mul_(factor).to(kept.dtype)
 
 
 def _evaluate(x: Tensor, t: Tensor, task: Task, kept: Tensor | None) -> Tensor:
-    """The loss, and the derivative by x into `kept`: times `kept_factor`, over `slope_factor`."""
-    losses = torch.empty(x.shape, dtype=task.dtype, device=x.device) if task.reduction == "none" else None
+    """The loss, and into `kept` the derivative by x over the formula's `slope_factor`, times `gain`."""
+    losses = None
+    if task.reduction == "none":
+        losses = torch.empty_like(x, dtype=task.dtype, memory_format=torch.contiguous_format)
     if task.backend == "triton":
         from ..backends import triton_pointwise
 
         _, columns, weight, pos_weight = grid(x.shape, task.weight, task.pos_weight)
-        factor = 1.0 if kept is None else task.kept_factor(kept.dtype)
-        total = triton_pointwise.evaluate(task.formula, x, t, weight, pos_weight, kept, factor, losses, columns)
+        gain = 1.0 if kept is None else task.gain(kept.dtype)
+        total = triton_pointwise.evaluate(task.formula, x, t, weight, pos_weight, kept, gain, losses, columns)
     else:
         total = _walk(x, t, task, kept, losses)
     if losses is not None:
         return losses
     if task.formula.value_factor != 1:
-        total = total * task.formula.value_factor
+        total.mul_(task.formula.value_factor)
     if task.reduction == "mean":
-        total = total / ((x.numel() or math.nan) if task.weight_sum is None else task.weight_sum)
+        total.div_((x.numel() or math.nan) if task.weight_sum is None else task.weight_sum)
     return total if total.dtype == task.dtype else total.to(task.dtype)
 
 
 def _walk(x: Tensor, t: Tensor, task: Task, kept: Tensor | None, losses: Tensor | None) -> Tensor:
     """Block by block on a CPU, all at once elsewhere. Sums of blocks are added in fp64."""
-    formula, wide = task.formula, task.wide(x, t)
+    wide = task.wide(x, t)
+    if x.numel() <= BLOCK or x.device.type != "cpu":
+        return _step(Elements(x, t, task.weight, task.pos_weight, kept, losses), task, wide)
     rows, columns, weight, pos_weight = grid(x.shape, task.weight, task.pos_weight)
-    length = BLOCK if x.device.type == "cpu" else max(x.numel(), 1)
-    factor = 1.0 if kept is None else task.kept_factor(kept.dtype)
-    sums = []
-    parts = (_blocks(y, rows, columns, length) for y in (x, t, weight, pos_weight, kept, losses))
-    for bx, bt, bw, bp, own, out in zip(*parts, strict=False):
-        slope = own if own is None or own.dtype == wide else torch.empty_like(own, dtype=wide)
-        sums.append(formula.block(Elements(bx, bt, bw, bp, slope, out), wide))
-        if factor != 1 and slope is not None:
-            slope.mul_(factor)
-        if own is not slope:
-            own.copy_(slope)
-        if out is not None and formula.value_factor != 1:
-            out.mul_(formula.value_factor)
-    if losses is not None:
-        return losses
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(dtype=torch.float64)
+    parts = [_blocks(y, rows, columns) for y in (x, t, weight, pos_weight, kept, losses)]
+    sums = [_step(Elements(*part), task, wide) for part in zip(*parts, strict=False)]
+    return torch.stack(sums).sum(dtype=torch.float64) if losses is None else losses
 
 
-def _blocks(x: Tensor | None, rows: int, columns: int, length: int) -> Iterable[Any]:
-    """Of `[rows, columns]`, about `length` elements each: a piece of a row, or a few rows."""
+def _step(e: Elements, task: Task, wide: torch.dtype) -> Tensor:
+    """One block: the sum of its losses over `value_factor`, or the losses themselves."""
+    kept = e.slope
+    if kept is not None and kept.dtype != wide:
+        e = e._replace(slope=torch.empty_like(kept, dtype=wide))
+    found = task.formula.block(e, wide)
+    if e.slope is not None and kept is not None and e.slope is not kept:
+        gain = task.gain(kept.dtype)
+        kept.copy_(e.slope if gain == 1 else e.slope.mul_(gain))
+    if e.losses is not None and task.formula.value_factor != 1:
+        e.losses.mul_(task.formula.value_factor)
+    return found
+
+
+def _blocks(x: Tensor | None, rows: int, columns: int) -> Iterable[Any]:
+    """Of `[rows, columns]`, about BLOCK elements each: a piece of a row, or a few rows."""
     if x is None:
         return itertools.repeat(None)
     if rows == 1:
-        flat = x.reshape(-1)
-        return (flat,) if columns <= length else flat.split(length)
+        return x.reshape(-1).split(BLOCK)
     x = x.reshape(rows, columns)
-    if columns > length:
-        return itertools.chain.from_iterable(row.split(length) for row in x.unbind(0))
-    return x.split(length // max(columns, 1))
+    if columns > BLOCK:
+        return itertools.chain.from_iterable(row.split(BLOCK) for row in x.unbind(0))
+    many = BLOCK // columns
+    if x.stride(0) == 0:  # a weight by column: one block of it, which stays in the cache, serves all
+        whole = x[:many].contiguous()
+        return itertools.chain(itertools.repeat(whole, rows // many), (whole[: rows % many],))
+    return x.split(many)
 
 
 def grid(
