@@ -27,19 +27,17 @@ def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str)
     return reduction
 
 
-def ordinary(*tensors: Tensor | None) -> bool:
+def ordinary(input: Tensor, target: Tensor) -> bool:
     """Whether these are what a kernel takes: dense floating tensors on one device. All else is left to torch."""
-    device = None
-    for x in tensors:
-        if x is None:
-            continue
-        if type(x) not in PLAIN or x.dtype not in checks.FLOATING or x.layout is not torch.strided or x.is_nested:
-            return False
-        if device is None:
-            device = x.device
-        elif x.device != device:
-            return False
-    return True
+    return (
+        type(input) in PLAIN
+        and type(target) in PLAIN
+        and input.dtype in checks.FLOATING
+        and target.dtype in checks.FLOATING
+        and input.layout is torch.strided is target.layout
+        and input.device == target.device
+        and not (input.is_nested or target.is_nested)
+    )
 
 
 def same_shape(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,22 +54,23 @@ def same_shape(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def broadcasts(name: str, weight: Tensor, shape: torch.Size) -> None:
-    if weight.shape == shape:
-        return
-    sizes = zip(reversed(weight.shape), reversed(shape), strict=False)
-    if weight.dim() > len(shape) or any(own not in (1, size) for own, size in sizes):
-        raise ValueError(f"{name} has shape {list(weight.shape)}: needs one that broadcasts to {list(shape)}")
+def check_weight(name: str, weight: object, like: Tensor) -> None:
+    """A tensor of real numbers that broadcasts to the loss."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} is a {type(weight).__name__}: needs a tensor, or None")
+    if weight.dtype.is_complex:
+        raise TypeError(f"{name} is {weight.dtype}: needs a tensor of real numbers, or None")
+    checks.same_device(name, weight, "input", like)
+    if weight.shape != like.shape:
+        sizes = zip(reversed(weight.shape), reversed(like.shape), strict=False)
+        if weight.dim() > like.dim() or any(own not in (1, size) for own, size in sizes):
+            raise ValueError(f"{name} has shape {list(weight.shape)}: needs one that broadcasts to {list(like.shape)}")
 
 
-def promoted(*tensors: Tensor | None) -> torch.dtype:
+def promoted(x: Tensor, y: Tensor) -> torch.dtype:
     """The dtype of a product of these, as autocast leaves it: torch's losses run in fp32 under it."""
-    first, *others = (x for x in tensors if x is not None)
-    dtype = first.dtype
-    for x in others:
-        if x.dtype != dtype:
-            dtype = torch.promote_types(dtype, x.dtype)
-    return torch.float32 if dtype.itemsize == 2 and autocasting(first) else dtype
+    dtype = x.dtype if x.dtype == y.dtype else torch.promote_types(x.dtype, y.dtype)
+    return torch.float32 if dtype.itemsize == 2 and autocasting(x) else dtype
 
 
 class TwinModule(LossModule, function=lambda: None):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from .. import checks
 from ..rowwise.pointwise import BinaryCrossEntropy, loss
-from ._twin import TwinModule, broadcasts, ordinary, promoted, reduction_of
+from ._twin import TwinModule, check_weight, ordinary, promoted, reduction_of
 
 
 def binary_cross_entropy_with_logits(
@@ -61,12 +61,8 @@ def binary_cross_entropy_with_logits(
         raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")
     for name, w in (("weight", weight), ("pos_weight", pos_weight)):
         if w is not None:
-            if not isinstance(w, Tensor) or w.dtype.is_complex:
-                got = w.dtype if isinstance(w, Tensor) else type(w).__name__
-                raise TypeError(f"{name} is {got}: needs a tensor of real numbers, or None")
-            checks.same_device(name, w, "input", input)
-            broadcasts(name, w, input.shape)
-    dtype = promoted(target)
+            check_weight(name, w, input)
+    dtype = promoted(target, target)
     return loss(
         BinaryCrossEntropy(), input, target, weight, pos_weight, reduction=reduction, dtype=dtype, backend=backend
     )

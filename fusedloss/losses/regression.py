@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import checks
+from ..problem import stats_dtype
 from ..rowwise.pointwise import Difference, loss
-from ._twin import TwinModule, broadcasts, ordinary, promoted, reduction_of, same_shape
+from ._twin import TwinModule, check_weight, ordinary, promoted, reduction_of, same_shape
 
 
 def mse(
@@ -185,18 +186,13 @@ def _difference(
     if not ordinary(input, target) or (by_input and input.dtype != target.dtype):
         return _left_to_torch(twin, delta, input, target, reduction, weight, under, over, backend)
     x, t = same_shape(input, target)
+    dtype = promoted(x, t)
     weight_sum = None
-    if weight is None:
-        dtype = promoted(x, t)
-    else:
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"weight is a {type(weight).__name__}: needs a tensor, or None")
-        checks.same_device("weight", weight, "input", input)
-        broadcasts("weight", weight, x.shape)
-        dtype = promoted(x, t, weight)
+    if weight is not None:
+        check_weight("weight", weight, x)
+        dtype = torch.promote_types(dtype, weight.dtype)
         if reduction == "mean" and not by_input:
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            weight_sum = weight.sum(dtype=wide)
+            weight_sum = weight.sum(dtype=stats_dtype(dtype))
             if weight.shape != input.shape:
                 weight_sum = weight_sum * (x.numel() / max(weight.numel(), 1))
     formula = Difference(delta, factor, under, over)

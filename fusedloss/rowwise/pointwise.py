@@ -299,7 +299,7 @@ class _Pointwise(torch.autograd.Function):
         kept, *weight_sum = ctx.saved_tensors
         wide = stats_dtype(kept.dtype)
         # Of no further use, it becomes the gradient: a fresh tensor's pages take longer than the multiplication.
-        out = kept if _last_backward() else None
+        out = kept if _last_use(upstream) else None
         if ctx.reduction == "none":
             if upstream.dtype != kept.dtype:
                 kept, upstream, out = kept.to(wide), upstream.to(wide), None
@@ -318,10 +318,12 @@ class _Pointwise(torch.autograd.Function):
         return by_x, by_t, None
 
 
-def _last_backward() -> bool:
-    """Whether this graph is freed after the backward pass that runs, and nobody else sees the saved tensors."""
+def _last_use(upstream: Tensor) -> bool:
+    """Whether the backward pass that runs frees the graph (no retain_graph), and is no vmap over upstream gradients."""
     return not (
-        torch._C._autograd._get_current_graph_task_keep_graph() or torch._C._are_functorch_transforms_active()
+        torch._C._autograd._get_current_graph_task_keep_graph()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(upstream)
     )
 
 
