@@ -49,8 +49,71 @@ def normal(*shape: int, device: str = "cpu", dtype: torch.dtype = torch.float32,
     return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
 
+def sigmoid_focal_loss(x: Tensor, t: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """As in torchvision.ops."""
+    p = torch.sigmoid(x)
+    ce = F.binary_cross_entropy_with_logits(x, t, reduction="none")
+    p_t = p * t + (1 - p) * (1 - t)
+    return ((alpha * t + (1 - alpha) * (1 - t)) * ce * (1 - p_t) ** gamma).mean()
+
+
 def pointwise(size: int, device: str, dtype: torch.dtype) -> list[Case]:
-    return []
+    x = normal(size, device=device, dtype=dtype)
+    score = normal(size, device=device, dtype=dtype, seed=1)
+    label = (score > 1).to(dtype)
+    weight = score.abs()
+    logits = x.view(-1, 16)
+    by_class = torch.rand(16, device=device, dtype=dtype) + 1
+    bce, theirs = fusedloss.binary_cross_entropy_with_logits, F.binary_cross_entropy_with_logits
+    # Forward reads both and writes the derivative, backward reads that and writes the gradient.
+    least = 5 * size * x.itemsize
+
+    def asymmetric(x: Tensor) -> Tensor:
+        return (torch.where(x < score, 5.0, 1.0) * F.mse_loss(x, score, reduction="none")).mean()
+
+    return [
+        Case("mse", [x], lambda x: fusedloss.mse(x, score), lambda x: F.mse_loss(x, score), least),
+        Case("l1", [x], lambda x: fusedloss.l1(x, score), lambda x: F.l1_loss(x, score), least),
+        Case("huber", [x], lambda x: fusedloss.huber(x, score), lambda x: F.huber_loss(x, score), least),
+        Case("smooth_l1", [x], lambda x: fusedloss.smooth_l1(x, score), lambda x: F.smooth_l1_loss(x, score), least),
+        Case(
+            "mse, weight",
+            [x],
+            lambda x: fusedloss.mse(x, score, weight=weight),
+            lambda x: F.mse_loss(x, score, weight=weight),
+            least + size * x.itemsize,
+        ),
+        Case("mse, under", [x], lambda x: fusedloss.mse(x, score, under=5.0), asymmetric, least),
+        Case(
+            "mse, none",
+            [x],
+            lambda x: fusedloss.mse(x, score, reduction="none").sum(),
+            lambda x: F.mse_loss(x, score, reduction="none").sum(),
+            least + 3 * size * x.itemsize,
+        ),
+        Case("bce", [x], lambda x: bce(x, label), lambda x: theirs(x, label), least),
+        Case(
+            "bce, pos_weight",
+            [logits],
+            lambda x: bce(x, label.view_as(x), pos_weight=by_class),
+            lambda x: theirs(x, label.view_as(x), pos_weight=by_class),
+            least,
+        ),
+        Case(
+            "focal",
+            [x],
+            lambda x: fusedloss.focal(x, label, alpha=0.25),
+            lambda x: sigmoid_focal_loss(x, label),
+            least,
+        ),
+        Case(
+            "focal, gamma",
+            [x],
+            lambda x: fusedloss.focal(x, label, alpha=0.25, gamma=1.5),
+            lambda x: sigmoid_focal_loss(x, label, gamma=1.5),
+            least,
+        ),
+    ]
 
 
 def classes(size: int, device: str, dtype: torch.dtype) -> list[Case]:

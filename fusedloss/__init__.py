@@ -13,6 +13,7 @@ from .functional import batch_all_triplet as batch_all_triplet
 from .functional import batch_hard_soft_margin_triplet as batch_hard_soft_margin_triplet
 from .functional import batch_hard_triplet as batch_hard_triplet
 from .functional import batch_semi_hard_triplet as batch_semi_hard_triplet
+from .functional import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from .functional import circle as circle
 from .functional import clip as clip
 from .functional import clip_distill as clip_distill
@@ -25,10 +26,15 @@ from .functional import cosine_similarity as cosine_similarity
 from .functional import decoupled_contrastive as decoupled_contrastive
 from .functional import distill_kl_div as distill_kl_div
 from .functional import embed_distill as embed_distill
+from .functional import focal as focal
 from .functional import gist_embed as gist_embed
 from .functional import global_orthogonal_regularization as global_orthogonal_regularization
+from .functional import huber as huber
+from .functional import huber_loss as huber_loss
 from .functional import in_batch_margin_ranking as in_batch_margin_ranking
 from .functional import info_nce as info_nce
+from .functional import l1 as l1
+from .functional import l1_loss as l1_loss
 from .functional import lambda_loss as lambda_loss
 from .functional import linear_cross_entropy as linear_cross_entropy
 from .functional import list_mle as list_mle
@@ -37,6 +43,8 @@ from .functional import margin_mse as margin_mse
 from .functional import matryoshka as matryoshka
 from .functional import matryoshka_2d as matryoshka_2d
 from .functional import mega_batch_margin as mega_batch_margin
+from .functional import mse as mse
+from .functional import mse_loss as mse_loss
 from .functional import multi_similarity as multi_similarity
 from .functional import multiple_negatives_ranking as multiple_negatives_ranking
 from .functional import nt_xent as nt_xent
@@ -46,6 +54,8 @@ from .functional import proxy_anchor as proxy_anchor
 from .functional import proxy_nca as proxy_nca
 from .functional import rank_net as rank_net
 from .functional import siglip as siglip
+from .functional import smooth_l1 as smooth_l1
+from .functional import smooth_l1_loss as smooth_l1_loss
 from .functional import sup_con as sup_con
 from .functional import triplet as triplet
 from .losses._in_batch import Stats as Stats
@@ -53,6 +63,8 @@ from .losses.batch_triplet import BatchAllTripletLoss as BatchAllTripletLoss
 from .losses.batch_triplet import BatchHardSoftMarginTripletLoss as BatchHardSoftMarginTripletLoss
 from .losses.batch_triplet import BatchHardTripletLoss as BatchHardTripletLoss
 from .losses.batch_triplet import BatchSemiHardTripletLoss as BatchSemiHardTripletLoss
+from .losses.binary import BCEWithLogitsLoss as BCEWithLogitsLoss
+from .losses.binary import BinaryCrossEntropyLoss as BinaryCrossEntropyLoss
 from .losses.clip import ClipLoss as ClipLoss
 from .losses.clip_distill import ClipDistillLoss as ClipDistillLoss
 from .losses.contrastive_tension import ContrastiveTensionInBatchLoss as ContrastiveTensionInBatchLoss
@@ -60,6 +72,7 @@ from .losses.cosent import AnglELoss as AnglELoss
 from .losses.cosent import CoSENTLoss as CoSENTLoss
 from .losses.distill import DistillKLDivLoss as DistillKLDivLoss
 from .losses.embed_distill import EmbedDistillLoss as EmbedDistillLoss
+from .losses.focal import FocalLoss as FocalLoss
 from .losses.gist import GISTEmbedLoss as GISTEmbedLoss
 from .losses.info_nce import InfoNCELoss as InfoNCELoss
 from .losses.linear_cross_entropy import LinearCrossEntropyLoss as LinearCrossEntropyLoss
@@ -86,6 +99,10 @@ from .losses.pair import CosineSimilarityLoss as CosineSimilarityLoss
 from .losses.pair import OnlineContrastiveLoss as OnlineContrastiveLoss
 from .losses.proxies import ProxyAnchorLoss as ProxyAnchorLoss
 from .losses.proxies import ProxyNCALoss as ProxyNCALoss
+from .losses.regression import HuberLoss as HuberLoss
+from .losses.regression import L1Loss as L1Loss
+from .losses.regression import MSELoss as MSELoss
+from .losses.regression import SmoothL1Loss as SmoothL1Loss
 from .losses.siglip import SigLipLoss as SigLipLoss
 from .losses.sup_con import SupConLoss as SupConLoss
 from .losses.triplet import TripletLoss as TripletLoss

@@ -9,12 +9,14 @@ from .losses.batch_triplet import (
     batch_hard_triplet,
     batch_semi_hard_triplet,
 )
+from .losses.binary import binary_cross_entropy_with_logits
 from .losses.clip import clip
 from .losses.clip_distill import clip_distill
 from .losses.contrastive_tension import contrastive_tension_in_batch
 from .losses.cosent import angle, cosent
 from .losses.distill import distill_kl_div
 from .losses.embed_distill import embed_distill
+from .losses.focal import focal
 from .losses.gist import gist_embed
 from .losses.info_nce import info_nce
 from .losses.linear_cross_entropy import linear_cross_entropy
@@ -29,6 +31,7 @@ from .losses.nt_xent import decoupled_contrastive, nt_xent
 from .losses.orthogonal import global_orthogonal_regularization
 from .losses.pair import contrastive, contrastive_tension, cosine_similarity, online_contrastive
 from .losses.proxies import proxy_anchor, proxy_nca
+from .losses.regression import huber, huber_loss, l1, l1_loss, mse, mse_loss, smooth_l1, smooth_l1_loss
 from .losses.siglip import siglip
 from .losses.sup_con import sup_con
 from .losses.triplet import triplet
@@ -42,6 +45,7 @@ __all__ = [
     "batch_hard_soft_margin_triplet",
     "batch_hard_triplet",
     "batch_semi_hard_triplet",
+    "binary_cross_entropy_with_logits",
     "circle",
     "clip",
     "clip_distill",
@@ -54,10 +58,15 @@ __all__ = [
     "decoupled_contrastive",
     "distill_kl_div",
     "embed_distill",
+    "focal",
     "gist_embed",
     "global_orthogonal_regularization",
+    "huber",
+    "huber_loss",
     "in_batch_margin_ranking",
     "info_nce",
+    "l1",
+    "l1_loss",
     "lambda_loss",
     "linear_cross_entropy",
     "list_mle",
@@ -66,6 +75,8 @@ __all__ = [
     "matryoshka",
     "matryoshka_2d",
     "mega_batch_margin",
+    "mse",
+    "mse_loss",
     "multi_similarity",
     "multiple_negatives_ranking",
     "nt_xent",
@@ -75,6 +86,8 @@ __all__ = [
     "proxy_nca",
     "rank_net",
     "siglip",
+    "smooth_l1",
+    "smooth_l1_loss",
     "sup_con",
     "triplet",
 ]

@@ -1,0 +1,75 @@
+"""Binary cross-entropy with logits."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import checks
+from ..rowwise.pointwise import BinaryCrossEntropy, loss
+from ._twin import TwinModule, check_weight, ordinary, promoted, reduction_of
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Binary cross-entropy of logits, a twin of `torch.nn.functional.binary_cross_entropy_with_logits`.
+
+        loss_i = weight_i * ((1 - target_i) * softplus(input_i) + pos_weight_i * target_i * softplus(-input_i))
+
+    The derivative is found in the same pass and is all that is kept for the backward pass: half of what torch keeps.
+    It is taken from sigmoid(-|input|), so that it keeps its digits where the prediction is almost certain, as does the
+    loss, which is computed without subtracting large numbers; torch's formula loses both. Inputs of 16 bits are
+    computed in fp32.
+
+    Args:
+        input: logits, any shape and strides.
+        target: labels of the same shape, from 0 to 1; others count as the formula has it.
+        weight: of the elements, broadcasts to `input`'s shape. The mean is divided by the number of elements, as in
+            torch.
+        size_average, reduce: deprecated in torch, as there.
+        reduction: "mean" (NaN of nothing, as in torch), "sum" or "none".
+        pos_weight: of the positive labels, broadcasts to `input`'s shape: `[C]` by class.
+        backend: "auto", "triton", "chunked" or "reference"; needed as "reference" for second derivatives.
+
+    All four tensors receive gradients. Tensor subclasses are left to torch.
+
+    Returns:
+        0-dim, or the losses for "none", in the dtype that torch returns: `target`'s.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: where torch raises; options that do not fit.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> loss = fusedloss.binary_cross_entropy_with_logits(logits, labels, pos_weight=negatives / positives)
+        >>> loss.backward()
+    """
+    reduction = reduction_of(size_average, reduce, reduction)
+    if not ordinary(input, target):
+        checks.backend(backend)
+        return F.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
+    if input.shape != target.shape:
+        raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")
+    for name, w in (("weight", weight), ("pos_weight", pos_weight)):
+        if w is not None:
+            check_weight(name, w, input)
+    dtype = promoted(target, target)
+    return loss(
+        BinaryCrossEntropy(), input, target, weight, pos_weight, reduction=reduction, dtype=dtype, backend=backend
+    )
+
+
+class BCEWithLogitsLoss(TwinModule, function=binary_cross_entropy_with_logits, like=nn.BCEWithLogitsLoss):
+    """`torch.nn.BCEWithLogitsLoss` with `backend`; `forward(input, target)`. Its weights are buffers, as there."""
+
+
+BinaryCrossEntropyLoss = BCEWithLogitsLoss  # as sentence-transformers' cross-encoders call it

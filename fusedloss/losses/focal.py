@@ -1,0 +1,106 @@
+"""Focal loss: cross-entropy with less weight on what is already well classified."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..problem import stats_dtype
+from ..rowwise.pointwise import Focal, loss
+from ._module import LossModule
+
+
+def focal(
+    input: Tensor,
+    target: Tensor,
+    *,
+    gamma: float = 2.0,
+    alpha: float | Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> Tensor:
+    """Focal loss (Lin et al. 2017), of independent labels or of classes, as the target's dtype says.
+
+        loss = alpha_t * (1 - p_t)^gamma * -log(p_t)
+
+    Labels: a floating target of input's shape with values from 0 to 1, p = sigmoid(input), as in
+    torchvision.ops.sigmoid_focal_loss: p_t = p t + (1 - p) (1 - t), alpha_t = alpha t + (1 - alpha) (1 - t), and the
+    cross-entropy in place of -log(p_t). Classes: an int64 target, p = softmax(input) over dimension 1, and p_t, alpha_t
+    are those of the target's class.
+
+    Value and gradient are finite and exact for logits of any size and every gamma >= 0: 1 - p_t is computed from the
+    small side. The derivative is found in the same pass and is all that is kept for the backward pass.
+
+    Args:
+        input: logits; `[M, C]` or `[M, C, d1, ...]` for classes, any shape for labels.
+        target: labels, floating and of input's shape, or classes, int64 `[M]` or `[M, d1, ...]`.
+        gamma: at least 0; 0 is cross-entropy.
+        alpha: None, or for labels a number from 0 to 1, the weight of a label of 1; for classes a tensor `[C]`.
+        reduction: "mean" (labels: over all elements, 0 if there are none; classes: over the rows that are not
+            ignored), "sum" or "none".
+        ignore_index: classes only: rows with this target are left out.
+        backend: "auto", "triton", "chunked" or "reference"; needed as "reference" for second derivatives.
+
+    Returns:
+        0-dim, or for "none" of the target's shape; float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> loss = fusedloss.focal(detector(images), labels, gamma=2.0, alpha=0.25)
+        >>> loss.backward()
+    """
+    for name, x in (("input", input), ("target", target)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}: needs a tensor")
+        checks.dense(name, x)
+    if input.dtype not in checks.FLOATING:
+        raise TypeError(f"input has dtype {input.dtype}: needs float16, bfloat16, float32 or float64")
+    checks.same_device("target", target, "input", input)
+    checks.number("gamma", gamma)
+    if gamma < 0:
+        raise ValueError(f"gamma is {gamma}: needs a number of at least 0")
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.index("ignore_index", ignore_index)
+    if target.dtype == torch.int64:
+        return _multiclass(input, target, gamma, alpha, ignore_index, reduction, backend)
+    return _binary(input, target, gamma, alpha, ignore_index, reduction, backend)
+
+
+def _binary(
+    input: Tensor, target: Tensor, gamma: float, alpha: Any, ignore_index: int, reduction: str, backend: str
+) -> Tensor:
+    if target.dtype not in checks.FLOATING:
+        raise TypeError(f"target has dtype {target.dtype}: needs floating labels, or int64 classes")
+    if target.shape != input.shape:
+        raise ValueError(f"target has shape {list(target.shape)}: needs input's, {list(input.shape)}")
+    if alpha is not None:
+        if isinstance(alpha, Tensor):
+            raise TypeError("alpha is a tensor, which is for classes: labels need a number from 0 to 1, or None")
+        checks.share("alpha", alpha)
+        alpha = float(alpha)
+    if ignore_index != -100:
+        raise ValueError(f"ignore_index is {ignore_index}: needs an int64 target; floating labels ignore none")
+    if reduction == "mean" and not input.numel():
+        reduction = "sum"
+    dtype = stats_dtype(torch.promote_types(input.dtype, target.dtype))
+    return loss(Focal(float(gamma), alpha), input, target, reduction=reduction, dtype=dtype, backend=backend)
+
+
+def _multiclass(
+    input: Tensor, target: Tensor, gamma: float, alpha: Any, ignore_index: int, reduction: str, backend: str
+) -> Tensor:
+    from ..rowwise.classes import focal_classes  # type: ignore[import-not-found]
+
+    found: Tensor = focal_classes(input, target, gamma, alpha, ignore_index, reduction, backend)
+    return found
+
+
+class FocalLoss(LossModule, function=focal):
+    """`focal` with its options in the constructor and `forward(input, target)`."""

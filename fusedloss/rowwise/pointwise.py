@@ -1,0 +1,431 @@
+"""Losses of elements: a prediction x and its target t, each pair by itself.
+
+    Difference          mse, l1, huber, smooth_l1: what d = x - t costs
+    BinaryCrossEntropy  a logit and a label from 0 to 1
+    Focal               the same, with less weight on what is already well classified
+
+Each has its formula twice: `values`, differentiable, and `block`, which finds the loss and the derivative by x of one
+block that stays in a core's cache. The derivative is all that is kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..backends import select_rowwise
+from ..problem import stats_dtype
+
+BLOCK = 1 << 17  # elements on a CPU: 512 KiB in fp32, two or three of which stay in a core's cache
+# Derivatives of logits are at most about 1 and often tiny: in fp16 they are kept times this. 1024 would overflow for
+# a label of 64, 64 does for one of 1024.
+FP16_GAIN = 64.0
+
+
+class Elements(NamedTuple):
+    """What a formula's `block` reads and writes, all of one shape (weights broadcast), in any dtypes."""
+
+    x: Tensor
+    t: Tensor
+    weight: Tensor | None
+    pos_weight: Tensor | None
+    slope: Tensor | None  # in the dtype of the computation: the derivative by x over `slope_factor`, where it is wanted
+    losses: Tensor | None  # over `value_factor`; without it their sum is wanted
+
+
+@dataclass
+class Difference:
+    """factor * c * (d - c / 2) with d = x - t, and c = d clamped to +-delta; its derivative by x is factor * c.
+
+    mse is delta = inf and factor = 2, huber any delta and 1, smooth_l1 delta = beta and 1 / beta, and l1 what that
+    tends to for delta = 0: |d|, with c the sign of d. Losses are multiplied by under where d < 0, by over where d > 0.
+    """
+
+    delta: float
+    factor: float = 1.0
+    under: float = 1.0
+    over: float = 1.0
+
+    @property
+    def value_factor(self) -> float:
+        return self.factor / 2 if self.delta == math.inf else self.factor
+
+    @property
+    def slope_factor(self) -> float:
+        return self.factor
+
+    def values(self, x: Tensor, t: Tensor, pos_weight: Tensor | None) -> Tensor:
+        d = x - t
+        if self.delta == 0:
+            loss = self.factor * d.abs()
+        elif self.delta == math.inf:
+            loss = self.factor / 2 * d * d
+        else:
+            c = d.clamp(-self.delta, self.delta)
+            loss = self.factor * c * (d - c / 2)
+        return loss if self.under == 1.0 == self.over else loss * torch.where(d < 0, self.under, self.over)
+
+    def block(self, e: Elements, wide: torch.dtype) -> Tensor:
+        squares, signs = self.delta == math.inf, self.delta == 0
+        symmetric = self.under == 1.0 == self.over
+        out = e.slope if symmetric and e.weight is None else None  # where c is the slope it is written there at once
+        if e.x.dtype == wide or e.t.dtype == wide:
+            d = torch.sub(e.x, e.t, out=out if squares else None)
+        else:
+            d = e.x.to(wide).sub_(e.t)
+        if squares:
+            c = d
+        elif signs:
+            c = torch.sign(d, out=out)
+        else:
+            c = torch.clamp(d, -self.delta, self.delta, out=out)
+        slope = c
+        if not symmetric:
+            slope = c.clamp(min=0).mul_(self.over).add_(c.clamp(max=0), alpha=self.under)
+        if e.weight is not None:
+            slope = slope * e.weight.to(wide)
+        if e.slope is not None and slope is not e.slope:
+            e.slope.copy_(slope)
+        if e.losses is not None:
+            return torch.mul(slope, d if squares or signs else d - c / 2, out=e.losses)
+        total = _dot(slope, d)
+        return total if squares or signs else total.sub_(_dot(slope, c), alpha=0.5)
+
+
+@dataclass
+class BinaryCrossEntropy:
+    """b * softplus(x) + a * softplus(-x) with a = pos_weight * t, b = 1 - t; its derivative is b * s(x) - a * s(-x).
+
+    s is the sigmoid. A block has them from small = s(-|x|), which keeps its digits where s(x) is almost 1, and from
+    log1p(exp(-|x|)) = -log1p(-small):
+
+        side = b where x > 0, else -a      loss = side * x - (a + b) * log1p(-small)
+                                           derivative = side - (a + b) * small * sign(x)
+
+    For labels from 0 to 1 no term of the loss is below 0, so that nothing cancels in the sum either.
+    """
+
+    value_factor: ClassVar[float] = 1.0
+    slope_factor: ClassVar[float] = 1.0
+
+    def values(self, x: Tensor, t: Tensor, pos_weight: Tensor | None) -> Tensor:
+        a = t if pos_weight is None else t * pos_weight
+        return -((1 - t) * F.logsigmoid(-x) + a * F.logsigmoid(x))
+
+    def block(self, e: Elements, wide: torch.dtype) -> Tensor:
+        x, t = e.x.to(wide), e.t.to(wide)
+        small, log = _tails(x)
+        positive = _positive(x)
+        both = None  # a + b, where it is not 1
+        if e.weight is None and e.pos_weight is None:
+            side = positive - t
+        else:
+            a, b = t if e.pos_weight is None else t * e.pos_weight.to(wide), 1 - t
+            if e.weight is not None:
+                weight = e.weight.to(wide)
+                a, b = a * weight, b.mul_(weight)
+            both = a + b
+            side = b.mul_(positive).sub_((1 - positive).mul_(a))
+            log.mul_(both)
+        if e.slope is not None:
+            half_sign = positive.sub_(0.5)  # copysign takes three times as long
+            torch.addcmul(side, half_sign, small if both is None else small.mul_(both), value=-2, out=e.slope)
+        if e.losses is not None:
+            return torch.addcmul(log.neg_(), side, x, out=e.losses)
+        return _dot(side, x).sub_(log.sum())
+
+
+@dataclass
+class Focal:
+    """alpha_t * q^gamma * ce: q = 1 - p_t is the share that is still wrong, ce the binary cross-entropy.
+
+    q = p (1 - t) + (1 - p) t and alpha_t = alpha t + (1 - alpha) (1 - t). Both p and 1 - p come from sigmoids, so that
+    q keeps its digits down to the smallest normal number, where it stops: q^gamma * ce is 0 there to every digit, and
+    its derivative is no 0 * inf for gamma < 1.
+    """
+
+    gamma: float
+    alpha: float | None = None
+
+    value_factor: ClassVar[float] = 1.0
+    slope_factor: ClassVar[float] = 1.0
+
+    def values(self, x: Tensor, t: Tensor, pos_weight: Tensor | None) -> Tensor:
+        q = torch.sigmoid(x) * (1 - t) + torch.sigmoid(-x) * t
+        loss = q.clamp(min=torch.finfo(q.dtype).tiny) ** self.gamma * BinaryCrossEntropy().values(x, t, None)
+        return loss if self.alpha is None else loss * ((2 * self.alpha - 1) * t + (1 - self.alpha))
+
+    def block(self, e: Elements, wide: torch.dtype) -> Tensor:
+        x, t = e.x.to(wide), e.t.to(wide)
+        small, log = _tails(x)
+        positive = _positive(x)
+        signed = (positive - 0.5).mul_(2).mul_(small)  # copysign takes longer
+        p, not_p = positive - signed, (1 - positive).add_(signed)
+        q = p.addcmul_(p, t, value=-1).addcmul_(not_p, t).clamp_(min=torch.finfo(wide).tiny)
+        side = positive.sub_(t)
+        ce = torch.addcmul(log.neg_(), side, x)
+        power = q**self.gamma
+        if self.alpha is not None:
+            power *= (2 * self.alpha - 1) * t + (1 - self.alpha)
+        if e.slope is not None:  # dq/dx = p (1 - p) (1 - 2 t)
+            by_q = small.addcmul_(small, small, value=-1).mul_(1 - 2 * t).div_(q).mul_(ce).mul_(self.gamma)
+            torch.mul(power, by_q.add_(side).sub_(signed), out=e.slope)
+        if e.losses is not None:
+            return torch.mul(power, ce, out=e.losses)
+        return _dot(power, ce)
+
+
+Formula = Difference | BinaryCrossEntropy | Focal
+
+
+def _tails(x: Tensor) -> tuple[Tensor, Tensor]:
+    """sigmoid(-|x|) and log(sigmoid(|x|)) = -log1p(exp(-|x|)), each to its last digits."""
+    small = x.abs().neg_().sigmoid_()
+    return small, small.neg().log1p_()
+
+
+def _positive(x: Tensor) -> Tensor:
+    """1 where x > 0, else 0: in a floating dtype, as comparisons that write bool take 7 times as long on a CPU."""
+    return torch.gt(x, 0, out=torch.empty_like(x))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a, b) if a.dim() == 1 else torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+class Task(NamedTuple):
+    """All but x and t."""
+
+    formula: Formula
+    weight: Tensor | None
+    pos_weight: Tensor | None
+    reduction: str
+    dtype: torch.dtype  # of the loss
+    weight_sum: Tensor | None  # what a mean is divided by, where that is not the number of elements
+    backend: str
+
+    def wide(self, x: Tensor, t: Tensor) -> torch.dtype:
+        return stats_dtype(x.dtype if x.dtype == t.dtype else torch.promote_types(x.dtype, t.dtype))
+
+    def gain(self, kept: torch.dtype) -> float:
+        """What the kept derivative is multiplied by."""
+        return FP16_GAIN if kept == torch.float16 and not isinstance(self.formula, Difference) else 1.0
+
+
+def loss(
+    formula: Formula,
+    x: Tensor,
+    t: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    *,
+    reduction: str,
+    dtype: torch.dtype,
+    weight_sum: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The loss in `dtype`; x and t are of one shape, to which the weights broadcast.
+
+    A mean is divided by `weight_sum`, or else by the number of elements; that of none is NaN, as in torch.
+    """
+    task = Task(formula, weight, pos_weight, reduction, dtype, weight_sum, select_rowwise(backend, x))
+    if (
+        task.backend == "reference"
+        or (weight is not None and weight.requires_grad)
+        or (pos_weight is not None and pos_weight.requires_grad)
+        or (t.requires_grad and not isinstance(formula, Difference))
+        or _transformed()
+    ):
+        return _by_formula(x, t, task)
+    if torch.is_grad_enabled() and (x.requires_grad or t.requires_grad):
+        return _Pointwise.apply(x, t, task)
+    return _evaluate(x, t, task, None)
+
+
+def _transformed() -> bool:
+    """Whether something needs to see ordinary torch: a compiler, which fuses it, torch.func, forward-mode autograd."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _by_formula(x: Tensor, t: Tensor, task: Task) -> Tensor:
+    wide = task.wide(x, t)
+    values = task.formula.values(x.to(wide), t.to(wide), task.pos_weight)
+    if task.weight is not None:
+        values = values * task.weight
+    if task.reduction == "none":
+        return values.to(task.dtype)
+    total = values.sum()
+    if task.reduction == "mean":
+        total = total / ((x.numel() or math.nan) if task.weight_sum is None else task.weight_sum)
+    return total.to(task.dtype)
+
+
+class _Pointwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, t: Tensor, task: Task) -> Tensor:
+        dtype = x.dtype
+        if ctx.needs_input_grad[1] and t.dtype != dtype:
+            dtype = torch.promote_types(dtype, t.dtype)
+        if dtype == torch.float16 and (task.weight is not None or task.pos_weight is not None):
+            dtype = torch.float32  # a weight may lie anywhere
+        kept = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        value = _evaluate(x, t, task, kept)
+        ctx.reduction, ctx.backend, ctx.dtypes = task.reduction, task.backend, (x.dtype, t.dtype)
+        ctx.factor = task.formula.slope_factor / task.gain(dtype)
+        by_sum = task.reduction == "mean" and task.weight_sum is not None
+        if task.reduction == "mean" and not by_sum:
+            ctx.factor /= x.numel() or 1
+        ctx.save_for_backward(kept, *((task.weight_sum,) if by_sum else ()))
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the derivative of this loss was kept without its own: for second derivatives (create_graph=True) "
+                "pass backend='reference'"
+            )
+        kept, *weight_sum = ctx.saved_tensors
+        wide = stats_dtype(kept.dtype)
+        # Of no further use, it becomes the gradient: a fresh tensor's pages take longer than the multiplication.
+        out = kept if _last_use(upstream) else None
+        if ctx.reduction == "none":
+            if upstream.dtype != kept.dtype:
+                kept, upstream, out = kept.to(wide), upstream.to(wide), None
+            grad = torch.addcmul(kept.new_zeros(()), kept, upstream, value=ctx.factor, out=out)
+        else:
+            # In fp32: 1 / 2^26 is nothing in fp16.
+            factor = (upstream if upstream.dtype == wide else upstream.to(wide)) * ctx.factor
+            if weight_sum:
+                factor = factor / weight_sum[0]
+            grad = _times(kept, factor, ctx.backend, out)
+        x_dtype, t_dtype = ctx.dtypes
+        by_x = (grad if grad.dtype == x_dtype else grad.to(x_dtype)) if ctx.needs_input_grad[0] else None
+        by_t = None
+        if ctx.needs_input_grad[1]:
+            by_t = grad.to(t_dtype).neg() if ctx.needs_input_grad[0] else grad.to(t_dtype).neg_()
+        return by_x, by_t, None
+
+
+def _last_use(upstream: Tensor) -> bool:
+    """Whether the backward pass that runs frees the graph (no retain_graph), and is no vmap over upstream gradients."""
+    return not (
+        torch._C._autograd._get_current_graph_task_keep_graph()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(upstream)
+    )
+
+
+def _times(kept: Tensor, factor: Tensor, backend: str, out: Tensor | None) -> Tensor:
+    """`kept * factor` in kept's dtype, multiplied in the factor's, which is fp32 or wider."""
+    if kept.dtype == factor.dtype or kept.device.type == "cpu":
+        return torch.mul(kept, factor, out=out)  # on a CPU a number keeps its digits beside a 16-bit tensor
+    if backend == "triton":
+        from ..backends import triton_pointwise
+
+        return triton_pointwise.times(kept, factor, torch.empty_like(kept) if out is None else out)
+    return kept.to(factor.dtype).mul_(factor).to(kept.dtype)
+
+
+def _evaluate(x: Tensor, t: Tensor, task: Task, kept: Tensor | None) -> Tensor:
+    """The loss, and into `kept` the derivative by x over the formula's `slope_factor`, times `gain`."""
+    losses = None
+    if task.reduction == "none":
+        losses = torch.empty_like(x, dtype=task.dtype, memory_format=torch.contiguous_format)
+    if task.backend == "triton":
+        from ..backends import triton_pointwise
+
+        _, columns, weight, pos_weight = grid(x.shape, task.weight, task.pos_weight)
+        gain = 1.0 if kept is None else task.gain(kept.dtype)
+        total = triton_pointwise.evaluate(task.formula, x, t, weight, pos_weight, kept, gain, losses, columns)
+    else:
+        total = _walk(x, t, task, kept, losses)
+    if losses is not None:
+        return losses
+    if task.formula.value_factor != 1:
+        total.mul_(task.formula.value_factor)
+    if task.reduction == "mean":
+        total.div_((x.numel() or math.nan) if task.weight_sum is None else task.weight_sum)
+    return total if total.dtype == task.dtype else total.to(task.dtype)
+
+
+def _walk(x: Tensor, t: Tensor, task: Task, kept: Tensor | None, losses: Tensor | None) -> Tensor:
+    """Block by block on a CPU, all at once elsewhere. Sums of blocks are added in fp64."""
+    wide = task.wide(x, t)
+    if x.numel() <= BLOCK or x.device.type != "cpu":
+        return _step(Elements(x, t, task.weight, task.pos_weight, kept, losses), task, wide)
+    rows, columns, weight, pos_weight = grid(x.shape, task.weight, task.pos_weight)
+    parts = [_blocks(y, rows, columns) for y in (x, t, weight, pos_weight, kept, losses)]
+    sums = [_step(Elements(*part), task, wide) for part in zip(*parts, strict=False)]
+    return torch.stack(sums).sum(dtype=torch.float64) if losses is None else losses
+
+
+def _step(e: Elements, task: Task, wide: torch.dtype) -> Tensor:
+    """One block: the sum of its losses over `value_factor`, or the losses themselves."""
+    kept = e.slope
+    if kept is not None and kept.dtype != wide:
+        e = e._replace(slope=torch.empty_like(kept, dtype=wide))
+    found = task.formula.block(e, wide)
+    if e.slope is not None and kept is not None and e.slope is not kept:
+        gain = task.gain(kept.dtype)
+        kept.copy_(e.slope if gain == 1 else e.slope.mul_(gain))
+    if e.losses is not None and task.formula.value_factor != 1:
+        e.losses.mul_(task.formula.value_factor)
+    return found
+
+
+def _blocks(x: Tensor | None, rows: int, columns: int) -> Iterable[Any]:
+    """Of `[rows, columns]`, about BLOCK elements each: a piece of a row, or a few rows."""
+    if x is None:
+        return itertools.repeat(None)
+    if rows == 1:
+        return x.reshape(-1).split(BLOCK)
+    x = x.reshape(rows, columns)
+    if columns > BLOCK:
+        return itertools.chain.from_iterable(row.split(BLOCK) for row in x.unbind(0))
+    many = BLOCK // columns
+    if x.stride(0) == 0:  # a weight by column: one block of it, which stays in the cache, serves all
+        whole = x[:many].contiguous()
+        return itertools.chain(itertools.repeat(whole, rows // many), (whole[: rows % many],))
+    return x.split(many)
+
+
+def grid(
+    shape: torch.Size, weight: Tensor | None, pos_weight: Tensor | None
+) -> tuple[int, int, Tensor | None, Tensor | None]:
+    """rows * columns elements, such that each weight is `[rows, columns]` with strides of 0 where it broadcasts.
+
+    No copy for a weight by element, by row or by column. What lies otherwise, such as `[C, 1, 1]` in `[B, C, H, W]`, is
+    copied to all dimensions from its first on.
+    """
+    if weight is None and pos_weight is None:
+        return 1, shape.numel(), None, None
+    dims = len(shape)
+    padded = [None if w is None else w.reshape((1,) * (dims - w.dim()) + w.shape) for w in (weight, pos_weight)]
+    given = [w for w in padded if w is not None]
+
+    def fits(part: torch.Size, whole: torch.Size) -> bool:
+        return part == whole or part.numel() == 1
+
+    splits = range(dims)
+    for split in splits:
+        if all(fits(w.shape[:split], shape[:split]) and fits(w.shape[split:], shape[split:]) for w in given):
+            break
+    else:
+        split = next((dim for dim in splits if any(w.shape[dim] != 1 for w in given)), 0)
+        padded = [None if w is None else w.expand(*w.shape[:split], *shape[split:]) for w in padded]
+    rows, columns = shape[:split].numel(), shape[split:].numel()
+    pairs = [None if w is None else w.reshape(w.shape[:split].numel(), w.shape[split:].numel()) for w in padded]
+    weight, pos_weight = (None if w is None else w.expand(rows, columns) for w in pairs)
+    return rows, columns, weight, pos_weight
