@@ -12,6 +12,7 @@ from .functional import circle as circle
 from .functional import clip as clip
 from .functional import clip_distill as clip_distill
 from .functional import contrastive_tension_in_batch as contrastive_tension_in_batch
+from .functional import cross_entropy as cross_entropy
 from .functional import decoupled_contrastive as decoupled_contrastive
 from .functional import gist_embed as gist_embed
 from .functional import global_orthogonal_regularization as global_orthogonal_regularization
@@ -23,6 +24,7 @@ from .functional import multi_similarity as multi_similarity
 from .functional import multiple_negatives_ranking as multiple_negatives_ranking
 from .functional import nt_xent as nt_xent
 from .functional import siglip as siglip
+from .functional import softmax_pair as softmax_pair
 from .functional import sup_con as sup_con
 from .losses._in_batch import Stats as Stats
 from .losses.batch_triplet import BatchAllTripletLoss as BatchAllTripletLoss
@@ -32,6 +34,7 @@ from .losses.batch_triplet import BatchSemiHardTripletLoss as BatchSemiHardTripl
 from .losses.clip import ClipLoss as ClipLoss
 from .losses.clip_distill import ClipDistillLoss as ClipDistillLoss
 from .losses.contrastive_tension import ContrastiveTensionInBatchLoss as ContrastiveTensionInBatchLoss
+from .losses.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from .losses.gist import GISTEmbedLoss as GISTEmbedLoss
 from .losses.info_nce import InfoNCELoss as InfoNCELoss
 from .losses.margins import InBatchMarginRankingLoss as InBatchMarginRankingLoss
@@ -43,6 +46,7 @@ from .losses.nt_xent import DCLLoss as DCLLoss
 from .losses.nt_xent import NTXentLoss as NTXentLoss
 from .losses.orthogonal import GlobalOrthogonalRegularizationLoss as GlobalOrthogonalRegularizationLoss
 from .losses.siglip import SigLipLoss as SigLipLoss
+from .losses.softmax_pair import SoftmaxLoss as SoftmaxLoss
 from .losses.sup_con import SupConLoss as SupConLoss
 
 __version__ = "0.1.0"

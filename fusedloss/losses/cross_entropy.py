@@ -72,8 +72,7 @@ def cross_entropy(
     if shares and ignore_index >= 0:
         raise ValueError(f"ignore_index is {ignore_index} beside class probabilities: needs classes as target")
     if not input.numel():  # what torch makes of nothing
-        options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-        return F.cross_entropy(input, target, reduction=reduction, **options)
+        return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     x = input if input.dim() == 2 else input[None] if input.dim() == 1 else input.flatten(2)
     if dtype == torch.float64 and x.dtype != dtype:
         x = x.to(dtype)

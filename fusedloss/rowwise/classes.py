@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import checks
 from ..backends import select_rowwise, triton_classes
@@ -75,7 +74,7 @@ class Terms(NamedTuple):
         """Those of a block of rows."""
         per_row = ("target", "left_out", "hard", "smooth", "square")
         values = {name: getattr(self, name) for name in per_row}
-        part = {name: v[where] for name, v in values.items() if isinstance(v, Tensor) and v.dim()}
+        part: dict[str, Any] = {n: v[where] for n, v in values.items() if isinstance(v, Tensor) and v.dim()}
         if self.share is not None:
             part["share"] = self.share[of_rows(where)]
         return self._replace(**part)
@@ -83,7 +82,7 @@ class Terms(NamedTuple):
 
 def of_rows(where: tuple[slice, ...]) -> tuple[slice, ...]:
     """All classes of a block of rows."""
-    return where[:1] + (slice(None),) + where[1:]
+    return (*where[:1], slice(None), *where[1:])
 
 
 def cross_entropy(
@@ -96,39 +95,39 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    empty: float = float("nan"),
     backend: str = "auto",
 ) -> Tensor:
     """As `torch.nn.functional.cross_entropy`; logits `[M, C]` or `[N, C, S]`, and classes or probabilities as target.
 
-    The class weights of a mean's rows sum to its denominator; `z_loss` counts rows.
+    The class weights of a mean's rows sum to its denominator; `z_loss` counts rows. A mean of none of them is `empty`.
     """
     hard: PerRow = 1 - label_smoothing
     smooth: PerRow = label_smoothing / x.shape[1]
     square: PerRow = z_loss
-    share = left_out = None
+    share = index = left_out = None
+    total: Tensor | None = None  # of the class weights
+    count: int | Tensor = x.numel() // x.shape[1]
     if target.dim() == x.dim():
-        share, target_rows, count = target, None, x.numel() // x.shape[1]
-        total: PerRow = count
+        share = target
     else:
-        target_rows, left_out, outside, count = admitted(target, x.shape[1], ignore_index)
-        total = count
+        index, left_out, outside, count = admitted(target, x.shape[1], ignore_index)
         if weight is not None:
-            hard = weight.to(stats_dtype(x.dtype))[target_rows]
+            hard = weight.to(stats_dtype(x.dtype))[index]
             hard = hard if left_out is None else hard.masked_fill(left_out, 0)
             total, hard = hard.sum(), hard * (1 - label_smoothing)
         hard = hard if outside is None else torch.where(outside, torch.nan, hard)
+    none: bool | Tensor = False
     if reduction == "mean":
-        none = count == 0
-        count = torch.where(none, 1, count) if isinstance(count, Tensor) else max(count, 1)
-        total = count if weight is None or share is not None else total
-        hard, smooth, square = hard / total, smooth and smooth / total, square and square / count
-    terms = Terms(target_rows, share, weight, left_out, hard, smooth, square, softcap=softcap)
+        none = count == 0 if total is None else total == 0
+        count = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+        per = count if total is None else torch.where(total == 0, 1, total)
+        hard, smooth, square = hard / per, smooth and smooth / per, square and square / count
+    terms = Terms(index, share, weight, left_out, hard, smooth, square, softcap=softcap)
     found = loss(x, terms, reduced=reduction != "none", backend=backend)
-    if reduction == "mean" and isinstance(none, Tensor):
-        found = found + torch.where(none, torch.nan, 0.0)
-    elif reduction == "mean" and none:  # as in torch; the gradient is 0
-        found = found + torch.nan
-    return found
+    if isinstance(none, Tensor):
+        return torch.where(none, empty, found)
+    return found + empty if none else found  # without a gradient
 
 
 def focal_classes(
@@ -161,7 +160,7 @@ def focal_classes(
 def soft_cross_entropy_rows(
     logits: Tensor, target_logits: Tensor, mask: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
-    """`-sum_j softmax(target_logits)_j log softmax(logits)_j` of each row of `[Q, n]`, both over the `mask`ed-in entries.
+    """`-sum_j softmax(target_logits)_j log softmax(logits)_j` of each row of `[Q, n]`, over the entries of `mask`.
 
     A row without any gives 0. The gradient is the logits' alone; nothing but it, `[Q, n]`, is kept.
     """
@@ -206,6 +205,7 @@ def loss(x: Tensor, terms: Terms, *, reduced: bool, backend: str) -> Tensor:
     backend = select_rowwise(backend, x)
     if (
         backend == "reference"
+        or not x.numel()
         or torch.compiler.is_compiling()  # fused by the compiler, where a loop over blocks would be unrolled
         or (torch.is_grad_enabled() and any(_learns(t) for t in (terms.hard, terms.weight, terms.share)))
     ):
@@ -282,7 +282,7 @@ def chunked(x: Tensor, terms: Terms, wants_grad: bool) -> tuple[Tensor, Tensor |
         full = of_rows(where)
         own = None if grad is None else grad[full]
         loss[where], _, part = _block(x[full], terms.at(where), d, wants_grad, own)
-        if gain is not None:
+        if gain is not None and part is not None:
             gain[where] = part
     return loss, grad, gain
 
@@ -309,7 +309,7 @@ def _block(
     dtype = stats_dtype(x.dtype)
     if d and terms.plain and x.dtype == dtype:  # the general case in as few calls as it takes
         p, target, _, s, loss = _without_target(x, torch.softmax, terms.target, d, out)
-        hard = loss.new_full((), terms.hard)
+        hard = loss.new_full((), terms.hard)  # type: ignore[arg-type]  # plain: it is a number
         if wants_grad:
             p.scatter_(d, target, s.neg_()).mul_(hard)
             p = p if out is None or p is out else out.copy_(p)
@@ -320,11 +320,13 @@ def _block(
     if terms.softcap is not None:
         capped = torch.tanh(z / terms.softcap)
         z = terms.softcap * capped
-    hard, rest, more = _beside(terms.hard, d), None, None
+    hard = _beside(terms.hard, d)
+    rest: Any = None  # times p in the gradient, beside the target's own
+    more: Any = None  # in the loss, likewise
     weight = None if terms.weight is None else terms.weight.to(dtype).view(-1, *(1,) * (x.dim() - 1 - d))
     if terms.squares:
         square, lse = _beside(terms.square, d), torch.logsumexp(z, d, keepdim=True)
-        rest, more = 2 * square * lse, square * lse.square()  # times p, and in the loss
+        rest, more = 2 * square * lse, square * lse.square()
     if terms.smooths or terms.share is not None:
         log_p = torch.log_softmax(z, d)
     if terms.smooths:
@@ -369,12 +371,7 @@ def _block(
         p.mul_(1 - capped.square())
     if left_out is not None:
         p.masked_fill_(left_out, 0)
-    gain = None
-    if x.dtype == torch.float16:
-        gain = p.abs().amax(d, keepdim=True).div_(FP16_LARGEST)
-        gain.masked_fill_(gain == 0, 1)
-        p.div_(gain)
-        gain = gain.squeeze(d)
+    gain = _take_gain(p, d) if x.dtype == torch.float16 else None
     if out is None:
         out = p if d and p.dtype == x.dtype else torch.empty_like(x)
     if out is not p:
@@ -404,12 +401,13 @@ def _without_target(
 
 def soft_chunked(
     logits: Tensor, beside: tuple[Tensor, Tensor | None], wants_grad: bool
-) -> tuple[Tensor, Tensor | None, None]:
-    """`soft_formula`, and its gradient, `p - q`: within [-1, 1], for fp16 as well as what torch itself gives."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`soft_formula`, its gradient p - q, and what that is to be multiplied by."""
     target_logits, mask = beside
     dtype = stats_dtype(logits.dtype)
     loss = logits.new_empty(logits.shape[0], dtype=dtype)
     grad = logits.new_empty(logits.shape) if wants_grad else None
+    gain = loss.new_empty(loss.shape) if wants_grad and logits.dtype == torch.float16 else None
     step = max(1, BLOCK // max(1, logits.shape[1])) if logits.device.type == "cpu" else max(1, len(logits))
     for i in range(0, logits.shape[0], step):
         rows = slice(i, i + step)
@@ -420,8 +418,19 @@ def soft_chunked(
         torch.sum(cost if own is None else cost.masked_fill_(~own, 0), 1, out=loss[rows])
         if grad is not None:
             p = log_p.exp_().sub_(q)
-            grad[rows] = p if own is None else p.masked_fill_(~own, 0)
-    return loss.neg_(), grad, None
+            p = p if own is None else p.masked_fill_(~own, 0)
+            if gain is not None:
+                gain[rows] = _take_gain(p, 1)
+            grad[rows] = p
+    return loss.neg_(), grad, gain
+
+
+def _take_gain(grad: Tensor, d: int) -> Tensor:
+    """Divides each row's gradient to where fp16 holds it, in place; gives what it is to be multiplied by."""
+    gain = grad.abs().amax(d, keepdim=True).div_(FP16_LARGEST)
+    gain.masked_fill_(gain == 0, 1)
+    grad.div_(gain)
+    return gain.squeeze(d)
 
 
 def _beside(value: PerRow | None, d: int) -> Any:
@@ -456,7 +465,7 @@ class _Walk(torch.autograd.Function):
 
 def _no_second_derivative() -> None:
     if torch.is_grad_enabled():  # create_graph=True
-        raise RuntimeError("the gradient was kept, not what it follows from: create_graph=True needs backend='reference'")
+        raise RuntimeError("only the gradient was kept: create_graph=True needs backend='reference'")
 
 
 def scaled(grad: Tensor, upstream: Tensor, gain: Tensor | None = None) -> Tensor:
