@@ -12,6 +12,7 @@ for the bytes that the loss must move: `bytes` in a case; and torch.compile's ti
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import statistics
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 
 import fusedloss
 from fusedloss import measure, results, show
+from fusedloss.rowwise import classes as rowwise_classes
 
 LARGE = 1 << 20  # from here on the ratio is asked for, below it the difference
 SIZES = {"cpu": (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 23), "cuda": (1 << 16, 1 << 20, 1 << 24, 1 << 26)}
@@ -117,7 +119,70 @@ def pointwise(size: int, device: str, dtype: torch.dtype) -> list[Case]:
 
 
 def classes(size: int, device: str, dtype: torch.dtype) -> list[Case]:
-    return []
+    item = torch.finfo(dtype).bits // 8
+    cases = []
+
+    def rows(name: str, C: int, ours: Callable[..., Tensor], theirs: Callable[..., Tensor], **more: object) -> None:
+        """Logits are read, their gradient written."""
+        M = max(1, size // C)
+        x, target = normal(M, C, device=device, dtype=dtype), torch.arange(M, device=device) * 7919 % C
+        liger = None if more.get("liger") is None else partial(more["liger"], target=target)
+        own, torchs = partial(ours, target=target), partial(theirs, target=target)
+        cases.append(Case(f"{name}, C = {C}", [x], own, torchs, 2 * M * C * item, liger))
+
+    for C in (10, 100, 1000, 32000):
+        rows("cross_entropy", C, fusedloss.cross_entropy, F.cross_entropy, liger=liger_cross_entropy())
+    smoothed = {"label_smoothing": 0.1}
+    rows(
+        "cross_entropy, smoothed",
+        1000,
+        partial(fusedloss.cross_entropy, **smoothed),
+        partial(F.cross_entropy, **smoothed),
+    )
+    for C in (10, 1000):
+        rows("focal", C, rowwise_classes.focal_classes, focal_in_torch)
+
+    N, S = max(1, size // (21 * 4096)), min(4096, max(1, size // 21))  # segmentation: 21 classes, 64 x 64 places
+    x, target = normal(N, 21, S, device=device, dtype=dtype), torch.arange(N * S, device=device).view(N, S) * 7919 % 21
+    cases.append(
+        Case(
+            "cross_entropy, [N, 21, 64 x 64]",
+            [x],
+            partial(fusedloss.cross_entropy, target=target),
+            partial(F.cross_entropy, target=target),
+            2 * x.numel() * item,
+        )
+    )
+    M = max(1, size // 1000)
+    x, share = normal(M, 1000, device=device, dtype=dtype), normal(M, 1000, device=device, dtype=dtype).softmax(1)
+    own, torchs = partial(fusedloss.cross_entropy, target=share), partial(F.cross_entropy, target=share)
+    cases.append(Case("cross_entropy, probabilities, C = 1000", [x], own, torchs, 3 * x.numel() * item))
+
+    B, D = max(1, size // 768), 768
+    u, v, weight = (normal(*shape, device=device, dtype=dtype) for shape in ((B, D), (B, D), (3, 3 * D)))
+    labels = torch.arange(B, device=device) % 3
+
+    def theirs(u: Tensor, v: Tensor, weight: Tensor) -> Tensor:  # sentence-transformers' SoftmaxLoss
+        return F.cross_entropy(F.linear(torch.cat([u, v, (u - v).abs()], 1), weight), labels)
+
+    pair = lambda u, v, weight: fusedloss.softmax_pair(u, v, weight, None, labels)
+    # u and v are read twice, and their gradients written.
+    cases.append(Case("softmax_pair", [u, v, weight / D**0.5], pair, theirs, 6 * B * D * item))
+    return cases
+
+
+def focal_in_torch(x: Tensor, target: Tensor) -> Tensor:
+    """As users write it."""
+    log_p = F.log_softmax(x, 1).gather(1, target[:, None])[:, 0]
+    return -((1 - log_p.exp()) ** 2 * log_p).mean()
+
+
+def liger_cross_entropy() -> Callable[..., Tensor] | None:
+    if importlib.util.find_spec("liger_kernel") is None or not torch.cuda.is_available():
+        return None
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return liger_cross_entropy
 
 
 def pairs(size: int, device: str, dtype: torch.dtype) -> list[Case]:

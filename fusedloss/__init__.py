@@ -23,6 +23,7 @@ from .functional import contrastive_tension_in_batch as contrastive_tension_in_b
 from .functional import cosent as cosent
 from .functional import cosface as cosface
 from .functional import cosine_similarity as cosine_similarity
+from .functional import cross_entropy as cross_entropy
 from .functional import decoupled_contrastive as decoupled_contrastive
 from .functional import distill_kl_div as distill_kl_div
 from .functional import embed_distill as embed_distill
@@ -56,6 +57,7 @@ from .functional import rank_net as rank_net
 from .functional import siglip as siglip
 from .functional import smooth_l1 as smooth_l1
 from .functional import smooth_l1_loss as smooth_l1_loss
+from .functional import softmax_pair as softmax_pair
 from .functional import sup_con as sup_con
 from .functional import triplet as triplet
 from .losses._in_batch import Stats as Stats
@@ -70,6 +72,7 @@ from .losses.clip_distill import ClipDistillLoss as ClipDistillLoss
 from .losses.contrastive_tension import ContrastiveTensionInBatchLoss as ContrastiveTensionInBatchLoss
 from .losses.cosent import AnglELoss as AnglELoss
 from .losses.cosent import CoSENTLoss as CoSENTLoss
+from .losses.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from .losses.distill import DistillKLDivLoss as DistillKLDivLoss
 from .losses.embed_distill import EmbedDistillLoss as EmbedDistillLoss
 from .losses.focal import FocalLoss as FocalLoss
@@ -104,6 +107,7 @@ from .losses.regression import L1Loss as L1Loss
 from .losses.regression import MSELoss as MSELoss
 from .losses.regression import SmoothL1Loss as SmoothL1Loss
 from .losses.siglip import SigLipLoss as SigLipLoss
+from .losses.softmax_pair import SoftmaxLoss as SoftmaxLoss
 from .losses.sup_con import SupConLoss as SupConLoss
 from .losses.triplet import TripletLoss as TripletLoss
 

@@ -14,6 +14,7 @@ from .losses.clip import clip
 from .losses.clip_distill import clip_distill
 from .losses.contrastive_tension import contrastive_tension_in_batch
 from .losses.cosent import angle, cosent
+from .losses.cross_entropy import cross_entropy
 from .losses.distill import distill_kl_div
 from .losses.embed_distill import embed_distill
 from .losses.focal import focal
@@ -33,6 +34,7 @@ from .losses.pair import contrastive, contrastive_tension, cosine_similarity, on
 from .losses.proxies import proxy_anchor, proxy_nca
 from .losses.regression import huber, huber_loss, l1, l1_loss, mse, mse_loss, smooth_l1, smooth_l1_loss
 from .losses.siglip import siglip
+from .losses.softmax_pair import softmax_pair
 from .losses.sup_con import sup_con
 from .losses.triplet import triplet
 
@@ -55,6 +57,7 @@ __all__ = [
     "cosent",
     "cosface",
     "cosine_similarity",
+    "cross_entropy",
     "decoupled_contrastive",
     "distill_kl_div",
     "embed_distill",
@@ -88,6 +91,7 @@ __all__ = [
     "siglip",
     "smooth_l1",
     "smooth_l1_loss",
+    "softmax_pair",
     "sup_con",
     "triplet",
 ]

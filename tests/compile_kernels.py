@@ -177,7 +177,48 @@ def pointwise() -> Launches:
 
 
 def classes() -> Launches:
-    return {}
+    from fusedloss.backends import triton_classes
+    from fusedloss.rowwise.classes import Terms
+
+    rows, C, S = 8192, 32000, 64
+    row, target, weight = empty(rows), empty(rows, kind=torch.int64), empty(C)
+    left_out, softcap = empty(rows, kind=torch.bool), 30.0
+
+    def class_rows(dtype: torch.dtype) -> None:
+        terms = Terms(target, None, weight, left_out, row, row, row, 2.0, softcap)
+        triton_classes.rows(empty(rows, C, kind=dtype), terms, True)
+
+    def plain_rows(dtype: torch.dtype) -> None:
+        triton_classes.rows(empty(rows, C, kind=dtype), Terms(target, hard=0.5), True)
+
+    def narrow_rows(dtype: torch.dtype) -> None:
+        triton_classes.rows(empty(rows, 10, kind=dtype), Terms(target, hard=0.5), True)
+
+    def strided_rows(dtype: torch.dtype) -> None:
+        places = empty(rows, S, kind=torch.int64)
+        triton_classes.rows(empty(rows, 128, S, kind=dtype), Terms(places, hard=0.5), True)
+
+    def share_rows(dtype: torch.dtype) -> None:
+        x = empty(rows, C, kind=dtype)
+        triton_classes.rows(x, Terms(share=x, weight=weight, hard=0.5, smooth=0.5, square=0.5, softcap=softcap), True)
+
+    def soft_rows(dtype: torch.dtype) -> None:
+        x = empty(rows, 512, kind=dtype)
+        triton_classes.soft_rows(x, (x, empty(rows, 512, kind=torch.bool)), True)
+
+    def pair_logits(dtype: torch.dtype) -> None:
+        u, parts = empty(rows, 768, kind=dtype), ("rep", "difference", "multiplication")
+        triton_classes.pair_logits(u, u, empty(3, 4 * 768, kind=dtype), empty(3, kind=dtype), parts)
+
+    return {
+        "class rows": class_rows,
+        "class rows, plain": plain_rows,
+        "class rows, C = 10": narrow_rows,
+        "class rows, [N, C, S]": strided_rows,
+        "share rows": share_rows,
+        "soft rows": soft_rows,
+        "pair logits": pair_logits,
+    }
 
 
 def pairs() -> Launches:

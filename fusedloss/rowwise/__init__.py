@@ -2,6 +2,7 @@
 
     pointwise.py   elements: a prediction and its target            (regression, binary classification)
     classes.py     rows of logits: one class, or a share of each    (cross-entropy)
+    pair_logits.py a linear layer on pairs of embeddings, without their concatenation
     pairs.py       rows of embeddings against one or a few others   (pair and triplet losses, distillation)
     lists.py       rows of scores: which document above which       (rerankers)
 

@@ -1,0 +1,185 @@
+"""Softmax cross-entropy of logits with classes or class probabilities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import _reduction as legacy
+from torch.nn import functional as F
+
+from .. import checks
+from ..rowwise import classes
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy, a twin of `torch.nn.functional.cross_entropy`, with its arguments, result dtype and shape.
+
+        loss_i = weight_t (log sum_j exp(z_ij) - z_it),   t = target_i
+               = -sum_j weight_j target_ij log softmax(z_i)_j    for class probabilities
+        smoothed: (1 - label_smoothing) loss_i - label_smoothing / C sum_j weight_j log softmax(z_i)_j
+
+    The loss of a class index is log(1 + sum_{j != t} exp(z_ij - z_it)), and the target's entry of the gradient minus
+    the sum of the other probabilities: both keep their digits where the target is certain, where log_softmax gives 0.
+    Logits of +-1e4 overflow nothing. All is computed in fp32 (fp64 for fp64). What is kept for backward is the
+    gradient, of the input's size and dtype; a second derivative needs backend="reference".
+
+    Args:
+        input: logits `[C]`, `[N, C]` or `[N, C, d1, ...]`, float16, bfloat16, float32 or float64, any strides.
+        target: int64 (or uint8) classes, `input`'s shape without C; or floating class probabilities of its shape.
+        weight: `[C]`, one number per class; the mean of class indices is divided by the sum of their weights. With
+            a gradient, as also probabilities with one, the loss runs as the formula of "reference".
+        size_average, reduce: deprecated, as in torch.
+        ignore_index: rows of this class are left out, also of the gradient. Not for probabilities.
+        reduction: "mean", "sum" or "none" (`target`'s shape, or without C).
+        label_smoothing: from 0 to 1, the share of the target that is spread evenly over the classes.
+        z_loss: this many times (log sum_j exp(z_ij))^2 is added to each row that counts, without class weight (PaLM;
+            Liger's lse_square_scale). Its mean is over the rows that count.
+        softcap: logits become softcap * tanh(input / softcap) first (Gemma 2).
+        backend: "auto", "triton", "chunked" or "reference".
+
+    Returns:
+        0-dim, or rows for "none", in `input`'s dtype (float32 under autocast). A mean over nothing is NaN, as in torch.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        IndexError: on a CPU, a class that is none. On a GPU values are not read back and the loss is NaN.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> logits = model(tokens)
+        >>> fusedloss.cross_entropy(logits, labels, label_smoothing=0.1, z_loss=1e-4).backward()
+    """
+    if size_average is not None or reduce is not None:
+        reduction = legacy.legacy_get_string(size_average, reduce)
+    _check_options(ignore_index, reduction, label_smoothing, z_loss, softcap, backend)
+    dtype = _check_tensors(input, target, weight)
+    shares = target.dtype.is_floating_point
+    if shares and ignore_index >= 0:
+        raise ValueError(f"ignore_index is {ignore_index} beside class probabilities: needs classes as target")
+    if not input.numel():  # what torch makes of nothing
+        return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+    x = input if input.dim() == 2 else input[None] if input.dim() == 1 else input.flatten(2)
+    if dtype == torch.float64 and x.dtype != dtype:
+        x = x.to(dtype)
+    if shares:
+        target = target if x is input else target.reshape(x.shape)
+    else:
+        target = target if target.dtype == torch.int64 else target.long()
+        target = target if x is input else target.reshape(x.shape[:1] + x.shape[2:])
+    loss = classes.cross_entropy(
+        x,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        backend=backend,
+    )
+    if reduction == "none" and input.dim() != 2:
+        loss = loss.reshape(input.shape[:1] + input.shape[2:] if input.dim() > 1 else ())
+    return loss if loss.dtype == dtype else loss.to(dtype)
+
+
+def _check_options(
+    ignore_index: int, reduction: str, label_smoothing: float, z_loss: float, softcap: float | None, backend: str
+) -> None:
+    checks.index("ignore_index", ignore_index)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.share("label_smoothing", label_smoothing)
+    checks.number("z_loss", z_loss)
+    if softcap is not None:
+        checks.scalar("softcap", softcap, None, positive=True)
+    checks.backend(backend)
+
+
+def _check_tensors(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+    """Gives the dtype of the result."""
+    if isinstance(input, nn.Module):
+        checks.options_not_modules(input=input)
+    if not isinstance(input, Tensor) or input.dtype not in checks.FLOATING:
+        got = input.dtype if isinstance(input, Tensor) else type(input).__name__
+        raise TypeError(f"input is {got}: needs logits in float16, bfloat16, float32 or float64")
+    checks.dense("input", input)
+    if not input.dim():
+        raise ValueError("input has shape []: needs logits [C], [N, C] or [N, C, d1, ...]")
+    dtype = torch.float32 if checks.autocasts(input) else input.dtype
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target is a {type(target).__name__}: needs a tensor of classes or of class probabilities")
+    checks.dense("target", target)
+    shape = input.shape
+    rows = shape[:-1] if len(shape) < 3 else shape[:1] + shape[2:]
+    if target.dtype.is_floating_point:
+        if target.shape != input.shape:
+            raise ValueError(
+                f"target has shape {list(target.shape)} and {target.dtype}: class probabilities need input's shape, "
+                f"{list(input.shape)}, and classes int64 {list(rows)}"
+            )
+        dtype = torch.promote_types(dtype, target.dtype)
+        dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
+    elif target.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(f"target is {target.dtype}: needs int64 (or uint8) classes; call .long()")
+    elif target.shape != rows and not (input.dim() == 1 and target.shape == (1,)):
+        raise ValueError(
+            f"target has shape {list(target.shape)}: input {list(input.shape)} needs one class per row, {list(rows)}, "
+            f"or floating class probabilities {list(input.shape)}"
+        )
+    checks.same_device("target", target, "input", input)
+    if weight is not None:
+        checks.vector("weight", weight, shape[0 if len(shape) == 1 else 1], "class", input)
+    return dtype
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """`cross_entropy` as `torch.nn.CrossEntropyLoss`: its constructor and buffer, and `forward(input, target)`."""
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        backend: str = "auto",
+    ):
+        checks.options_not_modules(weight=weight)
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        _check_options(ignore_index, self.reduction, label_smoothing, z_loss, softcap, backend)
+        self.z_loss, self.softcap, self.backend = z_loss, softcap, backend
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        defaults: dict[str, Any] = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
+        return checks.options(self, **defaults, z_loss=0.0, softcap=None, backend="auto")

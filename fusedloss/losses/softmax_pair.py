@@ -1,0 +1,109 @@
+"""A softmax classifier over pairs of embeddings: Sentence-BERT's classification objective."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import checks
+from ..rowwise import classes
+from ..rowwise.pair_logits import PARTS, pair_logits
+from ._module import LossModule
+
+
+def softmax_pair(
+    u: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    *,
+    concatenation: tuple[str, ...] = ("rep", "difference"),
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy of a linear layer on [u; v; |u - v|; u v] (Reimers and Gurevych 2019), as in sentence-transformers.
+
+        z_i    = weight @ [u_i; v_i; |u_i - v_i|; u_i v_i] + bias,   of the parts in `concatenation`
+        loss_i = logsumexp_c z_ic - z_i,target_i
+
+    The concatenation is never built: the parts are formed a block of rows at a time (on "triton" in registers), again
+    in backward, which is products in torch on every backend. Kept are u, v, weight and the gradient by z, `[B, C]`.
+
+    Args:
+        u, v: `[B, D]`, float16, bfloat16, float32 or float64, one dtype, any strides.
+        weight: `[C, k D]` as in `torch.nn.Linear`, any floating dtype: D columns for each part, "rep" having two.
+        bias: `[C]`, or None.
+        target: int64 `[B]`, or class probabilities `[B, C]`; None gives the logits `[B, C]` instead of a loss.
+        concatenation: which parts, of "rep" (u and v), "difference" (|u - v|) and "multiplication" (u v). Their order
+            in `weight` is this one, however they are listed.
+        class_weight: `[C]`, no gradient; as `weight` of `cross_entropy`.
+        ignore_index: rows whose target is this are left out.
+        label_smoothing: from 0 to 1, the share of the target that is spread evenly over the classes.
+        reduction: "mean" (0 if no row counts), "sum", or "none" (`[B]`, 0 for left-out rows).
+        backend: "auto", "triton", "chunked" or "reference".
+
+    Returns:
+        A 0-dim tensor (`[B]` for "none"), float32, or float64 where an input is.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        IndexError: on a CPU, a target that is no class. On a GPU values are not read back and the loss is NaN.
+        UnsupportedError: the backend asked for cannot run this.
+
+    Example:
+        >>> classifier = torch.nn.Linear(3 * 768, 3)
+        >>> fusedloss.softmax_pair(encode(a), encode(b), classifier.weight, classifier.bias, labels).backward()
+    """
+    checks.embeddings(u=u, v=v)
+    if u.dtype != v.dtype:  # under autocast
+        v = v.to(u.dtype)
+    if v.shape[0] != u.shape[0]:
+        raise ValueError(f"v has {v.shape[0]} rows and u has {u.shape[0]}: needs as many")
+    if isinstance(concatenation, str) or not concatenation or not set(concatenation) <= set(PARTS):
+        raise ValueError(f"concatenation is {concatenation!r}: needs one or more of {', '.join(map(repr, PARTS))}")
+    parts = tuple(part for part in PARTS if part in concatenation)
+    wanted = sum(PARTS[part] for part in parts) * u.shape[1]
+    if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight is {got}: needs a floating tensor [C, {wanted}]")
+    checks.dense("weight", weight)
+    if weight.dim() != 2 or weight.shape[1] != wanted or not weight.shape[0]:
+        raise ValueError(
+            f"weight has shape {list(weight.shape)}: needs [C, {wanted}], for {', '.join(parts)} of D = {u.shape[1]}"
+        )
+    checks.same_device("weight", weight, "u", u)
+    if bias is not None:
+        checks.vector("bias", bias, weight.shape[0], "class", u)
+    logits = pair_logits(u, v, weight, bias, parts, backend)
+    if target is None:
+        return logits
+    checks.index("ignore_index", ignore_index)
+    checks.share("label_smoothing", label_smoothing)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    if class_weight is not None:
+        checks.vector("class_weight", class_weight, weight.shape[0], "class", u)
+        class_weight = class_weight.detach()
+    if isinstance(target, Tensor) and target.dtype.is_floating_point:
+        checks.dense("target", target)
+        if target.shape != logits.shape:
+            raise ValueError(f"target has shape {list(target.shape)}: class probabilities need {list(logits.shape)}")
+        checks.same_device("target", target, "u", u)
+    else:
+        checks.integers("target", target, (u.shape[0],), u)
+    return classes.cross_entropy(
+        logits,
+        target,
+        class_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        empty=0.0,
+        backend=backend,
+    )
+
+
+class SoftmaxLoss(LossModule, function=softmax_pair, tensors=("class_weight",)):
+    """`softmax_pair` with its options in the constructor and `forward(u, v, weight, bias, target)`."""

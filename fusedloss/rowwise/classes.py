@@ -1,0 +1,484 @@
+"""Rows of logits against a class, or against a share of each class: cross-entropy, focal loss, distilled scores.
+
+With `p = softmax(z)` and target `t`, a row's loss is
+
+    loss = hard (1 - p_t)^gamma (-log p_t) - smooth sum_j w_j log p_j + square logsumexp(z)^2
+
+where `hard sum_j w_j q_j (-log p_j)` stands first if the target is a distribution `q`. The target stays out of the
+sum `s = sum_{j != t} p_j`, as in `epilogues.py`: `-log p_t = log(1 + s / p_t)`, and the target's entry of the gradient
+is `-s`. What a row counts in a mean is part of `hard`, `smooth` and `square`, so that the walk leaves the finished
+gradient of the loss behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backends import select_rowwise, triton_classes
+from ..epilogues import softmax_rows
+from ..problem import stats_dtype
+
+BLOCK = 1 << 18  # elements at a time on a CPU: at 2^17 the starts of threads, at 2^20 the caches took 10 % more
+# torch's log_softmax takes single steps along a last dimension of fewer classes than a vector has lanes: ten times the
+# time, so there the classes go first and the rows are the vectors.
+FEW_CLASSES = 16
+FEW_ELEMENTS = 1 << 12  # up to here turning them round takes longer
+LEAST = 1e-30  # of a probability that has all its digits
+FP16_LARGEST = 2.0**14  # of a row's gradient as it is kept: down to 2^-38 of that it does not underflow
+
+# One for all rows, or `[M]`, or `[N, S]` beside logits `[N, C, S]`.
+PerRow = float | Tensor
+
+
+class Terms(NamedTuple):
+    """What the loss of a row of logits `[M, C]` or `[N, C, S]` is made of; rows are `[M]` or `[N, S]`."""
+
+    target: Tensor | None = None  # int64 per row, within the classes
+    share: Tensor | None = None  # q, of the logits' shape
+    weight: Tensor | None = None  # w, [C]
+    left_out: Tensor | None = None  # bool per row: no loss and no gradient, whatever its logits
+    hard: PerRow = 1.0
+    smooth: PerRow = 0.0
+    square: PerRow = 0.0
+    gamma: float = 0.0
+    softcap: float | None = None  # z = softcap tanh(x / softcap)
+
+    @property
+    def plain(self) -> bool:
+        """Cross-entropy of classes and nothing else, and every row counts alike."""
+        return not (
+            self.share is not None
+            or self.weight is not None
+            or self.left_out is not None
+            or self.softcap is not None
+            or isinstance(self.hard, Tensor)
+            or self.gamma
+            or self.smooths
+            or self.squares
+        )
+
+    @property
+    def smooths(self) -> bool:
+        return isinstance(self.smooth, Tensor) or self.smooth != 0
+
+    @property
+    def squares(self) -> bool:
+        return isinstance(self.square, Tensor) or self.square != 0
+
+    def at(self, where: tuple[slice, ...]) -> Terms:
+        """Those of a block of rows."""
+        per_row = ("target", "left_out", "hard", "smooth", "square")
+        values = {name: getattr(self, name) for name in per_row}
+        part: dict[str, Any] = {n: v[where] for n, v in values.items() if isinstance(v, Tensor) and v.dim()}
+        if self.share is not None:
+            part["share"] = self.share[of_rows(where)]
+        return self._replace(**part)
+
+
+def of_rows(where: tuple[slice, ...]) -> tuple[slice, ...]:
+    """All classes of a block of rows."""
+    return (*where[:1], slice(None), *where[1:])
+
+
+def cross_entropy(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    empty: float = float("nan"),
+    backend: str = "auto",
+) -> Tensor:
+    """As `torch.nn.functional.cross_entropy`; logits `[M, C]` or `[N, C, S]`, and classes or probabilities as target.
+
+    The class weights of a mean's rows sum to its denominator; `z_loss` counts rows. A mean of none of them is `empty`.
+    """
+    hard: PerRow = 1 - label_smoothing
+    smooth: PerRow = label_smoothing / x.shape[1]
+    square: PerRow = z_loss
+    share = index = left_out = None
+    total: Tensor | None = None  # of the class weights
+    count: int | Tensor = x.numel() // x.shape[1]
+    if target.dim() == x.dim():
+        share = target
+    else:
+        index, left_out, outside, count = admitted(target, x.shape[1], ignore_index)
+        if weight is not None:
+            hard = weight.to(stats_dtype(x.dtype))[index]
+            hard = hard if left_out is None else hard.masked_fill(left_out, 0)
+            total, hard = hard.sum(), hard * (1 - label_smoothing)
+        hard = hard if outside is None else torch.where(outside, torch.nan, hard)
+    none: bool | Tensor = False
+    if reduction == "mean":
+        none = count == 0 if total is None else total == 0
+        count = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+        per = count if total is None else torch.where(total == 0, 1, total)
+        hard, smooth, square = hard / per, smooth and smooth / per, square and square / count
+    terms = Terms(index, share, weight, left_out, hard, smooth, square, softcap=softcap)
+    found = loss(x, terms, reduced=reduction != "none", backend=backend)
+    if isinstance(none, Tensor):
+        return torch.where(none, empty, found)
+    return found + empty if none else found  # without a gradient
+
+
+def focal_classes(
+    input: Tensor,
+    target: Tensor,
+    gamma: float = 2.0,
+    alpha: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """`-alpha_t (1 - p_t)^gamma log p_t` (Lin et al. 2017) of `p = softmax(input)`, fp32 or fp64.
+
+    input: `[M, C]` or `[N, C, d1, ...]`. target: int64, its shape without C. alpha: `[C]`. The mean counts the rows
+    that are not ignored, and is 0 without any. Where p_t rounds to 1, 1 - p_t is the sum of the others: neither the
+    loss nor its gradient is 0, and a gamma below 1 divides nothing by 0.
+    """
+    rows = input.shape[:1] + input.shape[2:]
+    x, target = (input, target) if input.dim() == 2 else (input.flatten(2), target.flatten(1))
+    target, left_out, outside, count = admitted(target, x.shape[1], ignore_index)
+    hard: PerRow = 1.0 if alpha is None else alpha.to(stats_dtype(x.dtype))[target]
+    hard = hard if outside is None else torch.where(outside, torch.nan, hard)
+    if reduction == "mean":
+        hard = hard / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+    terms = Terms(target, left_out=left_out, hard=hard, gamma=gamma)
+    found = loss(x, terms, reduced=reduction != "none", backend=backend)
+    return found.reshape(rows) if reduction == "none" else found
+
+
+def soft_cross_entropy_rows(
+    logits: Tensor, target_logits: Tensor, mask: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """`-sum_j softmax(target_logits)_j log softmax(logits)_j` of each row of `[Q, n]`, over the entries of `mask`.
+
+    A row without any gives 0. The gradient is the logits' alone; nothing but it, `[Q, n]`, is kept.
+    """
+    backend = select_rowwise(backend, logits)
+    target_logits = target_logits.detach()
+    if backend == "reference" or torch.compiler.is_compiling():
+        return soft_formula(logits, target_logits, mask)
+    walk = triton_classes.soft_rows if backend == "triton" else soft_chunked
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _Walk.apply(logits, (target_logits, mask), walk, False)
+    return walk(logits, (target_logits, mask), False)[0]
+
+
+def admitted(
+    target: Tensor, columns: int, ignore_index: int
+) -> tuple[Tensor, Tensor | None, Tensor | None, int | Tensor]:
+    """The target within the classes, rows that are left out, rows out of range, and how many are not left out.
+
+    Where values may be read, no row is out of range (IndexError) and None is left out where nothing is: most batches.
+    """
+    reads = checks.reads_values(target) and target.numel() > 0
+    if reads:
+        low, high = (int(end) for end in target.aminmax())
+        if 0 <= low and high < columns and not low <= ignore_index <= high:
+            return target, None, None, target.numel()
+    left_out = target == ignore_index
+    outside = ((target < 0) | (target >= columns)) & ~left_out
+    count = target.numel() - left_out.sum()
+    if not reads:
+        return target.masked_fill(left_out | outside, 0), left_out, outside, count
+    if bool(outside.any()):
+        place = tuple(outside.nonzero()[0].tolist())
+        raise IndexError(
+            f"target[{', '.join(map(str, place))}] is {int(target[place])}: needs a class from 0 to {columns - 1}, or "
+            f"{ignore_index} to leave the row out"
+        )
+    return target.masked_fill(left_out, 0), left_out, None, int(count)
+
+
+def loss(x: Tensor, terms: Terms, *, reduced: bool, backend: str) -> Tensor:
+    """The rows' losses, or their sum, in the statistics dtype."""
+    backend = select_rowwise(backend, x)
+    if (
+        backend == "reference"
+        or not x.numel()
+        or torch.compiler.is_compiling()  # fused by the compiler, where a loop over blocks would be unrolled
+        or (torch.is_grad_enabled() and any(_learns(t) for t in (terms.hard, terms.weight, terms.share)))
+    ):
+        rows = formula(x, terms)
+        return rows.sum() if reduced else rows
+    walk = triton_classes.rows if backend == "triton" else chunked
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Walk.apply(x, terms, walk, reduced)
+    rows = walk(x, terms, False)[0]
+    return rows.sum() if reduced else rows
+
+
+def _learns(value: object) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+# Backend "reference" --------------------------------------------------------------------------------------------------
+
+
+def formula(x: Tensor, terms: Terms) -> Tensor:
+    """Each row's loss; differentiable in logits, class weights and shares."""
+    shape = x.shape[:1] + x.shape[2:]
+    z, C = x.to(stats_dtype(x.dtype)), x.shape[1]
+    if terms.softcap is not None:
+        z = terms.softcap * torch.tanh(z / terms.softcap)
+    z = z.movedim(1, -1).reshape(-1, C)
+    weight = torch.ones_like(z[0]) if terms.weight is None else terms.weight.to(z.dtype)
+    if terms.share is not None:
+        q = terms.share.to(z.dtype).movedim(1, -1).reshape(-1, C)
+        first = -(weight * q * z.log_softmax(1)).sum(1)
+    else:
+        assert terms.target is not None
+        first = softmax_rows(z, terms.target.reshape(-1))
+        if terms.gamma:
+            s = -torch.expm1(-first)
+            first = s.masked_fill(s == 0, 1) ** terms.gamma * first  # 0^(gamma - 1) has no gradient, and 0 counts 0
+    rows = terms.hard * first.reshape(shape)
+    if terms.smooths:
+        rows = rows - terms.smooth * (weight * z.log_softmax(1)).sum(1).reshape(shape)
+    if terms.squares:
+        rows = rows + terms.square * z.logsumexp(1).square().reshape(shape)
+    return rows if terms.left_out is None else rows.masked_fill(terms.left_out, 0)
+
+
+def soft_formula(logits: Tensor, target_logits: Tensor, mask: Tensor | None) -> Tensor:
+    dtype = stats_dtype(logits.dtype)
+    log_q, log_p = (_log_softmax(t.to(dtype), mask) for t in (target_logits, logits))
+    rows = -(log_q.exp() * log_p)
+    return (rows if mask is None else rows.masked_fill(~mask, 0)).sum(1)
+
+
+def _log_softmax(z: Tensor, mask: Tensor | None) -> Tensor:
+    """Over the entries of the mask; finite in a row without any."""
+    if mask is None:
+        return z.log_softmax(1)
+    return z.masked_fill(~mask & mask.any(1, keepdim=True), -torch.inf).log_softmax(1)
+
+
+# Backend "chunked" ----------------------------------------------------------------------------------------------------
+
+
+def chunked(x: Tensor, terms: Terms, wants_grad: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The rows' losses, the gradient of their sum by `x` in its dtype, and what that is to be multiplied by per row."""
+    # Few positions a row behind the classes are no vectors either.
+    narrow = x.shape[1] < FEW_CLASSES or (x.dim() == 3 and x.shape[2] < FEW_CLASSES)
+    d = 0 if narrow and x.numel() > FEW_ELEMENTS else 1
+    if x.numel() <= BLOCK or x.device.type != "cpu":
+        return _block(x, terms, d, wants_grad)
+    rows, dtype = x.shape[:1] + x.shape[2:], stats_dtype(x.dtype)
+    loss = x.new_empty(rows, dtype=dtype)
+    grad = x.new_empty(x.shape) if wants_grad else None
+    gain = x.new_empty(rows, dtype=dtype) if wants_grad and x.dtype == torch.float16 else None
+    for where in _blocks(x):
+        full = of_rows(where)
+        own = None if grad is None else grad[full]
+        loss[where], _, part = _block(x[full], terms.at(where), d, wants_grad, own)
+        if gain is not None and part is not None:
+            gain[where] = part
+    return loss, grad, gain
+
+
+def _blocks(x: Tensor) -> Iterator[tuple[slice, ...]]:
+    """Of rows: along `M`; of `[N, C, S]` along N, and along S where one of N is too much."""
+    N, C = x.shape[:2]
+    if x.dim() == 2:
+        yield from ((slice(i, i + max(1, BLOCK // C)),) for i in range(0, N, max(1, BLOCK // C)))
+        return
+    S = x.shape[2]
+    n, s = max(1, BLOCK // (C * S)), max(FEW_CLASSES, BLOCK // C)
+    for i in range(0, N, n):
+        yield from ((slice(i, i + n), slice(j, j + s)) for j in range(0, S, s))
+
+
+def _block(
+    x: Tensor, terms: Terms, d: int, wants_grad: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `chunked`, for rows that stay in the caches. The gradient stands in `out`, where that is given.
+
+    d: where the classes stand while the block is worked on.
+    """
+    dtype = stats_dtype(x.dtype)
+    if d and terms.plain and x.dtype == dtype:  # the general case in as few calls as it takes
+        p, target, _, s, loss = _without_target(x, torch.softmax, terms.target, d, out)
+        hard = loss.new_full((), terms.hard)  # type: ignore[arg-type]  # plain: it is a number
+        if wants_grad:
+            p.scatter_(d, target, s.neg_()).mul_(hard)
+            p = p if out is None or p is out else out.copy_(p)
+        return loss.mul_(hard).squeeze(d), p if wants_grad else None, None
+    if d == 0:
+        x, out = x.movedim(1, 0), None if out is None else out.movedim(1, 0)
+    z = x if d and x.dtype == dtype else _copied(x, dtype)
+    if terms.softcap is not None:
+        capped = torch.tanh(z / terms.softcap)
+        z = terms.softcap * capped
+    hard = _beside(terms.hard, d)
+    rest: Any = None  # times p in the gradient, beside the target's own
+    more: Any = None  # in the loss, likewise
+    weight = None if terms.weight is None else terms.weight.to(dtype).view(-1, *(1,) * (x.dim() - 1 - d))
+    if terms.squares:
+        square, lse = _beside(terms.square, d), torch.logsumexp(z, d, keepdim=True)
+        rest, more = 2 * square * lse, square * lse.square()
+    if terms.smooths or terms.share is not None:
+        log_p = torch.log_softmax(z, d)
+    if terms.smooths:
+        smooth = _beside(terms.smooth, d)
+        cost = smooth * (log_p if weight is None else log_p * weight).sum(d, keepdim=True)
+        more = -cost if more is None else more - cost
+        total = smooth * (x.shape[d] if weight is None else weight.sum())
+        rest = total if rest is None else rest + total
+    if terms.share is not None:
+        q = (terms.share if d else terms.share.movedim(1, 0)).to(dtype)
+        q = q if weight is None else q * weight
+        loss = (q * log_p).sum(d, keepdim=True).mul_(-hard)
+        p = log_p.exp_()
+        if wants_grad:
+            total = hard * q.sum(d, keepdim=True)
+            p.mul_(total if rest is None else total + rest).sub_(hard * q)
+    else:
+        softmax = (lambda *_, **__: log_p.exp_()) if terms.smooths else torch.softmax
+        p, target, p_t, s, loss = _without_target(z, softmax, terms.target, d, out)
+        if terms.gamma:
+            # At s = 0, -log p_t / s is 1, and 0^0 too.
+            slope = (loss / s).masked_fill_(s == 0, 1).mul_(p_t).mul_(terms.gamma).add_(1)
+            focus = s**terms.gamma
+            loss, hard = loss * focus * hard, hard * focus * slope
+        else:
+            loss.mul_(hard)
+        if wants_grad and rest is None:
+            p.scatter_(d, target, s.neg_()).mul_(hard)
+        elif wants_grad:
+            p.mul_(hard + rest).scatter_(d, target, rest * p_t - hard * s)
+    if more is not None:
+        loss = loss + more
+    left_out = _beside(terms.left_out, d)
+    if left_out is not None:
+        loss.masked_fill_(left_out, 0)
+    loss = loss.squeeze(d)
+    if not wants_grad:
+        return loss, None, None
+    if terms.smooths:
+        p.sub_(smooth if weight is None else smooth * weight)
+    if terms.softcap is not None:
+        p.mul_(1 - capped.square())
+    if left_out is not None:
+        p.masked_fill_(left_out, 0)
+    gain = _take_gain(p, d) if x.dtype == torch.float16 else None
+    if out is None:
+        out = p if d and p.dtype == x.dtype else torch.empty_like(x)
+    if out is not p:
+        out.copy_(p)
+    return loss, (out if d else out.movedim(0, 1)), gain
+
+
+def _without_target(
+    z: Tensor, softmax: Callable[..., Tensor], target: Tensor | None, d: int, out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """p with 0 at the target, the target's place, p_t, s and -log p_t. p stands in `out` where that suits it."""
+    assert target is not None
+    if out is not None and out.dtype == z.dtype and out.is_contiguous():
+        p = softmax(z, d, out=out)
+    else:
+        p = softmax(z, d)
+    target = target.unsqueeze(d)
+    p_t = p.gather(d, target)
+    p.scatter_(d, target, 0)
+    s = p.sum(d, True)
+    loss = (s / p_t).log1p_()
+    # Where p_t has no digits left, log p_t is that of s = 1. Rare: on a CPU it is looked for.
+    if z.device.type != "cpu" or not p_t.amin().item() > LEAST:
+        loss = torch.where(p_t > LEAST, loss, torch.logsumexp(z, d, keepdim=True) - z.gather(d, target))
+    return p, target, p_t, s, loss
+
+
+def soft_chunked(
+    logits: Tensor, beside: tuple[Tensor, Tensor | None], wants_grad: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`soft_formula`, its gradient p - q, and what that is to be multiplied by."""
+    target_logits, mask = beside
+    dtype = stats_dtype(logits.dtype)
+    loss = logits.new_empty(logits.shape[0], dtype=dtype)
+    grad = logits.new_empty(logits.shape) if wants_grad else None
+    gain = loss.new_empty(loss.shape) if wants_grad and logits.dtype == torch.float16 else None
+    step = max(1, BLOCK // max(1, logits.shape[1])) if logits.device.type == "cpu" else max(1, len(logits))
+    for i in range(0, logits.shape[0], step):
+        rows = slice(i, i + step)
+        own = None if mask is None else mask[rows]
+        log_q, log_p = (_log_softmax(t[rows].to(dtype), own) for t in (target_logits, logits))
+        q = log_q.exp_()
+        cost = q * log_p
+        torch.sum(cost if own is None else cost.masked_fill_(~own, 0), 1, out=loss[rows])
+        if grad is not None:
+            p = log_p.exp_().sub_(q)
+            p = p if own is None else p.masked_fill_(~own, 0)
+            if gain is not None:
+                gain[rows] = _take_gain(p, 1)
+            grad[rows] = p
+    return loss.neg_(), grad, gain
+
+
+def _take_gain(grad: Tensor, d: int) -> Tensor:
+    """Divides each row's gradient to where fp16 holds it, in place; gives what it is to be multiplied by."""
+    gain = grad.abs().amax(d, keepdim=True).div_(FP16_LARGEST)
+    gain.masked_fill_(gain == 0, 1)
+    grad.div_(gain)
+    return gain.squeeze(d)
+
+
+def _beside(value: PerRow | None, d: int) -> Any:
+    """A number per row with one more dimension, the classes'."""
+    return value.unsqueeze(d) if isinstance(value, Tensor) and value.dim() else value
+
+
+def _copied(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous, in `dtype`."""
+    out = x.new_empty(x.shape, dtype=dtype)
+    # copy_ transposes in tiles of 60 x 60, on one thread: four times the time where one side is under 16.
+    return torch.mul(x, 1, out=out) if x.dtype == dtype else out.copy_(x)
+
+
+# The gradient ---------------------------------------------------------------------------------------------------------
+
+
+class _Walk(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, terms: Any, walk: Callable[..., Any], reduced: bool) -> Tensor:
+        loss, grad, gain = walk(x, terms, True)
+        ctx.reduced = reduced
+        ctx.save_for_backward(grad, gain)
+        return loss.sum() if reduced else loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        _no_second_derivative()
+        grad, gain = ctx.saved_tensors
+        return scaled(grad, upstream if ctx.reduced else upstream.unsqueeze(1), gain), None, None, None
+
+
+def _no_second_derivative() -> None:
+    if torch.is_grad_enabled():  # create_graph=True
+        raise RuntimeError("only the gradient was kept: create_graph=True needs backend='reference'")
+
+
+def scaled(grad: Tensor, upstream: Tensor, gain: Tensor | None = None) -> Tensor:
+    """`grad * upstream`, and per row times `gain`; rounded once."""
+    if gain is not None:
+        upstream = upstream * gain.unsqueeze(1)
+    if not upstream.dim():
+        # A loss that nothing is done to but backward(): on a CPU that is worth a look, as the product costs a third.
+        return grad if upstream.device.type == "cpu" and upstream.item() == 1 else grad * upstream
+    if grad.dtype == upstream.dtype:
+        return grad * upstream
+    out = torch.empty_like(grad)
+    rows = max(1, BLOCK * grad.shape[0] // max(1, grad.numel())) if grad.device.type == "cpu" else max(1, len(grad))
+    for part, own, factor in zip(out.split(rows), grad.split(rows), upstream.split(rows), strict=True):
+        part.copy_(own * factor)
+    return out
