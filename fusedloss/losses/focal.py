@@ -96,7 +96,7 @@ def _binary(
 def _multiclass(
     input: Tensor, target: Tensor, gamma: float, alpha: Any, ignore_index: int, reduction: str, backend: str
 ) -> Tensor:
-    from ..rowwise.classes import focal_classes  # type: ignore[import-not-found]
+    from ..rowwise.classes import focal_classes
 
     found: Tensor = focal_classes(input, target, gamma, alpha, ignore_index, reduction, backend)
     return found
