@@ -16,6 +16,7 @@ from ..backends import select_rowwise, triton_classes
 from ..problem import stats_dtype
 
 BLOCK = {"cpu": 1 << 17, "cuda": 1 << 26}  # elements of u at a time
+SMALL = 1 << 15  # elements up to which a CPU is faster with the concatenation: what it keeps is 100 KiB a part
 PARTS = {"rep": 2, "difference": 1, "multiplication": 1}  # in this order: how many times D columns
 
 
@@ -25,7 +26,8 @@ def pair_logits(
     """`[B, C]`, fp32 or fp64; weight `[C, k D]`."""
     widest = torch.promote_types(u.dtype, weight.dtype)
     backend = select_rowwise(backend, weight if weight.dtype == widest else u)
-    if backend == "reference" or torch.compiler.is_compiling():
+    small = backend == "chunked" and u.numel() <= SMALL and u.device.type == "cpu"
+    if backend == "reference" or torch.compiler.is_compiling() or small:
         return formula(u, v, weight, bias, parts)
     return _PairLogits.apply(u, v, weight, bias, parts, backend)
 
