@@ -247,10 +247,12 @@ def list_mle_kernel(
     weight = inside.to(tl.float32)
     if Weight is not None:
         weight = tl.load(Weight + q * stride_wq + j, mask=inside, other=0.0)
+    # Shift and sum stay apart: their logarithm is rounded as the scores are large.
     shift, total = tl.associative_scan((z, inside.to(tl.float32)), 0, _added, reverse=True)
-    lse = tl.where(inside, shift + tl.log(total), 0.0)
-    tl.store(Loss + q, tl.sum(tl.where(inside, weight * (lse - z), 0.0), axis=0))
+    total = tl.where(inside, total, 1.0)
+    loss = tl.where(inside, weight * ((shift - z) + tl.log(total)), 0.0)
+    tl.store(Loss + q, tl.sum(loss, axis=0))
     if Gradient is not None:
-        shift, total = tl.associative_scan((tl.where(inside, -lse, float("-inf")), weight), 0, _added)
-        gradient = tl.exp(z + shift) * total - weight
-        tl.store(Gradient + q * n + j, gradient, mask=inside)
+        shift = tl.where(inside, -shift, float("-inf"))
+        shift, total = tl.associative_scan((shift, weight / total), 0, _added)
+        tl.store(Gradient + q * n + j, tl.exp(z + shift) * total - weight, mask=inside)

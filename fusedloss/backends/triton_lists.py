@@ -92,7 +92,7 @@ def list_net(scores: Tensor, labels: Tensor, mask: Tensor | None, *, gradient: b
 
 def list_mle(z: Tensor, weight: Tensor | None, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
     Q, n = z.shape
-    z = z if z.stride(1) == 1 else z.contiguous()
+    z, weight = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (z, weight))
     loss = z.new_empty(Q)
     by_score = z.new_empty(Q, n) if gradient else None
     stride = 0 if weight is None or weight.shape[0] == 1 else weight.stride(0)

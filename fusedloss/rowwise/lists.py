@@ -88,7 +88,9 @@ def _row_blocks(Q: int, n: int, device: torch.device) -> Iterator[slice]:
 def _entered(scores: Tensor, labels: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """As the pairwise losses see them: fp32 or fp64, scores within their bounds and times the scale, padding marked."""
     dtype = stats_dtype(scores.dtype)
-    z, y = scores.to(dtype).clamp(-LARGEST, LARGEST), labels.to(dtype)
+    y = labels.to(dtype)
+    # 0 times a label: one that is NaN or infinite makes the query's loss NaN.
+    z = torch.add(scores.to(dtype).clamp(-LARGEST, LARGEST), y, alpha=0)
     if mask is not None:
         z, y = z.where(mask, PADDING), y.where(mask, PADDING)
     return (z if scale == 1 else z * scale), y
@@ -162,8 +164,7 @@ class Ranked(NamedTuple):
 
 def ranked(scores: Tensor, labels: Tensor, mask: Tensor | None, sigma: float) -> Ranked:
     z, y = _entered(scores, labels, mask, sigma)
-    # 0 times a label: one that is NaN or infinite makes the query's loss NaN.
-    z, order = torch.add(z, y, alpha=0).sort(dim=1, descending=True, stable=True)
+    z, order = z.sort(dim=1, descending=True, stable=True)
     return Ranked(z, y.gather(1, order), order, z.shape[1] if mask is None else mask.sum(1))
 
 
@@ -297,7 +298,7 @@ def _lambda_formula(
     counts = real[:, :, None] & real[:, None, :] & ((place < top)[:, None] | (place < top))
     if weighting != "ndcg_loss1":
         counts = counts & ~(y[:, :, None] <= y[:, None, :])
-    weight: Tensor | float = 1.0
+    weight = z.new_ones(())
     if weighting is not None:
         inverse = _discounts(n, z.device)
         gain = _gains(by_rank, top, eps, ascending, inverse)
@@ -311,8 +312,8 @@ def _lambda_formula(
             weight = (gain * inverse.to(z.dtype))[:, :, None]
         else:
             weight = apart * {"ndcg_loss2": near, "lambda_rank": far, "ndcg_loss2pp": mu * near + far}[weighting]
-    losses = -weight * nn.functional.logsigmoid(z[:, :, None] - z[:, None, :])
-    return losses.where(counts, 0).sum((1, 2)) + (z * 0).sum(1)  # a NaN shows, even of a document without a pair
+    losses = nn.functional.logsigmoid(z[:, :, None] - z[:, None, :])
+    return -(weight.where(counts, 0) * losses).sum((1, 2))
 
 
 class Lambdas(NamedTuple):
@@ -539,17 +540,15 @@ def _list_net_terms(scores: Tensor, labels: Tensor, mask: Tensor | None) -> tupl
 
 def _list_net(scores: Tensor, labels: Tensor, mask: Tensor | None, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
     Q, n = scores.shape
-    blocks = list(_row_blocks(Q, n, scores.device))
-    if len(blocks) == 1:
-        sums, log_share, target = _list_net_terms(scores, labels, mask)
-        return sums, log_share.exp_().sub_(target) if gradient else None
     sums = torch.empty(Q, dtype=stats_dtype(scores.dtype), device=scores.device)
     by_score = sums.new_empty(Q, n) if gradient else None
-    for rows in blocks:
+    for rows in _row_blocks(Q, n, scores.device):
         part = None if mask is None else mask[rows]
         sums[rows], log_share, target = _list_net_terms(scores[rows], labels[rows], part)
         if by_score is not None:
             torch.sub(log_share.exp_(), target, out=by_score[rows])
+            if part is not None:  # where no document is, both are 1 / n, rounded
+                by_score[rows].masked_fill_(~part, 0)
     return sums, by_score
 
 
@@ -575,8 +574,7 @@ def list_mle(
     listed = mask if mask is None or order is None else mask.gather(1, order)
     weight = _rank_weights(lambda_weight, listed, scores)
     if name == "reference" or torch.compiler.is_compiling() or (weight is not None and weight.requires_grad):
-        z = _listed(scores, labels, mask, order)
-        sums = _list_mle_formula(z, weight)
+        sums = _list_mle_formula(_listed(scores, labels, mask, order), weight)
         return _reduced(scores, sums, None, reduction, Q)
     wanted = _wants_gradient(scores)
     with torch.no_grad():
@@ -643,27 +641,31 @@ def _suffix_lse(z: Tensor) -> Tensor:
 
 
 def _list_mle_formula(z: Tensor, weight: Tensor | None) -> Tensor:
-    terms = _suffix_lse(z) - z
-    return (terms if weight is None else terms * weight).sum(1)
+    """In fp64: what a document's chance loses to the rounding of its logarithm is as large as the scores are."""
+    wide = z.double()
+    terms = _suffix_lse(wide) - wide
+    return (terms if weight is None else terms * weight).sum(1).to(z.dtype)
 
 
 def _list_mle(z: Tensor, weight: Tensor | None, *, gradient: bool, signed: bool) -> tuple[Tensor, Tensor | None]:
+    """In fp64, likewise; a scan takes as long in fp32."""
     Q, n = z.shape
     sums = z.new_empty(Q)
     by_score = torch.empty_like(z) if gradient else None
     for rows in _row_blocks(Q, n, z.device):
-        part, lse = z[rows], _suffix_lse(z[rows])
+        part = z[rows].double()
+        lse = _suffix_lse(part)
         w = None if weight is None else weight if weight.shape[0] == 1 else weight[rows]
         terms = lse - part
         sums[rows] = (terms if w is None else terms.mul_(w)).sum(1)
         if by_score is not None:
             # sum_{i <= k} w_i exp(s_k - lse_i) - w_k, in logarithms
             if w is None:
-                torch.sub(_chosen(part, -lse), 1, out=by_score[rows])
+                torch.sub(_chosen(part, lse.neg_()), 1, out=by_score[rows])
                 continue
-            out = torch.sub(_chosen(part, w.clamp(min=0).log_() - lse), w, out=by_score[rows])
+            torch.sub(_chosen(part, w.clamp(min=0).log_() - lse), w, out=by_score[rows])
             if signed:
-                out -= _chosen(part, (-w).clamp_(min=0).log_() - lse)
+                by_score[rows] -= _chosen(part, (-w).clamp_(min=0).log_() - lse)
     return sums, by_score
 
 
