@@ -64,7 +64,8 @@ def times_kernel(Kept, Factor, Out, n, BLOCK: tl.constexpr):
 @triton.jit
 def squared(x, t, pos_weight, options):
     d = x - t
-    return d * d, d * _side(d, options)
+    slope = d * _side(d, options)
+    return slope * d, slope
 
 
 @triton.jit

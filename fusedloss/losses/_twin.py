@@ -90,7 +90,7 @@ class TwinModule(LossModule, function=lambda: None):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self.size_average is not None or self.reduce is not None:
+        if "reduce" in self.options.parameters and (self.size_average is not None or self.reduce is not None):
             self.reduction = _reduction.legacy_get_string(self.size_average, self.reduce)
             self.size_average = self.reduce = None
         for name, value in [(name, getattr(self, name)) for name in self.options.parameters]:

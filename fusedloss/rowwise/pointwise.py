@@ -70,7 +70,9 @@ class Difference:
         else:
             c = d.clamp(-self.delta, self.delta)
             loss = self.factor * c * (d - c / 2)
-        return loss if self.under == 1.0 == self.over else loss * torch.where(d < 0, self.under, self.over)
+        if self.under == 1.0 == self.over:
+            return loss
+        return torch.where(d < 0, self.under * loss, self.over * loss)
 
     def block(self, e: Elements, wide: torch.dtype) -> Tensor:
         squares, signs = self.delta == math.inf, self.delta == 0
@@ -424,7 +426,7 @@ def grid(
             break
     else:
         split = next((dim for dim in splits if any(w.shape[dim] != 1 for w in given)), 0)
-        padded = [None if w is None else w.expand(*w.shape[:split], *shape[split:]) for w in padded]
+        padded = [None if w is None else w.expand(w.shape[:split] + shape[split:]) for w in padded]
     rows, columns = shape[:split].numel(), shape[split:].numel()
     pairs = [None if w is None else w.reshape(w.shape[:split].numel(), w.shape[split:].numel()) for w in padded]
     weight, pos_weight = (None if w is None else w.expand(rows, columns) for w in pairs)
