@@ -46,7 +46,8 @@ def wrong(capability: int, entry: dict[str, Any]) -> list[str]:
     if entry["shared"] > block << 10:
         found.append("shared memory")
     if "config" not in entry:
-        if entry["mode"] in ("prepare", "norms", "settle, patch", "weigh", "finish") and not entry["LDG.128"]:
+        whole_rows = ("prepare", "prepare, softcap, margin", "norms", "settle, patch", "weigh", "finish")
+        if entry["mode"] in whole_rows and not entry["LDG.128"]:
             found.append("narrow loads")
         return found
     config = entry["config"]
@@ -79,7 +80,7 @@ def test_no_spills_it_fits_and_it_uses_the_hardware(compiled, compiler, capabili
     kinds = {(e["mode"], e["dtype"], e["precision"] == "high") for e in entries if e["kernel"] == "similarities"}
     for mode in compiler.MODES:  # none was passed over
         assert {(mode, "bfloat16", False), (mode, "float16", False), (mode, "float32", True)} <= kinds
-    for mode in compiler.MASKED:
+    for mode in (*compiler.MASKED, *compiler.SOFTCAP):
         assert (mode, "bfloat16", True) in kinds
     assert {e["mode"] for e in entries if e["kernel"] == "rows"} == set(compiler.BY_ROW)
 

@@ -1,0 +1,387 @@
+"""linear_cross_entropy is F.cross_entropy(F.linear(input, linear_weight, linear_bias), target), without the logits.
+
+Where torch has the option, torch is the reference; softcap and z-loss are written out here. All in fp64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import fusedloss
+from fusedloss import measure, sweep, testing
+from fusedloss.backends import BACKENDS, chunked
+from fusedloss.problem import Block, Problem
+
+MIB = 2**20
+
+
+@contextlib.contextmanager
+def chunks(rows=5, columns=7):
+    """Several row chunks and column tiles at tens of rows; a context, because hypothesis repeats the test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "chunk_rows", lambda M, *_: max(1, min(M, rows)))
+        patch.setattr(sweep, "STATS_ROWS", {"cpu": rows, "cuda": rows})
+        patch.setattr(chunked, "TILE_COLUMNS", columns)
+        yield
+
+
+def eager(x, y, target, bias=None, weight=None, softcap=None, z_loss=0.0, reduction="mean", **options):
+    z = F.linear(x, y, bias)
+    z = z if z.dtype == torch.float64 else z.float()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    weight = None if weight is None else weight.to(z.dtype)
+    loss = F.cross_entropy(z, target, weight=weight, reduction=reduction, **options)
+    if z_loss:
+        ignored = target == options.get("ignore_index", -100)
+        share = torch.ones_like(z[:, 0]) if weight is None else weight[target.masked_fill(ignored, 0)]
+        share = share.masked_fill(ignored, 0)
+        rows = z_loss * share * z.logsumexp(1).square()
+        loss = loss + {"none": rows, "sum": rows.sum(), "mean": rows.sum() / share.sum()}[reduction]
+    return loss
+
+
+def inputs(rows, classes, dim, dtype=torch.float64, ignored=0.0, seed=0):
+    """input, linear_weight, linear_bias and a target, of which a part is ignored; logits of a few units."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+    x, y, bias = normal(rows, dim), 3 * normal(classes, dim) / dim**0.5, normal(classes)
+    target = torch.randint(classes, (rows,), generator=generator)
+    target[torch.rand(rows, generator=generator) < ignored] = -100
+    return x.to(dtype), y.to(dtype), bias.to(dtype), target
+
+
+def same(ours, theirs, tensors, rtol=1e-10, atol=1e-12):
+    """Values and gradients, with an upstream gradient of every entry's own."""
+
+    def weighed(function):
+        def call(*leaves):
+            loss = function(*leaves)
+            upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+            return (loss * upstream).sum()
+
+        return call
+
+    torch.testing.assert_close(ours(*tensors), theirs(*tensors), rtol=rtol, atol=atol, equal_nan=True)
+    found, wanted = (testing.value_and_gradients(weighed(f), tensors) for f in (ours, theirs))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=rtol, atol=atol, equal_nan=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 12), st.integers(1, 17), st.integers(1, 6)),
+    biased=st.booleans(),
+    weighted=st.booleans(),
+    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    softcap=st.sampled_from([None, 0.7, 5.0, 70.0]),
+    z_loss=st.sampled_from([0.0, 0.02]),
+    ignored=st.sampled_from([0.0, 0.4]),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    compact=st.sampled_from([None, True, False]),
+    backend=st.sampled_from(["chunked", "reference"]),
+    seed=st.integers(0, 2**16),
+)
+def test_it_is_cross_entropy_of_a_linear_layer(
+    shape, biased, weighted, label_smoothing, softcap, z_loss, ignored, reduction, compact, backend, seed
+):
+    x, y, bias, target = inputs(*shape, ignored=ignored, seed=seed)
+    if weighted and label_smoothing:
+        softcap, z_loss = None, 0.0
+    if not (target >= 0).any() and z_loss:
+        target[0] = 0  # eager's own mean of the z-loss would be 0 / 0 in its gradient, too
+    weight = torch.rand(len(y), dtype=torch.float64) + 0.1 if weighted else None
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    more = {"softcap": softcap, "z_loss": z_loss}
+
+    def ours(x, y, b=None):
+        return fusedloss.linear_cross_entropy(
+            x, y, target, linear_bias=b, weight=weight, compact=compact, backend=backend, **options, **more
+        )
+
+    def theirs(x, y, b=None):
+        return eager(x, y, target, b, weight, **options, **more)
+
+    with chunks():
+        same(ours, theirs, (x, y, bias) if biased else (x, y))
+
+
+@pytest.mark.parametrize("options", [None, torch.nn.LinearCrossEntropyOptions()])
+@pytest.mark.parametrize("ignore_index", [None, -1, 3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_it_takes_what_torchs_takes(reduction, ignore_index, options):
+    x, y, bias, target = inputs(9, 11, 4)
+    target[::3] = -100 if ignore_index is None else ignore_index
+    given = {"weight": torch.rand(11, dtype=torch.float64), "reduction": reduction, "ignore_index": ignore_index}
+    same(*(lambda x, y, b, f=f: f(x, y, target, linear_bias=b, **given, options=options) for f in BOTH), (x, y, bias))
+
+
+BOTH = (fusedloss.linear_cross_entropy, F.linear_cross_entropy)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_one_row_and_rows_of_rows(reduction):
+    """`[D]` has a 0-dim target, as in torch; `[B, T, D]` one of `[B, T]`, which torch asks to be flattened."""
+    x, y, _, target = inputs(6, 11, 4)
+    same(*(lambda x, y, f=f: f(x, y, target[0], reduction=reduction) for f in BOTH), (x[0], y))
+    cubes = lambda x, y: fusedloss.linear_cross_entropy(x, y, target.view(2, 3), reduction=reduction)
+    flat = lambda x, y: F.linear_cross_entropy(x.view(6, 4), y, target, reduction=reduction)
+    shape = (2, 3) if reduction == "none" else ()
+    assert cubes(x.view(2, 3, 4), y).shape == shape
+    same(cubes, lambda x, y: flat(x, y).reshape(shape), (x.view(2, 3, 4), y))
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("rows", [0, 4])
+def test_a_mean_over_nothing_is_nan_and_has_no_gradient(rows, reduction, compact, backend):
+    x, y, bias, target = inputs(rows, 5, 3)
+    target[:] = -100
+    ours = lambda x, y, b: fusedloss.linear_cross_entropy(
+        x, y, target, linear_bias=b, reduction=reduction, compact=compact, backend=backend
+    )
+    theirs = lambda x, y, b: F.cross_entropy(F.linear(x, y, b), target, reduction=reduction)
+    same(ours, theirs, (x, y, bias))
+
+
+# Precision ------------------------------------------------------------------------------------------------------------
+
+SHAPES = {"ragged": (37, 53, 29), "one row": (1, 167, 64), "two classes": (5, 2, 8), "one dimension": (33, 40, 1)}
+OPTIONS = {
+    "plain": {},
+    "softcap that bounds": {"softcap": 6.0},
+    "softcap beyond": {"softcap": 75.0},
+    "softcap, smoothed": {"softcap": 6.0, "label_smoothing": 0.1},
+    "smoothed": {"label_smoothing": 0.1},
+    "z-loss": {"z_loss": 0.01},
+    "weighted": {"weight": True},
+    "weighted, smoothed": {"weight": True, "label_smoothing": 0.1},
+}
+
+
+def skip_if_unsupported(backend, x):
+    problem = Problem((x,), (Block(0, 0),), x.new_ones(()), torch.zeros(1), torch.zeros(1))
+    if reason := BACKENDS[backend].why_not(problem):
+        pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("options", list(OPTIONS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_inside_the_error_budget(device, backend, dtype, options, shape):
+    given = dict(OPTIONS[options])
+    x, y, bias, target = (t.to(device) for t in inputs(*SHAPES[shape], dtype, ignored=0.2))
+    skip_if_unsupported(backend, x)
+    target[0] = 0
+    if "weight" in given:
+        given["weight"] = torch.rand(len(y), device=device) + 0.1
+    ours = lambda x, y, b: fusedloss.linear_cross_entropy(x, y, target, linear_bias=b, backend=backend, **given)
+    theirs = lambda x, y, b: eager(x, y, target, b, **given)
+    with chunks(16, 32):
+        found = testing.value_and_gradients(ours, (x, y, bias))
+    assert found[0].dtype == torch.float32 and found[0].shape == ()
+    baseline = testing.value_and_gradients(theirs, (x, y, bias))
+    exact = testing.value_and_gradients(theirs, [t.double() for t in (x, y, bias)])
+    for name, out, base, wanted in zip(("loss", "input", "weight", "bias"), found, baseline, exact, strict=True):
+        assert out.dtype == (torch.float32 if name == "loss" else dtype)
+        share = testing.budget_share(out, base, wanted, dtype)
+        assert share <= 1, f"{name}: {share:.2f} of the budget"
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_a_softcap_keeps_small_logits(backend):
+    """tanh of 1e-4 is itself: a difference of exponentials would leave three digits of it."""
+    x, y, _, target = inputs(8, 20, 5, torch.float32)
+    x = x * 1e-3
+    call = lambda x, y: fusedloss.linear_cross_entropy(x, y, target, softcap=5.0, reduction="sum", backend=backend)
+    found = testing.value_and_gradients(call, (x, y))
+    formula = lambda x, y: eager(x, y, target, softcap=5.0, reduction="sum")
+    wanted = testing.value_and_gradients(formula, (x.double(), y.double()))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-6, atol=1e-6 * other.abs().max().item())
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0, 75.0])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+def test_extreme_logits(backend, softcap):
+    """+-1e4: a row that is sure of its target, one that is sure of another, and ties."""
+    x = torch.tensor([[1e4, 0], [-1e4, 0], [0, 1e4], [0, 0]])
+    y = torch.tensor([[1.0, 1], [-1, 1], [0, 0]])
+    target = torch.tensor([0, 0, 1, 2])
+    call = lambda x, y: fusedloss.linear_cross_entropy(x, y, target, softcap=softcap, backend=backend)
+    found = testing.value_and_gradients(call, (x, y))
+    wanted = testing.value_and_gradients(lambda x, y: eager(x, y, target, softcap=softcap), (x.double(), y.double()))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+def test_nan_in_nan_out_but_for_ignored_rows(backend, softcap):
+    x, y, _, target = inputs(6, 5, 3, torch.float32)
+    x[2] = torch.nan
+    rows = lambda: fusedloss.linear_cross_entropy(
+        x, y, target, softcap=softcap, reduction="none", backend=backend, compact=False
+    )
+    assert rows().isnan().tolist() == [False, False, True, False, False, False]
+    target[2] = -100
+    assert rows()[2] == 0 and rows().isfinite().all()
+    x.requires_grad_(), y.requires_grad_()
+    fusedloss.linear_cross_entropy(x, y, target, softcap=softcap, backend=backend).backward()
+    # Taken out beforehand, an ignored row has no part in any product either.
+    assert y.grad.isfinite().all() and not x.grad[2].any()
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0, 75.0])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+def test_a_bias_of_minus_infinity_removes_a_class(backend, softcap):
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    x, y, bias, target = inputs(9, 8, 3, dtype)
+    target[target == 2] = 3
+    removed = bias.clone()
+    removed[2] = -torch.inf
+    call = lambda x, y, b: fusedloss.linear_cross_entropy(
+        x, y, target, linear_bias=b, softcap=softcap, label_smoothing=0.1, backend=backend
+    )
+    kept = [0, 1, 3, 4, 5, 6, 7]
+    shifted = target - (target > 2).long()
+    fewer = lambda x, y, b: eager(x, y[kept], shifted, b[kept], softcap=softcap, label_smoothing=0.1)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if backend == "triton" else {}
+    same(call, fewer, (x, y, removed), **tolerance)
+    target[0] = 2  # as torch's: impossible
+    assert fusedloss.linear_cross_entropy(x, y, target, linear_bias=removed, backend=backend) == torch.inf
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a CPU's peak can be reset on Linux only")
+def test_no_bigger_tensors_than_the_workspace():
+    """64 rows of 32768 logits, 8 MiB, where torch has three matrices of 512; beyond inputs and their gradients."""
+    assert measure.isolated(peak, 8 * MIB) < 48 * MIB
+    assert measure.isolated(peak, None) < 112 * MIB
+
+
+def peak(workspace_bytes):
+    torch.manual_seed(0)
+    rows, classes, dim = 4096, 32768, 64
+    x, y = torch.randn(rows, dim, requires_grad=True), torch.randn(classes, dim, requires_grad=True)
+    target = torch.randint(classes, (rows,))
+    step = lambda: fusedloss.linear_cross_entropy(x, y, target, workspace_bytes=workspace_bytes).backward()
+    fusedloss.linear_cross_entropy(x[:64], y[:512], target[:64] % 512).backward()  # what a first step loads
+    x.grad = y.grad = None
+    return measure.peak_memory(step) - (rows + classes) * dim * 4
+
+
+# Ignored rows ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compact, swept", [(None, 6), (True, 6), (False, 10)])
+def test_ignored_rows_cost_no_products_on_a_cpu(monkeypatch, compact, swept):
+    x, y, _, target = inputs(10, 5, 3)
+    target[[1, 4, 5, 9]] = -100
+    rows = []
+    exp_rows = chunked.exp_rows
+    spy = lambda problem, *args: rows.append(problem.rows) or exp_rows(problem, *args)
+    monkeypatch.setattr(chunked, "exp_rows", spy)
+    leaves = [t.requires_grad_() for t in (x, y)]
+    fusedloss.linear_cross_entropy(*leaves, target, compact=compact).backward()
+    assert rows == [swept]
+    assert x.grad[[1, 4, 5, 9]].eq(0).all() and x.grad[0].ne(0).all()
+
+
+# Autograd and its surroundings ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_backward_and_second_derivatives(reduction):
+    x, y, bias, target = (t.requires_grad_() if t.is_floating_point() else t for t in inputs(6, 7, 3, ignored=0.3))
+    options = {"linear_bias": bias, "softcap": 4.0, "z_loss": 0.01, "reduction": reduction}
+    loss = fusedloss.linear_cross_entropy(x, y, target, **options).sum()
+    first = torch.autograd.grad(loss, (x, y, bias), retain_graph=True)
+    second = torch.autograd.grad(loss, (x, y, bias))
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, other)
+    call = lambda x, y, b: fusedloss.linear_cross_entropy(x, y, target, **{**options, "linear_bias": b})
+    assert torch.autograd.gradgradcheck(call, (x, y, bias))
+
+
+def test_strides_and_inputs_that_stay_as_they_are():
+    x, y, bias, target = inputs(8, 12, 5)
+    wide = torch.stack([x, x], 2)[..., 0], y.T.contiguous().T, torch.stack([bias, bias], 1)[:, 0]
+    assert not any(t.is_contiguous() for t in wide)
+    before = [t.clone() for t in wide]
+    call = lambda x, y, b: fusedloss.linear_cross_entropy(x, y, target, linear_bias=b, softcap=5.0)
+    found, wanted = (testing.value_and_gradients(call, tensors) for tensors in (wide, (x, y, bias)))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    assert all(torch.equal(a, b) for a, b in zip(wide, before, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"softcap": 5.0, "z_loss": 0.01}, {"label_smoothing": 0.1, "weight": True}])
+def test_compiled_it_is_one_op_with_the_same_numbers(options):
+    x, y, bias, target = inputs(9, 11, 4, torch.float32, ignored=0.3)
+    options = {**options, **({"weight": torch.rand(11)} if "weight" in options else {})}
+    call = lambda x, y, b: fusedloss.linear_cross_entropy(x, y, target, linear_bias=b, **options)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    found, wanted = (testing.value_and_gradients(f, (x, y, bias)) for f in (compiled, call))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_under_autocast_it_takes_what_a_linear_layer_would():
+    x, y, bias, target = inputs(9, 11, 4, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = fusedloss.linear_cross_entropy(x, y, target, linear_bias=bias)
+    rounded = fusedloss.linear_cross_entropy(x.bfloat16(), y.bfloat16(), target, linear_bias=bias)
+    torch.testing.assert_close(found, rounded)
+    assert found.dtype == torch.float32
+
+
+def test_the_module_has_the_options_and_forward_the_tensors():
+    x, y, bias, target = inputs(9, 11, 4)
+    weight = torch.rand(11, dtype=torch.float64)
+    module = fusedloss.LinearCrossEntropyLoss(ignore_index=3, label_smoothing=0.1, reduction="sum")
+    found = module(x, y, target, linear_bias=bias, weight=weight)
+    wanted = eager(x, y, target, bias, weight, ignore_index=3, label_smoothing=0.1, reduction="sum")
+    torch.testing.assert_close(found, wanted)
+    assert "label_smoothing=0.1" in repr(module) and not module.state_dict()
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"target": torch.rand(4, 5)}, TypeError, "class probabilities torch.nn.functional.linear_cross_entropy"),
+        ({"linear_weight": torch.rand(5, 2, 3)}, ValueError, "K dimensions torch.nn.functional.linear_cross_entropy"),
+        ({"target": torch.zeros(3, dtype=torch.long)}, ValueError, r"target has shape \[3\]: needs \[4\]"),
+        ({"target": torch.tensor([0, 5, 0, 0])}, IndexError, r"target\[1\] is 5: needs an index from 0 to 4, or -100"),
+        ({"input": torch.tensor(1.0)}, TypeError, "input is shape"),
+        ({"linear_weight": torch.rand(5, 4)}, ValueError, "linear_weight has D = 4 and input has D = 3"),
+        ({"linear_weight": torch.rand(0, 3), "ignore_index": 0}, ValueError, "linear_weight has no rows"),
+        ({"linear_bias": torch.rand(4)}, ValueError, r"linear_bias has shape \[4\]: needs \[5\], one number per class"),
+        ({"weight": torch.rand(4)}, ValueError, r"weight has shape \[4\]: needs \[5\], one number per class"),
+        ({"softcap": 0.0}, ValueError, "softcap is 0.0: needs a positive number"),
+        ({"softcap": torch.tensor(2.0)}, TypeError, "softcap is a Tensor: needs a number"),
+        ({"z_loss": -1.0}, ValueError, "z_loss is -1.0: needs a number of at least 0"),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index is a float"),
+        ({"reduction": "median"}, ValueError, "reduction is 'median'"),
+        ({"backend": "cuda"}, fusedloss.UnsupportedError, "cannot run this problem"),
+        (
+            {"softcap": 3.0, "weight": torch.rand(5), "label_smoothing": 0.1},
+            ValueError,
+            "softcap is given beside both weight and label_smoothing",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(changes, error, message):
+    given = {"input": torch.rand(4, 3), "linear_weight": torch.rand(5, 3), "target": torch.zeros(4, dtype=torch.long)}
+    with pytest.raises(error, match=message):
+        fusedloss.linear_cross_entropy(**{**given, **changes})
