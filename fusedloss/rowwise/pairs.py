@@ -49,8 +49,10 @@ def squared_distance(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
 
 
 def euclidean_distance(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
-    """The root of 0 has gradient 0 here, not infinity."""
-    return torch.linalg.vector_norm(_apart(x, y, eps), dim=1)
+    """The root of 0 has gradient 0 here, not infinity, and so have its second derivatives (vector_norm's are NaN)."""
+    squared = squared_distance(x, y, eps)
+    zero = squared == 0
+    return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
 
 def manhattan_distance(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
