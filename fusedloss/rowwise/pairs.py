@@ -49,8 +49,10 @@ def squared_distance(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
 
 
 def euclidean_distance(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
-    """The root of 0 has gradient 0 here, not infinity, and so have its second derivatives (vector_norm's are NaN)."""
-    squared = squared_distance(x, y, eps)
+    """The root of 0 has derivatives 0 here: sqrt's are infinite, and vector_norm's second ones NaN."""
+    if eps:  # what keeps torch's pairwise_distance from 0
+        return torch.linalg.vector_norm(_apart(x, y, eps), dim=1)
+    squared = squared_distance(x, y)
     zero = squared == 0
     return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
