@@ -679,12 +679,12 @@ def test_a_module_is_its_function(name):
     positional, named = arguments(module)
     default = module()(*positional, **named)
     close(default, module.function(*positional, **named), rtol=0, atol=0)
-    assert list(module.options.parameters) == [
+    assert list(module.signature.parameters) == [
         p.name
         for p in inspect.signature(module.function).parameters.values()
         if p.kind is p.KEYWORD_ONLY and p.name not in module.tensors
     ]
-    for option in module.options.parameters:
+    for option in module.signature.parameters:
         chosen = OPTIONS[option]
         made = module(**chosen)
         found = made(*positional, **named)
@@ -709,8 +709,8 @@ def test_a_module_refuses_what_it_does_not_know(name):
     with pytest.raises(TypeError, match=f"{name}: .*'colour'.*it takes"):
         module(colour=3)
     with pytest.raises(TypeError, match=rf"{name}: too many positional arguments"):
-        module(*(p.default for p in module.options.parameters.values()), 1)
-    option = next(iter(module.options.parameters))
+        module(*(p.default for p in module.signature.parameters.values()), 1)
+    option = next(iter(module.signature.parameters))
     positional, named = arguments(module)
     with pytest.raises(TypeError, match=f"{name}.forward got {option!r}: it is an option of the constructor"):
         module()(*positional, **named, **{option: OPTIONS[option][option]})
@@ -725,7 +725,7 @@ def test_a_module_has_no_parameters_and_pickles():
 
     for module in MODULES.values():
         made = pickle.loads(
-            pickle.dumps(module(reduction="sum") if "reduction" in module.options.parameters else module())
+            pickle.dumps(module(reduction="sum") if "reduction" in module.signature.parameters else module())
         )
         assert not list(made.parameters()) and not made.state_dict()
-        assert "reduction" not in module.options.parameters or made.reduction == "sum"
+        assert "reduction" not in module.signature.parameters or made.reduction == "sum"

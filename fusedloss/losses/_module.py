@@ -37,7 +37,7 @@ class LossModule(nn.Module):
     tensors: ClassVar[tuple[str, ...]] = ()
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
     learnt: ClassVar[tuple[str, ...]] = ()
-    options: ClassVar[inspect.Signature]
+    signature: ClassVar[inspect.Signature]
 
     def __init_subclass__(
         cls,
@@ -51,17 +51,17 @@ class LossModule(nn.Module):
         cls.function, cls.tensors, cls.choices, cls.learnt = staticmethod(function), tensors, choices, learnt
         parameters = inspect.signature(function).parameters.values()
         named = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in tensors]
-        cls.options = inspect.Signature([p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in named])
-        cls.__signature__ = cls.options  # type: ignore[attr-defined]  # what help() and inspect show
+        cls.signature = inspect.Signature([p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in named])
+        cls.__signature__ = cls.signature  # type: ignore[attr-defined]  # what help() and inspect show
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__()
         if args:
-            checks.options_not_modules(**{next(iter(self.options.parameters), "model"): args[0]})
+            checks.options_not_modules(**{next(iter(self.signature.parameters), "model"): args[0]})
         try:
-            bound = self.options.bind(*args, **kwargs)
+            bound = self.signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{type(self).__name__}: {error}; it takes {self.options}") from None
+            raise TypeError(f"{type(self).__name__}: {error}; it takes {self.signature}") from None
         bound.apply_defaults()
         checks.options_not_modules(**{n: value for n, value in bound.arguments.items() if n not in self.learnt})
         for name, value in bound.arguments.items():
@@ -73,13 +73,13 @@ class LossModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for name in kwargs:
-            if name in self.options.parameters:
+            if name in self.signature.parameters:
                 raise TypeError(f"{type(self).__name__}.forward got {name!r}: it is an option of the constructor")
-        chosen = {name: getattr(self, name) for name in self.options.parameters}
+        chosen = {name: getattr(self, name) for name in self.signature.parameters}
         return type(self).function(*args, **kwargs, **chosen)
 
     def extra_repr(self) -> str:
-        always = [p.name for p in self.options.parameters.values() if p.name in ("temperature", "scale")]
+        always = [p.name for p in self.signature.parameters.values() if p.name in ("temperature", "scale")]
         shown_by_torch = [n for n in self.learnt if isinstance(getattr(self, n), nn.Module | Tensor)]
-        defaults = {p.name: p.default for p in self.options.parameters.values() if p.name not in shown_by_torch}
+        defaults = {p.name: p.default for p in self.signature.parameters.values() if p.name not in shown_by_torch}
         return checks.options(self, **{n: None if n in always else default for n, default in defaults.items()})

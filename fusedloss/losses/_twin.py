@@ -84,16 +84,16 @@ class TwinModule(LossModule, function=lambda: None):
         super().__init_subclass__(function=function, tensors=tensors)
         cls.like = like
         theirs = inspect.signature(like).parameters
-        ours = [p.replace(kind=p.KEYWORD_ONLY) for name, p in cls.options.parameters.items() if name not in theirs]
-        cls.options = inspect.Signature([*theirs.values(), *ours])
-        cls.__signature__ = cls.options  # type: ignore[attr-defined]
+        ours = [p.replace(kind=p.KEYWORD_ONLY) for name, p in cls.signature.parameters.items() if name not in theirs]
+        cls.signature = inspect.Signature([*theirs.values(), *ours])
+        cls.__signature__ = cls.signature  # type: ignore[attr-defined]
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if "reduce" in self.options.parameters and (self.size_average is not None or self.reduce is not None):
+        if "reduce" in self.signature.parameters and (self.size_average is not None or self.reduce is not None):
             self.reduction = _reduction.legacy_get_string(self.size_average, self.reduce)
             self.size_average = self.reduce = None
-        for name, value in [(name, getattr(self, name)) for name in self.options.parameters]:
+        for name, value in [(name, getattr(self, name)) for name in self.signature.parameters]:
             if isinstance(value, Tensor):  # as torch: it moves with the module and is part of its state
                 delattr(self, name)
                 self.register_buffer(name, value)
@@ -101,7 +101,7 @@ class TwinModule(LossModule, function=lambda: None):
     def extra_repr(self) -> str:
         shown = {
             name: p.default
-            for name, p in self.options.parameters.items()
+            for name, p in self.signature.parameters.items()
             if not isinstance(getattr(self, name), Tensor)
         }
         return checks.options(self, **shown)
