@@ -37,6 +37,7 @@ gpu: gpu-build ## the GPU tests, then a race of 8 minutes, with $(PYTHON), its t
 	$(GPU) -m pytest -m gpu
 	$(GPU) -m fusedloss check
 	$(RACES) benchmarks/overhead.py --out benchmarks/results/gpu-overhead.json
+	$(RACES) benchmarks/rowwise.py --device cuda --out benchmarks/results/gpu-rowwise.json
 	$(RACES) benchmarks/race.py short --device cuda --out benchmarks/results --name gpu
 
 gpu-tune: gpu-build ## every tile of the similarity kernels beside cuBLAS, 4 minutes; the fastest go into kernels/measured.json

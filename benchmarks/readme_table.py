@@ -66,6 +66,25 @@ def in_batch(folder: Path) -> str:
     return text + "\n\n" + tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
+def classes(folder: Path) -> str:
+    """Losses over classes beside their bare products and the expressions they replace."""
+    path = folder / "classes.json"
+    if not path.exists():
+        return "**Not measured yet**; `benchmarks/classes.py` does."
+    rows = [
+        [
+            row["case"],
+            row["racer"],
+            number(row, "seconds", "{:.0f}", 1e-3),
+            number(row, "ratio", "{:.2f}"),
+            number(row, "memory_bytes", "{:.0f}", 2**20),
+            row["note"],
+        ]
+        for row in json.loads(path.read_text())["rows"]
+    ]
+    return tabulate(rows, ["", "", "ms", "x floor", "memory, MiB", ""], tablefmt="github", disable_numparse=True)
+
+
 def rowwise(folder: Path) -> str:
     """Losses without a sweep beside torch: the ratio from 2^20 elements on, and what is lost below it."""
     path = folder / "rowwise.json"
@@ -156,7 +175,7 @@ def number(row: dict, key: str, form: str, unit: float = 1) -> str:
 
 
 def written(text: str, folder: Path = RESULTS) -> str:
-    for table in (claims, race, in_batch, rowwise, gpu):
+    for table in (claims, race, in_batch, classes, rowwise, gpu):
         start, end = f"<!-- {table.__name__}:start -->", f"<!-- {table.__name__}:end -->"
         before, rest = text.split(start)
         text = before + start + "\n" + table(folder) + "\n" + end + rest.split(end)[1]

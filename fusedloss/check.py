@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import fusedloss
 
@@ -26,12 +27,38 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
         lambda q, k, s, **o: fusedloss.multiple_negatives_ranking(q, k, scale=s, **o),
         lambda q, k, s: testing.eager_multiple_negatives_ranking(q, k, scale=s),
     ),
+    # One of each family of losses without a sweep: pairs of rows, lists, classes, elements.
+    "cosine_similarity": (
+        lambda q, k, s, **o: fusedloss.cosine_similarity(q, k, _numbers(q), **o),
+        lambda q, k, s: F.mse_loss(F.cosine_similarity(_wide(q), _wide(k)), _numbers(q)),
+    ),
+    "list_net": (
+        lambda q, k, s, **o: fusedloss.list_net(q, k.detach(), **o),
+        lambda q, k, s: F.cross_entropy(_wide(q), _wide(k.detach()).softmax(1)),
+    ),
+    "cross_entropy": (
+        lambda q, k, s, **o: fusedloss.cross_entropy(q, _classes(q), **o),
+        lambda q, k, s: F.cross_entropy(q, _classes(q)),
+    ),
+    "mse": (lambda q, k, s, **o: fusedloss.mse(q, k, **o), lambda q, k, s: F.mse_loss(q, k)),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS, DIM = 257, 96  # ragged for every tile size
 
 
 QUANTITIES = ("value", "query's gradient", "key's gradient")
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(stats_dtype(x.dtype))
+
+
+def _numbers(x: Tensor) -> Tensor:
+    return torch.linspace(0, 1, len(x), dtype=stats_dtype(x.dtype), device=x.device)
+
+
+def _classes(x: Tensor) -> Tensor:
+    return torch.arange(len(x), device=x.device) % x.shape[1]
 
 
 def rows(devices: list[str]) -> Iterator[dict[str, Any]]:
