@@ -1,4 +1,4 @@
-"""Drop-ins for the libraries people train with: `sentence_transformers`, `open_clip`, `pytorch_metric_learning`, `lightly`.
+"""Drop-ins for sentence_transformers, open_clip, pytorch_metric_learning and lightly.
 
     from fusedloss.integrations import sentence_transformers as fused
 

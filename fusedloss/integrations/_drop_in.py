@@ -52,39 +52,30 @@ def library(name: str, distribution: str, tested: str) -> ModuleType:
 class Patch:
     """Objects of a library replaced by ours in every module that holds them. `undo()`, or the end of a `with`, reverts.
 
-    A name that was bound to the original while the patch stands (`from library import X` of a module loaded later finds
-    ours) is reverted where we bound it. While it stands our classes carry the originals' `__module__`: model cards link
-    to the library's documentation, and pickle finds them by that name.
+    That includes modules that are imported meanwhile; a module that held ours beforehand keeps it. While the patch
+    stands our classes carry the originals' `__module__`: model cards link to the library's documentation, and pickle
+    finds them by that name.
     """
 
     def __init__(self, replacements: Mapping[Any, Any]):
-        self._places: list[tuple[ModuleType, str, Any, Any]] = []
-        self._names: list[tuple[type, str]] = []
-        if disabled():
-            return
-        by_identity = {id(original): (original, ours) for original, ours in replacements.items()}
-        for module in list(sys.modules.values()):
-            # Ours hold the originals to subclass them. vars(), not dir(): a lazy module would load what it lists.
-            if not isinstance(module, ModuleType) or module.__name__.startswith("fusedloss."):
-                continue
-            for name, value in list(vars(module).items()):
-                if id(value) in by_identity:
-                    original, ours = by_identity[id(value)]
-                    self._places.append((module, name, original, ours))
-                    setattr(module, name, ours)
-        for original, ours in replacements.items():
-            if isinstance(ours, type):
-                self._names.append((ours, ours.__module__))
-                ours.__module__ = original.__module__
+        self._replacements = {} if disabled() else dict(replacements)
+        ours = {id(own): own for own in self._replacements.values()}
+        self._chosen = {(module.__name__, name) for module, name, _ in _places(ours)}
+        for module, name, own in _places({id(original): own for original, own in self._replacements.items()}):
+            setattr(module, name, own)
+        self._modules = {own: own.__module__ for own in self._replacements.values() if isinstance(own, type)}
+        for original, own in self._replacements.items():
+            if isinstance(own, type):
+                own.__module__ = original.__module__
 
     def undo(self) -> None:
-        """Puts the originals back where ours still stand; a second time there is nothing to do."""
-        places, names, self._places, self._names = self._places, self._names, [], []
-        for module, name, original, ours in places:
-            if vars(module).get(name) is ours:
+        """Puts the originals back; a second time there is nothing to do."""
+        for module, name, original in _places({id(own): original for original, own in self._replacements.items()}):
+            if (module.__name__, name) not in self._chosen:
                 setattr(module, name, original)
-        for ours, name in names:
-            ours.__module__ = name
+        for own, name in self._modules.items():
+            own.__module__ = name
+        self._replacements, self._modules = {}, {}
 
     def __enter__(self) -> Self:
         return self
@@ -95,4 +86,18 @@ class Patch:
         self.undo()
 
     def __repr__(self) -> str:
-        return f"Patch({len(self._places)} names rebound)"
+        return f"Patch({', '.join(sorted(own.__name__ for own in self._replacements.values()))})"
+
+
+def _places(wanted: Mapping[int, Any]) -> list[tuple[ModuleType, str, Any]]:
+    """(module, name, replacement) for every name of a loaded module that is bound to an object of that id.
+
+    vars(), not getattr: a lazy module would load all that it lists. Our own modules hold the originals as bases.
+    """
+    return [
+        (module, name, wanted[id(value)])
+        for module in list(sys.modules.values())
+        if isinstance(module, ModuleType) and not module.__name__.startswith("fusedloss.")
+        for name, value in list(vars(module).items())
+        if id(value) in wanted
+    ]
