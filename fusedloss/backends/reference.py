@@ -107,7 +107,7 @@ def _logits(problem: Problem, rows: list[Tensor]) -> Tensor:
 
 
 def _marginal(problem: Problem, index: Tensor) -> Tensor:
-    """Targets' logits under their margin. An angle is the root of a difference: a cosine of fp32 has half its digits."""
+    """Targets' logits under their margin. An angle is the root of a difference: half of a cosine's digits are lost."""
     block, narrow = problem.blocks[0], stats_dtype(problem.dtype)
     dtype = torch.float64 if problem.device.type in ("cpu", "cuda") else narrow
     x, y = problem.operands[block.query][: problem.rows], problem.operands[block.key][index]
