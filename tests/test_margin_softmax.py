@@ -432,6 +432,20 @@ def test_only_one_side_may_want_a_gradient():
         torch.testing.assert_close([by_x, by_weight], both[1:])
 
 
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_one_tensor_on_both_sides(backend):
+    """Rows as their own class vectors: both sides' gradients are summed, and no angle's derivative is infinite."""
+    x, target = inputs(6, 6, 3)[0], (torch.arange(6) + 1) % 6
+    for name, loss in LOSSES.items():
+        same(
+            lambda x, f=loss: f(x, target, x, margin=0.3, scale=8.0, backend=backend),
+            lambda x, n=name: theirs(n, x, target, x, 0.3, 8.0),
+            (x,),
+        )
+        own = testing.value_and_gradients(lambda x, f=loss: f(x, torch.arange(6), x, backend=backend), (x,))
+        assert all(found.isfinite().all() for found in own)
+
+
 def test_strides_and_inputs_that_stay_as_they_are():
     """`W.T` of pytorch-metric-learning's W is one of them."""
     x, weight, target = inputs(8, 12, 5)
