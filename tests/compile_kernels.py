@@ -403,7 +403,7 @@ def in_processes() -> dict[int, list[dict[str, Any]]]:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         command = [sys.executable, __file__, str(capability)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=2400)
         if done.returncode:
             raise RuntimeError(done.stderr)
         return json.loads(done.stdout)
