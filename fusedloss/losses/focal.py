@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..problem import stats_dtype
+from ..rowwise.classes import focal_classes
 from ..rowwise.pointwise import Focal, loss
 from ._module import LossModule
 
@@ -96,10 +97,12 @@ def _binary(
 def _multiclass(
     input: Tensor, target: Tensor, gamma: float, alpha: Any, ignore_index: int, reduction: str, backend: str
 ) -> Tensor:
-    from ..rowwise.classes import focal_classes
-
-    found: Tensor = focal_classes(input, target, gamma, alpha, ignore_index, reduction, backend)
-    return found
+    if input.dim() < 2:
+        raise ValueError(f"input has shape {list(input.shape)}: classes need [M, C] or [M, C, d1, ...]")
+    checks.integers("target", target, tuple(input.shape[:1] + input.shape[2:]), input)
+    if alpha is not None:
+        checks.vector("alpha", alpha, input.shape[1], "class", input)
+    return focal_classes(input, target, gamma, alpha, ignore_index, reduction, backend)
 
 
 class FocalLoss(LossModule, function=focal):

@@ -22,6 +22,7 @@ from .. import checks
 from ..backends import select_rowwise, triton_classes
 from ..epilogues import softmax_rows
 from ..problem import stats_dtype
+from .pointwise import last_use, transformed
 
 BLOCK = 1 << 18  # elements at a time on a CPU: at 2^17 the starts of threads, at 2^20 the caches took 10 % more
 # torch's log_softmax takes single steps along a last dimension of fewer classes than a vector has lanes: ten times the
@@ -166,7 +167,7 @@ def soft_cross_entropy_rows(
     """
     backend = select_rowwise(backend, logits)
     target_logits = target_logits.detach()
-    if backend == "reference" or torch.compiler.is_compiling():
+    if backend == "reference" or transformed():
         return soft_formula(logits, target_logits, mask)
     walk = triton_classes.soft_rows if backend == "triton" else soft_chunked
     if torch.is_grad_enabled() and logits.requires_grad:
@@ -181,7 +182,7 @@ def admitted(
 
     Where values may be read, no row is out of range (IndexError) and None is left out where nothing is: most batches.
     """
-    reads = checks.reads_values(target) and target.numel() > 0
+    reads = checks.reads_values(target) and target.numel() > 0 and not transformed()
     if reads:
         low, high = (int(end) for end in target.aminmax())
         if 0 <= low and high < columns and not low <= ignore_index <= high:
@@ -206,7 +207,7 @@ def loss(x: Tensor, terms: Terms, *, reduced: bool, backend: str) -> Tensor:
     if (
         backend == "reference"
         or not x.numel()
-        or torch.compiler.is_compiling()  # fused by the compiler, where a loop over blocks would be unrolled
+        or transformed()  # a compiler fuses the formula, where it would unroll a loop over blocks
         or (torch.is_grad_enabled() and any(_learns(t) for t in (terms.hard, terms.weight, terms.share)))
     ):
         rows = formula(x, terms)
@@ -474,7 +475,9 @@ def scaled(grad: Tensor, upstream: Tensor, gain: Tensor | None = None) -> Tensor
         upstream = upstream * gain.unsqueeze(1)
     if not upstream.dim():
         # A loss that nothing is done to but backward(): on a CPU that is worth a look, as the product costs a third.
-        return grad if upstream.device.type == "cpu" and upstream.item() == 1 else grad * upstream
+        # Not where the graph is kept: what is given away is then also what the next backward pass reads.
+        unscaled = upstream.device.type == "cpu" and last_use(upstream) and upstream.item() == 1
+        return grad if unscaled else grad * upstream
     if grad.dtype == upstream.dtype:
         return grad * upstream
     out = torch.empty_like(grad)
