@@ -29,15 +29,14 @@ from fusedloss.rowwise import classes
 WAYS = {
     "reference": ("reference", {}),
     "chunked": ("chunked", {}),
-    "chunked, in blocks": ("chunked", {"BLOCK": 8, "FEW_CLASSES": 1}),
-    "chunked, classes first": ("chunked", {"BLOCK": 8, "FEW_ELEMENTS": 0}),
+    "chunked, in blocks": ("chunked", {"BLOCK": 16, "FEW_CLASSES": 1}),
+    "chunked, classes first": ("chunked", {"BLOCK": 16, "FEW_ELEMENTS": 0}),
     "triton": ("triton", {}),
 }
 KERNELS = [way for way in WAYS if way != "reference"]
 REDUCTIONS = ["mean", "sum", "none"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
-SHAPES = [(5,), (1, 1), (4, 5), (40, 3), (3, 40), (3, 4, 2), (2, 18, 3, 3), (2, 3, 20)]
 VARIANTS = {
     "classes": {},
     "weights": {"weight": True},
@@ -124,6 +123,9 @@ def check(shape, variant, reduction, dtype, way, device="cpu", seed=0):
     wanted = step(lambda x: written_out(x, shares, reduction=reduction, **wide(options)), x.double(), upstream.double())
     assert found[0].dtype == own.dtype and found[0].shape == own.shape
     assert found[1].dtype == dtype and found[1].shape == shape
+    if wanted[0].dim() == 0 and wanted[0].isnan():  # the mean of no rows, whose gradient is NaN in torch at times
+        assert found[0].isnan() and (found[1] == 0).all()
+        return
     for a, b in zip(found, wanted, strict=True):
         close(a, b, dtype)
 
@@ -137,14 +139,12 @@ def check(shape, variant, reduction, dtype, way, device="cpu", seed=0):
 def test_values_gradients_dtypes_and_shapes_are_torchs(variant, dtype, way):
     if way == "triton" and dtype == torch.float64:
         with pytest.raises(fusedloss.UnsupportedError, match=r"no kernel for torch\.float64"):
-            check((4, 5), VARIANTS[variant], "mean", dtype, way)
+            check((2, 5, 3), VARIANTS[variant], "mean", dtype, way)
         return
-    for i, shape in enumerate(SHAPES):
-        for reduction in REDUCTIONS if shape == (4, 5) else [REDUCTIONS[i % 3]]:
-            check(shape, VARIANTS[variant], reduction, dtype, way)
+    check((2, 5, 3), VARIANTS[variant], REDUCTIONS[len(variant) % 3], dtype, way)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=250)
 @given(data=st.data())
 def test_any_options_together(data):
     rows, behind = data.draw(st.integers(0, 5)), data.draw(st.lists(st.integers(0, 3), max_size=2))
@@ -163,7 +163,7 @@ def test_any_options_together(data):
     else:
         variant["ignore_index"] = data.draw(st.sampled_from([-100, 0, C - 1, 255]))
     way = data.draw(st.sampled_from(list(WAYS)))
-    dtype = torch.float32 if way == "triton" else torch.float64
+    dtype = data.draw(st.sampled_from(DTYPES[1:] if way == "triton" else DTYPES))
     check(shape, variant, data.draw(st.sampled_from(REDUCTIONS)), dtype, way, seed=data.draw(st.integers(0, 999)))
 
 
@@ -171,7 +171,7 @@ def test_any_options_together(data):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=identify)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_inside_the_error_budget(variant, dtype, way):
-    x, target, options = example((40, 33), VARIANTS[variant], dtype)
+    x, target, options = example((9, 33), VARIANTS[variant], dtype)
     with walking(way) as backend:
         found = testing.value_and_gradients(
             lambda x: fusedloss.cross_entropy(x, target, backend=backend, **options), [x]
@@ -197,15 +197,13 @@ def test_uint8_classes(way):
 
 def test_dtypes_that_differ_promote_as_in_torch():
     """Logits, probabilities and weights of any floating dtype beside each other."""
+    x, shares, options = example((6, 5), {"probabilities": True, "weight": True})
     for first, second, third in itertools.product(DTYPES, DTYPES, [*DTYPES, None]):
-        x, target, options = example((6, 5), {"probabilities": True, "weight": True}, torch.float64)
-        weight = None if third is None else options["weight"].to(third)
+        target, weight = shares.to(second), None if third is None else options["weight"].to(third)
         for reduction in REDUCTIONS:
             found, wanted = (
                 step(
-                    lambda x, f=f, t=target.to(second), w=weight, r=reduction: f(x, t, w, reduction=r),
-                    x.to(first),
-                    torch.ones(()),
+                    lambda x, f=f, t=target, w=weight, r=reduction: f(x, t, w, reduction=r), x.to(first), torch.ones(())
                 )
                 for f in (fusedloss.cross_entropy, F.cross_entropy)
             )
@@ -408,16 +406,14 @@ def test_an_fp16_mean_keeps_gradients_that_a_gradient_scaler_enlarges(way):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 def test_weights_and_probabilities_that_require_grad_have_one(label_smoothing, way):
-    if way == "triton":
-        pytest.importorskip("triton")
     dtype = torch.float32 if way == "triton" else torch.float64
     x, shares, options = example((6, 5), {"probabilities": True, "weight": True}, dtype)
-    classes_ = torch.randint(0, 5, (6,))
+    index = torch.randint(0, 5, (6,))
 
     def nll(x, w):  # torch has no gradient of the weights of classes
         log_p = x.log_softmax(1)
-        picked = w[classes_]
-        first = -(picked * log_p.gather(1, classes_[:, None])[:, 0]).sum() / picked.sum()
+        picked = w[index]
+        first = -(picked * log_p.gather(1, index[:, None])[:, 0]).sum() / picked.sum()
         smooth = -(w * log_p).sum() / picked.sum() / 5
         return (1 - label_smoothing) * first + label_smoothing * smooth
 
@@ -427,7 +423,7 @@ def test_weights_and_probabilities_that_require_grad_have_one(label_smoothing, w
             lambda x, q, w: fusedloss.cross_entropy(x, q, w, **chosen), [x, shares, options["weight"]]
         )
         by_weight = testing.value_and_gradients(
-            lambda x, w: fusedloss.cross_entropy(x, classes_, w, **chosen), [x, options["weight"]]
+            lambda x, w: fusedloss.cross_entropy(x, index, w, **chosen), [x, options["weight"]]
         )
     wanted = testing.value_and_gradients(
         lambda x, q, w: F.cross_entropy(x, q, w, label_smoothing=label_smoothing),
@@ -474,28 +470,28 @@ def test_a_graph_that_is_kept_gives_the_same_gradient_again(dtype, reduction, wa
             loss.backward(upstream)
 
 
-def test_transforms_see_the_formula():
+@pytest.mark.parametrize("variant", ["classes", "all", "probabilities"])
+def test_transforms_see_the_formula(variant):
     """torch.func.grad and vmap, forward-mode derivatives, batches of upstream gradients, the compiler."""
-    for variant in ("classes", "all", "probabilities"):
-        x, target, options = example((4, 5, 3), VARIANTS[variant])
-        ours, theirs = (lambda x, t, f=f: f(x, t, **options) for f in (fusedloss.cross_entropy, written_out))
-        found, wanted = (torch.func.vmap(torch.func.grad(f))(x, target) for f in (ours, theirs))
-        close(found, wanted)
-        tangent = torch.randn_like(x)
-        found, wanted = (torch.func.jvp(lambda x, f=f: f(x, target), (x,), (tangent,)) for f in (ours, theirs))
-        for a, b in zip(found, wanted, strict=True):
-            close(a, b)
-        leaf = x.clone().requires_grad_()
-        upstream = torch.tensor([0.0, 1, 2], dtype=torch.float64)
-        found, wanted = (
-            torch.autograd.grad(f(leaf, target), leaf, upstream, is_grads_batched=True)[0] for f in (ours, theirs)
-        )
-        close(found, wanted)
-        torch._dynamo.reset()
-        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-        found, wanted = (testing.value_and_gradients(lambda x, f=f: f(x, target), [x]) for f in (compiled, theirs))
-        for a, b in zip(found, wanted, strict=True):
-            close(a, b)
+    x, target, options = example((4, 5, 3), VARIANTS[variant])
+    ours, theirs = (lambda x, t, f=f: f(x, t, **options) for f in (fusedloss.cross_entropy, written_out))
+    found, wanted = (torch.func.vmap(torch.func.grad(f))(x, target) for f in (ours, theirs))
+    close(found, wanted)
+    tangent = torch.randn_like(x)
+    found, wanted = (torch.func.jvp(lambda x, f=f: f(x, target), (x,), (tangent,)) for f in (ours, theirs))
+    for a, b in zip(found, wanted, strict=True):
+        close(a, b)
+    leaf = x.clone().requires_grad_()
+    upstream = torch.tensor([0.0, 1, 2], dtype=torch.float64)
+    found, wanted = (
+        torch.autograd.grad(f(leaf, target), leaf, upstream, is_grads_batched=True)[0] for f in (ours, theirs)
+    )
+    close(found, wanted)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    found, wanted = (testing.value_and_gradients(lambda x, f=f: f(x, target), [x]) for f in (compiled, theirs))
+    for a, b in zip(found, wanted, strict=True):
+        close(a, b)
 
 
 # What is kept, and what is left alone ---------------------------------------------------------------------------------
