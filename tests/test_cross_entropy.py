@@ -106,28 +106,32 @@ def step(function, x, upstream):
 def close(found, wanted, dtype=torch.float64):
     tolerance = TOLERANCE[dtype]
     scale = wanted.abs().nan_to_num(0, 0, 0).max().item() if wanted.numel() else 0.0
+    # Gradients are differences of shares, and 1 - tanh^2 is one of numbers around 1: a few eps of these.
+    least = 1e-13 if dtype == torch.float64 else 3e-7
     torch.testing.assert_close(
-        found.double(), wanted.double(), rtol=tolerance, atol=tolerance * scale * 0.3 + 1e-13, equal_nan=True
+        found.double(), wanted.double(), rtol=tolerance, atol=tolerance * scale * 0.3 + least, equal_nan=True
     )
 
 
 def check(shape, variant, reduction, dtype, way, device="cpu", seed=0):
+    """Gives what was found, what torch has in that dtype, and what is right."""
+    torch.manual_seed(seed)
     x, target, options = example(shape, variant, dtype, seed, device)
+    rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+    upstream = torch.rand(rows if reduction == "none" else (), device=device).to(dtype)
+    own = step(lambda x: written_out(x, target, reduction=reduction, **options), x, upstream)
     with walking(way) as backend:
-        own = written_out(x, target, reduction=reduction, **options)  # torch's dtype and shape
-        upstream = torch.rand(own.shape, device=device).to(own.dtype)
         found = step(
             lambda x: fusedloss.cross_entropy(x, target, reduction=reduction, backend=backend, **options), x, upstream
         )
     shares = target.double() if target.is_floating_point() else target
     wanted = step(lambda x: written_out(x, shares, reduction=reduction, **wide(options)), x.double(), upstream.double())
-    assert found[0].dtype == own.dtype and found[0].shape == own.shape
-    assert found[1].dtype == dtype and found[1].shape == shape
     if wanted[0].dim() == 0 and wanted[0].isnan():  # the mean of no rows, whose gradient is NaN in torch at times
-        assert found[0].isnan() and (found[1] == 0).all()
-        return
-    for a, b in zip(found, wanted, strict=True):
-        close(a, b, dtype)
+        wanted = wanted[0], torch.zeros_like(x)
+    for a, b, c in zip(found, own, wanted, strict=True):
+        assert a.dtype == b.dtype == dtype and a.shape == b.shape
+        close(a, c, dtype)
+    return found, own, wanted
 
 
 # The value and its gradient -------------------------------------------------------------------------------------------
@@ -137,11 +141,14 @@ def check(shape, variant, reduction, dtype, way, device="cpu", seed=0):
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_values_gradients_dtypes_and_shapes_are_torchs(variant, dtype, way):
+    """And errors within a budget: twice torch's in that dtype, and an eps."""
     if way == "triton" and dtype == torch.float64:
         with pytest.raises(fusedloss.UnsupportedError, match=r"no kernel for torch\.float64"):
-            check((2, 5, 3), VARIANTS[variant], "mean", dtype, way)
+            fusedloss.cross_entropy(torch.zeros(2, 3).double(), torch.tensor([0, 1]), backend="triton")
         return
-    check((2, 5, 3), VARIANTS[variant], REDUCTIONS[len(variant) % 3], dtype, way)
+    found, own, wanted = check((9, 33), VARIANTS[variant], REDUCTIONS[len(variant) % 3], dtype, way)
+    if dtype != torch.float64:
+        assert all(testing.budget_share(*each, dtype) <= 1 for each in zip(found, own, wanted, strict=True))
 
 
 @settings(deadline=None, max_examples=250)
@@ -156,7 +163,7 @@ def test_any_options_together(data):
     }
     empty = 0 in shape
     if not empty:  # what torch has makes nothing of nothing; the rest is ours
-        variant["z_loss"] = data.draw(st.sampled_from([0.0, 1e-3, 2.0]))
+        variant["z_loss"] = data.draw(st.sampled_from([0.0, 1e-3, 0.1]))
         variant["softcap"] = data.draw(st.sampled_from([None, 0.5, 30.0]))
     if data.draw(st.booleans()):
         variant["probabilities"] = True
@@ -165,22 +172,6 @@ def test_any_options_together(data):
     way = data.draw(st.sampled_from(list(WAYS)))
     dtype = data.draw(st.sampled_from(DTYPES[1:] if way == "triton" else DTYPES))
     check(shape, variant, data.draw(st.sampled_from(REDUCTIONS)), dtype, way, seed=data.draw(st.integers(0, 999)))
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=identify)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_inside_the_error_budget(variant, dtype, way):
-    x, target, options = example((9, 33), VARIANTS[variant], dtype)
-    with walking(way) as backend:
-        found = testing.value_and_gradients(
-            lambda x: fusedloss.cross_entropy(x, target, backend=backend, **options), [x]
-        )
-    eager = testing.value_and_gradients(lambda x: written_out(x, target, **options), [x])
-    shares = target.double() if target.is_floating_point() else target
-    exact = testing.value_and_gradients(lambda x: written_out(x, shares, **wide(options)), [x.double()])
-    for a, b, c in zip(found, eager, exact, strict=True):
-        assert testing.budget_share(a, b, c, dtype) <= 1
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -475,7 +466,7 @@ def test_transforms_see_the_formula(variant):
     """torch.func.grad and vmap, forward-mode derivatives, batches of upstream gradients, the compiler."""
     x, target, options = example((4, 5, 3), VARIANTS[variant])
     ours, theirs = (lambda x, t, f=f: f(x, t, **options) for f in (fusedloss.cross_entropy, written_out))
-    found, wanted = (torch.func.vmap(torch.func.grad(f))(x, target) for f in (ours, theirs))
+    found, wanted = (torch.func.vmap(torch.func.grad(f), in_dims=-1)(x, target) for f in (ours, theirs))
     close(found, wanted)
     tangent = torch.randn_like(x)
     found, wanted = (torch.func.jvp(lambda x, f=f: f(x, target), (x,), (tangent,)) for f in (ours, theirs))
@@ -505,26 +496,19 @@ def saved_bytes(function):
 
 
 @pytest.mark.parametrize("way", KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=identify)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_no_more_is_kept_than_in_torch(variant, dtype, way):
+def test_no_more_is_kept_than_in_torch(variant, way):
     """The gradient, of the logits' size and dtype, and for fp16 a number per row."""
-    if way == "triton" and dtype == torch.float64:
-        dtype = torch.float32
-    for shape in ((64, 10), (4, 10, 16)):
+    for dtype, shape in itertools.product(DTYPES[way == "triton" :], [(6, 10), (2, 10, 3)]):
         x, target, options = example(shape, VARIANTS[variant], dtype)
         x.requires_grad_()
-        for reduction in REDUCTIONS:
-            with walking(way) as backend:
-                found = saved_bytes(
-                    lambda b=backend, r=reduction, x=x, t=target, o=options: fusedloss.cross_entropy(
-                        x, t, backend=b, reduction=r, **o
-                    )
-                )
-            assert found == x.numel() * x.itemsize + (4 * 64 if dtype == torch.float16 else 0)
-            assert found <= saved_bytes(
-                lambda r=reduction, x=x, t=target, o=options: written_out(x, t, reduction=r, **o)
-            )
+        reduction = "mean" if x.dim() == 2 else "none"
+        with walking(way) as backend:
+            loss = lambda f, x=x, t=target, r=reduction, o=options, **b: f(x, t, reduction=r, **o, **b)
+            found = saved_bytes(lambda f=loss, b=backend: f(fusedloss.cross_entropy, backend=b))
+        gain = 4 * 6 if dtype == torch.float16 else 0
+        assert 0 <= found - x.numel() * x.itemsize - gain <= 1  # a bool: whether a mean's weights add up to 0
+        assert found <= saved_bytes(lambda f=loss: f(written_out))
 
 
 @pytest.mark.parametrize("way", KERNELS)
@@ -569,7 +553,7 @@ def test_any_strides(variant, way):
     for shape in ((6, 5), (3, 5, 2, 4)):
         x, target, options = example(shape, VARIANTS[variant], torch.float32)
         wanted = step(lambda x, t=target, o=options: written_out(x, t, reduction="none", **o), x, torch.ones(()))
-        for first, second in itertools.product(LAYOUTS, LAYOUTS[:4]):
+        for first, second in zip(LAYOUTS, [*LAYOUTS[1:4], *LAYOUTS[:2]], strict=True):
             leaf, chosen = first(x).detach().requires_grad_(), dict(options)
             if "weight" in options:
                 chosen["weight"] = LAYOUTS[2](options["weight"])

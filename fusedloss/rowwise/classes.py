@@ -121,7 +121,7 @@ def cross_entropy(
     none: bool | Tensor = False
     if reduction == "mean":
         none = count == 0 if total is None else total == 0
-        count = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+        count = count.clamp(min=1).to(stats_dtype(x.dtype)) if isinstance(count, Tensor) else max(count, 1)
         per = count if total is None else torch.where(total == 0, 1, total)
         hard, smooth, square = hard / per, smooth and smooth / per, square and square / count
     terms = Terms(index, share, weight, left_out, hard, smooth, square, softcap=softcap)
@@ -152,7 +152,7 @@ def focal_classes(
     hard: PerRow = 1.0 if alpha is None else alpha.to(stats_dtype(x.dtype))[target]
     hard = hard if outside is None else torch.where(outside, torch.nan, hard)
     if reduction == "mean":
-        hard = hard / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+        hard = hard / (count.clamp(min=1).to(stats_dtype(x.dtype)) if isinstance(count, Tensor) else max(count, 1))
     terms = Terms(target, left_out=left_out, hard=hard, gamma=gamma)
     found = loss(x, terms, reduced=reduction != "none", backend=backend)
     return found.reshape(rows) if reduction == "none" else found
@@ -230,6 +230,8 @@ def formula(x: Tensor, terms: Terms) -> Tensor:
     """Each row's loss; differentiable in logits, class weights and shares."""
     shape = x.shape[:1] + x.shape[2:]
     z, C = x.to(stats_dtype(x.dtype)), x.shape[1]
+    if terms.left_out is not None:
+        z = z.masked_fill(terms.left_out.unsqueeze(1), 0)
     if terms.softcap is not None:
         z = terms.softcap * torch.tanh(z / terms.softcap)
     z = z.movedim(1, -1).reshape(-1, C)
@@ -247,8 +249,15 @@ def formula(x: Tensor, terms: Terms) -> Tensor:
     if terms.smooths:
         rows = rows - terms.smooth * (weight * z.log_softmax(1)).sum(1).reshape(shape)
     if terms.squares:
-        rows = rows + terms.square * z.logsumexp(1).square().reshape(shape)
+        rows = rows + terms.square * _logsumexp(z).square().reshape(shape)
     return rows if terms.left_out is None else rows.masked_fill(terms.left_out, 0)
+
+
+def _logsumexp(z: Tensor) -> Tensor:
+    """Of large logits too with all digits of its gradient, which torch finds from exp(z - logsumexp(z))."""
+    shift = z.detach().amax(1, keepdim=True)
+    shift = shift.masked_fill(shift.isinf(), 0)
+    return (z - shift).logsumexp(1) + shift[:, 0]
 
 
 def soft_formula(logits: Tensor, target_logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -396,7 +405,8 @@ def _without_target(
     loss = (s / p_t).log1p_()
     # Where p_t has no digits left, log p_t is that of s = 1. Rare: on a CPU it is looked for.
     if z.device.type != "cpu" or not p_t.amin().item() > LEAST:
-        loss = torch.where(p_t > LEAST, loss, torch.logsumexp(z, d, keepdim=True) - z.gather(d, target))
+        # Of an infinite logit p_t is NaN, and so stays the loss.
+        loss = torch.where(p_t <= LEAST, torch.logsumexp(z, d, keepdim=True) - z.gather(d, target), loss)
     return p, target, p_t, s, loss
 
 
