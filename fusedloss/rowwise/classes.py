@@ -117,7 +117,7 @@ def cross_entropy(
             hard = weight.to(stats_dtype(x.dtype))[index]
             hard = hard if left_out is None else hard.masked_fill(left_out, 0)
             total, hard = hard.sum(), hard * (1 - label_smoothing)
-        hard = hard if outside is None else torch.where(outside, torch.nan, hard)
+        hard = _nan_outside(hard, outside, stats_dtype(x.dtype))
     none: bool | Tensor = False
     if reduction == "mean":
         none = count == 0 if total is None else total == 0
@@ -150,7 +150,7 @@ def focal_classes(
     x, target = (input, target) if input.dim() == 2 else (input.flatten(2), target.flatten(1))
     target, left_out, outside, count = admitted(target, x.shape[1], ignore_index)
     hard: PerRow = 1.0 if alpha is None else alpha.to(stats_dtype(x.dtype))[target]
-    hard = hard if outside is None else torch.where(outside, torch.nan, hard)
+    hard = _nan_outside(hard, outside, stats_dtype(x.dtype))
     if reduction == "mean":
         hard = hard / (count.clamp(min=1).to(stats_dtype(x.dtype)) if isinstance(count, Tensor) else max(count, 1))
     terms = Terms(target, left_out=left_out, hard=hard, gamma=gamma)
@@ -199,6 +199,10 @@ def admitted(
             f"{ignore_index} to leave the row out"
         )
     return target.masked_fill(left_out, 0), left_out, None, int(count)
+
+
+def _nan_outside(hard: PerRow, outside: Tensor | None, dtype: torch.dtype) -> PerRow:
+    return hard if outside is None else hard + outside.to(dtype).masked_fill(outside, torch.nan)
 
 
 def loss(x: Tensor, terms: Terms, *, reduced: bool, backend: str) -> Tensor:
