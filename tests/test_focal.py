@@ -115,9 +115,7 @@ def check(kind, shape, dtype, gamma, alpha, reduction, backend, device="cpu", se
         alpha = torch.rand(shape[1], device=device).to(dtype)
     rows = t.shape if reduction == "none" else ()
     upstream = torch.rand(rows, device=device)
-    found, wanted = both(
-        x, t, upstream, gamma=gamma, alpha=alpha, reduction=reduction, backend=backend, **options
-    )
+    found, wanted = both(x, t, upstream, gamma=gamma, alpha=alpha, reduction=reduction, backend=backend, **options)
     assert found[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and found[0].shape == rows
     assert found[1].dtype == dtype and found[1].shape == shape
     close(found[0], wanted[0], torch.float32 if dtype != torch.float64 else dtype)
@@ -155,9 +153,7 @@ def test_is_the_formula(kind, gamma, dtype, backend):
     turned=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_any_options_together(
-    kind, rows, C, behind, gamma, alpha, ignore_index, reduction, backend, turned, seed
-):
+def test_any_options_together(kind, rows, C, behind, gamma, alpha, ignore_index, reduction, backend, turned, seed):
     dtype = torch.float32 if backend == "triton" else torch.float64
     options = {"ignore_index": ignore_index} if kind == "classes" else {}
     if kind == "classes" and C == 1:
@@ -192,9 +188,7 @@ def test_gamma_0_is_cross_entropy(backend):
                 torch.ones(()),
             )
             wide = t.double() if t.is_floating_point() else t
-            wanted = step(
-                lambda x, t=wide, f=theirs, r=reduction: f(x, t, reduction=r), x.double(), torch.ones(())
-            )
+            wanted = step(lambda x, t=wide, f=theirs, r=reduction: f(x, t, reduction=r), x.double(), torch.ones(()))
             for a, b in zip(found, wanted, strict=True):
                 close(a, b, torch.float32)
 
