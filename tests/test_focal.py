@@ -134,12 +134,12 @@ def test_is_the_formula(kind, gamma, dtype, backend):
         with pytest.raises(fusedloss.UnsupportedError, match=r"no kernel for torch\.float64"):
             fusedloss.focal(*example(kind), backend=backend)
         return
-    for i, shape in enumerate([(6, 5), (2, 4, 3), (3, 20, 2, 2)]):
+    for i, shape in enumerate([(6, 5), (2, 4, 3), (2, 18, 2, 1)]):
         with classes_first(i == 1):
             check(kind, shape, dtype, gamma, [None, 0.25, 1.0][i], REDUCTIONS[i], backend)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=80)
 @given(
     kind=st.sampled_from(KINDS),
     rows=st.integers(0, 5),

@@ -239,7 +239,7 @@ def formula(x: Tensor, terms: Terms) -> Tensor:
     if terms.softcap is not None:
         z = terms.softcap * torch.tanh(z / terms.softcap)
     z = z.movedim(1, -1).reshape(-1, C)
-    weight = torch.ones_like(z[0]) if terms.weight is None else terms.weight.to(z.dtype)
+    weight = z.new_ones(C) if terms.weight is None else terms.weight.to(z.dtype)
     if terms.share is not None:
         q = terms.share.to(z.dtype).movedim(1, -1).reshape(-1, C)
         first = -(weight * q * z.log_softmax(1)).sum(1)
