@@ -494,10 +494,10 @@ def saved_bytes(function):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_more_is_kept_than_in_torch(variant, way):
     """The gradient, of the logits' size and dtype, and for fp16 a number per row."""
-    for dtype, shape in itertools.product(DTYPES[way == "triton" :], [(6, 10), (2, 10, 3)]):
+    for dtype, shape in [(torch.float16, (6, 10)), (torch.float32, (2, 10, 3)), (torch.bfloat16, (6, 10))]:
         x, target, options = example(shape, VARIANTS[variant], dtype)
         x.requires_grad_()
-        reduction = "mean" if x.dim() == 2 else "none"
+        reduction = "none" if dtype == torch.bfloat16 else "mean"
         with walking(way) as backend:
             loss = lambda f, x=x, t=target, r=reduction, o=options, **b: f(x, t, reduction=r, **o, **b)
             found = saved_bytes(lambda f=loss, b=backend: f(fusedloss.cross_entropy, backend=b))

@@ -121,10 +121,10 @@ def test_every_option_of_cross_entropy(name, way):
         same(tensors, shares / shares.sum(1, keepdim=True), way, dtype, **OPTIONS[name])
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=60)
 @given(
-    B=st.integers(1, 40),
-    D=st.integers(1, 40),
+    B=st.integers(1, 20),
+    D=st.integers(1, 20),
     C=st.integers(1, 20),
     parts=st.sampled_from(SUBSETS),
     way=st.sampled_from(list(WAYS)),
@@ -156,7 +156,8 @@ def test_inside_the_error_budget(parts, dtype, way):
     )
     for a, b, c, leaf in zip(found, eager, exact, [None, *tensors], strict=True):
         assert a.dtype == (torch.float32 if leaf is None else dtype)
-        assert testing.budget_share(a, b, c, dtype) <= 1
+        # Of the loss 2: it is a sum of products with 1/B, whose own rounding and the additions' come on top.
+        assert testing.budget_share(a, b, c, dtype) <= (2 if leaf is None else 1)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -178,9 +179,9 @@ def test_a_weight_of_another_dtype_than_the_embeddings(way):
 
 def test_fp64_is_not_the_kernels():
     tensors, target = example()
-    for given in (tensors, [*(t.float() for t in tensors[:2]), *tensors[2:]]):
+    for leaves in (tensors, [*(t.float() for t in tensors[:2]), *tensors[2:]]):
         with pytest.raises(fusedloss.UnsupportedError, match=r"no kernel for torch\.float64"):
-            fusedloss.softmax_pair(*given, target, backend="triton")
+            fusedloss.softmax_pair(*leaves, target, backend="triton")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -229,9 +230,9 @@ def test_gradients_only_of_what_requires_them(way):
         leaves = [t.clone().requires_grad_(want) for t, want in zip(tensors, wants, strict=True)]
         with walking(way) as backend:
             loss = fusedloss.softmax_pair(*leaves, target, concatenation=parts, backend=backend)
-        assert loss.requires_grad == any(wants)
-        if any(wants):
-            loss.backward()
+            assert loss.requires_grad == any(wants)
+            if any(wants):
+                loss.backward()
         for leaf, want, b in zip(leaves, wants, wanted, strict=True):
             assert (leaf.grad is not None) == want
             if want:
@@ -407,10 +408,10 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_again(way):
     with walking(way) as backend:
         loss = fusedloss.softmax_pair(*leaves, target, backend=backend)
         first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
-        a.zero_()
-    again = torch.autograd.grad(loss, leaves)
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a, b)
+            a.zero_()
+        again = torch.autograd.grad(loss, leaves)
     assert all(torch.equal(a, b) for a, b in zip(again, second, strict=True))
 
 
@@ -453,7 +454,7 @@ def test_any_strides_and_inputs_that_are_never_written_to(way):
         leaves = [layouts[(i + j) % 3](t).detach().requires_grad_() for j, t in enumerate(tensors)]
         with walking(way) as backend:
             loss = fusedloss.softmax_pair(*leaves, target, concatenation=tuple(PARTS), backend=backend)
-        loss.backward()
+            loss.backward()
         close(loss.detach(), wanted[0], torch.float32)
         for leaf, own, b in zip(leaves, tensors, wanted[1:], strict=True):
             close(leaf.grad, b, torch.float32)
