@@ -50,6 +50,8 @@ VARIANTS = {
     "all": {"weight": True, "ignore_index": 1, "label_smoothing": 0.2, "z_loss": 0.1, "softcap": 2.0},
 }
 
+MIXED = ["classes", "weights", "probabilities, weights, smoothed", "z_loss", "all"]
+
 
 def identify(value):
     return str(value).removeprefix("torch.")
@@ -289,7 +291,7 @@ def test_what_an_ignored_row_holds_does_not_matter(way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXED)
 def test_equal_and_extreme_logits(variant, way):
     """+-1e4 and all equal: finite, and torch's in fp64."""
     _, target, options = example((6, 5), VARIANTS[variant], torch.float32)
@@ -330,7 +332,7 @@ def test_a_certain_target_keeps_its_digits(way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXED)
 def test_nan_in_nan_out(variant, way):
     """In the row's loss and in its gradient; the other rows are not touched."""
     x, target, options = example((6, 5), VARIANTS[variant], torch.float32)
@@ -518,7 +520,7 @@ def test_without_a_gradient_nothing_is_kept(way, monkeypatch):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXED)
 def test_inputs_are_never_written_to(variant, way):
     for shape in ((6, 5), (3, 5, 4)):
         x, target, options = example(shape, VARIANTS[variant], torch.float32)
