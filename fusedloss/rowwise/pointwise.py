@@ -243,7 +243,7 @@ def loss(
         or (weight is not None and weight.requires_grad)
         or (pos_weight is not None and pos_weight.requires_grad)
         or (t.requires_grad and not isinstance(formula, Difference))
-        or _transformed()
+        or transformed()
     ):
         return _by_formula(x, t, task)
     if torch.is_grad_enabled() and (x.requires_grad or t.requires_grad):
@@ -251,7 +251,7 @@ def loss(
     return _evaluate(x, t, task, None)
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether something needs to see ordinary torch: a compiler, which fuses it, torch.func, forward-mode autograd."""
     return (
         torch.compiler.is_compiling()
@@ -301,7 +301,7 @@ class _Pointwise(torch.autograd.Function):
         kept, *weight_sum = ctx.saved_tensors
         wide = stats_dtype(kept.dtype)
         # Of no further use, it becomes the gradient: a fresh tensor's pages take longer than the multiplication.
-        out = kept if _last_use(upstream) else None
+        out = kept if last_use(upstream) else None
         if ctx.reduction == "none":
             if upstream.dtype != kept.dtype:
                 kept, upstream, out = kept.to(wide), upstream.to(wide), None
@@ -320,7 +320,7 @@ class _Pointwise(torch.autograd.Function):
         return by_x, by_t, None
 
 
-def _last_use(upstream: Tensor) -> bool:
+def last_use(upstream: Tensor) -> bool:
     """Whether the backward pass that runs frees the graph (no retain_graph), and is no vmap over upstream gradients."""
     return not (
         torch._C._autograd._get_current_graph_task_keep_graph()
