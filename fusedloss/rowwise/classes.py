@@ -405,9 +405,9 @@ def _without_target(
     target = target.unsqueeze(d)
     p_t = p.gather(d, target)
     p.scatter_(d, target, 0)
-    # The sum of many roundings against one: of equal logits the former's gradient was twice as far off as torch's.
-    s = torch.where(p_t < 0.5, 1 - p_t, p.sum(d, True))
+    s = p.sum(d, True)
     loss = (s / p_t).log1p_()
+    s.div_(s + p_t)  # what rounds all shares alike goes: of equal logits the gradient was twice as far off as torch's
     # Where p_t has no digits left, log p_t is that of s = 1. Rare: on a CPU it is looked for.
     if z.device.type != "cpu" or not p_t.amin().item() > LEAST:
         # Of an infinite logit p_t is NaN, and so stays the loss.
