@@ -80,7 +80,8 @@ def adr(
 
 def list_mle(z: Tensor, weight: Tensor | None, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
     Q, n = z.shape
-    z, weight = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (z, weight))
+    z = z if z.stride(1) == 1 else z.contiguous()
+    weight = weight if weight is None or weight.stride(1) == 1 else weight.contiguous()
     loss = z.new_empty(Q)
     by_score = z.new_empty(Q, n) if gradient else None
     stride = 0 if weight is None or weight.shape[0] == 1 else weight.stride(0)

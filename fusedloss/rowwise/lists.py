@@ -584,6 +584,7 @@ def list_mle(
         if name == "triton":
             from ..backends import triton_lists
 
+            weight = None if weight is None else weight.to(z.dtype)
             sums, gradient = triton_lists.list_mle(z, weight, gradient=wanted)
         else:
             sums, gradient = _list_mle(z, weight, gradient=wanted, signed=callable(lambda_weight))
@@ -611,11 +612,11 @@ def _listed(scores: Tensor, labels: Tensor, mask: Tensor | None, order: Tensor |
 
 
 def _rank_weights(lambda_weight: RankWeight, mask: Tensor | None, scores: Tensor) -> Tensor | None:
-    """[Q, n] or [1, n], 0 for padding, in the list's order; None: all are 1."""
-    dtype = stats_dtype(scores.dtype)
+    """[Q, n] or [1, n], 0 for padding, in the list's order, of sum 1 in fp64; None: all are 1."""
+    dtype = torch.float64
     Q, n = scores.shape
     if lambda_weight is None:
-        return None if mask is None else mask.to(dtype)
+        return None if mask is None else mask.to(stats_dtype(scores.dtype))
     if callable(lambda_weight):
         whole = torch.ones(Q, n, dtype=torch.bool, device=scores.device) if mask is None else mask
         weight = lambda_weight(whole)
@@ -646,13 +647,13 @@ def _list_mle_formula(z: Tensor, weight: Tensor | None) -> Tensor:
     """In fp64: what a document's chance loses to the rounding of its logarithm is as large as the scores are."""
     wide = z.double()
     terms = _suffix_lse(wide) - wide
-    return (terms if weight is None else terms * weight).sum(1).to(z.dtype)
+    return (terms if weight is None else terms * weight).sum(1)
 
 
 def _list_mle(z: Tensor, weight: Tensor | None, *, gradient: bool, signed: bool) -> tuple[Tensor, Tensor | None]:
     """In fp64, likewise; a scan takes as long in fp32."""
     Q, n = z.shape
-    sums = z.new_empty(Q)
+    sums = z.new_empty(Q, dtype=torch.float64)
     by_score = torch.empty_like(z) if gradient else None
     for rows in _row_blocks(Q, n, z.device):
         part = z[rows].double()
