@@ -643,10 +643,22 @@ def _suffix_lse(z: Tensor) -> Tensor:
     return z.flip(1).logcumsumexp(1).flip(1)
 
 
+def _suffix_lse_twice_differentiable(z: Tensor) -> Tensor:
+    """The same by doubling reaches: the second derivative of logcumsumexp is NaN."""
+    reach = 1
+    while reach < z.shape[1]:
+        later = nn.functional.pad(z[:, reach:], (0, reach), value=PADDING)
+        z = z - nn.functional.logsigmoid(z - later)
+        reach *= 2
+    return z
+
+
 def _list_mle_formula(z: Tensor, weight: Tensor | None) -> Tensor:
     """In fp64: what a document's chance loses to the rounding of its logarithm is as large as the scores are."""
     wide = z.double()
-    terms = _suffix_lse(wide) - wide
+    # A compiler has no use for the doubling: what it compiles is not differentiated twice.
+    suffix_lse = _suffix_lse if torch.compiler.is_compiling() else _suffix_lse_twice_differentiable
+    terms = suffix_lse(wide) - wide
     return (terms if weight is None else terms * weight).sum(1)
 
 
