@@ -648,7 +648,9 @@ def _suffix_lse_twice_differentiable(z: Tensor) -> Tensor:
     reach = 1
     while reach < z.shape[1]:
         later = nn.functional.pad(z[:, reach:], (0, reach), value=PADDING)
-        z = z - nn.functional.logsigmoid(z - later)
+        apart = z - later
+        soft = nn.functional.logsigmoid
+        z = torch.where(apart > 0, z - soft(apart), later - soft(-apart))  # from the larger: padding has no digits
         reach *= 2
     return z
 
