@@ -16,7 +16,7 @@ from ..backends import select_rowwise, triton_classes
 from ..problem import stats_dtype
 from .pointwise import transformed
 
-BLOCK = {"cpu": 1 << 17, "cuda": 1 << 26}  # elements of u at a time
+BLOCK = {"cpu": 1 << 19, "cuda": 1 << 26}  # elements of u at a time
 SMALL = 1 << 15  # elements up to which a CPU is faster with the concatenation: what it keeps is 100 KiB a part
 PARTS = {"rep": 2, "difference": 1, "multiplication": 1}  # in this order: how many times D columns
 
