@@ -24,7 +24,7 @@ from ..epilogues import softmax_rows
 from ..problem import stats_dtype
 from .pointwise import last_use, transformed
 
-# Elements at a time on a CPU: with 2^18 the starts of threads took 10 to 60 % more of 2^20 elements, and of 2^23 no less.
+# Elements at a time on a CPU: with 2^18 the starts of threads took 10 to 60 % more of 2^20 elements, also of 2^23.
 BLOCK = 1 << 20
 # torch's log_softmax takes single steps along a last dimension of fewer classes than a vector has lanes: ten times the
 # time, so there the classes go first and the rows are the vectors.
