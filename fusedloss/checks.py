@@ -26,6 +26,8 @@ def embeddings(**tensors: Tensor) -> None:
     """Matrices [rows, D] of one floating dtype, one device and one D."""
     (first_name, first), *_ = tensors.items()
     for name, x in tensors.items():
+        if _alike(x, first):
+            continue
         if isinstance(x, nn.Module):
             raise TypeError(
                 f"{name} is a {type(x).__name__}, an nn.Module: this loss takes embeddings. "
@@ -45,6 +47,20 @@ def embeddings(**tensors: Tensor) -> None:
         if x.dtype != first.dtype and not (autocasts(x) and autocasts(first)):
             raise TypeError(f"{name} is {x.dtype} and {first_name} is {first.dtype}: they must agree; cast one of them")
         same_device(name, x, first_name, first)
+
+
+def _alike(x: object, first: object) -> bool:
+    """Whether nothing is wrong, in one microsecond: the checks that say what is wrong take four."""
+    return (
+        type(x) is Tensor is type(first)
+        and x.dtype is first.dtype
+        and x.dtype in FLOATING
+        and x.layout is torch.strided
+        and not x.is_nested
+        and x.dim() == 2
+        and x.shape[1] == first.shape[-1] > 0
+        and x.device == first.device
+    )
 
 
 def autocasts(x: Tensor) -> bool:

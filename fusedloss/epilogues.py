@@ -66,12 +66,12 @@ def marginal(cosine: Tensor, margin: Margin, eps: float) -> tuple[Tensor, Tensor
 
     Beyond pi - angle, where the first would rise again, it is `cosine - angle sin(angle)`, pytorch-metric-learning's
     rule. From the sine, of which acos is not asked: its derivative is infinite at 1. Closer to its class vector than
-    sqrt(eps), where the direction that is left of a row is the rounding of its products, only `cos(angle)` of the
-    derivative is.
+    sqrt(eps), where the direction that is left of a row is the rounding of its products, or than the rounding of the
+    cosine can tell, only `cos(angle)` of the derivative is.
     """
     sin, cos = math.sin(margin.angle), math.cos(margin.angle)
     square = (1 - cosine) * (1 + cosine)
-    apart = square > eps
+    apart = square > max(eps, 64 * torch.finfo(cosine.dtype).eps)
     sine = torch.where(apart, square, 1).sqrt()
     nearly = square.detach().clamp(min=0).sqrt()
     beyond = cosine < -cos

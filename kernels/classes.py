@@ -89,7 +89,7 @@ def class_rows_kernel(
         if SMOOTHS:
             w = _weights(Weight, offs_c, C, BLOCK_C)
             weights += w
-            above += tl.sum(tl.where(inside, w[None, :] * (z - own_z[:, None]), 0.0), axis=1)
+            above += tl.sum(tl.where(inside, w[None, :] * (z - finite(own_z)[:, None]), 0.0), axis=1)
         z = tl.where(inside & (offs_c[None, :] != target[:, None]), z, float("-inf"))
         new = tl.maximum(maximum, tl.max(z, axis=1))
         part = tl.sum(exponential(z - finite(new)[:, None]), axis=1)

@@ -165,63 +165,6 @@ def adr_gradient_kernel(
 
 
 @triton.jit
-def list_net_kernel(
-    Scores,
-    Labels,
-    Mask,
-    Loss,  # [Q]: minus it
-    Gradient,  # [Q, n] or None
-    n,
-    stride_sq,
-    stride_yq,
-    stride_mq,
-    BLOCK_N: tl.constexpr,
-):
-    q = tl.program_id(0).to(tl.int64)
-    at_s, at_y, at_m = q * stride_sq, q * stride_yq, q * stride_mq
-    # A maximum of every lane's own: they meet once, after the loop.
-    z_max = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    y_max = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    z_sum = tl.zeros((BLOCK_N,), tl.float32)
-    y_sum = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, n, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        z, y, real = _row(Scores, Labels, Mask, at_s + j, at_y + j, at_m + j, j < n)
-        z_max, z_sum = _grown(z_max, z_sum, tl.where(real, z, float("-inf")))
-        y_max, y_sum = _grown(y_max, y_sum, tl.where(real, y, float("-inf")))
-    z_top = finite(tl.max(z_max, axis=0))
-    y_top = finite(tl.max(y_max, axis=0))
-    z_sum = tl.sum(z_sum * tl.exp(z_max - z_top), axis=0)
-    y_sum = tl.sum(y_sum * tl.exp(y_max - y_top), axis=0)
-    loss = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, n, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        z, y, real = _row(Scores, Labels, Mask, at_s + j, at_y + j, at_m + j, j < n)
-        target = tl.exp(y - y_top) / y_sum
-        loss += tl.where(real, target * (z - z_top - tl.log(z_sum)), 0.0)
-        if Gradient is not None:
-            gradient = tl.exp(z - z_top) / z_sum - target
-            tl.store(Gradient + q * n + j, tl.where(real, gradient, 0.0), mask=j < n)
-    tl.store(Loss + q, tl.sum(loss, axis=0))
-
-
-@triton.jit
-def _row(Scores, Labels, Mask, at_s, at_y, at_m, inside):
-    real = inside
-    if Mask is not None:
-        real = inside & (tl.load(Mask + at_m, mask=inside, other=0) != 0)
-    z = tl.load(Scores + at_s, mask=real, other=0.0).to(tl.float32)
-    return z, tl.load(Labels + at_y, mask=real, other=0.0).to(tl.float32), real
-
-
-@triton.jit
-def _grown(maximum, total, x):
-    new = tl.maximum(maximum, x)
-    shift = finite(new)
-    return new, total * tl.exp(maximum - shift) + tl.exp(x - shift)
-
-
-@triton.jit
 def _added(m1, t1, m2, t2):
     """exp(m1) t1 + exp(m2) t2, as such a pair. t may have either sign."""
     m = tl.maximum(m1, m2)

@@ -82,7 +82,7 @@ def test_no_spills_it_fits_and_it_uses_the_hardware(compiled, compiler, capabili
         assert {(mode, "bfloat16", False), (mode, "float16", False), (mode, "float32", True)} <= kinds
     for mode in (*compiler.MASKED, *compiler.SOFTCAP):
         assert (mode, "bfloat16", True) in kinds
-    assert {e["mode"] for e in entries if e["kernel"] == "rows"} == set(compiler.BY_ROW)
+    assert {e["mode"] for e in entries if e["kernel"] == "rows"} == {*compiler.BY_ROW, *compiler.ROWWISE}
 
 
 @pytest.mark.slow

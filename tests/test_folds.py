@@ -17,6 +17,7 @@ CASES = {
     "sigmoid": ((3.0, -1.5), ()),
     "margin_ranking": ((), (0.3, 0.0)),
     "multi_similarity": ((), (2.0, 10.0, 0.5)),
+    "proxy_anchor": ((1.0, 2.5), (0.1, 8.0)),
     "circle": ((), (0.4, 8.0)),
     "sup_con_in": ((2.5,), ()),
     "batch_all": ((), (0.25,)),
@@ -24,6 +25,7 @@ CASES = {
     "distill": ((1.7,), ()),
 }
 TRIPLETS = ("batch_all", "semi_hard")
+CONSTANT = ("proxy_anchor",)  # scalars without a gradient: a scale of 1 and a count
 
 
 def scalars_of(name, dtype=torch.float64):
@@ -44,7 +46,7 @@ def differentiate(name, values, part, scalars=None, options=None):
     scalars = scalars_of(name, values.dtype) if scalars is None else scalars
     scalars = tuple(scalar.clone().requires_grad_() for scalar in scalars)
     loss, count = FOLDS[name][1](values, part, scalars, CASES[name][1] if options is None else options)
-    gradients = torch.autograd.grad(loss.sum(), (values, *scalars))
+    gradients = torch.autograd.grad(loss.sum(), (values, *(() if name in CONSTANT else scalars)))
     return loss.detach(), count, gradients[0], gradients[1:]
 
 

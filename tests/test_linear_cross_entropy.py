@@ -6,7 +6,9 @@ Where torch has the option, torch is the reference; softcap and z-loss are writt
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
+import types
 
 import pytest
 import torch
@@ -126,6 +128,12 @@ def test_it_takes_what_torchs_takes(reduction, ignore_index, options):
 BOTH = (fusedloss.linear_cross_entropy, F.linear_cross_entropy)
 
 
+def test_its_parameters_are_torchs_and_more():
+    ours, theirs = (list(inspect.signature(f).parameters.values()) for f in BOTH)
+    assert [(p.name, p.kind, p.default) for p in ours[: len(theirs)]] == [(p.name, p.kind, p.default) for p in theirs]
+    assert [p.name for p in ours[len(theirs) :]] == ["softcap", "z_loss", "compact", "backend", "workspace_bytes"]
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_one_row_and_rows_of_rows(reduction):
     """`[D]` has a 0-dim target, as in torch; `[B, T, D]` one of `[B, T]`, which torch asks to be flattened."""
@@ -150,6 +158,41 @@ def test_a_mean_over_nothing_is_nan_and_has_no_gradient(rows, reduction, compact
     )
     theirs = lambda x, y, b: F.cross_entropy(F.linear(x, y, b), target, reduction=reduction)
     same(ours, theirs, (x, y, bias))
+
+
+@pytest.mark.parametrize("pad", [0, 1])
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_the_vocabulary_head_of_a_denoising_auto_encoder(backend, pad):
+    """sentence-transformers' DenoisingAutoEncoderLoss, tied: the head's weight embeds the tokens, too."""
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    tokens = torch.randint(2, 13, (4, 7))
+    tokens[1, 3:], tokens[2, 1:] = pad, pad  # padding, of which one row has nothing else to say
+
+    def decode(embedding, sentence, input_ids):
+        return torch.tanh(embedding[input_ids] + sentence[:, None])
+
+    def theirs(embedding, bias, sentence):
+        def decoder(input_ids, encoder_hidden_states, **_):
+            return (F.linear(decode(embedding, encoder_hidden_states[:, 0], input_ids), embedding, bias),)
+
+        loss = types.SimpleNamespace(
+            need_retokenization=False,
+            encoder=lambda _: {"sentence_embedding": sentence},
+            decoder=decoder,
+            tokenizer_decoder=types.SimpleNamespace(pad_token_id=pad),
+        )
+        features = {"attention_mask": torch.ones(4, 7)}, {"input_ids": tokens}
+        return losses.DenoisingAutoEncoderLoss.forward(loss, features, None)
+
+    def ours(embedding, bias, sentence):
+        hidden = decode(embedding, sentence, tokens[:, :-1])
+        return fusedloss.linear_cross_entropy(
+            hidden, embedding, tokens[:, 1:], linear_bias=bias, ignore_index=pad, backend=backend
+        )
+
+    embedding, _, bias, _ = inputs(13, 13, 5)
+    with chunks():
+        same(ours, theirs, (embedding, bias, torch.randn(4, 5, dtype=torch.float64)))
 
 
 # Precision ------------------------------------------------------------------------------------------------------------
@@ -280,6 +323,28 @@ def peak(workspace_bytes):
     fusedloss.linear_cross_entropy(x[:64], y[:512], target[:64] % 512).backward()  # what a first step loads
     x.grad = y.grad = None
     return measure.peak_memory(step) - (rows + classes) * dim * 4
+
+
+def test_what_is_kept_for_backward():
+    """The inputs and their gradients, [N, D] and [C, D]: torch keeps a [N, C] matrix of log-probabilities."""
+    x, y, _, target = inputs(256, 2048, 16, torch.float32)
+    x.requires_grad_(), y.requires_grad_()
+
+    def kept(step):
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+            loss = step()
+        return loss, sum(t.nbytes for t in saved.values())
+
+    found, ours = kept(lambda: fusedloss.linear_cross_entropy(x, y, target))
+    nodes, gradients = [found.grad_fn], 0
+    while nodes:
+        node = nodes.pop()
+        gradients += sum(g.nbytes for g in getattr(node, "gradients", None) or () if g is not None)
+        nodes += [parent for parent, _ in node.next_functions if parent is not None]
+    _, theirs = kept(lambda: eager(x, y, target))
+    operands = x.nbytes + y.nbytes
+    assert gradients == operands and ours + gradients < 2.2 * operands < theirs / 5
 
 
 # Ignored rows ---------------------------------------------------------------------------------------------------------

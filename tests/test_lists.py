@@ -5,6 +5,8 @@ The formulas are written out here query by query from the definitions, in fp64, 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import sys
 
@@ -146,7 +148,7 @@ def close(found, wanted, rtol=1e-11, atol=1e-13):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", list(CASES))
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), seed=st.integers(0, 2**20), ties=st.booleans())
 def test_the_definition(case, backend, lengths, seed, ties):
     ours, formula = CASES[case]
@@ -228,10 +230,29 @@ def upstream(name, scores, labels, **options):
     module = pytest.importorskip("sentence_transformers.cross_encoder.losses")
     flat, places = torch.cat(scores), torch.arange(sum(map(len, scores))).split([len(s) for s in scores])
     weighting = options.get("weighting_scheme")
-    if weighting is not None:
-        options["weighting_scheme"] = getattr(module, weighting)()
+    if isinstance(weighting, str):
+        options["weighting_scheme"] = getattr(module, weighting)(
+            **({"mu": options.pop("mu")} if "mu" in options else {})
+        )
     loss = getattr(module, name)(Handing(flat), mini_batch_size=-1, **options)
     return loss([["query"] * len(scores), [p.tolist() for p in places]], list(labels))
+
+
+@contextlib.contextmanager
+def in_double():
+    """sentence-transformers casts what it is given to fp32. Here to fp64, and so are the constants it makes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def unlike(gain, discount, labels):
+    """w_ij of i above j, not symmetric: the gain of i over the discount of j, and the label of i."""
+    return gain[:, :, None] / discount[:, None, :] + labels[:, :, None]
 
 
 SCHEMES = {
@@ -240,21 +261,34 @@ SCHEMES = {
     "ndcg_loss1": "NDCGLoss1Scheme",
     "lambda_rank": "LambdaRankScheme",
     None: "NoWeightingScheme",
+    unlike: unlike,
 }
+LAMBDA = {
+    "defaults": {},
+    "k=3, eps": {"k": 3, "eps": 20.0},  # more than the best DCG of a short list
+    "sigma, nats": {"sigma": 1.3, "reduction_log": "natural"},
+}
+# Ours, and the options of theirs.
 UPSTREAM = {
     **{
-        f"LambdaLoss {ours}, k={k}": (
-            lambda s, y, w=ours, k=k, **o: fusedloss.lambda_loss(s, y, weighting=w, k=k, sigma=1.3, eps=1e-3, **o),
-            {"weighting_scheme": theirs, "k": k, "sigma": 1.3, "eps": 1e-3},
+        f"LambdaLoss {getattr(ours, '__name__', ours)}, {name}": (
+            lambda s, y, w=ours, given=given, **o: fusedloss.lambda_loss(s, y, weighting=w, **given, **o),
+            {"weighting_scheme": theirs, **given},
         )
         for ours, theirs in SCHEMES.items()
-        for k in (None, 3)
+        for name, given in LAMBDA.items()
     },
-    "RankNetLoss": (
-        lambda s, y, **o: fusedloss.rank_net(s, y, reduction_log="natural", **o),
-        {"reduction_log": "natural"},
+    "LambdaLoss mu=7": (
+        lambda s, y, **o: fusedloss.lambda_loss(s, y, mu=7.0, **o),
+        {"weighting_scheme": "NDCGLoss2PPScheme", "mu": 7.0},
     ),
-    "ADRMSELoss": (lambda s, y, **o: fusedloss.adr_mse(s, y, alpha=0.7, **o), {"alpha": 0.7}),
+    "RankNetLoss": (fusedloss.rank_net, {}),
+    "RankNetLoss k, sigma, nats": (
+        lambda s, y, **o: fusedloss.rank_net(s, y, k=3, sigma=0.5, reduction_log="natural", **o),
+        {"k": 3, "sigma": 0.5, "reduction_log": "natural"},
+    ),
+    "ADRMSELoss": (fusedloss.adr_mse, {}),
+    "ADRMSELoss alpha": (lambda s, y, **o: fusedloss.adr_mse(s, y, alpha=0.7, **o), {"alpha": 0.7}),
     "ListNetLoss": (fusedloss.list_net, {}),
     "ListMLELoss": (fusedloss.list_mle, {}),
     "ListMLELoss by label": (
@@ -262,6 +296,10 @@ UPSTREAM = {
         {"respect_input_order": False},
     ),
     "PListMLELoss": (fusedloss.plist_mle, {}),
+    "PListMLELoss weights of 1": (
+        lambda s, y, **o: fusedloss.plist_mle(s, y, lambda_weight=None, **o),
+        {"lambda_weight": None},
+    ),
     "PListMLELoss by label": (
         lambda s, y, **o: fusedloss.plist_mle(s, y, respect_input_order=False, **o),
         {"respect_input_order": False},
@@ -269,19 +307,47 @@ UPSTREAM = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", list(UPSTREAM))
 @pytest.mark.parametrize("lengths", [(5, 1, 9, 7), (140, 3)], ids=str)
-def test_sentence_transformers(case, backend, lengths):
+def test_sentence_transformers(case, lengths):
+    """Its classes in fp64. Equal labels keep their order here; its sort does not hold that from 17 documents on."""
     ours, options = UPSTREAM[case]
-    scores, labels = a_batch(lengths, seed=sum(lengths), dtype=torch.float32)
-    found = testing.value_and_gradients(lambda *s: ours(list(s), labels, backend=backend), scores)
-    wanted = testing.value_and_gradients(lambda *s: upstream(case.split()[0], list(s), labels, **options), scores)
-    # Its fp32 positions cancel where lists are long, ours do not.
-    close(found, wanted, rtol=2e-4, atol=1e-5 * max(w.abs().max().item() for w in wanted))
+    scores, labels = a_batch(lengths, seed=sum(lengths))
+    if "by label" in case:
+        labels = [y + torch.rand_like(y) for y in labels]
+    with in_double():
+        theirs = lambda *s: upstream(case.split()[0], list(s), labels, **options)
+        wanted = testing.value_and_gradients(theirs, scores)
+    for backend in BACKENDS:
+        found = testing.value_and_gradients(lambda *s, b=backend: ours(list(s), labels, backend=b), scores)
+        close(found, wanted, rtol=1e-10, atol=1e-11 * max(w.abs().max().item() for w in wanted))
+
+
+def test_sentence_transformers_in_fp32():
+    """What it computes: short lists differ by rounding alone. (In long ones its positions cancel, ours do not.)"""
+    scores, labels = a_batch((5, 1, 9, 7), dtype=torch.float32)
+    found = testing.value_and_gradients(lambda *s: fusedloss.lambda_loss(list(s), labels), scores)
+    wanted = testing.value_and_gradients(lambda *s: upstream("LambdaLoss", list(s), labels), scores)
+    close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 # Precision ------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def of_eager(case, dtype):
+    """A batch, [loss, gradient] of it in fp64, and eager's errors.
+
+    One number may be exact by luck: an error is the largest of four batches'.
+    """
+    errors = []
+    for seed in range(1, 5):
+        scores, labels = a_batch([40, 40, 40], seed=seed, dtype=dtype, spread=3.0)
+        scores, formula = torch.stack(scores), lambda s, y=labels: CASES[case][1](list(s), y)
+        eager = testing.value_and_gradients(lambda s, f=formula: f(s.float()), [scores])
+        exact = testing.value_and_gradients(formula, [scores.double()])
+        errors.append([(a.double() - b).abs().max().item() for a, b in zip(eager, exact, strict=True)])
+    return scores, torch.stack(labels), exact, [max(e) for e in zip(*errors, strict=True)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -290,18 +356,19 @@ def test_sentence_transformers(case, backend, lengths):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_inside_the_error_budget(case, backend, dtype, device):
     """fp32 arithmetic whatever the scores' dtype, whose own the gradient has; two tiles of documents."""
-    ours, formula = CASES[case]
-    scores, labels = a_batch([40, 40, 40], seed=1, dtype=dtype, spread=3.0)
-    z, y = torch.stack(scores).to(device), torch.stack(labels).to(device)
+    ours, (scores, labels, exact, errors) = CASES[case][0], of_eager(case, dtype)
+    z, y = scores.to(device), labels.to(device)
     found = testing.value_and_gradients(lambda s: ours(s, y, backend=backend), [z])
-    eager = testing.value_and_gradients(lambda s: formula(list(s.cpu().float()), labels), [z])
-    exact = testing.value_and_gradients(lambda s: formula(list(s.cpu()), labels), [z.double()])
     assert found[0].dtype == torch.float32 and found[1].dtype == dtype
-    for name, out, base, oracle in zip(("loss", "gradient"), found, eager, exact, strict=True):
-        share = testing.budget_share(
-            out.cpu(), base.cpu(), oracle.cpu(), dtype if name == "gradient" else torch.float32
-        )
-        assert share <= 1, f"{name}: {share:.2f} of the budget"
+    for name, out, oracle, theirs in zip(("loss", "gradient"), found, exact, errors, strict=True):
+        eps, size = torch.finfo(out.dtype).eps, oracle.abs().max().item()
+        budget = 2 * theirs + eps * size
+        if name == "gradient" and backend == "triton" and "list_mle" in case:
+            # The interpreter scans one by one: two scans of 40 sums, rounded by eps / 2 each, which add up like a
+            # random walk. What is scanned is the gradient plus the weight, at most 1 / 3 in a mean of three queries.
+            budget += math.sqrt(2 * 40) * torch.finfo(torch.float32).eps / 2 * (size + 1 / 3)
+        error = (out.cpu().double() - oracle).abs().max().item()
+        assert error <= budget, f"{name}: {error / budget:.2f} of the budget"
 
 
 def test_neighbours_far_down_a_list_keep_their_weight():
@@ -319,11 +386,12 @@ def test_neighbours_far_down_a_list_keep_their_weight():
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 @pytest.mark.parametrize("case", FEW)
-def test_scores_of_ten_thousand(case, backend):
+def test_scores_far_apart(case, backend):
     ours, formula = CASES[case]
-    scores = [torch.tensor([1e4, -1e4, 3.0, 9.9e3, -9.9e3], dtype=torch.float64), torch.tensor([-1e4, 1e4])]
-    scores[1] = scores[1].double()
-    labels = [torch.tensor([0.0, 3, 1, 2, 0], dtype=torch.float64), torch.tensor([1.0, 0], dtype=torch.float64)]
+    """And none apart at all."""
+    numbers = lambda *lists: [torch.tensor(x, dtype=torch.float64) for x in lists]
+    scores = numbers([1e4, -1e4, 3, 9.9e3, -9.9e3], [-1e4, 1e4], [7, 7, 7, 7])
+    labels = numbers([0, 3, 1, 2, 0], [1, 0], [1, 0, 3, 1])
     found = testing.value_and_gradients(lambda *s: ours(list(s), labels, backend=backend), [s.float() for s in scores])
     wanted = testing.value_and_gradients(lambda *s: formula(list(s), labels), scores)
     close(found, wanted, rtol=1e-5, atol=1e-6)
@@ -398,16 +466,18 @@ def test_infinite_scores_are_very_far_away(weighting, backend):
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 def test_gains_that_overflow(backend):
-    """2^200 in fp32: NaN as in sentence-transformers, and like there 0 where no pair counts."""
+    """2^2000 in fp64: NaN as in sentence-transformers, and like there 0 where no pair counts. 2^200 is a number."""
     scores = torch.randn(2, 4)
-    equal, mixed = torch.full((1, 4), 200.0), torch.tensor([[200.0, 1, 0, 0]])
-    for labels in (torch.cat([equal, equal]), torch.cat([mixed, equal])):
-        wanted = upstream("LambdaLoss", list(scores), list(labels))
-        loss, gradient = testing.value_and_gradients(
-            lambda s, y=labels: fusedloss.lambda_loss(s, y, backend=backend), [scores]
-        )
-        torch.testing.assert_close(loss, wanted, equal_nan=True)
-        assert gradient[1].eq(0).all()
+    for label in (200.0, 2000.0):
+        equal, mixed = torch.full((1, 4), label), torch.tensor([[label, 1, 0, 0]])
+        for labels in (torch.cat([equal, equal]), torch.cat([mixed, equal])):
+            with in_double():
+                wanted = upstream("LambdaLoss", list(scores), list(labels))
+            loss, gradient = testing.value_and_gradients(
+                lambda s, y=labels: fusedloss.lambda_loss(s, y, backend=backend), [scores]
+            )
+            torch.testing.assert_close(loss, wanted.float(), equal_nan=True)
+            assert gradient[1].eq(0).all()
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
@@ -440,9 +510,8 @@ def test_a_scheme_of_sentence_transformers(monkeypatch, weighting, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weights_that_are_not_symmetric(monkeypatch, backend):
-    """w_ij of i above j: the gain of i, and of the position of j."""
+    """In blocks, whose weights are those of i above j and of j above i."""
     monkeypatch.setattr(rowwise, "ROWS", (8, 8))
-    weighting = lambda gain, discount, labels: gain[:, :, None] / discount[:, None, :] + labels[:, :, None]
     scores, labels = torch.randn(2, 70, dtype=torch.float64), torch.randint(0, 4, (2, 70)).double()
 
     def formula(s):
@@ -458,7 +527,7 @@ def test_weights_that_are_not_symmetric(monkeypatch, backend):
             total, pairs = total + losses[chosen].sum(), pairs + chosen.sum()
         return total / pairs / math.log(2)
 
-    ours = lambda s: fusedloss.lambda_loss(s, labels, weighting=weighting, backend=backend)
+    ours = lambda s: fusedloss.lambda_loss(s, labels, weighting=unlike, backend=backend)
     close(testing.value_and_gradients(ours, [scores]), testing.value_and_gradients(formula, [scores]))
 
 
@@ -520,14 +589,25 @@ def test_place_weights_of_sentence_transformers():
 @pytest.mark.parametrize("case", FEW)
 def test_backward_twice_but_not_of_itself(case):
     ours, _ = CASES[case]
-    scores, labels = torch.randn(3, 8, requires_grad=True), torch.randint(0, 3, (3, 8))
+    scores = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 3, (3, 8)).double()
     loss = ours(scores, labels)
-    first, second = (torch.autograd.grad(loss, scores, torch.tensor(u), retain_graph=True)[0] for u in (1.0, 2.0))
+    first, second = (
+        torch.autograd.grad(loss, scores, torch.tensor(u).double(), retain_graph=True)[0] for u in (1.0, 2.0)
+    )
     close([second], [2 * first])
     with pytest.raises(RuntimeError, match="backend='reference'"):
         torch.autograd.grad(ours(scores, labels), scores, create_graph=True)
-    (gradient,) = torch.autograd.grad(ours(scores, labels, backend="reference"), scores, create_graph=True)
-    assert torch.autograd.grad(gradient.square().sum(), scores)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_second_derivatives_of_the_reference(case):
+    ours, formula = CASES[case]
+    scores, labels = torch.randn(3, 8, dtype=torch.float64), torch.randint(0, 3, (3, 8)).double()
+    along = torch.randn(3, 8, dtype=torch.float64)
+    hessian = lambda f: torch.autograd.functional.hvp(f, scores, along)[1]
+    found = hessian(lambda s: ours(s, labels, backend="reference"))
+    close([found], [hessian(lambda s: formula(list(s), list(labels)))], rtol=1e-9)
 
 
 @pytest.mark.parametrize("case", ["lambda_loss ndcg_loss2pp, k=None", "list_net"])
@@ -559,24 +639,30 @@ def test_under_a_compiler(case):
     close(found, testing.value_and_gradients(lambda s: ours(s, labels), [scores]), rtol=1e-5, atol=1e-6)
 
 
-def lambda_memory(whose: str, Q: int, n: int) -> int:
-    scores, labels = torch.randn(Q, n, requires_grad=True), torch.randint(0, 5, (Q, n)).float()
-    if whose == "ours":
-        return measure.peak_memory(lambda: fusedloss.lambda_loss(scores, labels).backward())
-    if whose == "adr_mse":
-        return measure.peak_memory(lambda: fusedloss.adr_mse(scores, labels).backward())
-    return measure.peak_memory(lambda: upstream("LambdaLoss", list(scores), list(labels)).backward())
+def peaks() -> dict[str, int]:
+    """Bytes of forward and backward, in a process that did nothing large before: each is above the last."""
+
+    def peak(loss, Q, n):
+        scores, labels = torch.randn(Q, n, requires_grad=True), torch.randint(0, 5, (Q, n)).float()
+        return measure.peak_memory(lambda: loss(scores, labels).backward())
+
+    torch.set_num_threads(1)  # two would wait for each other on a machine that has other work: ten times as long
+    few = torch.randn(1, 2, requires_grad=True)
+    upstream("LambdaLoss", list(few), list(few.detach())).backward()  # its import is not its step
+    found = {case: peak(CASES[case][0], 2, 4096) for case in FEW}
+    found["lambda_loss"] = peak(fusedloss.lambda_loss, 64, 1024)
+    found["sentence-transformers"] = peak(lambda s, y: upstream("LambdaLoss", list(s), list(y)), 4, 1024)
+    return found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a CPU's peak can be reset on Linux only")
 def test_pairs_are_not_kept():
-    """64 queries of 1024 documents have 256 MiB of pairs in fp32."""
-    ours = measure.isolated(lambda_memory, "ours", 64, 1024)
-    assert ours < 32 * MIB
-    assert measure.isolated(lambda_memory, "adr_mse", 64, 1024) < 32 * MIB
+    """64 queries of 1024 documents have 256 MiB of pairs in fp32, 2 queries of 4096 have 128 MiB."""
     pytest.importorskip("sentence_transformers")
-    # An eighth of the queries: sentence-transformers' peak grows in proportion.
-    assert ours < 0.1 * 8 * measure.isolated(lambda_memory, "sentence-transformers", 8, 1024)
+    found = measure.isolated(peaks)
+    # A sixteenth of the queries: sentence-transformers' peak grows in proportion.
+    assert found["lambda_loss"] < 0.1 * 16 * found.pop("sentence-transformers")
+    assert max(found.values()) < 32 * MIB, found
 
 
 # Modules and errors ---------------------------------------------------------------------------------------------------

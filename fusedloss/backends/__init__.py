@@ -68,12 +68,13 @@ def select_rowwise(backend: str, x: Tensor, *, multiplies: bool = False, unsuppo
 
     multiplies: the kernel has products of tiles. unsupported: why no kernel takes these arguments.
     """
-    checks.backend(backend)
     if backend == "auto":
         backend = os.environ.get("FUSEDLOSS_BACKEND") or "auto"
+        if backend == "auto":
+            return AUTO.get(x.device.type, ("chunked", "reference"))[0]
         checks.backend(backend, "FUSEDLOSS_BACKEND")
-    if backend == "auto":
-        return AUTO.get(x.device.type, ("chunked", "reference"))[0]
+    else:
+        checks.backend(backend)
     if backend == "triton":
         # What the interpreter cannot do with bfloat16 is to multiply tiles.
         dtype = torch.float32 if x.dtype == torch.bfloat16 and not multiplies else x.dtype

@@ -86,8 +86,7 @@ def _logits(problem: Problem, rows: list[Tensor]) -> Tensor:
             z = z + penalty * sim.detach()
         if number == 0 and any(problem.margin):
             index = problem.target.clamp(min=0)[:, None]
-            eps = torch.finfo(sim.dtype).eps
-            target = epilogues.marginal(sim.gather(1, index), problem.margin, eps)[0] * problem.scale
+            target = _marginal(problem, index[:, 0])[:, None].to(z.dtype)
             z = z.scatter(1, index, torch.where(problem.target[:, None] < 0, z.gather(1, index), target))
         if block.bias is not None:
             z = z + block.bias.to(z.dtype)
@@ -105,6 +104,15 @@ def _logits(problem: Problem, rows: list[Tensor]) -> Tensor:
             z = z.masked_fill(dropped, -torch.inf)
         parts.append(z)
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def _marginal(problem: Problem, index: Tensor) -> Tensor:
+    """Targets' logits under their margin. An angle is the root of a difference: half of a cosine's digits are lost."""
+    block, narrow = problem.blocks[0], stats_dtype(problem.dtype)
+    dtype = torch.float64 if problem.device.type in ("cpu", "cuda") else narrow
+    x, y = problem.operands[block.query][: problem.rows], problem.operands[block.key][index]
+    cosine = (unit_rows(x.to(dtype)) * unit_rows(y.to(dtype))).sum(1)
+    return epilogues.marginal(cosine, problem.margin, torch.finfo(narrow).eps)[0] * problem.scale
 
 
 class _Thresholds(NamedTuple):

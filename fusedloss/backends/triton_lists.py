@@ -12,7 +12,6 @@ from torch import Tensor
 from .triton import _cdiv, _on
 
 TILE = 32  # documents on either side of a tile of pairs, at most: with 64 columns lambdas take 230 registers
-ROW = 1024  # of a list that a program walks
 
 
 def lambdas(
@@ -55,7 +54,7 @@ def lambdas(
             BLOCK_I=block,
             BLOCK_J=block,
         )
-    return loss.sum(1), by_score
+    return loss.sum(1, dtype=torch.float64), by_score
 
 
 def adr(
@@ -76,23 +75,13 @@ def adr(
         )
         if by_score is not None:
             _lists().adr_gradient_kernel[grid](scores, mask, slope, by_score, scale, n, stride_sq, stride_mq, **options)
-    return loss.sum(1), by_score
-
-
-def list_net(scores: Tensor, labels: Tensor, mask: Tensor | None, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Minus the loss, sums of queries; and the gradient of the loss."""
-    Q, n = scores.shape
-    operands, strides = _operands(scores, labels, mask)
-    loss = torch.empty(Q, dtype=torch.float32, device=scores.device)
-    by_score = loss.new_empty(Q, n) if gradient else None
-    with _on(scores.device):
-        _lists().list_net_kernel[(Q,)](*operands, loss, by_score, n, *strides, BLOCK_N=min(ROW, _power(n)))
-    return loss, by_score
+    return loss.sum(1, dtype=torch.float64), by_score
 
 
 def list_mle(z: Tensor, weight: Tensor | None, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
     Q, n = z.shape
-    z, weight = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (z, weight))
+    z = z if z.stride(1) == 1 else z.contiguous()
+    weight = weight if weight is None or weight.stride(1) == 1 else weight.contiguous()
     loss = z.new_empty(Q)
     by_score = z.new_empty(Q, n) if gradient else None
     stride = 0 if weight is None or weight.shape[0] == 1 else weight.stride(0)

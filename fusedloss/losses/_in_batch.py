@@ -125,7 +125,7 @@ def of_rows(loss: Tensor, reduction: str) -> Tensor:
     """`[M]` losses of rows that all count, as what was asked for."""
     if reduction == "none":
         return loss
-    return loss.sum() / max(loss.shape[0], 1) if reduction == "mean" else loss.sum()
+    return loss.mean() if reduction == "mean" and len(loss) else loss.sum()
 
 
 def over(total: Tensor, count: Tensor) -> Tensor:

@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import checks
-from ..rowwise.pairs import scores
+from ..rowwise.pairs import columns
 
 SIMILARITIES = ("cos", "dot", "euclidean", "manhattan", "angle")
 
 
-def similarities(name: str, query: Tensor, *others: Tensor, backend: str) -> Tensor:
-    """`[B, K]`; of a distance its negative, as in sentence-transformers."""
-    found = scores(name, query, *others, backend=backend)
-    return -found if name in ("euclidean", "manhattan") else found
+def similarities(name: str, query: Tensor, *others: Tensor, backend: str) -> tuple[Tensor, ...]:
+    """`[B]` K times; of a distance its negative, as in sentence-transformers."""
+    found = columns(name, query, *others, backend=backend)
+    return tuple(-x for x in found) if name in ("euclidean", "manhattan") else found
+
+
+def squares(found: Tensor, wanted: Tensor, reduction: str) -> Tensor:
+    """Squared differences of rows that all count; of none the mean is 0."""
+    return F.mse_loss(found, wanted, reduction=reduction if len(found) else "sum" if reduction == "mean" else reduction)
 
 
 def check_rows(**embeddings: Tensor) -> None:

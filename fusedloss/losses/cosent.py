@@ -102,7 +102,8 @@ def _ordered(
 ) -> Tensor:
     checks.scalar("scale", scale, query, positive=True)
     factor = as_scale(scale, query, inverse=False)[0] if isinstance(scale, Tensor) else scale
-    found = similarities(similarity, query, *others, backend=backend).T.flatten()
+    columns = similarities(similarity, query, *others, backend=backend)
+    found = columns[0] if len(columns) == 1 else torch.cat(columns)
     gold = score.detach()  # only compared
     return ordered_pairs(found * factor, gold.byte() if gold.dtype == torch.bool else gold, backend)
 

@@ -105,6 +105,7 @@ def _check_options(
     checks.share("label_smoothing", label_smoothing)
     checks.number("z_loss", z_loss)
     if softcap is not None:
+        checks.number("softcap", softcap)
         checks.scalar("softcap", softcap, None, positive=True)
     checks.backend(backend)
 

@@ -61,7 +61,7 @@ def distill_kl_div(
     checks.scalar("temperature", temperature, query, positive=True)
     student = _or(temperature, "student_temperature", student_temperature, query)
     teacher = _or(temperature, "teacher_temperature", teacher_temperature, query)
-    found = similarities(similarity, query, positive, *negatives, backend=backend)
+    found = torch.stack(similarities(similarity, query, positive, *negatives, backend=backend), dim=1)
     # O(B K) numbers in fp64: their divergence is of second order, and in fp32 that of a well-fitted batch is noise.
     wide = torch.float64 if found.device.type in ("cpu", "cuda") else found.dtype
     log_p = (found.to(wide) / student).log_softmax(1)

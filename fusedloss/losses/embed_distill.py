@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .. import checks
 from ..problem import stats_dtype
-from ..rowwise.pairs import scores
+from ..rowwise.pairs import columns
 from ._in_batch import of_rows
 from ._module import LossModule
 from ._pairs import check_rows
@@ -66,16 +66,16 @@ def embed_distill(
     teachers = _teachers(teacher, students)
     kind, eps = {"cosine": ("cos", 1e-8), "mse": ("squared", 0.0), "l2": ("euclidean", 0.0)}[distance]
     if len(teachers) == 1:  # read once for all columns
-        found = scores(kind, teachers[0], *students, eps=eps, backend=backend)
+        found = columns(kind, teachers[0], *students, eps=eps, backend=backend)
     else:
         pairs = zip(teachers, students, strict=True)
-        found = torch.cat([scores(kind, t, x, eps=eps, backend=backend) for t, x in pairs], 1)
-    columns = found.mean(1) if len(students) > 1 else found.squeeze(1)
+        found = tuple(columns(kind, t, x, eps=eps, backend=backend)[0] for t, x in pairs)
+    losses = found[0] if len(found) == 1 else torch.stack(found).mean(0)
     if distance == "cosine":
-        columns = 1 - columns
+        losses = 1 - losses
     elif distance == "mse":
-        columns = columns / students[0].shape[1]
-    return of_rows(columns, reduction)
+        losses = losses / students[0].shape[1]
+    return of_rows(losses, reduction)
 
 
 def _projected(x: Tensor, projection: Tensor | Callable[[Tensor], Tensor]) -> Tensor:

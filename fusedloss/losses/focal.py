@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..problem import stats_dtype
+from ..rowwise.classes import focal_classes
 from ..rowwise.pointwise import Focal, loss
 from ._module import LossModule
 
@@ -96,11 +97,20 @@ def _binary(
 def _multiclass(
     input: Tensor, target: Tensor, gamma: float, alpha: Any, ignore_index: int, reduction: str, backend: str
 ) -> Tensor:
-    from ..rowwise.classes import focal_classes
-
-    found: Tensor = focal_classes(input, target, gamma, alpha, ignore_index, reduction, backend)
-    return found
+    if input.dim() < 2:
+        raise ValueError(f"input has shape {list(input.shape)}: classes need [M, C] or [M, C, d1, ...]")
+    checks.integers("target", target, tuple(input.shape[:1] + input.shape[2:]), input)
+    if alpha is not None:
+        checks.vector("alpha", alpha, input.shape[1], "class", input)
+    return focal_classes(input, target, gamma, alpha, ignore_index, reduction, backend)
 
 
 class FocalLoss(LossModule, function=focal):
-    """`focal` with its options in the constructor and `forward(input, target)`."""
+    """`focal` with its options in the constructor and `forward(input, target)`; a tensor `alpha` is a buffer."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        alpha = self.alpha
+        if isinstance(alpha, Tensor):
+            del self.alpha
+            self.register_buffer("alpha", alpha)

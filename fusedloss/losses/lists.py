@@ -50,7 +50,7 @@ def lambda_loss(
     gradient; equal scores rank as they came. Scores enter clamped to +-1e8 and without gradient beyond
     (sentence-transformers clamps their differences): an infinite score gives finite numbers. A NaN score or label makes
     the loss NaN (there, a NaN score counts as a tie). So does an infinite label, and a gain that overflows (a label
-    over 127 in fp32), unless all of the query's labels are equal.
+    over 1023), unless all of the query's labels are equal.
 
     Args:
         scores: `[Q, n]`, floating, any strides; or a list of 1-D tensors, one a query.
@@ -210,7 +210,8 @@ def plist_mle(
         lambda_weight: "default"; None for weights of 1, not divided by their sum; or a function of the mask, bool
             `[Q, n]` in the list's order, that returns weights of that shape.
         respect_input_order: documents stand in the right order; the labels' values are not looked at. Else they are
-            sorted by label, the highest first and equal ones as they came.
+            sorted by label, the highest first and equal ones as they came (in sentence-transformers, where their
+            order is the sort's choice, the loss of equal labels depends on it from 17 documents on).
         reduction: "mean" over queries, "sum" or "none" (`[Q]`).
         backend: "auto", "triton" (up to 4096 documents), "chunked" or "reference".
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .. import checks
 from ._in_batch import of_rows
 from ._module import LossModule
-from ._pairs import SIMILARITIES, check_columns, check_numbers, similarities
+from ._pairs import SIMILARITIES, check_columns, check_numbers, similarities, squares
 
 
 def margin_mse(
@@ -51,14 +52,14 @@ def margin_mse(
     check_numbers("label", label, shapes, query)
     checks.choice("similarity", similarity, SIMILARITIES)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
-    found = similarities(similarity, query, positive, *negatives, backend=backend)
-    margins = label.detach().to(found.dtype)
+    near, *far = similarities(similarity, query, positive, *negatives, backend=backend)
+    margins = label.detach().to(near.dtype)
     if label.shape == shapes[0]:
         margins = margins[:, :1] - margins[:, 1:]
-    elif label.dim() == 1:
-        margins = margins[:, None]
-    near, far = found.split((1, count), dim=1)
-    return of_rows(F.mse_loss(near - far, margins, reduction="none").mean(1), reduction)
+    if count == 1:
+        return squares(near - far[0], margins.reshape(rows), reduction)
+    apart = near[:, None] - torch.stack(far, dim=1)
+    return of_rows(F.mse_loss(apart, margins, reduction="none").mean(1), reduction)
 
 
 class MarginMSELoss(LossModule, function=margin_mse, tensors=("label",), choices={"similarity": SIMILARITIES}):

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import checks
-from ..rowwise.pairs import scores
+from ..rowwise.pairs import columns
 from ._in_batch import of_rows
 from ._module import LossModule
-from ._pairs import check_numbers, check_rows
+from ._pairs import check_numbers, check_rows, squares
 
 DISTANCES = ("cosine", "euclidean", "manhattan")
 
@@ -54,7 +54,7 @@ def contrastive(
     d = _distances(a, b, label, distance, margin, backend)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     y = label.to(d.dtype)
-    return of_rows(0.5 * (y * d.square() + (1 - y) * (margin - d).relu().square()), reduction)
+    return of_rows(0.5 * torch.lerp((margin - d).relu().square(), d.square(), y), reduction)
 
 
 def online_contrastive(
@@ -95,8 +95,8 @@ def _distances(a: Tensor, b: Tensor, label: Tensor, distance: str, margin: float
     checks.choice("distance", distance, DISTANCES)
     checks.number("margin", margin)
     if distance == "cosine":
-        return 1 - scores("cos", a, b, eps=1e-8, backend=backend).squeeze(1)
-    return scores(distance, a, b, eps=1e-6, backend=backend).squeeze(1)
+        return 1 - columns("cos", a, b, eps=1e-8, backend=backend)[0]
+    return columns(distance, a, b, eps=1e-6, backend=backend)[0]
 
 
 def cosine_similarity(
@@ -141,11 +141,11 @@ def cosine_similarity(
         raise TypeError(f"transform is a {type(transform).__name__}: needs a function of a tensor [B], or None")
     if callable(loss) and reduction != "mean":
         raise ValueError(f"reduction is {reduction!r}, but loss is a function, which reduces by itself")
-    cosines = scores("cos", a, b, eps=1e-8, backend=backend).squeeze(1)
-    target = score.to(cosines.dtype)
+    cosines = columns("cos", a, b, eps=1e-8, backend=backend)[0]
+    target = score if score.dtype == cosines.dtype else score.to(cosines.dtype)
     if transform is not None:
         cosines = transform(cosines)
-    return loss(cosines, target) if callable(loss) else of_rows((cosines - target).square(), reduction)
+    return loss(cosines, target) if callable(loss) else squares(cosines, target, reduction)
 
 
 def contrastive_tension(
@@ -175,8 +175,9 @@ def contrastive_tension(
     check_rows(a=a, b=b)
     check_numbers("label", label, [(a.shape[0],)], a)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
-    dots = scores("dot", a, b, backend=backend).squeeze(1)
-    return of_rows(F.binary_cross_entropy_with_logits(dots, label.to(dots.dtype), reduction="none"), reduction)
+    dots = columns("dot", a, b, backend=backend)[0]
+    reduction = reduction if len(dots) else "sum" if reduction == "mean" else reduction
+    return F.binary_cross_entropy_with_logits(dots, label.to(dots.dtype), reduction=reduction)
 
 
 class ContrastiveLoss(LossModule, function=contrastive, choices={"distance": DISTANCES}):

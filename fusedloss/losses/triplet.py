@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import checks
-from ..rowwise.pairs import scores
+from ..rowwise.pairs import columns
 from ._in_batch import of_rows
 from ._module import LossModule
 from ._pairs import check_rows
@@ -51,10 +51,10 @@ def triplet(
     checks.number("margin", margin)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     if distance == "cosine":
-        near, far = scores("cos", anchor, positive, negative, backend=backend).unbind(1)
+        near, far = columns("cos", anchor, positive, negative, backend=backend)
         apart = far - near  # (1 - near) - (1 - far) would be rounded twice more
     else:
-        near, far = scores(distance, anchor, positive, negative, backend=backend).unbind(1)
+        near, far = columns(distance, anchor, positive, negative, backend=backend)
         apart = near - far
     return of_rows((apart + margin).relu(), reduction)
 

@@ -22,8 +22,10 @@ from .. import checks
 from ..backends import select_rowwise, triton_classes
 from ..epilogues import softmax_rows
 from ..problem import stats_dtype
+from .pointwise import last_use, transformed
 
-BLOCK = 1 << 18  # elements at a time on a CPU: at 2^17 the starts of threads, at 2^20 the caches took 10 % more
+# Elements at a time on a CPU: with 2^18 the starts of threads took 10 to 60 % more of 2^20 elements, also of 2^23.
+BLOCK = 1 << 20
 # torch's log_softmax takes single steps along a last dimension of fewer classes than a vector has lanes: ten times the
 # time, so there the classes go first and the rows are the vectors.
 FEW_CLASSES = 16
@@ -116,11 +118,11 @@ def cross_entropy(
             hard = weight.to(stats_dtype(x.dtype))[index]
             hard = hard if left_out is None else hard.masked_fill(left_out, 0)
             total, hard = hard.sum(), hard * (1 - label_smoothing)
-        hard = hard if outside is None else torch.where(outside, torch.nan, hard)
+        hard = _nan_outside(hard, outside, stats_dtype(x.dtype))
     none: bool | Tensor = False
     if reduction == "mean":
         none = count == 0 if total is None else total == 0
-        count = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+        count = count.clamp(min=1).to(stats_dtype(x.dtype)) if isinstance(count, Tensor) else max(count, 1)
         per = count if total is None else torch.where(total == 0, 1, total)
         hard, smooth, square = hard / per, smooth and smooth / per, square and square / count
     terms = Terms(index, share, weight, left_out, hard, smooth, square, softcap=softcap)
@@ -149,9 +151,9 @@ def focal_classes(
     x, target = (input, target) if input.dim() == 2 else (input.flatten(2), target.flatten(1))
     target, left_out, outside, count = admitted(target, x.shape[1], ignore_index)
     hard: PerRow = 1.0 if alpha is None else alpha.to(stats_dtype(x.dtype))[target]
-    hard = hard if outside is None else torch.where(outside, torch.nan, hard)
+    hard = _nan_outside(hard, outside, stats_dtype(x.dtype))
     if reduction == "mean":
-        hard = hard / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+        hard = hard / (count.clamp(min=1).to(stats_dtype(x.dtype)) if isinstance(count, Tensor) else max(count, 1))
     terms = Terms(target, left_out=left_out, hard=hard, gamma=gamma)
     found = loss(x, terms, reduced=reduction != "none", backend=backend)
     return found.reshape(rows) if reduction == "none" else found
@@ -166,7 +168,7 @@ def soft_cross_entropy_rows(
     """
     backend = select_rowwise(backend, logits)
     target_logits = target_logits.detach()
-    if backend == "reference" or torch.compiler.is_compiling():
+    if backend == "reference" or transformed():
         return soft_formula(logits, target_logits, mask)
     walk = triton_classes.soft_rows if backend == "triton" else soft_chunked
     if torch.is_grad_enabled() and logits.requires_grad:
@@ -181,7 +183,7 @@ def admitted(
 
     Where values may be read, no row is out of range (IndexError) and None is left out where nothing is: most batches.
     """
-    reads = checks.reads_values(target) and target.numel() > 0
+    reads = checks.reads_values(target) and target.numel() > 0 and not transformed()
     if reads:
         low, high = (int(end) for end in target.aminmax())
         if 0 <= low and high < columns and not low <= ignore_index <= high:
@@ -200,13 +202,17 @@ def admitted(
     return target.masked_fill(left_out, 0), left_out, None, int(count)
 
 
+def _nan_outside(hard: PerRow, outside: Tensor | None, dtype: torch.dtype) -> PerRow:
+    return hard if outside is None else hard + outside.to(dtype).masked_fill(outside, torch.nan)
+
+
 def loss(x: Tensor, terms: Terms, *, reduced: bool, backend: str) -> Tensor:
     """The rows' losses, or their sum, in the statistics dtype."""
     backend = select_rowwise(backend, x)
     if (
         backend == "reference"
         or not x.numel()
-        or torch.compiler.is_compiling()  # fused by the compiler, where a loop over blocks would be unrolled
+        or transformed()  # a compiler fuses the formula, where it would unroll a loop over blocks
         or (torch.is_grad_enabled() and any(_learns(t) for t in (terms.hard, terms.weight, terms.share)))
     ):
         rows = formula(x, terms)
@@ -229,10 +235,12 @@ def formula(x: Tensor, terms: Terms) -> Tensor:
     """Each row's loss; differentiable in logits, class weights and shares."""
     shape = x.shape[:1] + x.shape[2:]
     z, C = x.to(stats_dtype(x.dtype)), x.shape[1]
+    if terms.left_out is not None:
+        z = z.masked_fill(terms.left_out.unsqueeze(1), 0)
     if terms.softcap is not None:
         z = terms.softcap * torch.tanh(z / terms.softcap)
     z = z.movedim(1, -1).reshape(-1, C)
-    weight = torch.ones_like(z[0]) if terms.weight is None else terms.weight.to(z.dtype)
+    weight = z.new_ones(C) if terms.weight is None else terms.weight.to(z.dtype)
     if terms.share is not None:
         q = terms.share.to(z.dtype).movedim(1, -1).reshape(-1, C)
         first = -(weight * q * z.log_softmax(1)).sum(1)
@@ -246,8 +254,15 @@ def formula(x: Tensor, terms: Terms) -> Tensor:
     if terms.smooths:
         rows = rows - terms.smooth * (weight * z.log_softmax(1)).sum(1).reshape(shape)
     if terms.squares:
-        rows = rows + terms.square * z.logsumexp(1).square().reshape(shape)
+        rows = rows + terms.square * _logsumexp(z).square().reshape(shape)
     return rows if terms.left_out is None else rows.masked_fill(terms.left_out, 0)
+
+
+def _logsumexp(z: Tensor) -> Tensor:
+    """Of large logits too with all digits of its gradient, which torch finds from exp(z - logsumexp(z))."""
+    shift = z.detach().amax(1, keepdim=True)
+    shift = shift.masked_fill(shift.isinf(), 0)
+    return (z - shift).logsumexp(1) + shift[:, 0]
 
 
 def soft_formula(logits: Tensor, target_logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -342,7 +357,8 @@ def _block(
         p = log_p.exp_()
         if wants_grad:
             total = hard * q.sum(d, keepdim=True)
-            p.mul_(total if rest is None else total + rest).sub_(hard * q)
+            p.mul_(total if rest is None else total + rest)
+            p = p.addcmul_(hard, q, value=-1) if isinstance(hard, Tensor) else p.sub_(q, alpha=hard)
     else:
         softmax = (lambda *_, **__: log_p.exp_()) if terms.smooths else torch.softmax
         p, target, p_t, s, loss = _without_target(z, softmax, terms.target, d, out)
@@ -391,12 +407,13 @@ def _without_target(
     target = target.unsqueeze(d)
     p_t = p.gather(d, target)
     p.scatter_(d, target, 0)
-    # The sum of many roundings against one: of equal logits the former's gradient was twice as far off as torch's.
-    s = torch.where(p_t < 0.5, 1 - p_t, p.sum(d, True))
+    s = p.sum(d, True)
     loss = (s / p_t).log1p_()
+    s.div_(s + p_t)  # what rounds all shares alike goes: of equal logits the gradient was twice as far off as torch's
     # Where p_t has no digits left, log p_t is that of s = 1. Rare: on a CPU it is looked for.
     if z.device.type != "cpu" or not p_t.amin().item() > LEAST:
-        loss = torch.where(p_t > LEAST, loss, torch.logsumexp(z, d, keepdim=True) - z.gather(d, target))
+        # Of an infinite logit p_t is NaN, and so stays the loss.
+        loss = torch.where(p_t <= LEAST, torch.logsumexp(z, d, keepdim=True) - z.gather(d, target), loss)
     return p, target, p_t, s, loss
 
 
@@ -475,7 +492,9 @@ def scaled(grad: Tensor, upstream: Tensor, gain: Tensor | None = None) -> Tensor
         upstream = upstream * gain.unsqueeze(1)
     if not upstream.dim():
         # A loss that nothing is done to but backward(): on a CPU that is worth a look, as the product costs a third.
-        return grad if upstream.device.type == "cpu" and upstream.item() == 1 else grad * upstream
+        # Not where the graph is kept: what is given away is then also what the next backward pass reads.
+        unscaled = upstream.device.type == "cpu" and last_use(upstream) and upstream.item() == 1
+        return grad if unscaled else grad * upstream
     if grad.dtype == upstream.dtype:
         return grad * upstream
     out = torch.empty_like(grad)

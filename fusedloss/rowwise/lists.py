@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..backends import select_rowwise
 from ..problem import stats_dtype
+from . import classes
 
 LN2 = math.log(2)
 LARGEST = 1e8  # scores are clamped to this: -inf ranks last and gives finite numbers
@@ -63,12 +64,16 @@ def _reduced(
     unit: float = 1.0,
     scale: float = 1.0,
 ) -> Tensor:
-    """Sums of queries as what was asked for, in `unit`s. gradient: of their sum by `scale * scores`, or None."""
+    """Sums of queries as what was asked for, in `unit`s. gradient: of their sum by `scale * scores`, or None.
+
+    In fp64 and rounded once: three roundings of a mean in fp32 are more than the pairs' own, which average out.
+    """
+    sums = sums.double()
     over: Tensor | float = unit
     if reduction == "mean":
         count = count.clamp(min=1).to(sums.dtype) if isinstance(count, Tensor) else max(count, 1)
         over = unit * count
-    loss = (sums if reduction == "none" else sums.sum()) / over
+    loss = ((sums if reduction == "none" else sums.sum()) / over).to(stats_dtype(scores.dtype))
     return loss if gradient is None else _Known.apply(scores, loss, gradient, scale / over)
 
 
@@ -185,11 +190,11 @@ def _unequal(labels: Tensor, length: Tensor | int) -> tuple[Tensor, Tensor]:
 
 
 def _gains(by_rank: Ranked, k: int, eps: float, ascending: Tensor, inverse: Tensor) -> Tensor:
-    """[Q, n]: (2^label - 1) / max(DCG@k of the best order, eps), negative labels as 0."""
-    inverse = inverse[:k].to(ascending.dtype)
-    best = torch.expm1(ascending[:, ascending.shape[1] - k :].clamp(min=0) * LN2)
-    ideal = (best * inverse.flip(0)).sum(1).clamp(min=eps)
-    return torch.expm1(by_rank.label.clamp(min=0) * LN2) / ideal[:, None]
+    """[Q, n]: (2^label - 1) / max(DCG@k of the best order, eps), negative labels as 0; in fp64 until the last."""
+    best = torch.expm1(ascending[:, ascending.shape[1] - k :].double().clamp(min=0) * LN2)
+    ideal = (best * inverse[:k].flip(0)).sum(1).clamp(min=eps)
+    gain = torch.expm1(by_rank.label.double().clamp(min=0) * LN2) / ideal[:, None]
+    return gain.to(by_rank.label.dtype)
 
 
 def _selected(by_rank: Ranked, weighting: Weighting, k: int) -> tuple[Tensor, Tensor]:
@@ -317,7 +322,7 @@ def _lambda_formula(
 
 
 class Lambdas(NamedTuple):
-    loss: Tensor  # [Q]: the sum of the query's pairs
+    loss: Tensor  # fp64 [Q]: the sum of the query's pairs
     gradient: Tensor | None  # [Q, n], in ranked order, by sigma * score
     curvature: Tensor | None = None
 
@@ -338,7 +343,7 @@ def _lambdas(
     inverse = _discounts(n, device) if weighting is not None else None
     gain = by_rank.label if inverse is None else _gains(by_rank, top, eps, ascending, inverse)
     by_score = torch.zeros_like(z) if gradient else None
-    found = Lambdas(z.new_zeros(Q), by_score, torch.zeros_like(z) if curvature else None)
+    found = Lambdas(z.new_zeros(Q, dtype=torch.float64), by_score, torch.zeros_like(z) if curvature else None)
     if not callable(weighting):
         if weighting == "ndcg_loss1":
             assert inverse is not None
@@ -517,14 +522,11 @@ def list_net(scores: Tensor, labels: Tensor, mask: Tensor | None, *, reduction: 
     if name == "reference" or torch.compiler.is_compiling() or labels.requires_grad:
         sums = _list_net_terms(scores, labels, mask)[0]
         return _reduced(scores, sums, None, reduction, Q, unit=-1)
+    if name == "triton":
+        return _reduced(scores, classes.soft_cross_entropy_rows(scores, labels, mask, name), None, reduction, Q)
     wanted = _wants_gradient(scores)
     with torch.no_grad():
-        if name == "triton":
-            from ..backends import triton_lists
-
-            sums, gradient = triton_lists.list_net(scores, labels, mask, gradient=wanted)
-        else:
-            sums, gradient = _list_net(scores, labels, mask, gradient=wanted)
+        sums, gradient = _list_net(scores, labels, mask, gradient=wanted)
     return _reduced(scores, sums, gradient, reduction, Q, unit=-1, scale=-1)
 
 
@@ -582,6 +584,7 @@ def list_mle(
         if name == "triton":
             from ..backends import triton_lists
 
+            weight = None if weight is None else weight.to(z.dtype)
             sums, gradient = triton_lists.list_mle(z, weight, gradient=wanted)
         else:
             sums, gradient = _list_mle(z, weight, gradient=wanted, signed=callable(lambda_weight))
@@ -609,11 +612,11 @@ def _listed(scores: Tensor, labels: Tensor, mask: Tensor | None, order: Tensor |
 
 
 def _rank_weights(lambda_weight: RankWeight, mask: Tensor | None, scores: Tensor) -> Tensor | None:
-    """[Q, n] or [1, n], 0 for padding, in the list's order; None: all are 1."""
-    dtype = stats_dtype(scores.dtype)
+    """[Q, n] or [1, n], 0 for padding, in the list's order, of sum 1 in fp64; None: all are 1."""
+    dtype = torch.float64
     Q, n = scores.shape
     if lambda_weight is None:
-        return None if mask is None else mask.to(dtype)
+        return None if mask is None else mask.to(stats_dtype(scores.dtype))
     if callable(lambda_weight):
         whole = torch.ones(Q, n, dtype=torch.bool, device=scores.device) if mask is None else mask
         weight = lambda_weight(whole)
@@ -640,17 +643,31 @@ def _suffix_lse(z: Tensor) -> Tensor:
     return z.flip(1).logcumsumexp(1).flip(1)
 
 
+def _suffix_lse_twice_differentiable(z: Tensor) -> Tensor:
+    """The same by doubling reaches: the second derivative of logcumsumexp is NaN."""
+    reach = 1
+    while reach < z.shape[1]:
+        later = nn.functional.pad(z[:, reach:], (0, reach), value=PADDING)
+        apart = z - later
+        soft = nn.functional.logsigmoid
+        z = torch.where(apart > 0, z - soft(apart), later - soft(-apart))  # from the larger: padding has no digits
+        reach *= 2
+    return z
+
+
 def _list_mle_formula(z: Tensor, weight: Tensor | None) -> Tensor:
     """In fp64: what a document's chance loses to the rounding of its logarithm is as large as the scores are."""
     wide = z.double()
-    terms = _suffix_lse(wide) - wide
-    return (terms if weight is None else terms * weight).sum(1).to(z.dtype)
+    # A compiler has no use for the doubling: what it compiles is not differentiated twice.
+    suffix_lse = _suffix_lse if torch.compiler.is_compiling() else _suffix_lse_twice_differentiable
+    terms = suffix_lse(wide) - wide
+    return (terms if weight is None else terms * weight).sum(1)
 
 
 def _list_mle(z: Tensor, weight: Tensor | None, *, gradient: bool, signed: bool) -> tuple[Tensor, Tensor | None]:
     """In fp64, likewise; a scan takes as long in fp32."""
     Q, n = z.shape
-    sums = z.new_empty(Q)
+    sums = z.new_empty(Q, dtype=torch.float64)
     by_score = torch.empty_like(z) if gradient else None
     for rows in _row_blocks(Q, n, z.device):
         part = z[rows].double()

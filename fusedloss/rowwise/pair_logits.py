@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..backends import select_rowwise, triton_classes
 from ..problem import stats_dtype
+from .pointwise import transformed
 
-BLOCK = {"cpu": 1 << 17, "cuda": 1 << 26}  # elements of u at a time
+BLOCK = {"cpu": 1 << 19, "cuda": 1 << 26}  # elements of u at a time
 SMALL = 1 << 15  # elements up to which a CPU is faster with the concatenation: what it keeps is 100 KiB a part
 PARTS = {"rep": 2, "difference": 1, "multiplication": 1}  # in this order: how many times D columns
 
@@ -26,8 +27,9 @@ def pair_logits(
     """`[B, C]`, fp32 or fp64; weight `[C, k D]`."""
     widest = torch.promote_types(u.dtype, weight.dtype)
     backend = select_rowwise(backend, weight if weight.dtype == widest else u)
-    small = backend == "chunked" and u.numel() <= SMALL and u.device.type == "cpu"
-    if backend == "reference" or torch.compiler.is_compiling() or small:
+    # In 16 bits the formula keeps all in fp32, which is more than is given up for its speed.
+    small = u.numel() <= SMALL and u.device.type == "cpu" and u.dtype == weight.dtype == stats_dtype(widest)
+    if backend == "reference" or transformed() or (small and backend == "chunked"):
         return formula(u, v, weight, bias, parts)
     return _PairLogits.apply(u, v, weight, bias, parts, backend)
 

@@ -49,9 +49,12 @@ def squared_distance(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
 
 
 def euclidean_distance(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
-    """The root of 0 has derivatives 0 here: sqrt's are infinite, and vector_norm's second ones NaN."""
-    if eps:  # what keeps torch's pairwise_distance from 0
-        return torch.linalg.vector_norm(_apart(x, y, eps), dim=1)
+    """Of 0 the gradient is 0, not infinity; its second derivatives are NaN, as torch's."""
+    return torch.linalg.vector_norm(_apart(x, y, eps), dim=1)
+
+
+def distance_of_mined(x: Tensor, y: Tensor) -> Tensor:
+    """Of 0, which a row and itself are apart, second derivatives are 0 as well."""
     squared = squared_distance(x, y)
     zero = squared == 0
     return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
@@ -88,14 +91,22 @@ KINDS = {
     "squared": Kind(squared_distance, 0.0),
     "manhattan": Kind(manhattan_distance, 0.0),
 }
-DISTANCES = {"euclidean": euclidean_distance, "squared": squared_distance, "cosine": cosine_distance}
+DISTANCES = {"euclidean": distance_of_mined, "squared": squared_distance, "cosine": cosine_distance}
 
 
 # Rows against the same rows of others ---------------------------------------------------------------------------------
 
 
 def scores(kind: str, query: Tensor, *others: Tensor, eps: float | None = None, backend: str = "auto") -> Tensor:
-    """`[M, K]`: each row of `query` [M, D] with the same row of each of the K others; fp32, or fp64 for fp64 queries.
+    """`[M, K]`, of which `columns` gives the columns."""
+    found = columns(kind, query, *others, eps=eps, backend=backend)
+    return found[0][:, None] if len(found) == 1 else torch.stack(found, dim=1)
+
+
+def columns(
+    kind: str, query: Tensor, *others: Tensor, eps: float | None = None, backend: str = "auto"
+) -> tuple[Tensor, ...]:
+    """`[M]` K times: each row of `query` [M, D] with the same row of each of the K others; fp32, fp64 for fp64 queries.
 
     kind: "dot"; "cos" and "angle" (AnglE's), of rows divided by `max(|row|, eps)`; "euclidean", "squared" and
         "manhattan", of the difference plus `eps`, as in torch.nn.functional.pairwise_distance.
@@ -106,7 +117,8 @@ def scores(kind: str, query: Tensor, *others: Tensor, eps: float | None = None, 
     name = select_rowwise(backend, query)
     if name == "reference" or torch.compiler.is_compiling() or (name == "chunked" and _plain(kind, query, others)):
         return _formula(kind, eps, query, others)
-    return _Scores.apply(kind, eps, name, query, *others)
+    found: tuple[Tensor, ...] = _Scores.apply(kind, eps, name, query, *others).unbind(1)
+    return found
 
 
 def _plain(kind: str, query: Tensor, others: Sequence[Tensor]) -> bool:
@@ -116,10 +128,10 @@ def _plain(kind: str, query: Tensor, others: Sequence[Tensor]) -> bool:
     return (inputs_only or query.numel() <= SMALL) and all(x.dtype == wide for x in (query, *others))
 
 
-def _formula(kind: str, eps: float, query: Tensor, others: Sequence[Tensor]) -> Tensor:
+def _formula(kind: str, eps: float, query: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, ...]:
     dtype, formula = stats_dtype(query.dtype), KINDS[kind].formula
-    found = [formula(query.to(dtype), other.to(dtype), eps) for other in others]
-    return found[0][:, None] if len(found) == 1 else torch.stack(found, dim=1)
+    query, *others = (x if x.dtype == dtype else x.to(dtype) for x in (query, *others))
+    return tuple(formula(query, other, eps) for other in others)
 
 
 class _Scores(torch.autograd.Function):
@@ -146,7 +158,7 @@ class _Scores(torch.autograd.Function):
             # Apart, where several are one tensor: else each would get the gradient of all.
             query, *others = (x.view_as(x) for x in matrices)
             inputs = [x for x, want in zip((query, *others), wanted, strict=True) if want]
-            values = _formula(ctx.kind, ctx.eps, query, others)
+            values = torch.stack(_formula(ctx.kind, ctx.eps, query, others), dim=1)
             found = iter(torch.autograd.grad(values, inputs, upstream, create_graph=True))
         return None, None, None, *(next(found) if want else None for want in wanted)
 

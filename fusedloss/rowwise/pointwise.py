@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from ..backends import select_rowwise
 from ..problem import stats_dtype
 
-BLOCK = 1 << 17  # elements on a CPU: 512 KiB in fp32, two or three of which stay in a core's cache
+BLOCK = 1 << 19  # elements on a CPU: 2 MiB in fp32; with fewer the starts of threads are felt, with 2^21 the caches are
 # Derivatives of logits are at most about 1 and often tiny: in fp16 they are kept times this. 1024 would overflow for
 # a label of 64, 64 does for one of 1024.
 FP16_GAIN = 64.0
@@ -243,7 +243,7 @@ def loss(
         or (weight is not None and weight.requires_grad)
         or (pos_weight is not None and pos_weight.requires_grad)
         or (t.requires_grad and not isinstance(formula, Difference))
-        or _transformed()
+        or transformed()
     ):
         return _by_formula(x, t, task)
     if torch.is_grad_enabled() and (x.requires_grad or t.requires_grad):
@@ -251,7 +251,7 @@ def loss(
     return _evaluate(x, t, task, None)
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether something needs to see ordinary torch: a compiler, which fuses it, torch.func, forward-mode autograd."""
     return (
         torch.compiler.is_compiling()
@@ -301,12 +301,14 @@ class _Pointwise(torch.autograd.Function):
         kept, *weight_sum = ctx.saved_tensors
         wide = stats_dtype(kept.dtype)
         # Of no further use, it becomes the gradient: a fresh tensor's pages take longer than the multiplication.
-        out = kept if _last_use(upstream) else None
-        if ctx.reduction == "none":
+        out = kept if last_use(upstream) else None
+        if ctx.reduction == "none" and any(upstream.stride()):
             if upstream.dtype != kept.dtype:
                 kept, upstream, out = kept.to(wide), upstream.to(wide), None
             grad = torch.addcmul(kept.new_zeros(()), kept, upstream, value=ctx.factor, out=out)
         else:
+            if upstream.dim():  # of a sum: one number for all; addcmul takes twice as long with two of them
+                upstream = upstream[(0,) * upstream.dim()] if upstream.numel() else upstream.new_zeros(())
             # In fp32: 1 / 2^26 is nothing in fp16.
             factor = (upstream if upstream.dtype == wide else upstream.to(wide)) * ctx.factor
             if weight_sum:
@@ -320,7 +322,7 @@ class _Pointwise(torch.autograd.Function):
         return by_x, by_t, None
 
 
-def _last_use(upstream: Tensor) -> bool:
+def last_use(upstream: Tensor) -> bool:
     """Whether the backward pass that runs frees the graph (no retain_graph), and is no vmap over upstream gradients."""
     return not (
         torch._C._autograd._get_current_graph_task_keep_graph()
