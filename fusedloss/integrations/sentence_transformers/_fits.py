@@ -80,14 +80,18 @@ def embeddings_fit(*embeddings: Tensor, same_rows: bool = True) -> str | None:
     return None
 
 
-def labels_fit(labels: Any, rows: int, *, whole: bool = False) -> str | None:
-    """One real number for each row; `whole`: an integer."""
-    if not isinstance(labels, Tensor) or labels.layout != torch.strided or labels.dtype.is_complex:
-        return "the labels are no dense tensor of numbers"
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+NUMBERS = (*FLOATING, *INTEGERS)
+
+
+def labels_fit(labels: Any, rows: int, dtypes: tuple[torch.dtype, ...] = (*NUMBERS, torch.bool)) -> str | None:
+    """One label for each row."""
+    if not isinstance(labels, Tensor) or labels.layout != torch.strided:
+        return "the labels are no dense tensor"
     if labels.numel() != rows:
         return "there is not one label for each row"
-    if whole and labels.dtype.is_floating_point:
-        return "the labels are no integers"
+    if labels.dtype not in dtypes:
+        return f"the labels are {labels.dtype}"
     return None
 
 
@@ -107,11 +111,11 @@ def number_fits(name: str, value: Any, *, positive: bool = False, tensor: bool =
 def plain(criterion: Any, kind: type[nn.Module], **options: Any) -> str | None:
     """Whether a criterion is torch's own, as the library builds it."""
     default = kind(**options)
-    if type(criterion) is not kind or any(
+    if type(criterion) is not kind or "forward" in vars(criterion) or any(
         value is not getattr(criterion, name) and value != getattr(criterion, name)
         for name, value in vars(default).items()
         if not name.startswith("_") and name != "training"
-    ):
+    ) or next(criterion.buffers(), None) is not None:
         return f"its criterion is not {default}"
     return None
 
@@ -155,6 +159,8 @@ def replay(
     """
     twin = copy.copy(loss)
     twin._modules = {**loss._modules, **{name: Given(name) for name in models}}
+    for name in models:
+        vars(twin).pop(name, None)  # a model that is no module
     vars(twin).update(attributes)
     columns = [dict(zip(models, row, strict=True)) for row in zip(*models.values(), strict=True)]
     with column_merging_disabled():
