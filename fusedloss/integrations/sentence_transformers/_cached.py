@@ -8,24 +8,24 @@ from __future__ import annotations
 import warnings
 
 import torch
+from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss as _CachedGISTEmbedLoss
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss as _CachedMultipleNegativesRankingLoss,
+)
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesSymmetricRankingLoss as _CachedMultipleNegativesSymmetricRankingLoss,
+)
 from sentence_transformers.sentence_transformer.losses import (
     cached_gist_embed as _cached_gist_embed,
 )
 from sentence_transformers.sentence_transformer.losses import (
     cached_multiple_negatives_ranking as _cached_ranking,
 )
-from sentence_transformers.sentence_transformer.losses import (
-    cached_multiple_negatives_symmetric_ranking as _cached_symmetric,
-)
 from torch import Tensor
 from typing_extensions import deprecated
 
 from ._fits import fused
 from ._ranking import gist, gist_fits, ranking, ranking_fits, settled
-
-_CachedMultipleNegativesRankingLoss = _cached_ranking.CachedMultipleNegativesRankingLoss
-_CachedMultipleNegativesSymmetricRankingLoss = _cached_symmetric.CachedMultipleNegativesSymmetricRankingLoss
-_CachedGISTEmbedLoss = _cached_gist_embed.CachedGISTEmbedLoss
 
 
 class CachedMultipleNegativesRankingLoss(_CachedMultipleNegativesRankingLoss):

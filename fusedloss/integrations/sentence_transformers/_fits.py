@@ -98,12 +98,12 @@ def labels_fit(labels: Any, rows: int, dtypes: tuple[torch.dtype, ...] = (*NUMBE
 def number_fits(name: str, value: Any, *, positive: bool = False, tensor: bool = False) -> str | None:
     """A finite number; `tensor`: or one that may be learnt."""
     if tensor and isinstance(value, Tensor) and value.numel() == 1 and value.dim() < 2:
-        if not value.dtype.is_floating_point or value.device.type == "cpu" and not 0 < float(value) < math.inf:
+        if not value.dtype.is_floating_point or (value.device.type == "cpu" and not 0 < float(value) < math.inf):
             return f"its {name} is no positive number"
         return None
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
         return f"its {name} is no finite number"
-    if positive and not value > 0:
+    if positive and not float(value) > 0:
         return f"its {name} is not positive"
     return None
 
@@ -111,11 +111,16 @@ def number_fits(name: str, value: Any, *, positive: bool = False, tensor: bool =
 def plain(criterion: Any, kind: type[nn.Module], **options: Any) -> str | None:
     """Whether a criterion is torch's own, as the library builds it."""
     default = kind(**options)
-    if type(criterion) is not kind or "forward" in vars(criterion) or any(
-        value is not getattr(criterion, name) and value != getattr(criterion, name)
-        for name, value in vars(default).items()
-        if not name.startswith("_") and name != "training"
-    ) or next(criterion.buffers(), None) is not None:
+    if (
+        type(criterion) is not kind
+        or "forward" in vars(criterion)
+        or any(
+            value is not getattr(criterion, name) and value != getattr(criterion, name)
+            for name, value in vars(default).items()
+            if not name.startswith("_") and name != "training"
+        )
+        or next(criterion.buffers(), None) is not None
+    ):
         return f"its criterion is not {default}"
     return None
 

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sentence_transformers.sentence_transformer.losses import batch_all_triplet as _batch_all
-from sentence_transformers.sentence_transformer.losses import batch_hard_soft_margin_triplet as _batch_hard_soft
-from sentence_transformers.sentence_transformer.losses import batch_hard_triplet as _batch_hard
-from sentence_transformers.sentence_transformer.losses import batch_semi_hard_triplet as _batch_semi_hard
+from sentence_transformers.sentence_transformer.losses import BatchAllTripletLoss as _BatchAllTripletLoss
+from sentence_transformers.sentence_transformer.losses import (
+    BatchHardSoftMarginTripletLoss as _BatchHardSoftMarginTripletLoss,
+)
+from sentence_transformers.sentence_transformer.losses import BatchHardTripletLoss as _BatchHardTripletLoss
+from sentence_transformers.sentence_transformer.losses import BatchHardTripletLossDistanceFunction as _Distances
+from sentence_transformers.sentence_transformer.losses import BatchSemiHardTripletLoss as _BatchSemiHardTripletLoss
 from torch import Tensor, nn
 
 import fusedloss
@@ -17,12 +20,6 @@ import fusedloss
 from . import _fits
 from ._fits import first, fused
 
-_BatchAllTripletLoss = _batch_all.BatchAllTripletLoss
-_BatchHardTripletLoss = _batch_hard.BatchHardTripletLoss
-_BatchHardSoftMarginTripletLoss = _batch_hard_soft.BatchHardSoftMarginTripletLoss
-_BatchSemiHardTripletLoss = _batch_semi_hard.BatchSemiHardTripletLoss
-
-_Distances = _batch_hard.BatchHardTripletLossDistanceFunction
 DISTANCES = {_Distances.euclidean_distance: "euclidean", _Distances.cosine_distance: "cosine"}
 
 

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import torch
 from sentence_transformers.base.losses.merged_forward import embed_columns
-from sentence_transformers.sentence_transformer.losses import adaptive_layer as _adaptive_layer
+from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss as AdaptiveLayerLoss
+from sentence_transformers.sentence_transformer.losses import Matryoshka2dLoss as _Matryoshka2dLoss
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss as _MatryoshkaLoss
 from sentence_transformers.sentence_transformer.losses import matryoshka as _matryoshka
-from sentence_transformers.sentence_transformer.losses import matryoshka_2d as _matryoshka_2d
 from torch import Tensor, nn
 
 import fusedloss
@@ -26,10 +27,6 @@ from ._ranking import (
     ranking_options,
     settled,
 )
-
-_MatryoshkaLoss = _matryoshka.MatryoshkaLoss
-_Matryoshka2dLoss = _matryoshka_2d.Matryoshka2dLoss
-AdaptiveLayerLoss = _adaptive_layer.AdaptiveLayerLoss  # has no score stage of its own
 
 
 def prefixes_fit(loss: Any, dims: Sequence[int], weights: Sequence[Any], embeddings: Sequence[Tensor]) -> str | None:

@@ -7,21 +7,24 @@ from typing import Any
 
 import torch
 from sentence_transformers.base.losses.merged_forward import embed_columns
-from sentence_transformers.sentence_transformer.losses import angle as _angle
-from sentence_transformers.sentence_transformer.losses import contrastive as _contrastive
-from sentence_transformers.sentence_transformer.losses import contrastive_tension as _contrastive_tension
-from sentence_transformers.sentence_transformer.losses import cosent as _cosent
-from sentence_transformers.sentence_transformer.losses import cosine_similarity as _cosine_similarity
-from sentence_transformers.sentence_transformer.losses import distill_kl_div as _distill_kl_div
-from sentence_transformers.sentence_transformer.losses import embed_distill as _embed_distill
+from sentence_transformers.sentence_transformer.losses import AnglELoss as _AnglELoss
+from sentence_transformers.sentence_transformer.losses import ContrastiveLoss as _ContrastiveLoss
+from sentence_transformers.sentence_transformer.losses import ContrastiveTensionLoss as _ContrastiveTensionLoss
+from sentence_transformers.sentence_transformer.losses import CoSENTLoss as _CoSENTLoss
+from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss as _CosineSimilarityLoss
+from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss as _DistillKLDivLoss
+from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss as _EmbedDistillLoss
 from sentence_transformers.sentence_transformer.losses import (
-    global_orthogonal_regularization as _global_orthogonal_regularization,
+    GlobalOrthogonalRegularizationLoss as _GlobalOrthogonalRegularizationLoss,
 )
-from sentence_transformers.sentence_transformer.losses import margin_mse as _margin_mse
-from sentence_transformers.sentence_transformer.losses import mse as _mse
-from sentence_transformers.sentence_transformer.losses import online_contrastive as _online_contrastive
-from sentence_transformers.sentence_transformer.losses import softmax as _softmax
-from sentence_transformers.sentence_transformer.losses import triplet as _triplet
+from sentence_transformers.sentence_transformer.losses import MarginMSELoss as _MarginMSELoss
+from sentence_transformers.sentence_transformer.losses import MSELoss as _MSELoss
+from sentence_transformers.sentence_transformer.losses import OnlineContrastiveLoss as _OnlineContrastiveLoss
+from sentence_transformers.sentence_transformer.losses import SiameseDistanceMetric as _Siamese
+from sentence_transformers.sentence_transformer.losses import SoftmaxLoss as _SoftmaxLoss
+from sentence_transformers.sentence_transformer.losses import TripletDistanceMetric as _Triplet
+from sentence_transformers.sentence_transformer.losses import TripletLoss as _TripletLoss
+from sentence_transformers.sentence_transformer.losses import distill_kl_div as _distill_kl_div
 from torch import Tensor, nn
 
 import fusedloss
@@ -31,23 +34,7 @@ from fusedloss.problem import stats_dtype
 from . import _fits
 from ._fits import MATRICES, PAIRS, first, fused
 
-_ContrastiveLoss = _contrastive.ContrastiveLoss
-_OnlineContrastiveLoss = _online_contrastive.OnlineContrastiveLoss
-_CosineSimilarityLoss = _cosine_similarity.CosineSimilarityLoss
-_CoSENTLoss = _cosent.CoSENTLoss
-_AnglELoss = _angle.AnglELoss
-_TripletLoss = _triplet.TripletLoss
-_MarginMSELoss = _margin_mse.MarginMSELoss
-_DistillKLDivLoss = _distill_kl_div.DistillKLDivLoss
-_EmbedDistillLoss = _embed_distill.EmbedDistillLoss
-_MSELoss = _mse.MSELoss
-_SoftmaxLoss = _softmax.SoftmaxLoss
-_ContrastiveTensionLoss = _contrastive_tension.ContrastiveTensionLoss
-_GlobalOrthogonalRegularizationLoss = _global_orthogonal_regularization.GlobalOrthogonalRegularizationLoss
-
-_Siamese = _contrastive.SiameseDistanceMetric
 SIAMESE = {_Siamese.COSINE_DISTANCE: "cosine", _Siamese.EUCLIDEAN: "euclidean", _Siamese.MANHATTAN: "manhattan"}
-_Triplet = _triplet.TripletDistanceMetric
 TRIPLET = {_Triplet.COSINE: "cosine", _Triplet.EUCLIDEAN: "euclidean", _Triplet.MANHATTAN: "manhattan"}
 
 
@@ -81,8 +68,10 @@ class ContrastiveLoss(_ContrastiveLoss):
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         if not fused(self, _siamese_fits(self, embeddings, labels)):
             return super().compute_loss_from_embeddings(embeddings, labels)
+        a, b = embeddings
         return fusedloss.contrastive(
-            *embeddings,
+            a,
+            b,
             labels.reshape(-1).float(),
             distance=distance(self.distance_metric, SIAMESE) or "",
             margin=self.margin,
@@ -97,8 +86,10 @@ class OnlineContrastiveLoss(_OnlineContrastiveLoss):
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         if not fused(self, _siamese_fits(self, embeddings, labels)):
             return super().compute_loss_from_embeddings(embeddings, labels)
+        a, b = embeddings
         return fusedloss.online_contrastive(
-            *embeddings,
+            a,
+            b,
             labels.reshape(-1),
             distance=distance(self.distance_metric, SIAMESE) or "",
             margin=self.margin,
@@ -116,8 +107,9 @@ class CosineSimilarityLoss(_CosineSimilarityLoss):
         )
         if not fused(self, why_not):
             return super().compute_loss_from_embeddings(embeddings, labels)
+        a, b = embeddings[:2]
         return fusedloss.cosine_similarity(
-            *embeddings[:2], labels.float().view(-1), loss=self.loss_fct, transform=self.cos_score_transformation
+            a, b, labels.float().view(-1), loss=self.loss_fct, transform=self.cos_score_transformation
         )
 
 
@@ -134,8 +126,10 @@ class CoSENTLoss(_CoSENTLoss):
         )
         if not fused(self, why_not):
             return super().compute_loss_from_embeddings(embeddings, labels)
+        a, b = embeddings[:2]
         return fusedloss.cosent(
-            *embeddings[:2],
+            a,
+            b,
             labels.view(-1),
             scale=self.scale,
             similarity=_fits.similarity(self.similarity_fct, PAIRS) or "",
@@ -196,6 +190,8 @@ class MarginMSELoss(_MarginMSELoss):
 class DistillKLDivLoss(_DistillKLDivLoss):
     """sentence-transformers' loss of this name: all similarities of a query in one pass, the divergence in float64."""
 
+    _checked_teacher_scale: bool
+
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         why_not = first(
             "there are fewer than three columns" if len(embeddings) < 3 else None,
@@ -236,9 +232,7 @@ class EmbedDistillLoss(_EmbedDistillLoss):
         shared = all(teacher is teacher_embeddings[0] for teacher in teacher_embeddings)
         teachers = [x.to(like.device, like.dtype) for x in (teacher_embeddings[:1] if shared else teacher_embeddings)]
         students = embeddings if self.projection is None else [self.projection(x) for x in embeddings]
-        return fusedloss.embed_distill(
-            students, teachers[0] if shared else teachers, distance=self.distance_metric
-        )
+        return fusedloss.embed_distill(students, teachers[0] if shared else teachers, distance=self.distance_metric)
 
     def _fits(self, embeddings: Sequence[Tensor], teachers: Sequence[Tensor]) -> str | None:
         if not embeddings or len(embeddings) != len(teachers):
@@ -269,8 +263,10 @@ class SoftmaxLoss(_SoftmaxLoss):
             "difference": self.concatenation_sent_difference,
             "multiplication": self.concatenation_sent_multiplication,
         }
+        u, v = embeddings
         return fusedloss.softmax_pair(
-            *embeddings,
+            u,
+            v,
             self.classifier.weight,
             self.classifier.bias,
             labels.view(-1),
@@ -310,7 +306,9 @@ def _same_tokens(one: dict[str, Tensor], other: dict[str, Tensor], like: Tensor)
     """1 for a text that stands beside itself, whatever the padding."""
     if "attention_mask" not in one or "attention_mask" not in other:
         return (one["input_ids"] == other["input_ids"]).all(dim=1).float()
-    texts = ([ids[mask] for ids, mask in zip(x["input_ids"], x["attention_mask"].bool(), strict=True)] for x in (one, other))
+    texts = (
+        [ids[mask] for ids, mask in zip(x["input_ids"], x["attention_mask"].bool(), strict=True)] for x in (one, other)
+    )
     return torch.tensor([torch.equal(*pair) for pair in zip(*texts, strict=True)], device=like.device, dtype=like.dtype)
 
 

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
 import torch
 from sentence_transformers.base.losses.merged_forward import embed_columns
-from sentence_transformers.sentence_transformer.losses import contrastive_tension as _contrastive_tension
+from sentence_transformers.sentence_transformer.losses import (
+    ContrastiveTensionLossInBatchNegatives as _ContrastiveTensionLossInBatchNegatives,
+)
+from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss as _GISTEmbedLoss
+from sentence_transformers.sentence_transformer.losses import MegaBatchMarginLoss as _MegaBatchMarginLoss
+from sentence_transformers.sentence_transformer.losses import (
+    MultipleNegativesRankingLoss as _MultipleNegativesRankingLoss,
+)
+from sentence_transformers.sentence_transformer.losses import (
+    MultipleNegativesSymmetricRankingLoss as _MultipleNegativesSymmetricRankingLoss,
+)
 from sentence_transformers.sentence_transformer.losses import gist_embed as _gist_embed
-from sentence_transformers.sentence_transformer.losses import mega_batch_margin as _mega_batch_margin
 from sentence_transformers.sentence_transformer.losses import multiple_negatives_ranking as _ranking
-from sentence_transformers.sentence_transformer.losses import multiple_negatives_symmetric_ranking as _symmetric
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 from typing_extensions import deprecated
@@ -28,12 +37,6 @@ from fusedloss.losses.multiple_negatives_ranking import (
 
 from . import _fits
 from ._fits import MATRICES, first, fused
-
-_MultipleNegativesRankingLoss = _ranking.MultipleNegativesRankingLoss
-_MultipleNegativesSymmetricRankingLoss = _symmetric.MultipleNegativesSymmetricRankingLoss
-_GISTEmbedLoss = _gist_embed.GISTEmbedLoss
-_ContrastiveTensionLossInBatchNegatives = _contrastive_tension.ContrastiveTensionLossInBatchNegatives
-_MegaBatchMarginLoss = _mega_batch_margin.MegaBatchMarginLoss
 
 
 def gathered(loss: nn.Module, library: ModuleType, *columns: Tensor) -> list[Tensor]:
@@ -189,7 +192,7 @@ class GISTEmbedLoss(_GISTEmbedLoss):
         if "cu_seq_lens_q" in column:  # several texts in one row
             ends = column["cu_seq_lens_q"].tolist()
             flat = ids[0].tolist()
-            ids = [flat[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+            ids = [flat[start:end] for start, end in pairwise(ends)]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return batch_to_device(self.guide.preprocess(texts), self.guide.device)
 

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from sentence_transformers.sparse_encoder import losses as _losses
 from sentence_transformers.sparse_encoder.losses import CachedSpladeLoss as CachedSpladeLoss
+from sentence_transformers.sparse_encoder.losses import CSRLoss as _CSRLoss
 from sentence_transformers.sparse_encoder.losses import CSRReconstructionLoss as CSRReconstructionLoss
 from sentence_transformers.sparse_encoder.losses import FlopsLoss as FlopsLoss
+from sentence_transformers.sparse_encoder.losses import SparseAnglELoss as _SparseAnglELoss
+from sentence_transformers.sparse_encoder.losses import SparseCoSENTLoss as _SparseCoSENTLoss
+from sentence_transformers.sparse_encoder.losses import SparseCosineSimilarityLoss as _SparseCosineSimilarityLoss
+from sentence_transformers.sparse_encoder.losses import SparseDistillKLDivLoss as _SparseDistillKLDivLoss
+from sentence_transformers.sparse_encoder.losses import SparseMarginMSELoss as _SparseMarginMSELoss
+from sentence_transformers.sparse_encoder.losses import SparseMSELoss as _SparseMSELoss
+from sentence_transformers.sparse_encoder.losses import (
+    SparseMultipleNegativesRankingLoss as _SparseMultipleNegativesRankingLoss,
+)
+from sentence_transformers.sparse_encoder.losses import SparseTripletLoss as _SparseTripletLoss
 from sentence_transformers.sparse_encoder.losses import SpladeLoss as SpladeLoss
 from torch import nn
 
@@ -20,16 +30,6 @@ from ._pairs import (
     TripletLoss,
 )
 from ._ranking import MultipleNegativesRankingLoss
-
-_SparseMultipleNegativesRankingLoss = _losses.SparseMultipleNegativesRankingLoss
-_SparseMarginMSELoss = _losses.SparseMarginMSELoss
-_SparseDistillKLDivLoss = _losses.SparseDistillKLDivLoss
-_SparseTripletLoss = _losses.SparseTripletLoss
-_SparseCoSENTLoss = _losses.SparseCoSENTLoss
-_SparseAnglELoss = _losses.SparseAnglELoss
-_SparseCosineSimilarityLoss = _losses.SparseCosineSimilarityLoss
-_SparseMSELoss = _losses.SparseMSELoss
-_CSRLoss = _losses.CSRLoss
 
 
 class SparseMultipleNegativesRankingLoss(_SparseMultipleNegativesRankingLoss, MultipleNegativesRankingLoss):
