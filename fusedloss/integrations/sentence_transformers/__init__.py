@@ -40,6 +40,7 @@ from ._cached import CachedMultipleNegativesRankingLoss as CachedMultipleNegativ
 from ._cached import (  # noqa: E402
     CachedMultipleNegativesSymmetricRankingLoss as CachedMultipleNegativesSymmetricRankingLoss,
 )
+from ._denoising import DenoisingAutoEncoderLoss as DenoisingAutoEncoderLoss  # noqa: E402
 from ._mined import BatchAllTripletLoss as BatchAllTripletLoss  # noqa: E402
 from ._mined import BatchHardSoftMarginTripletLoss as BatchHardSoftMarginTripletLoss  # noqa: E402
 from ._mined import BatchHardTripletLoss as BatchHardTripletLoss  # noqa: E402

@@ -98,7 +98,9 @@ def labels_fit(labels: Any, rows: int, dtypes: tuple[torch.dtype, ...] = (*NUMBE
 def number_fits(name: str, value: Any, *, positive: bool = False, tensor: bool = False) -> str | None:
     """A finite number; `tensor`: or one that may be learnt."""
     if tensor and isinstance(value, Tensor) and value.numel() == 1 and value.dim() < 2:
-        if not value.dtype.is_floating_point or (value.device.type == "cpu" and not 0 < float(value) < math.inf):
+        if not value.dtype.is_floating_point or (
+            value.device.type == "cpu" and not 0 < float(value.detach()) < math.inf
+        ):
             return f"its {name} is no positive number"
         return None
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):

@@ -34,6 +34,7 @@ from fusedloss.losses.multiple_negatives_ranking import (
     HARDNESS_MODES,
     multiple_negatives_ranking_objectives,
 )
+from fusedloss.problem import stats_dtype
 
 from . import _fits
 from ._fits import MATRICES, first, fused
@@ -130,7 +131,8 @@ def gist_fits(loss: Any, owner: type, embeddings: Sequence[Tensor], guides: Sequ
 
 
 def gist_is_plain(loss: Any, owner: type) -> str | None:
-    if type(loss.similarity_fct) is not nn.CosineSimilarity or loss.similarity_fct.dim not in (-1, 2):
+    cosine = loss.similarity_fct
+    if type(cosine) is not nn.CosineSimilarity or cosine.dim not in (-1, 2) or cosine.eps != 1e-8:
         return "its similarity is not the library's CosineSimilarity"
     if loss.margin_strategy not in ("absolute", "relative"):
         return "its margin_strategy is unknown"
@@ -143,7 +145,7 @@ def gist_is_plain(loss: Any, owner: type) -> str | None:
 
 
 def gist(loss: Any, library: ModuleType, embeddings: Sequence[Tensor], guides: Sequence[Tensor]) -> Tensor:
-    """The anchors stay this process's own."""
+    """The anchors stay this process's own. A guide of 16 bits is compared in fp32, where the library rounds the scores."""
     anchor, *candidates = embeddings
     guide, *guide_candidates = guides
     everywhere = gathered(loss, library, *candidates, *guide_candidates)
@@ -152,7 +154,7 @@ def gist(loss: Any, library: ModuleType, embeddings: Sequence[Tensor], guides: S
         return fusedloss.gist_embed(
             anchor,
             *candidates,
-            guide=(guide, *guide_candidates),
+            guide=[x.to(stats_dtype(x.dtype)) for x in (guide, *guide_candidates)],
             temperature=loss.temperature,
             margin_strategy=loss.margin_strategy,
             margin=loss.margin,
