@@ -11,8 +11,8 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# transformers imports torchvision where it is installed, and a torchvision built for CUDA beside a torch without it does
-# not import: its operators do not load, and it registers them by name. No test calls them: names are enough.
+# transformers imports torchvision where it is installed. One built for CUDA, beside a torch without it, does not import:
+# its operators do not load, and it registers them by name. No test calls them: names are enough.
 if importlib.util.find_spec("torchvision"):
     try:
         importlib.import_module("torchvision")

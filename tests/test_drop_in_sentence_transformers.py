@@ -11,10 +11,12 @@ import inspect
 import itertools
 import logging
 import math
+import os
 import random
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from sentence_transformers.sentence_transformer import losses as stock  # noqa: 
 from sentence_transformers.sparse_encoder import losses as stock_sparse  # noqa: E402
 from transformers import PreTrainedTokenizerBase  # noqa: E402
 
+import fusedloss  # noqa: E402
 from fusedloss.integrations import calls  # noqa: E402
 from fusedloss.integrations import sentence_transformers as fused  # noqa: E402
 from fusedloss.integrations.sentence_transformers import sparse_encoder as fused_sparse  # noqa: E402
@@ -389,7 +392,7 @@ def test_16_bit_embeddings_give_a_float32_loss_nearer_to_float64(name, dtype):
     torch.testing.assert_close(value.double(), exact, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("name", [MNRL, GIST, "ContrastiveLoss", "BatchHardTripletLoss", "SoftmaxLoss"])
+@pytest.mark.parametrize("name", [MNRL, "ContrastiveLoss", "BatchHardTripletLoss", "SoftmaxLoss"])
 def test_under_autocast(name):
     columns = 1 if name == "BatchHardTripletLoss" else 2
     labels = {"ContrastiveLoss": BINARY, "BatchHardTripletLoss": CLASSES, "SoftmaxLoss": CLASSES}.get(name)
@@ -403,6 +406,18 @@ def test_under_autocast(name):
         results.append((value.float(), {"weight": loss.parameters().__next__().grad.float()}))
     # MNRL's logits are bf16 there: one part in 2^8 of a logit of 20.
     same(*results, tolerance=0.1)
+
+
+@pytest.mark.parametrize("name", [GIST, "CachedGISTEmbedLoss"])
+def test_gist_under_autocast_is_that_of_its_embeddings_in_float32(name):
+    """The library's rounds the cosines to bf16 on a CPU."""
+    loss = build(fused, name, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(features(2, torch.float32), None)
+        rounded = [[m(x)["sentence_embedding"] for x in features(2, torch.float32)] for m in (loss.model, loss.guide)]
+    embeddings, guides = ([[x.detach().float()] for x in column] for column in rounded)
+    wanted = build(stock, "CachedGISTEmbedLoss", torch.float32).calculate_loss(embeddings, guides)
+    torch.testing.assert_close(found.detach(), wanted)
 
 
 # Several processes ----------------------------------------------------------------------------------------------------
@@ -874,19 +889,9 @@ def test_the_plugin_patches_and_counts(tmp_path):
         "def test_it():\n"
         "    TripletLoss(None).compute_loss_from_embeddings([torch.ones(2, 3)] * 3, None)\n"
     )
-    (tmp_path / "conftest.py").write_text(
-        open(__file__.replace("test_drop_in_sentence_transformers", "conftest")).read()
-    )
+    (tmp_path / "conftest.py").write_text(Path(__file__).with_name("conftest.py").read_text())
     command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "fusedloss.integrations.pytest_patch"]
-    found = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, env=environment())
+    environment = {**os.environ, "PYTHONPATH": str(Path(fusedloss.__file__).parents[1])}
+    found = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "     1 sentence_transformers.TripletLoss" in found.stdout
-
-
-def environment():
-    import os
-
-    import fusedloss
-
-    root = os.path.dirname(os.path.dirname(fusedloss.__file__))
-    return {**os.environ, "PYTHONPATH": root}

@@ -24,6 +24,8 @@ from sentence_transformers.sentence_transformer.losses import (
 from torch import Tensor
 from typing_extensions import deprecated
 
+from fusedloss import checks
+
 from ._fits import fused
 from ._ranking import gist, gist_fits, ranking, ranking_fits, settled
 
@@ -37,7 +39,9 @@ class CachedMultipleNegativesRankingLoss(_CachedMultipleNegativesRankingLoss):
         columns = [torch.cat(column) for column in reps]
         if not fused(self, ranking_fits(self, columns)):
             return super().calculate_loss(reps, labels, with_backward=with_backward)
-        return settled(ranking(self, _cached_ranking, columns), with_backward)
+        loss = settled(ranking(self, _cached_ranking, columns), with_backward)
+        # Under autocast its dtype, by which callers (the library's tests are one) tell that autocast was on.
+        return loss.to(torch.get_autocast_dtype(loss.device.type)) if checks.autocasts(columns[0]) else loss
 
 
 with warnings.catch_warnings():

@@ -16,6 +16,7 @@ from sentence_transformers.sentence_transformer.losses import BatchSemiHardTripl
 from torch import Tensor, nn
 
 import fusedloss
+from fusedloss.problem import stats_dtype
 
 from . import _fits
 from ._fits import first, fused
@@ -37,6 +38,8 @@ def _mined(
     )
     if not fused(loss, why_not):
         return None
+    # As the library widens 16 bits: distances between long vectors are differences of large products.
+    embeddings = embeddings.to(stats_dtype(embeddings.dtype))
     with _fits.autocast_off(embeddings):
         return function(embeddings, labels.view(-1).to(torch.int64), distance=distance, **options)
 

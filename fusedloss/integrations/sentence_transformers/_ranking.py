@@ -145,7 +145,7 @@ def gist_is_plain(loss: Any, owner: type) -> str | None:
 
 
 def gist(loss: Any, library: ModuleType, embeddings: Sequence[Tensor], guides: Sequence[Tensor]) -> Tensor:
-    """The anchors stay this process's own. A guide of 16 bits is compared in fp32, where the library rounds the scores."""
+    """The anchors stay this process's own. A guide of 16 bits is compared in fp32, where the library rounds."""
     anchor, *candidates = embeddings
     guide, *guide_candidates = guides
     everywhere = gathered(loss, library, *candidates, *guide_candidates)
