@@ -11,7 +11,7 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# transformers imports torchvision where it is installed. One built for CUDA, beside a torch without it, does not import:
+# transformers imports torchvision where it is installed. One built for CUDA does not import beside a torch without it:
 # its operators do not load, and it registers them by name. No test calls them: names are enough.
 if importlib.util.find_spec("torchvision"):
     try:
