@@ -1,3 +1,4 @@
+import importlib.util
 import os
 
 import pytest
@@ -9,6 +10,16 @@ GPU = torch.cuda.is_available()
 # torch imports when it pleases). The interpreter lets the kernels run in every test on a CPU.
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# transformers imports torchvision where it is installed. One built for CUDA does not import beside a torch without it:
+# its operators do not load, and it registers them by name. No test calls them: names are enough.
+if importlib.util.find_spec("torchvision"):
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        torchvision_names = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            torchvision_names.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

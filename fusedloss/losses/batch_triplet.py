@@ -181,7 +181,9 @@ def _hardest(
     apart = DISTANCES[distance]
     positive = of_pairs(apart, embeddings, embeddings, farthest).clamp(min=0)
     negative = of_pairs(apart, embeddings, embeddings, nearest)
-    return (positive - negative).masked_fill(nearest < 0, 0)
+    # A NaN is the largest and the nearest of nothing: its row, which found no pair, shows it here.
+    shown = embeddings.detach().sum(1, dtype=stats_dtype(embeddings.dtype)) * 0
+    return (positive - negative).masked_fill(nearest < 0, 0) + shown
 
 
 def _squares(x: Tensor) -> Tensor:

@@ -44,7 +44,8 @@ def gist_embed(
     of one row chunk.
 
     Args:
-        anchor, positive: `[B, D]`. negatives: any number of `[K, D]`.
+        anchor: `[B, D]`. positive: `[N, D]` with N >= B: row i belongs to anchor i, further rows are positives of no
+            anchor here. negatives: any number of `[K, D]`.
         guide: `(guide_anchor, guide_positive, *guide_negatives)`, embeddings of the same texts by the guide, of any
             dimension; they receive no gradient.
         temperature: a positive number, or a tensor of one element, which receives a gradient.
@@ -100,8 +101,9 @@ def gist_embed_objective(
 ) -> Objective:
     named = {"anchor": anchor, "positive": positive, **{f"negatives[{i}]": x for i, x in enumerate(negatives)}}
     checks.embeddings(**named)
-    if positive.shape[0] != anchor.shape[0]:
-        raise ValueError(f"positive has {positive.shape[0]} rows and anchor {anchor.shape[0]}: they must be pairs")
+    rows = anchor.shape[0]
+    if positive.shape[0] < rows:
+        raise ValueError(f"positive has {positive.shape[0]} rows and anchor {rows}: every anchor needs its positive")
     guides = _guides(guide, named)
     checks.scalar("temperature", temperature, anchor, positive=True)
     checks.choice("margin_strategy", margin_strategy, masks.STRATEGIES)
@@ -109,7 +111,8 @@ def gist_embed_objective(
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.count("workspace_bytes", workspace_bytes)
     scale, scale_bound = as_scale(temperature, anchor, inverse=True)
-    operands, (a, p, *n) = distinct(anchor, positive, *negatives)
+    own = positive[:rows] if contrast_positives and positive.shape[0] > rows else positive
+    operands, (a, q, p, *n) = distinct(anchor, own, positive, *negatives)
     guide_a, guide_p, *guide_n = guides
 
     def block(query: int, key: int, guide_query: Tensor, guide_key: Tensor) -> Block:
@@ -117,7 +120,7 @@ def gist_embed_objective(
 
     blocks = [block(a, p, guide_a, guide_p)]
     blocks += [block(a, a, guide_a, guide_a)] if contrast_anchors else []
-    blocks += [block(p, p, guide_p, guide_p)] if contrast_positives else []
+    blocks += [block(q, p, guide_p[:rows], guide_p)] if contrast_positives else []
     blocks += [block(a, key, guide_a, guide_key) for key, guide_key in zip(n, guide_n, strict=True)]
     return objective(
         autocast(*operands),

@@ -116,10 +116,13 @@ def multiple_negatives_ranking_objectives(
     backend: str = "auto",
     workspace_bytes: int | None = None,
     return_stats: bool = False,
+    anchors: Tensor | None = None,
 ) -> list[Objective]:
+    """anchors: those of all processes, `anchor` first, where the documents are all processes', too."""
     named = {f"negatives[{i}]": x for i, x in enumerate(negatives)}
     checks.embeddings(anchor=anchor, positive=positive, **named)
-    rows = anchor.shape[0]
+    everyone = anchor if anchors is None else anchors
+    rows, owners = anchor.shape[0], everyone.shape[0]
     if positive.shape[0] < rows:
         raise ValueError(f"positive has {positive.shape[0]} rows and anchor {rows}: every anchor needs its positive")
     checks.scalar("scale", scale, anchor, positive=True)
@@ -128,19 +131,21 @@ def multiple_negatives_ranking_objectives(
     _check_hardness(hardness_mode, hardness_strength)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.count("workspace_bytes", workspace_bytes)
-    owners = hardness_mode is not None or "doc_to_doc" in directions
+    owned = hardness_mode is not None or "doc_to_doc" in directions
     for name, x in {"positive": positive, **named}.items():
-        needed = owners or (name == "positive" and len(directions) > 1)
-        if needed and x.shape[0] != rows:
+        needed = owned or (name == "positive" and len(directions) > 1)
+        if needed and x.shape[0] != owners:
             raise ValueError(
-                f"{name} has {x.shape[0]} rows and anchor {rows}: with these directions or hardness_mode each row "
+                f"{name} has {x.shape[0]} rows and anchor {owners}: with these directions or hardness_mode each row "
                 "must belong to an anchor"
             )
     widths = [x.shape[0] for x in (positive, *negatives)]
     bound = masks.bind(mask, rows, widths, anchor)
     multiplier, scale_bound = as_scale(scale, anchor, inverse=False)
-    operands, (query, *documents) = distinct(anchor, positive, *negatives)
-    own = Mask(skip=masks.itself(rows, anchor)) if len(directions) > 1 else Mask()
+    several = len(directions) > 1
+    facing = (everyone, positive[:rows] if owners > rows else positive) if several else (anchor, positive)
+    operands, (query, queries, answer, *documents) = distinct(anchor, *facing, positive, *negatives)
+    own = Mask(skip=masks.itself(rows, anchor)) if several else Mask()
     strength = float(hardness_strength)
     others = strength if hardness_mode in ("in_batch_negatives", "all_negatives") else 0.0
     hard = strength if hardness_mode in ("hard_negatives", "all_negatives") else 0.0
@@ -149,17 +154,17 @@ def multiple_negatives_ranking_objectives(
             Block(query, key, None, part, others, hard if number else 0.0)
             for number, (key, part) in enumerate(zip(documents, bound, strict=True))
         ],
-        "query_to_query": [Block(query, query, mask=own)],
+        "query_to_query": [Block(query, queries, mask=own)],
         # Jointly, the positive stands here once more: counted as a second copy of the target.
-        "doc_to_query": [Block(documents[0], query, mask=own if partition_mode == "joint" else Mask())],
-        "doc_to_doc": [Block(documents[0], key, mask=own) for key in documents],
+        "doc_to_query": [Block(answer, queries, mask=own if partition_mode == "joint" else Mask())],
+        "doc_to_doc": [Block(answer, key, mask=own) for key in documents],
     }
     if partition_mode == "joint":
         sets = [[block for name in DIRECTIONS if name in directions for block in parts[name]]]
     else:
         sets = [parts[name] for name in DIRECTIONS if name in directions]
     # Both directions over one matrix: they share its products.
-    symmetric = len(sets) == 2 and len(documents) == 1 and mask is None and not strength
+    symmetric = len(sets) == 2 and len(documents) == 1 and owners == rows and mask is None and not strength
     if symmetric:
         sets = sets[:1]
     return [

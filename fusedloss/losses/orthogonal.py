@@ -50,25 +50,30 @@ def global_orthogonal_regularization(
     checks.number("second_moment_weight", second_moment_weight)
     checks.choice("aggregation", aggregation, AGGREGATIONS)
     terms = torch.stack(
-        [_column(x, similarity == "cos", float(mean_weight), float(second_moment_weight)) for x in embeddings]
+        [
+            (mean_weight * mean + second_moment_weight * second).to(stats_dtype(x.dtype))
+            for x in embeddings
+            for mean, second in [moments(x, similarity == "cos")]
+        ]
     )
     return terms.mean() if aggregation == "mean" else terms.sum()
 
 
-def _column(x: Tensor, cosine: bool, mean_weight: float, second_moment_weight: float) -> Tensor:
+def moments(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
+    """A column's `M1^2` and `relu(M2 - 1/D)`, in float64."""
     with torch.autocast(x.device.type, enabled=False):
         dtype = stats_dtype(x.dtype)
         rows = unit_rows(x.to(dtype)) if cosine else x.to(dtype)
         pairs = x.shape[0] * (x.shape[0] - 1)
         if pairs == 0:  # where the rounding of the two sums would be left
-            return rows.sum() * 0
+            zero = rows.sum(dtype=torch.float64) * 0
+            return zero, zero
         # The diagonal cancels most of both sums on spread-out embeddings: sums in fp64, D x D of them.
         own = rows.square().sum(1, dtype=torch.float64)
         total = rows.sum(0, dtype=torch.float64).square().sum() - own.sum()
         squares = (rows.T @ rows).to(torch.float64).square().sum() - own.square().sum()
         mean, second = total / pairs, squares / pairs
-        loss = mean_weight * mean.square() + second_moment_weight * (second - 1 / x.shape[1]).clamp(min=0)
-        return loss.to(dtype)
+        return mean.square(), (second - 1 / x.shape[1]).clamp(min=0)
 
 
 class GlobalOrthogonalRegularizationLoss(LossModule, function=global_orthogonal_regularization):

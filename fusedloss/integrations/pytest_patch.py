@@ -1,0 +1,27 @@
+"""A library's own tests with the drop-ins in its classes' place: `pytest -p fusedloss.integrations.pytest_patch`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from . import calls
+
+LIBRARIES = ("sentence_transformers", "open_clip", "pytorch_metric_learning", "lightly")
+missing: dict[str, ImportError] = {}
+
+
+def pytest_configure(config: Any) -> None:
+    for name in LIBRARIES:
+        try:
+            importlib.import_module(f"{__package__}.{name}").patch()
+        except ImportError as error:  # not installed
+            missing[name] = error
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    terminalreporter.section("calls that ran fused")
+    for name, count in sorted(calls.items()):
+        terminalreporter.line(f"{count:6} {name}")
+    for name, error in missing.items():
+        terminalreporter.line(f"not patched: {name}: {error}")

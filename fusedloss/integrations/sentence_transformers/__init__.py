@@ -1,0 +1,94 @@
+"""sentence-transformers' losses, with fused score stages: swap an import, or `patch()` a script as it is.
+
+    from fusedloss.integrations import sentence_transformers as losses
+
+    loss = losses.MultipleNegativesRankingLoss(model)    # everything else of the library stays
+    trainer = SentenceTransformerTrainer(model=model, train_dataset=dataset, loss=loss)
+
+Constructors, attributes, configuration and citation are the library's; embedding, gradient caching and the checks of
+columns and labels run its code. Results are float32 scalars (float64 for float64 embeddings) where it returns those
+of the embeddings' dtype. Losses of sparse encoders are in `.sparse_encoder`, of cross-encoders in `.cross_encoder`.
+Tested with 6.2.0.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+from .._drop_in import Patch, library
+
+# The part that 6.x has and earlier versions have not.
+library("sentence_transformers.base.losses.merged_forward", "sentence-transformers", "6.2.0")
+
+from sentence_transformers.sentence_transformer.losses import (  # noqa: E402
+    BatchHardTripletLossDistanceFunction as BatchHardTripletLossDistanceFunction,
+)
+from sentence_transformers.sentence_transformer.losses import (  # noqa: E402
+    ContrastiveTensionDataLoader as ContrastiveTensionDataLoader,
+)
+from sentence_transformers.sentence_transformer.losses import (  # noqa: E402
+    SiameseDistanceMetric as SiameseDistanceMetric,
+)
+from sentence_transformers.sentence_transformer.losses import (  # noqa: E402
+    TripletDistanceMetric as TripletDistanceMetric,
+)
+
+from ._cached import CachedGISTEmbedLoss as CachedGISTEmbedLoss  # noqa: E402
+from ._cached import CachedMultipleNegativesRankingLoss as CachedMultipleNegativesRankingLoss  # noqa: E402
+from ._cached import (  # noqa: E402
+    CachedMultipleNegativesSymmetricRankingLoss as CachedMultipleNegativesSymmetricRankingLoss,
+)
+from ._denoising import DenoisingAutoEncoderLoss as DenoisingAutoEncoderLoss  # noqa: E402
+from ._mined import BatchAllTripletLoss as BatchAllTripletLoss  # noqa: E402
+from ._mined import BatchHardSoftMarginTripletLoss as BatchHardSoftMarginTripletLoss  # noqa: E402
+from ._mined import BatchHardTripletLoss as BatchHardTripletLoss  # noqa: E402
+from ._mined import BatchSemiHardTripletLoss as BatchSemiHardTripletLoss  # noqa: E402
+from ._modifiers import AdaptiveLayerLoss as AdaptiveLayerLoss  # noqa: E402
+from ._modifiers import Matryoshka2dLoss as Matryoshka2dLoss  # noqa: E402
+from ._modifiers import MatryoshkaLoss as MatryoshkaLoss  # noqa: E402
+from ._pairs import AnglELoss as AnglELoss  # noqa: E402
+from ._pairs import ContrastiveLoss as ContrastiveLoss  # noqa: E402
+from ._pairs import ContrastiveTensionLoss as ContrastiveTensionLoss  # noqa: E402
+from ._pairs import CoSENTLoss as CoSENTLoss  # noqa: E402
+from ._pairs import CosineSimilarityLoss as CosineSimilarityLoss  # noqa: E402
+from ._pairs import DistillKLDivLoss as DistillKLDivLoss  # noqa: E402
+from ._pairs import EmbedDistillLoss as EmbedDistillLoss  # noqa: E402
+from ._pairs import GlobalOrthogonalRegularizationLoss as GlobalOrthogonalRegularizationLoss  # noqa: E402
+from ._pairs import MarginMSELoss as MarginMSELoss  # noqa: E402
+from ._pairs import MSELoss as MSELoss  # noqa: E402
+from ._pairs import OnlineContrastiveLoss as OnlineContrastiveLoss  # noqa: E402
+from ._pairs import SoftmaxLoss as SoftmaxLoss  # noqa: E402
+from ._pairs import TripletLoss as TripletLoss  # noqa: E402
+from ._ranking import ContrastiveTensionLossInBatchNegatives as ContrastiveTensionLossInBatchNegatives  # noqa: E402
+from ._ranking import GISTEmbedLoss as GISTEmbedLoss  # noqa: E402
+from ._ranking import MegaBatchMarginLoss as MegaBatchMarginLoss  # noqa: E402
+from ._ranking import MultipleNegativesRankingLoss as MultipleNegativesRankingLoss  # noqa: E402
+from ._ranking import MultipleNegativesSymmetricRankingLoss as MultipleNegativesSymmetricRankingLoss  # noqa: E402
+
+
+def drop_ins(module: Any) -> dict[type, type]:
+    """The library's classes, by ours: those in `module` that derive from one of the same name."""
+    found = {}
+    for own in vars(module).values():
+        if isinstance(own, type):
+            theirs = [base for base in own.__mro__[1:] if base.__name__ == own.__name__]
+            found.update({base: own for base in theirs})
+    return found
+
+
+def patch() -> Patch:
+    """Puts the drop-ins in the place of the library's classes, wherever those are imported, of all its kinds of models.
+
+    Returns what takes it back: `.undo()`, or the end of a `with`. FUSEDLOSS_DISABLE=1 makes it do nothing.
+
+    Example:
+        >>> from fusedloss.integrations import sentence_transformers as fused
+        >>> fused.patch()
+    """
+    replaced = {}
+    for name in ("", ".sparse_encoder", ".cross_encoder"):
+        if importlib.util.find_spec(__name__ + name) is not None:
+            replaced.update(drop_ins(importlib.import_module(__name__ + name)))
+    return Patch(replaced)

@@ -1,0 +1,67 @@
+"""Gradient-cached losses: the library's engine embeds and replays; the loss stage is one sweep over the whole batch.
+
+`mini_batch_size` only says how many texts are embedded at a time.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss as _CachedGISTEmbedLoss
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss as _CachedMultipleNegativesRankingLoss,
+)
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesSymmetricRankingLoss as _CachedMultipleNegativesSymmetricRankingLoss,
+)
+from sentence_transformers.sentence_transformer.losses import (
+    cached_gist_embed as _cached_gist_embed,
+)
+from sentence_transformers.sentence_transformer.losses import (
+    cached_multiple_negatives_ranking as _cached_ranking,
+)
+from torch import Tensor
+from typing_extensions import deprecated
+
+from fusedloss import checks
+
+from ._fits import fused
+from ._ranking import gist, gist_fits, ranking, ranking_fits, settled
+
+
+class CachedMultipleNegativesRankingLoss(_CachedMultipleNegativesRankingLoss):
+    """sentence-transformers' loss of this name. With `gather_across_devices` a step has one gather, not one a chunk."""
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        columns = [torch.cat(column) for column in reps]
+        if not fused(self, ranking_fits(self, columns)):
+            return super().calculate_loss(reps, labels, with_backward=with_backward)
+        loss = settled(ranking(self, _cached_ranking, columns), with_backward)
+        # Under autocast its dtype, by which callers (the library's tests are one) tell that autocast was on.
+        return loss.to(torch.get_autocast_dtype(loss.device.type)) if checks.autocasts(columns[0]) else loss
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # meant for its users
+
+    @deprecated(_CachedMultipleNegativesSymmetricRankingLoss.__deprecated__)
+    class CachedMultipleNegativesSymmetricRankingLoss(
+        _CachedMultipleNegativesSymmetricRankingLoss, CachedMultipleNegativesRankingLoss
+    ):
+        """sentence-transformers' loss of this name, as `CachedMultipleNegativesRankingLoss`."""
+
+
+class CachedGISTEmbedLoss(_CachedGISTEmbedLoss):
+    """sentence-transformers' loss of this name, in the memory of the embeddings; see `GISTEmbedLoss`."""
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], reps_guided: list[list[Tensor]], *, with_backward: bool = False
+    ) -> Tensor:
+        columns = [torch.cat(column) for column in reps]
+        guides = [torch.cat(column) for column in reps_guided]
+        if not fused(self, gist_fits(self, _CachedGISTEmbedLoss, columns, guides)):
+            return super().calculate_loss(reps, reps_guided, with_backward=with_backward)
+        return settled(gist(self, _cached_gist_embed, columns, guides), with_backward)

@@ -1,0 +1,174 @@
+"""What the library's losses are asked before each call: are these embeddings, this similarity, these hooks known?
+
+Every question is answered with None, or with words that follow "because": then the library's own code runs, and what it
+would raise is raised by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator
+from numbers import Real
+from typing import Any
+
+import torch
+from sentence_transformers import util
+from sentence_transformers.base.losses.merged_forward import column_merging_disabled
+from torch import Tensor, nn
+
+from fusedloss.checks import FLOATING
+
+from .._drop_in import runs_fused
+
+MATRICES = {util.cos_sim: "cos", util.pytorch_cos_sim: "cos", util.dot_score: "dot"}
+PAIRS = {
+    util.pairwise_cos_sim: "cos",
+    util.pairwise_dot_score: "dot",
+    util.pairwise_euclidean_sim: "euclidean",
+    util.pairwise_manhattan_sim: "manhattan",
+    util.pairwise_angle_sim: "angle",
+}
+
+
+def fused(loss: nn.Module, why_not: str | None) -> bool:
+    """Whether this call of `loss` runs fused code: counted, or the reason told once."""
+    return runs_fused(f"sentence_transformers.{type(loss).__name__}", why_not)
+
+
+def first(*reasons: str | None) -> str | None:
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def similarity(function: Any, known: dict[Any, str]) -> str | None:
+    """The name of a similarity that is one of the library's functions itself, or a model's method that calls one."""
+    model = getattr(function, "__self__", None)
+    if isinstance(model, nn.Module) and type(function.__func__).__name__ == "function":
+        method = function.__func__
+        if method.__module__.startswith("sentence_transformers.") and method.__name__ in (
+            "similarity",
+            "similarity_pairwise",
+        ):
+            model.similarity_fn_name  # noqa: B018  # the library sets the function when this is first read
+            function = getattr(model, f"_{method.__name__}")
+    return next((name for own, name in known.items() if own is function), None)
+
+
+def similarity_is_known(function: Any, known: dict[Any, str]) -> str | None:
+    if similarity(function, known) is None:
+        return f"its similarity is none of {', '.join(sorted({own.__name__ for own in known}))}"
+    return None
+
+
+def embeddings_fit(*embeddings: Tensor, same_rows: bool = True) -> str | None:
+    """Dense matrices [rows, D] of one dtype, device and D, with at least one row."""
+    head = embeddings[0]
+    for x in embeddings:
+        if type(x) not in (Tensor, nn.Parameter):
+            return f"an embedding is a {type(x).__name__}"
+        if x.layout != torch.strided or x.is_nested:
+            return "an embedding is sparse or nested"
+        if x.dtype not in FLOATING or x.dtype != head.dtype:
+            return f"the embeddings are {head.dtype} and {x.dtype}"
+        if x.dim() != 2 or x.shape[1] != head.shape[1] or x.device != head.device:
+            return "the embeddings are no matrices of one dimension on one device"
+        if not x.numel():
+            return "there are no embeddings"
+        if same_rows and x.shape[0] != head.shape[0]:
+            return "the embeddings have different numbers of rows"
+    return None
+
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+NUMBERS = (*FLOATING, *INTEGERS)
+
+
+def labels_fit(labels: Any, rows: int, dtypes: tuple[torch.dtype, ...] = (*NUMBERS, torch.bool)) -> str | None:
+    """One label for each row."""
+    if not isinstance(labels, Tensor) or labels.layout != torch.strided:
+        return "the labels are no dense tensor"
+    if labels.numel() != rows:
+        return "there is not one label for each row"
+    if labels.dtype not in dtypes:
+        return f"the labels are {labels.dtype}"
+    return None
+
+
+def number_fits(name: str, value: Any, *, positive: bool = False, tensor: bool = False) -> str | None:
+    """A finite number; `tensor`: or one that may be learnt."""
+    if tensor and isinstance(value, Tensor) and value.numel() == 1 and value.dim() < 2:
+        if not value.dtype.is_floating_point or (
+            value.device.type == "cpu" and not 0 < float(value.detach()) < math.inf
+        ):
+            return f"its {name} is no positive number"
+        return None
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        return f"its {name} is no finite number"
+    if positive and not float(value) > 0:
+        return f"its {name} is not positive"
+    return None
+
+
+def plain(criterion: Any, kind: type[nn.Module], **options: Any) -> str | None:
+    """Whether a criterion is torch's own, as the library builds it."""
+    default = kind(**options)
+    if (
+        type(criterion) is not kind
+        or "forward" in vars(criterion)
+        or any(
+            value is not getattr(criterion, name) and value != getattr(criterion, name)
+            for name, value in vars(default).items()
+            if not name.startswith("_") and name != "training"
+        )
+        or next(criterion.buffers(), None) is not None
+    ):
+        return f"its criterion is not {default}"
+    return None
+
+
+def not_overridden(loss: nn.Module, owner: type, *methods: str) -> str | None:
+    """Whether methods that the fused code goes around are still the library's."""
+    for name in methods:
+        if name in vars(loss) or getattr(type(loss), name) is not getattr(owner, name):
+            return f"{name} is overridden"
+    return None
+
+
+@contextlib.contextmanager
+def autocast_off(x: Tensor) -> Iterator[None]:
+    """For losses that the library computes in the embeddings' own dtype, or in fp32, under autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        yield
+
+
+class Given(nn.Module):
+    """Stands in for a model whose embeddings are there already."""
+
+    def __init__(self, key: str):
+        super().__init__()
+        self.key = key
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"sentence_embedding": features[self.key]}
+
+
+def replay(
+    loss: nn.Module,
+    forward: Callable[..., Any],
+    models: dict[str, list[Tensor]],
+    labels: Any,
+    **attributes: Any,
+) -> Any:
+    """The library's `forward` from embeddings that have been computed: `models[attribute]` holds those of one model.
+
+    For losses whose score stage is no method of its own.
+    """
+    twin = copy.copy(loss)
+    twin._modules = {**loss._modules, **{name: Given(name) for name in models}}
+    for name in models:
+        vars(twin).pop(name, None)  # a model that is no module
+    vars(twin).update(attributes)
+    columns = [dict(zip(models, row, strict=True)) for row in zip(*models.values(), strict=True)]
+    with column_merging_disabled():
+        return forward(twin, columns, labels)

@@ -1,0 +1,76 @@
+"""Triplets mined in a batch with class labels: no matrix of distances, and no tensor of triplets, is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sentence_transformers.sentence_transformer.losses import BatchAllTripletLoss as _BatchAllTripletLoss
+from sentence_transformers.sentence_transformer.losses import (
+    BatchHardSoftMarginTripletLoss as _BatchHardSoftMarginTripletLoss,
+)
+from sentence_transformers.sentence_transformer.losses import BatchHardTripletLoss as _BatchHardTripletLoss
+from sentence_transformers.sentence_transformer.losses import BatchHardTripletLossDistanceFunction as _Distances
+from sentence_transformers.sentence_transformer.losses import BatchSemiHardTripletLoss as _BatchSemiHardTripletLoss
+from torch import Tensor, nn
+
+import fusedloss
+from fusedloss.problem import stats_dtype
+
+from . import _fits
+from ._fits import first, fused
+
+DISTANCES = {_Distances.euclidean_distance: "euclidean", _Distances.cosine_distance: "cosine"}
+
+
+def _mined(
+    function: Callable[..., Tensor], loss: nn.Module, labels: Any, embeddings: Tensor, **options: float
+) -> Tensor | None:
+    """The loss, or None where the library's own code has to run."""
+    metric: Any = loss.distance_metric
+    distance = next((name for own, name in DISTANCES.items() if own is metric), None)
+    why_not = first(
+        None if distance else "its distance is not one of the library's",
+        *(_fits.number_fits("margin", value) for value in options.values()),
+        _fits.embeddings_fit(embeddings),
+        _fits.labels_fit(labels, embeddings.shape[0], (*_fits.INTEGERS, torch.bool)),
+    )
+    if not fused(loss, why_not):
+        return None
+    # As the library widens 16 bits: distances between long vectors are differences of large products.
+    embeddings = embeddings.to(stats_dtype(embeddings.dtype))
+    with _fits.autocast_off(embeddings):
+        return function(embeddings, labels.view(-1).to(torch.int64), distance=distance, **options)
+
+
+class BatchAllTripletLoss(_BatchAllTripletLoss):
+    """sentence-transformers' loss of this name, in the memory of the embeddings."""
+
+    def batch_all_triplet_loss(self, labels: Tensor, embeddings: Tensor) -> Tensor:
+        loss = _mined(fusedloss.batch_all_triplet, self, labels, embeddings, margin=self.triplet_margin)
+        return super().batch_all_triplet_loss(labels, embeddings) if loss is None else loss
+
+
+class BatchHardTripletLoss(_BatchHardTripletLoss):
+    """sentence-transformers' loss of this name, in the memory of the embeddings."""
+
+    def batch_hard_triplet_loss(self, labels: Tensor, embeddings: Tensor) -> Tensor:
+        loss = _mined(fusedloss.batch_hard_triplet, self, labels, embeddings, margin=self.triplet_margin)
+        return super().batch_hard_triplet_loss(labels, embeddings) if loss is None else loss
+
+
+class BatchHardSoftMarginTripletLoss(_BatchHardSoftMarginTripletLoss, BatchHardTripletLoss):
+    """sentence-transformers' loss of this name, in the memory of the embeddings."""
+
+    def batch_hard_triplet_soft_margin_loss(self, labels: Tensor, embeddings: Tensor) -> Tensor:
+        loss = _mined(fusedloss.batch_hard_soft_margin_triplet, self, labels, embeddings)
+        return super().batch_hard_triplet_soft_margin_loss(labels, embeddings) if loss is None else loss
+
+
+class BatchSemiHardTripletLoss(_BatchSemiHardTripletLoss):
+    """sentence-transformers' loss of this name, in the memory of the embeddings."""
+
+    def batch_semi_hard_triplet_loss(self, labels: Tensor, embeddings: Tensor) -> Tensor:
+        loss = _mined(fusedloss.batch_semi_hard_triplet, self, labels, embeddings, margin=self.margin)
+        return super().batch_semi_hard_triplet_loss(labels, embeddings) if loss is None else loss

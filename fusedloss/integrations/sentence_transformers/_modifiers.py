@@ -1,0 +1,148 @@
+"""Losses around a loss: all Matryoshka dimensions of a ranking loss in one sweep; any other inner loss as it is."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss as AdaptiveLayerLoss
+from sentence_transformers.sentence_transformer.losses import Matryoshka2dLoss as _Matryoshka2dLoss
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss as _MatryoshkaLoss
+from sentence_transformers.sentence_transformer.losses import matryoshka as _matryoshka
+from torch import Tensor, nn
+
+import fusedloss
+
+from .._drop_in import disabled, runs_fused
+from . import _fits
+from ._cached import CachedMultipleNegativesRankingLoss
+from ._fits import first, fused
+from ._ranking import (
+    MultipleNegativesRankingLoss,
+    _MultipleNegativesRankingLoss,
+    ranking_fits,
+    ranking_options,
+    settled,
+)
+
+
+def prefixes_fit(loss: Any, dims: Sequence[int], weights: Sequence[Any], embeddings: Sequence[Tensor]) -> str | None:
+    """Whether all prefixes of the ranking loss `loss` are one sweep."""
+    return first(
+        "it gathers across devices" if loss.gather_across_devices else None,
+        ranking_fits(loss, embeddings),
+        "its dimensions are not distinct ones of the embeddings"
+        if len(set(dims)) != len(dims) or max(dims) > embeddings[0].shape[-1]
+        else None,
+        *(_fits.number_fits("weight", weight) for weight in weights),
+    )
+
+
+def prefixes(loss: Any, dims: Sequence[int], weights: Sequence[float], embeddings: Sequence[Tensor]) -> Tensor:
+    return fusedloss.matryoshka(
+        fusedloss.multiple_negatives_ranking, *embeddings, dims=dims, weights=weights, **ranking_options(loss)
+    )
+
+
+def steps(count: int, chosen: int) -> Sequence[int]:
+    """Which of the dimensions this step takes; draws from `random` as the library does."""
+    return random.sample(range(count), chosen) if 0 < chosen < count else range(count)
+
+
+class CachedLossDecorator(_matryoshka.CachedLossDecorator):
+    """All dimensions in one sweep, where the decorated loss is our CachedMultipleNegativesRankingLoss."""
+
+    def __call__(self, reps: list[list[Tensor]], *args: Any, **kwargs: Any) -> Tensor:
+        loss = self.fn.__self__
+        columns = [torch.cat(column) for column in reps]
+        why_not = prefixes_fit(loss, self.matryoshka_dims, self.matryoshka_weights, columns)
+        if not runs_fused("sentence_transformers.MatryoshkaLoss", why_not):
+            return super().__call__(reps, *args, **kwargs)
+        chosen = steps(len(self.matryoshka_dims), self.n_dims_per_step)
+        dims = [self.matryoshka_dims[i] for i in chosen]
+        weights = [self.matryoshka_weights[i] for i in chosen]
+        return settled(prefixes(loss, dims, weights, columns), kwargs.get("with_backward", False))
+
+
+class MatryoshkaLoss(_MatryoshkaLoss):
+    """sentence-transformers' loss of this name. Around our (cached) MultipleNegativesRankingLoss all dimensions share
+    one similarity product and one for each gradient; around any other loss it is the library's loop.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        loss: nn.Module,
+        matryoshka_dims: Sequence[int],
+        matryoshka_weights: Sequence[float] | Sequence[int] | None = None,
+        n_dims_per_step: int = -1,
+    ) -> None:
+        super().__init__(model, loss, matryoshka_dims, matryoshka_weights, n_dims_per_step)
+        decorator = vars(loss).get("calculate_loss")
+        method = getattr(decorator, "fn", None)
+        own = CachedMultipleNegativesRankingLoss.calculate_loss
+        if type(decorator) is _matryoshka.CachedLossDecorator and getattr(method, "__func__", None) is own:
+            loss.calculate_loss = CachedLossDecorator(
+                method, self.matryoshka_dims, self.matryoshka_weights, self.n_dims_per_step
+            )
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        columns = list(sentence_features)
+        if not self._around_ours() or disabled():
+            return super().forward(columns, labels)
+        embeddings = embed_columns(self.model, columns)
+        why_not = prefixes_fit(self.loss, self.matryoshka_dims, self.matryoshka_weights, embeddings)
+        chosen = steps(len(self.matryoshka_dims), self.n_dims_per_step)
+        dims = [self.matryoshka_dims[i] for i in chosen]
+        weights = [self.matryoshka_weights[i] for i in chosen]
+        if fused(self, why_not):
+            return prefixes(self.loss, dims, weights, embeddings)
+        loss: Any = 0.0
+        for dim, weight in zip(dims, weights, strict=True):
+            cut = [_matryoshka.shrink(x, dim) for x in embeddings]
+            loss = loss + weight * self.loss.compute_loss_from_embeddings(cut, labels)
+        return loss
+
+    def _around_ours(self) -> bool:
+        inner = self.loss
+        return (
+            not self.uses_gradient_cache
+            and isinstance(inner, MultipleNegativesRankingLoss)
+            and inner.model is self.model
+            and not (inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks)
+            and not _fits.not_overridden(inner, MultipleNegativesRankingLoss, "compute_loss_from_embeddings")
+            and not _fits.not_overridden(inner, _MultipleNegativesRankingLoss, "forward")
+        )
+
+
+class Matryoshka2dLoss(_Matryoshka2dLoss):
+    """sentence-transformers' loss of this name, whose MatryoshkaLoss is ours."""
+
+    def __init__(
+        self,
+        model: Any,
+        loss: nn.Module,
+        matryoshka_dims: list[int],
+        matryoshka_weights: list[float | int] | None = None,
+        n_layers_per_step: int = 1,
+        n_dims_per_step: int = 1,
+        last_layer_weight: float = 1.0,
+        prior_layers_weight: float = 1.0,
+        kl_div_weight: float = 1.0,
+        kl_temperature: float = 0.3,
+        layer_weighting: Literal["uniform", "log", "linear"] | Callable[[int], float] = "uniform",
+    ) -> None:
+        AdaptiveLayerLoss.__init__(
+            self,
+            model,
+            MatryoshkaLoss(model, loss, matryoshka_dims, matryoshka_weights, n_dims_per_step),
+            n_layers_per_step=n_layers_per_step,
+            last_layer_weight=last_layer_weight,
+            prior_layers_weight=prior_layers_weight,
+            kl_div_weight=kl_div_weight,
+            kl_temperature=kl_temperature,
+            layer_weighting=layer_weighting,
+        )

@@ -1,0 +1,327 @@
+"""Losses of a text and one or a few others: their similarities in one pass over the rows, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.sentence_transformer.losses import AnglELoss as _AnglELoss
+from sentence_transformers.sentence_transformer.losses import ContrastiveLoss as _ContrastiveLoss
+from sentence_transformers.sentence_transformer.losses import ContrastiveTensionLoss as _ContrastiveTensionLoss
+from sentence_transformers.sentence_transformer.losses import CoSENTLoss as _CoSENTLoss
+from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss as _CosineSimilarityLoss
+from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss as _DistillKLDivLoss
+from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss as _EmbedDistillLoss
+from sentence_transformers.sentence_transformer.losses import (
+    GlobalOrthogonalRegularizationLoss as _GlobalOrthogonalRegularizationLoss,
+)
+from sentence_transformers.sentence_transformer.losses import MarginMSELoss as _MarginMSELoss
+from sentence_transformers.sentence_transformer.losses import MSELoss as _MSELoss
+from sentence_transformers.sentence_transformer.losses import OnlineContrastiveLoss as _OnlineContrastiveLoss
+from sentence_transformers.sentence_transformer.losses import SiameseDistanceMetric as _Siamese
+from sentence_transformers.sentence_transformer.losses import SoftmaxLoss as _SoftmaxLoss
+from sentence_transformers.sentence_transformer.losses import TripletDistanceMetric as _Triplet
+from sentence_transformers.sentence_transformer.losses import TripletLoss as _TripletLoss
+from sentence_transformers.sentence_transformer.losses import distill_kl_div as _distill_kl_div
+from torch import Tensor, nn
+
+import fusedloss
+from fusedloss.losses.orthogonal import moments
+from fusedloss.problem import stats_dtype
+
+from . import _fits
+from ._fits import MATRICES, PAIRS, first, fused
+
+SIAMESE = {_Siamese.COSINE_DISTANCE: "cosine", _Siamese.EUCLIDEAN: "euclidean", _Siamese.MANHATTAN: "manhattan"}
+TRIPLET = {_Triplet.COSINE: "cosine", _Triplet.EUCLIDEAN: "euclidean", _Triplet.MANHATTAN: "manhattan"}
+
+
+def distance(metric: Any, known: dict[Any, str]) -> str | None:
+    return next((name for own, name in known.items() if own is metric), None)
+
+
+def distance_is_known(metric: Any, known: dict[Any, str]) -> str | None:
+    return None if distance(metric, known) else "its distance is not one of the library's"
+
+
+def _siamese_fits(loss: Any, embeddings: Sequence[Tensor], labels: Any) -> str | None:
+    """Of both contrastive losses: the first batch's labels are looked at, as there, for a warning."""
+    why_not = first(
+        "there are not two columns" if len(embeddings) != 2 else None,
+        distance_is_known(loss.distance_metric, SIAMESE),
+        _fits.number_fits("margin", loss.margin),
+        _fits.embeddings_fit(*embeddings),
+        _fits.labels_fit(labels, len(embeddings[0]), _fits.NUMBERS),
+    )
+    if why_not is None and not loss._checked_labels:
+        if bool((labels.ne(0) & labels.ne(1)).any()):
+            return "the library warns of the first labels, which are not 0 or 1"
+        loss._checked_labels = True
+    return why_not
+
+
+class ContrastiveLoss(_ContrastiveLoss):
+    """sentence-transformers' loss of this name, its distances in one pass."""
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        if not fused(self, _siamese_fits(self, embeddings, labels)):
+            return super().compute_loss_from_embeddings(embeddings, labels)
+        a, b = embeddings
+        return fusedloss.contrastive(
+            a,
+            b,
+            labels.reshape(-1).float(),
+            distance=distance(self.distance_metric, SIAMESE) or "",
+            margin=self.margin,
+            reduction="mean" if self.size_average else "sum",
+        )
+
+
+class OnlineContrastiveLoss(_OnlineContrastiveLoss):
+    """sentence-transformers' loss of this name, without waiting for a GPU. A NaN distance shows, where upstream's
+    selection drops it."""
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        if not fused(self, _siamese_fits(self, embeddings, labels)):
+            return super().compute_loss_from_embeddings(embeddings, labels)
+        a, b = embeddings
+        return fusedloss.online_contrastive(
+            a,
+            b,
+            labels.reshape(-1),
+            distance=distance(self.distance_metric, SIAMESE) or "",
+            margin=self.margin,
+        )
+
+
+class CosineSimilarityLoss(_CosineSimilarityLoss):
+    """sentence-transformers' loss of this name: the cosines in one pass, then the loss's own two modules."""
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        why_not = first(
+            "there are fewer than two columns" if len(embeddings) < 2 else None,
+            _fits.embeddings_fit(*embeddings[:2]),
+            _fits.labels_fit(labels, len(embeddings[0])),
+        )
+        if not fused(self, why_not):
+            return super().compute_loss_from_embeddings(embeddings, labels)
+        a, b = embeddings[:2]
+        return fusedloss.cosine_similarity(
+            a, b, labels.float().view(-1), loss=self.loss_fct, transform=self.cos_score_transformation
+        )
+
+
+class CoSENTLoss(_CoSENTLoss):
+    """sentence-transformers' loss of this name: its sums in float64, its gradient beside its value."""
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        why_not = first(
+            "there are fewer than two columns" if len(embeddings) < 2 else None,
+            _fits.similarity_is_known(self.similarity_fct, PAIRS),
+            _fits.number_fits("scale", self.scale, positive=True, tensor=True),
+            _fits.embeddings_fit(*embeddings[:2]),
+            _fits.labels_fit(labels, len(embeddings[0])),
+        )
+        if not fused(self, why_not):
+            return super().compute_loss_from_embeddings(embeddings, labels)
+        a, b = embeddings[:2]
+        return fusedloss.cosent(
+            a,
+            b,
+            labels.view(-1),
+            scale=self.scale,
+            similarity=_fits.similarity(self.similarity_fct, PAIRS) or "",
+        )
+
+
+class AnglELoss(_AnglELoss, CoSENTLoss):
+    """sentence-transformers' loss of this name, as `CoSENTLoss`."""
+
+
+class TripletLoss(_TripletLoss):
+    """sentence-transformers' loss of this name: both distances in one pass."""
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        why_not = first(
+            "there are not three columns" if len(embeddings) != 3 else None,
+            distance_is_known(self.distance_metric, TRIPLET),
+            _fits.number_fits("triplet_margin", self.triplet_margin),
+            _fits.embeddings_fit(*embeddings),
+        )
+        if not fused(self, why_not):
+            return super().compute_loss_from_embeddings(embeddings, labels)
+        anchor, positive, negative = embeddings
+        return fusedloss.triplet(
+            anchor,
+            positive,
+            negative,
+            distance=distance(self.distance_metric, TRIPLET) or "",
+            margin=self.triplet_margin,
+        )
+
+
+class MarginMSELoss(_MarginMSELoss):
+    """sentence-transformers' loss of this name: all similarities of a query in one pass."""
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        why_not = first(
+            "there are fewer than three columns" if len(embeddings) < 3 else None,
+            _fits.similarity_is_known(self.similarity_fct, PAIRS),
+            _fits.plain(self.loss_fct, nn.MSELoss),
+            _fits.embeddings_fit(*embeddings),
+            self._labels_fit(len(embeddings[0]), len(embeddings) - 2, labels),
+        )
+        if not fused(self, why_not):
+            return super().compute_loss_from_embeddings(embeddings, labels)
+        query, positive, *negatives = embeddings
+        similarity = _fits.similarity(self.similarity_fct, PAIRS) or ""
+        return fusedloss.margin_mse(query, positive, *negatives, label=labels, similarity=similarity)
+
+    @staticmethod
+    def _labels_fit(rows: int, negatives: int, labels: Any) -> str | None:
+        shapes = [(rows, negatives + 1), (rows, negatives), *([(rows,)] if negatives == 1 else [])]
+        if not isinstance(labels, Tensor) or labels.shape not in shapes:
+            return "the labels are neither margins nor scores"
+        return _fits.labels_fit(labels, labels.numel())
+
+
+class DistillKLDivLoss(_DistillKLDivLoss):
+    """sentence-transformers' loss of this name: all similarities of a query in one pass, the divergence in float64."""
+
+    _checked_teacher_scale: bool
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        why_not = first(
+            "there are fewer than three columns" if len(embeddings) < 3 else None,
+            _fits.similarity_is_known(self.similarity_fct, PAIRS),
+            _fits.plain(self.loss_fct, nn.KLDivLoss, reduction="batchmean"),
+            _fits.number_fits("student_temperature", self.student_temperature, positive=True),
+            _fits.number_fits("teacher_temperature", self.teacher_temperature, positive=True),
+            _fits.embeddings_fit(*embeddings),
+            "the labels are not one score for each candidate"
+            if not isinstance(labels, Tensor) or labels.shape != (len(embeddings[0]), len(embeddings) - 1)
+            else _fits.labels_fit(labels, labels.numel()),
+        )
+        if not fused(self, why_not):
+            return super().compute_loss_from_embeddings(embeddings, labels)
+        if not self._checked_teacher_scale:
+            self._checked_teacher_scale = True
+            teacher = torch.softmax(labels.detach() / self.teacher_temperature, dim=1)
+            _distill_kl_div.check_teacher_targets(teacher, labels, self.teacher_temperature, type(self).__name__)
+        query, positive, *negatives = embeddings
+        return fusedloss.distill_kl_div(
+            query,
+            positive,
+            *negatives,
+            label=labels,
+            similarity=_fits.similarity(self.similarity_fct, PAIRS) or "",
+            student_temperature=self.student_temperature,
+            teacher_temperature=self.teacher_temperature,
+        )
+
+
+class EmbedDistillLoss(_EmbedDistillLoss):
+    """sentence-transformers' loss of this name: the distances of all columns in one pass each."""
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], teacher_embeddings: list[Tensor]) -> Tensor:
+        if not fused(self, self._fits(embeddings, teacher_embeddings)):
+            return super().compute_loss_from_embeddings(embeddings, teacher_embeddings)
+        like = embeddings[0]
+        shared = all(teacher is teacher_embeddings[0] for teacher in teacher_embeddings)
+        teachers = [x.to(like.device, like.dtype) for x in (teacher_embeddings[:1] if shared else teacher_embeddings)]
+        students = embeddings if self.projection is None else [self.projection(x) for x in embeddings]
+        return fusedloss.embed_distill(students, teachers[0] if shared else teachers, distance=self.distance_metric)
+
+    def _fits(self, embeddings: Sequence[Tensor], teachers: Sequence[Tensor]) -> str | None:
+        if not embeddings or len(embeddings) != len(teachers):
+            return "the teacher has other columns"
+        if self.distance_metric not in ("cosine", "mse", "l2"):
+            return "its distance_metric is unknown"
+        width = embeddings[0].shape[-1] if self.projection is None else self.projection.out_features
+        if any(not isinstance(x, Tensor) or x.shape != (len(embeddings[0]), width) for x in teachers):
+            return "the teacher's embeddings have another shape"
+        return _fits.embeddings_fit(*embeddings)
+
+
+class MSELoss(_MSELoss, EmbedDistillLoss):
+    """sentence-transformers' loss of this name, as `EmbedDistillLoss`."""
+
+
+class SoftmaxLoss(_SoftmaxLoss):
+    """sentence-transformers' loss of this name; the concatenation of both embeddings is never built."""
+
+    def forward(
+        self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor
+    ) -> Tensor | tuple[list[Tensor], Tensor]:
+        embeddings = embed_columns(self.model, sentence_features)
+        if not fused(self, self._fits(embeddings, labels)):
+            return _fits.replay(self, _SoftmaxLoss.forward, {"model": list(embeddings)}, labels)
+        parts = {
+            "rep": self.concatenation_sent_rep,
+            "difference": self.concatenation_sent_difference,
+            "multiplication": self.concatenation_sent_multiplication,
+        }
+        u, v = embeddings
+        return fusedloss.softmax_pair(
+            u,
+            v,
+            self.classifier.weight,
+            self.classifier.bias,
+            labels.view(-1),
+            concatenation=tuple(name for name, chosen in parts.items() if chosen),
+        )
+
+    def _fits(self, embeddings: Sequence[Tensor], labels: Any) -> str | None:
+        return first(
+            "there are not two columns" if len(embeddings) != 2 else None,
+            _fits.embeddings_fit(*embeddings),
+            _fits.plain(self.loss_fct, nn.CrossEntropyLoss),
+            _fits.labels_fit(labels, len(embeddings[0]), (torch.int64,)),
+            "its classifier is not linear" if type(self.classifier) is not nn.Linear else None,
+            "its classifier has another dtype" if self.classifier.weight.dtype != embeddings[0].dtype else None,
+        )
+
+
+class ContrastiveTensionLoss(_ContrastiveTensionLoss):
+    """sentence-transformers' loss of this name: the products of the two models' embeddings in one pass."""
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        one, other = sentence_features
+        a, b = self.model1(one)["sentence_embedding"], self.model2(other)["sentence_embedding"]
+        labels = _same_tokens(one, other, a) if labels is None else labels
+        why_not = first(
+            _fits.embeddings_fit(a, b),
+            _fits.labels_fit(labels, len(a)),
+            _fits.plain(self.criterion, nn.BCEWithLogitsLoss, reduction="sum"),
+        )
+        if not fused(self, why_not):
+            twin = {"model1": [a, a], "model2": [b, b]}
+            return _fits.replay(self, _ContrastiveTensionLoss.forward, twin, labels)
+        return fusedloss.contrastive_tension(a, b, labels.view(-1))
+
+
+def _same_tokens(one: dict[str, Tensor], other: dict[str, Tensor], like: Tensor) -> Tensor:
+    """1 for a text that stands beside itself, whatever the padding."""
+    if "attention_mask" not in one or "attention_mask" not in other:
+        return (one["input_ids"] == other["input_ids"]).all(dim=1).float()
+    texts = (
+        [ids[mask] for ids, mask in zip(x["input_ids"], x["attention_mask"].bool(), strict=True)] for x in (one, other)
+    )
+    return torch.tensor([torch.equal(*pair) for pair in zip(*texts, strict=True)], device=like.device, dtype=like.dtype)
+
+
+class GlobalOrthogonalRegularizationLoss(_GlobalOrthogonalRegularizationLoss):
+    """sentence-transformers' loss of this name from D x D products instead of B x B similarities."""
+
+    def compute_gor(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        why_not = first(
+            _fits.similarity_is_known(self.similarity_fct, MATRICES),
+            _fits.embeddings_fit(embeddings),
+        )
+        if not fused(self, why_not):
+            return super().compute_gor(embeddings)
+        mean, second = moments(embeddings, _fits.similarity(self.similarity_fct, MATRICES) == "cos")
+        dtype = stats_dtype(embeddings.dtype)
+        return mean.to(dtype), second.to(dtype)
