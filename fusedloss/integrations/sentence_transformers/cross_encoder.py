@@ -196,7 +196,8 @@ class _WithCriterion(nn.Module):
 
 
 class BinaryCrossEntropyLoss(_WithCriterion, _BinaryCrossEntropyLoss):
-    """sentence-transformers' loss of this name; value and derivative in one pass."""
+    """sentence-transformers' loss of this name; value and derivative in one pass. An infinite score that is wrong gives
+    an infinite loss, where torch's formula is NaN."""
 
     _criterion = Criterion(
         "bce_with_logits_loss", nn.BCEWithLogitsLoss, binary_cross_entropy, binary_cross_entropy_fits
@@ -299,7 +300,9 @@ class _OfLists(nn.Module):
         if scores.dtype != torch.get_default_dtype():
             return "the scores have another dtype than the library's matrix of them"
         # The library reads values back, too.
-        fit = (scores.detach().abs() <= LARGEST).all() & (torch.cat(list(labels)).abs() <= self._largest_label).all()
+        fit = (scores.detach().abs() <= LARGEST).all() & (
+            torch.cat(list(labels)).float().abs() <= self._largest_label
+        ).all()
         return None if bool(fit) else "a score or a label is NaN, infinite or too large"
 
 
