@@ -60,15 +60,14 @@ def fused(loss: nn.Module, why_not: str | None) -> bool:
 @contextlib.contextmanager
 def standing_in(loss: nn.Module, name: str, other: Callable[..., Tensor]) -> Iterator[None]:
     """`other` where the library's code looks up the module `name` of the loss: an entry of __dict__ is found first."""
-    before = vars(loss).get(name)
-    vars(loss)[name] = other
+    own = vars(loss)
+    before = {name: own[name]} if name in own else {}
+    own[name] = other
     try:
         yield
     finally:
-        if before is None:
-            del vars(loss)[name]
-        else:
-            vars(loss)[name] = before
+        del own[name]
+        own.update(before)
 
 
 @contextlib.contextmanager
@@ -295,7 +294,7 @@ class _OfLists(nn.Module):
                 return "the labels are not one tensor of numbers for each query"
             if x.device != scores.device or x.requires_grad:
                 return "the labels are on another device, or train"
-        if scores.shape != (sum(map(len, labels)),) or scores.device != self.model.device:
+        if scores.shape != (sum(map(len, labels)),) or scores.device.type != self.model.device.type:
             return "the scores are not one for each document"
         if scores.dtype != torch.get_default_dtype():
             return "the scores have another dtype than the library's matrix of them"
