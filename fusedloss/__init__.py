@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import boosting as boosting
 from . import masks as masks
+from . import search as search
 from .errors import UnsupportedError as UnsupportedError
 from .functional import adaptive_layer as adaptive_layer
 from .functional import adr_mse as adr_mse

@@ -1,0 +1,118 @@
+"""`mine_hard_negatives` on an exact search that holds no scores but the best: the library's function, its search ours.
+
+The library's function runs as it is, with a model that answers `similarity` with a promise: `torch.topk` of that is
+`fusedloss.search.top_k`. Anything else done to it computes the matrix that the library would have had.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from sentence_transformers import util
+from sentence_transformers.util import mine_hard_negatives as _mine_hard_negatives
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from fusedloss.search import top_k
+
+from .._drop_in import disabled, runs_fused
+from ._fits import MATRICES, embeddings_fit, first, similarity, similarity_is_known
+
+NAME = "sentence_transformers.mine_hard_negatives"
+KNOWN = {**MATRICES, util.euclidean_sim: "euclidean", util.manhattan_sim: "manhattan"}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _Scores:
+    """What `model.similarity(query, corpus)` would return."""
+
+    def __init__(self, query: Tensor, corpus: Tensor, kind: str, compute: Callable[[], Tensor]):
+        self._query, self._corpus, self._kind, self._compute = query, corpus, kind, compute
+        self._device = query.device
+
+    def to(self, device: torch.device) -> _Scores:
+        self._device = torch.device(device)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._matrix(), name)
+
+    def _matrix(self) -> Tensor:
+        return self._compute().to(self._device)
+
+    def _top_k(self, k: int) -> tuple[Tensor, Tensor]:
+        """Where the library has the results, if that is a GPU: it would search on the CPU, where it encodes to."""
+        query = self._query.to(self._device) if self._device.type == "cuda" else self._query
+        scores, indices = top_k(query, self._corpus, k, similarity=self._kind)
+        return scores.to(self._device), indices.to(self._device)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.topk and len(args) == 1 and set(kwargs) == {"k", "dim"} and kwargs["dim"] == 1:
+            if kwargs["k"] <= len(args[0]._corpus):
+                return args[0]._top_k(kwargs["k"])
+        args, kwargs = tree_map_only(cls, cls._matrix, (args, kwargs))
+        return function(*args, **kwargs)
+
+
+class _Model:
+    """The model, but for `similarity`."""
+
+    def __init__(self, model: Any):
+        self._model = model
+        self._runs: bool | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def similarity(self, query: Any, corpus: Any) -> Any:
+        x, y = (torch.from_numpy(e) if isinstance(e, np.ndarray) and e.flags.writeable else e for e in (query, corpus))
+        method = self._model.similarity
+        why_not = first(
+            similarity_is_known(method, KNOWN),
+            embeddings_fit(x, y, same_rows=False),
+            "autocast is on" if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else None,
+        )
+        if self._runs is None or why_not is not None:  # told, or counted once though queries come in batches
+            self._runs = runs_fused(NAME, why_not)
+        if not self._runs:
+            return method(query, corpus)
+        kind = similarity(method, KNOWN)
+        assert kind is not None
+        return _Scores(x, y, kind, lambda: method(query, corpus))
+
+
+def _searching(upstream: Callable[P, R]) -> Callable[P, R]:
+    def mine_hard_negatives(*args: P.args, **kwargs: P.kwargs) -> R:
+        """The library's `mine_hard_negatives`, whose search holds the best scores only, whatever the corpus.
+
+        Arguments, checks, output and printing are the library's. Without FAISS it scores `faiss_batch_size` queries
+        (16384) against the whole corpus at a time, a matrix of 64 GiB for a million passages; here the scores are
+        walked in tiles of 8 MiB, on the model's device where that is a GPU. Among equal scores the first of the corpus
+        is mined, where the library leaves the order open; scores agree up to the rounding of the products.
+
+        With `use_faiss=True` FAISS searches, as it does there. A similarity other than the library's four, or one that
+        a model overrides, runs the library's search.
+        """
+        try:
+            bound = inspect.signature(upstream).bind(*args, **kwargs)
+        except TypeError:
+            return upstream(*args, **kwargs)  # which raises its own
+        if bound.arguments.get("use_faiss"):
+            runs_fused(NAME, "FAISS is asked for")
+        elif "model" in bound.arguments and not disabled():
+            bound.arguments["model"] = _Model(bound.arguments["model"])
+        return upstream(*bound.args, **bound.kwargs)
+
+    mine_hard_negatives.__signature__ = inspect.signature(upstream)  # type: ignore[attr-defined]
+    return mine_hard_negatives
+
+
+mine_hard_negatives = _searching(_mine_hard_negatives)

@@ -1,0 +1,136 @@
+"""Exact nearest neighbours without the matrix of scores: `top_k` walks it tile by tile and keeps k columns a row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import checks
+from .problem import stats_dtype
+
+SIMILARITIES = ("cos", "dot", "euclidean", "manhattan")
+# Scores at a time, 8 MiB in fp32. Wide tiles are merged seldom, and merging sorts k columns and the new ones.
+TILE, MIN_ROWS, MIN_COLUMNS, COLUMNS_PER_K = 1 << 21, 64, 2048, 8
+SLAB_BYTES = 32 << 20  # of the corpus, where it is converted, normalised or moved
+GROUP = 64  # columns of which only the largest score is compared: a sixth of the time of comparing all
+CROWDED = 8  # a row gets a higher threshold before it takes more than a part of 8 of a tile's groups
+
+
+@torch.no_grad()
+def top_k(query: Tensor, corpus: Tensor, k: int, *, similarity: str = "cos") -> tuple[Tensor, Tensor]:
+    """The k most similar rows of `corpus` for each row of `query`, exactly.
+
+        scores[i], indices[i] = topk over j of similarity(query[i], corpus[j])
+
+    What `torch.topk(query @ corpus.T, k)` gives, without the `[M, N]` matrix: beside inputs and results it takes a
+    tile of 2^21 scores (or 64 rows of 8 k), and 32 MiB of the corpus where that is converted, normalised or moved.
+    Where torch.topk leaves the order of equal scores open, the lowest index comes first, from run to run. NaN is above
+    every number, as there.
+
+    Args:
+        query: `[M, D]`, float16, bfloat16, float32 or float64, any strides. The search runs on its device.
+        corpus: `[N, D]`, of the same dtype, on the same device or on the CPU.
+        k: a whole number from 1.
+        similarity: "cos" (norms of at least 1e-12), "dot", or the negative of a distance, "euclidean" or "manhattan".
+
+    Returns:
+        scores: `[M, k]`, descending, float32, or float64 for float64 inputs; 16-bit embeddings are multiplied in fp32.
+        indices: `[M, k]`, int64.
+        Where N < k the columns from N on hold -inf and the index -1. Gradients do not flow.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit.
+
+    Example:
+        >>> scores, indices = fusedloss.search.top_k(encoder(questions), encoder(passages), 10)
+    """
+    checks.embeddings(query=query)
+    moves = isinstance(corpus, Tensor) and corpus.device.type == "cpu"
+    checks.embeddings(query=query[:0].cpu() if moves else query, corpus=corpus)
+    if k is None:
+        raise TypeError("k is None: needs a whole number")
+    checks.count("k", k)
+    checks.choice("similarity", similarity, SIMILARITIES)
+
+    found = min(k, corpus.shape[0])
+    scores = query.new_full((query.shape[0], k), -math.inf, dtype=stats_dtype(query.dtype))
+    indices = query.new_full((query.shape[0], k), -1, dtype=torch.int64)
+    if not found:
+        return scores, indices
+    columns = max(MIN_COLUMNS, COLUMNS_PER_K * found)
+    rows = max(MIN_ROWS, TILE // columns)
+    with torch.autocast(query.device.type, enabled=False):
+        for first, slab in _slabs(corpus, columns, scores, similarity):
+            for start in range(0, query.shape[0], rows):
+                part = slice(start, start + rows)
+                held = scores[part, :found], indices[part, :found]
+                x = _prepared(query[part], scores, similarity)
+                space = x.new_empty(x.shape[0] * min(columns, slab.shape[0]))
+                for column in range(0, slab.shape[0], columns):
+                    y = slab[column : column + columns]
+                    z = _scores(x, y, similarity, space[: x.shape[0] * y.shape[0]].view(x.shape[0], -1))
+                    _merge_(held, z, first + column)
+    return scores, indices
+
+
+def _prepared(x: Tensor, like: Tensor, similarity: str) -> Tensor:
+    x = x.to(like)
+    return F.normalize(x, dim=1) if similarity == "cos" else x
+
+
+def _slabs(corpus: Tensor, columns: int, like: Tensor, similarity: str) -> Iterator[tuple[int, Tensor]]:
+    """(index of its first row, rows ready to be scored), in ascending order."""
+    if similarity != "cos" and corpus.dtype == like.dtype and corpus.device == like.device:
+        yield 0, corpus
+        return
+    tiles = SLAB_BYTES // (corpus.shape[1] * like.element_size() * columns)
+    rows = max(1, tiles) * columns
+    for start in range(0, corpus.shape[0], rows):
+        yield start, _prepared(corpus[start : start + rows], like, similarity)
+
+
+def _scores(x: Tensor, y: Tensor, similarity: str, out: Tensor) -> Tensor:
+    if similarity in ("cos", "dot"):
+        return torch.mm(x, y.T, out=out)
+    return torch.cdist(x, y, p=2.0 if similarity == "euclidean" else 1.0).neg_()
+
+
+def _merge_(held: tuple[Tensor, Tensor], z: Tensor, first: int) -> None:
+    """`z`'s scores, of the columns from `first` on, into the best of the columns before."""
+    scores, indices = held
+    k = scores.shape[1]
+    group = math.gcd(z.shape[1], GROUP)
+    z = z.view(z.shape[0], -1, group)
+    best = z.amax(2)
+    # What must be beaten: a later column loses a tie. Only NaN beats +inf, which stands for NaN; before there are
+    # scores, everything beats NaN.
+    bound = scores[:, -1:].nan_to_num(math.inf, math.inf, -math.inf) if first else z.new_full((len(z), 1), math.nan)
+    least = torch.full_like(bound, -math.inf)
+    above = ~(best <= bound)
+    if int(above.sum()) * CROWDED > above.numel():  # then what the tile's own k best are is worth knowing first
+        least = z.flatten(1).topk(min(k, z.shape[1] * group)).values[:, -1:].nan_to_num(math.inf, math.inf, -math.inf)
+        above &= ~(best < least)
+    row, block = above.nonzero(as_tuple=True)
+    if not len(row):
+        return
+    values = z[row, block]
+    hit, lane = (~((values <= bound[row]) | (values < least[row]))).nonzero(as_tuple=True)
+    row, column, values = row[hit], block[hit] * group + lane + first, values[hit, lane]
+
+    counts = torch.bincount(row, minlength=len(z))
+    place = torch.arange(len(row), device=z.device) - (counts.cumsum(0) - counts)[row]
+    touched = counts.nonzero()[:, 0]
+    order = torch.zeros_like(counts)
+    order[touched] = torch.arange(len(touched), device=z.device)
+    kept = k if first else 0
+    shape = (len(touched), kept + int(counts.max()))
+    all_scores, all_indices = z.new_full(shape, -math.inf), row.new_full(shape, -1)
+    all_scores[:, :kept], all_indices[:, :kept] = scores[touched, :kept], indices[touched, :kept]
+    all_scores[order[row], kept + place], all_indices[order[row], kept + place] = values, column
+    all_scores, chosen = all_scores.sort(dim=1, descending=True, stable=True)
+    scores[touched] = all_scores[:, :k]
+    indices[touched] = all_indices.gather(1, chosen[:, :k])
