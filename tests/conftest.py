@@ -1,4 +1,5 @@
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,6 +10,17 @@ GPU = torch.cuda.is_available()
 # torch imports when it pleases). The interpreter lets the kernels run in every test on a CPU.
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# torchvision, which open_clip and lightly import, declares fake kernels for operators of its own library. Beside a torch
+# that this library was not built for (a CPU's, where PyPI's torchvision is CUDA's) it does not load, and the import
+# raises "operator torchvision::nms does not exist". The losses need none of them: their schemas are enough.
+if find_spec("torchvision") is not None:
+    try:
+        import torchvision as _  # noqa: F401
+    except RuntimeError:
+        TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")  # its schemas live as long as this does
+        for operator in ("nms", "qnms"):
+            TORCHVISION.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

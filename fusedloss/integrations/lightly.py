@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from .. import checks, masks
 from ..losses.info_nce import info_nce
 from ..losses.nt_xent import decoupled_contrastive, nt_xent
+from ..rowwise.pairs import scores
 from ._drop_in import Patch, library, runs_fused
 from ._fits import only, overridden, refusal
 
@@ -97,8 +98,8 @@ class DCLLoss(_DCLLoss):
         loss = decoupled_contrastive(out0, out1, temperature=self.temperature)
         if not self.weight_fn:
             return loss
+        own = scores("cos", out0, out1)[:, 0] / self.temperature
         out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
-        own = torch.linalg.vecdot(out0, out1) / self.temperature
         weighted = (own * self.weight_fn(out0, out1)).mean() + (own * self.weight_fn(out1, out0)).mean()
         return loss + own.mean() - 0.5 * weighted
 

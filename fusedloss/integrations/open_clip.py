@@ -26,6 +26,7 @@ from ..losses.clip_distill import clip_distill
 from ..losses.cross_entropy import cross_entropy
 from ..losses.info_nce import info_nce
 from ..losses.siglip import siglip
+from ..problem import stats_dtype
 from ._drop_in import Patch, library, runs_fused
 from ._fits import only, overridden, refusal
 
@@ -207,7 +208,7 @@ def _entropy(image: Tensor, text: Tensor, scale: Scale) -> Tensor:
     H(p) = log Z - E_p[z], and E_p[z] is the scale times the derivative of log Z by it: of CLIP's loss, whose diagonal
     cancels.
     """
-    scale = torch.as_tensor(scale, device=image.device).detach().to(checks.stats_dtype(image.dtype)).requires_grad_()
+    scale = torch.as_tensor(scale, device=image.device).detach().to(stats_dtype(image.dtype)).requires_grad_()
     with torch.enable_grad():
         loss = clip(image.detach(), text.detach(), scale)
         (slope,) = torch.autograd.grad(loss, scale)
