@@ -64,8 +64,6 @@ class NTXentLoss(_NTXentLoss):
             return reason
         if not only(bank, _MemoryBankModule, feature_dim_first=True) or overridden(bank, _MemoryBankModule, "forward"):
             return "memory_bank is not the MemoryBankModule of the constructor"
-        if len(bank.size) != 2:
-            return "the memory bank has no dimension"
         return None if bank.bank.dtype == out0.dtype else "the memory bank and the projections have different dtypes"
 
     def _against(self, out0: Tensor, out1: Tensor, negatives: Tensor) -> Tensor:
