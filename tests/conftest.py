@@ -11,8 +11,8 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# torchvision, which open_clip and lightly import, declares fake kernels for operators of its own library. Beside a torch
-# that this library was not built for (a CPU's, where PyPI's torchvision is CUDA's) it does not load, and the import
+# torchvision, which open_clip and lightly import, declares fake kernels for operators of its own shared library. Beside
+# a torch that this was not built for (a CPU's, where PyPI's torchvision is CUDA's) it does not load, and the import
 # raises "operator torchvision::nms does not exist". The losses need none of them: their schemas are enough.
 if find_spec("torchvision") is not None:
     try:

@@ -164,7 +164,11 @@ def test_logits_and_targets_are_there():
     image, text = features()
     for module in (fused, upstream):
         logits, _ = module.ClipLoss().get_logits(image, text, 2.0)
-        assert logits.shape == (ROWS, ROWS) and module.ClipLoss().get_ground_truth(image.device, 3).tolist() == [0, 1, 2]
+        assert logits.shape == (ROWS, ROWS) and module.ClipLoss().get_ground_truth(image.device, 3).tolist() == [
+            0,
+            1,
+            2,
+        ]
 
 
 def test_unknown_arguments():

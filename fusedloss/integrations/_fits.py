@@ -1,4 +1,4 @@
-"""Why a call cannot be fused: what the losses' own checks say of its tensors, and whether a subclass has its own way."""
+"""Why a call cannot be fused: what the losses' checks say of its tensors, and whether a subclass has its own way."""
 
 from __future__ import annotations
 

@@ -113,13 +113,14 @@ class ClipLoss(_ClipLoss):
         return loss + 0 * bias.reshape(()).to(loss.dtype) if isinstance(bias, Tensor) else loss
 
 
+# mypy does not know open_clip: it takes ClipLoss above for the only base, and its forward for what super() finds.
 class CoCaLoss(_CoCaLoss, ClipLoss):
     """open_clip's CoCaLoss: ClipLoss as above, and the caption's cross-entropy in one pass over its logits."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **_known(_CoCaLoss, kwargs))
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         image_features: Tensor,
         text_features: Tensor,
@@ -130,7 +131,8 @@ class CoCaLoss(_CoCaLoss, ClipLoss):
         **unused: Any,
     ) -> Any:
         if not runs_fused("open_clip.CoCaLoss.caption_loss", self._why_not_caption(logits, labels)):
-            return super().forward(image_features, text_features, logits, labels, logit_scale, output_dict)
+            forward: Any = super().forward
+            return forward(image_features, text_features, logits, labels, logit_scale, output_dict)
         contrastive = torch.tensor(0, device=logits.device)
         if self.clip_loss_weight:
             # The contrastive part is that of the class above upstream's.
@@ -161,7 +163,7 @@ class DistillClipLoss(_DistillClipLoss, ClipLoss):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **_known(_DistillClipLoss, kwargs))
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         image_features: Tensor,
         text_features: Tensor,
@@ -176,7 +178,8 @@ class DistillClipLoss(_DistillClipLoss, ClipLoss):
         teacher = (dist_image_features, dist_text_features, dist_logit_scale)
         why_not = self._why_not_distilled(student, teacher)
         if not runs_fused("open_clip.DistillClipLoss", why_not):
-            return super().forward(*student, *teacher, output_dict)
+            forward: Any = super().forward
+            return forward(*student, *teacher, output_dict)
         image, text = self._gathered(image_features, text_features)
         teachers = self._gathered(dist_image_features, dist_text_features)
         self.get_ground_truth(image.device, len(image))  # for its cache
@@ -258,6 +261,4 @@ def _name(loss: nn.Module) -> str:
 
 def patch() -> Patch:
     """Puts these classes in the place of open_clip's, wherever those are imported; `undo()` or `with` reverts it."""
-    return Patch(
-        {_ClipLoss: ClipLoss, _CoCaLoss: CoCaLoss, _DistillClipLoss: DistillClipLoss, _SigLipLoss: SigLipLoss}
-    )
+    return Patch({_ClipLoss: ClipLoss, _CoCaLoss: CoCaLoss, _DistillClipLoss: DistillClipLoss, _SigLipLoss: SigLipLoss})

@@ -33,7 +33,7 @@ from .._fits import only, overridden, refusal
 
 library("pytorch_metric_learning", "pytorch-metric-learning", "2.9.0")
 
-from pytorch_metric_learning import distances, reducers  # noqa: E402
+from pytorch_metric_learning import reducers  # noqa: E402
 from pytorch_metric_learning.losses import ArcFaceLoss as _ArcFaceLoss  # noqa: E402
 from pytorch_metric_learning.losses import CircleLoss as _CircleLoss  # noqa: E402
 from pytorch_metric_learning.losses import ContrastiveLoss as _ContrastiveLoss  # noqa: E402
@@ -234,7 +234,10 @@ class ContrastiveLoss(_ContrastiveLoss):
         why_not = why_not or refusal(checks.number, "pos_margin", self.pos_margin)
         why_not = why_not or refusal(checks.number, "neg_margin", self.neg_margin)
         found = self._swept(arguments) if why_not is None else None
-        if not runs_fused(NAME + "ContrastiveLoss", why_not or (None if found else "of its reducer, or a NaN")):
+        if (
+            not runs_fused(NAME + "ContrastiveLoss", why_not or (None if found else "of its reducer, or a NaN"))
+            or found is None
+        ):
             return super().compute_loss(*arguments)
         return found
 
