@@ -214,6 +214,30 @@ def margin_ranking_formula(
     return _left_in(loss / negative.sum(dim=1).clamp_min(1) if mean else loss, part), None
 
 
+# Hinges of pairs ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def pair_hinge(values: Tensor, part: Part, scalars: Scalars, options: Options, gradient: bool) -> Folded:
+    """`sum max(0, sign (v - margin))` over a row's positives or negatives, and how many are above 0.
+
+    options: margin, sign, and whether the positives are meant.
+    """
+    margin, sign, pulls = options
+    hinge = values.sub_(margin).mul_(sign).clamp_min_(0)
+    hinge.masked_fill_(~_sets(values, part)[0 if pulls else 1], 0)
+    loss, count = hinge.sum(dim=1), (hinge > 0).sum(dim=1)
+    if gradient:
+        _weigh_(values.sign_(), part, sign)
+    return Folded(_weighted(loss, part), _counted(count, values, part))
+
+
+def pair_hinge_formula(values: Tensor, part: Part, scalars: Scalars, options: Options) -> tuple[Tensor, Tensor | None]:
+    margin, sign, pulls = options
+    hinge = torch.relu(sign * (values - margin)) * _relations(values, part)[0 if pulls else 1]
+    return _left_in(hinge.sum(dim=1), part), _counted((hinge > 0).sum(dim=1), values, part)
+
+
 # Multi-similarity -----------------------------------------------------------------------------------------------------
 
 
@@ -460,6 +484,7 @@ def distill_formula(values: Tensor, part: Part, scalars: Scalars, options: Optio
 FOLDS: dict[str, tuple[Fold, Formula]] = {
     "sigmoid": (sigmoid, sigmoid_formula),
     "margin_ranking": (margin_ranking, margin_ranking_formula),
+    "pair_hinge": (pair_hinge, pair_hinge_formula),
     "multi_similarity": (multi_similarity, multi_similarity_formula),
     "proxy_anchor": (proxy_anchor, proxy_anchor_formula),
     "circle": (circle, circle_formula),

@@ -16,6 +16,7 @@ from fusedloss.folds import FOLDS, Part
 CASES = {
     "sigmoid": ((3.0, -1.5), ()),
     "margin_ranking": ((), (0.3, 0.0)),
+    "pair_hinge": ((), (0.3, -1.0, 0.0)),
     "multi_similarity": ((), (2.0, 10.0, 0.5)),
     "proxy_anchor": ((1.0, 2.5), (0.1, 8.0)),
     "circle": ((), (0.4, 8.0)),

@@ -456,6 +456,18 @@ def test_of_pairs_within_one_matrix(name, few_rows):
     assert torch.autograd.gradgradcheck(function, x)
 
 
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_of_pairs_in_a_list(name, few_rows):
+    """Rows may repeat, as columns may."""
+    row, column = torch.tensor([1, 1, 0, 3, 1, 3, 2]), torch.tensor([2, 0, 2, -1, 4, 4, 2])
+    x, y = randn(4, 3).requires_grad_(), randn(5, 3).requires_grad_()
+    function = lambda x, y: pairs.of_pairs(PAIRWISE[name], x, y, column, row)
+    assert torch.autograd.gradcheck(function, (x, y))
+    assert torch.autograd.gradgradcheck(function, (x, y))
+    wanted = PAIRWISE[name](x[row], y[column.clamp(min=0)]).masked_fill(column < 0, 0)
+    torch.testing.assert_close(function(x, y), wanted)
+
+
 def test_of_pairs_computes_only_what_is_wanted():
     x, y, column = torch.randn(4, 3), torch.randn(4, 3, requires_grad=True), torch.tensor([1, 1, 0, -1])
     pairs.of_pairs(pairs.dot, x, y, column).sum().backward()

@@ -287,15 +287,24 @@ def _times(weight: Tensor, y: Tensor, out: Tensor, add: bool = False, turn: int 
 # Mined pairs ----------------------------------------------------------------------------------------------------------
 
 
-def of_pairs(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, column: Tensor) -> Tensor:
-    """`function(x_i, y_column_i)` for each row i, `[M]`, fp32 or fp64; 0 where `column_i` is -1."""
+def of_pairs(
+    function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, column: Tensor, row: Tensor | None = None
+) -> Tensor:
+    """`function(x_i, y_column_i)` for each row i, `[M]`, fp32 or fp64; 0 where `column_i` is -1.
+
+    row: int64, as long as `column`: `function(x_row_k, y_column_k)` for each k instead.
+    """
     none = column < 0
     column = column.clamp(min=0)
     if torch.compiler.is_compiling():  # fused by the compiler, where a loop over chunks would be unrolled
-        values = function(*_wide(x, y[column]))
+        values = function(*_wide(_at(x, row), y[column]))
     else:
-        values = _OfPairs.apply(function, x, y, column)
+        values = _OfPairs.apply(function, x, y, column, row)
     return values.masked_fill(none, 0)
+
+
+def _at(x: Tensor, row: Tensor | None, chunk: slice = slice(None)) -> Tensor:
+    return x[chunk] if row is None else x[row[chunk]]
 
 
 def _wide(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,33 +314,42 @@ def _wide(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 class _OfPairs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, column: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        function: Callable[[Tensor, Tensor], Tensor],
+        x: Tensor,
+        y: Tensor,
+        column: Tensor,
+        row: Tensor | None,
+    ) -> Tensor:
         ctx.function = function
-        ctx.save_for_backward(x, y, column)
-        parts = [function(*_wide(x[chunk], y[column[chunk]])) for chunk in row_chunks(column)]
+        ctx.save_for_backward(x, y, column, row)
+        parts = [function(*_wide(_at(x, row, chunk), y[column[chunk]])) for chunk in row_chunks(column)]
         return torch.cat(parts) if parts else x.new_empty(0, dtype=stats_dtype(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        x, y, column = ctx.saved_tensors
+        x, y, column, row = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: once more, as a formula
             with torch.enable_grad():
                 # Apart, where both are one tensor: else each would get the gradient of both.
                 x, y = x.view_as(x), y.view_as(y)
-                values = ctx.function(*_wide(x, y[column]))
+                values = ctx.function(*_wide(_at(x, row), y[column]))
                 inputs = [t for t, want in zip((x, y), ctx.needs_input_grad[1:3], strict=True) if want]
                 found = iter(torch.autograd.grad(values, inputs, upstream, create_graph=True))
-            return (None, *(next(found) if want else None for want in ctx.needs_input_grad[1:3]), None)
+            return (None, *(next(found) if want else None for want in ctx.needs_input_grad[1:3]), None, None)
         dtype = stats_dtype(x.dtype)
         dx = torch.zeros_like(x, dtype=dtype) if ctx.needs_input_grad[1] else None
         dy = torch.zeros_like(y, dtype=dtype) if ctx.needs_input_grad[2] else None
         for chunk in row_chunks(column):
             with torch.enable_grad():
-                own, other = (t.detach().requires_grad_() for t in _wide(x[chunk], y[column[chunk]]))
+                own, other = (t.detach().requires_grad_() for t in _wide(_at(x, row, chunk), y[column[chunk]]))
                 values = ctx.function(own, other)
             by_own, by_other = torch.autograd.grad(values, (own, other), upstream[chunk])
-            if dx is not None:
+            if dx is not None and row is None:
                 dx[chunk] += by_own
+            elif dx is not None:
+                dx.index_add_(0, row[chunk], by_own)
             if dy is not None:
                 dy.index_add_(0, column[chunk], by_other)
-        return None, None if dx is None else dx.to(x.dtype), None if dy is None else dy.to(y.dtype), None
+        return None, None if dx is None else dx.to(x.dtype), None if dy is None else dy.to(y.dtype), None, None

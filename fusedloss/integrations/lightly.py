@@ -1,0 +1,119 @@
+"""Drop-ins for lightly's NTXentLoss, DCLLoss and DCLWLoss: same constructors, same results, no [2B, 2B] logits.
+
+    from fusedloss.integrations import lightly as fused
+
+    fused.patch()       # before `NTXentLoss(...)` is built
+
+NTXentLoss is also fused with a memory bank, which lightly's own module keeps, and with `gather_distributed`, for which
+its own layer gathers. A negative temperature, and DCLLoss with `gather_distributed` on several ranks, run lightly's
+code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import checks, masks
+from ..losses.info_nce import info_nce
+from ..losses.nt_xent import decoupled_contrastive, nt_xent
+from ..rowwise.pairs import scores
+from ._drop_in import Patch, library, runs_fused
+from ._fits import only, overridden, refusal
+
+library("lightly.loss", "lightly", "1.6.0")
+
+from lightly.loss.dcl_loss import DCLLoss as _DCLLoss  # noqa: E402
+from lightly.loss.dcl_loss import DCLWLoss as _DCLWLoss  # noqa: E402
+from lightly.loss.ntx_ent_loss import NTXentLoss as _NTXentLoss  # noqa: E402
+from lightly.models.modules.memory_bank import MemoryBankModule as _MemoryBankModule  # noqa: E402
+from lightly.utils import dist  # noqa: E402
+
+
+def _why_not(out0: Tensor, out1: Tensor, temperature: float | Tensor) -> str | None:
+    reason = refusal(checks.embeddings, out0=out0, out1=out1)
+    reason = reason or refusal(checks.scalar, "temperature", temperature, out0, positive=True)
+    if reason:
+        return reason
+    if out0.shape != out1.shape:
+        return "out0 and out1 have different shapes"
+    return None if out0.shape[0] else "the batch is empty"
+
+
+class NTXentLoss(_NTXentLoss):
+    """lightly's NTXentLoss in O(B D) memory, or O((B + bank) D)."""
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        if not runs_fused("lightly.NTXentLoss", self._why_not(out0, out1)):
+            return super().forward(out0, out1)
+        gathers = self.gather_distributed and dist.world_size() > 1
+        if self.memory_bank.size[0] == 0 and not gathers:
+            return nt_xent(out0, out1, temperature=self.temperature)
+        out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+        out1, negatives = self.memory_bank.forward(out1, update=out0.requires_grad)
+        return self._gathered(out0, out1) if negatives is None else self._against(out0, out1, negatives.to(out0.device))
+
+    def _why_not(self, out0: Tensor, out1: Tensor) -> str | None:
+        reason = _why_not(out0, out1, self.temperature)
+        stock = dict(weight=None, label_smoothing=0.0, reduction="mean", ignore_index=-100)
+        if reason is None and not only(self.cross_entropy, nn.CrossEntropyLoss, **stock):
+            return "cross_entropy is not the CrossEntropyLoss of the constructor"
+        bank = self.memory_bank
+        if reason or only(bank, _MemoryBankModule, size=(0,)):
+            return reason
+        if not only(bank, _MemoryBankModule, feature_dim_first=True) or overridden(bank, _MemoryBankModule, "forward"):
+            return "memory_bank is not the MemoryBankModule of the constructor"
+        return None if bank.bank.dtype == out0.dtype else "the memory bank and the projections have different dtypes"
+
+    def _against(self, out0: Tensor, out1: Tensor, negatives: Tensor) -> Tensor:
+        """MoCo: row i's keys are its own view and the bank [D, K]; other rows' views have the id that it avoids."""
+        ids = torch.zeros(len(out0), dtype=torch.int64, device=out0.device)
+        columns = torch.cat([ids, ids.new_ones(negatives.shape[1])])
+        keys = torch.cat([out1, negatives.T])
+        return info_nce(out0, keys, temperature=self.temperature, mask=masks.same_id(ids, columns))
+
+    def _gathered(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """Each view of this rank against both views of all ranks, but itself."""
+        rows, all0, all1 = len(out0), torch.cat(dist.gather(out0), 0), torch.cat(dist.gather(out1), 0)
+        first = dist.rank() * rows
+        own = torch.arange(first, first + rows, device=out0.device)
+        losses = []
+        for out, same, other in ((out0, all0, all1), (out1, all1, all0)):
+            keys = torch.cat([same, other])
+            mask = masks.not_self(offset=first)
+            losses.append(info_nce(out, keys, own + len(same), temperature=self.temperature, mask=mask))
+        return (losses[0] + losses[1]) / 2
+
+
+class DCLLoss(_DCLLoss):
+    """lightly's DCLLoss in O(B D) memory; `weight_fn` is called as lightly calls it."""
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        kind = DCLWLoss if isinstance(self, DCLWLoss) else DCLLoss
+        if not runs_fused(f"lightly.{kind.__name__}", self._why_not(out0, out1)):
+            return super().forward(out0, out1)
+        loss = decoupled_contrastive(out0, out1, temperature=self.temperature)
+        if not self.weight_fn:
+            return loss
+        own = scores("cos", out0, out1)[:, 0] / self.temperature
+        out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+        weighted = (own * self.weight_fn(out0, out1)).mean() + (own * self.weight_fn(out1, out0)).mean()
+        return loss + own.mean() - 0.5 * weighted
+
+    def _why_not(self, out0: Tensor, out1: Tensor) -> str | None:
+        reason = overridden(self, DCLLoss, "_loss") or _why_not(out0, out1, self.temperature)
+        if reason is None and len(out0) == 1:
+            return "a batch of one has no negatives"
+        if reason is None and self.gather_distributed and dist.world_size() > 1:
+            return "gather_distributed on several ranks has no fused form"
+        return reason
+
+
+class DCLWLoss(_DCLWLoss, DCLLoss):
+    """lightly's DCLWLoss: DCLLoss with its weights."""
+
+
+def patch() -> Patch:
+    """Puts these classes in the place of lightly's, wherever those are imported; `undo()` or `with` reverts it."""
+    return Patch({_NTXentLoss: NTXentLoss, _DCLLoss: DCLLoss, _DCLWLoss: DCLWLoss})

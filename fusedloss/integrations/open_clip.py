@@ -1,0 +1,264 @@
+"""Drop-ins for open_clip's losses: same constructors, same results, no [B, B] logits.
+
+    from fusedloss.integrations import open_clip as fused
+
+    fused.patch()       # before open_clip_train.main runs, or before your own `ClipLoss(...)`
+
+With `world_size > 1` the features travel by open_clip's own code, and what each rank then computes is fused: ClipLoss
+with and without `local_loss`, every exchange of SigLipLoss, DistillClipLoss without `local_loss`. Logits are
+accumulated in fp32 where open_clip rounds them to the autocast dtype, and the loss is fp32.
+
+Keyword arguments that only other versions of open_clip know (`use_horovod`, `chunk_size`) are accepted, and so are
+outputs of a model that a loss has no use for, as in `loss(**model(...), output_dict=True)`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks, masks
+from ..losses.clip import clip
+from ..losses.clip_distill import clip_distill
+from ..losses.cross_entropy import cross_entropy
+from ..losses.info_nce import info_nce
+from ..losses.siglip import siglip
+from ..problem import stats_dtype
+from ._drop_in import Patch, library, runs_fused
+from ._fits import only, overridden, refusal
+
+library("open_clip", "open_clip_torch", "3.3.0")
+
+from open_clip import loss as _upstream  # noqa: E402
+from open_clip.loss import ClipLoss as _ClipLoss  # noqa: E402
+from open_clip.loss import CoCaLoss as _CoCaLoss  # noqa: E402
+from open_clip.loss import DistillClipLoss as _DistillClipLoss  # noqa: E402
+from open_clip.loss import SigLipLoss as _SigLipLoss  # noqa: E402
+
+Scale = float | Tensor
+OTHER_VERSIONS = ("use_horovod", "chunk_size")
+
+
+def _known(upstream: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Without those that another version of this class takes."""
+    taken = inspect.signature(upstream).parameters
+    return {name: value for name, value in arguments.items() if name in taken or name not in OTHER_VERSIONS}
+
+
+def _why_not(image: Tensor, text: Tensor, scale: Scale, bias: Scale | None = None) -> str | None:
+    reason = refusal(checks.embeddings, image_features=image, text_features=text)
+    reason = reason or refusal(checks.scalar, "logit_scale", scale, image, positive=False)
+    if bias is not None:
+        reason = reason or refusal(checks.scalar, "logit_bias", bias, image, positive=False)
+    if reason:
+        return reason
+    if image.shape[0] != text.shape[0]:
+        return "image_features and text_features have different numbers of rows"
+    return None if image.shape[0] else "the batch is empty"
+
+
+class ClipLoss(_ClipLoss):
+    """open_clip's ClipLoss in one sweep for both directions, in O(B D) memory."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **_known(_ClipLoss, kwargs))
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Scale,
+        logit_bias: Scale | None = None,
+        output_dict: bool = False,
+        **unused: Any,
+    ) -> Any:
+        why_not = self._why_not(image_features, text_features, logit_scale, logit_bias)
+        if not runs_fused(f"open_clip.{_name(self)}", why_not):
+            return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
+        loss = self._contrastive(image_features, text_features, logit_scale, logit_bias)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _why_not(self, image: Tensor, text: Tensor, scale: Scale, bias: Scale | None = None) -> str | None:
+        reason = overridden(self, ClipLoss, "get_logits", "get_ground_truth") or _why_not(image, text, scale, bias)
+        if reason is None and self.world_size > 1 and self.local_loss:
+            reason = refusal(checks.scalar, "logit_scale", scale, image, positive=True)
+        return reason
+
+    def _gathered(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        if self.world_size == 1:
+            return image, text
+        options = {"use_horovod": self.use_horovod} if hasattr(self, "use_horovod") else {}
+        return _upstream.gather_features(
+            image,
+            text,
+            local_loss=self.local_loss,
+            gather_with_grad=self.gather_with_grad,
+            rank=self.rank,
+            world_size=self.world_size,
+            **options,
+        )
+
+    def _contrastive(self, image: Tensor, text: Tensor, scale: Scale, bias: Scale | None = None) -> Tensor:
+        all_image, all_text = self._gathered(image, text)
+        labels = self.get_ground_truth(image.device, len(image) if self.local_loss else len(all_image))
+        if self.world_size == 1 or not self.local_loss:
+            return clip(all_image, all_text, scale, bias)
+        by_image = info_nce(image, all_text, labels, temperature=1 / scale)
+        by_text = info_nce(text, all_image, labels, temperature=1 / scale)
+        loss = (by_image + by_text) / 2
+        # The loss does not depend on it; a parameter without a gradient would stop DistributedDataParallel.
+        return loss + 0 * bias.reshape(()).to(loss.dtype) if isinstance(bias, Tensor) else loss
+
+
+# mypy does not know open_clip: it takes ClipLoss above for the only base, and its forward for what super() finds.
+class CoCaLoss(_CoCaLoss, ClipLoss):
+    """open_clip's CoCaLoss: ClipLoss as above, and the caption's cross-entropy in one pass over its logits."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **_known(_CoCaLoss, kwargs))
+
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        logit_scale: Scale,
+        output_dict: bool = False,
+        **unused: Any,
+    ) -> Any:
+        if not runs_fused("open_clip.CoCaLoss.caption_loss", self._why_not_caption(logits, labels)):
+            forward: Any = super().forward
+            return forward(image_features, text_features, logits, labels, logit_scale, output_dict)
+        contrastive = torch.tensor(0, device=logits.device)
+        if self.clip_loss_weight:
+            # The contrastive part is that of the class above upstream's.
+            contrastive = self.clip_loss_weight * super(_CoCaLoss, self).forward(
+                image_features, text_features, logit_scale
+            )
+        ignored = self.caption_loss.ignore_index
+        caption = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=ignored)
+        caption = caption * self.caption_loss_weight
+        return {"contrastive_loss": contrastive, "caption_loss": caption} if output_dict else (contrastive, caption)
+
+    def _why_not_caption(self, logits: Tensor, labels: Tensor) -> str | None:
+        stock = dict(weight=None, label_smoothing=0.0, reduction="mean")
+        if not only(self.caption_loss, nn.CrossEntropyLoss, **stock):
+            return "caption_loss is not the CrossEntropyLoss of the constructor"
+        if logits.dim() != 3 or not logits.numel() or labels.shape != logits.shape[:2] or labels.dtype != torch.int64:
+            return "logits and labels are not [B, T, V] and int64 [B, T]"
+        outside = (labels != self.caption_loss.ignore_index) & ((labels < 0) | (labels >= logits.shape[2]))
+        if checks.reads_values(labels) and bool(outside.any()):
+            return "a label is not in the vocabulary"
+        same = logits.device == labels.device and logits.dtype in checks.FLOATING
+        return None if same else "logits and labels do not fit together"
+
+
+class DistillClipLoss(_DistillClipLoss, ClipLoss):
+    """open_clip's DistillClipLoss: neither the student's logits nor the teacher's are materialised."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **_known(_DistillClipLoss, kwargs))
+
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Scale,
+        dist_image_features: Tensor,
+        dist_text_features: Tensor,
+        dist_logit_scale: Scale,
+        output_dict: bool = False,
+        **unused: Any,
+    ) -> Any:
+        student = (image_features, text_features, logit_scale)
+        teacher = (dist_image_features, dist_text_features, dist_logit_scale)
+        why_not = self._why_not_distilled(student, teacher)
+        if not runs_fused("open_clip.DistillClipLoss", why_not):
+            forward: Any = super().forward
+            return forward(*student, *teacher, output_dict)
+        image, text = self._gathered(image_features, text_features)
+        teachers = self._gathered(dist_image_features, dist_text_features)
+        self.get_ground_truth(image.device, len(image))  # for its cache
+        contrastive = clip(image, text, logit_scale)
+        distill = clip_distill(image, text, logit_scale, *teachers, dist_logit_scale)
+        distill = distill + _entropy(*teachers, dist_logit_scale)
+        if output_dict:
+            return {"contrastive_loss": contrastive, "distill_loss": distill}
+        return contrastive, distill
+
+    def _why_not_distilled(
+        self, student: tuple[Tensor, Tensor, Scale], teacher: tuple[Tensor, Tensor, Scale]
+    ) -> str | None:
+        reason = overridden(self, DistillClipLoss, "dist_loss") or self._why_not(*student) or _why_not(*teacher)
+        if reason:
+            return reason
+        if self.world_size > 1 and self.local_loss:
+            return "with local_loss the teacher's softmax is not square"
+        if any(isinstance(x, Tensor) and x.requires_grad for x in teacher):
+            return "the teacher wants gradients"
+        same = teacher[0].shape[0] == student[0].shape[0] and teacher[0].device == student[0].device
+        return None if same else "student and teacher have different batches"
+
+
+@torch.no_grad()
+def _entropy(image: Tensor, text: Tensor, scale: Scale) -> Tensor:
+    """The mean entropy of the teacher's softmaxes, both directions: what open_clip has above the divergence.
+
+    H(p) = log Z - E_p[z], and E_p[z] is the scale times the derivative of log Z by it: of CLIP's loss, whose diagonal
+    cancels.
+    """
+    scale = torch.as_tensor(scale, device=image.device).detach().to(stats_dtype(image.dtype)).requires_grad_()
+    with torch.enable_grad():
+        loss = clip(image.detach(), text.detach(), scale)
+        (slope,) = torch.autograd.grad(loss, scale)
+    return loss.detach() - (scale * slope).reshape(())
+
+
+class SigLipLoss(_SigLipLoss):
+    """open_clip's SigLipLoss in O(B D) memory; between ranks, each exchanged block of texts is one sweep."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **_known(_SigLipLoss, kwargs))
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Scale,
+        logit_bias: Scale | None,
+        output_dict: bool = False,
+        **unused: Any,
+    ) -> Any:
+        return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
+
+    def _loss(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Scale,
+        logit_bias: Scale | None = None,
+        negative_only: bool = False,
+    ) -> Tensor:
+        why_not = overridden(self, SigLipLoss, "get_logits", "get_ground_truth")
+        why_not = why_not or _why_not(image_features, text_features, logit_scale, logit_bias)
+        if not runs_fused("open_clip.SigLipLoss", why_not):
+            return super()._loss(image_features, text_features, logit_scale, logit_bias, negative_only)
+        target = None
+        if negative_only:  # positives are pairs of equal ids
+            ids = torch.zeros(len(image_features), dtype=torch.int64, device=image_features.device)
+            target = masks.same_id(ids, ids + 1)
+        return siglip(image_features, text_features, logit_scale, logit_bias, target=target)
+
+
+def _name(loss: nn.Module) -> str:
+    """Of the class of this module that the object is of."""
+    return next(kind.__name__ for kind in type(loss).__mro__ if kind in (ClipLoss, CoCaLoss, DistillClipLoss))
+
+
+def patch() -> Patch:
+    """Puts these classes in the place of open_clip's, wherever those are imported; `undo()` or `with` reverts it."""
+    return Patch({_ClipLoss: ClipLoss, _CoCaLoss: CoCaLoss, _DistillClipLoss: DistillClipLoss, _SigLipLoss: SigLipLoss})

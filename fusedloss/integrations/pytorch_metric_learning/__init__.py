@@ -1,0 +1,513 @@
+"""Drop-ins for pytorch-metric-learning's losses: same constructors, distances, reducers and results.
+
+    from fusedloss.integrations import pytorch_metric_learning as fused
+
+    fused.patch()       # before `NTXentLoss(...)` is built
+
+Where the labels alone say what is a pair, nothing of N x N is stored, also with `ref_emb`: neither similarities nor
+lists of indices. Losses of rows (SupCon, MultiSimilarity, Circle, ArcFace, CosFace, ProxyNCA) come as a vector, so
+that every reducer and regularizer of the library works as it is. Losses of pairs and triplets come as sums, which
+MeanReducer, SumReducer and AvgNonZeroReducer can take; with other reducers ContrastiveLoss and TripletMarginLoss run
+the library's code.
+
+With an `indices_tuple`, NTXentLoss is linear in the number of pairs (upstream multiplies positive by negative pairs),
+and TripletMarginLoss computes the distances of the listed triplets only, if those are fewer than the batch has pairs.
+
+All is computed in fp32 (fp64 for fp64) and returned in the embeddings' dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import checks
+from ...losses.margin_softmax import arcface, cosface
+from ...losses.proxies import proxy_anchor, proxy_nca
+from ...problem import autocasting, stats_dtype
+from .._drop_in import Patch, disabled, library, runs_fused
+from .._fits import only, overridden, refusal
+
+library("pytorch_metric_learning", "pytorch-metric-learning", "2.9.0")
+
+from pytorch_metric_learning import reducers  # noqa: E402
+from pytorch_metric_learning.losses import ArcFaceLoss as _ArcFaceLoss  # noqa: E402
+from pytorch_metric_learning.losses import CircleLoss as _CircleLoss  # noqa: E402
+from pytorch_metric_learning.losses import ContrastiveLoss as _ContrastiveLoss  # noqa: E402
+from pytorch_metric_learning.losses import CosFaceLoss as _CosFaceLoss  # noqa: E402
+from pytorch_metric_learning.losses import MultiSimilarityLoss as _MultiSimilarityLoss  # noqa: E402
+from pytorch_metric_learning.losses import NTXentLoss as _NTXentLoss  # noqa: E402
+from pytorch_metric_learning.losses import ProxyAnchorLoss as _ProxyAnchorLoss  # noqa: E402
+from pytorch_metric_learning.losses import ProxyNCALoss as _ProxyNCALoss  # noqa: E402
+from pytorch_metric_learning.losses import SupConLoss as _SupConLoss  # noqa: E402
+from pytorch_metric_learning.losses import TripletMarginLoss as _TripletMarginLoss  # noqa: E402
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu  # noqa: E402
+
+from ._pairs import Kind, Pairs, kind_of, listed, record, reduced, reducer_of, takes_sums  # noqa: E402
+
+NAME = "pytorch_metric_learning."
+SIMILARITIES = ("dot",)
+# A pair in a list costs about as much as this many of a matrix product: gathers, and no reuse.
+LISTED = 8
+
+
+# Losses of pairs ------------------------------------------------------------------------------------------------------
+
+
+def _fits(loss: Any, embeddings: Any, ref_emb: Any, kinds: tuple[str, ...]) -> str | None:
+    kind = kind_of(loss.distance)
+    if kind is None or kind.name not in kinds:
+        return "of its distance, which has no fused form here"
+    return refusal(checks.embeddings, embeddings=embeddings, ref_emb=ref_emb)
+
+
+def _labelled(
+    loss: Any, arguments: tuple[Any, ...], ours: type, *hooks: str, kinds: tuple[str, ...] = SIMILARITIES
+) -> str | None:
+    """What stands against pairs by label. arguments: those of compute_loss."""
+    embeddings, labels, indices_tuple, ref_emb, ref_labels = arguments
+    reason = overridden(loss, ours, *hooks) or _fits(loss, embeddings, ref_emb, kinds)
+    if reason:
+        return reason
+    if indices_tuple is not None:
+        return "the pairs are given as an indices_tuple"
+    for given, rows in ((labels, embeddings), (labels if ref_labels is None else ref_labels, ref_emb)):
+        if not isinstance(given, Tensor) or given.dtype.is_floating_point or given.dtype.is_complex:
+            return "labels are no integers"
+        if given.shape != rows.shape[:1] or given.device != rows.device:
+            return "labels and embeddings do not fit together"
+    return None
+
+
+def _pairs(loss: Any, arguments: tuple[Any, ...]) -> Pairs:
+    embeddings, labels, _, ref_emb, ref_labels = arguments
+    record(loss.distance, embeddings, ref_emb)
+    kind = kind_of(loss.distance)
+    assert kind is not None
+    return Pairs(kind, embeddings, labels, ref_emb, ref_labels)
+
+
+def _elements(loss: Tensor, like: Tensor) -> dict[str, Any]:
+    """Losses of rows."""
+    indices = torch.arange(len(like), device=like.device)
+    return {"losses": loss.to(like.dtype), "indices": indices, "reduction_type": "element"}
+
+
+class NTXentLoss(_NTXentLoss):
+    """NTXentLoss in O(N D) memory by labels, O(pairs) with an indices_tuple, where upstream's is cubic.
+
+    By labels: one log-sum-exp of each row's negatives in a sweep, and the similarities of the positive pairs.
+    """
+
+    def compute_loss(
+        self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
+    ) -> dict[str, Any]:
+        arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        why_not = _labelled(self, arguments, NTXentLoss, "_compute_loss", "pair_based_loss")
+        why_not = why_not or refusal(checks.scalar, "temperature", self.temperature, embeddings, positive=True)
+        # Otherwise the pairs are listed, and _compute_loss below takes them.
+        if why_not or not runs_fused(NAME + "NTXentLoss", None):
+            return super().compute_loss(*arguments)
+        pairs = _pairs(self, arguments)
+        if min(pairs.counts) == 0 or max(pairs.counts) <= 1:
+            return self.zero_losses()
+        row, column = pairs.positive_pairs()
+        negative = pairs.log_sum_exp_of_negatives(1 / self.temperature)
+        negative = negative.masked_fill(pairs.negatives == 0, -torch.inf)
+        positive = listed(pairs.kind, embeddings, ref_emb, row, column) / self.temperature
+        return self._of_pairs(negative[row], positive, (row, column), _product_dtype(embeddings), embeddings.dtype)
+
+    def _compute_loss(self, pos_pairs: Any, neg_pairs: Any, indices_tuple: Any) -> dict[str, Any]:
+        why_not = refusal(checks.scalar, "temperature", self.temperature, None, positive=True)
+        if not (len(pos_pairs) and len(neg_pairs)) or not runs_fused(NAME + "NTXentLoss", why_not):
+            return super()._compute_loss(pos_pairs, neg_pairs, indices_tuple)
+        row, column, anchors, _ = indices_tuple
+        sign = 1 if self.distance.is_inverted else -1
+        wide = stats_dtype(pos_pairs.dtype)
+        positive, negative = (sign * z.to(wide) / self.temperature for z in (pos_pairs, neg_pairs))
+        rows = 1 + int(torch.maximum(row.max(), anchors.max()))
+        logs = _log_sum_exp(negative, anchors, rows)
+        return self._of_pairs(logs[row], positive, (row, column), pos_pairs.dtype, neg_pairs.dtype)
+
+    @staticmethod
+    def _of_pairs(
+        negative: Tensor, positive: Tensor, indices: tuple[Tensor, Tensor], computed: torch.dtype, dtype: torch.dtype
+    ) -> dict[str, Any]:
+        """`log(1 + exp(negative - positive))`; upstream adds the smallest number of its dtype to the probability."""
+        loss = torch.logaddexp(negative - positive, torch.zeros_like(positive))
+        loss = -torch.logaddexp(-loss, torch.full_like(loss, math.log(torch.finfo(computed).tiny)))
+        return {"loss": {"losses": loss.to(dtype), "indices": indices, "reduction_type": "pos_pair"}}
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Of a matrix product of `x`."""
+    return torch.get_autocast_dtype(x.device.type) if autocasting(x) and x.dtype != torch.float64 else x.dtype
+
+
+def _log_sum_exp(z: Tensor, group: Tensor, groups: int) -> Tensor:
+    """`[groups]`, over the elements of each group; -inf for none."""
+    shift = z.new_full((groups,), -torch.inf).scatter_reduce_(0, group, z.detach(), "amax")
+    shift = shift.masked_fill(shift.isinf(), 0)
+    total = torch.zeros_like(shift).index_add(0, group, (z - shift[group]).exp())
+    none = total == 0
+    return (total.masked_fill(none, 1).log() + shift).masked_fill(none, -torch.inf)
+
+
+class SupConLoss(_SupConLoss):
+    """SupConLoss in O(N D) memory: one log-sum-exp of each row in a sweep; positives through the sums of each label."""
+
+    def compute_loss(
+        self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
+    ) -> dict[str, Any]:
+        arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        why_not = _labelled(self, arguments, SupConLoss, "_compute_loss", "mat_based_loss")
+        why_not = why_not or refusal(checks.scalar, "temperature", self.temperature, embeddings, positive=True)
+        if not runs_fused(NAME + "SupConLoss", why_not):
+            return super().compute_loss(*arguments)
+        pairs = _pairs(self, arguments)
+        if min(pairs.counts) == 0 or max(pairs.counts) <= 1:
+            return self.zero_losses()
+        loss = pairs.log_sum_exp_of_all(1 / self.temperature) - pairs.mean_positive() / self.temperature
+        return {"loss": _elements(loss.masked_fill(pairs.positives == 0, 0), embeddings)}
+
+
+class MultiSimilarityLoss(_MultiSimilarityLoss):
+    """MultiSimilarityLoss in one sweep, in O(N D) memory."""
+
+    def compute_loss(
+        self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
+    ) -> dict[str, Any]:
+        arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        why_not = _labelled(self, arguments, MultiSimilarityLoss, "_compute_loss", "mat_based_loss")
+        for name in ("alpha", "beta"):
+            why_not = why_not or refusal(checks.scalar, name, getattr(self, name), None, positive=True)
+            why_not = why_not or refusal(checks.number, name, getattr(self, name))
+        why_not = why_not or refusal(checks.number, "base", self.base)
+        if not runs_fused(NAME + "MultiSimilarityLoss", why_not):
+            return super().compute_loss(*arguments)
+        pairs = _pairs(self, arguments)
+        if max(pairs.counts) <= 1:
+            return self.zero_losses()
+        loss, _ = pairs.fold("multi_similarity", (float(self.alpha), float(self.beta), float(self.base)))
+        return {"loss": _elements(loss[:, None], embeddings)}
+
+
+class CircleLoss(_CircleLoss):
+    """CircleLoss in one sweep, in O(N D) memory; float16 embeddings run upstream's code."""
+
+    def compute_loss(
+        self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
+    ) -> dict[str, Any]:
+        arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        why_not = _labelled(self, arguments, CircleLoss, "_compute_loss", "mat_based_loss")
+        why_not = why_not or refusal(checks.number, "m", self.m)
+        why_not = why_not or refusal(checks.scalar, "gamma", self.gamma, None, positive=True)
+        why_not = why_not or refusal(checks.number, "gamma", self.gamma)
+        if why_not is None:
+            own = (self.op, self.on, self.delta_p, self.delta_n) == (1 + self.m, -self.m, 1 - self.m, self.m)
+            if not own or not only(self.soft_plus, nn.Softplus, beta=1):
+                why_not = "op, on, delta_p, delta_n or soft_plus are not those of the constructor"
+        if why_not is None and embeddings.dtype == torch.float16:
+            # A rounding of fp16 times gamma is a whole number: what upstream gives there is of its order of operations.
+            why_not = "in float16 gamma multiplies the rounding of upstream's cosines"
+        if not runs_fused(NAME + "CircleLoss", why_not):
+            return super().compute_loss(*arguments)
+        pairs = _pairs(self, arguments)
+        if max(pairs.counts) <= 1:
+            return self.zero_losses()
+        loss, _ = pairs.fold("circle", (float(self.m), float(self.gamma)))
+        return {"loss": _elements(loss[:, None], embeddings)}
+
+
+class ContrastiveLoss(_ContrastiveLoss):
+    """ContrastiveLoss in O(N D) memory: a sweep for the negative pairs, and a list of the positive ones or another."""
+
+    def compute_loss(
+        self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
+    ) -> dict[str, Any]:
+        arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        if disabled():
+            return super().compute_loss(*arguments)
+        hooks = "_compute_loss", "pair_based_loss", "get_per_pair_loss", "pos_calc", "neg_calc"
+        kinds = ("dot", "euclidean", "squared")
+        why_not = _labelled(self, arguments, ContrastiveLoss, *hooks, kinds=kinds)
+        why_not = why_not or refusal(checks.number, "pos_margin", self.pos_margin)
+        why_not = why_not or refusal(checks.number, "neg_margin", self.neg_margin)
+        found = self._swept(arguments) if why_not is None else None
+        if (
+            not runs_fused(NAME + "ContrastiveLoss", why_not or (None if found else "of its reducer, or a NaN"))
+            or found is None
+        ):
+            return super().compute_loss(*arguments)
+        return found
+
+    def _swept(self, arguments: tuple[Any, ...]) -> dict[str, Any] | None:
+        pairs = _pairs(self, arguments)
+        if max(pairs.counts) <= 1:
+            return self.zero_losses()
+        # Upstream's margin(x, y) is x - y of distances and y - x of similarities.
+        sign = -1.0 if pairs.kind.inverted else 1.0
+        found = {"pos_loss": self.zero_loss(), "neg_loss": self.zero_loss()}
+        for name, margin, slope, number in (
+            ("pos_loss", self.pos_margin, sign, pairs.counts[0]),
+            ("neg_loss", self.neg_margin, -sign, pairs.counts[1]),
+        ):
+            reducer, pulls = reducer_of(self, name), name == "pos_loss"
+            if not number:
+                continue
+            if pulls and LISTED * number <= len(pairs.x) * len(pairs.y):
+                indices = pairs.positive_pairs()
+                loss = (slope * (listed(pairs.kind, pairs.x, pairs.y, *indices) - margin)).relu()
+                found[name] = {
+                    "losses": loss.to(pairs.x.dtype),
+                    "indices": indices,
+                    "reduction_type": "pos_pair",
+                }
+                continue
+            if not takes_sums(reducer):
+                return None
+            total, above = pairs.fold("pair_hinge", (float(margin), slope, float(pulls)), summed=True)
+            if total.isnan():  # which upstream's AvgNonZeroReducer leaves out
+                return None
+            found[name] = reduced(reducer, total, above, number, pairs.x.dtype)
+        return found
+
+
+class TripletMarginLoss(_TripletMarginLoss):
+    """TripletMarginLoss over all triplets of the labels by sorting each row, in O(N D) memory; upstream's is cubic.
+
+    Triplets that are given, or drawn by `triplets_per_anchor`, cost the distances of their pairs.
+    """
+
+    def compute_loss(
+        self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
+    ) -> dict[str, Any]:
+        arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        if disabled():
+            return super().compute_loss(*arguments)
+        kinds = ("dot", "euclidean", "squared")
+        if (indices_tuple is not None or self.triplets_per_anchor != "all") and not (
+            labels is None and indices_tuple is None
+        ):
+            chosen = lmu.convert_to_triplets(indices_tuple, labels, ref_labels, t_per_anchor=self.triplets_per_anchor)
+            why_not = _fits(self, embeddings, ref_emb, kinds)
+            if why_not is None and LISTED * len(chosen[0]) > embeddings.shape[0] * ref_emb.shape[0]:
+                why_not = "there are more triplets than distances are saved"
+            # Upstream with what was drawn: drawing again would draw others.
+            arguments = embeddings, labels, chosen, ref_emb, ref_labels
+            found = None if why_not else self._chosen(embeddings, ref_emb, chosen)
+        else:
+            why_not = _labelled(self, arguments, TripletMarginLoss, kinds=kinds)
+            why_not = why_not or refusal(checks.number, "margin", self.margin)
+            if why_not is None and (self.swap or self.smooth_loss):
+                why_not = "swap and smooth_loss need every triplet"
+            if why_not is None and not takes_sums(reducer_of(self, "loss")):
+                why_not = "of its reducer"
+            found = None if why_not else self._all(arguments)
+            if found is None:
+                why_not = why_not or "a distance is NaN"
+        if not runs_fused(NAME + "TripletMarginLoss", why_not) or found is None:
+            return super().compute_loss(*arguments)
+        return found
+
+    def _all(self, arguments: tuple[Any, ...]) -> dict[str, Any] | None:
+        pairs = _pairs(self, arguments)
+        number = int((pairs.positives * pairs.negatives).sum())
+        if not number:
+            return self.zero_losses()
+        total, above = pairs.fold("batch_all", (float(self.margin),), distance="cosine", summed=True)
+        if total.isnan():
+            return None
+        return {"loss": reduced(reducer_of(self, "loss"), total, above, number, pairs.x.dtype)}
+
+    def _chosen(self, x: Tensor, y: Tensor, triplets: tuple[Tensor, Tensor, Tensor]) -> dict[str, Any]:
+        anchor, positive, negative = triplets
+        if not len(anchor):
+            return self.zero_losses()
+        record(self.distance, x, y)
+        kind = kind_of(self.distance)
+        assert kind is not None
+        near, far = listed(kind, x, y, anchor, positive), listed(kind, x, y, anchor, negative)
+        if self.swap:
+            far = self.distance.smallest_dist(far, listed(kind, x, y, positive, negative))
+        violation = self.distance.margin(near, far) + self.margin
+        loss = nn.functional.softplus(violation) if self.smooth_loss else violation.relu()
+        return {"loss": {"losses": loss.to(x.dtype), "indices": triplets, "reduction_type": "triplet"}}
+
+
+# Losses of classes ----------------------------------------------------------------------------------------------------
+
+
+def _classed(
+    loss: Any, arguments: tuple[Any, ...], vectors: Tensor, ours: type, *hooks: str, distance: Kind
+) -> str | None:
+    embeddings, labels, _, ref_emb, ref_labels = arguments
+    reason = overridden(loss, ours, *hooks)
+    if reason or labels is None or ref_emb is not embeddings or ref_labels is not labels:
+        return reason or "labels are missing, or ref_emb is given"
+    if kind_of(loss.distance) != distance:
+        return "of its distance, which has no fused form here"
+    reason = refusal(checks.embeddings, embeddings=embeddings)
+    if reason or vectors.dim() != 2 or vectors.shape[1] != embeddings.shape[1] or not vectors.shape[0]:
+        return reason or "the vectors of the classes do not fit"
+    return None if len(embeddings) else "the batch is empty"
+
+
+COSINE = Kind("dot", True)
+
+
+class _MarginSoftmax:
+    """What ArcFaceLoss and CosFaceLoss share: the score stage of LargeMarginSoftmaxLoss.compute_loss."""
+
+    HOOKS = (
+        "modify_cosine_of_target_classes",
+        "scale_logits",
+        "get_cosine",
+        "get_logits",
+        "get_target_mask",
+        "get_angles",
+        "cast_types",
+    )
+
+    def _fits(self: Any, arguments: tuple[Any, ...], ours: type) -> str | None:
+        embeddings, labels = arguments[:2]
+        reason = _classed(self, arguments, self.W.t(), ours, *self.HOOKS, distance=COSINE)
+        stock = dict(weight=None, label_smoothing=0.0, reduction="none", ignore_index=-100)
+        if reason is None and not only(self.cross_entropy, nn.CrossEntropyLoss, **stock):
+            reason = "cross_entropy is not the CrossEntropyLoss of the constructor"
+        if reason is None and self.collect_stats:
+            reason = "statistics of the angles are wanted"
+        rows, classes = len(embeddings), self.W.shape[1]
+        reason = reason or refusal(checks.target, "labels", labels, rows, classes, None, embeddings)
+        reason = reason or refusal(checks.number, "margin", self.margin)
+        reason = reason or refusal(checks.number, "scale", self.scale)
+        return reason or refusal(checks.scalar, "scale", self.scale, embeddings, positive=True)
+
+    def _losses(self: Any, loss: Tensor, embeddings: Tensor, labels: Tensor, indices_tuple: Any) -> dict[str, Any]:
+        weights = lmu.convert_to_weights(indices_tuple, labels, dtype=loss.dtype)
+        found = {"loss": _elements(loss * weights, embeddings)}
+        self.add_weight_regularization_to_loss_dict(found, self.W.t())
+        return found
+
+
+class ArcFaceLoss(_MarginSoftmax, _ArcFaceLoss):
+    """ArcFaceLoss without a [B, C] matrix; angles in fp64, and finite gradients at an angle of 0."""
+
+    def compute_loss(
+        self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
+    ) -> dict[str, Any]:
+        arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        why_not = self._fits(arguments, ArcFaceLoss)
+        if why_not is None and not 0 <= self.margin < math.pi:
+            why_not = "the margin is not from 0 to below 180 degrees"
+        if not runs_fused(NAME + "ArcFaceLoss", why_not):
+            return super().compute_loss(*arguments)
+        self.cast_types(embeddings.dtype, embeddings.device)
+        record(self.distance, embeddings, self.W.t())
+        margin = float(self.margin)
+        loss = arcface(embeddings, labels, self.W.t(), margin=margin, scale=self.scale, reduction="none")
+        return self._losses(loss, embeddings, labels, indices_tuple)
+
+
+class CosFaceLoss(_MarginSoftmax, _CosFaceLoss):
+    """CosFaceLoss without a [B, C] matrix."""
+
+    def compute_loss(
+        self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
+    ) -> dict[str, Any]:
+        arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        if not runs_fused(NAME + "CosFaceLoss", self._fits(arguments, CosFaceLoss)):
+            return super().compute_loss(*arguments)
+        self.cast_types(embeddings.dtype, embeddings.device)
+        record(self.distance, embeddings, self.W.t())
+        margin = float(self.margin)
+        loss = cosface(embeddings, labels, self.W.t(), margin=margin, scale=self.scale, reduction="none")
+        return self._losses(loss, embeddings, labels, indices_tuple)
+
+
+class ProxyNCALoss(_ProxyNCALoss):
+    """ProxyNCALoss without a [B, C] matrix; rows whose probability is 0 in the embeddings' dtype are left out."""
+
+    def compute_loss(
+        self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
+    ) -> dict[str, Any]:
+        arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        kind = kind_of(self.distance) or COSINE
+        kind = kind if kind in (COSINE, Kind("squared", True)) else COSINE
+        hooks = "nca_computation", "get_logits", "cast_types"
+        why_not = _classed(self, arguments, self.proxies, ProxyNCALoss, *hooks, distance=kind)
+        why_not = why_not or refusal(checks.scalar, "softmax_scale", self.softmax_scale, embeddings, positive=True)
+        if why_not is None and labels.dtype != torch.int64:
+            why_not = "labels are not int64"
+        if why_not is None:
+            numbers = torch.arange(len(self.proxies), device=self.proxy_labels.device)
+            if not torch.equal(self.proxy_labels, numbers):
+                why_not = "proxy_labels are not those of the constructor"
+        if not runs_fused(NAME + "ProxyNCALoss", why_not):
+            return super().compute_loss(*arguments)
+        self.cast_types(embeddings.dtype, embeddings.device)
+        record(self.distance, embeddings, self.proxies)
+        # -|u - p|^2 is 2 <u, p> and a constant, of unit rows.
+        scale = self.softmax_scale / 2 if kind.inverted else self.softmax_scale
+        known = (labels >= 0) & (labels < len(self.proxies))
+        loss = proxy_nca(embeddings, labels.masked_fill(~known, -100), self.proxies, scale=scale, reduction="none")
+        weights = lmu.convert_to_weights(indices_tuple, labels, dtype=loss.dtype, using_ref=True)
+        counted = known & ((-loss.detach()).exp().to(embeddings.dtype) != 0)
+        found = _elements(loss * weights, embeddings)
+        found = {"loss": found | {"losses": found["losses"][counted], "indices": found["indices"][counted]}}
+        self.add_weight_regularization_to_loss_dict(found, self.proxies)
+        return found
+
+
+class ProxyAnchorLoss(_ProxyAnchorLoss):
+    """ProxyAnchorLoss in one sweep, without a [B, C] matrix. Its two parts come as one, in the place of the first."""
+
+    def compute_loss(
+        self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
+    ) -> dict[str, Any]:
+        arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels
+        hooks = "get_logits", "cast_types"
+        why_not = _classed(self, arguments, self.proxies, ProxyAnchorLoss, *hooks, distance=COSINE)
+        rows, classes = len(embeddings), len(self.proxies)
+        why_not = why_not or refusal(checks.target, "labels", labels, rows, classes, None, embeddings)
+        why_not = why_not or refusal(checks.number, "margin", self.margin)
+        why_not = why_not or refusal(checks.number, "alpha", self.alpha)
+        why_not = why_not or refusal(checks.scalar, "alpha", self.alpha, embeddings, positive=True)
+        if why_not is None and indices_tuple is not None and any(len(x) for x in indices_tuple):
+            why_not = "a miner weighs the rows"
+        if why_not is None and classes != self.num_classes:
+            why_not = "there are not num_classes proxies"
+        for name in ("pos_loss", "neg_loss"):
+            reducer = reducer_of(self, name)
+            if why_not is None and (type(reducer) is not reducers.DivisorReducer or reducer.collect_stats):
+                why_not = "of its reducer"
+        if not runs_fused(NAME + "ProxyAnchorLoss", why_not):
+            return super().compute_loss(*arguments)
+        self.cast_types(embeddings.dtype, embeddings.device)
+        record(self.distance, embeddings, self.proxies)
+        loss = proxy_anchor(embeddings, labels, self.proxies, margin=self.margin, alpha=self.alpha)
+        whole = {"losses": loss.to(embeddings.dtype), "indices": None, "reduction_type": "already_reduced"}
+        found = {"pos_loss": whole, "neg_loss": self.zero_loss()}
+        self.add_weight_regularization_to_loss_dict(found, self.proxies)
+        return found
+
+
+def patch() -> Patch:
+    """Puts these classes in the place of the library's, wherever those are imported; `undo()` or `with` reverts it."""
+    return Patch(
+        {
+            _ArcFaceLoss: ArcFaceLoss,
+            _CircleLoss: CircleLoss,
+            _ContrastiveLoss: ContrastiveLoss,
+            _CosFaceLoss: CosFaceLoss,
+            _MultiSimilarityLoss: MultiSimilarityLoss,
+            _NTXentLoss: NTXentLoss,
+            _ProxyAnchorLoss: ProxyAnchorLoss,
+            _ProxyNCALoss: ProxyNCALoss,
+            _SupConLoss: SupConLoss,
+            _TripletMarginLoss: TripletMarginLoss,
+        }
+    )

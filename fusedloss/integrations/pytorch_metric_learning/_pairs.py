@@ -1,0 +1,186 @@
+"""Which pairs labels make, without a matrix of them; the distances that sweeps know; and what reducers make of sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from pytorch_metric_learning import distances, reducers
+from torch import Tensor
+
+from ...losses._fold import fold_loss
+from ...losses._in_batch import as_scale, autocast, distinct, objective, over
+from ...losses.sup_con import groups
+from ...masks import itself
+from ...problem import Block, Compare, Fold, Mask, stats_dtype, unit_rows
+from ...rowwise.pairs import cosine, dot, euclidean_distance, of_pairs, squared_distance
+
+
+class Kind(NamedTuple):
+    """A distance: what it is over rows that are divided by their norms first, or not."""
+
+    name: str  # "dot", "euclidean" or "squared"
+    unit: bool
+
+    @property
+    def inverted(self) -> bool:
+        return self.name == "dot"
+
+
+def kind_of(distance: Any) -> Kind | None:
+    """None: a distance of the user's own, or with a norm or a power that no sweep has."""
+    if distance.p != 2:
+        return None
+    unit = bool(distance.normalize_embeddings)
+    if type(distance) in (distances.CosineSimilarity, distances.DotProductSimilarity):
+        return Kind("dot", unit) if distance.power == 1 and distance.is_inverted else None
+    if type(distance) is distances.LpDistance and distance.power in (1, 2) and not distance.is_inverted:
+        return Kind("euclidean" if distance.power == 1 else "squared", unit)
+    return None
+
+
+def record(distance: Any, x: Tensor, y: Tensor) -> None:
+    """The statistics that a distance takes down when it is called."""
+    if distance.collect_stats:
+        distance.reset_stats()
+        distance.set_default_stats(x, y, distance.maybe_normalize(x), distance.maybe_normalize(y))
+
+
+class Pairs:
+    """Rows `x` [N, D] against columns `y` [M, D]: positives are columns of the row's label, but for the row itself."""
+
+    def __init__(self, kind: Kind, x: Tensor, labels: Tensor, y: Tensor, ref_labels: Tensor | None):
+        self.kind = kind
+        self.itself = ref_labels is None or ref_labels is labels  # upstream's condition, whatever `y` is
+        self.x, self.y = x, y
+        self.labels = labels.long()
+        self.ref_labels = self.labels if self.itself or ref_labels is None else ref_labels.long()
+
+    @cached_property
+    def _groups(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Each row's group and each column's, and how many columns a group has."""
+        joined = self.labels if self.itself else torch.cat([self.labels, self.ref_labels])
+        group = groups(joined)
+        rows, columns = (group, group) if self.itself else group.split([len(self.labels), len(self.ref_labels)])
+        return rows, columns, torch.zeros_like(group).index_add_(0, columns, torch.ones_like(columns))
+
+    @cached_property
+    def positives(self) -> Tensor:
+        """[N], how many each row has."""
+        rows, _, sizes = self._groups
+        return sizes[rows] - int(self.itself)
+
+    @property
+    def negatives(self) -> Tensor:
+        return len(self.y) - int(self.itself) - self.positives
+
+    @cached_property
+    def counts(self) -> tuple[int, int]:
+        """Of positive and of negative pairs; read back, as upstream reads the lengths of its lists."""
+        positive = int(self.positives.sum())
+        return positive, len(self.x) * (len(self.y) - int(self.itself)) - positive
+
+    def positive_pairs(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns of all positive pairs, in upstream's order."""
+        rows, columns, sizes = self._groups
+        order = columns.argsort(stable=True)  # the members of each group, side by side
+        start = (sizes.cumsum(0) - sizes)[rows]
+        row = itself(len(rows), rows).repeat_interleave(self.positives, output_size=self.counts[0])
+        number = itself(len(row), rows) - (self.positives.cumsum(0) - self.positives)[row]
+        if self.itself:
+            place = torch.empty_like(order).scatter_(0, order, itself(len(order), rows)) - start
+            number += number >= place[row]
+        return row, order[start[row] + number]
+
+    def log_sum_exp(self, scale: float | Tensor, mask: Mask) -> Tensor:
+        """`[N]`, of `scale` times the similarities that the mask admits; 0 for none."""
+        assert self.kind.inverted
+        operands, (query, key) = distinct(self.x, self.y)
+        multiplier, bound = as_scale(scale, self.x, inverse=False)
+        none = torch.full((len(self.x),), -1, device=self.x.device)
+        block = Block(query, key, mask=mask)
+        return objective(
+            autocast(*operands),
+            [block],
+            none,
+            multiplier,
+            scale_bound=bound,
+            cosine=self.kind.unit,
+            decoupled=True,
+            reduction="none",
+        ).result()
+
+    def log_sum_exp_of_negatives(self, scale: float | Tensor) -> Tensor:
+        return self.log_sum_exp(scale, Mask((Compare(self.labels, self.ref_labels, False),)))
+
+    def log_sum_exp_of_all(self, scale: float | Tensor) -> Tensor:
+        return self.log_sum_exp(scale, Mask(skip=itself(len(self.x), self.x) if self.itself else None))
+
+    def mean_positive(self) -> Tensor:
+        """`[N]`, the mean similarity of each row's positives, through the sums of each label; 0 for none."""
+        assert self.kind.inverted
+        rows, columns, _ = self._groups
+        with torch.autocast(self.x.device.type, enabled=False):
+            u, v = (self._wide(z) for z in autocast(self.x, self.y))
+            sums = v.new_zeros(len(self._groups[2]), v.shape[1]).index_add(0, columns, v)[rows]
+            return (u * (sums - v if self.itself else sums)).sum(1) / self.positives.clamp(min=1)
+
+    def _wide(self, z: Tensor) -> Tensor:
+        z = z.to(stats_dtype(z.dtype))
+        return unit_rows(z) if self.kind.unit else z
+
+    def fold(self, name: str, options: tuple[float, ...], *, distance: str = "", summed: bool = False) -> Any:
+        """(losses [N] or their sum, what the fold counted) of fusedloss.folds."""
+        x, y, kind = self.x, self.y, self.kind
+        if not kind.inverted:
+            distance = kind.name
+            if kind.unit:
+                x = self._wide(self.x)
+                y = x if self.y is self.x else self._wide(self.y)
+        operands = autocast(*distinct(x, y)[0])
+        one = torch.ones((), dtype=stats_dtype(x.dtype), device=x.device)
+        weight = one.expand(len(x)).contiguous()
+        fold = Fold(name, options, (self.labels, self.ref_labels), self.itself, distance)
+        return fold_loss(operands, one, weight, fold, kind.inverted and kind.unit, summed, "auto", None)
+
+
+def listed(kind: Kind, x: Tensor, y: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """The similarity or distance of each of these pairs, in chunks of them."""
+    function: Callable[[Tensor, Tensor], Tensor] = {"dot": dot, "euclidean": euclidean_distance}.get(
+        kind.name, squared_distance
+    )
+    if kind.inverted:
+        function = cosine if kind.unit else dot
+    elif kind.unit:
+        wide = unit_rows(x.to(stats_dtype(x.dtype)))
+        x, y = wide, wide if y is x else unit_rows(y.to(stats_dtype(y.dtype)))
+    return of_pairs(function, x, y, column, row)
+
+
+STOCK = (reducers.MeanReducer, reducers.SumReducer, reducers.AvgNonZeroReducer)
+
+
+def reducer_of(loss: Any, name: str) -> Any:
+    """The reducer of a sub-loss."""
+    if type(loss.reducer) is reducers.MultipleReducers:
+        inner = loss.reducer.reducers
+        return inner[name] if name in inner else loss.reducer.default_reducer
+    return loss.reducer
+
+
+def takes_sums(reducer: Any) -> bool:
+    """Whether it needs no more of the losses than their sum and how many there are, in all or above 0."""
+    if reducer.collect_stats or type(reducer) not in STOCK:
+        return False
+    return type(reducer) is not reducers.AvgNonZeroReducer or (reducer.low == 0 and reducer.high is None)
+
+
+def reduced(reducer: Any, total: Tensor, above: Tensor, number: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What the reducer makes of `number` losses whose sum is `total`, of which `above` are above 0."""
+    if type(reducer) is reducers.MeanReducer:
+        total = total / number
+    elif type(reducer) is reducers.AvgNonZeroReducer:
+        total = over(total, above)
+    return {"losses": total.to(dtype), "indices": None, "reduction_type": "already_reduced"}
