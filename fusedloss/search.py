@@ -13,8 +13,9 @@ from . import checks
 from .problem import stats_dtype
 
 SIMILARITIES = ("cos", "dot", "euclidean", "manhattan")
-# Scores at a time, 8 MiB in fp32. Wide tiles are merged seldom, and merging sorts k columns and the new ones.
-TILE, MIN_ROWS, MIN_COLUMNS, COLUMNS_PER_K = 1 << 21, 64, 2048, 8
+# Scores at a time, 32 MiB in fp32. Wide tiles are merged seldom, and merging sorts k columns and the new ones. Tall
+# ones are for busy machines: each of the short steps around a product waits for all threads.
+TILE, MIN_ROWS, MIN_COLUMNS, COLUMNS_PER_K = 1 << 23, 64, 2048, 8
 SLAB_BYTES = 32 << 20  # of the corpus, where it is converted, normalised or moved
 GROUP = 64  # columns of which only the largest score is compared: a sixth of the time of comparing all
 CROWDED = 8  # a row gets a higher threshold before it takes more than a part of 8 of a tile's groups
@@ -27,7 +28,7 @@ def top_k(query: Tensor, corpus: Tensor, k: int, *, similarity: str = "cos") -> 
         scores[i], indices[i] = topk over j of similarity(query[i], corpus[j])
 
     What `torch.topk(query @ corpus.T, k)` gives, without the `[M, N]` matrix: beside inputs and results it takes a
-    tile of 2^21 scores (or 64 rows of 8 k), and 32 MiB of the corpus where that is converted, normalised or moved.
+    tile of 2^23 scores (or 64 rows of 8 k), and 32 MiB of the corpus where that is converted, normalised or moved.
     Where torch.topk leaves the order of equal scores open, the lowest index comes first, from run to run. NaN is above
     every number, as there.
 

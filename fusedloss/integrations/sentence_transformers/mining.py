@@ -95,7 +95,7 @@ def _searching(upstream: Callable[P, R]) -> Callable[P, R]:
 
         Arguments, checks, output and printing are the library's. Without FAISS it scores `faiss_batch_size` queries
         (16384) against the whole corpus at a time, a matrix of 64 GiB for a million passages; here the scores are
-        walked in tiles of 8 MiB, on the model's device where that is a GPU. Among equal scores the first of the corpus
+        walked in tiles of 32 MiB, on the model's device where that is a GPU. Among equal scores the first of the corpus
         is mined, where the library leaves the order open; scores agree up to the rounding of the products.
 
         With `use_faiss=True` FAISS searches, as it does there. A similarity other than the library's four, or one that

@@ -119,7 +119,7 @@ def _routed(loss: Any, method: Callable[..., Tensor], *args: Any, **kwargs: Any)
         "neither late-interaction-kernels nor flash-maxsim is installed" if _package() is None else None,
         "its score function is none of MaxSim's" if function is None else None,
     )
-    if why_not is not None:
+    if function is None or why_not is not None:
         runs_fused(name, why_not)
         return method(loss, *args, **kwargs)
     twin = copy.copy(loss)
