@@ -1,7 +1,7 @@
 """Real training: MiniLM on sentences of Python's documentation by the real trainers, stock and patched.
 
-Both start from one seed and the same weights, so that every step has the same batch and the same dropout: the losses of
-all steps must agree to 1e-4 in float32, and the counter must say that each step of the patched run was fused. Weights are
+Both start from one seed and the same weights, so every step has the same batch and the same dropout: the losses of
+all steps must agree to 1e-4 in float32, and the counter must say that each patched step was fused. Weights are
 not compared: where a loss does not depend on one, as on a reranker's last bias, Adam makes whole steps of rounding.
 """
 
