@@ -106,40 +106,48 @@ class NTXentLoss(_NTXentLoss):
         self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
     ) -> dict[str, Any]:
         arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels
-        why_not = _labelled(self, arguments, NTXentLoss, "_compute_loss", "pair_based_loss")
-        why_not = why_not or refusal(checks.scalar, "temperature", self.temperature, embeddings, positive=True)
-        # Otherwise the pairs are listed, and _compute_loss below takes them.
-        if why_not or not runs_fused(NAME + "NTXentLoss", None):
+        why_not = overridden(self, NTXentLoss, "_compute_loss", "pair_based_loss")
+        why_not = why_not or refusal(checks.scalar, "temperature", self.temperature, None, positive=True)
+        if labels is None and indices_tuple is None:
+            why_not = why_not or "neither labels nor pairs are given"
+        if not runs_fused(NAME + "NTXentLoss", why_not):
             return super().compute_loss(*arguments)
-        pairs = _pairs(self, arguments)
+        swept = _labelled(self, arguments, NTXentLoss) is None
+        return self._by_label(_pairs(self, arguments)) if swept else self._by_list(*arguments)
+
+    def _by_label(self, pairs: Pairs) -> dict[str, Any]:
         if min(pairs.counts) == 0 or max(pairs.counts) <= 1:
             return self.zero_losses()
         row, column = pairs.positive_pairs()
         negative = pairs.log_sum_exp_of_negatives(1 / self.temperature)
         negative = negative.masked_fill(pairs.negatives == 0, -torch.inf)
-        positive = listed(pairs.kind, embeddings, ref_emb, row, column) / self.temperature
-        return self._of_pairs(negative[row], positive, (row, column), _product_dtype(embeddings), embeddings.dtype)
+        positive = listed(pairs.kind, pairs.x, pairs.y, row, column) / self.temperature
+        return self._of_pairs(negative[row], positive, (row, column), pairs.x)
 
-    def _compute_loss(self, pos_pairs: Any, neg_pairs: Any, indices_tuple: Any) -> dict[str, Any]:
-        why_not = refusal(checks.scalar, "temperature", self.temperature, None, positive=True)
-        if not (len(pos_pairs) and len(neg_pairs)) or not runs_fused(NAME + "NTXentLoss", why_not):
-            return super()._compute_loss(pos_pairs, neg_pairs, indices_tuple)
-        row, column, anchors, _ = indices_tuple
+    def _by_list(
+        self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
+    ) -> dict[str, Any]:
+        """Of any distance, as the library computes it; in fp32, as by label, of 16-bit embeddings."""
+        row, column, anchors, others = lmu.convert_to_pairs(indices_tuple, labels, ref_labels)
+        if min(len(row), len(anchors)) == 0 or max(len(row), len(anchors)) <= 1:
+            return self.zero_losses()
+        x = embeddings.to(stats_dtype(embeddings.dtype))
+        y = x if ref_emb is embeddings else ref_emb.to(stats_dtype(ref_emb.dtype))
+        matrix = self.distance(x, y)
         sign = 1 if self.distance.is_inverted else -1
-        wide = stats_dtype(pos_pairs.dtype)
-        positive, negative = (sign * z.to(wide) / self.temperature for z in (pos_pairs, neg_pairs))
-        rows = 1 + int(torch.maximum(row.max(), anchors.max()))
-        logs = _log_sum_exp(negative, anchors, rows)
-        return self._of_pairs(logs[row], positive, (row, column), pos_pairs.dtype, neg_pairs.dtype)
+        positive, negative = (sign * matrix[pair] / self.temperature for pair in ((row, column), (anchors, others)))
+        logs = _log_sum_exp(negative.to(stats_dtype(negative.dtype)), anchors, len(x))
+        return self._of_pairs(logs[row], positive.to(logs.dtype), (row, column), embeddings)
 
     @staticmethod
     def _of_pairs(
-        negative: Tensor, positive: Tensor, indices: tuple[Tensor, Tensor], computed: torch.dtype, dtype: torch.dtype
+        negative: Tensor, positive: Tensor, indices: tuple[Tensor, Tensor], embeddings: Tensor
     ) -> dict[str, Any]:
         """`log(1 + exp(negative - positive))`; upstream adds the smallest number of its dtype to the probability."""
         loss = torch.logaddexp(negative - positive, torch.zeros_like(positive))
-        loss = -torch.logaddexp(-loss, torch.full_like(loss, math.log(torch.finfo(computed).tiny)))
-        return {"loss": {"losses": loss.to(dtype), "indices": indices, "reduction_type": "pos_pair"}}
+        least = math.log(torch.finfo(_product_dtype(embeddings)).tiny)
+        loss = -torch.logaddexp(-loss, torch.full_like(loss, least))
+        return {"loss": {"losses": loss.to(embeddings.dtype), "indices": indices, "reduction_type": "pos_pair"}}
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
