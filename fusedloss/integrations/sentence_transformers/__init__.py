@@ -7,14 +7,13 @@
 
 Constructors, attributes, configuration and citation are the library's; embedding, gradient caching and the checks of
 columns and labels run its code. Results are float32 scalars (float64 for float64 embeddings) where it returns those
-of the embeddings' dtype. Losses of sparse encoders are in `.sparse_encoder`, of cross-encoders in `.cross_encoder`.
-Tested with 6.2.0.
+of the embeddings' dtype. Losses of sparse encoders are in `.sparse_encoder`, of cross-encoders in `.cross_encoder`,
+MaxSim losses in `.multi_vector_encoder`. Tested with 6.2.0.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 from .._drop_in import Patch, library
@@ -66,6 +65,8 @@ from ._ranking import GISTEmbedLoss as GISTEmbedLoss  # noqa: E402
 from ._ranking import MegaBatchMarginLoss as MegaBatchMarginLoss  # noqa: E402
 from ._ranking import MultipleNegativesRankingLoss as MultipleNegativesRankingLoss  # noqa: E402
 from ._ranking import MultipleNegativesSymmetricRankingLoss as MultipleNegativesSymmetricRankingLoss  # noqa: E402
+from .mining import library_mine_hard_negatives  # noqa: E402
+from .mining import mine_hard_negatives as mine_hard_negatives  # noqa: E402
 
 
 def drop_ins(module: Any) -> dict[type, type]:
@@ -87,8 +88,7 @@ def patch() -> Patch:
         >>> from fusedloss.integrations import sentence_transformers as fused
         >>> fused.patch()
     """
-    replaced = {}
-    for name in ("", ".sparse_encoder", ".cross_encoder"):
-        if importlib.util.find_spec(__name__ + name) is not None:
-            replaced.update(drop_ins(importlib.import_module(__name__ + name)))
+    replaced: dict[Any, Any] = {library_mine_hard_negatives: mine_hard_negatives}
+    for name in ("", ".sparse_encoder", ".cross_encoder", ".multi_vector_encoder"):
+        replaced.update(drop_ins(importlib.import_module(__name__ + name)))
     return Patch(replaced)

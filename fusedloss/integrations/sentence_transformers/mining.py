@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from sentence_transformers import util
-from sentence_transformers.util import mine_hard_negatives as _mine_hard_negatives
+from sentence_transformers.util import mine_hard_negatives as library_mine_hard_negatives
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -115,4 +115,4 @@ def _searching(upstream: Callable[P, R]) -> Callable[P, R]:
     return mine_hard_negatives
 
 
-mine_hard_negatives = _searching(_mine_hard_negatives)
+mine_hard_negatives = _searching(library_mine_hard_negatives)
