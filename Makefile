@@ -5,7 +5,7 @@ GPU := PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/gpu" $(PYTHON)
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint gpu gpu-build gpu-tune gpu-full clean
+.PHONY: help demo test test-upstream lint gpu gpu-build gpu-tune gpu-full clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -16,6 +16,10 @@ demo: $(READY) ## search code by meaning: train a small encoder on a CPU
 
 test: $(READY) ## the test suite, on a CPU
 	$(BIN)/python -m pytest -m "not gpu"
+
+test-upstream: $(READY) ## a library's own loss tests without and with patch(): make test-upstream CHECKOUT=../lightly
+	@test -d '$(CHECKOUT)' || { echo "CHECKOUT='$(CHECKOUT)' is no folder: give a clone of the library's repository"; exit 2; }
+	$(BIN)/python tests/upstream.py '$(CHECKOUT)'
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check
