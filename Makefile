@@ -14,8 +14,10 @@ help: ## this list
 demo: $(READY) ## search code by meaning: train a small encoder on a CPU
 	$(BIN)/python examples/code_search.py
 
+# A process for each core, of one thread: most tensors here are too small to share, and a second thread's start costs
+# more than it brings. The tests of four thousand rows and more are the exception.
 test: $(READY) ## the test suite, on a CPU
-	$(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n auto
 
 test-upstream: $(READY) ## a library's own loss tests without and with patch(): make test-upstream CHECKOUT=../lightly
 	@test -d '$(CHECKOUT)' || { echo "CHECKOUT='$(CHECKOUT)' is no folder: give a clone of the library's repository"; exit 2; }

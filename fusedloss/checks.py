@@ -30,8 +30,7 @@ def embeddings(**tensors: Tensor) -> None:
             continue
         if isinstance(x, nn.Module):
             raise TypeError(
-                f"{name} is a {type(x).__name__}, an nn.Module: this loss takes embeddings. "
-                "Classes that wrap a model are to be in fusedloss.integrations, which this version has not yet."
+                f"{name} is a {type(x).__name__}, an nn.Module: this loss takes embeddings. {where_models_go('')}"
             )
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}: needs a tensor [rows, D]")
@@ -215,10 +214,32 @@ def options(module: nn.Module, **defaults: object) -> str:
     return ", ".join(f"{name}={value!r}" for name, value, default in given if value != default)
 
 
-def options_not_modules(**options: object) -> None:
+# sentence-transformers has losses of these names, which take a model; those of CROSS_ENCODER for a cross-encoder.
+MODEL = frozenset(
+    """
+    AnglELoss BatchAllTripletLoss BatchHardSoftMarginTripletLoss BatchHardTripletLoss BatchSemiHardTripletLoss
+    CoSENTLoss ContrastiveLoss ContrastiveTensionLoss CosineSimilarityLoss DistillKLDivLoss EmbedDistillLoss
+    GISTEmbedLoss GlobalOrthogonalRegularizationLoss MSELoss MarginMSELoss MegaBatchMarginLoss
+    MultipleNegativesRankingLoss OnlineContrastiveLoss SoftmaxLoss TripletLoss
+    """.split()
+)
+CROSS_ENCODER = frozenset(
+    "ADRMSELoss CrossEntropyLoss LambdaLoss ListMLELoss ListNetLoss PListMLELoss RankNetLoss".split()
+)
+
+
+def where_models_go(owner: str) -> str:
+    """owner: the class that was given a model."""
+    package = "fusedloss.integrations.sentence_transformers"
+    if owner in MODEL | CROSS_ENCODER:
+        return f"{package}{'.cross_encoder' if owner in CROSS_ENCODER else ''}.{owner} takes a model."
+    return f"Losses that take a model are in {package}."
+
+
+def options_not_modules(owner: str = "", /, **options: object) -> None:
     for name, value in options.items():
         if isinstance(value, nn.Module):
             raise TypeError(
                 f"{name} is a {type(value).__name__}, an nn.Module: this loss takes embeddings, not a model. "
-                "Classes that wrap a model are to be in fusedloss.integrations, which this version has not yet."
+                + where_models_go(owner)
             )

@@ -7,6 +7,7 @@ and the gradients of all parameters must agree, and the counter must say that fu
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import itertools
 import logging
@@ -30,6 +31,7 @@ from sentence_transformers.sparse_encoder import losses as stock_sparse  # noqa:
 from transformers import PreTrainedTokenizerBase  # noqa: E402
 
 import fusedloss  # noqa: E402
+from fusedloss import checks  # noqa: E402
 from fusedloss.integrations import calls  # noqa: E402
 from fusedloss.integrations import sentence_transformers as fused  # noqa: E402
 from fusedloss.integrations.sentence_transformers import sparse_encoder as fused_sparse  # noqa: E402
@@ -806,6 +808,12 @@ def test_fewer_layers(bert, modifier, inner):
 
 def every_class():
     return [*fused.drop_ins(fused).items(), *fused.drop_ins(fused_sparse).items()]
+
+
+def test_errors_of_losses_of_embeddings_name_what_is_here():
+    assert all(hasattr(fused, name) for name in checks.MODEL)
+    cross_encoder = importlib.import_module("fusedloss.integrations.sentence_transformers.cross_encoder")
+    assert all(hasattr(cross_encoder, name) for name in checks.CROSS_ENCODER)
 
 
 def test_every_loss_of_the_library_has_its_class():

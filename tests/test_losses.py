@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import fusedloss
-from fusedloss import testing
+from fusedloss import checks, testing
 
 BACKENDS = ["chunked", "reference"]
 
@@ -497,8 +497,19 @@ def test_modules_are_thin_twins_without_state():
     for module, tensors, wanted in twins:
         close(module(*tensors), wanted)
         assert not list(module.parameters()) and not list(module.buffers())
-    with pytest.raises(TypeError, match="integrations"):
-        fusedloss.MultipleNegativesRankingLoss(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", sorted(checks.MODEL | checks.CROSS_ENCODER))
+def test_a_loss_of_embeddings_says_which_takes_a_model(name):
+    part = ".cross_encoder" if name in checks.CROSS_ENCODER else ""
+    told = f"a Linear, .*, not a model. fusedloss.integrations.sentence_transformers{part}.{name} takes a model"
+    with pytest.raises(TypeError, match=told):
+        getattr(fusedloss, name)(torch.nn.Linear(2, 2))
+
+
+def test_other_losses_say_where_there_are_some():
+    with pytest.raises(TypeError, match="Losses that take a model are in fusedloss.integrations.sentence_transformers"):
+        fusedloss.SigLipLoss(torch.nn.Linear(2, 2))
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------

@@ -2,15 +2,14 @@
 
     make test-upstream CHECKOUT=../pytorch-metric-learning
 
-CHECKOUT is a clone of the library's repository, at the version that is installed; nothing is fetched here, but its
-tests may download models. Fails if a test that passes without the drop-ins does not pass with them, or if no fused code
-ran. `--out FILE` adds the outcome to a JSON file, `--only WORDS` picks tests as pytest's -k does.
+CHECKOUT is a clone of the library's repository, best at the version that is installed: Python may find either. Nothing
+is fetched here, but the tests may download models. Fails if a test that passes without the drop-ins does not pass with
+them, or if no fused code ran. `--out FILE` adds the outcome to a JSON file, `--only WORDS` picks tests as -k does.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -21,25 +20,17 @@ from collections import Counter
 from pathlib import Path
 
 PLUGIN = "fusedloss.integrations.pytest_patch"
-# The distribution of each library, and where its repository has the tests that call a loss. Their folders come and go
-# from version to version: those that are there run.
+# Where each library's repository has the tests that call a loss. They come and go from version to version: those that
+# are there run.
 LIBRARIES = {
-    "sentence_transformers": (
-        "sentence-transformers",
-        "tests/sentence_transformer/losses tests/sparse_encoder/losses tests/cross_encoder/losses "
-        "tests/multi_vector_encoder/losses tests/base/losses tests/util/test_hard_negatives.py",
-    ),
-    "pytorch_metric_learning": (
-        "pytorch-metric-learning",
-        "tests/losses tests/reducers tests/regularizers tests/miners tests/utils/test_distributed.py "
-        "tests/utils/test_loss_and_miner_utils.py tests/utils/test_module_with_records_and_reducer.py",
-    ),
-    "open_clip": (
-        "open_clip_torch",
-        "tests/test_loss.py tests/test_siglip_chunked_loss.py tests/test_task_specific_unit.py "
-        "tests/test_task_base_unit.py tests/test_factory_task.py tests/test_training_simple.py",
-    ),
-    "lightly": ("lightly", "tests/loss/test_ntx_ent_loss.py tests/loss/test_dcl_loss.py"),
+    "sentence_transformers": "tests/sentence_transformer/losses tests/sparse_encoder/losses tests/cross_encoder/losses "
+    "tests/multi_vector_encoder/losses tests/util/test_hard_negatives.py",
+    "pytorch_metric_learning": "tests/losses tests/reducers tests/regularizers tests/miners "
+    "tests/utils/test_distributed.py tests/utils/test_loss_and_miner_utils.py "
+    "tests/utils/test_module_with_records_and_reducer.py",
+    "open_clip": "tests/test_loss.py tests/test_siglip_chunked_loss.py tests/test_task_specific_unit.py "
+    "tests/test_task_base_unit.py tests/test_factory_task.py tests/test_training_simple.py",
+    "lightly": "tests/loss/test_ntx_ent_loss.py tests/loss/test_dcl_loss.py",
 }
 
 
@@ -76,7 +67,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     library = arguments.library or library_of(arguments.checkout)
-    distribution, folders = LIBRARIES[library]
+    folders = LIBRARIES[library]
     tests = arguments.tests or [name for name in folders.split() if (arguments.checkout / name).exists()]
     if not tests:
         raise SystemExit(f"{arguments.checkout} has none of the tests of {library}: {folders}")
@@ -84,13 +75,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         stock = run(arguments.checkout, tests, Path(folder), options, patched=False)
         patched = run(arguments.checkout, tests, Path(folder), options, patched=True)
-        calls = json.loads((Path(folder) / "calls.json").read_text())
+        told = json.loads((Path(folder) / "calls.json").read_text())
+    version, calls = told["versions"][library], told["calls"]
     broken = sorted(name for name, outcome in stock.items() if outcome == "passed" != patched.get(name))
     counts = {
         name: dict(sorted(Counter(found.values()).items())) for name, found in (("stock", stock), ("patched", patched))
     }
     commit = subprocess.run(["git", "describe", "--always"], cwd=arguments.checkout, capture_output=True, text=True)
-    version = importlib.metadata.version(distribution)
     print(f"{library} {version}, tests of {commit.stdout.strip() or arguments.checkout.name}")
     for name, found in counts.items():
         print(f"{name:8}", ", ".join(f"{number} {outcome}" for outcome, number in found.items()))

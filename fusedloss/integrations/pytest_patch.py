@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,4 +30,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for name, error in missing.items():
         terminalreporter.line(f"not patched: {name}: {error}")
     if "FUSEDLOSS_CALLS" in os.environ:  # for tests/upstream.py
-        Path(os.environ["FUSEDLOSS_CALLS"]).write_text(json.dumps(dict(sorted(calls.items()))))
+        versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in LIBRARIES}
+        found = {"calls": dict(sorted(calls.items())), "versions": versions}
+        Path(os.environ["FUSEDLOSS_CALLS"]).write_text(json.dumps(found))

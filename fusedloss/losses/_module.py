@@ -57,13 +57,15 @@ class LossModule(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__()
         if args:
-            checks.options_not_modules(**{next(iter(self.signature.parameters), "model"): args[0]})
+            first = next(iter(self.signature.parameters), "model")
+            checks.options_not_modules(type(self).__name__, **{first: args[0]})
         try:
             bound = self.signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{type(self).__name__}: {error}; it takes {self.signature}") from None
         bound.apply_defaults()
-        checks.options_not_modules(**{n: value for n, value in bound.arguments.items() if n not in self.learnt})
+        given = {n: value for n, value in bound.arguments.items() if n not in self.learnt}
+        checks.options_not_modules(type(self).__name__, **given)
         for name, value in bound.arguments.items():
             if name in self.choices:
                 checks.choice(name, value, self.choices[name])

