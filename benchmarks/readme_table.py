@@ -66,6 +66,52 @@ def in_batch(folder: Path) -> str:
     return text + "\n\n" + tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
+def drop_in(folder: Path) -> str:
+    """Claims of the drop-ins, and the loss stages of the libraries that they replace."""
+    path = folder / "drop_in.json"
+    if not path.exists():
+        return "**Not measured yet**; `benchmarks/drop_in.py` does."
+    found = json.loads(path.read_text())
+    verdict = {True: "yes", False: "**no**", None: ""}
+    table = [[c["claim"], f"{c['measured']:.3g}", c["required"] or "", verdict[c["held"]]] for c in found["claims"]]
+    text = tabulate(table, ["", "measured", "required", "held"], tablefmt="github", disable_numparse=True)
+    rows = [
+        [
+            row["case"],
+            str(row["n"]),
+            row["racer"],
+            number(row, "seconds", "{:.0f}", 1e-3),
+            number(row, "memory_bytes", "{:.1f}", 2**20),
+        ]
+        for row in found["rows"]
+    ]
+    headers = ["loss", "N", "", "ms", "memory, MiB"]
+    return text + "\n\n" + tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def upstream(folder: Path) -> str:
+    """The libraries' own tests, without the drop-ins and with them."""
+    path = folder / "upstream.json"
+    if not path.exists():
+        return "**Not run yet**; `make test-upstream CHECKOUT=...` does."
+
+    def said(counts: dict[str, int]) -> str:
+        return ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items(), key=lambda c: -c[1]))
+
+    table = [
+        [
+            f"{library} {found['version']}",
+            said(found["stock"]),
+            said(found["patched"]),
+            str(len(found["broken"])),
+            str(sum(found["calls"].values())),
+        ]
+        for library, found in json.loads(path.read_text()).items()
+    ]
+    headers = ["library", "its tests", "with patch()", "pass only without", "calls that ran fused"]
+    return tabulate(table, headers, tablefmt="github", disable_numparse=True)
+
+
 def classes(folder: Path) -> str:
     """Losses over classes beside their bare products and the expressions they replace."""
     path = folder / "classes.json"
@@ -175,7 +221,7 @@ def number(row: dict, key: str, form: str, unit: float = 1) -> str:
 
 
 def written(text: str, folder: Path = RESULTS) -> str:
-    for table in (claims, race, in_batch, classes, rowwise, gpu):
+    for table in (claims, race, drop_in, upstream, in_batch, classes, rowwise, gpu):
         start, end = f"<!-- {table.__name__}:start -->", f"<!-- {table.__name__}:end -->"
         before, rest = text.split(start)
         text = before + start + "\n" + table(folder) + "\n" + end + rest.split(end)[1]
