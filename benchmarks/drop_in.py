@@ -2,8 +2,8 @@
 
     python benchmarks/drop_in.py --out benchmarks/results/drop_in.json
 
-Times are medians of interleaved rounds of forward and backward. GIST's memory is what a step needs on top of its inputs
-and gradients, each in a fresh process.
+Times are medians of interleaved rounds of forward and backward, and of one search. Memory is what a step needs on top of
+its inputs and gradients, each in a fresh process.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from fusedloss import bench, measure, results, show
+from fusedloss.search import top_k
 
 D = 384
+BEST = 50  # mine_hard_negatives looks for a few more than it is to return
 DEFAULT = 32  # the library's mini_batch_size
 MIB = 2**20
 Step = Callable[[], object]
@@ -96,10 +98,22 @@ def gist(n: int) -> dict[str, Step]:
     return {"fusedloss": step(fused.GISTEmbedLoss), "sentence-transformers": step(losses.GISTEmbedLoss)}
 
 
-def gist_memory(n: int, racer: str) -> int:
+def search(n: int) -> dict[str, Step]:
+    """The 50 most similar of `n` passages for each of n / 16 questions, as mine_hard_negatives has them found."""
+    from sentence_transformers import util
+
+    questions, passages = normal(n // 16, 0), normal(n, 1)
+    return {
+        "fusedloss": lambda: top_k(questions, passages, BEST),
+        "sentence-transformers": lambda: torch.topk(util.cos_sim(questions, passages), k=BEST, dim=1),
+    }
+
+
+def memory(case: str, n: int, racer: str) -> int:
     """Bytes of one step beyond its gradients; of a fresh process."""
-    gist(64)[racer]()  # what is loaded at the first use is not the step's
-    return measure.peak_memory(gist(n)[racer]) - 2 * n * D * 4
+    cases, gradients = {"gist": (gist, 2 * n * D * 4), "search": (search, 0)}[case]
+    cases(64)[racer]()  # what is loaded at the first use is not the step's
+    return measure.peak_memory(cases(n)[racer]) - gradients
 
 
 def timed(case: str, calls: dict[str, Step], n: int, rounds: int, tick: Callable[..., None]) -> list[dict[str, Any]]:
@@ -123,33 +137,39 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranking", type=int, default=8192, help="N of the cached ranking loss")
     parser.add_argument("--gist", type=int, default=1024, help="B of GISTEmbedLoss")
+    parser.add_argument("--search", type=int, default=65536, help="passages to search, for a 16th as many questions")
     parser.add_argument("--mini-batches", type=int, nargs="+", default=[DEFAULT, 256, 1024, 2048, 4096])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     environment = results.environment(__file__)
-    with show.progress((options.rounds + 1) * (len(options.mini_batches) + 3) + 2) as tick:
+    with show.progress((options.rounds + 1) * (len(options.mini_batches) + 5) + 4) as tick:
         sizes = tuple(options.mini_batches)
         cached = timed("cached ranking", cached_ranking(options.ranking, sizes), options.ranking, options.rounds, tick)
         gists = timed("gist", gist(options.gist), options.gist, options.rounds, tick)
-        for row in gists:
-            tick(f"gist, B = {options.gist}: memory")
-            row["memory_bytes"] = measure.isolated(gist_memory, options.gist, row["racer"])
+        searches = timed("search", search(options.search), options.search, options.rounds, tick)
+        for row in gists + searches:
+            tick(f"{row['case']}, N = {row['n']}: memory")
+            row["memory_bytes"] = measure.isolated(memory, row["case"], row["n"], row["racer"])
     best = min((row for row in cached if row["racer"] != "fusedloss"), key=lambda row: row["seconds"])["racer"]
     stage = f"cached MNRL's loss stage, N={options.ranking}, D={D}: "
     pairs = f"GISTEmbedLoss, B={options.gist}, D={D}: "
-    memory = {row["racer"]: row["memory_bytes"] for row in gists}
+    found_in = f"search, {options.search // 16} questions, {options.search} passages, D={D}: "
+    bytes_of = {(row["case"], row["racer"]): row["memory_bytes"] for row in gists + searches}
+    share = lambda case: bytes_of[case, "fusedloss"] / bytes_of[case, "sentence-transformers"]
     found = [
         bench.claim(f"{stage}times faster than {best}, its best mini-batch", ratio(cached, best, "fusedloss"), 1, True),
         bench.claim(f"{pairs}times faster", ratio(gists, "sentence-transformers", "fusedloss"), 5, True),
-        bench.claim(f"{pairs}share of its memory", memory["fusedloss"] / memory["sentence-transformers"], 0.01),
+        bench.claim(f"{pairs}share of its memory", share("gist"), 0.01),
+        bench.claim(f"{found_in}times faster", ratio(searches, "sentence-transformers", "fusedloss")),
+        bench.claim(f"{found_in}share of its memory", share("search")),
     ]
     default = f"sentence-transformers, {DEFAULT}"
     if DEFAULT in sizes:
         found.insert(
             1, bench.claim(f"{stage}times faster than its default", ratio(cached, default, "fusedloss"), 10, True)
         )
-    rows = cached + gists
+    rows = cached + gists + searches
     cells = [
         [
             row["case"],

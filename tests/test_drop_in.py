@@ -57,6 +57,15 @@ def test_as_a_context_and_nested(library):
     assert script.Loss is module.Loss is original and Loss.__module__ == __name__
 
 
+def test_undone_in_the_order_they_were_made(library):
+    module, script = library
+    (Loss, _), original = ours_of(module), module.Loss
+    patches = [Patch({original: Loss}) for _ in range(2)]
+    for patch in patches:
+        patch.undo()
+    assert script.Loss is module.Loss is original and Loss.__module__ == __name__
+
+
 def test_modules_imported_meanwhile_are_reverted_and_a_chosen_drop_in_stays(library, monkeypatch):
     module, script = library
     (Loss, _), original = ours_of(module), module.Loss

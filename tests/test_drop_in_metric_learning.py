@@ -20,6 +20,9 @@ ROWS, DIM, KINDS = 33, 6, 5
 LP, COSINE, DOT = distances.LpDistance, distances.CosineSimilarity, distances.DotProductSimilarity
 
 
+EXACT = 25  # rows: of more, upstream's cdist takes products, and equal rows are apart by a rounding
+
+
 def made(module, name, options):
     """The loss, of one seed: those of classes have weights."""
     torch.manual_seed(1)
@@ -168,9 +171,9 @@ def test_with_references(name, apart):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_references_with_the_labels_of_the_batch_leave_out_the_diagonal(name):
-    x, labels = batch()
-    same(name, {}, (x, labels), ref_emb=x.flip(0), ref_labels=labels)
-    same(name, {}, (x, labels), ref_emb=x.flip(0), ref_labels=labels.clone())
+    x, labels = batch(EXACT)
+    for ref_labels in (labels, labels.clone()):  # distances of a rounding
+        same(name, {}, (x, labels), tolerance=1e-8, ref_emb=x.flip(0), ref_labels=ref_labels)
 
 
 @pytest.mark.parametrize("kinds", [1, 2, 33, 1000])
@@ -192,14 +195,40 @@ def test_batches_of_one(name):
 
 @pytest.mark.parametrize("name", PAIRS + CLASSES)
 def test_duplicates_and_zeros(name):
-    x, labels = batch()
+    x, labels = batch(EXACT)
     x[3] = x[4]
     x[5] = x[4]
     labels[3] = labels[4]
     same(name, {}, (x, labels), tolerance=1e-7)  # cosines of 1: distances of a rounding, acos
-    x[6] = 0
-    ours, theirs = (made(module, name, {})(x, labels) for module in (fused, losses))
+    x[6] = 0  # at distance 1 from all others: not at the margin, where a rounding decides what is counted
+    options = {"neg_margin": 0.9} if name == "ContrastiveLoss" else {}
+    ours, theirs = (made(module, name, options)(x, labels) for module in (fused, losses))
     torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_references_that_are_the_batch_are_at_distance_0(dtype):
+    """Of which AvgNonZeroReducer counts none, however many rows there are."""
+    x, labels = batch(EXACT, dtype=dtype)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    same("ContrastiveLoss", {}, (x, labels), ref_emb=x.clone(), ref_labels=labels.clone(), tolerance=tolerance)
+    x, labels = batch(40, dtype=dtype)
+    alike = labels[:, None] == labels
+    distance = torch.nn.functional.normalize(x, dim=1)
+    distance = (distance[:, None] - distance).square().sum(2).sqrt()
+    wanted = (
+        distance[alike].sum() / (alike.sum() - 40)
+        + (1 - distance[~alike]).relu().sum() / ((distance < 1) & ~alike).sum()
+    )
+    found = fused.ContrastiveLoss()(x, labels, ref_emb=x.clone(), ref_labels=labels.clone())
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("reducer", REDUCERS[:3], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize("distance", DISTANCES, ids=lambda d: f"{type(d).__name__}-{d.power}-{d.normalize_embeddings}")
+def test_more_positive_pairs_than_are_listed(distance, reducer, monkeypatch):
+    monkeypatch.setattr(fused, "FEW", 0)
+    same("ContrastiveLoss", {"distance": distance, "reducer": reducer}, batch())
 
 
 @pytest.mark.parametrize("name", PAIRS + CLASSES)

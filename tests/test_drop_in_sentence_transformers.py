@@ -602,6 +602,19 @@ def test_errors_are_the_librarys(name, columns, labels):
     assert errors[0] == errors[1]
 
 
+def test_a_classifier_of_another_width_or_with_hooks_is_the_librarys():
+    before, results, errors = calls["sentence_transformers.SoftmaxLoss"], [], []
+    for library in (fused, stock):
+        loss = build(library, "SoftmaxLoss", embedding_dimension=D, num_labels=3)
+        loss.classifier.register_forward_hook(lambda module, given, found: 2 * found)
+        results.append(run(loss, 2, CLASSES))
+        with pytest.raises(RuntimeError) as error:
+            build(library, "SoftmaxLoss", embedding_dimension=D - 1, num_labels=3)(features(2), CLASSES)
+        errors.append(str(error.value))
+    same(*results, tolerance=1e-12)
+    assert errors[0] == errors[1] and calls["sentence_transformers.SoftmaxLoss"] == before
+
+
 def test_the_first_labels_are_warned_of_as_there(caplog):
     with pytest.warns(UserWarning, match="binary labels"):
         loss = build(fused, "ContrastiveLoss")

@@ -508,7 +508,9 @@ def test_a_loss_of_embeddings_says_which_takes_a_model(name):
 
 
 def test_other_losses_say_where_there_are_some():
-    with pytest.raises(TypeError, match=r"Losses that take a model are in fusedloss\.integrations\.sentence_transformers"):
+    with pytest.raises(
+        TypeError, match=r"Losses that take a model are in fusedloss\.integrations\.sentence_transformers"
+    ):
         fusedloss.SigLipLoss(torch.nn.Linear(2, 2))
 
 

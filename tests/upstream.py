@@ -29,7 +29,7 @@ LIBRARIES = {
     "tests/utils/test_distributed.py tests/utils/test_loss_and_miner_utils.py "
     "tests/utils/test_module_with_records_and_reducer.py",
     "open_clip": "tests/test_loss.py tests/test_siglip_chunked_loss.py tests/test_task_specific_unit.py "
-    "tests/test_task_base_unit.py tests/test_factory_task.py tests/test_training_simple.py",
+    "tests/test_task_base_unit.py tests/test_factory_task.py",
     "lightly": "tests/loss/test_ntx_ent_loss.py tests/loss/test_dcl_loss.py",
 }
 

@@ -63,9 +63,10 @@ class Patch:
         self._chosen = {(module.__name__, name) for module, name, _ in _places(ours)}
         for module, name, own in _places({id(original): own for original, own in self._replacements.items()}):
             setattr(module, name, own)
-        self._modules = {own: own.__module__ for own in self._replacements.values() if isinstance(own, type)}
+        self._modules = {}
         for original, own in self._replacements.items():
-            if isinstance(own, type):
+            if isinstance(own, type) and own.__module__ != original.__module__:  # as where another patch stands
+                self._modules[own] = own.__module__
                 own.__module__ = original.__module__
 
     def undo(self) -> None:

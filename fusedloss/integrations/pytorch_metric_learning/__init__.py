@@ -50,8 +50,9 @@ from ._pairs import Kind, Pairs, kind_of, listed, record, reduced, reducer_of, t
 
 NAME = "pytorch_metric_learning."
 SIMILARITIES = ("dot",)
-# A pair in a list costs about as much as this many of a matrix product: gathers, and no reuse.
-LISTED = 8
+# A pair in a list costs about as much as this many of a matrix product: gathers, and no reuse. So many are listed all
+# the same: their distances are those of differences, 0 where rows are equal, and reducers count what is above 0.
+LISTED, FEW = 8, 1 << 16
 
 
 # Losses of pairs ------------------------------------------------------------------------------------------------------
@@ -266,7 +267,7 @@ class ContrastiveLoss(_ContrastiveLoss):
             reducer, pulls = reducer_of(self, name), name == "pos_loss"
             if not number:
                 continue
-            if pulls and LISTED * number <= len(pairs.x) * len(pairs.y):
+            if pulls and number <= max(FEW, len(pairs.x) * len(pairs.y) // LISTED):
                 indices = pairs.positive_pairs()
                 loss = (slope * (listed(pairs.kind, pairs.x, pairs.y, *indices) - margin)).relu()
                 found[name] = {

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from sentence_transformers.sentence_transformer.losses import DenoisingAutoEncoderLoss as _DenoisingAutoEncoderLoss
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BertLMHeadModel, RobertaForCausalLM, XLMRobertaForCausalLM
 
 import fusedloss
 from fusedloss.checks import FLOATING
 
-from ._fits import fused
+from ._fits import fused, linear_fits
 
 # Whose logits are their output embeddings' linear layer and nothing after it.
 DECODERS = (BertLMHeadModel, RobertaForCausalLM, XLMRobertaForCausalLM)
@@ -53,8 +53,8 @@ class DenoisingAutoEncoderLoss(_DenoisingAutoEncoderLoss):
         if type(self.decoder) not in DECODERS:
             return f"its decoder is a {type(self.decoder).__name__}"
         head = self.decoder.get_output_embeddings()
-        if type(head) is not nn.Linear or "forward" in vars(head) or head.weight.dtype not in FLOATING:
-            return "its decoder's head is no linear layer"
+        if (why_not := linear_fits(head, "decoder's head")) is not None or head.weight.dtype not in FLOATING:
+            return why_not or f"its decoder's head is {head.weight.dtype}"
         if not isinstance(self.tokenizer_decoder.pad_token_id, int):
             return "its tokenizer has no padding"
         return None

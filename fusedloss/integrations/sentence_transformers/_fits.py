@@ -127,6 +127,26 @@ def plain(criterion: Any, kind: type[nn.Module], **options: Any) -> str | None:
     return None
 
 
+def linear_fits(module: Any, name: str) -> str | None:
+    """Whether a layer whose parameters the fused code reads is torch's own, whole, and without hooks."""
+    if not untouched(module, nn.Linear):
+        return f"its {name} is no linear layer of its own, or has hooks"
+    if any(type(p) not in (Tensor, nn.Parameter) for p in (module.weight, module.bias) if p is not None):
+        return f"its {name} is a {type(module.weight).__name__}"
+    return None
+
+
+def untouched(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether what `module` computes is what its class does: no subclass, and no hooks, which would not be run."""
+    return type(module) is kind and not (
+        "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def not_overridden(loss: nn.Module, owner: type, *methods: str) -> str | None:
     """Whether methods that the fused code goes around are still the library's."""
     for name in methods:

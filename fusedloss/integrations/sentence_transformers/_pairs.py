@@ -274,13 +274,18 @@ class SoftmaxLoss(_SoftmaxLoss):
         )
 
     def _fits(self, embeddings: Sequence[Tensor], labels: Any) -> str | None:
+        parts = bool(self.concatenation_sent_rep) * 2 + bool(self.concatenation_sent_difference)
+        parts += bool(self.concatenation_sent_multiplication)
         return first(
             "there are not two columns" if len(embeddings) != 2 else None,
             _fits.embeddings_fit(*embeddings),
             _fits.plain(self.loss_fct, nn.CrossEntropyLoss),
             _fits.labels_fit(labels, len(embeddings[0]), (torch.int64,)),
-            "its classifier is not linear" if type(self.classifier) is not nn.Linear else None,
-            "its classifier has another dtype" if self.classifier.weight.dtype != embeddings[0].dtype else None,
+            _fits.linear_fits(self.classifier, "classifier"),
+            "its classifier has another dtype or width"
+            if self.classifier.weight.dtype != embeddings[0].dtype
+            or self.classifier.in_features != parts * embeddings[0].shape[1]
+            else None,
         )
 
 

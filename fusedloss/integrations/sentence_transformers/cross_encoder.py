@@ -40,11 +40,11 @@ from sentence_transformers.cross_encoder.losses import RankNetLoss as _RankNetLo
 from torch import Tensor, nn
 
 import fusedloss
-from fusedloss.checks import FLOATING
+from fusedloss.checks import FLOATING, reads_values
 
 from .._drop_in import Patch, runs_fused
 from . import _fits, drop_ins
-from ._fits import first
+from ._fits import first, untouched
 
 
 def patch() -> Patch:
@@ -77,17 +77,6 @@ def no_type_error() -> Iterator[None]:
         yield
     except TypeError as error:
         raise RuntimeError(str(error)) from error
-
-
-def untouched(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether what `module` computes is what its class does: no subclass, and no hooks, which would not be run."""
-    return type(module) is kind and not (
-        "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def scores_fit(scores: Any) -> str | None:
@@ -150,6 +139,10 @@ def cross_entropy_fits(criterion: Any, scores: Tensor, labels: Tensor) -> str | 
         return "the labels are neither classes nor shares of them"
     if shares and criterion.ignore_index >= 0:
         return "its ignore_index is a class"
+    if not shares and reads_values(labels):
+        outside = (labels != criterion.ignore_index) & ((labels < 0) | (labels >= scores.shape[1]))
+        if bool(outside.any()):
+            return "a label is no class"
     if criterion.weight is not None and (
         criterion.weight.dtype != scores.dtype
         or criterion.weight.shape != scores.shape[1:]
