@@ -647,7 +647,7 @@ def peaks() -> dict[str, int]:
         scores, labels = torch.randn(Q, n, requires_grad=True), torch.randint(0, 5, (Q, n)).float()
         return measure.peak_memory(lambda: loss(scores, labels).backward())
 
-    importlib.import_module("conftest")  # for what it does where torchvision does not load
+    importlib.import_module("tests.conftest")  # for what it does where torchvision does not load
     torch.set_num_threads(1)  # two would wait for each other on a machine that has other work: ten times as long
     few = torch.randn(1, 2, requires_grad=True)
     upstream("LambdaLoss", list(few), list(few.detach())).backward()  # its import is not its step
