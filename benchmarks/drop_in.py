@@ -2,7 +2,7 @@
 
     python benchmarks/drop_in.py --out benchmarks/results/drop_in.json
 
-Times are medians of interleaved rounds of forward and backward, and of one search. Memory is what a step needs on top of
+Times are medians of interleaved rounds of forward and backward, and of a search. Memory is what a step needs on top of
 its inputs and gradients, each in a fresh process.
 """
 
