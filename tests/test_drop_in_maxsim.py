@@ -16,7 +16,8 @@ from sentence_transformers.multi_vector_encoder import losses as stock
 from sentence_transformers.multi_vector_encoder import scoring
 
 from fusedloss.integrations import calls
-from fusedloss.integrations.sentence_transformers import multi_vector_encoder as fused
+from fusedloss.integrations.sentence_transformers import multi_vector_encoder as fused  # noqa: E402
+from fusedloss.integrations.sentence_transformers import patch
 
 B, T, D = 4, 5, 8
 PACKAGES = ["late_interaction_kernels", "flash_maxsim"]
@@ -139,6 +140,15 @@ def test_without_a_package_the_library_runs(monkeypatch):
     name, score, options = CASES[0]
     values = [run(losses, name, getattr(scoring, score), options, torch.float16)[1] for losses in (stock, fused)]
     assert values[0].equal(values[1])
+
+
+@pytest.mark.parametrize("name, score, options", CASES)
+def test_patched(name, score, options):
+    """The library's code calls itself, not the class that stands in its place."""
+    value = run(stock, name, getattr(scoring, score), options, torch.float32)[1]
+    with patch():
+        assert getattr(stock, name) is getattr(fused, name)
+        assert run(stock, name, getattr(scoring, score), options, torch.float32)[1].equal(value)
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _, _ in CASES}))

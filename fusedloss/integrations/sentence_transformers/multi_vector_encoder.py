@@ -17,8 +17,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sentence_transformers.multi_vector_encoder import losses as _losses
 from sentence_transformers.multi_vector_encoder import scoring
+from sentence_transformers.multi_vector_encoder.losses import (
+    CachedMultiVectorMultipleNegativesRankingLoss as _CachedMultiVectorMultipleNegativesRankingLoss,
+)
+from sentence_transformers.multi_vector_encoder.losses import (
+    MultiVectorDistillKLDivLoss as _MultiVectorDistillKLDivLoss,
+)
+from sentence_transformers.multi_vector_encoder.losses import MultiVectorMarginMSELoss as _MultiVectorMarginMSELoss
+from sentence_transformers.multi_vector_encoder.losses import (
+    MultiVectorMultipleNegativesRankingLoss as _MultiVectorMultipleNegativesRankingLoss,
+)
 from torch import Tensor
 
 from .._drop_in import disabled, runs_fused
@@ -130,30 +139,30 @@ def _routed(loss: Any, method: Callable[..., Tensor], *args: Any, **kwargs: Any)
         vars(loss).update({key: value for key, value in vars(twin).items() if key != "similarity_fct"})
 
 
-class MultiVectorMultipleNegativesRankingLoss(_losses.MultiVectorMultipleNegativesRankingLoss):
+class MultiVectorMultipleNegativesRankingLoss(_MultiVectorMultipleNegativesRankingLoss):
     """The library's, without the similarities of all tokens where a kernel package is installed."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return _routed(self, _losses.MultiVectorMultipleNegativesRankingLoss.forward, *args, **kwargs)
+        return _routed(self, _MultiVectorMultipleNegativesRankingLoss.forward, *args, **kwargs)
 
 
-class CachedMultiVectorMultipleNegativesRankingLoss(_losses.CachedMultiVectorMultipleNegativesRankingLoss):
+class CachedMultiVectorMultipleNegativesRankingLoss(_CachedMultiVectorMultipleNegativesRankingLoss):
     """The library's, without the similarities of all tokens where a kernel package is installed."""
 
     def calculate_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        method = _losses.CachedMultiVectorMultipleNegativesRankingLoss.calculate_loss
+        method = _CachedMultiVectorMultipleNegativesRankingLoss.calculate_loss
         return _routed(self, method, *args, **kwargs)
 
 
-class MultiVectorDistillKLDivLoss(_losses.MultiVectorDistillKLDivLoss):
+class MultiVectorDistillKLDivLoss(_MultiVectorDistillKLDivLoss):
     """The library's, without the similarities of all tokens where a kernel package is installed."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return _routed(self, _losses.MultiVectorDistillKLDivLoss.forward, *args, **kwargs)
+        return _routed(self, _MultiVectorDistillKLDivLoss.forward, *args, **kwargs)
 
 
-class MultiVectorMarginMSELoss(_losses.MultiVectorMarginMSELoss):
+class MultiVectorMarginMSELoss(_MultiVectorMarginMSELoss):
     """The library's, without the similarities of all tokens where a kernel package is installed."""
 
     def _score(self, *args: Any, **kwargs: Any) -> Tensor:
-        return _routed(self, _losses.MultiVectorMarginMSELoss._score, *args, **kwargs)
+        return _routed(self, _MultiVectorMarginMSELoss._score, *args, **kwargs)
