@@ -16,7 +16,7 @@ from sentence_transformers.multi_vector_encoder import losses as stock
 from sentence_transformers.multi_vector_encoder import scoring
 
 from fusedloss.integrations import calls
-from fusedloss.integrations.sentence_transformers import multi_vector_encoder as fused  # noqa: E402
+from fusedloss.integrations.sentence_transformers import multi_vector_encoder as fused
 from fusedloss.integrations.sentence_transformers import patch
 
 B, T, D = 4, 5, 8
