@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import sweep
 from .backends import BACKENDS, reference
-from .problem import Block, Compare, Fold, Guide, GuideRule, Margin, Mask, Problem, saved_dtype, stats_dtype
+from .problem import Block, Compare, Fold, Guide, GuideRule, Margin, Mask, Problem, Ranks, saved_dtype, stats_dtype
 from .sweep import Wants
 
 COUNTED = 4  # most vectors that `Result.counted` may hold
@@ -25,6 +25,7 @@ class Plan(NamedTuple):
 
     backend: str
     fold: str  # "name distance", or ""
+    group: str  # the ranks' process group, or ""
     shape: list[int]  # flags, counts and places, in the order in which _Reader meets them
     numbers: list[float]
     per_row: bool  # return [M] weighted losses instead of their sum
@@ -63,13 +64,17 @@ def flatten(problem: Problem, backend: str, per_row: bool) -> Flat:
         numbers += [block.penalty, block.own_penalty, mask.margin or 0.0]
     shape += [*(int(flag) for flag in flags), problem.workspace_bytes or 0, len(problem.prefixes), *problem.prefixes]
     numbers += problem.prefix_weights
+    ranks = problem.ranks
+    if ranks is not None:
+        shape += [ranks.rank, len(ranks.sizes), *ranks.sizes]
     fold = problem.fold
     if fold is not None:
         constants += fold.labels or ()
         shape += [int(fold.labels is not None), int(fold.itself), len(fold.scalars), int(fold.teacher is not None)]
         constants += [*fold.teacher, fold.teacher_scale] if fold.teacher and fold.teacher_scale is not None else []
         numbers += fold.options
-    plan = Plan(backend, f"{fold.name} {fold.distance}" if fold else "", shape, numbers, per_row)
+    named = f"{fold.name} {fold.distance}" if fold else ""
+    plan = Plan(backend, named, "" if ranks is None else ranks.group, shape, numbers, per_row)
     return Flat(plan, [*problem.operands, *biases, *(fold.scalars if fold else ())], constants)
 
 
@@ -105,6 +110,10 @@ def unflatten(
     workspace_bytes = next(read.shape) or None
     prefixes = tuple(next(read.shape) for _ in range(next(read.shape)))
     prefix_weights = tuple(next(read.numbers) for _ in prefixes)
+    ranks = None
+    if plan.group:
+        rank = next(read.shape)
+        ranks = Ranks(plan.group, rank, tuple(next(read.shape) for _ in range(next(read.shape))))
     return Problem(
         operands,
         blocks,
@@ -126,6 +135,7 @@ def unflatten(
         softcap,
         margin,
         z_loss,
+        ranks,
     )
 
 
@@ -310,13 +320,14 @@ def _sweep(
     constants: list[Tensor],
     backend: str,
     fold: str,
+    group: str,
     shape: list[int],
     numbers: list[float],
     per_row: bool,
     wanted: list[bool],
 ) -> list[Tensor]:
     """[value, counted [COUNTED, M], then the wanted gradients of the sum by (scale, *tensors)]; `per_row`: none."""
-    plan = Plan(backend, fold, shape, numbers, per_row)
+    plan = Plan(backend, fold, group, shape, numbers, per_row)
     value, counted, gradients = execute(plan, _in_forward(plan, wanted), scale, target, weight, tensors, constants)
     kept = weight.new_zeros(COUNTED, weight.shape[0])
     for row, vector in enumerate(counted):
@@ -369,11 +380,12 @@ def _top_rows(
     constants: list[Tensor],
     backend: str,
     fold: str,
+    group: str,
     shape: list[int],
     numbers: list[float],
     per_row: bool,
 ) -> list[Tensor]:
-    plan = Plan(backend, fold, shape, numbers, per_row)
+    plan = Plan(backend, fold, group, shape, numbers, per_row)
     return list(sweep.top_rows(unflatten(plan, scale, target, weight, tensors, constants), BACKENDS[backend]))
 
 

@@ -74,6 +74,18 @@ class Mask(NamedTuple):
         return bool(self.compare) or any(part is not None for part in (self.dense, self.margin, self.guide, self.skip))
 
 
+class Ranks(NamedTuple):
+    """The processes that share a batch, where a sweep has to ask them (`collectives`)."""
+
+    group: str  # its name
+    rank: int
+    sizes: tuple[int, ...]  # rows of each
+
+    @property
+    def offset(self) -> int:
+        return sum(self.sizes[: self.rank])
+
+
 @dataclass(frozen=True)
 class Block:
     """Columns `operands[key]` for rows `operands[query]`, with an optional additive `bias` [N] per column.
@@ -137,6 +149,8 @@ class Problem:
         then, as under a margin.
     margin: of the targets' cosines, before the scale (`cosine`).
     z_loss: of the squared log-normaliser, added to each row's loss.
+    ranks: the columns are those of all these processes, this one's first; where `symmetric`, each column's normaliser
+        is over the rows of all of them.
     """
 
     operands: tuple[Tensor, ...]
@@ -159,6 +173,7 @@ class Problem:
     softcap: float = 0.0
     margin: Margin = NO_MARGIN
     z_loss: float = 0.0
+    ranks: Ranks | None = None
 
     @property
     def masked(self) -> bool:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .collectives import gather, merge_columns
 from .folds import FOLDS
 from .prefixes import sweep_prefixes
 from .problem import (
@@ -228,7 +229,7 @@ class _Sweep:
         self.gradients = [self._gradient(number) if wanted else None for number, wanted in enumerate(wants.operands)]
 
     def run(self) -> Result:
-        if not self.problem.rows:
+        if not self.problem.rows and not (self.problem.symmetric and self.problem.ranks):
             losses = torch.empty_like(self.problem.weight)
         elif self.problem.fold is not None:
             losses = self._folded()
@@ -384,7 +385,8 @@ class _Sweep:
         Where all of E fits the workspace and one shift serves rows and columns, it is stored instead of computed twice.
         """
         score, weight = self.prepared.score, self.problem.weight / 2
-        if self.wants.any and self.tally is None and self.backend.can_store(self.problem):
+        ranks = self.problem.ranks
+        if self.wants.any and self.tally is None and ranks is None and self.backend.can_store(self.problem):
             workspace = self._workspace()
             if workspace.shape[0] == self.problem.rows:
                 return self._stored(workspace, weight)
@@ -393,17 +395,26 @@ class _Sweep:
         for chunk in self._stats_chunks():
             sums, more = self.backend.stats_rows_and_columns(self._strips(chunk)[0], *self._counts(chunk))
             chunks.append(self._settle(chunk, sums, weight)[:4])
-            if chunk.stop - chunk.start == self.problem.rows:
+            if chunk.stop - chunk.start == self.problem.rows and ranks is None:
                 columns = more
             else:
                 columns = self.backend.merge(columns or RowSums.empty(self.problem.columns, weight), more)
+        if not chunks:  # one of several ranks, without rows
+            chunks = [(weight, weight, weight, weight)]
         loss, shift, over_l, entries = (_joined(list(parts)) for parts in zip(*chunks, strict=True))
         rows = Settled(loss, shift, over_l, entries, [])
+        if ranks is not None:  # this rank settles its own columns, whose targets are its rows
+            shift, total = merge_columns(columns or RowSums.empty(self.problem.columns, weight), ranks)
+            columns = RowSums(shift[: self.problem.rows], total[: self.problem.rows])
         by_column = self.backend.settle(columns, score, weight)
-        if self.wants.any:
-            target_sim = self.prepared.target_sim if self.wants.scale else None
+        target_sim = self.prepared.target_sim if self.wants.scale else None
+        by_row, column_softmax = rows.softmax(target_sim), by_column.softmax(target_sim)
+        if ranks is not None:
+            known = [t for t in column_softmax if t is not None]
+            everywhere = gather(torch.stack(known, 1), ranks).unbind(1)
+            column_softmax = Softmax(*(t.contiguous() for t in everywhere), *[None] * (3 - len(known)))
+        if self.wants.any and self.problem.rows:
             entry = rows.entry + by_column.entry
-            by_row, column_softmax = rows.softmax(target_sim), by_column.softmax(target_sim)
             workspace = self._workspace()
             for chunk in _chunks(self.problem.rows, workspace.shape[0]):
                 part, outs = by_row.map(functools.partial(_part, chunk=chunk)), self._outs(workspace, chunk)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import select
+from ..distributed import World, averaged, spread, world
 from ..op import loss_rows_or_sum
-from ..problem import NO_MARGIN, Block, GuideRule, Margin, Problem, stats_dtype
+from ..problem import NO_MARGIN, Block, GuideRule, Margin, Problem, Ranks, stats_dtype
 
 
 class Stats(NamedTuple):
@@ -81,6 +82,14 @@ class Objective(NamedTuple):
             return loss / max(problem.rows, 1), counted
         return over(loss, problem.weight.sum()), counted
 
+    def across(self, ranks: World, what: str, adapt: Callable[[Problem, Ranks], Problem] | None = None) -> Tensor:
+        """This rank's rows against the columns of all ranks. adapt: given the first block's columns."""
+        each = self.reduction == "none"
+        problem, rows, columns = spread(self.problem, ranks.of_rows() if each else ranks, what)
+        problem = problem if adapt is None else adapt(problem, columns)
+        loss, _ = loss_rows_or_sum(problem, select(problem, self.backend), each)
+        return loss if each else averaged(loss, problem.weight.sum(), rows, self.reduction)
+
     def _stats(self, counted: list[Tensor]) -> Stats:
         problem = self.problem
         count, above, maximum, score = (t.detach() for t in counted[:4])
@@ -101,16 +110,35 @@ class Objective(NamedTuple):
         )
 
 
-def mean_of(objectives: Sequence[Objective]) -> Loss:
-    """The mean of several losses, with the statistics of the first."""
+def mean_of(objectives: Sequence[Objective], ranks: World | None = None, what: str = "") -> Loss:
+    """The mean of several losses, with the statistics of the first.
+
+    ranks: whose columns they are over. what: the loss and its options, the same on all ranks.
+    """
+    if ranks is not None:
+        losses = [one.across(ranks, f"{what} {number}") for number, one in enumerate(objectives)]
+        return torch.stack(losses).mean(0)
     found = [one._reduced() for one in objectives]
     loss = torch.stack([loss for loss, _ in found]).mean(0) if len(found) > 1 else found[0][0]
     first = objectives[0]
     return (loss, first._stats(found[0][1])) if first.problem.wants_tally else loss
 
 
-def reduced(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
+def asked(group: Any, strategy: str, grad_scale: str) -> World | None:
+    """The ranks that share the batch, where a group is given; else the other two must be what they are by default."""
+    if group is not None:
+        return world(group, strategy, grad_scale)
+    if (strategy, grad_scale) != ("gather", "ddp"):
+        raise ValueError(
+            f"strategy={strategy!r}, grad_scale={grad_scale!r} without group: pass a ProcessGroup with them"
+        )
+    return None
+
+
+def reduced(loss: Tensor, counts: Tensor, reduction: str, ranks: Ranks | None = None) -> Tensor:
     """A sum as what was asked for; `counts` [M] is what each row counts in the mean."""
+    if ranks is not None and reduction != "none":
+        return averaged(loss, counts.sum(), ranks, reduction)
     return over(loss, counts.sum()) if reduction == "mean" else loss
 
 

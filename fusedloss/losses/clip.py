@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .. import checks, masks
 from ..problem import Block
-from ._in_batch import Loss, Objective, as_scale, autocast, distinct, objective
+from ._in_batch import Loss, Objective, as_scale, asked, autocast, distinct, mean_of, objective
 from ._module import LossModule
 
 
@@ -22,6 +24,9 @@ def clip(
     backend: str = "auto",
     workspace_bytes: int | None = None,
     return_stats: bool = False,
+    group: Any = None,
+    strategy: str = "gather",
+    grad_scale: str = "ddp",
 ) -> Loss:
     """CLIP loss (Radford et al. 2021), the mean of both directions; argument names and order are open_clip's.
 
@@ -47,6 +52,11 @@ def clip(
             FUSEDLOSS_WORKSPACE_BYTES, or else the device's default: 64 MiB on a CPU, about 900 MiB on a GPU. Less
             memory takes longer; results are the same to rounding.
         return_stats: return `(loss, Stats)`, where the statistics are those of image to text.
+        group: a ProcessGroup whose other ranks' columns compete, too. The result is the mean (or sum) over all ranks'
+            rows, on every rank; "none" gives this rank's. See `fusedloss.distributed`.
+        strategy: how columns travel: "gather".
+        grad_scale: "ddp" (right after DistributedDataParallel's average), "sum" (this rank's share) or
+            "match:<library>".
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
@@ -59,7 +69,8 @@ def clip(
         >>> image, text = F.normalize(vision(pixels), dim=1), F.normalize(language(tokens), dim=1)
         >>> fusedloss.clip(image, text, log_scale.exp()).backward()
     """
-    result = clip_objective(
+    ranks = asked(group, strategy, grad_scale)
+    one = clip_objective(
         image_features,
         text_features,
         logit_scale,
@@ -70,7 +81,8 @@ def clip(
         backend=backend,
         workspace_bytes=workspace_bytes,
         return_stats=return_stats,
-    ).result()
+    )
+    result = mean_of([one], ranks, "clip")
     if not isinstance(logit_bias, Tensor):
         return result
     loss, *stats = result if isinstance(result, tuple) else (result,)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from .. import checks, masks
 from ..problem import Block, Guide, GuideRule, Mask
-from ._in_batch import Loss, Objective, as_scale, autocast, distinct, objective
+from ._in_batch import Loss, Objective, as_scale, asked, autocast, distinct, mean_of, objective
 from ._module import LossModule
 
 
@@ -26,6 +27,9 @@ def gist_embed(
     backend: str = "auto",
     workspace_bytes: int | None = None,
     return_stats: bool = False,
+    group: Any = None,
+    strategy: str = "gather",
+    grad_scale: str = "ddp",
 ) -> Loss:
     """GISTEmbed (Solatorio 2024) as in sentence-transformers: in-batch negatives that a guide model filters.
 
@@ -55,6 +59,11 @@ def gist_embed(
         backend: "auto", "triton", "chunked" or "reference".
         workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
         return_stats: return `(loss, Stats)`; `Stats.masked` is the share that the guide drops.
+        group: a ProcessGroup whose other ranks' columns compete, too. The result is the mean (or sum) over all ranks'
+            rows, on every rank; "none" gives this rank's. See `fusedloss.distributed`.
+        strategy: how columns travel: "gather".
+        grad_scale: "ddp" (right after DistributedDataParallel's average), "sum" (this rank's share) or
+            "match:<library>".
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
@@ -67,7 +76,8 @@ def gist_embed(
         >>> guides = [teacher(texts) for texts in (questions, answers)]
         >>> fusedloss.gist_embed(model(questions), model(answers), guide=guides).backward()
     """
-    return gist_embed_objective(
+    ranks = asked(group, strategy, grad_scale)
+    one = gist_embed_objective(
         anchor,
         positive,
         *negatives,
@@ -81,7 +91,9 @@ def gist_embed(
         backend=backend,
         workspace_bytes=workspace_bytes,
         return_stats=return_stats,
-    ).result()
+    )
+    what = f"gist_embed {margin_strategy} {contrast_anchors} {contrast_positives}"
+    return mean_of([one], ranks, what)
 
 
 def gist_embed_objective(

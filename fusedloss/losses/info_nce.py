@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks, masks
-from ..problem import Block, stats_dtype
+from ..distributed import World
+from ..problem import Block, Problem, Ranks, stats_dtype
 from ..rowwise.pairs import cosine, dot, of_pairs, scores
-from ._in_batch import Loss, Objective, as_scale, autocast, distinct, objective, over
+from ._in_batch import (
+    Loss,
+    Objective,
+    as_scale,
+    asked,
+    autocast,
+    columns_and_weights,
+    distinct,
+    mean_of,
+    objective,
+    over,
+)
 from ._module import LossModule
 
 
@@ -31,6 +44,9 @@ def info_nce(
     backend: str = "auto",
     workspace_bytes: int | None = None,
     return_stats: bool = False,
+    group: Any = None,
+    strategy: str = "gather",
+    grad_scale: str = "ddp",
 ) -> Loss:
     """InfoNCE (van den Oord et al. 2018): each query's key against all the other keys of the batch.
 
@@ -62,6 +78,11 @@ def info_nce(
             FUSEDLOSS_WORKSPACE_BYTES, or else the device's default: 64 MiB on a CPU, about 900 MiB on a GPU. Less
             memory takes longer; results are the same to rounding.
         return_stats: return `(loss, Stats)`: accuracy, mean reciprocal rank and scores, counted in the same sweep.
+        group: a ProcessGroup whose other ranks' columns compete, too. The result is the mean (or sum) over all ranks'
+            rows, on every rank; "none" gives this rank's. See `fusedloss.distributed`.
+        strategy: how columns travel: "gather".
+        grad_scale: "ddp" (right after DistributedDataParallel's average), "sum" (this rank's share) or
+            "match:<library>".
 
     Returns:
         A 0-dim tensor (`[M]` for "none"), float32, or float64 for float64 inputs.
@@ -75,10 +96,13 @@ def info_nce(
         >>> query, key = encode(questions), encode(answers)
         >>> fusedloss.info_nce(query, key, temperature=0.05, normalize=True).backward()
     """
+    ranks = asked(group, strategy, grad_scale)
+    if ranks is not None and negatives is not None:
+        raise ValueError("negatives with group=: rows' own columns have no form across ranks; leave one of them out")
     one = info_nce_objective(
         query,
         key,
-        target,
+        target if ranks is None or target is None else torch.zeros_like(target),
         temperature=temperature,
         key_bias=key_bias,
         mask=mask,
@@ -91,6 +115,8 @@ def info_nce(
         workspace_bytes=workspace_bytes,
         return_stats=return_stats,
     )
+    if ranks is not None:
+        return mean_of([one], ranks, "info_nce") if target is None else _across(one, ranks, target, ignore_index)
     return one.result() if negatives is None else _with_private(one, query, negatives)
 
 
@@ -150,6 +176,24 @@ def info_nce_objective(
         workspace_bytes=workspace_bytes,
         return_stats=return_stats,
     )
+
+
+def _across(one: Objective, ranks: World, target: Tensor, ignore_index: int) -> Tensor:
+    """With targets among the keys of all ranks, in the order of the ranks: each rank sees its own keys first."""
+
+    def adapt(problem: Problem, keys: Ranks) -> Problem:
+        columns, rows = sum(keys.sizes), one.problem.rows
+        checks.target("target", target, rows, columns, ignore_index, one.problem.operands[0])
+        index, weight = columns_and_weights(target, one.problem.weight, columns, ignore_index)
+        index = (index - keys.offset) % columns if columns else index
+        block = problem.blocks[0]
+        if block.bias is not None:
+            weight = weight.masked_fill(block.bias.detach()[index] == -torch.inf, 0)
+        if block.mask.skip is not None:
+            weight = weight.masked_fill(block.mask.skip == index, 0)
+        return replace(problem, target=index, weight=weight)
+
+    return one.across(ranks, "info_nce", adapt)
 
 
 def _with_private(one: Objective, query: Tensor, negatives: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from .. import checks, masks
 from ..problem import Block, Mask
-from ._in_batch import Loss, Objective, as_scale, autocast, distinct, mean_of, objective
+from ._in_batch import Loss, Objective, as_scale, asked, autocast, distinct, mean_of, objective
 from ._module import LossModule
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -31,6 +32,9 @@ def multiple_negatives_ranking(
     backend: str = "auto",
     workspace_bytes: int | None = None,
     return_stats: bool = False,
+    group: Any = None,
+    strategy: str = "gather",
+    grad_scale: str = "ddp",
 ) -> Loss:
     """Multiple negatives ranking (Henderson et al. 2017), with the options of sentence-transformers 6.2.
 
@@ -69,6 +73,11 @@ def multiple_negatives_ranking(
             FUSEDLOSS_WORKSPACE_BYTES, or else the device's default: 64 MiB on a CPU, about 900 MiB on a GPU. Less
             memory takes longer; results are the same to rounding.
         return_stats: return `(loss, Stats)`; under "per_direction" those from query to document.
+        group: a ProcessGroup whose other ranks' columns compete, too. The result is the mean (or sum) over all ranks'
+            rows, on every rank; "none" gives this rank's. See `fusedloss.distributed`.
+        strategy: how columns travel: "gather".
+        grad_scale: "ddp" (right after DistributedDataParallel's average), "sum" (this rank's share) or
+            "match:<library>".
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
@@ -81,24 +90,24 @@ def multiple_negatives_ranking(
         >>> anchor, positive, hard = encode(questions), encode(answers), encode(near_misses)
         >>> fusedloss.multiple_negatives_ranking(anchor, positive, hard, scale=20.0).backward()
     """
-    return mean_of(
-        multiple_negatives_ranking_objectives(
-            anchor,
-            positive,
-            *negatives,
-            scale=scale,
-            similarity=similarity,
-            directions=directions,
-            partition_mode=partition_mode,
-            hardness_mode=hardness_mode,
-            hardness_strength=hardness_strength,
-            mask=mask,
-            reduction=reduction,
-            backend=backend,
-            workspace_bytes=workspace_bytes,
-            return_stats=return_stats,
-        )
+    ranks = asked(group, strategy, grad_scale)
+    objectives = multiple_negatives_ranking_objectives(
+        anchor,
+        positive,
+        *negatives,
+        scale=scale,
+        similarity=similarity,
+        directions=directions,
+        partition_mode=partition_mode,
+        hardness_mode=hardness_mode,
+        hardness_strength=hardness_strength,
+        mask=mask,
+        reduction=reduction,
+        backend=backend,
+        workspace_bytes=workspace_bytes,
+        return_stats=return_stats,
     )
+    return mean_of(objectives, ranks, f"multiple_negatives_ranking {directions} {partition_mode} {hardness_mode}")
 
 
 def multiple_negatives_ranking_objectives(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..masks import itself
 from ..problem import Block, Mask
-from ._in_batch import Loss, Objective, as_scale, autocast, objective
+from ._in_batch import Loss, Objective, as_scale, asked, autocast, mean_of, objective
 from ._module import LossModule
 
 
@@ -21,6 +23,9 @@ def nt_xent(
     backend: str = "auto",
     workspace_bytes: int | None = None,
     return_stats: bool = False,
+    group: Any = None,
+    strategy: str = "gather",
+    grad_scale: str = "ddp",
 ) -> Loss:
     """NT-Xent (Chen et al. 2020, SimCLR): 2B rows, each view's positive is the other view of the same sample.
 
@@ -36,6 +41,11 @@ def nt_xent(
         backend: "auto", "triton", "chunked" or "reference".
         workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
         return_stats: return `(loss, Stats)`.
+        group: a ProcessGroup whose other ranks' columns compete, too. The result is the mean (or sum) over all ranks'
+            rows, on every rank; "none" gives this rank's. See `fusedloss.distributed`.
+        strategy: how columns travel: "gather".
+        grad_scale: "ddp" (right after DistributedDataParallel's average), "sum" (this rank's share) or
+            "match:<library>".
 
     Returns:
         A 0-dim tensor (`[2B]` for "none"), float32, or float64 for float64 inputs.
@@ -48,7 +58,8 @@ def nt_xent(
         >>> z1, z2 = projector(encoder(augment(x))), projector(encoder(augment(x)))
         >>> fusedloss.nt_xent(z1, z2, temperature=0.5).backward()
     """
-    return nt_xent_objective(
+    ranks = asked(group, strategy, grad_scale)
+    one = nt_xent_objective(
         z1,
         z2,
         temperature=temperature,
@@ -56,7 +67,8 @@ def nt_xent(
         backend=backend,
         workspace_bytes=workspace_bytes,
         return_stats=return_stats,
-    ).result()
+    )
+    return mean_of([one], ranks, "nt_xent")
 
 
 def decoupled_contrastive(

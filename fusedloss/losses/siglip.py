@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import checks, masks
+from ..distributed import everywhere, shared
 from ..problem import Fold
 from ._fold import fold_loss
-from ._in_batch import as_scale, autocast, distinct
+from ._in_batch import as_scale, asked, autocast, distinct, reduced
 from ._module import LossModule
 
 
@@ -23,6 +26,9 @@ def siglip(
     reduction: str = "mean",
     backend: str = "auto",
     workspace_bytes: int | None = None,
+    group: Any = None,
+    strategy: str = "gather",
+    grad_scale: str = "ddp",
 ) -> Tensor:
     """SigLIP loss (Zhai et al. 2023); argument names and order are open_clip's.
 
@@ -41,6 +47,11 @@ def siglip(
         reduction: "mean" (the sum over all pairs, divided by M), "sum", or "none" (`[M]`).
         backend: "auto", "triton", "chunked" or "reference".
         workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
+        group: a ProcessGroup whose other ranks' columns compete, too. The result is the mean (or sum) over all ranks'
+            rows, on every rank; "none" gives this rank's. See `fusedloss.distributed`.
+        strategy: how columns travel: "gather".
+        grad_scale: "ddp" (right after DistributedDataParallel's average), "sum" (this rank's share) or
+            "match:<library>".
 
     Returns:
         A 0-dim tensor (`[M]` for "none"), float32, or float64 for float64 inputs.
@@ -61,10 +72,18 @@ def siglip(
         checks.scalar("logit_bias", logit_bias, image_features, positive=False)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.count("workspace_bytes", workspace_bytes)
+    ranks, rows = asked(group, strategy, grad_scale), None
+    if ranks is not None and isinstance(target, Tensor):
+        raise ValueError("target is a tensor with group=: needs None, or masks.same_id across ranks")
     labels, column = _positives(target, M, N, image_features)
-    operands, _ = distinct(image_features, text_features)
     scale, _ = as_scale(logit_scale, image_features, inverse=False)
     bias, _ = as_scale(0.0 if logit_bias is None else logit_bias, image_features, inverse=False)
+    image, text = autocast(image_features, text_features)
+    text = image if text_features is image_features else text
+    if ranks is not None:
+        image, text, scale, bias, (rows, texts) = shared(ranks, reduction, "siglip", image, text, scale, bias)
+        text = everywhere(text, texts)
+        labels = None if labels is None else (labels[0], everywhere(labels[1], texts))
     weight = torch.ones(M, dtype=scale.dtype, device=scale.device)
     if column is not None:
         # Where values are not read back, a target outside is a NaN loss.
@@ -72,9 +91,10 @@ def siglip(
         weight, column = weight.masked_fill(outside, torch.nan), column.masked_fill(outside, 0)
     fold = Fold("sigmoid", labels=labels, scalars=(bias,))
     summed = reduction != "none"
-    loss, _ = fold_loss(
-        autocast(*operands), scale, weight, fold, normalize, summed, backend, workspace_bytes, target=column
-    )
+    operands, _ = distinct(image, text)
+    loss, _ = fold_loss(operands, scale, weight, fold, normalize, summed, backend, workspace_bytes, target=column)
+    if rows is not None:
+        return reduced(loss, torch.ones_like(weight), reduction, rows)
     return loss / max(M, 1) if reduction == "mean" else loss
 
 

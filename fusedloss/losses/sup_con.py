@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..distributed import everywhere, shared
 from ..masks import itself
 from ..problem import Block, Fold, Mask, stats_dtype, unit_rows
 from ._fold import fold_loss
-from ._in_batch import as_scale, autocast, objective, reduced
+from ._in_batch import as_scale, asked, autocast, distinct, objective, reduced
 from ._module import LossModule
 
 FORMS = ("out", "in")
@@ -24,6 +27,9 @@ def sup_con(
     reduction: str = "mean",
     backend: str = "auto",
     workspace_bytes: int | None = None,
+    group: Any = None,
+    strategy: str = "gather",
+    grad_scale: str = "ddp",
 ) -> Tensor:
     """Supervised contrastive loss (Khosla et al. 2020), over unit rows u and z_ij = <u_i, u_j> / temperature.
 
@@ -42,6 +48,11 @@ def sup_con(
         reduction: "mean" over the rows that have a positive, "sum", or "none" (`[N]`).
         backend: "auto", "triton", "chunked" or "reference".
         workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
+        group: a ProcessGroup whose other ranks' columns compete, too. The result is the mean (or sum) over all ranks'
+            rows, on every rank; "none" gives this rank's. See `fusedloss.distributed`.
+        strategy: how columns travel: "gather".
+        grad_scale: "ddp" (right after DistributedDataParallel's average), "sum" (this rank's share) or
+            "match:<library>".
 
     Returns:
         A 0-dim tensor (`[N]` for "none"), float32, or float64 for float64 inputs.
@@ -62,17 +73,23 @@ def sup_con(
     checks.count("workspace_bytes", workspace_bytes)
     scale, scale_bound = as_scale(temperature, embeddings, inverse=True)
     (x,) = autocast(embeddings)
-    group = groups(labels)
-    size = torch.zeros_like(group).index_add_(0, group, torch.ones_like(group))[group]
+    ranks, rows = asked(group, strategy, grad_scale), None
+    y, columns = x, labels
+    if ranks is not None:
+        x, scale, (rows,) = shared(ranks, reduction, f"sup_con {form}", x, scale)
+        y, columns = everywhere(x, rows), everywhere(labels, rows)
+    operands, (query, key) = distinct(x, y)
+    classes = groups(columns)
+    size = torch.zeros_like(classes).index_add_(0, classes, torch.ones_like(classes))[classes][: len(x)]
     counts = (size > 1).to(scale.dtype)
     if form == "in":
-        fold = Fold("sup_con_in", labels=(labels, labels), itself=True)
-        rows, _ = fold_loss([x], scale, counts, fold, True, reduction != "none", backend, workspace_bytes)
-        return reduced(rows, counts, reduction)
+        fold = Fold("sup_con_in", labels=(labels, columns), itself=True)
+        loss, _ = fold_loss(operands, scale, counts, fold, True, reduction != "none", backend, workspace_bytes)
+        return reduced(loss, counts, reduction, rows)
     share = counts / (size - 1).clamp(min=1)
     lse = objective(
-        [x],
-        [Block(0, 0, mask=Mask(skip=itself(len(x), x)))],
+        operands,
+        [Block(query, key, mask=Mask(skip=itself(len(x), x)))],
         torch.full_like(labels, -1),
         scale,
         scale_bound=scale_bound,
@@ -84,8 +101,8 @@ def sup_con(
         workspace_bytes=workspace_bytes,
     ).result()
     assert isinstance(lse, Tensor)
-    positive = scale * share * _others(x, group)
-    return reduced(lse - (positive if reduction == "none" else positive.sum()), counts, reduction)
+    positive = scale * share * _others(x, y, classes)
+    return reduced(lse - (positive if reduction == "none" else positive.sum()), counts, reduction, rows)
 
 
 def groups(labels: Tensor) -> Tensor:
@@ -96,12 +113,13 @@ def groups(labels: Tensor) -> Tensor:
     return torch.empty_like(labels).scatter_(0, order, changes.cumsum(0))
 
 
-def _others(x: Tensor, group: Tensor) -> Tensor:
-    """`<u_i, sum of the other unit rows of i's group>`, O(N D)."""
+def _others(x: Tensor, y: Tensor, group: Tensor) -> Tensor:
+    """`<u_i, sum of the other unit rows of i's group>`, O(N D); x: the first rows of y."""
     with torch.autocast(x.device.type, enabled=False):
         u = unit_rows(x.to(stats_dtype(x.dtype)))
-        sums = torch.zeros_like(u).index_add(0, group, u)
-        return (u * (sums[group] - u)).sum(1)
+        v = u if y is x else unit_rows(y.to(stats_dtype(y.dtype)))
+        sums = torch.zeros_like(v).index_add(0, group, v)
+        return (u * (sums[group[: len(u)]] - u)).sum(1)
 
 
 class SupConLoss(LossModule, function=sup_con):

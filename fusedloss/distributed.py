@@ -1,0 +1,250 @@
+"""Losses over the batches of all processes: `group=`, `strategy=` and `grad_scale=` of the in-batch losses.
+
+    loss = fusedloss.info_nce(query, key, group=torch.distributed.group.WORLD)
+
+The columns of all ranks are gathered, each rank computes its own rows against them, and the gradients by the columns
+go back to whose they are, summed: one collective each way, of embeddings; logits never travel. Every rank gets the mean
+over all rows.
+
+Gradients are those of one process with the whole batch: `grad_scale="sum"` gives each rank its share, whose sum over
+ranks is the gradient of every parameter; `"ddp"` gives world-size times that, because DistributedDataParallel and FSDP
+average. Both hold for encoders, and for learnable temperatures, scales and biases as well. `"match:<library>"` scales
+as that library does, right or wrong: `MATCH`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import checks
+from .collectives import gather, scatter, total
+from .problem import Block, Compare, Guide, Problem, Ranks
+
+STRATEGIES = ("gather",)
+# What each library's gradient is over the right one, after DDP's average: of the embeddings, and of the loss's own
+# parameters (temperature, scale, bias); "W" is the world size. From reading and a model of four ranks.
+MATCH = {
+    "sentence_transformers": ("1", "1"),
+    "lightly": ("1", "1"),
+    "open_clip": ("1/W", "1"),  # its default flags; with --local-loss --gather-with-grad it is ("1", "1")
+    "flag_embedding": ("1/W", "1"),
+    "grad_cache": ("1/W", "1"),
+    "tevatron": ("1", "W"),
+    "pytorch_metric_learning": ("1", "W"),
+    "pylate": ("W", "W"),
+    "contrastors": ("W", "W"),
+}
+GRAD_SCALES = ("ddp", "sum", *(f"match:{library}" for library in MATCH))
+
+
+class World(NamedTuple):
+    """The ranks of a group and what is asked of them."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+    grad_scale: str
+    weight: float = 1.0
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """What gradients by embeddings and by the loss's parameters are times the share."""
+        known = {"1": 1.0, "W": float(self.size), "1/W": 1.0 / self.size}
+        if self.grad_scale == "sum":
+            return 1.0, 1.0
+        by_rows, by_parameters = MATCH.get(self.grad_scale.removeprefix("match:"), ("1", "1"))
+        whole = self.size * self.weight
+        return whole * known[by_rows], whole * known[by_parameters]
+
+    def of_rows(self) -> World:
+        """For `reduction="none"`: what becomes of the rows is the caller's, who averages over ranks as DDP does."""
+        return self if self.grad_scale == "sum" else self._replace(weight=1.0 / self.size)
+
+
+def world(group: dist.ProcessGroup, strategy: str, grad_scale: str) -> World:
+    checks.choice("strategy", strategy, STRATEGIES)
+    checks.choice("grad_scale", grad_scale, GRAD_SCALES)
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group is a {type(group).__name__}: needs a ProcessGroup, such as torch.distributed.group.WORLD after "
+            "init_process_group"
+        )
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(f"group is one that rank {dist.get_rank()} is not in: pass a group of this rank's own")
+    return World(group, rank, dist.get_world_size(group), grad_scale)
+
+
+def agreed(around: World, what: str, *tensors: Tensor) -> list[Ranks]:
+    """How many rows of each tensor every rank has; raises on every rank alike where the rest of them differs.
+
+    what: the loss and its options, which must be the same everywhere.
+    """
+    head = [zlib.crc32(what.encode()), len(tensors), around.size]
+    about = [
+        (x.shape[1] if x.dim() > 1 else 0, checks.FLOATING.index(x.dtype) if x.is_floating_point() else -1)
+        for x in tensors
+    ]
+    facts = torch.tensor([*head, *(n for pair in about for n in pair), *(len(x) for x in tensors)])
+    # Ranks with another number of tensors must not hang: a fixed width.
+    row = facts.new_full((WIDTH,), -2)
+    row[: min(len(facts), WIDTH)] = facts[:WIDTH]
+    device = tensors[0].device
+    rows = [torch.empty_like(row, device=device) for _ in range(around.size)]
+    dist.all_gather(rows, row.to(device), group=around.group)
+    found = torch.stack(rows).tolist()
+    shapes = len(head) + 2 * len(tensors)
+    if any(other[:shapes] != found[0][:shapes] for other in found):
+        told = "; ".join(f"rank {rank}: {_told(other)}" for rank, other in enumerate(found))
+        raise ValueError(f"the ranks of group do not call the same loss with alike tensors: {told} (here {what})")
+    sizes = list(zip(*(other[shapes : shapes + len(tensors)] for other in found), strict=True))
+    return [Ranks(around.group.group_name, around.rank, tuple(counts)) for counts in sizes]
+
+
+WIDTH = 64
+
+
+def _told(facts: list[int]) -> str:
+    count = facts[1]
+    pairs = zip(facts[3 : 3 + 2 * count : 2], facts[4 : 4 + 2 * count : 2], strict=False)
+    kinds = [f"D = {d}, {checks.FLOATING[kind]}" for d, kind in pairs]
+    return f"{count} matrices ({'; '.join(kinds)}), call {facts[0]:08x}"
+
+
+# Gradients across ranks -----------------------------------------------------------------------------------------------
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all ranks; backward sums what all ranks have for this one's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return gather(x, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return scatter(upstream, ctx.ranks), None
+
+
+class _Scaled(torch.autograd.Function):
+    """The same tensor, whose gradient is multiplied."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream * ctx.factor, None
+
+
+class _Mean(torch.autograd.Function):
+    """Of all ranks' rows: the sum of their sums over the sum of their counts; the gradient is this rank's share."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, count: Tensor, ranks: Ranks, mean: bool) -> Tensor:
+        both = total(torch.stack([value, count.to(value.dtype)]), ranks)
+        ctx.over = torch.where(both[1] == 0, torch.ones_like(both[1]), both[1]) if mean else torch.ones_like(both[1])
+        return torch.where(both[1] == 0, torch.zeros_like(both[0]), both[0] / ctx.over) if mean else both[0]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        return upstream / ctx.over, None, None, None
+
+
+def scaled(x: Any, factor: float) -> Any:
+    return _Scaled.apply(x, factor) if isinstance(x, Tensor) and x.requires_grad and factor != 1 else x
+
+
+def everywhere(x: Tensor, ranks: Ranks) -> Tensor:
+    """`[N, ...]`, the rows of all ranks, this one's first."""
+    if len(ranks.sizes) == 1:
+        return x
+    return _Gather.apply(x, ranks) if x.requires_grad and torch.is_grad_enabled() else gather(x.detach(), ranks)
+
+
+def shared(around: World, reduction: str, what: str, *tensors: Tensor) -> tuple[Any, ...]:
+    """A loss's matrices and 0-dim parameters, their gradients scaled; last, how many rows of each matrix ranks have."""
+    around = around.of_rows() if reduction == "none" else around
+    sizes = agreed(around, what, *(x for x in tensors if x.dim() == 2))
+    by_rows, by_parameters = around.factors
+    return *(scaled(x, by_rows if x.dim() == 2 else by_parameters) for x in tensors), sizes
+
+
+def averaged(value: Tensor, count: Tensor, ranks: Ranks, reduction: str) -> Tensor:
+    return _Mean.apply(value, count, ranks, reduction == "mean")
+
+
+# A problem of this rank's rows ----------------------------------------------------------------------------------------
+
+
+def spread(problem: Problem, around: World, what: str) -> tuple[Problem, Ranks, Ranks]:
+    """The problem of this rank's rows against the columns of all ranks; `problem` has this rank's columns.
+
+    Beside it the ranks' numbers of rows, and of columns of block 0.
+
+    Row i's column i stays column i, because a rank's own columns are the first that it sees.
+    """
+    refused = {
+        "label_smoothing": problem.label_smoothing,
+        "return_stats": problem.wants_tally,
+        "a bool mask": any(block.mask.dense is not None for block in problem.blocks),
+    }
+    for name, given in refused.items():
+        if given:
+            raise ValueError(f"{name} with group=: it has no form across ranks; leave one of them out")
+    ranks = agreed(around, what, *problem.operands)
+    by_rows, by_parameters = around.factors
+    operands = [scaled(x, by_rows) for x in problem.operands]
+    keys = sorted({block.key for block in problem.blocks})
+    place = {key: len(operands) + number for number, key in enumerate(keys)}
+    gathered = dict(zip(keys, _together([operands[key] for key in keys], [ranks[key] for key in keys]), strict=True))
+    guides: dict[int, Tensor] = {}
+
+    def of_all(x: Tensor, sizes: Ranks) -> Tensor:
+        if id(x) not in guides:
+            guides[id(x)] = everywhere(x, sizes)
+        return guides[id(x)]
+
+    def block_of_all(block: Block) -> Block:
+        sizes, mask = ranks[block.key], block.mask
+        compare = tuple(Compare(c.rows, everywhere(c.keys, sizes), c.keep) for c in mask.compare)
+        guide = None if mask.guide is None else Guide(mask.guide.query, of_all(mask.guide.key, sizes))
+        bias = None if block.bias is None else everywhere(scaled(block.bias, by_parameters), sizes)
+        mask = mask._replace(compare=compare, guide=guide)
+        return replace(block, key=place[block.key], mask=mask, bias=bias)
+
+    blocks = tuple(block_of_all(block) for block in problem.blocks)
+    rows = ranks[problem.blocks[0].query]
+    # What no block takes rows of any more is left out.
+    used = sorted({block.query for block in blocks})
+    moved = {old: new for new, old in enumerate(used)} | {place[k]: len(used) + n for n, k in enumerate(keys)}
+    blocks = tuple(replace(block, query=moved[block.query], key=moved[block.key]) for block in blocks)
+    found = replace(
+        problem,
+        operands=(*(operands[number] for number in used), *(gathered[key] for key in keys)),
+        blocks=blocks,
+        scale=scaled(problem.scale, by_parameters),
+        ranks=rows if problem.symmetric else None,
+    )
+    return found, rows, ranks[problem.blocks[0].key]
+
+
+def _together(matrices: Sequence[Tensor], ranks: Sequence[Ranks]) -> list[Tensor]:
+    """The rows of all ranks of each matrix, by one collective."""
+    if len(matrices) == 1:
+        return [everywhere(matrices[0], ranks[0])]
+    sizes = tuple(sum(counts) for counts in zip(*(r.sizes for r in ranks), strict=True))
+    joined = everywhere(torch.cat(list(matrices)), ranks[0]._replace(sizes=sizes))
+    order = [(ranks[0].rank + step) % len(sizes) for step in range(len(sizes))]
+    parts = joined.split([r.sizes[rank] for rank in order for r in ranks])
+    return [torch.cat(parts[number :: len(matrices)]) for number in range(len(matrices))]

@@ -1,0 +1,185 @@
+"""group=: several processes together give what one process gives with the whole batch.
+
+Every case runs once in one process on the concatenated batch, and on each rank of gloo groups of 1 to 4 processes with
+its own rows: the same value on all ranks; gradients of features and of the loss's parameters that sum ("sum") or
+average ("ddp") over ranks to those of the one process. Shards are uneven, and one has no rows.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import fusedloss
+from fusedloss import masks
+from fusedloss.distributed import MATCH
+
+if torch.cuda.is_available():
+    pytest.skip("processes are forked here, which CUDA does not survive", allow_module_level=True)
+
+D, G = 6, 3
+SHARDS = {1: [(7,)], 2: [(4, 3), (0, 5)], 3: [(2, 4, 3)], 4: [(3, 3, 3, 3), (2, 0, 5, 1)]}
+
+
+def numbers(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def ids(seed, rows, kinds):
+    return torch.randint(0, kinds, (rows,), generator=torch.Generator().manual_seed(seed))
+
+
+class Batch:
+    """The whole batch's tensors, or one rank's rows of them."""
+
+    def __init__(self, rows, dtype, part=slice(None)):
+        self.rows = rows
+        named = [("x", 1, D), ("y", 2, D), ("n", 3, D), ("m", 4, D)]
+        self.leaves = {k: numbers(seed, rows, d)[part].to(dtype).requires_grad_() for k, seed, d in named}
+        self.constants = {"ids": ids(7, rows, 4)[part], "labels": ids(8, rows, 3)[part]}
+        self.constants |= {f"g{k}": numbers(20 + k, rows, G)[part].to(dtype) for k in range(4)}
+        self.constants["weight"] = numbers(30, rows).abs()[part].to(dtype)
+        self.constants["bias"] = self.leaves.setdefault("bias", numbers(31, rows)[part].to(dtype).requires_grad_())
+        self.constants["target"] = ids(32, rows, rows)[part]
+        self.parameters = {
+            "temperature": torch.tensor(0.4, dtype=dtype, requires_grad=True),
+            "logit_bias": torch.tensor(-0.5, dtype=dtype, requires_grad=True),
+        }
+
+    def __getattr__(self, name):
+        return {**self.constants, **self.leaves, **self.parameters}[name]
+
+    def results(self, loss):
+        value = loss if loss.dim() == 0 else loss.sum()
+        named = {**self.leaves, **self.parameters}
+        found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+        zeros = (torch.zeros_like(x) if g is None else g for g, x in zip(found, named.values(), strict=True))
+        return loss.detach(), dict(zip(named, zeros, strict=True))
+
+
+ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+unit = torch.nn.functional.normalize
+ranking = fusedloss.multiple_negatives_ranking
+CASES = {
+    "info_nce": lambda b, **k: fusedloss.info_nce(b.x, b.y, temperature=b.temperature, **k),
+    "info_nce, normalized, sum": lambda b, **k: fusedloss.info_nce(b.x, b.y, normalize=True, reduction="sum", **k),
+    "info_nce, weight, bias": lambda b, **k: fusedloss.info_nce(
+        b.x, b.y, temperature=b.temperature, key_bias=b.bias, weight=b.weight, **k
+    ),
+    "info_nce, target": lambda b, **k: fusedloss.info_nce(b.x, b.y, b.target, temperature=b.temperature, **k),
+    "info_nce, target, ignored": lambda b, **k: fusedloss.info_nce(
+        b.x, b.y, b.target.masked_fill(b.ids == 0, -100), key_bias=b.bias, mask=masks.same_id(b.ids, b.ids), **k
+    ),
+    "info_nce, ids": lambda b, **k: fusedloss.info_nce(b.x, b.y, mask=masks.same_id(b.ids, b.ids), **k),
+    "info_nce, margin": lambda b, **k: fusedloss.info_nce(
+        b.x, b.y, mask=masks.score_margin(0.1) & masks.same_group(b.labels, b.labels), normalize=True, **k
+    ),
+    "info_nce, guide": lambda b, **k: fusedloss.info_nce(b.x, b.y, mask=masks.guide(b.g0, b.g1), **k),
+    "info_nce, one tensor": lambda b, **k: fusedloss.info_nce(b.x, b.x, temperature=b.temperature, **k),
+    "clip": lambda b, **k: fusedloss.clip(b.x, b.y, 1 / b.temperature, **k),
+    "clip, normalized, ids": lambda b, **k: fusedloss.clip(
+        b.x, b.y, 1 / b.temperature, b.logit_bias, normalize=True, mask=masks.same_id(b.ids, b.ids), **k
+    ),
+    "clip, a number, sum": lambda b, **k: fusedloss.clip(b.x, b.y, 5.0, normalize=True, reduction="sum", **k),
+    "ranking": lambda b, **k: ranking(b.x, b.y, b.n, b.m, scale=1 / b.temperature, **k),
+    "ranking, all directions": lambda b, **k: ranking(b.x, b.y, b.n, directions=ALL, scale=1 / b.temperature, **k),
+    "ranking, per direction": lambda b, **k: ranking(
+        b.x, b.y, b.n, directions=(ALL[0], ALL[2]), partition_mode="per_direction", scale=1 / b.temperature, **k
+    ),
+    "ranking, symmetric": lambda b, **k: ranking(
+        b.x, b.y, directions=(ALL[0], ALL[2]), partition_mode="per_direction", scale=1 / b.temperature, **k
+    ),
+    "ranking, hardness": lambda b, **k: ranking(
+        b.x, b.y, b.n, hardness_mode="all_negatives", hardness_strength=3.0, **k
+    ),
+    "ranking, hard negatives": lambda b, **k: ranking(
+        b.x, b.y, b.n, hardness_mode="hard_negatives", hardness_strength=3.0, similarity="dot", scale=0.5, **k
+    ),
+    "gist_embed": lambda b, **k: fusedloss.gist_embed(b.x, b.y, guide=(b.g0, b.g1), temperature=b.temperature, **k),
+    "gist_embed, negatives, relative": lambda b, **k: fusedloss.gist_embed(
+        b.x, b.y, b.n, guide=(b.g0, b.g1, b.g2), margin_strategy="relative", margin=0.1, contrast_anchors=False, **k
+    ),
+    "siglip": lambda b, **k: fusedloss.siglip(b.x, b.y, 1 / b.temperature, b.logit_bias, **k),
+    "siglip, ids, sum": lambda b, **k: fusedloss.siglip(
+        b.x, b.y, 3.0, b.logit_bias, target=masks.same_id(b.ids, b.ids), normalize=True, reduction="sum", **k
+    ),
+    "sup_con": lambda b, **k: fusedloss.sup_con(b.x, b.labels, temperature=b.temperature, **k),
+    "sup_con, in": lambda b, **k: fusedloss.sup_con(b.x, b.labels, temperature=b.temperature, form="in", **k),
+    "nt_xent": lambda b, **k: fusedloss.nt_xent(b.x, b.y, temperature=b.temperature, **k),
+}
+DTYPES = (torch.float64, torch.float32)
+OPTIONS = [("ddp", None), ("sum", None), ("ddp", "none")]
+
+
+def on_a_rank(rank, size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store{size}",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=30),
+    )
+    outcome = {}
+    for sizes in SHARDS[size]:
+        start = sum(sizes[:rank])
+        for name, loss in CASES.items():
+            for dtype in DTYPES:
+                for grad_scale, reduction in OPTIONS:
+                    if reduction and "sum" in name:
+                        continue
+                    batch = Batch(sum(sizes), dtype, slice(start, start + sizes[rank]))
+                    options = {"reduction": reduction} if reduction else {}
+                    try:
+                        value = loss(batch, group=dist.group.WORLD, grad_scale=grad_scale, **options)
+                        found = batch.results(value)
+                    except Exception as error:  # told by the test of the case
+                        found = error
+                    outcome[sizes, name, dtype, grad_scale, reduction] = found
+    Path(folder, f"{size}-{rank}.pkl").write_bytes(pickle.dumps(outcome))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=SHARDS)
+def outcomes(request, tmp_path_factory):
+    """What each rank found."""
+    size, folder = request.param, str(tmp_path_factory.mktemp("ranks"))
+    torch.multiprocessing.start_processes(on_a_rank, (size, folder), nprocs=size, start_method="fork")
+    return [pickle.loads(Path(folder, f"{size}-{rank}.pkl").read_bytes()) for rank in range(size)]
+
+
+def rounded(dtype):
+    return {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-6}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_one_process(outcomes, name):
+    for key in [key for key in outcomes[0] if key[1] == name]:
+        sizes, _, dtype, grad_scale, reduction = key
+        found = [outcome[key] for outcome in outcomes]
+        for one in found:
+            if isinstance(one, Exception):
+                raise one
+        whole = Batch(sum(sizes), dtype)
+        value, gradients = whole.results(CASES[name](whole, **({"reduction": reduction} if reduction else {})))
+        near = rounded(dtype)
+        if reduction == "none" and name != "nt_xent":
+            torch.testing.assert_close(torch.cat([one[0] for one in found]), value, **near)
+        elif reduction is None:
+            for one in found:
+                torch.testing.assert_close(one[0], value, **near)
+        factor = len(sizes) if grad_scale == "ddp" and reduction is None else 1
+        for leaf in whole.leaves:
+            ours = torch.cat([one[1][leaf] for one in found])
+            torch.testing.assert_close(ours, factor * gradients[leaf], msg=lambda m, k=(key, leaf): f"{k}: {m}", **near)
+        for parameter in whole.parameters:
+            ours = torch.stack([one[1][parameter] for one in found]).sum(0)
+            torch.testing.assert_close(
+                ours, factor * gradients[parameter], msg=lambda m, k=(key, parameter): f"{k}: {m}", **near
+            )
