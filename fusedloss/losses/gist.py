@@ -164,5 +164,5 @@ def _guides(guide: Sequence[Tensor], named: dict[str, Tensor]) -> list[Tensor]:
 class GISTEmbedLoss(LossModule, function=gist_embed, tensors=("guide",)):
     """`gist_embed` with its options in the constructor and `forward(anchor, positive, *negatives, guide=...)`.
 
-    It takes embeddings: a class of this name that wraps a sentence-transformers model is not in this version.
+    It takes embeddings; `fusedloss.integrations.sentence_transformers` has a class of this name that takes a model.
     """

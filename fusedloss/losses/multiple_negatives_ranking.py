@@ -220,7 +220,7 @@ def _check_hardness(mode: str | None, strength: float) -> None:
 class MultipleNegativesRankingLoss(LossModule, function=multiple_negatives_ranking, tensors=("mask",)):
     """`multiple_negatives_ranking` with its options in the constructor and `forward(anchor, positive, *negatives)`.
 
-    It takes embeddings: a class of this name that wraps a sentence-transformers model is not in this version.
+    It takes embeddings; `fusedloss.integrations.sentence_transformers` has a class of this name that takes a model.
     """
 
     directions: Sequence[str]
