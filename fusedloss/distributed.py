@@ -15,7 +15,7 @@ as that library does, right or wrong: `MATCH`.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -23,11 +23,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import checks
+from . import checks, op, ring
+from .backends import UnsupportedError, select
 from .collectives import gather, scatter, total
 from .problem import Block, Compare, Guide, Problem, Ranks
+from .ring import Shards
 
-STRATEGIES = ("gather",)
+STRATEGIES = ("gather", "ring")
 # What each library's gradient is over the right one, after DDP's average: of the embeddings, and of the loss's own
 # parameters (temperature, scale, bias); "W" is the world size. From reading and a model of four ranks.
 MATCH = {
@@ -50,6 +52,7 @@ class World(NamedTuple):
     group: dist.ProcessGroup
     rank: int
     size: int
+    strategy: str
     grad_scale: str
     weight: float = 1.0
 
@@ -79,7 +82,7 @@ def world(group: dist.ProcessGroup, strategy: str, grad_scale: str) -> World:
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError(f"group is one that rank {dist.get_rank()} is not in: pass a group of this rank's own")
-    return World(group, rank, dist.get_world_size(group), grad_scale)
+    return World(group, rank, dist.get_world_size(group), strategy, grad_scale)
 
 
 def agreed(around: World, what: str, *tensors: Tensor) -> list[Ranks]:
@@ -172,28 +175,28 @@ def everywhere(x: Tensor, ranks: Ranks) -> Tensor:
     return _Gather.apply(x, ranks) if x.requires_grad and torch.is_grad_enabled() else gather(x.detach(), ranks)
 
 
-def shared(around: World, reduction: str, what: str, *tensors: Tensor) -> tuple[Any, ...]:
-    """A loss's matrices and 0-dim parameters, their gradients scaled; last, how many rows of each matrix ranks have."""
-    around = around.of_rows() if reduction == "none" else around
-    sizes = agreed(around, what, *(x for x in tensors if x.dim() == 2))
-    by_rows, by_parameters = around.factors
-    return *(scaled(x, by_rows if x.dim() == 2 else by_parameters) for x in tensors), sizes
-
-
 def averaged(value: Tensor, count: Tensor, ranks: Ranks, reduction: str) -> Tensor:
     return _Mean.apply(value, count, ranks, reduction == "mean")
+
+
+def summed_across(
+    function: Callable[..., Tensor], x: Tensor, constants: tuple[Tensor, ...], ranks: Ranks, strategy: str
+) -> Tensor:
+    """`function(x, y, *constants, *others)` `[M]`, summed over the ranks' rows y and what they have as constants."""
+    if strategy == "ring":
+        return ring.Summed.apply(function, ranks, x, *constants)
+    return function(x, everywhere(x, ranks), *constants, *(everywhere(c, ranks) for c in constants))
 
 
 # A problem of this rank's rows ----------------------------------------------------------------------------------------
 
 
-def spread(problem: Problem, around: World, what: str) -> tuple[Problem, Ranks, Ranks]:
-    """The problem of this rank's rows against the columns of all ranks; `problem` has this rank's columns.
+# Of all columns there are, an index for each row in the order of the ranks, and the row's weight.
+Target = Callable[[int], tuple[Tensor, Tensor]]
 
-    Beside it the ranks' numbers of rows, and of columns of block 0.
 
-    Row i's column i stays column i, because a rank's own columns are the first that it sees.
-    """
+def _shared(problem: Problem, around: World, what: str, target: Target | None) -> tuple[Problem, list[Ranks]]:
+    """The problem, its gradients scaled and its targets found; and how many rows of each operand the ranks have."""
     refused = {
         "label_smoothing": problem.label_smoothing,
         "return_stats": problem.wants_tally,
@@ -204,7 +207,53 @@ def spread(problem: Problem, around: World, what: str) -> tuple[Problem, Ranks, 
             raise ValueError(f"{name} with group=: it has no form across ranks; leave one of them out")
     ranks = agreed(around, what, *problem.operands)
     by_rows, by_parameters = around.factors
-    operands = [scaled(x, by_rows) for x in problem.operands]
+    fold = problem.fold
+    if fold is not None:
+        fold = replace(fold, scalars=tuple(scaled(x, by_parameters) for x in fold.scalars))
+    problem = replace(
+        problem,
+        operands=tuple(scaled(x, by_rows) for x in problem.operands),
+        blocks=tuple(replace(block, bias=scaled(block.bias, by_parameters)) for block in problem.blocks),
+        scale=scaled(problem.scale, by_parameters),
+        fold=fold,
+    )
+    if target is not None:
+        block = problem.blocks[0]
+        keys = ranks[block.key]
+        columns = sum(keys.sizes)
+        index, weight = target(columns)
+        index = (index - keys.offset) % max(columns, 1)  # in this rank's order
+        if block.bias is not None:
+            weight = weight.masked_fill(everywhere(block.bias.detach(), keys)[index] == -torch.inf, 0)
+        if block.mask.skip is not None:
+            weight = weight.masked_fill(block.mask.skip == index, 0)
+        problem = replace(problem, target=index, weight=weight)
+    return problem, ranks
+
+
+def shards(problem: Problem, around: World, what: str, target: Target | None = None) -> tuple[Shards, Ranks]:
+    """The problem of this rank's rows against columns that go around, and the ranks' numbers of rows."""
+    problem, ranks = _shared(problem, around, what, target)
+    keys, index = ranks[problem.blocks[0].key], None
+    if target is not None:
+        if any(block.mask.margin is not None or block.mask.guide for block in problem.blocks):
+            raise ValueError(
+                "target with strategy='ring' and a margin or a guide: their thresholds are known where the target is; "
+                "take strategy='gather'"
+            )
+        index = (problem.target + keys.offset) % max(sum(keys.sizes), 1)
+    sizes = [ranks[block.key].sizes for block in problem.blocks]
+    rows = ranks[problem.blocks[0].query]
+    return Shards(problem, rows, sizes, index), rows
+
+
+def spread(problem: Problem, around: World, what: str, target: Target | None = None) -> tuple[Problem, Ranks]:
+    """The problem of this rank's rows against the columns of all ranks, and the ranks' numbers of rows.
+
+    Row i's column i stays column i, because a rank's own columns are the first that it sees.
+    """
+    problem, ranks = _shared(problem, around, what, target)
+    operands = problem.operands
     keys = sorted({block.key for block in problem.blocks})
     place = {key: len(operands) + number for number, key in enumerate(keys)}
     gathered = dict(zip(keys, _together([operands[key] for key in keys], [ranks[key] for key in keys]), strict=True))
@@ -217,26 +266,45 @@ def spread(problem: Problem, around: World, what: str) -> tuple[Problem, Ranks, 
 
     def block_of_all(block: Block) -> Block:
         sizes, mask = ranks[block.key], block.mask
-        compare = tuple(Compare(c.rows, everywhere(c.keys, sizes), c.keep) for c in mask.compare)
+        compare = tuple(Compare(c.rows, of_all(c.keys, sizes), c.keep) for c in mask.compare)
         guide = None if mask.guide is None else Guide(mask.guide.query, of_all(mask.guide.key, sizes))
-        bias = None if block.bias is None else everywhere(scaled(block.bias, by_parameters), sizes)
-        mask = mask._replace(compare=compare, guide=guide)
-        return replace(block, key=place[block.key], mask=mask, bias=bias)
+        bias = None if block.bias is None else everywhere(block.bias, sizes)
+        return replace(block, key=place[block.key], mask=mask._replace(compare=compare, guide=guide), bias=bias)
 
     blocks = tuple(block_of_all(block) for block in problem.blocks)
+    fold = problem.fold
+    if fold is not None and fold.labels is not None:
+        fold = replace(fold, labels=(fold.labels[0], of_all(fold.labels[1], ranks[problem.blocks[0].key])))
     rows = ranks[problem.blocks[0].query]
     # What no block takes rows of any more is left out.
     used = sorted({block.query for block in blocks})
     moved = {old: new for new, old in enumerate(used)} | {place[k]: len(used) + n for n, k in enumerate(keys)}
-    blocks = tuple(replace(block, query=moved[block.query], key=moved[block.key]) for block in blocks)
-    found = replace(
+    return replace(
         problem,
         operands=(*(operands[number] for number in used), *(gathered[key] for key in keys)),
-        blocks=blocks,
-        scale=scaled(problem.scale, by_parameters),
+        blocks=tuple(replace(block, query=moved[block.query], key=moved[block.key]) for block in blocks),
+        fold=fold,
         ranks=rows if problem.symmetric else None,
-    )
-    return found, rows, ranks[problem.blocks[0].key]
+    ), rows
+
+
+def loss_across(
+    problem: Problem, backend: str, reduction: str, around: World, what: str, target: Target | None = None
+) -> Tensor:
+    """The loss over all ranks' rows, or this rank's rows' losses; its gradient is this rank's share, scaled."""
+    each = reduction == "none"
+    around = around.of_rows() if each else around
+    if around.strategy == "ring":
+        found, rows = shards(problem, around, what, target)
+        chosen = select(found.problem, backend)
+        if chosen == "reference":
+            raise UnsupportedError("backend='reference' has no ring; take 'chunked' or 'triton', or strategy='gather'")
+        loss, weight = ring.loss_rows_or_sum(found, chosen, each), found.problem.weight
+    else:
+        problem, rows = spread(problem, around, what, target)
+        loss, _ = op.loss_rows_or_sum(problem, select(problem, backend), each)
+        weight = problem.weight
+    return loss if each else averaged(loss, weight.sum(), rows, reduction)
 
 
 def _together(matrices: Sequence[Tensor], ranks: Sequence[Ranks]) -> list[Tensor]:

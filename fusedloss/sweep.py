@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from types import ModuleType
 from typing import NamedTuple
@@ -135,6 +135,56 @@ class _Admission:
         return None if mask is None else self.backend.admitted(mask, columns)
 
 
+class Partial:
+    """A sweep over some of a row's columns, whose normaliser is known only when all have been seen (`ring`)."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        backend: ModuleType,
+        wants: Wants,
+        elsewhere: Elsewhere | None = None,
+        into: Mapping[int, Tensor] | None = None,
+    ):
+        """into: where the gradient of an operand that is only ever a query is added."""
+        self.sweep = _Sweep(problem, backend, wants, elsewhere, into or {})
+        self.prepared, self.settle = self.sweep.prepared, self.sweep._settle
+
+    def elsewhere(self) -> Elsewhere:
+        """What sweeps over other columns need to be told: this one has the targets."""
+        thresholds = tuple(None if mask is None else mask.threshold for mask in self.sweep.masks)
+        return Elsewhere(thresholds, self.sweep._guide_scores())
+
+    def sums(self) -> tuple[RowSums, RowSums | None]:
+        """Of the rows; and of the columns, where the problem is symmetric."""
+        sweep, columns, found = self.sweep, None, []
+        problem, backend = sweep.problem, sweep.backend
+        for chunk in sweep._stats_chunks() if problem.columns else ():
+            strips = sweep._strips(chunk)
+            empty = RowSums.empty(chunk.stop - chunk.start, problem.weight)
+            if problem.symmetric:
+                rows, more = backend.stats_rows_and_columns(strips[0])
+                columns = backend.merge(columns or RowSums.empty(problem.columns, problem.weight), more)
+            else:
+                rows = backend.stats_rows(strips, None, None)
+            found.append(backend.merge(empty, rows))
+        if not found:
+            empty = RowSums.empty(problem.rows, problem.weight)
+            return empty, RowSums.empty(problem.columns, problem.weight) if problem.symmetric else None
+        return RowSums(*(_joined(list(parts)) for parts in zip(*found, strict=True))), columns
+
+    def gradients(self, rows: Softmax, columns: Softmax | None, entry: Tensor) -> Result:
+        """Of the sum of the losses of rows whose softmax is known; `entry` is the targets'."""
+        sweep = self.sweep
+        if sweep.problem.rows and sweep.problem.columns:
+            workspace = sweep._workspace()
+            for chunk in _chunks(sweep.problem.rows, workspace.shape[0]):
+                part = rows.map(functools.partial(_part, chunk=chunk))
+                outs = sweep._outs(workspace, chunk)
+                sweep._grad(chunk, sweep._strips(chunk), outs, part, columns, _part(entry, chunk))
+        return Result(entry, sweep._finish(), sweep.scale_grad, tuple(sweep.bias_grads), (), [])
+
+
 @torch.no_grad()
 def top_rows(problem: Problem, backend: ModuleType) -> tuple[Tensor, Tensor]:
     """Each row's largest logit and its column, the first on ties; -inf and -1 where no column competes."""
@@ -189,11 +239,26 @@ def _properties(device: torch.device):
     return torch.cuda.get_device_properties(device)
 
 
+class Elsewhere(NamedTuple):
+    """What a sweep over columns that hold no targets is told of them; rows `[M]`."""
+
+    thresholds: tuple[Tensor | None, ...]  # of each block's margin
+    guide: Tensor | None  # the guide's similarity of the target
+    targets: bool = False  # some rows' targets are here all the same
+
+
 class _Sweep:
     """The state of one sweep: what is precomputed per row and column, and the accumulators."""
 
-    def __init__(self, problem: Problem, backend: ModuleType, wants: Wants):
-        self.problem, self.backend, self.wants = problem, backend, wants
+    def __init__(
+        self,
+        problem: Problem,
+        backend: ModuleType,
+        wants: Wants,
+        elsewhere: Elsewhere | None = None,
+        into: Mapping[int, Tensor] | None = None,
+    ):
+        self.problem, self.backend, self.wants, self.elsewhere, self.into = problem, backend, wants, elsewhere, into
         self.dtype = stats_dtype(problem.dtype)
         self.operands = [backend.operand(x) for x in problem.operands]
         self.biases = [None if b.bias is None else b.bias.to(self.dtype).contiguous() for b in problem.blocks]
@@ -204,7 +269,7 @@ class _Sweep:
         if self.units:
             self.operands = [_unit(x, factor) for x, factor in zip(self.given, self.norms, strict=True)]
             self.factors = [None] * len(self.operands)
-        self.masks = [self._mask(block) for block in problem.blocks]
+        self.masks = [self._mask(number, block) for number, block in enumerate(problem.blocks)]
         own = {id(x): x for block in problem.blocks for x in block.mask.guide or ()}
         self.unit_guides = bool(own) and backend.takes_units(
             replace(problem, operands=tuple(own.values()), cosine=True, label_smoothing=0.0)
@@ -436,6 +501,14 @@ class _Sweep:
 
     def _prepare(self) -> Prepared:
         block = self.problem.blocks[0]
+        if self.elsewhere is not None and not self.elsewhere.targets:
+            row_factor = col_factor = None
+            if self.problem.cosine:
+                row_factor, col_factor = (
+                    self.backend.inverse_norms(self.operands[n]) for n in (block.query, block.key)
+                )
+            none = torch.zeros_like(self.problem.weight)
+            return Prepared(row_factor, col_factor, none, none)
         return self.backend.prepare(
             self.operands[block.query],
             self.operands[block.key],
@@ -448,13 +521,13 @@ class _Sweep:
             margin=self.problem.margin,
         )
 
-    def _mask(self, block: Block) -> StripMask | None:
+    def _mask(self, number: int, block: Block) -> StripMask | None:
         """A block's mask for all rows; the threshold of a margin is the target's similarity and the margin."""
         mask = block.mask
         if not mask.given:
             return None
-        threshold = None
-        if mask.margin is not None:
+        threshold = None if self.elsewhere is None else self.elsewhere.thresholds[number]
+        if mask.margin is not None and threshold is None:
             first, target = self.problem.blocks[0], self.problem.target.clamp(min=0)
             ties = torch.as_tensor(4 * torch.finfo(self.dtype).eps)
             if not self.problem.cosine:
@@ -535,7 +608,7 @@ class _Sweep:
                 over_l = factor if over_l is None else over_l * factor
             finish(total, over_l, scale, gain, _part(operand, rows), factor, out)
 
-        return _Gradient(self.problem, number, apply)
+        return _Gradient(self.problem, number, apply, self.into)
 
     def _queries(self, chunk: slice) -> dict[int, Tensor]:
         """The chunk's rows of what stands against keys whose gradient is wanted: dy += W.T @ x."""
@@ -591,12 +664,25 @@ class _Sweep:
             ]
             if self.room is None:  # the first chunk is the largest
                 self.room = fresh(parts[0].scale, self.backend.guide_room(parts[0]))
-            drops = self.backend.guide_rows(parts, self.problem.guide_rule, self.room)
+            own = None if self.elsewhere is None else _part_or_none(self.elsewhere.guide, chunk)
+            drops = self.backend.guide_rows(parts, self.problem.guide_rule, self.room, own)
             strips = [
                 strip._replace(mask=(strip.mask or StripMask())._replace(dropped=dropped))
                 for strip, dropped in zip(strips, drops, strict=True)
             ]
         return strips
+
+    def _guide_scores(self) -> Tensor | None:
+        if not self.guides:
+            return None
+        guide, found = self.guides[0], []
+        for chunk in self._stats_chunks():
+            parts = (_part(guide.x, chunk), _part_or_none(guide.row_factor, chunk), _part_or_none(guide.target, chunk))
+            strip = guide._replace(x=parts[0], row_factor=parts[1], target=parts[2])
+            if self.room is None:  # the first chunk is the largest
+                self.room = fresh(strip.scale, self.backend.guide_room(strip))
+            found.append(self.backend.guide_scores(strip, self.room))
+        return _joined(found) if found else guide.scale.new_empty(0)
 
     def _stats_chunks(self) -> Iterator[slice]:
         """With a guide the chunks of the sweep that stores: its mask must come out alike in forward and backward."""
@@ -666,15 +752,19 @@ class _Gradient:
     dtype that is kept. What is a key somewhere accumulates over chunks, in fp32.
     """
 
-    def __init__(self, problem: Problem, number: int, finish: Callable[..., None]):
+    def __init__(
+        self, problem: Problem, number: int, finish: Callable[..., None], into: Mapping[int, Tensor] | None = None
+    ):
         self.like, self.shape = problem.scale, problem.operands[number].shape
-        self.dtype = saved_dtype(problem.dtype)
+        # A part of a sum is not rounded.
+        self.dtype = saved_dtype(problem.dtype) if into is None else problem.scale.dtype
+        self.into = (into or {}).get(number)
         self.apply = finish  # (total, over_l, rows, out): what the products left out
         queries, keys = ({getattr(block, side) for block in problem.blocks} for side in ("query", "key"))
         at_once = not problem.label_smoothing and number in queries - keys
         if problem.fold is not None and problem.fold.distance in ("euclidean", "squared"):
             at_once = False  # the lengths of both sides add a multiple of each row
-        self.kept = fresh(self.like, self.shape, self.dtype) if at_once else None
+        self.kept = (fresh(self.like, self.shape, self.dtype) if self.into is None else self.into) if at_once else None
         self.total: Tensor | None = None  # over all chunks
         self.product: Tensor | None = None  # of this chunk
 
@@ -700,7 +790,11 @@ class _Gradient:
     def end_chunk(self, chunk: slice, over_l: Tensor | None) -> None:
         if self.product is None:
             return
-        if self.kept is not None:
+        if self.into is not None:
+            part = torch.empty_like(self.product)
+            self.apply(self.product, over_l, chunk, part)
+            self.into[chunk] += part
+        elif self.kept is not None:
             self.apply(self.product, over_l, chunk, _part(self.kept, chunk))
         else:
             self.accumulator()[chunk] += self.product if over_l is None else self.product.mul_(over_l[:, None])

@@ -14,7 +14,8 @@ primitives that the driver in `sweep.py` calls. On one row chunk:
     grad_rows(strips, outs, rows, columns, entry, gain, smooth) -> q              writes dz * gain
     top_rows(strips)                                         -> largest logits, their columns
     similarities(strip, out)                                 writes them, for folds
-    guide_room(strip), guide_rows(strips, rule, room)        -> a block's StripMask.dropped each
+    guide_room(strip), guide_rows(strips, rule, room, own)   -> a block's StripMask.dropped each
+    guide_scores(strip, room) -> [R]                         what a guide's threshold is read out of
 
 Writers store `value * row_factor * col_factor`, multiplied before rounding; at the target 0, `grad_rows` its entry.
 What surrounds them, per row, with `rows.py` as its definition:

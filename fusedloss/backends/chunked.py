@@ -292,17 +292,16 @@ def guide_room(strip: Strip) -> tuple[int, int]:
     return strip.x.shape[0], strip.y.shape[0]
 
 
-def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor) -> list[Drops]:
+def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor, own: Tensor | None = None) -> list[Drops]:
     """What the guide says of each block of a chunk. `strips` hold its embeddings; `room` is for block 0.
 
     The threshold is read out of the product that the target stands in: a dot product beside it rounds otherwise, and
-    half the positives would lie above their own.
+    half the positives would lie above their own. own: `[R]`, what was read, where the target is in none of the blocks.
     """
-    first, target = strips[0], strips[0].target
-    assert target is not None
+    first = strips[0]
     stored = room[: first.x.shape[0], : first.y.shape[0]]
     similarities(first, stored)
-    threshold = guide_threshold(stored.gather(1, target.clamp(min=0)[:, None]), rule)
+    threshold = guide_threshold((_at_target(stored, first.target) if own is None else own)[:, None], rule)
     for tile in _tiles(first):
         stored[:, tile].gt_(threshold)
     buffer = _tile_buffer(strips) if len(strips) > 1 else threshold
@@ -311,6 +310,18 @@ def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor) -> list[Drops
         if id(strip.x) not in known:
             known[id(strip.x)] = _rows(strip)
     return [Drops(stored if s is first else None, s, known[id(s.x)], threshold, buffer) for s in strips]
+
+
+def guide_scores(strip: Strip, room: Tensor) -> Tensor:
+    """`[R]`, the guide's similarities of the rows' own targets, as `guide_rows` reads them."""
+    stored = room[: strip.x.shape[0], : strip.y.shape[0]]
+    similarities(strip, stored)
+    return _at_target(stored, strip.target)
+
+
+def _at_target(values: Tensor, target: Tensor | None) -> Tensor:
+    assert target is not None
+    return values.gather(1, target.clamp(min=0)[:, None])[:, 0]
 
 
 def _drops(drops: Drops, tile: slice) -> Tensor:

@@ -188,11 +188,9 @@ def guide_room(strip: Strip) -> tuple[int, int]:
     return 0, 0  # nothing is stored but bits
 
 
-def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor) -> list[Tensor]:
+def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor, own: Tensor | None = None) -> list[Tensor]:
     """What the guide drops of each block, one bit a column."""
-    own = strips[0].scale.new_empty(strips[0].x.shape[0])
-    _similarities(_masks().pick, strips[0], None, _masks().PickArgs(own), _config(strips[0], "guide"))
-    threshold = guide_threshold(own, rule)
+    threshold = guide_threshold(guide_scores(strips[0], room) if own is None else own, rule)
     dropped = []
     for strip in strips:
         words = _cdiv(strip.y.shape[0], 32)
@@ -201,6 +199,12 @@ def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor) -> list[Tenso
         _similarities(_masks().bits, strip, None, args, _config(strip, "guide"))
         dropped.append(bits)
     return dropped
+
+
+def guide_scores(strip: Strip, room: Tensor) -> Tensor:
+    own = strip.scale.new_empty(strip.x.shape[0])
+    _similarities(_masks().pick, strip, None, _masks().PickArgs(own), _config(strip, "guide"))
+    return own
 
 
 def _mode(name: str, strip: Strip, tally: Tally | None) -> str:

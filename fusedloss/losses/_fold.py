@@ -24,12 +24,25 @@ def fold_loss(
     target: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The weighted losses, or their sum; and what the fold counted, summed, where it counts."""
+    problem = fold_problem(operands, scale, weight, fold, cosine, workspace_bytes, target)
+    loss, counted = op.loss_rows_or_sum(problem, select(problem, backend), per_row=not summed)
+    return loss, counted[0].sum() if counted else None
+
+
+def fold_problem(
+    operands: Sequence[Tensor],
+    scale: Tensor,
+    weight: Tensor,
+    fold: Fold,
+    cosine: bool,
+    workspace_bytes: int | None,
+    target: Tensor | None = None,
+) -> Problem:
     if target is None:
         target = torch.full(weight.shape, -1, device=weight.device)
-    block = Block(0, len(operands) - 1)
-    problem = Problem(
+    return Problem(
         tuple(operands),
-        (block,),
+        (Block(0, len(operands) - 1),),
         scale,
         target,
         weight,
@@ -37,8 +50,6 @@ def fold_loss(
         workspace_bytes=workspace_bytes,
         fold=fold,
     )
-    loss, counted = op.loss_rows_or_sum(problem, select(problem, backend), per_row=not summed)
-    return loss, counted[0].sum() if counted else None
 
 
 def top(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import select
-from ..distributed import World, averaged, spread, world
+from ..distributed import World, loss_across, world
 from ..op import loss_rows_or_sum
-from ..problem import NO_MARGIN, Block, GuideRule, Margin, Problem, Ranks, stats_dtype
+from ..problem import NO_MARGIN, Block, GuideRule, Margin, Problem, stats_dtype
 
 
 class Stats(NamedTuple):
@@ -82,14 +82,6 @@ class Objective(NamedTuple):
             return loss / max(problem.rows, 1), counted
         return over(loss, problem.weight.sum()), counted
 
-    def across(self, ranks: World, what: str, adapt: Callable[[Problem, Ranks], Problem] | None = None) -> Tensor:
-        """This rank's rows against the columns of all ranks. adapt: given the first block's columns."""
-        each = self.reduction == "none"
-        problem, rows, columns = spread(self.problem, ranks.of_rows() if each else ranks, what)
-        problem = problem if adapt is None else adapt(problem, columns)
-        loss, _ = loss_rows_or_sum(problem, select(problem, self.backend), each)
-        return loss if each else averaged(loss, problem.weight.sum(), rows, self.reduction)
-
     def _stats(self, counted: list[Tensor]) -> Stats:
         problem = self.problem
         count, above, maximum, score = (t.detach() for t in counted[:4])
@@ -116,7 +108,10 @@ def mean_of(objectives: Sequence[Objective], ranks: World | None = None, what: s
     ranks: whose columns they are over. what: the loss and its options, the same on all ranks.
     """
     if ranks is not None:
-        losses = [one.across(ranks, f"{what} {number}") for number, one in enumerate(objectives)]
+        losses = [
+            loss_across(one.problem, one.backend, one.reduction, ranks, f"{what} {number}")
+            for number, one in enumerate(objectives)
+        ]
         return torch.stack(losses).mean(0)
     found = [one._reduced() for one in objectives]
     loss = torch.stack([loss for loss, _ in found]).mean(0) if len(found) > 1 else found[0][0]
@@ -135,10 +130,8 @@ def asked(group: Any, strategy: str, grad_scale: str) -> World | None:
     return None
 
 
-def reduced(loss: Tensor, counts: Tensor, reduction: str, ranks: Ranks | None = None) -> Tensor:
+def reduced(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
     """A sum as what was asked for; `counts` [M] is what each row counts in the mean."""
-    if ranks is not None and reduction != "none":
-        return averaged(loss, counts.sum(), ranks, reduction)
     return over(loss, counts.sum()) if reduction == "mean" else loss
 
 

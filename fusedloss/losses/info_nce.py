@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import checks, masks
-from ..distributed import World
-from ..problem import Block, Problem, Ranks, stats_dtype
+from ..distributed import World, loss_across
+from ..problem import Block, stats_dtype
 from ..rowwise.pairs import cosine, dot, of_pairs, scores
 from ._in_batch import (
     Loss,
@@ -179,21 +179,14 @@ def info_nce_objective(
 
 
 def _across(one: Objective, ranks: World, target: Tensor, ignore_index: int) -> Tensor:
-    """With targets among the keys of all ranks, in the order of the ranks: each rank sees its own keys first."""
+    """With targets among the keys of all ranks, in the order of the ranks."""
+    problem = one.problem
 
-    def adapt(problem: Problem, keys: Ranks) -> Problem:
-        columns, rows = sum(keys.sizes), one.problem.rows
-        checks.target("target", target, rows, columns, ignore_index, one.problem.operands[0])
-        index, weight = columns_and_weights(target, one.problem.weight, columns, ignore_index)
-        index = (index - keys.offset) % columns if columns else index
-        block = problem.blocks[0]
-        if block.bias is not None:
-            weight = weight.masked_fill(block.bias.detach()[index] == -torch.inf, 0)
-        if block.mask.skip is not None:
-            weight = weight.masked_fill(block.mask.skip == index, 0)
-        return replace(problem, target=index, weight=weight)
+    def index(columns: int) -> tuple[Tensor, Tensor]:
+        checks.target("target", target, problem.rows, columns, ignore_index, problem.operands[0])
+        return columns_and_weights(target, problem.weight, columns, ignore_index)
 
-    return one.across(ranks, "info_nce", adapt)
+    return loss_across(problem, one.backend, one.reduction, ranks, "info_nce, target", index)
 
 
 def _with_private(one: Objective, query: Tensor, negatives: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import checks, masks
-from ..distributed import everywhere, shared
+from ..distributed import loss_across
 from ..problem import Fold
-from ._fold import fold_loss
-from ._in_batch import as_scale, asked, autocast, distinct, reduced
+from ._fold import fold_loss, fold_problem
+from ._in_batch import as_scale, asked, autocast, distinct
 from ._module import LossModule
 
 
@@ -72,29 +72,28 @@ def siglip(
         checks.scalar("logit_bias", logit_bias, image_features, positive=False)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.count("workspace_bytes", workspace_bytes)
-    ranks, rows = asked(group, strategy, grad_scale), None
+    ranks = asked(group, strategy, grad_scale)
     if ranks is not None and isinstance(target, Tensor):
         raise ValueError("target is a tensor with group=: needs None, or masks.same_id across ranks")
     labels, column = _positives(target, M, N, image_features)
+    operands = autocast(*distinct(image_features, text_features)[0])
     scale, _ = as_scale(logit_scale, image_features, inverse=False)
     bias, _ = as_scale(0.0 if logit_bias is None else logit_bias, image_features, inverse=False)
-    image, text = autocast(image_features, text_features)
-    text = image if text_features is image_features else text
-    if ranks is not None:
-        image, text, scale, bias, (rows, texts) = shared(ranks, reduction, "siglip", image, text, scale, bias)
-        text = everywhere(text, texts)
-        labels = None if labels is None else (labels[0], everywhere(labels[1], texts))
     weight = torch.ones(M, dtype=scale.dtype, device=scale.device)
+    if ranks is not None:
+        if labels is None:  # each pair has a number of its own on all ranks
+            first = ranks.rank << 40
+            labels = masks.itself(M, image_features) + first, masks.itself(N, image_features) + first
+        fold = Fold("sigmoid", labels=labels, scalars=(bias,))
+        problem = fold_problem(operands, scale, weight, fold, normalize, workspace_bytes)
+        return loss_across(problem, backend, reduction, ranks, "siglip")
     if column is not None:
         # Where values are not read back, a target outside is a NaN loss.
         outside = (column < 0) | (column >= N)
         weight, column = weight.masked_fill(outside, torch.nan), column.masked_fill(outside, 0)
     fold = Fold("sigmoid", labels=labels, scalars=(bias,))
     summed = reduction != "none"
-    operands, _ = distinct(image, text)
     loss, _ = fold_loss(operands, scale, weight, fold, normalize, summed, backend, workspace_bytes, target=column)
-    if rows is not None:
-        return reduced(loss, torch.ones_like(weight), reduction, rows)
     return loss / max(M, 1) if reduction == "mean" else loss
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..distributed import everywhere, shared
+from ..distributed import World, agreed, averaged, everywhere, loss_across, scaled, summed_across
 from ..masks import itself
 from ..problem import Block, Fold, Mask, stats_dtype, unit_rows
-from ._fold import fold_loss
-from ._in_batch import as_scale, asked, autocast, distinct, objective, reduced
+from ._fold import fold_loss, fold_problem
+from ._in_batch import Objective, as_scale, asked, autocast, objective, over, reduced
 from ._module import LossModule
 
 FORMS = ("out", "in")
@@ -73,24 +73,38 @@ def sup_con(
     checks.count("workspace_bytes", workspace_bytes)
     scale, scale_bound = as_scale(temperature, embeddings, inverse=True)
     (x,) = autocast(embeddings)
-    ranks, rows = asked(group, strategy, grad_scale), None
-    y, columns = x, labels
+    ranks = asked(group, strategy, grad_scale)
     if ranks is not None:
-        x, scale, (rows,) = shared(ranks, reduction, f"sup_con {form}", x, scale)
-        y, columns = everywhere(x, rows), everywhere(labels, rows)
-    operands, (query, key) = distinct(x, y)
-    classes = groups(columns)
-    size = torch.zeros_like(classes).index_add_(0, classes, torch.ones_like(classes))[classes][: len(x)]
+        return _across(ranks, x, labels, scale, scale_bound, form, reduction, backend, workspace_bytes)
+    classes = groups(labels)
+    size = torch.zeros_like(classes).index_add_(0, classes, torch.ones_like(classes))[classes]
     counts = (size > 1).to(scale.dtype)
     if form == "in":
-        fold = Fold("sup_con_in", labels=(labels, columns), itself=True)
-        loss, _ = fold_loss(operands, scale, counts, fold, True, reduction != "none", backend, workspace_bytes)
-        return reduced(loss, counts, reduction, rows)
+        fold = Fold("sup_con_in", labels=(labels, labels), itself=True)
+        rows, _ = fold_loss([x], scale, counts, fold, True, reduction != "none", backend, workspace_bytes)
+        return reduced(rows, counts, reduction)
     share = counts / (size - 1).clamp(min=1)
-    lse = objective(
-        operands,
-        [Block(query, key, mask=Mask(skip=itself(len(x), x)))],
-        torch.full_like(labels, -1),
+    one = _log_sum_exp(x, counts, scale, scale_bound, reduction, backend, workspace_bytes)
+    lse = one.result()
+    assert isinstance(lse, Tensor)
+    positive = scale * share * _others(x, classes)
+    return reduced(lse - (positive if reduction == "none" else positive.sum()), counts, reduction)
+
+
+def _log_sum_exp(
+    x: Tensor,
+    counts: Tensor,
+    scale: Tensor,
+    scale_bound: float | None,
+    reduction: str,
+    backend: str,
+    workspace_bytes: int | None,
+) -> Objective:
+    """Of each row that counts, over all others."""
+    return objective(
+        [x],
+        [Block(0, 0, mask=Mask(skip=itself(len(x), x)))],
+        torch.full((len(x),), -1, device=x.device),
         scale,
         scale_bound=scale_bound,
         weight=counts,
@@ -99,10 +113,53 @@ def sup_con(
         reduction="none" if reduction == "none" else "sum",
         backend=backend,
         workspace_bytes=workspace_bytes,
-    ).result()
-    assert isinstance(lse, Tensor)
-    positive = scale * share * _others(x, y, classes)
-    return reduced(lse - (positive if reduction == "none" else positive.sum()), counts, reduction, rows)
+    )
+
+
+def _across(
+    around: World,
+    x: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    scale_bound: float | None,
+    form: str,
+    reduction: str,
+    backend: str,
+    workspace_bytes: int | None,
+) -> Tensor:
+    """Positives are the rows of all ranks that have the label. Labels are gathered, 8 bytes each, also for a ring."""
+    (rows,) = agreed(around, f"sup_con {form}", x)
+    columns = everywhere(labels, rows)
+    classes = groups(columns)
+    size = torch.zeros_like(classes).index_add_(0, classes, torch.ones_like(classes))[classes][: len(x)]
+    counts = (size > 1).to(scale.dtype)
+    if form == "in":
+        if around.strategy == "ring":
+            raise ValueError("form='in' with strategy='ring': its two sums are one pass over whole rows; take 'gather'")
+        fold = Fold("sup_con_in", labels=(labels, labels), itself=True)
+        problem = fold_problem([x], scale, counts, fold, True, workspace_bytes)
+        return loss_across(problem, backend, reduction, around, "sup_con in")
+    one = _log_sum_exp(x, counts, scale, scale_bound, reduction, backend, workspace_bytes)
+    lse = loss_across(one.problem, one.backend, one.reduction, around, "sup_con out")
+    by_rows, by_parameters = (around.of_rows() if reduction == "none" else around).factors
+    weight = scaled(scale, by_parameters) * counts / (size - 1).clamp(min=1)
+    with torch.autocast(x.device.type, enabled=False):
+        u = unit_rows(scaled(x, by_rows).to(stats_dtype(x.dtype)))
+        same = summed_across(_same_label, u, (labels,), rows, around.strategy) - u.square().sum(1)
+    positive = weight * same
+    if reduction == "none":
+        return lse - positive
+    count = counts.sum()
+    loss = lse - averaged(positive.sum(), count, rows, "sum")
+    return over(loss, averaged(count, count, rows, "sum")) if reduction == "mean" else loss
+
+
+def _same_label(u: Tensor, v: Tensor, labels: Tensor, others: Tensor) -> Tensor:
+    """`<u_i, sum of the rows v_j of i's label>`, `[M]`, O((M + N) D)."""
+    classes = groups(torch.cat([labels, others]))
+    mine, theirs = classes[: len(labels)], classes[len(labels) :]
+    sums = v.new_zeros(len(classes), v.shape[1]).index_add(0, theirs, v)
+    return (u * sums[mine]).sum(1)
 
 
 def groups(labels: Tensor) -> Tensor:
@@ -113,13 +170,12 @@ def groups(labels: Tensor) -> Tensor:
     return torch.empty_like(labels).scatter_(0, order, changes.cumsum(0))
 
 
-def _others(x: Tensor, y: Tensor, group: Tensor) -> Tensor:
-    """`<u_i, sum of the other unit rows of i's group>`, O(N D); x: the first rows of y."""
+def _others(x: Tensor, group: Tensor) -> Tensor:
+    """`<u_i, sum of the other unit rows of i's group>`, O(N D)."""
     with torch.autocast(x.device.type, enabled=False):
         u = unit_rows(x.to(stats_dtype(x.dtype)))
-        v = u if y is x else unit_rows(y.to(stats_dtype(y.dtype)))
-        sums = torch.zeros_like(v).index_add(0, group, v)
-        return (u * (sums[group[: len(u)]] - u)).sum(1)
+        sums = torch.zeros_like(u).index_add(0, group, u)
+        return (u * (sums[group] - u)).sum(1)
 
 
 class SupConLoss(LossModule, function=sup_con):
