@@ -26,7 +26,7 @@ from torch import Tensor
 from . import checks, op, ring
 from .backends import UnsupportedError, select
 from .collectives import gather, scatter, total
-from .problem import Block, Compare, Guide, Problem, Ranks
+from .problem import Block, Compare, Guide, Problem, Ranks, stats_dtype
 from .ring import Shards
 
 STRATEGIES = ("gather", "ring")
@@ -134,7 +134,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        return scatter(upstream, ctx.ranks), None
+        # 16-bit gradients are summed in fp32: a sum in 16 bits would round once for every rank.
+        return scatter(upstream.to(stats_dtype(upstream.dtype)), ctx.ranks).to(upstream.dtype), None
 
 
 class _Scaled(torch.autograd.Function):

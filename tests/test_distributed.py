@@ -223,6 +223,46 @@ def test_the_scales_of_libraries(tmp_path):
         close(average, factor[by_parameters] * right["temperature"], library)
 
 
+# 16 bits --------------------------------------------------------------------------------------------------------------
+
+NARROW = {"info_nce": CASES["info_nce, normalized, sum"], "clip": CASES["clip, a number, sum"]}
+
+
+def narrow(rank, size, folder):
+    torch.set_num_threads(1)
+    options = {"rank": rank, "world_size": size, "timeout": datetime.timedelta(seconds=30)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", **options)
+    outcome = {}
+    for name, loss in NARROW.items():
+        for dtype in (torch.bfloat16, torch.float16):
+            for strategy in ("gather", "ring"):
+                batch = Batch(40, dtype, slice(20 * rank, 20 * rank + 20))
+                value = loss(batch, group=dist.group.WORLD, strategy=strategy, grad_scale="sum")
+                outcome[name, dtype, strategy] = batch.results(value)
+    Path(folder, f"{rank}.pkl").write_bytes(pickle.dumps(outcome))
+    dist.destroy_process_group()
+
+
+def test_16_bits_are_as_exact_as_on_one_process(tmp_path):
+    """Columns travel in 16 bits, the sums of their gradients in float32; in a gather each rank rounds its part."""
+    torch.multiprocessing.start_processes(narrow, (2, str(tmp_path)), nprocs=2, start_method="fork")
+    found = [pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()) for rank in range(2)]
+    for name, dtype, strategy in found[0]:
+        exact, whole = Batch(40, torch.float64), Batch(40, dtype)
+        for leaf in "xy":
+            exact.leaves[leaf] = whole.leaves[leaf].detach().double().requires_grad_()
+        _, right = exact.results(NARROW[name](exact))
+        value, alone = whole.results(NARROW[name](whole))
+        for one in found:
+            assert one[name, dtype, strategy][0].dtype == torch.float32
+            torch.testing.assert_close(one[name, dtype, strategy][0], value, rtol=1e-5, atol=0)
+        for leaf in "xy":
+            together = torch.cat([one[name, dtype, strategy][1][leaf] for one in found])
+            assert together.dtype == dtype
+            errors = [(g.double() - right[leaf]).norm() for g in (together, alone[leaf])]
+            assert errors[0] <= 1.5 * errors[1], (name, dtype, strategy, leaf, errors)
+
+
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
