@@ -260,7 +260,9 @@ def test_16_bits_are_as_exact_as_on_one_process(tmp_path):
             together = torch.cat([one[name, dtype, strategy][1][leaf] for one in found])
             assert together.dtype == dtype
             errors = [(g.double() - right[leaf]).norm() for g in (together, alone[leaf])]
-            assert errors[0] <= 1.5 * errors[1], (name, dtype, strategy, leaf, errors)
+            # A gather rounds each rank's part and then their sum: twice the variance of one rounding, and more where
+            # parts cancel.
+            assert errors[0] <= (2 if strategy == "gather" else 1.2) * errors[1], (name, dtype, strategy, leaf, errors)
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
