@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import checks
 from .collectives import gather, scatter, total
@@ -72,6 +73,8 @@ def world(group: dist.ProcessGroup, strategy: str, grad_scale: str) -> World:
     checks.choice("strategy", strategy, STRATEGIES)
     checks.choice("grad_scale", grad_scale, GRAD_SCALES)
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        if group is getattr(getattr(dist, "GroupMember", None), "NON_GROUP_MEMBER", ()):
+            raise ValueError("group is what new_group gives a rank that is not in it: pass a group of this rank's own")
         raise TypeError(
             f"group is a {type(group).__name__}: needs a ProcessGroup, such as torch.distributed.group.WORLD after "
             "init_process_group"
@@ -87,35 +90,45 @@ def agreed(around: World, what: str, *tensors: Tensor) -> list[Ranks]:
 
     what: the loss and its options, which must be the same everywhere.
     """
-    head = [zlib.crc32(what.encode()), len(tensors), around.size]
-    about = [
-        (x.shape[1] if x.dim() > 1 else 0, checks.FLOATING.index(x.dtype) if x.is_floating_point() else -1)
-        for x in tensors
-    ]
-    facts = torch.tensor([*head, *(n for pair in about for n in pair), *(len(x) for x in tensors)])
-    # Ranks with another number of tensors must not hang: a fixed width.
-    row = facts.new_full((WIDTH,), -2)
-    row[: min(len(facts), WIDTH)] = facts[:WIDTH]
-    device = tensors[0].device
-    rows = [torch.empty_like(row, device=device) for _ in range(around.size)]
-    dist.all_gather(rows, row.to(device), group=around.group)
-    found = torch.stack(rows).tolist()
-    shapes = len(head) + 2 * len(tensors)
-    if any(other[:shapes] != found[0][:shapes] for other in found):
-        told = "; ".join(f"rank {rank}: {_told(other)}" for rank, other in enumerate(found))
-        raise ValueError(f"the ranks of group do not call the same loss with alike tensors: {told} (here {what})")
-    sizes = list(zip(*(other[shapes : shapes + len(tensors)] for other in found), strict=True))
-    return [Ranks(around.group.group_name, around.rank, tuple(counts)) for counts in sizes]
+    grad = torch.is_grad_enabled()
+    kinds = (
+        f"[rows, {x.shape[1]}] {x.dtype} {'with' if grad and x.requires_grad else 'without'} grad" for x in tensors
+    )
+    facts = [what, f"grad_scale {around.grad_scale}", f"{len(tensors)} matrices"]
+    facts += [f"matrix {number} {kind}" for number, kind in enumerate(kinds)]
+    said, counts = "\n".join(facts).encode(), [len(x) for x in tensors]
+    # Of a width that does not depend on what is asked: ranks that do not ask the same must not hang.
+    rows = _exchanged(around, [zlib.crc32(said), len(said), *counts[:WIDTH]], WIDTH + 2, tensors[0].device)
+    if len({row[0] for row in rows}) > 1:
+        longest = max(row[1] for row in rows)
+        texts = _exchanged(around, list(said), longest, tensors[0].device)
+        heard = [bytes(text[: row[1]]).decode().split("\n") for text, row in zip(texts, rows, strict=True)]
+        raise ValueError(f"the ranks of group do not call the same loss with alike tensors: {_differences(heard)}")
+    found = [row[2:] for row in rows]
+    if len(tensors) > WIDTH:
+        found = _exchanged(around, counts, len(tensors), tensors[0].device)
+    sizes = list(zip(*(row[: len(tensors)] for row in found), strict=True))
+    return [Ranks(around.group.group_name, around.rank, tuple(column)) for column in sizes]
 
 
-WIDTH = 64
+WIDTH = 16
 
 
-def _told(facts: list[int]) -> str:
-    count = facts[1]
-    pairs = zip(facts[3 : 3 + 2 * count : 2], facts[4 : 4 + 2 * count : 2], strict=False)
-    kinds = [f"D = {d}, {checks.FLOATING[kind]}" for d, kind in pairs]
-    return f"{count} matrices ({'; '.join(kinds)}), call {facts[0]:08x}"
+def _exchanged(around: World, numbers: Sequence[int], width: int, device: torch.device) -> list[list[int]]:
+    """What each rank says, filled up to `width`."""
+    row = torch.tensor([*numbers, *[-1] * (width - len(numbers))], device=device)
+    rows = [torch.empty_like(row) for _ in range(around.size)]
+    dist.all_gather(rows, row, group=around.group)
+    return torch.stack(rows).tolist()
+
+
+def _differences(heard: Sequence[Sequence[str]]) -> str:
+    """What each rank says that not all of them say."""
+    common = set(heard[0]).intersection(*heard[1:])
+    return "; ".join(
+        f"rank {rank}: {', '.join(fact for fact in facts if fact not in common) or 'none of these'}"
+        for rank, facts in enumerate(heard)
+    )
 
 
 # Gradients across ranks -----------------------------------------------------------------------------------------------
@@ -130,6 +143,7 @@ class _Gather(torch.autograd.Function):
         return gather(x, ranks)
 
     @staticmethod
+    @once_differentiable  # a collective is no part of a graph: second derivatives would lack the other ranks' share
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         return scatter(upstream, ctx.ranks), None
 
@@ -175,6 +189,8 @@ def everywhere(x: Tensor, ranks: Ranks) -> Tensor:
 def shared(around: World, reduction: str, what: str, *tensors: Tensor) -> tuple[Any, ...]:
     """A loss's matrices and 0-dim parameters, their gradients scaled; last, how many rows of each matrix ranks have."""
     around = around.of_rows() if reduction == "none" else around
+    learnt = [number for number, x in enumerate(tensors) if x.dim() == 0 and x.requires_grad]
+    what = f"{what}, reduction {reduction}, learnable {learnt}"
     sizes = agreed(around, what, *(x for x in tensors if x.dim() == 2))
     by_rows, by_parameters = around.factors
     return *(scaled(x, by_rows if x.dim() == 2 else by_parameters) for x in tensors), sizes
@@ -202,7 +218,7 @@ def spread(problem: Problem, around: World, what: str) -> tuple[Problem, Ranks, 
     for name, given in refused.items():
         if given:
             raise ValueError(f"{name} with group=: it has no form across ranks; leave one of them out")
-    ranks = agreed(around, what, *problem.operands)
+    ranks = agreed(around, f"{what}\n{_form(problem)}", *problem.operands)
     by_rows, by_parameters = around.factors
     operands = [scaled(x, by_rows) for x in problem.operands]
     keys = sorted({block.key for block in problem.blocks})
@@ -237,6 +253,29 @@ def spread(problem: Problem, around: World, what: str) -> tuple[Problem, Ranks, 
         ranks=rows if problem.symmetric else None,
     )
     return found, rows, ranks[problem.blocks[0].key]
+
+
+def _form(problem: Problem) -> str:
+    """All that is not a matrix, a line each: what ranks must have in common."""
+    learnt = torch.is_grad_enabled() and problem.scale.requires_grad
+    scale = (
+        problem.scale_bound if problem.scale_bound is not None else f"a tensor {'with' if learnt else 'without'} grad"
+    )
+    lines = [f"normalize {problem.cosine}", f"both ways {problem.symmetric}", f"scale {scale}"]
+    for number, block in enumerate(problem.blocks):
+        mask, bias = block.mask, block.bias
+        guide = None if mask.guide is None else f"[rows, {mask.guide.key.shape[1]}] {mask.guide.key.dtype}"
+        about = {
+            "hardness": (block.penalty, block.own_penalty),
+            "bias": None if bias is None else (bias.dtype, torch.is_grad_enabled() and bias.requires_grad),
+            "ids": [("one of" if c.keep else "none of") for c in mask.compare],
+            "margin": mask.margin,
+            "guide": guide if guide is None else f"{guide} {tuple(problem.guide_rule)}",
+            "own column": mask.skip is None,
+        }
+        lines += [f"block {number} of matrices {block.query} and {block.key}"]
+        lines += [f"block {number} {name} {fact}" for name, fact in about.items()]
+    return "\n".join(lines)
 
 
 def _together(matrices: Sequence[Tensor], ranks: Sequence[Ranks]) -> list[Tensor]:

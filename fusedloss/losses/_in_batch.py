@@ -85,6 +85,7 @@ class Objective(NamedTuple):
     def across(self, ranks: World, what: str, adapt: Callable[[Problem, Ranks], Problem] | None = None) -> Tensor:
         """This rank's rows against the columns of all ranks. adapt: given the first block's columns."""
         each = self.reduction == "none"
+        what = f"{what}, reduction {self.reduction}"
         problem, rows, columns = spread(self.problem, ranks.of_rows() if each else ranks, what)
         problem = problem if adapt is None else adapt(problem, columns)
         loss, _ = loss_rows_or_sum(problem, select(problem, self.backend), each)
@@ -116,7 +117,7 @@ def mean_of(objectives: Sequence[Objective], ranks: World | None = None, what: s
     ranks: whose columns they are over. what: the loss and its options, the same on all ranks.
     """
     if ranks is not None:
-        losses = [one.across(ranks, f"{what} {number}") for number, one in enumerate(objectives)]
+        losses = [one.across(ranks, f"{what} {number}" if number else what) for number, one in enumerate(objectives)]
         return torch.stack(losses).mean(0)
     found = [one._reduced() for one in objectives]
     loss = torch.stack([loss for loss, _ in found]).mean(0) if len(found) > 1 else found[0][0]

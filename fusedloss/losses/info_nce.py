@@ -193,7 +193,7 @@ def _across(one: Objective, ranks: World, target: Tensor, ignore_index: int) -> 
             weight = weight.masked_fill(block.mask.skip == index, 0)
         return replace(problem, target=index, weight=weight)
 
-    return one.across(ranks, "info_nce", adapt)
+    return one.across(ranks, "info_nce with target", adapt)
 
 
 def _with_private(one: Objective, query: Tensor, negatives: Tensor) -> Tensor:

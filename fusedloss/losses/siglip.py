@@ -76,12 +76,13 @@ def siglip(
     if ranks is not None and isinstance(target, Tensor):
         raise ValueError("target is a tensor with group=: needs None, or masks.same_id across ranks")
     labels, column = _positives(target, M, N, image_features)
-    scale, _ = as_scale(logit_scale, image_features, inverse=False)
-    bias, _ = as_scale(0.0 if logit_bias is None else logit_bias, image_features, inverse=False)
+    scale, written = as_scale(logit_scale, image_features, inverse=False)
+    bias, written_bias = as_scale(0.0 if logit_bias is None else logit_bias, image_features, inverse=False)
     image, text = autocast(image_features, text_features)
     text = image if text_features is image_features else text
     if ranks is not None:
-        image, text, scale, bias, (rows, texts) = shared(ranks, reduction, "siglip", image, text, scale, bias)
+        what = f"siglip{' with ids' if labels else ''}, normalize {normalize}, scale {written}, bias {written_bias}"
+        image, text, scale, bias, (rows, texts) = shared(ranks, reduction, what, image, text, scale, bias)
         text = everywhere(text, texts)
         labels = None if labels is None else (labels[0], everywhere(labels[1], texts))
     weight = torch.ones(M, dtype=scale.dtype, device=scale.device)

@@ -76,7 +76,7 @@ def sup_con(
     ranks, rows = asked(group, strategy, grad_scale), None
     y, columns = x, labels
     if ranks is not None:
-        x, scale, (rows,) = shared(ranks, reduction, f"sup_con {form}", x, scale)
+        x, scale, (rows,) = shared(ranks, reduction, f"sup_con {form}, scale {scale_bound}", x, scale)
         y, columns = everywhere(x, rows), everywhere(labels, rows)
     operands, (query, key) = distinct(x, y)
     classes = groups(columns)
