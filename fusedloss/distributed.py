@@ -90,10 +90,7 @@ def agreed(around: World, what: str, *tensors: Tensor) -> list[Ranks]:
 
     what: the loss and its options, which must be the same everywhere.
     """
-    grad = torch.is_grad_enabled()
-    kinds = (
-        f"[rows, {x.shape[1]}] {x.dtype} {'with' if grad and x.requires_grad else 'without'} grad" for x in tensors
-    )
+    kinds = (f"[rows, {x.shape[1]}] {x.dtype} {_grad(x)}" for x in tensors)
     facts = [what, f"grad_scale {around.grad_scale}", f"{len(tensors)} matrices"]
     facts += [f"matrix {number} {kind}" for number, kind in enumerate(kinds)]
     said, counts = "\n".join(facts).encode(), [len(x) for x in tensors]
@@ -189,8 +186,7 @@ def everywhere(x: Tensor, ranks: Ranks) -> Tensor:
 def shared(around: World, reduction: str, what: str, *tensors: Tensor) -> tuple[Any, ...]:
     """A loss's matrices and 0-dim parameters, their gradients scaled; last, how many rows of each matrix ranks have."""
     around = around.of_rows() if reduction == "none" else around
-    learnt = [number for number, x in enumerate(tensors) if x.dim() == 0 and x.requires_grad]
-    what = f"{what}, reduction {reduction}, learnable {learnt}"
+    what = f"{what}, reduction {reduction}, parameters {', '.join(_grad(x) for x in tensors if x.dim() == 0)}"
     sizes = agreed(around, what, *(x for x in tensors if x.dim() == 2))
     by_rows, by_parameters = around.factors
     return *(scaled(x, by_rows if x.dim() == 2 else by_parameters) for x in tensors), sizes
@@ -256,26 +252,28 @@ def spread(problem: Problem, around: World, what: str) -> tuple[Problem, Ranks, 
 
 
 def _form(problem: Problem) -> str:
-    """All that is not a matrix, a line each: what ranks must have in common."""
-    learnt = torch.is_grad_enabled() and problem.scale.requires_grad
-    scale = (
-        problem.scale_bound if problem.scale_bound is not None else f"a tensor {'with' if learnt else 'without'} grad"
-    )
+    """What ranks must have in common beside their matrices, a line each."""
+    scale = f"a tensor {_grad(problem.scale)}" if problem.scale_bound is None else problem.scale_bound
     lines = [f"normalize {problem.cosine}", f"both ways {problem.symmetric}", f"scale {scale}"]
     for number, block in enumerate(problem.blocks):
-        mask, bias = block.mask, block.bias
-        guide = None if mask.guide is None else f"[rows, {mask.guide.key.shape[1]}] {mask.guide.key.dtype}"
+        mask, bias, rule = block.mask, block.bias, problem.guide_rule
+        guide = mask.guide and f"[rows, {mask.guide.key.shape[1]}] {mask.guide.key.dtype}, margin {rule.margin}"
         about = {
+            "columns": f"of matrix {block.key} for rows of matrix {block.query}",
             "hardness": (block.penalty, block.own_penalty),
-            "bias": None if bias is None else (bias.dtype, torch.is_grad_enabled() and bias.requires_grad),
-            "ids": [("one of" if c.keep else "none of") for c in mask.compare],
+            "bias": bias if bias is None else f"{bias.dtype} {_grad(bias)}",
+            "ids": ", ".join("agree" if compare.keep else "differ" for compare in mask.compare) or "none",
             "margin": mask.margin,
-            "guide": guide if guide is None else f"{guide} {tuple(problem.guide_rule)}",
-            "own column": mask.skip is None,
+            "guide": f"{guide}{' relative' if rule.relative else ''}" if guide else None,
+            "leaves out": "nothing" if mask.skip is None else "a column",
         }
-        lines += [f"block {number} of matrices {block.query} and {block.key}"]
         lines += [f"block {number} {name} {fact}" for name, fact in about.items()]
     return "\n".join(lines)
+
+
+def _grad(x: Tensor) -> str:
+    """Backward passes have collectives, too: ranks must agree on who has one."""
+    return "with grad" if torch.is_grad_enabled() and x.requires_grad else "without grad"
 
 
 def _together(matrices: Sequence[Tensor], ranks: Sequence[Ranks]) -> list[Tensor]:

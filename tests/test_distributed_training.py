@@ -207,7 +207,7 @@ def on_a_rank(rank, folder):
         "accumulated, no wrapper": lambda: trained("clip", "none", "SGD", world, [*EVEN, *STEPS], micro=2),
         "checkpointed": lambda: trained("ranking", "ddp", "Adam", world, checkpointed=True),
         "sliced": lambda: zero_rows_by_slicing("info_nce", world),
-        "compiled": lambda: compiled("info_nce", pair),
+        "compiled": lambda: compiled("info_nce", pair) if rank in PAIRS[0] else [],
         **{("pair", w): lambda w=w: trained("clip", w, "SGD", pair, OF_A_PAIR, first=rank % 2) for w in WRAPPERS},
         **{
             ("alone", name): lambda name=name: trained(name, "ddp", "SGD", alone, [(5,), (2,)], first=rank)
@@ -230,8 +230,8 @@ def on_a_rank(rank, folder):
 def outcomes(tmp_path_factory):
     """What each rank found."""
     folder = str(tmp_path_factory.mktemp("ranks"))
-    import torch._dynamo  # noqa: F401  # once, before the fork
-    import torch.distributed.fsdp  # noqa: F401
+    import torch._dynamo  # once, before the fork
+    import torch.distributed.fsdp
 
     torch.multiprocessing.start_processes(on_a_rank, (folder,), nprocs=RANKS, start_method="fork")
     return [pickle.loads(Path(folder, f"{rank}.pkl").read_bytes()) for rank in range(RANKS)]
@@ -307,10 +307,9 @@ def test_a_compiled_loss(outcomes):
         scale = torch.tensor([1.5], dtype=torch.float64, requires_grad=True)
         loss = LOSSES["info_nce"](embeddings, scale, None, guides, ids)
         loss.backward()
-        for pair in PAIRS:
-            ours = [found[rank][step] for rank in pair]
-            near = {"rtol": 1e-12, "atol": 1e-14}
-            torch.testing.assert_close([one[0] for one in ours], [loss.item()] * 2, **near)
-            torch.testing.assert_close(sum(one[2] for one in ours), scale.grad, **near)
-            for side, x in enumerate(embeddings):
-                torch.testing.assert_close(torch.cat([one[1][side] for one in ours]), x.grad, **near)
+        ours = [found[rank][step] for rank in PAIRS[0]]
+        near = {"rtol": 1e-12, "atol": 1e-14}
+        torch.testing.assert_close([one[0] for one in ours], [loss.item()] * 2, **near)
+        torch.testing.assert_close(sum(one[2] for one in ours), scale.grad, **near)
+        for side, x in enumerate(embeddings):
+            torch.testing.assert_close(torch.cat([one[1][side] for one in ours]), x.grad, **near)

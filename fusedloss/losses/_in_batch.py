@@ -117,7 +117,9 @@ def mean_of(objectives: Sequence[Objective], ranks: World | None = None, what: s
     ranks: whose columns they are over. what: the loss and its options, the same on all ranks.
     """
     if ranks is not None:
-        losses = [one.across(ranks, f"{what} {number}" if number else what) for number, one in enumerate(objectives)]
+        losses = [
+            one.across(ranks, f"{what}, part {number}" if number else what) for number, one in enumerate(objectives)
+        ]
         return torch.stack(losses).mean(0)
     found = [one._reduced() for one in objectives]
     loss = torch.stack([loss for loss, _ in found]).mean(0) if len(found) > 1 else found[0][0]
