@@ -4,7 +4,7 @@
 
 The columns of all ranks are gathered, each rank computes its own rows against them, and the gradients by the columns
 go back to whose they are, summed: one collective each way, of embeddings; logits never travel. Every rank gets the mean
-over all rows.
+over all rows. Before init_process_group WORLD is None, which asks for the loss of this process alone.
 
 Gradients are those of one process with the whole batch: `grad_scale="sum"` gives each rank its share, whose sum over
 ranks is the gradient of every parameter; `"ddp"` gives world-size times that, because DistributedDataParallel and FSDP
@@ -88,11 +88,12 @@ def world(group: dist.ProcessGroup, strategy: str, grad_scale: str) -> World:
 def agreed(around: World, what: str, *tensors: Tensor) -> list[Ranks]:
     """How many rows of each tensor every rank has; raises on every rank alike where the rest of them differs.
 
-    what: the loss and its options, which must be the same everywhere.
+    what: the loss and its options, which must be the same everywhere, a line each.
     """
     kinds = (f"[rows, {x.shape[1]}] {x.dtype} {_grad(x)}" for x in tensors)
-    facts = [what, f"grad_scale {around.grad_scale}", f"{len(tensors)} matrices"]
-    facts += [f"matrix {number} {kind}" for number, kind in enumerate(kinds)]
+    matrices = [f"matrix {number} {kind}" for number, kind in enumerate(kinds)]
+    loss, *more = what.split("\n")
+    facts = [loss, f"grad_scale {around.grad_scale}", f"{len(tensors)} matrices", *matrices, *more]
     said, counts = "\n".join(facts).encode(), [len(x) for x in tensors]
     # Of a width that does not depend on what is asked: ranks that do not ask the same must not hang.
     rows = _exchanged(around, [zlib.crc32(said), len(said), *counts[:WIDTH]], WIDTH + 2, tensors[0].device)
@@ -123,7 +124,7 @@ def _differences(heard: Sequence[Sequence[str]]) -> str:
     """What each rank says that not all of them say."""
     common = set(heard[0]).intersection(*heard[1:])
     return "; ".join(
-        f"rank {rank}: {', '.join(fact for fact in facts if fact not in common) or 'none of these'}"
+        f"rank {rank}: {', '.join(fact for fact in facts if fact not in common) or 'nothing more'}"
         for rank, facts in enumerate(heard)
     )
 
@@ -214,7 +215,7 @@ def spread(problem: Problem, around: World, what: str) -> tuple[Problem, Ranks, 
     for name, given in refused.items():
         if given:
             raise ValueError(f"{name} with group=: it has no form across ranks; leave one of them out")
-    ranks = agreed(around, f"{what}\n{_form(problem)}", *problem.operands)
+    ranks = agreed(around, "\n".join([what, *_form(problem)]), *problem.operands)
     by_rows, by_parameters = around.factors
     operands = [scaled(x, by_rows) for x in problem.operands]
     keys = sorted({block.key for block in problem.blocks})
@@ -251,24 +252,26 @@ def spread(problem: Problem, around: World, what: str) -> tuple[Problem, Ranks, 
     return found, rows, ranks[problem.blocks[0].key]
 
 
-def _form(problem: Problem) -> str:
+def _form(problem: Problem) -> list[str]:
     """What ranks must have in common beside their matrices, a line each."""
-    scale = f"a tensor {_grad(problem.scale)}" if problem.scale_bound is None else problem.scale_bound
+    scale = f"a tensor {_grad(problem.scale)}" if problem.scale_bound is None else f"up to {problem.scale_bound}"
     lines = [f"normalize {problem.cosine}", f"both ways {problem.symmetric}", f"scale {scale}"]
     for number, block in enumerate(problem.blocks):
         mask, bias, rule = block.mask, block.bias, problem.guide_rule
-        guide = mask.guide and f"[rows, {mask.guide.key.shape[1]}] {mask.guide.key.dtype}, margin {rule.margin}"
-        about = {
+        about: dict[str, object] = {
             "columns": f"of matrix {block.key} for rows of matrix {block.query}",
-            "hardness": (block.penalty, block.own_penalty),
+            "hardness": block.penalty,
+            "hardness of the own": block.own_penalty,
             "bias": bias if bias is None else f"{bias.dtype} {_grad(bias)}",
-            "ids": ", ".join("agree" if compare.keep else "differ" for compare in mask.compare) or "none",
-            "margin": mask.margin,
-            "guide": f"{guide}{' relative' if rule.relative else ''}" if guide else None,
-            "leaves out": "nothing" if mask.skip is None else "a column",
+            "ids": ", ".join("agree" if compare.keep else "differ" for compare in mask.compare),
+            "margin": None if mask.margin is None else str(mask.margin),
+            "leaves out": "a column" if mask.skip is not None else None,
         }
-        lines += [f"block {number} {name} {fact}" for name, fact in about.items()]
-    return "\n".join(lines)
+        if mask.guide is not None:
+            about["guide"] = f"[rows, {mask.guide.key.shape[1]}] {mask.guide.key.dtype}"
+            about["guide's margin"] = f"{rule.margin} {'relative' if rule.relative else 'absolute'}"
+        lines += [f"block {number} {name} {fact}" for name, fact in about.items() if fact]
+    return lines
 
 
 def _grad(x: Tensor) -> str:

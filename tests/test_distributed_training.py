@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import pickle
 from pathlib import Path
 
@@ -178,6 +179,27 @@ def compiled(name, group):
     return found
 
 
+def twice_backward(name, group):
+    """The second one computes its gradients again, across ranks."""
+    model, sizes = model_of(name), STEPS[2]
+    batch = batch_of(0, sum(sizes), rows_of(dist.get_rank(group), sizes))
+    loss = loss_of(name, model, batch, group=group, grad_scale="sum")
+    found = []
+    for last in (False, True):
+        loss.backward(retain_graph=not last)
+        summed(model, group)
+        found.append([x.grad for x in model.parameters()])
+        model.zero_grad()
+    return found
+
+
+def no_rows_anywhere(name, group):
+    model = model_of(name)
+    loss = loss_of(name, model, batch_of(0, 0), group=group)
+    loss.backward()
+    return loss.item(), [x.grad for x in model.parameters()]
+
+
 def zero_rows_by_slicing(name, group):
     """An encoder that takes no empty batch: one row that is cut off again, so that its graph is there."""
 
@@ -213,6 +235,8 @@ def on_a_rank(rank, folder):
             ("alone", name): lambda name=name: trained(name, "ddp", "SGD", alone, [(5,), (2,)], first=rank)
             for name in LOSSES
         },
+        **{("twice", name): lambda name=name: twice_backward(name, world) for name in LOSSES},
+        **{("empty", name): lambda name=name: no_rows_anywhere(name, world) for name in LOSSES},
         **{("evaluated", name): lambda name=name: evaluated(name, world) for name in LOSSES},
     }
     found = {}
@@ -230,8 +254,8 @@ def on_a_rank(rank, folder):
 def outcomes(tmp_path_factory):
     """What each rank found."""
     folder = str(tmp_path_factory.mktemp("ranks"))
-    import torch._dynamo  # once, before the fork
-    import torch.distributed.fsdp
+    for heavy in ("torch._dynamo", "torch.distributed.fsdp"):
+        importlib.import_module(heavy)  # once, before the fork
 
     torch.multiprocessing.start_processes(on_a_rank, (folder,), nprocs=RANKS, start_method="fork")
     return [pickle.loads(Path(folder, f"{rank}.pkl").read_bytes()) for rank in range(RANKS)]
@@ -285,6 +309,22 @@ def test_evaluation_has_the_value_of_the_whole_batch(outcomes, name):
         expected = loss_of(name, model_of(name), batch_of(0, sum(STEPS[2]))).item()
     for value, has_graph in of_case(outcomes, ("evaluated", name)):
         assert value == pytest.approx(expected, rel=1e-12) and not has_graph
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_second_backward(outcomes, name):
+    model = model_of(name)
+    loss_of(name, model, batch_of(0, sum(STEPS[2]))).backward()
+    for found in of_case(outcomes, ("twice", name)):
+        for gradients in found:
+            for ours, parameter in zip(gradients, model.parameters(), strict=True):
+                torch.testing.assert_close(ours, parameter.grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_rows_on_any_rank(outcomes, name):
+    for value, gradients in of_case(outcomes, ("empty", name)):
+        assert value == 0 and all(x is None or not x.any() for x in gradients)
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
