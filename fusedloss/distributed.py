@@ -4,7 +4,8 @@
 
 The columns of all ranks are gathered, each rank computes its own rows against them, and the gradients by the columns
 go back to whose they are, summed: one collective each way, of embeddings; logits never travel. Every rank gets the mean
-over all rows.
+over all rows. With strategy="ring" a rank holds one shard of the columns at a time (`ring`). Before init_process_group
+WORLD is None, which asks for the loss of this process alone.
 
 Gradients are those of one process with the whole batch: `grad_scale="sum"` gives each rank its share, whose sum over
 ranks is the gradient of every parameter; `"ddp"` gives world-size times that, because DistributedDataParallel and FSDP
@@ -17,11 +18,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import checks, op, ring
 from .backends import UnsupportedError, select
@@ -29,6 +31,7 @@ from .collectives import gather, scatter, total
 from .problem import Block, Compare, Guide, Problem, Ranks, stats_dtype
 from .ring import Shards
 
+T = TypeVar("T")
 STRATEGIES = ("gather", "ring")
 # What each library's gradient is over the right one, after DDP's average: of the embeddings, and of the loss's own
 # parameters (temperature, scale, bias); "W" is the world size. From reading and a model of four ranks.
@@ -75,6 +78,8 @@ def world(group: dist.ProcessGroup, strategy: str, grad_scale: str) -> World:
     checks.choice("strategy", strategy, STRATEGIES)
     checks.choice("grad_scale", grad_scale, GRAD_SCALES)
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        if group is getattr(getattr(dist, "GroupMember", None), "NON_GROUP_MEMBER", ()):
+            raise ValueError("group is what new_group gives a rank that is not in it: pass a group of this rank's own")
         raise TypeError(
             f"group is a {type(group).__name__}: needs a ProcessGroup, such as torch.distributed.group.WORLD after "
             "init_process_group"
@@ -88,37 +93,66 @@ def world(group: dist.ProcessGroup, strategy: str, grad_scale: str) -> World:
 def agreed(around: World, what: str, *tensors: Tensor) -> list[Ranks]:
     """How many rows of each tensor every rank has; raises on every rank alike where the rest of them differs.
 
-    what: the loss and its options, which must be the same everywhere.
+    what: the loss and its options, which must be the same everywhere, a line each.
     """
-    head = [zlib.crc32(what.encode()), len(tensors), around.size]
-    about = [
-        (x.shape[1] if x.dim() > 1 else 0, checks.FLOATING.index(x.dtype) if x.is_floating_point() else -1)
-        for x in tensors
+    kinds = (f"[rows, {x.shape[1]}] {x.dtype} {_grad(x)}" for x in tensors)
+    matrices = [f"matrix {number} {kind}" for number, kind in enumerate(kinds)]
+    loss, *more = what.split("\n")
+    facts = [
+        loss,
+        f"strategy {around.strategy}",
+        f"grad_scale {around.grad_scale}",
+        f"{len(tensors)} matrices",
+        *matrices,
+        *more,
     ]
-    facts = torch.tensor([*head, *(n for pair in about for n in pair), *(len(x) for x in tensors)])
-    # Ranks with another number of tensors must not hang: a fixed width.
-    row = facts.new_full((WIDTH,), -2)
-    row[: min(len(facts), WIDTH)] = facts[:WIDTH]
-    device = tensors[0].device
-    rows = [torch.empty_like(row, device=device) for _ in range(around.size)]
-    dist.all_gather(rows, row.to(device), group=around.group)
-    found = torch.stack(rows).tolist()
-    shapes = len(head) + 2 * len(tensors)
-    if any(other[:shapes] != found[0][:shapes] for other in found):
-        told = "; ".join(f"rank {rank}: {_told(other)}" for rank, other in enumerate(found))
-        raise ValueError(f"the ranks of group do not call the same loss with alike tensors: {told} (here {what})")
-    sizes = list(zip(*(other[shapes : shapes + len(tensors)] for other in found), strict=True))
-    return [Ranks(around.group.group_name, around.rank, tuple(counts)) for counts in sizes]
+    said, counts = "\n".join(facts).encode(), [len(x) for x in tensors]
+    # Of a width that does not depend on what is asked: ranks that do not ask the same must not hang.
+    rows = _exchanged(around, [zlib.crc32(said), len(said), *counts[:WIDTH]], WIDTH + 2, tensors[0].device)
+    if len({row[0] for row in rows}) > 1:
+        longest = max(row[1] for row in rows)
+        texts = _exchanged(around, list(said), longest, tensors[0].device)
+        heard = [bytes(text[: row[1]]).decode().split("\n") for text, row in zip(texts, rows, strict=True)]
+        raise ValueError(f"the ranks of group do not call the same loss with alike tensors: {_differences(heard)}")
+    found = [row[2:] for row in rows]
+    if len(tensors) > WIDTH:
+        found = _exchanged(around, counts, len(tensors), tensors[0].device)
+    sizes = list(zip(*(row[: len(tensors)] for row in found), strict=True))
+    return [Ranks(around.group.group_name, around.rank, tuple(column)) for column in sizes]
 
 
-WIDTH = 64
+WIDTH = 16
 
 
-def _told(facts: list[int]) -> str:
-    count = facts[1]
-    pairs = zip(facts[3 : 3 + 2 * count : 2], facts[4 : 4 + 2 * count : 2], strict=False)
-    kinds = [f"D = {d}, {checks.FLOATING[kind]}" for d, kind in pairs]
-    return f"{count} matrices ({'; '.join(kinds)}), call {facts[0]:08x}"
+def _agreed_upon(around: World, device: torch.device, ask: Callable[[], T]) -> T:
+    """What `ask` gives; raises on all ranks where it raises on one. Else that rank would go on without the others."""
+    try:
+        found, error = ask(), None
+    except (IndexError, TypeError, ValueError) as refusal:
+        error = refusal
+    refused = [rank for rank, (flag,) in enumerate(_exchanged(around, [int(error is not None)], 1, device)) if flag]
+    if error is not None:
+        raise error
+    if refused:
+        raise ValueError(f"rank {refused[0]} of group refuses its target; its own error says why")
+    return found
+
+
+def _exchanged(around: World, numbers: Sequence[int], width: int, device: torch.device) -> list[list[int]]:
+    """What each rank says, filled up to `width`."""
+    row = torch.tensor([*numbers, *[-1] * (width - len(numbers))], device=device)
+    rows = [torch.empty_like(row) for _ in range(around.size)]
+    dist.all_gather(rows, row, group=around.group)
+    return torch.stack(rows).tolist()
+
+
+def _differences(heard: Sequence[Sequence[str]]) -> str:
+    """What each rank says that not all of them say."""
+    common = set(heard[0]).intersection(*heard[1:])
+    return "; ".join(
+        f"rank {rank}: {', '.join(fact for fact in facts if fact not in common) or 'nothing more'}"
+        for rank, facts in enumerate(heard)
+    )
 
 
 # Gradients across ranks -----------------------------------------------------------------------------------------------
@@ -133,6 +167,7 @@ class _Gather(torch.autograd.Function):
         return gather(x, ranks)
 
     @staticmethod
+    @once_differentiable  # a collective is no part of a graph: second derivatives would lack the other ranks' share
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         # 16-bit gradients are summed in fp32: a sum in 16 bits would round once for every rank.
         return scatter(upstream.to(stats_dtype(upstream.dtype)), ctx.ranks).to(upstream.dtype), None
@@ -206,7 +241,7 @@ def _shared(problem: Problem, around: World, what: str, target: Target | None) -
     for name, given in refused.items():
         if given:
             raise ValueError(f"{name} with group=: it has no form across ranks; leave one of them out")
-    ranks = agreed(around, what, *problem.operands)
+    ranks = agreed(around, "\n".join([what, *_form(problem)]), *problem.operands)
     by_rows, by_parameters = around.factors
     fold = problem.fold
     if fold is not None:
@@ -222,7 +257,7 @@ def _shared(problem: Problem, around: World, what: str, target: Target | None) -
         block = problem.blocks[0]
         keys = ranks[block.key]
         columns = sum(keys.sizes)
-        index, weight = target(columns)
+        index, weight = _agreed_upon(around, problem.device, lambda: target(columns))
         index = (index - keys.offset) % max(columns, 1)  # in this rank's order
         if block.bias is not None:
             weight = weight.masked_fill(everywhere(block.bias.detach(), keys)[index] == -torch.inf, 0)
@@ -230,6 +265,37 @@ def _shared(problem: Problem, around: World, what: str, target: Target | None) -
             weight = weight.masked_fill(block.mask.skip == index, 0)
         problem = replace(problem, target=index, weight=weight)
     return problem, ranks
+
+
+def _form(problem: Problem) -> list[str]:
+    """What ranks must have in common beside their matrices, a line each."""
+    scale = f"a tensor {_grad(problem.scale)}" if problem.scale_bound is None else f"up to {problem.scale_bound}"
+    lines = [f"normalize {problem.cosine}", f"both ways {problem.symmetric}", f"scale {scale}"]
+    fold = problem.fold
+    if fold is not None:
+        scalars = ", ".join(_grad(x) for x in fold.scalars)
+        lines += [f"form {fold.name} {fold.options}", f"ids {fold.labels is not None}", f"parameters {scalars}"]
+    for number, block in enumerate(problem.blocks):
+        mask, bias, rule = block.mask, block.bias, problem.guide_rule
+        about: dict[str, object] = {
+            "columns": f"of matrix {block.key} for rows of matrix {block.query}",
+            "hardness": block.penalty,
+            "hardness of the own": block.own_penalty,
+            "bias": bias if bias is None else f"{bias.dtype} {_grad(bias)}",
+            "ids": ", ".join("agree" if compare.keep else "differ" for compare in mask.compare),
+            "margin": None if mask.margin is None else str(mask.margin),
+            "leaves out": "a column" if mask.skip is not None else None,
+        }
+        if mask.guide is not None:
+            about["guide"] = f"[rows, {mask.guide.key.shape[1]}] {mask.guide.key.dtype}"
+            about["guide's margin"] = f"{rule.margin} {'relative' if rule.relative else 'absolute'}"
+        lines += [f"block {number} {name} {fact}" for name, fact in about.items() if fact]
+    return lines
+
+
+def _grad(x: Tensor) -> str:
+    """Backward passes have collectives, too: ranks must agree on who has one."""
+    return "with grad" if torch.is_grad_enabled() and x.requires_grad else "without grad"
 
 
 def shards(problem: Problem, around: World, what: str, target: Target | None = None) -> tuple[Shards, Ranks]:
@@ -293,7 +359,7 @@ def loss_across(
     problem: Problem, backend: str, reduction: str, around: World, what: str, target: Target | None = None
 ) -> Tensor:
     """The loss over all ranks' rows, or this rank's rows' losses; its gradient is this rank's share, scaled."""
-    each = reduction == "none"
+    each, what = reduction == "none", f"{what}, reduction {reduction}"
     around = around.of_rows() if each else around
     if around.strategy == "ring":
         found, rows = shards(problem, around, what, target)

@@ -301,6 +301,8 @@ def _differentiable_gradients(
             f"second derivatives (create_graph=True): backend {plan.backend!r} has none. "
             "Pass backend='reference' or 'chunked'."
         )
+    if plan.group:
+        raise RuntimeError("second derivatives (create_graph=True) with group=: both directions across ranks have none")
     inputs = [t for t, want in zip([scale, *tensors], wanted, strict=True) if want]
     with torch.autocast(tensors[0].device.type, enabled=False):
         rows, _ = reference.loss_rows(unflatten(plan, scale, target, weight, tensors, constants))

@@ -15,6 +15,8 @@ from ..rows import above_ties, fold_part, fold_scalars, guide_threshold, score_t
 
 
 def why_not(problem: Problem) -> str | None:
+    if problem.ranks is not None:
+        return "it is one formula over one process's rows, and both directions across ranks share their columns' sums"
     return None
 
 

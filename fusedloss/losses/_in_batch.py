@@ -109,7 +109,7 @@ def mean_of(objectives: Sequence[Objective], ranks: World | None = None, what: s
     """
     if ranks is not None:
         losses = [
-            loss_across(one.problem, one.backend, one.reduction, ranks, f"{what} {number}")
+            loss_across(one.problem, one.backend, one.reduction, ranks, f"{what}, part {number}" if number else what)
             for number, one in enumerate(objectives)
         ]
         return torch.stack(losses).mean(0)

@@ -186,7 +186,7 @@ def _across(one: Objective, ranks: World, target: Tensor, ignore_index: int) -> 
         checks.target("target", target, problem.rows, columns, ignore_index, problem.operands[0])
         return columns_and_weights(target, problem.weight, columns, ignore_index)
 
-    return loss_across(problem, one.backend, one.reduction, ranks, "info_nce, target", index)
+    return loss_across(problem, one.backend, one.reduction, ranks, "info_nce with target", index)
 
 
 def _with_private(one: Objective, query: Tensor, negatives: Tensor) -> Tensor:

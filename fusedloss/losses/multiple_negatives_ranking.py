@@ -107,7 +107,8 @@ def multiple_negatives_ranking(
         workspace_bytes=workspace_bytes,
         return_stats=return_stats,
     )
-    return mean_of(objectives, ranks, f"multiple_negatives_ranking {directions} {partition_mode} {hardness_mode}")
+    named = f"directions {tuple(directions)}, {partition_mode}, hardness {hardness_mode}"
+    return mean_of(objectives, ranks, f"multiple_negatives_ranking, {named}")
 
 
 def multiple_negatives_ranking_objectives(

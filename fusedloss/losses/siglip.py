@@ -77,16 +77,17 @@ def siglip(
         raise ValueError("target is a tensor with group=: needs None, or masks.same_id across ranks")
     labels, column = _positives(target, M, N, image_features)
     operands = autocast(*distinct(image_features, text_features)[0])
-    scale, _ = as_scale(logit_scale, image_features, inverse=False)
-    bias, _ = as_scale(0.0 if logit_bias is None else logit_bias, image_features, inverse=False)
+    scale, written = as_scale(logit_scale, image_features, inverse=False)
+    bias, written_bias = as_scale(0.0 if logit_bias is None else logit_bias, image_features, inverse=False)
     weight = torch.ones(M, dtype=scale.dtype, device=scale.device)
     if ranks is not None:
+        what = f"siglip{' with ids' if labels else ''}, scale {written}, bias {written_bias}"
         if labels is None:  # each pair has a number of its own on all ranks
             first = ranks.rank << 40
             labels = masks.itself(M, image_features) + first, masks.itself(N, image_features) + first
         fold = Fold("sigmoid", labels=labels, scalars=(bias,))
         problem = fold_problem(operands, scale, weight, fold, normalize, workspace_bytes)
-        return loss_across(problem, backend, reduction, ranks, "siglip")
+        return loss_across(problem, backend, reduction, ranks, what)
     if column is not None:
         # Where values are not read back, a target outside is a NaN loss.
         outside = (column < 0) | (column >= N)

@@ -128,7 +128,7 @@ def _across(
     workspace_bytes: int | None,
 ) -> Tensor:
     """Positives are the rows of all ranks that have the label. Labels are gathered, 8 bytes each, also for a ring."""
-    (rows,) = agreed(around, f"sup_con {form}", x)
+    (rows,) = agreed(around, f"sup_con {form}, scale {scale_bound}, reduction {reduction}", x)
     columns = everywhere(labels, rows)
     classes = groups(columns)
     size = torch.zeros_like(classes).index_add_(0, classes, torch.ones_like(classes))[classes][: len(x)]
