@@ -97,9 +97,10 @@ class GradCache:
         checks.count("tokens", tokens)
         if lengths is not None and tokens is None:
             raise ValueError("lengths is given without tokens: chunks of rows do not look at lengths")
-        several = isinstance(encoders, list | tuple | nn.ModuleList)
-        self.encoders = list(encoders) if isinstance(encoders, list | tuple | nn.ModuleList) else encoders
-        for name, one in {"loss": loss, **_named(self.encoders, several)}.items():
+        self.encoders = list(encoders) if isinstance(encoders, list | tuple | nn.ModuleList) else None
+        self.encoder = encoders if self.encoders is None else None  # of all inputs
+        several = {f"encoders[{i}]": one for i, one in enumerate(self.encoders or [])}
+        for name, one in {"loss": loss, **(several if self.encoders is not None else {"encoders": encoders})}.items():
             if not callable(one):
                 raise TypeError(f"{name} is a {type(one).__name__}: needs a module or a function")
         for name, one in (("lengths", lengths), ("embedding", embedding)):
@@ -199,17 +200,17 @@ class GradCache:
         wanted = [(x, g) for x, g in wanted if x.requires_grad]
         if wanted:
             with _outside_autocast([column]):
-                torch.autograd.backward(*map(list, zip(*wanted, strict=True)))
+                torch.autograd.backward([x for x, _ in wanted], [g for _, g in wanted])
         # A function may turn out to train nothing: its other chunks would bring nothing either.
         column.constant = not wanted and not column.synced
 
     # Inputs -----------------------------------------------------------------------------------------------------------
 
-    def _matched(self, inputs: tuple[Any, ...]) -> list[Encoder]:
+    def _matched(self, inputs: tuple[Any, ...]) -> list[Any]:
         if not inputs:
             raise ValueError("inputs is empty: needs at least one")
-        if not isinstance(self.encoders, list):
-            return [self.encoders] * len(inputs)
+        if self.encoders is None:
+            return [self.encoder] * len(inputs)
         if len(self.encoders) != len(inputs):
             raise ValueError(
                 f"encoders has {len(self.encoders)} and there are {len(inputs)} inputs: needs one for each input, or a "
@@ -230,14 +231,14 @@ class GradCache:
         if torch.is_grad_enabled() and any(_has_rows(x) and x.grad_fn is not None for x in leaves):
             raise ValueError(f"{name} was computed by something that wants its gradient: detach it, or make it a leaf")
         (size,) = sizes
-        parts = (
-            _parts(size, self.rows) if self.tokens is None else _budget(self._lengths(name, given, size), self.tokens)
-        )
+        if self.rows is not None:
+            parts = _parts(size, self.rows)
+        else:
+            parts = _budget(self._lengths(name, given, size), self.tokens or 1)
         owner = _owner(encoder)
         trains = not isinstance(owner, nn.Module) or any(p.requires_grad for p in owner.parameters())
         trains = trains or any(_has_rows(x) and x.requires_grad for x in leaves)
-        several = isinstance(self.encoders, list)
-        encodes = f"encoders[{number}]" if several else f"encoders, of {name},"
+        encodes = f"encoders, of {name}," if self.encoders is None else f"encoders[{number}]"
         return _Column(encodes, encoder, leaves, spec, size, parts, trains, _synced(owner))
 
     def _lengths(self, name: str, given: Any, size: int) -> list[int]:
@@ -301,10 +302,6 @@ class _Column:
     @property
     def wanted(self) -> bool:
         return any(g is not None for g in self.gradients)
-
-
-def _named(encoders: Any, several: bool) -> dict[str, Any]:
-    return {f"encoders[{i}]": one for i, one in enumerate(encoders)} if several else {"encoders": encoders}
 
 
 def _has_rows(x: Any) -> bool:
