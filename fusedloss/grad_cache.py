@@ -99,8 +99,8 @@ class GradCache:
             raise ValueError("lengths is given without tokens: chunks of rows do not look at lengths")
         self.encoders = list(encoders) if isinstance(encoders, list | tuple | nn.ModuleList) else None
         self.encoder = encoders if self.encoders is None else None  # of all inputs
-        several = {f"encoders[{i}]": one for i, one in enumerate(self.encoders or [])}
-        for name, one in {"loss": loss, **(several if self.encoders is not None else {"encoders": encoders})}.items():
+        named = {"loss": loss, **{f"encoders[{i}]": one for i, one in enumerate(self.encoders or [])}}
+        for name, one in (named if self.encoders is not None else {**named, "encoders": encoders}).items():
             if not callable(one):
                 raise TypeError(f"{name} is a {type(one).__name__}: needs a module or a function")
         for name, one in (("lengths", lengths), ("embedding", embedding)):
@@ -145,11 +145,12 @@ class GradCache:
         for part in column.parts:
             if self.replay_rng:
                 column.states.append(_rng_states(devices))
-            found, column.returned = self._encode(column, part)
+            found, returned = self._encode(column, part)
             if not column.tensors:
+                column.returned = returned
                 column.tensors = [x.new_empty(column.size, *x.shape[1:]) for x in found]
-            for x, whole in zip(found, column.tensors, strict=True):
-                if x.shape[1:] != whole.shape[1:] or x.dtype != whole.dtype:
+            for x, whole in zip(found, column.tensors, strict=False):
+                if returned != column.returned or x.shape[1:] != whole.shape[1:] or x.dtype != whole.dtype:
                     raise ValueError(
                         f"{column.encodes} returned {_shape(x)} for rows {part.start} to {part.stop - 1} and "
                         f"{_shape(whole[: part.start])} for those before: needs the same for every chunk"
@@ -236,8 +237,9 @@ class GradCache:
         else:
             parts = _budget(self._lengths(name, given, size), self.tokens or 1)
         owner = _owner(encoder)
-        trains = not isinstance(owner, nn.Module) or any(p.requires_grad for p in owner.parameters())
-        trains = trains or any(_has_rows(x) and x.requires_grad for x in leaves)
+        # Whose parameters are not to be seen may train something: its second pass will show.
+        own = list(owner.parameters()) if isinstance(owner, nn.Module) else []
+        trains = not own or any(x.requires_grad for x in [*own, *filter(_has_rows, leaves)])
         encodes = f"encoders, of {name}," if self.encoders is None else f"encoders[{number}]"
         return _Column(encodes, encoder, leaves, spec, size, parts, trains, _synced(owner))
 
@@ -368,9 +370,16 @@ def _unsynced(modules: Iterable[Any]) -> Iterator[None]:
             if hasattr(module, "set_requires_gradient_sync"):  # FSDP2
                 stack.callback(module.set_requires_gradient_sync, True)
                 module.set_requires_gradient_sync(False)
-            else:
+            elif not _records(module):
                 stack.enter_context(module.no_sync())
         yield
+
+
+def _records(module: Any) -> bool:
+    """Whether this is the first backward of a DistributedDataParallel(static_graph=True), which must exchange."""
+    return getattr(module, "static_graph", False) and not getattr(
+        module, "_static_graph_delay_allreduce_enqueued", True
+    )
 
 
 @contextmanager
@@ -395,13 +404,17 @@ def _generators(columns: Sequence[_Column]) -> list[torch.device]:
 
 
 def _rng_states(devices: Sequence[torch.device]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.get_device_module(device).get_rng_state(device) for device in devices)]
+    return [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(*_one_of(d)) for d in devices)]
 
 
 def _set_rng_states(devices: Sequence[torch.device], states: Sequence[Tensor]) -> None:
     torch.set_rng_state(states[0])
     for device, state in zip(devices, states[1:], strict=True):
-        torch.get_device_module(device).set_rng_state(state, device)
+        torch.get_device_module(device).set_rng_state(state, *_one_of(device))
+
+
+def _one_of(device: torch.device) -> list[torch.device]:
+    return [] if device.type == "mps" else [device]  # there is one
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import functools
 import sys
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
@@ -338,6 +339,40 @@ def test_autocast_and_a_gradient_scaler(scaled):
         torch.testing.assert_close(towers[0][0].weight, before - 0.1 * wanted["0.0.weight"], rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_dropout_is_replayed_under_fp16_and_a_scaler():
+    towers, inputs = [tower(dropout=0.5, dtype=torch.float32).cuda() for _ in range(2)], torch.randn(2, 64, 5).cuda()
+    scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
+    loss = functools.partial(fusedloss.info_nce, normalize=True, temperature=0.2)
+    torch.manual_seed(7)
+    with torch.autocast("cuda", dtype=torch.float16):
+        columns = [torch.cat([f(part) for part in x.split(24)]) for f, x in zip(towers, inputs, strict=True)]
+        value = loss(*columns)
+    scaler.scale(value).backward()
+    following, wanted = torch.rand(3, device="cuda"), gradients_of(towers)
+    for t in towers:
+        t.zero_grad()
+    torch.manual_seed(7)
+    with torch.autocast("cuda", dtype=torch.float16):
+        found = GradCache(loss, towers, rows=24, scaler=scaler)(*inputs)
+    assert torch.equal(torch.rand(3, device="cuda"), following)
+    torch.testing.assert_close(found, value.detach(), rtol=1e-5, atol=0)
+    ours, theirs = (torch.cat([g[name].flatten() for name in wanted]) for g in (gradients_of(towers), wanted))
+    assert (ours - theirs).norm() < 1e-2 * theirs.norm()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_synchronises():
+    towers, inputs = [tower(dropout=0.5, dtype=torch.float32).cuda() for _ in range(2)], torch.randn(2, 64, 5).cuda()
+    step = GradCache(fusedloss.info_nce, towers, rows=24)
+    step(*inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(*inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # Processes ------------------------------------------------------------------------------------------------------------
 
 
@@ -348,7 +383,7 @@ class StandIn(nn.Module):
         super().__init__()
         self.module, self.quiet, self.log = module, False, []
 
-    @contextmanager
+    @contextlib.contextmanager
     def no_sync(self):
         before, self.quiet = self.quiet, True
         try:
@@ -417,12 +452,18 @@ def one_process(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}], ids=str)
-def test_distributed_data_parallel(one_process, options):
-    """Two steps, so that the second finds the module as the first left it; buckets are reduced once in each."""
+@pytest.mark.parametrize("option", [None, "find_unused_parameters", "gradient_as_bucket_view", "static_graph"])
+def test_distributed_data_parallel(one_process, option):
+    """Two steps, so that the second finds the module as the first left it; buckets are reduced once in each.
+
+    A static graph is recorded in its first backward, which must be an exchange.
+    """
     encoder = tower()
     inputs = [randn(10, 5), randn(10, 5)]
-    module, reduced = nn.parallel.DistributedDataParallel(copy.deepcopy(encoder), **options), []
+    module, reduced = (
+        nn.parallel.DistributedDataParallel(copy.deepcopy(encoder), **({option: True} if option else {})),
+        [],
+    )
 
     def count(state, bucket):
         reduced.append(bucket.index())
@@ -438,7 +479,7 @@ def test_distributed_data_parallel(one_process, options):
         torch.testing.assert_close(step(*inputs), wanted, rtol=1e-12, atol=0)
         for p, g in zip(module.parameters(), gradients.values(), strict=True):
             torch.testing.assert_close(p.grad, g, rtol=1e-12, atol=1e-12)
-        assert reduced.count(0) == number + 1
+        assert reduced.count(0) == number + 1 + (option == "static_graph")
 
 
 # What needs no gradient -----------------------------------------------------------------------------------------------
@@ -506,6 +547,8 @@ def test_what_an_encoder_returns_is_not_changed():
 
 def encoder_memory(rows: int | None) -> int:
     """Of a step of 2048 rows through activations of 16384 features, 128 MiB a matrix."""
+    with contextlib.suppress(AttributeError, OSError):  # glibc's heap of freed chunks, cut up, is not measured
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
     encoder = nn.Sequential(nn.Linear(16, 16384), nn.Tanh(), nn.Linear(16384, 16))
 
     def step(x, y):
@@ -523,7 +566,7 @@ def encoder_memory(rows: int | None) -> int:
 def test_activations_are_those_of_a_chunk():
     """Four matrices and more of the whole batch; of 128 rows some of 8 MiB, and the loss's workspace."""
     whole, chunked = (measure.isolated(encoder_memory, rows) for rows in (None, 128))
-    assert whole > 450 * MIB and chunked < 128 * MIB
+    assert whole > 450 * MIB and chunked < 64 * MIB
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

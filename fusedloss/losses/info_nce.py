@@ -96,10 +96,10 @@ def info_nce(
         `[M]` and columns M zeros and K ones, leaves them out. XBM (Wang et al. 2020) remembers the encoder's own
         embeddings and their labels:
 
-        >>> memory, seen = torch.empty(8192, 128), torch.empty(8192, dtype=torch.long)  # filled rows are read only
+        >>> memory, seen = torch.empty(8192, 128), torch.empty(8192, dtype=torch.long)
         >>> for step, (x, key_x, label) in enumerate(loader):
         ...     query, key, rows = encoder(x), encoder(key_x), len(label)
-        ...     full = min(step * rows, len(memory))
+        ...     full = min(step * rows, len(memory))  # those that were filled before
         ...     mask = masks.same_id(label, torch.cat([label, seen[:full]]))  # equal labels are no negatives
         ...     loss = fusedloss.info_nce(query, key, bank=memory[:full], mask=mask, normalize=True)
         ...     start = step * rows % len(memory)
