@@ -122,7 +122,7 @@ class GradCache:
         with torch.no_grad():
             for column in columns:
                 self._encode_all(column, devices)
-        # A weight that autocast has cast without a graph would serve the second pass, and get no gradient.
+        # Should torch have kept weights that autocast has cast without a graph, they would serve the second pass.
         torch.clear_autocast_cache()
         if not torch.is_grad_enabled():
             return _detached(self.loss(*(column.embeddings() for column in columns), **options))
