@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import boosting as boosting
+from . import grad_cache as grad_cache
 from . import masks as masks
 from . import search as search
 from .errors import UnsupportedError as UnsupportedError

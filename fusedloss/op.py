@@ -247,32 +247,42 @@ class _Loss(torch.autograd.Function):
         ctx.save_for_backward(scale, target, weight, *rest)
         value, counted, gradients = execute(plan, _in_forward(plan, wanted), scale, target, weight, tensors, constants)
         ctx.gradients = None if plan.per_row else gradients
+        ctx.dtypes = [x.dtype for x in (scale, *tensors)]
         ctx.mark_non_differentiable(*counted)
         return value, *counted
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or ctx.gradients is None:
+            gradients = _Loss._from_inputs(ctx, upstream)
+        else:
+            # The inputs stay packed: a queue of negatives may have been overwritten since the forward read it.
+            kept, ctx.gradients = ctx.gradients, None  # scaled in place, so this state serves once
+            gradients = _scaled(kept, upstream)
+        by_scale, *others = _cast(gradients, ctx.dtypes)
+        return (None, None, None, by_scale, None, None, *others, *[None] * (ctx.length - ctx.count))
+
+    @staticmethod
+    def _from_inputs(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
+        """What the forward has not kept; autograd refuses where an input has been written to since."""
         scale, target, weight, *rest = ctx.saved_tensors
         tensors, constants = rest[: ctx.count], rest[ctx.count :]
-        inputs = (scale, target, weight, tensors, constants)
         if torch.is_grad_enabled():
-            gradients = _differentiable_gradients(ctx.plan, ctx.wanted, upstream, *inputs)
-        else:
-            gradients, ctx.gradients = ctx.gradients, None  # scaled in place below, so this state serves once
-            if ctx.plan.per_row:
-                # Upstream per row is one more row weight: the same sweep, run with it.
-                summed = ctx.plan._replace(per_row=False)
-                gradients = execute(summed, ctx.wanted, scale, target, weight * upstream, tensors, constants)[2]
-            elif gradients is None:
-                gradients = execute(ctx.plan, ctx.wanted, *inputs)[2]
-            if not ctx.plan.per_row:
-                gradients = [g if g is None else g.mul_(_like(upstream, g)) for g in gradients]
-        by_scale, *others = _cast(gradients, [scale, *tensors])
-        return (None, None, None, by_scale, None, None, *others, *[None] * len(constants))
+            return _differentiable_gradients(ctx.plan, ctx.wanted, upstream, scale, target, weight, tensors, constants)
+        if ctx.plan.per_row:
+            # Upstream per row is one more row weight: the same sweep, run with it.
+            summed = ctx.plan._replace(per_row=False)
+            return execute(summed, ctx.wanted, scale, target, weight * upstream, tensors, constants)[2]
+        return _scaled(execute(ctx.plan, ctx.wanted, scale, target, weight, tensors, constants)[2], upstream)
 
 
 def _in_forward(plan: Plan, wanted: Sequence[bool]) -> list[bool]:
     return [want and not plan.per_row for want in wanted]
+
+
+def _scaled(gradients: Sequence[Tensor | None], upstream: Tensor) -> list[Tensor | None]:
+    """In place."""
+    return [g if g is None else g.mul_(_like(upstream, g)) for g in gradients]
 
 
 def _like(upstream: Tensor, gradient: Tensor) -> Tensor:
@@ -280,9 +290,9 @@ def _like(upstream: Tensor, gradient: Tensor) -> Tensor:
     return upstream.reshape([1] * gradient.dim())
 
 
-def _cast(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> list[Tensor | None]:
+def _cast(gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
     """Each rounded once, to its input's dtype."""
-    return [g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)]
+    return [g if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
 
 
 def _differentiable_gradients(
@@ -366,7 +376,8 @@ def _backward(ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
     else:
         kept = [g * _like(upstream[0], g) for g in kept]
     found = iter(kept)
-    by_scale, *others = _cast([next(found) if want else None for want in ctx.wanted], [scale, *tensors])
+    dtypes = [x.dtype for x in (scale, *tensors)]
+    by_scale, *others = _cast([next(found) if want else None for want in ctx.wanted], dtypes)
     return (by_scale, None, None, others, [None] * len(constants), *(None for _ in (*ctx.plan, ctx.wanted)))
 
 

@@ -34,6 +34,7 @@ def info_nce(
     *,
     temperature: float | Tensor = 0.05,
     negatives: Tensor | None = None,
+    bank: Tensor | None = None,
     key_bias: Tensor | None = None,
     mask: masks.Mask | Tensor | None = None,
     weight: Tensor | None = None,
@@ -63,10 +64,15 @@ def info_nce(
         temperature: a positive number, or a tensor of one element, which receives a gradient.
         negatives: `[M, K, D]`, K more columns for each row that no other row sees. They have no bias, and masks do not
             concern them. The rows' sums are then merged outside of the sweep, which costs it a fourth product.
+        bank: `[K, D]`, K more columns that every row sees, behind the keys: a queue (MoCo), a memory (XBM). It is read
+            where it lies, in any strides, never copied (but for autocast, if it is not in its dtype), and receives no
+            gradient. It may be overwritten as soon as the loss is there; a backward that needs it again (reduction
+            "none", `negatives`, a second backward, create_graph, backend "reference") then says so.
         key_bias: `[N]`, added to every row's logits (logQ correction: minus the log of each key's sampling
             probability). -inf removes a key, and leaves out the rows whose target it is. Receives a gradient.
+            With a bank `[N + K]`.
         mask: which keys may compete in a row: one of `fusedloss.masks`, or bool `[M, N]`, True for those that may. The
-            target always may.
+            target always may. With a bank it concerns N + K columns.
         weight: `[M]`, multiplies each row's loss; the mean is `sum(w * loss) / sum(w)`. Receives no gradient.
         label_smoothing: share of the target mass spread evenly over the row's admissible keys.
         ignore_index: rows whose target is this are left out. The default target ignores none.
@@ -95,6 +101,31 @@ def info_nce(
     Example:
         >>> query, key = encode(questions), encode(answers)
         >>> fusedloss.info_nce(query, key, temperature=0.05, normalize=True).backward()
+
+        MoCo (He et al. 2020), whose keys come from a slow copy of the encoder and whose queue is a ring:
+
+        >>> queue, start = F.normalize(torch.randn(65536, 128)), 0
+        >>> for first, second in loader:
+        ...     with torch.no_grad():
+        ...         key = F.normalize(slow_encoder(second))
+        ...     loss = fusedloss.info_nce(F.normalize(encoder(first)), key, bank=queue, temperature=0.2)
+        ...     queue[start : start + len(key)] = key  # the gradient is known already
+        ...     start = (start + len(key)) % len(queue)  # of a length that batches divide
+        ...     loss.backward()
+
+        The batch's other keys compete as well, which MoCo's do not: `mask=masks.same_id(zeros, columns)`, with zeros
+        `[M]` and columns M zeros and K ones, leaves them out. XBM (Wang et al. 2020) remembers the encoder's own
+        embeddings and their labels:
+
+        >>> memory, seen = torch.empty(8192, 128), torch.empty(8192, dtype=torch.long)
+        >>> for step, (x, key_x, label) in enumerate(loader):
+        ...     query, key, rows = encoder(x), encoder(key_x), len(label)
+        ...     full = min(step * rows, len(memory))  # those that were filled before
+        ...     mask = masks.same_id(label, torch.cat([label, seen[:full]]))  # equal labels are no negatives
+        ...     loss = fusedloss.info_nce(query, key, bank=memory[:full], mask=mask, normalize=True)
+        ...     start = step * rows % len(memory)
+        ...     memory[start : start + rows], seen[start : start + rows] = key.detach(), label
+        ...     loss.backward()
     """
     ranks = asked(group, strategy, grad_scale)
     if ranks is not None and negatives is not None:
@@ -104,6 +135,7 @@ def info_nce(
         key,
         target if ranks is None or target is None else torch.zeros_like(target),
         temperature=temperature,
+        bank=bank,
         key_bias=key_bias,
         mask=mask,
         weight=weight,
@@ -126,6 +158,7 @@ def info_nce_objective(
     target: Tensor | None = None,
     *,
     temperature: float | Tensor = 0.05,
+    bank: Tensor | None = None,
     key_bias: Tensor | None = None,
     mask: masks.Mask | Tensor | None = None,
     weight: Tensor | None = None,
@@ -137,8 +170,13 @@ def info_nce_objective(
     workspace_bytes: int | None = None,
     return_stats: bool = False,
 ) -> Objective:
-    checks.embeddings(query=query, key=key)
+    if bank is None:
+        checks.embeddings(query=query, key=key)
+    else:
+        checks.embeddings(query=query, key=key, bank=bank)
+        bank = bank.detach() if len(bank) else None
     rows, columns = query.shape[0], key.shape[0]
+    widths = [columns] if bank is None else [columns, bank.shape[0]]
     checks.index("ignore_index", ignore_index)
     if target is not None:
         checks.target("target", target, rows, columns, ignore_index, query)
@@ -151,18 +189,24 @@ def info_nce_objective(
         raise ValueError("key has no rows: needs at least one")
     checks.scalar("temperature", temperature, query, positive=True)
     if key_bias is not None:
-        checks.vector("key_bias", key_bias, columns, "key", query)
+        checks.vector("key_bias", key_bias, sum(widths), "key" if bank is None else "key and row of the bank", query)
     if weight is not None:
         checks.vector("weight", weight, rows, "query", query)
     checks.share("label_smoothing", label_smoothing)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.count("workspace_bytes", workspace_bytes)
-    (bound,) = masks.bind(mask, rows, [columns], query)
+    bound = masks.bind(mask, rows, widths, query)
     scale, scale_bound = as_scale(temperature, query, inverse=True)
     operands, (x, y) = distinct(query, key)
+    if bank is None:
+        blocks = [Block(x, y, key_bias, bound[0])]
+    else:
+        biases = (None, None) if key_bias is None else (key_bias[:columns], key_bias[columns:])
+        blocks = [Block(x, y, biases[0], bound[0]), Block(x, len(operands), biases[1], bound[1])]
+        operands.append(bank)
     return objective(
         autocast(*operands),
-        [Block(x, y, key_bias, bound)],
+        blocks,
         target,
         scale,
         scale_bound=scale_bound,
@@ -220,5 +264,5 @@ def _with_private(one: Objective, query: Tensor, negatives: Tensor) -> Tensor:
     return over(loss.sum(), weight.sum()) if one.reduction == "mean" else loss.sum()
 
 
-class InfoNCELoss(LossModule, function=info_nce, tensors=("negatives", "key_bias", "mask", "weight")):
+class InfoNCELoss(LossModule, function=info_nce, tensors=("negatives", "bank", "key_bias", "mask", "weight")):
     """`info_nce` with its options in the constructor and tensors in `forward(query, key, target=None, ...)`."""

@@ -72,8 +72,9 @@ def matryoshka(
         checks.number(f"weights[{i}]", weight)
     if loss_options.get("return_stats"):
         raise ValueError("return_stats=True: every prefix has statistics of its own; ask the loss for one of them")
-    if loss is info_nce and loss_options.get("negatives") is not None:
-        raise ValueError("negatives has no prefixes here: pass them to multiple_negatives_ranking, as columns")
+    for name in ("negatives", "bank"):
+        if loss is info_nce and loss_options.get(name) is not None:
+            raise ValueError(f"{name} has no prefixes here: pass it to multiple_negatives_ranking, as columns")
     if loss in OBJECTIVES:
         built = OBJECTIVES[loss](*embeddings, **loss_options)
         objectives = built if isinstance(built, list) else [built]

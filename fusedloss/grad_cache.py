@@ -1,0 +1,430 @@
+"""GradCache (Gao et al. 2021): encoders run in small chunks, the loss sees the whole batch.
+
+A contrastive loss needs the embeddings of all rows at once, but not the activations behind them. Three passes give the
+gradients of the plain step: encode chunk by chunk without a graph; differentiate the loss by the embeddings alone;
+encode each chunk again, with the random numbers that it drew before, and go backward from its part of that gradient.
+Memory is that of one chunk and of the embeddings; time is one more forward of the encoders.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_is_leaf, tree_leaves, tree_map, tree_unflatten
+
+from . import checks
+
+Encoder = Callable[..., Any]
+
+
+class GradCache:
+    """A step of a loss over a batch whose activations do not fit: forward and backward, in chunks.
+
+        step = GradCache(loss, encoders, rows=64)
+        value = step(*inputs, **options)        # loss(*embeddings, **options), gradients added to every .grad
+
+    Each chunk is encoded twice. Modules that keep statistics (BatchNorm) take theirs from chunks, and update them
+    twice. Under `torch.no_grad()` a step only evaluates. Encoders that cannot receive a gradient run once.
+
+    Several processes: DistributedDataParallel, FSDP and FSDP2 modules, also inside of an encoder, exchange gradients
+    with the last chunk that goes through them alone. FSDP and SyncBatchNorm also talk in every forward, so that all
+    processes need equally many chunks there. FSDP2's `set_requires_gradient_sync` is True afterwards.
+
+    If a step fails, `.grad` of the parameters of encoders and loss, where it was None, is None again, and random states
+    and synchronisation are as they were; where there were gradients, parts of this step's may have been added.
+
+    Args:
+        loss: any function or module of embeddings, this package's or another; its parameters get gradients as well.
+        encoders: a module or callable for all inputs, or a sequence of them, one for each input.
+        rows: how many a chunk has (the last of an input may have fewer).
+        tokens: instead of `rows`, the most that a chunk's rows times its longest row may be; at least one row a chunk.
+            Rows keep their order, and padding is not cut: it is for encoders that skip it, or cut it themselves.
+        lengths: of an input's rows, `lengths(input) -> [rows]`. None: the sums of its `attention_mask`. Lengths on a
+            GPU are read back, which synchronises.
+        embedding: takes the embeddings out of what encoders return. None: they return a tensor `[rows, ...]`, or a
+            tuple, list or dict of them, which the loss gets in one piece.
+        unpack: call `encoder(**input)` for a dict and `encoder(*input)` for a list or tuple, as transformers' models
+            want, instead of `encoder(input)`.
+        replay_rng: a chunk's second pass draws the random numbers of its first (dropout). Without that gradients are
+            of other activations than the loss.
+        scaler: a `torch.amp.GradScaler`: gradients are scaled by it, the returned loss is not.
+
+    Raises:
+        ValueError, TypeError: an option or input that does not fit, an encoder that returns something else the second
+            time, a loss that is no number.
+
+    Example:
+        >>> step = GradCache(functools.partial(fusedloss.info_nce, normalize=True), [query_tower, key_tower], rows=64)
+        >>> for questions, answers in loader:
+        ...     optimizer.zero_grad()
+        ...     loss = step(questions, answers)  # in place of the forward and loss.backward()
+        ...     optimizer.step()
+
+        With mixed precision:
+
+        >>> step = GradCache(loss, model, tokens=16384, scaler=scaler)
+        >>> with torch.autocast("cuda", dtype=torch.float16):
+        ...     loss = step(questions, answers)  # dicts of a tokenizer
+        >>> scaler.step(optimizer)
+        >>> scaler.update()
+
+        A queue or memory is what the loss is given: `step(x, y, bank=queue)`, see `info_nce`.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Any],
+        encoders: Encoder | Sequence[Encoder],
+        *,
+        rows: int | None = None,
+        tokens: int | None = None,
+        lengths: Callable[[Any], Tensor | Sequence[int]] | None = None,
+        embedding: Callable[[Any], Any] | None = None,
+        unpack: bool = False,
+        replay_rng: bool = True,
+        scaler: torch.amp.GradScaler | None = None,
+    ):
+        if (rows is None) == (tokens is None):
+            got = "neither" if rows is None else "both"
+            raise ValueError(f"rows and tokens: got {got}; needs one of them, the size of a chunk")
+        checks.count("rows", rows)
+        checks.count("tokens", tokens)
+        if lengths is not None and tokens is None:
+            raise ValueError("lengths is given without tokens: chunks of rows do not look at lengths")
+        self.encoders = list(encoders) if isinstance(encoders, list | tuple | nn.ModuleList) else None
+        self.encoder = encoders if self.encoders is None else None  # of all inputs
+        named = {"loss": loss, **{f"encoders[{i}]": one for i, one in enumerate(self.encoders or [])}}
+        for name, one in (named if self.encoders is not None else {**named, "encoders": encoders}).items():
+            if not callable(one):
+                raise TypeError(f"{name} is a {type(one).__name__}: needs a module or a function")
+        for name, one in (("lengths", lengths), ("embedding", embedding)):
+            if one is not None and not callable(one):
+                raise TypeError(f"{name} is a {type(one).__name__}: needs a function, or None")
+        self.loss, self.rows, self.tokens, self.lengths = loss, rows, tokens, lengths
+        self.embedding, self.unpack, self.replay_rng, self.scaler = embedding, unpack, replay_rng, scaler
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """The loss, and what the loss returns beside it, detached; gradients are in `.grad`.
+
+        Args:
+            inputs: each a tensor `[rows, ...]`, or a dict, list or tuple of such; what is no tensor, or has no
+                dimension, goes to each chunk as it is. Inputs may have different numbers of rows.
+            options: given to the loss.
+        """
+        columns = [self._column(i, *pair) for i, pair in enumerate(zip(self._matched(inputs), inputs, strict=True))]
+        devices = _generators(columns) if self.replay_rng else []
+        with torch.no_grad():
+            for column in columns:
+                self._encode_all(column, devices)
+        # Should torch have kept weights that autocast has cast without a graph, they would serve the second pass.
+        torch.clear_autocast_cache()
+        if not torch.is_grad_enabled():
+            return _detached(self.loss(*(column.embeddings() for column in columns), **options))
+        known = [*_parameters(self.loss), *(p for column in columns for p in _parameters(column.encoder))]
+        leaves = [x for x in [*known, *tree_leaves([options, inputs])] if isinstance(x, Tensor) and x.is_leaf]
+        without = [x for x in leaves if x.requires_grad and x.grad is None]
+        try:
+            result = self._gradients(columns, options)
+            self._encode_again([column for column in columns if column.wanted], devices)
+        except BaseException:
+            for leaf in without:
+                leaf.grad = None
+            raise
+        return result
+
+    # The three passes -------------------------------------------------------------------------------------------------
+
+    def _encode_all(self, column: _Column, devices: list[torch.device]) -> None:
+        """Into `column.tensors`, chunk by chunk: some encoders overwrite what they returned last."""
+        for part in column.parts:
+            if self.replay_rng:
+                column.states.append(_rng_states(devices))
+            found, returned = self._encode(column, part)
+            if not column.tensors:
+                column.returned = returned
+                column.tensors = [x.new_empty(column.size, *x.shape[1:]) for x in found]
+            for x, whole in zip(found, column.tensors, strict=False):
+                if returned != column.returned or x.shape[1:] != whole.shape[1:] or x.dtype != whole.dtype:
+                    raise ValueError(
+                        f"{column.encodes} returned {_shape(x)} for rows {part.start} to {part.stop - 1} and "
+                        f"{_shape(whole[: part.start])} for those before: needs the same for every chunk"
+                    )
+                whole[part] = x
+
+    def _gradients(self, columns: list[_Column], options: dict[str, Any]) -> Any:
+        """The loss's backward, which ends at the embeddings: their gradients take their places."""
+        for column in columns:
+            for x in column.tensors if column.may_train else []:
+                x.requires_grad_(x.is_floating_point())
+        result = self.loss(*(column.embeddings() for column in columns), **options)
+        loss = result[0] if isinstance(result, list | tuple) and result else result
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss returned a {type(loss).__name__}: needs a tensor, or a tuple that starts with one")
+        if loss.numel() != 1:
+            raise ValueError(f"loss returned {_shape(loss)}: needs one number; reduction='mean' or 'sum'")
+        if loss.requires_grad:
+            with _outside_autocast(columns):
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        for column in columns:
+            column.gradients = [x.grad for x in column.tensors]
+            column.tensors = []
+        return _detached(result)
+
+    def _encode_again(self, columns: list[_Column], devices: list[torch.device]) -> None:
+        work = [(column, number) for column in columns for number in range(len(column.parts))]
+        last = {id(module): step for step, (column, _) in enumerate(work) for module in column.synced}
+        with _rng_kept(devices if self.replay_rng else None):
+            for step, (column, number) in enumerate(work):
+                if column.constant:
+                    continue
+                with _unsynced([module for module in column.synced if last[id(module)] != step]):
+                    self._chunk_backward(column, number, devices)
+
+    def _chunk_backward(self, column: _Column, number: int, devices: list[torch.device]) -> None:
+        part = column.parts[number]
+        if self.replay_rng:
+            _set_rng_states(devices, column.states[number])
+        found, spec = self._encode(column, part)
+        wanted = [(x, g[part]) for x, g in zip(found, column.gradients, strict=False) if g is not None]
+        for x, g in wanted:
+            if spec != column.returned or x.shape != g.shape or x.dtype != g.dtype:
+                raise ValueError(
+                    f"{column.encodes} returned {_shape(g)} for rows {part.start} to {part.stop - 1}, and {_shape(x)} "
+                    "when it encoded them again: needs the same both times"
+                )
+        wanted = [(x, g) for x, g in wanted if x.requires_grad]
+        if wanted:
+            with _outside_autocast([column]):
+                torch.autograd.backward([x for x, _ in wanted], [g for _, g in wanted])
+        # A function may turn out to train nothing: its other chunks would bring nothing either.
+        column.constant = not wanted and not column.synced
+
+    # Inputs -----------------------------------------------------------------------------------------------------------
+
+    def _matched(self, inputs: tuple[Any, ...]) -> list[Any]:
+        if not inputs:
+            raise ValueError("inputs is empty: needs at least one")
+        if self.encoders is None:
+            return [self.encoder] * len(inputs)
+        if len(self.encoders) != len(inputs):
+            raise ValueError(
+                f"encoders has {len(self.encoders)} and there are {len(inputs)} inputs: needs one for each input, or a "
+                "single one, not in a list, for all"
+            )
+        return self.encoders
+
+    def _column(self, number: int, encoder: Encoder, given: Any) -> _Column:
+        name = f"inputs[{number}]"
+        if isinstance(given, Mapping) and tree_is_leaf(given):
+            given = dict(given)  # a tokenizer's BatchEncoding
+        leaves, spec = tree_flatten(given)
+        sizes = {len(x) for x in leaves if _has_rows(x)}
+        if not sizes:
+            raise TypeError(f"{name} is a {type(given).__name__} without a tensor [rows, ...]: needs at least one")
+        if len(sizes) > 1:
+            raise ValueError(f"{name} holds tensors of {' and '.join(map(str, sorted(sizes)))} rows: they must agree")
+        if torch.is_grad_enabled() and any(_has_rows(x) and x.grad_fn is not None for x in leaves):
+            raise ValueError(f"{name} was computed by something that wants its gradient: detach it, or make it a leaf")
+        (size,) = sizes
+        if self.rows is not None:
+            parts = _parts(size, self.rows)
+        else:
+            parts = _budget(self._lengths(name, given, size), self.tokens or 1)
+        owner = _owner(encoder)
+        # Whose parameters are not to be seen may train something: its second pass will show.
+        own = list(owner.parameters()) if isinstance(owner, nn.Module) else []
+        trains = not own or any(x.requires_grad for x in [*own, *filter(_has_rows, leaves)])
+        encodes = f"encoders, of {name}," if self.encoders is None else f"encoders[{number}]"
+        return _Column(encodes, encoder, leaves, spec, size, parts, trains, _synced(owner))
+
+    def _lengths(self, name: str, given: Any, size: int) -> list[int]:
+        if self.lengths is not None:
+            found = self.lengths(given)
+        else:
+            mask = given.get("attention_mask") if isinstance(given, Mapping) else None
+            if not isinstance(mask, Tensor) or mask.dim() != 2:
+                raise ValueError(f"{name} has no attention_mask [rows, L]: tokens needs one, or lengths=")
+            found = (mask != 0).sum(1)
+        numbers = found.tolist() if isinstance(found, Tensor) else list(found)
+        if len(numbers) != size:
+            raise ValueError(f"lengths returned {len(numbers)} for {name}, which has {size} rows: needs one for each")
+        return numbers
+
+    def _encode(self, column: _Column, part: slice) -> tuple[list[Tensor], TreeSpec]:
+        given = tree_unflatten([x[part] if _has_rows(x) else x for x in column.leaves], column.spec)
+        if self.unpack and isinstance(given, Mapping):
+            out = column.encoder(**given)
+        else:
+            out = column.encoder(*given) if self.unpack and isinstance(given, list | tuple) else column.encoder(given)
+        out = out if self.embedding is None else self.embedding(out)
+        found, spec = tree_flatten(out)
+        if not found or not all(isinstance(x, Tensor) for x in found):
+            raise TypeError(
+                f"{column.encodes} returned a {type(out).__name__}: needs a tensor [rows, D]; embedding= takes it out "
+                "of something else"
+            )
+        for x in found:
+            if not x.dim() or len(x) != part.stop - part.start:
+                raise ValueError(
+                    f"{column.encodes} returned {_shape(x)} for {part.stop - part.start} rows: needs one row for each"
+                )
+        return found, spec
+
+
+@dataclass
+class _Column:
+    """One input on its way through a step."""
+
+    encodes: str  # the encoder's name in errors
+    encoder: Encoder
+    leaves: list[Any]
+    spec: TreeSpec
+    size: int
+    parts: list[slice]
+    may_train: bool
+    synced: list[Any]
+    # Of the first pass.
+    states: list[list[Tensor]] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+    returned: TreeSpec | None = None
+    # Of the loss, and of the second pass.
+    gradients: list[Tensor | None] = field(default_factory=list)
+    constant: bool = False
+
+    def embeddings(self) -> Any:
+        assert self.returned is not None
+        return tree_unflatten(self.tensors, self.returned)
+
+    @property
+    def wanted(self) -> bool:
+        return any(g is not None for g in self.gradients)
+
+
+def _has_rows(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 0
+
+
+def _shape(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+
+
+def _detached(result: Any) -> Any:
+    return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, result)
+
+
+def _owner(function: Any) -> Any:
+    """The module behind a bound method or a partial."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__self__", function)
+
+
+def _parameters(function: Any) -> Iterator[Any]:
+    """Those that can be found: of a module, and what a partial holds."""
+    while isinstance(function, functools.partial):
+        yield from tree_leaves([function.args, function.keywords])
+        function = function.func
+    owner = _owner(function)
+    if isinstance(owner, nn.Module):
+        yield from owner.parameters()
+
+
+# Chunks ---------------------------------------------------------------------------------------------------------------
+
+
+def _parts(size: int, rows: int) -> list[slice]:
+    """At least one, so that an empty input has its embeddings, and its encoder takes part in an exchange."""
+    return [slice(start, min(start + rows, size)) for start in range(0, max(size, 1), rows)]
+
+
+def _budget(lengths: Sequence[int], tokens: int) -> list[slice]:
+    parts, start, longest = [], 0, 0
+    for row, length in enumerate(lengths):
+        if row > start and (row + 1 - start) * max(longest, length) > tokens:
+            parts.append(slice(start, row))
+            start, longest = row, 0
+        longest = max(longest, length)
+    return [*parts, slice(start, len(lengths))]
+
+
+# Surroundings ---------------------------------------------------------------------------------------------------------
+
+
+def _synced(owner: Any) -> list[Any]:
+    """The outermost modules that average gradients among processes."""
+    if hasattr(owner, "set_requires_gradient_sync") or hasattr(owner, "no_sync"):
+        return [owner]
+    return [m for child in owner.children() for m in _synced(child)] if isinstance(owner, nn.Module) else []
+
+
+@contextmanager
+def _unsynced(modules: Iterable[Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module in modules:
+            if hasattr(module, "set_requires_gradient_sync"):  # FSDP2
+                stack.callback(module.set_requires_gradient_sync, True)
+                module.set_requires_gradient_sync(False)
+            elif not _records(module):
+                stack.enter_context(module.no_sync())
+        yield
+
+
+def _records(module: Any) -> bool:
+    """Whether this is the first backward of a DistributedDataParallel(static_graph=True), which must exchange."""
+    return getattr(module, "static_graph", False) and not getattr(
+        module, "_static_graph_delay_allreduce_enqueued", True
+    )
+
+
+@contextmanager
+def _outside_autocast(columns: Sequence[_Column]) -> Iterator[None]:
+    """A plain step's backward runs outside of the region, too: there it would cast what the formulas multiply."""
+    with ExitStack() as stack:
+        for kind in {
+            x.device.type for column in columns for x in (*column.tensors, *column.gradients) if x is not None
+        }:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _generators(columns: Sequence[_Column]) -> list[torch.device]:
+    """Devices, besides the CPU, on which encoders may draw: those of their inputs and parameters."""
+    tensors = [x for column in columns for x in (*column.leaves, *_parameters(column.encoder)) if isinstance(x, Tensor)]
+    devices = {x.device for x in tensors if x.device.type not in ("cpu", "meta")}
+    if torch.cuda.is_initialized():  # a function may take its tensors there
+        devices.add(torch.device("cuda", torch.cuda.current_device()))
+    return sorted(devices, key=str)
+
+
+def _rng_states(devices: Sequence[torch.device]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(*_one_of(d)) for d in devices)]
+
+
+def _set_rng_states(devices: Sequence[torch.device], states: Sequence[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for device, state in zip(devices, states[1:], strict=True):
+        torch.get_device_module(device).set_rng_state(state, *_one_of(device))
+
+
+def _one_of(device: torch.device) -> list[torch.device]:
+    return [] if device.type == "mps" else [device]  # there is one
+
+
+@contextmanager
+def _rng_kept(devices: list[torch.device] | None) -> Iterator[None]:
+    """The stream goes on where the first pass and the loss left it, as after a plain step."""
+    if devices is None:
+        yield
+        return
+    states = _rng_states(devices)
+    try:
+        yield
+    finally:
+        _set_rng_states(devices, states)
