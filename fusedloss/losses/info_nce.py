@@ -128,11 +128,10 @@ def info_nce(
         ...     loss.backward()
     """
     ranks = asked(group, strategy, grad_scale)
-    if ranks is not None and (negatives is not None or bank is not None):
-        name = "bank" if negatives is None else "negatives"
-        raise ValueError(
-            f"{name} with group=: columns of one rank's own have no form across ranks; leave one of them out"
-        )
+    if ranks is not None and negatives is not None:
+        raise ValueError("negatives with group=: rows' own columns have no form across ranks; leave one of them out")
+    if ranks is not None and bank is not None:
+        raise ValueError("bank with group=: a rank's own columns have no form across ranks; leave one of them out")
     one = info_nce_objective(
         query,
         key,
