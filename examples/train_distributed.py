@@ -20,7 +20,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,21 +145,22 @@ def from_rank_0(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def stopping(device: torch.device) -> Iterator[Any]:
+def stopping(device: torch.device) -> Iterator[Callable[[], bool]]:
     """A function that says, on all ranks alike, whether one of them got Ctrl-C; a second one ends the process at once.
 
     A rank that left on its own would leave the others in a collective, waiting for it.
     """
-    asked = torch.zeros((), device=device)
+    asked = False
 
     def note(*_: object) -> None:
-        asked.fill_(1)
+        nonlocal asked
+        asked = True
         signal.signal(signal.SIGINT, before)
 
     def stopped() -> bool:
-        everywhere = asked.clone()
-        dist.all_reduce(everywhere, dist.ReduceOp.MAX)
-        return bool(everywhere)
+        anywhere = torch.tensor(float(asked), device=device)
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+        return bool(anywhere)
 
     before = signal.signal(signal.SIGINT, note)
     try:
@@ -208,7 +209,7 @@ def train(run: Run, pairs: list[tuple], options: argparse.Namespace, device: tor
 
 
 @contextlib.contextmanager
-def log_of(path: Path | None, step: int) -> Iterator[Any]:
+def log_of(path: Path | None, step: int) -> Iterator[Callable[[dict[str, float]], None]]:
     """A function that writes a line of JSON; on resume the lines of steps that were not saved go."""
     if path is None:
         yield lambda line: None
@@ -253,7 +254,7 @@ def main() -> int:
     size = dist.get_world_size()
     options.batch = min(options.batch, len(train_pairs))
     if options.batch < size:
-        raise SystemExit(f"--batch {options.batch} on {size} processes: each needs a pair; raise --batch or --megabytes")
+        raise SystemExit(f"--batch {options.batch} on {size} processes: each needs a pair; raise it or --megabytes")
 
     run = Run(options, len(train_pairs), device)
     path = options.checkpoint
@@ -268,7 +269,8 @@ def main() -> int:
         scores = ", ".join(f"{name} {score:.3f}" for name, score in retrieval(run.model.encoder, held_out).items())
         console.print(f"Held-out modules, find the source among {len(held_out)}: {scores}", soft_wrap=True)
         if stopped:
-            console.print(f"Stopped after step {run.step}" + (f"; the same command goes on from {path}" if path else ""))
+            advice = f"; the same command goes on from {path}" if path else ""
+            console.print(f"Stopped after step {run.step}{advice}")
     return 130 if stopped else 0
 
 
