@@ -42,16 +42,15 @@ def losses(path):
 @pytest.mark.slow
 def test_two_processes_stopped_and_resumed_have_the_losses_of_one(tmp_path):
     alone, log = tmp_path / "alone.jsonl", tmp_path / "two.jsonl"
-    assert "Held-out modules" in finished(started(1, alone, 6))
-
     saved = ("--checkpoint", str(tmp_path / "run.pt"))
-    stopped = started(2, log, 1000, *saved)
+    one, stopped = started(1, alone, 6), started(2, log, 1000, *saved)
     while stopped.poll() is None and not (log.exists() and log.read_text()):
         time.sleep(0.1)
     stopped.send_signal(signal.SIGINT)
     shown = stopped.communicate(timeout=120)[0]
     assert "Stopped after step" in shown, shown
     reached = len(losses(log))
+    assert "Held-out modules" in finished(one)
 
     shown = finished(started(2, log, max(6, reached + 1), *saved))
     assert f"from step {reached}" in shown
