@@ -20,6 +20,7 @@ import torch.distributed as dist
 import fusedloss
 from fusedloss import masks, measure
 from fusedloss.distributed import MATCH
+from fusedloss.grad_cache import GradCache
 
 if torch.cuda.is_available():
     pytest.skip("processes are forked here, which CUDA does not survive", allow_module_level=True)
@@ -115,7 +116,11 @@ CASES = {
     "nt_xent": lambda b, **k: fusedloss.nt_xent(b.x, b.y, temperature=b.temperature, **k),
 }
 DTYPES = (torch.float64, torch.float32)
-OPTIONS = [(s, *o) for s in ("gather", "ring") for o in (("ddp", None), ("sum", None), ("ddp", "none"))]
+OPTIONS = [
+    (s, *o)
+    for s in ("gather", "ring")
+    for o in (("ddp", None), ("sum", None), ("match:tevatron", None), ("ddp", "none"))
+]
 WHOLE_ROWS = "sup_con, in"  # which a ring does not have
 
 
@@ -180,13 +185,16 @@ def test_as_one_process(outcomes, name):
             close(torch.cat(views, 1).flatten(), value, key)
         else:
             close(torch.cat([one[0] for one in found]), value, key)
-        factor = len(sizes) if grad_scale == "ddp" and reduction is None else 1
+        # Ranks' shares add up to the gradient; DDP divides by their number, and one library has too much of the rest.
+        factor = 1 if grad_scale == "sum" or reduction else len(sizes)
+        of_parameters = factor * (len(sizes) if grad_scale == "match:tevatron" else 1)
         for leaf in whole.leaves:
-            close(torch.cat([one[1][leaf] for one in found]), factor * gradients[leaf], (key, leaf))
+            times = of_parameters if leaf == "bias" else factor
+            close(torch.cat([one[1][leaf] for one in found]), times * gradients[leaf], (key, leaf))
         terms = sum((whole.leaves[k].norm(dim=-1) * gradients[k].norm(dim=-1)).sum().item() for k in "xynm")
         for parameter in whole.parameters:
             ours = torch.stack([one[1][parameter] for one in found]).sum(0)
-            close(ours, factor * gradients[parameter], (key, parameter), factor * terms)
+            close(ours, of_parameters * gradients[parameter], (key, parameter), of_parameters * terms)
 
 
 # Scales of the gradient -----------------------------------------------------------------------------------------------
@@ -221,6 +229,49 @@ def test_the_scales_of_libraries(tmp_path):
             close(average, factor[by_rows] * right[leaf], (library, leaf))
         average = sum(one[library]["temperature"] for one in found) / 2
         close(average, factor[by_parameters] * right["temperature"], library)
+
+
+# In chunks ------------------------------------------------------------------------------------------------------------
+
+
+class Encoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(D, D, dtype=torch.float64)
+        with torch.no_grad():
+            self.layer.weight.copy_(numbers(40, D, D))
+            self.layer.bias.copy_(numbers(41, D))
+
+    def forward(self, x):
+        return self.layer(x).tanh()
+
+
+def in_chunks(rank, size, folder):
+    torch.set_num_threads(1)
+    options = {"rank": rank, "world_size": size, "timeout": datetime.timedelta(seconds=30)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", **options)
+    outcome = {}
+    for strategy in ("gather", "ring"):
+        batch = Batch(11, torch.float64, slice(7) if rank == 0 else slice(7, 11))
+        encoder = torch.nn.parallel.DistributedDataParallel(Encoder())
+        loss = fusedloss.ClipLoss(group=dist.group.WORLD, strategy=strategy)
+        step = GradCache(lambda x, y, loss=loss: loss(x, y, 3.0), encoder, rows=3)  # three chunks here, two there
+        value = step(batch.x.detach(), batch.y.detach())
+        outcome[strategy] = value, [p.grad for p in encoder.parameters()]
+    Path(folder, f"{rank}.pkl").write_bytes(pickle.dumps(outcome))
+    dist.destroy_process_group()
+
+
+def test_encoders_in_chunks_on_several_processes(tmp_path):
+    torch.multiprocessing.start_processes(in_chunks, (2, str(tmp_path)), nprocs=2, start_method="fork")
+    whole, encoder = Batch(11, torch.float64), Encoder()
+    value = fusedloss.clip(encoder(whole.x.detach()), encoder(whole.y.detach()), 3.0)
+    value.backward()
+    for rank in range(2):
+        for strategy, found in pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()).items():
+            close(found[0], value.detach(), strategy)
+            for ours, parameter in zip(found[1], encoder.parameters(), strict=True):
+                close(ours, parameter.grad, strategy)
 
 
 # 16 bits --------------------------------------------------------------------------------------------------------------
