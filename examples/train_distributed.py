@@ -2,7 +2,7 @@
 
     python examples/train_distributed.py                                          # one process
     torchrun --nproc-per-node 2 examples/train_distributed.py --steps 20 --batch 512
-    torchrun --nnodes 4 --nproc-per-node 8 ... examples/train_distributed.py      # NCCL where there are GPUs, else gloo
+    torchrun --nproc-per-node 8 examples/train_distributed.py --batch 131072      # NCCL where there are GPUs, else gloo
 
 Data and encoder are those of code_search.py. Three things differ from a script for one process: the model, with its
 temperature, is wrapped by DistributedDataParallel; each rank encodes its part of a global batch; the loss is told whose
