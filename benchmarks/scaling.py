@@ -111,14 +111,14 @@ def memory(place: Place, machine: Machine, strategy: str) -> Memory:
     narrowed = e if e < STATISTICS else 0  # a gradient in the embeddings' dtype, beside its fp32 sums
     if strategy == "ring" and place.world > 1:
         # Keys here and the next ones; dy of this shard, what arrives and what leaves; dx's sums.
-        shards = 2 * e + (3 * STATISTICS + narrowed) + STATISTICS
+        shards = 2 * e + 3 * STATISTICS + STATISTICS
         return Memory(own, shards * m * d, machine.chunk(m, m, d, e) * m * e)
     gathered = e if place.world > 1 else 0
     while_sweeping = (gathered + STATISTICS) * n * d, machine.chunk(m, n, d, e) * n * e
     when_swept = (gathered + STATISTICS + narrowed) * n * d, 0
     phases = [while_sweeping, when_swept]
-    if place.world > 1:  # the gradient, its copy in the order of ranks, and what comes back of it
-        phases.append(((gathered + 2 * e) * n * d + e * m * d, 0))
+    if place.world > 1:  # the gradient, its copy in the order of ranks and in fp32, and what comes back of it
+        phases.append(((gathered + e + STATISTICS) * n * d + STATISTICS * m * d, 0))
     return Memory(own, *max(phases, key=sum))
 
 
@@ -142,8 +142,9 @@ def seconds(place: Place, machine: Machine, strategy: str) -> Seconds:
         chunks = math.ceil(m / machine.chunk(m, n, d, e))
         traffic = 2 * STATISTICS * n * d * chunks  # dy's sums are read and written by each chunk
         if place.world > 1:
-            traffic += 2 * 2 * n * d * e  # columns are put into a rank's own order, gradients back
-        links = 2 * collective(n * d * e, place.world, machine)
+            # Columns are put into a rank's own order, gradients back, widened.
+            traffic += (2 * e + e + STATISTICS) * n * d
+        links = sum(collective(n * d * size, place.world, machine) for size in (e, STATISTICS))
         return Seconds(products * product, traffic / machine.bandwidth, links)
     # Twice around: sums of rows; then gradients, where dy's sums travel with their columns. While a shard is worked on,
     # the next is on its way: what the link needs beyond that is waiting.

@@ -6,14 +6,13 @@ around. The order of columns does not matter to a loss, and so row i's own colum
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .problem import Ranks, RowSums
+from .problem import Ranks, RowSums, stats_dtype
 
 # Their names since torch 2.13; before, the same functions had others.
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -24,9 +23,9 @@ def group_of(ranks: Ranks) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(ranks.group)  # type: ignore[arg-type]
 
 
-def gather(x: Tensor, ranks: Ranks, sizes: Sequence[int] | None = None) -> Tensor:
-    """`[N, ...]`, the rows of all ranks, this one's first. sizes: how many each has, `ranks.sizes` unless given."""
-    sizes = ranks.sizes if sizes is None else sizes
+def gather(x: Tensor, ranks: Ranks) -> Tensor:
+    """`[N, ...]`, the rows of all ranks, this one's first."""
+    sizes = ranks.sizes
     if len(sizes) == 1:
         return x
     most = max(sizes)
@@ -37,20 +36,23 @@ def gather(x: Tensor, ranks: Ranks, sizes: Sequence[int] | None = None) -> Tenso
     return torch.cat(parts)
 
 
-def scatter(x: Tensor, ranks: Ranks, sizes: Sequence[int] | None = None) -> Tensor:
-    """The other way: `x` is `[N, ...]`, this rank's rows first; the sum over ranks of what each has for this rank."""
-    sizes = ranks.sizes if sizes is None else sizes
+def scatter(x: Tensor, ranks: Ranks) -> Tensor:
+    """The other way: `x` is `[N, ...]`, this rank's rows first; the sum over ranks of what each has for this rank.
+
+    16-bit numbers are summed in fp32: a sum in 16 bits would round once for every rank.
+    """
+    sizes = ranks.sizes
     if len(sizes) == 1:
         return x
     most = max(sizes)
-    padded = x.new_zeros(len(sizes), most, *x.shape[1:])
+    padded = x.new_zeros(len(sizes), most, *x.shape[1:], dtype=stats_dtype(x.dtype))
     start = 0
     for rank in around(ranks):
         padded[rank, : sizes[rank]] = x[start : start + sizes[rank]]
         start += sizes[rank]
-    found = x.new_empty(most, *x.shape[1:])
+    found = padded.new_empty(most, *x.shape[1:])
     _REDUCE_SCATTER(found, padded.flatten(0, 1), group=group_of(ranks))
-    return found[: sizes[ranks.rank]]
+    return found[: sizes[ranks.rank]].to(x.dtype)
 
 
 def around(ranks: Ranks) -> list[int]:

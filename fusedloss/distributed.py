@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from . import checks, op, ring
 from .backends import UnsupportedError, select
 from .collectives import gather, scatter, total
-from .problem import Block, Compare, Guide, Problem, Ranks, stats_dtype
+from .problem import Block, Compare, Guide, Problem, Ranks
 from .ring import Shards
 
 T = TypeVar("T")
@@ -169,8 +169,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # a collective is no part of a graph: second derivatives would lack the other ranks' share
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        # 16-bit gradients are summed in fp32: a sum in 16 bits would round once for every rank.
-        return scatter(upstream.to(stats_dtype(upstream.dtype)), ctx.ranks).to(upstream.dtype), None
+        return scatter(upstream, ctx.ranks), None
 
 
 class _Scaled(torch.autograd.Function):

@@ -231,6 +231,46 @@ def test_the_scales_of_libraries(tmp_path):
         close(average, factor[by_parameters] * right["temperature"], library)
 
 
+# Kernels --------------------------------------------------------------------------------------------------------------
+
+KERNELS = [
+    "info_nce, normalized, sum",
+    "info_nce, weight, bias",
+    "clip, normalized, ids",
+    "gist_embed",
+    "siglip",
+    "sup_con",
+]
+
+
+def by_kernels(rank, size, folder):
+    torch.set_num_threads(1)
+    options = {"rank": rank, "world_size": size, "timeout": datetime.timedelta(seconds=120)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", **options)
+    outcome = {}
+    for name in KERNELS:
+        for strategy in ("gather", "ring"):
+            batch = Batch(7, torch.float32, slice(4) if rank == 0 else slice(4, 7))
+            options = {"group": dist.group.WORLD, "strategy": strategy, "grad_scale": "sum", "backend": "triton"}
+            outcome[name, strategy] = batch.results(CASES[name](batch, **options))
+    Path(folder, f"{rank}.pkl").write_bytes(pickle.dumps(outcome))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is there on Linux only")
+def test_triton_kernels(tmp_path):
+    torch.multiprocessing.start_processes(by_kernels, (2, str(tmp_path)), nprocs=2, start_method="fork")
+    found = [pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()) for rank in range(2)]
+    for name, strategy in found[0]:
+        whole = Batch(7, torch.float32)
+        value, gradients = whole.results(CASES[name](whole))
+        for leaf in whole.leaves:
+            ours = torch.cat([one[name, strategy][1][leaf] for one in found])
+            torch.testing.assert_close(ours, gradients[leaf], rtol=1e-4, atol=1e-5, msg=lambda m, k=name: f"{k}: {m}")
+        for one in found:
+            torch.testing.assert_close(one[name, strategy][0], value, rtol=1e-5, atol=1e-6)
+
+
 # In chunks ------------------------------------------------------------------------------------------------------------
 
 

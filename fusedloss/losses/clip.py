@@ -54,7 +54,7 @@ def clip(
         return_stats: return `(loss, Stats)`, where the statistics are those of image to text.
         group: a ProcessGroup whose other ranks' columns compete, too. The result is the mean (or sum) over all ranks'
             rows, on every rank; "none" gives this rank's. See `fusedloss.distributed`.
-        strategy: how columns travel: "gather".
+        strategy: how columns travel: "gather", all at once, or "ring", a shard at a time.
         grad_scale: "ddp" (right after DistributedDataParallel's average), "sum" (this rank's share) or
             "match:<library>".
 

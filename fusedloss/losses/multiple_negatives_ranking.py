@@ -75,7 +75,7 @@ def multiple_negatives_ranking(
         return_stats: return `(loss, Stats)`; under "per_direction" those from query to document.
         group: a ProcessGroup whose other ranks' columns compete, too. The result is the mean (or sum) over all ranks'
             rows, on every rank; "none" gives this rank's. See `fusedloss.distributed`.
-        strategy: how columns travel: "gather".
+        strategy: how columns travel: "gather", all at once, or "ring", a shard at a time.
         grad_scale: "ddp" (right after DistributedDataParallel's average), "sum" (this rank's share) or
             "match:<library>".
 

@@ -43,7 +43,7 @@ def nt_xent(
         return_stats: return `(loss, Stats)`.
         group: a ProcessGroup whose other ranks' columns compete, too. The result is the mean (or sum) over all ranks'
             rows, on every rank; "none" gives this rank's. See `fusedloss.distributed`.
-        strategy: how columns travel: "gather".
+        strategy: how columns travel: "gather", all at once, or "ring", a shard at a time.
         grad_scale: "ddp" (right after DistributedDataParallel's average), "sum" (this rank's share) or
             "match:<library>".
 
