@@ -60,7 +60,8 @@ def go_around(
     for step, shard in enumerate(around(ranks)):
         if step < count - 1:
             coming = _Exchange(held, before, after, group)
-        found = visit(shard, [x[: p.sizes[shard]] for x, p in zip(held, parcels, strict=True)])
+        with torch.autocast(held[0].device.type, enabled=False):  # operands have the dtype they are to have
+            found = visit(shard, [x[: p.sizes[shard]] for x, p in zip(held, parcels, strict=True)])
         if found:
             sizes, mine = [p.sizes for p in found], [p.tensor for p in found]
             if travelling is not None:

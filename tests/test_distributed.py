@@ -316,7 +316,16 @@ def test_encoders_in_chunks_on_several_processes(tmp_path):
 
 # 16 bits --------------------------------------------------------------------------------------------------------------
 
-NARROW = {"info_nce": CASES["info_nce, normalized, sum"], "clip": CASES["clip, a number, sum"]}
+NARROW = {
+    "info_nce": CASES["info_nce, normalized, sum"],
+    "clip": CASES["clip, a number, sum"],
+    "sup_con": lambda b, **k: fusedloss.sup_con(b.x, b.labels, reduction="sum", **k),
+}
+
+
+def under_autocast(batch, loss, **options):
+    with torch.autocast("cpu", torch.bfloat16):
+        return batch.results(loss(batch, **options))
 
 
 def narrow(rank, size, folder):
@@ -330,6 +339,10 @@ def narrow(rank, size, folder):
                 batch = Batch(40, dtype, slice(20 * rank, 20 * rank + 20))
                 value = loss(batch, group=dist.group.WORLD, strategy=strategy, grad_scale="sum")
                 outcome[name, dtype, strategy] = batch.results(value)
+        for strategy in ("gather", "ring"):
+            batch = Batch(40, torch.float32, slice(20 * rank, 20 * rank + 20))
+            options = {"group": dist.group.WORLD, "strategy": strategy, "grad_scale": "sum"}
+            outcome[name, "autocast", strategy] = under_autocast(batch, loss, **options)
     Path(folder, f"{rank}.pkl").write_bytes(pickle.dumps(outcome))
     dist.destroy_process_group()
 
@@ -339,6 +352,17 @@ def test_16_bits_are_as_exact_as_on_one_process(tmp_path):
     torch.multiprocessing.start_processes(narrow, (2, str(tmp_path)), nprocs=2, start_method="fork")
     found = [pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()) for rank in range(2)]
     for name, dtype, strategy in found[0]:
+        if dtype == "autocast":
+            whole = Batch(40, torch.float32)
+            value, gradients = under_autocast(whole, NARROW[name])
+            for one in found:
+                torch.testing.assert_close(one[name, dtype, strategy][0], value, rtol=1e-5, atol=0)
+            for leaf in "xy":
+                ours = torch.cat([one[name, dtype, strategy][1][leaf] for one in found])
+                torch.testing.assert_close(
+                    ours, gradients[leaf], rtol=0, atol=0.01 * gradients[leaf].abs().amax().item()
+                )
+            continue
         exact, whole = Batch(40, torch.float64), Batch(40, dtype)
         for leaf in "xy":
             exact.leaves[leaf] = whole.leaves[leaf].detach().double().requires_grad_()

@@ -137,6 +137,29 @@ def test_a_rank_that_is_killed_in_between():
     assert gone is None and isinstance(first, RuntimeError)
 
 
+@pytest.mark.parametrize("visits", [1, 3, 4, 6])  # of the first time around three ranks, and of the second
+def test_a_rank_that_is_killed_within_the_ring(visits):
+    def case(rank):
+        go_around = fusedloss.ring.go_around
+        left = [visits]
+
+        def killed(parcels, ranks, visit, join=None):
+            def counted(shard, held):
+                left[0] -= 1
+                if not left[0]:
+                    os.kill(os.getpid(), 9)
+                return visit(shard, held)
+
+            return go_around(parcels, ranks, counted, join)
+
+        if rank == 1:
+            fusedloss.ring.go_around = killed
+        info_nce(strategy="ring").backward()
+
+    first, gone, last = errors_of(case, 3)
+    assert gone is None and isinstance(first, RuntimeError) and isinstance(last, RuntimeError)
+
+
 def test_a_rank_that_is_late():
     def case(rank):
         if rank == 1:
