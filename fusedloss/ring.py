@@ -190,7 +190,6 @@ class Around:
     def __init__(self, shards: Shards, backend: ModuleType, wants: Wants):
         self.shards, self.backend, self.wants = shards, backend, wants
         problem = shards.problem
-        self.rows_of, self.columns_of = problem.operands, shards.parcels
         self.weight = problem.weight / 2 if problem.symmetric else problem.weight
         self.merged = RowSums.empty(problem.rows, problem.weight)
         self.elsewhere: sweep.Elsewhere | None = None

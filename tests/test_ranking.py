@@ -12,6 +12,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 import fusedloss
@@ -660,7 +661,16 @@ OPTIONS = {
     "compact": {"compact": False},
     "options": {"options": torch.nn.LinearCrossEntropyOptions()},
 }
-SAME_VALUE = ("ignore_index", "backend", "workspace_bytes", "return_stats", "compact", "options")
+# Of a group of one process, which the test has.
+OF_GROUPS = {"group": {}, "strategy": {"strategy": "ring"}, "grad_scale": {"grad_scale": "sum"}}
+SAME_VALUE = ("ignore_index", "backend", "workspace_bytes", "return_stats", "compact", "options", *OF_GROUPS)
+
+
+@pytest.fixture
+def group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
 
 
 def arguments(module):
@@ -686,7 +696,7 @@ def arguments(module):
 
 
 @pytest.mark.parametrize("name", list(MODULES))
-def test_a_module_is_its_function(name):
+def test_a_module_is_its_function(name, group_of_one):
     """Each option, given to the constructor, does and shows what it does; those that are tensors go to forward."""
     module = MODULES[name]
     positional, named = arguments(module)
@@ -698,7 +708,7 @@ def test_a_module_is_its_function(name):
         if p.kind is p.KEYWORD_ONLY and p.name not in module.tensors
     ]
     for option in module.signature.parameters:
-        chosen = OPTIONS[option]
+        chosen = OF_GROUPS[option] | {"group": group_of_one} if option in OF_GROUPS else OPTIONS[option]
         made = module(**chosen)
         found = made(*positional, **named)
         wanted = module.function(*positional, **named, **chosen)
