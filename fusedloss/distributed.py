@@ -7,6 +7,9 @@ go back to whose they are, summed: one collective each way, of embeddings; logit
 over all rows. With strategy="ring" a rank holds one shard of the columns at a time (`ring`). Before init_process_group
 WORLD is None, which asks for the loss of this process alone.
 
+Every rank makes the same call: whatever differs but numbers of rows is told on all of them. A rank without rows passes
+what its encoder gives for none; where the encoder takes no empty batch, one row, cut off again: `encoder(padded)[:0]`.
+
 Gradients are those of one process with the whole batch: `grad_scale="sum"` gives each rank its share, whose sum over
 ranks is the gradient of every parameter; `"ddp"` gives world-size times that, because DistributedDataParallel and FSDP
 average. Both hold for encoders, and for learnable temperatures, scales and biases as well. `"match:<library>"` scales

@@ -293,6 +293,11 @@ ONE_AND_OTHER = {
     "target": (info_nce, lambda: info_nce(target=IDS()), "rank 1: info_nce with target"),
     "grad_scale": (info_nce, lambda: info_nce(grad_scale="sum"), "rank 0: grad_scale ddp; rank 1: grad_scale sum"),
     "no grad": (info_nce, torch.no_grad()(info_nce), "rank 1: matrix 0 [rows, 4] torch.float64 without grad"),
+    "no rows and no graph": (
+        info_nce,
+        lambda: fusedloss.info_nce(torch.empty(0, 4).double(), torch.empty(0, 4).double(), group=world()),
+        "rank 1: matrix 0 [rows, 4] torch.float64 without grad, matrix 1 [rows, 4] torch.float64 without grad",
+    ),
     "one matrix of two": (
         info_nce,
         lambda: (lambda x: fusedloss.info_nce(x, x, group=world()))(X()),
