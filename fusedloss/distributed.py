@@ -14,6 +14,9 @@ Gradients are those of one process with the whole batch: `grad_scale="sum"` give
 ranks is the gradient of every parameter; `"ddp"` gives world-size times that, because DistributedDataParallel and FSDP
 average. Both hold for encoders, and for learnable temperatures, scales and biases as well. `"match:<library>"` scales
 as that library does, right or wrong: `MATCH`.
+
+Refused with a group: label_smoothing, return_stats, bool masks, info_nce's `negatives` and `bank`, siglip's int64
+targets; in a ring also sup_con's form "in", and explicit targets together with a margin or a guide.
 """
 
 from __future__ import annotations

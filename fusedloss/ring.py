@@ -242,7 +242,7 @@ class Around:
                 parts = [t.contiguous() for t in along.unbind(1)]
                 columns = Softmax(*parts, *[None] * (3 - len(parts)))
             partial = self._partial(shard, held, found.wants, found.rows)
-            result = None if partial is None else partial.gradients(rows, columns, entry)
+            result = None if partial is None else partial.differentiate(rows, columns, entry)
             return found.take(result, self.kept, held)
 
         home = go_around(parcels, shards.ranks, visit)
@@ -264,14 +264,14 @@ class Around:
         elsewhere = self.elsewhere
         if elsewhere is not None:
             elsewhere = elsewhere._replace(thresholds=tuple(elsewhere.thresholds[number] for number in self.kept))
-        partial = Partial(problem, self.backend, wants, elsewhere, into)
+        partial = Partial(problem, self.backend, wants, elsewhere, into or {})
         if elsewhere is None:  # at home, where the ring starts
-            self.elsewhere = partial.elsewhere()._replace(targets=self.shards.target is not None)
+            self.elsewhere = partial.taken_along()._replace(targets=self.shards.target is not None)
         return partial
 
     def _note(self, partial: Partial, shard: int) -> None:
         """The logits and similarities of the targets that this shard has."""
-        here = partial.sweep.problem.target >= 0
+        here = partial.problem.target >= 0
         self.score = torch.where(here, partial.prepared.score.to(self.score.dtype), self.score)
         if partial.prepared.target_sim is not None:
             self.target_sim = torch.where(here, partial.prepared.target_sim, self.target_sim)
@@ -294,7 +294,7 @@ class Once:
 
     def _go(self, weight: Tensor, wanted: bool) -> tuple[Tensor, list[Tensor | None]]:
         found, rows = _Found(self), torch.zeros_like(weight)
-        wants = found.wants if wanted else Wants(*_none(found.wants))
+        wants = found.wants if wanted else _none(found.wants)
 
         def visit(shard: int, held: list[Tensor]) -> list[Parcel]:
             problem, kept = self.shards.at(shard, held, weight)
@@ -307,10 +307,9 @@ class Once:
         return rows, found.all(home) if wanted else []
 
 
-def _none(wants: Wants) -> tuple[Any, ...]:
-    flags = ((False,) * len(part) for part in (wants.operands, wants.biases, wants.scalars))
-    operands, biases, scalars = flags
-    return operands, False, biases, scalars
+def _none(wants: Wants) -> Wants:
+    operands, biases, scalars = ((False,) * len(part) for part in (wants.operands, wants.biases, wants.scalars))
+    return Wants(operands, False, biases, scalars)
 
 
 class _Ring(torch.autograd.Function):

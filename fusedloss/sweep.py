@@ -135,56 +135,6 @@ class _Admission:
         return None if mask is None else self.backend.admitted(mask, columns)
 
 
-class Partial:
-    """A sweep over some of a row's columns, whose normaliser is known only when all have been seen (`ring`)."""
-
-    def __init__(
-        self,
-        problem: Problem,
-        backend: ModuleType,
-        wants: Wants,
-        elsewhere: Elsewhere | None = None,
-        into: Mapping[int, Tensor] | None = None,
-    ):
-        """into: where the gradient of an operand that is only ever a query is added."""
-        self.sweep = _Sweep(problem, backend, wants, elsewhere, into or {})
-        self.prepared, self.settle = self.sweep.prepared, self.sweep._settle
-
-    def elsewhere(self) -> Elsewhere:
-        """What sweeps over other columns need to be told: this one has the targets."""
-        thresholds = tuple(None if mask is None else mask.threshold for mask in self.sweep.masks)
-        return Elsewhere(thresholds, self.sweep._guide_scores())
-
-    def sums(self) -> tuple[RowSums, RowSums | None]:
-        """Of the rows; and of the columns, where the problem is symmetric."""
-        sweep, columns, found = self.sweep, None, []
-        problem, backend = sweep.problem, sweep.backend
-        for chunk in sweep._stats_chunks() if problem.columns else ():
-            strips = sweep._strips(chunk)
-            empty = RowSums.empty(chunk.stop - chunk.start, problem.weight)
-            if problem.symmetric:
-                rows, more = backend.stats_rows_and_columns(strips[0])
-                columns = backend.merge(columns or RowSums.empty(problem.columns, problem.weight), more)
-            else:
-                rows = backend.stats_rows(strips, None, None)
-            found.append(backend.merge(empty, rows))
-        if not found:
-            empty = RowSums.empty(problem.rows, problem.weight)
-            return empty, RowSums.empty(problem.columns, problem.weight) if problem.symmetric else None
-        return RowSums(*(_joined(list(parts)) for parts in zip(*found, strict=True))), columns
-
-    def gradients(self, rows: Softmax, columns: Softmax | None, entry: Tensor) -> Result:
-        """Of the sum of the losses of rows whose softmax is known; `entry` is the targets'."""
-        sweep = self.sweep
-        if sweep.problem.rows and sweep.problem.columns:
-            workspace = sweep._workspace()
-            for chunk in _chunks(sweep.problem.rows, workspace.shape[0]):
-                part = rows.map(functools.partial(_part, chunk=chunk))
-                outs = sweep._outs(workspace, chunk)
-                sweep._grad(chunk, sweep._strips(chunk), outs, part, columns, _part(entry, chunk))
-        return Result(entry, sweep._finish(), sweep.scale_grad, tuple(sweep.bias_grads), (), [])
-
-
 @torch.no_grad()
 def top_rows(problem: Problem, backend: ModuleType) -> tuple[Tensor, Tensor]:
     """Each row's largest logit and its column, the first on ties; -inf and -1 where no column competes."""
@@ -258,6 +208,7 @@ class _Sweep:
         elsewhere: Elsewhere | None = None,
         into: Mapping[int, Tensor] | None = None,
     ):
+        """into: where the gradient of an operand that is only ever a query is added; the others then are in fp32."""
         self.problem, self.backend, self.wants, self.elsewhere, self.into = problem, backend, wants, elsewhere, into
         self.dtype = stats_dtype(problem.dtype)
         self.operands = [backend.operand(x) for x in problem.operands]
@@ -743,6 +694,39 @@ class _Sweep:
         if self.smoothing is not None:
             self.smoothing.add_gradients(self)
         return tuple(None if g is None else g.finished() for g in self.gradients)
+
+
+class Partial(_Sweep):
+    """A sweep over some of a row's columns, whose normaliser is known only when all have been seen (`ring`)."""
+
+    def taken_along(self) -> Elsewhere:
+        """What sweeps over other columns need to be told: this one has the targets."""
+        return Elsewhere(tuple(None if mask is None else mask.threshold for mask in self.masks), self._guide_scores())
+
+    def sums(self) -> tuple[RowSums, RowSums | None]:
+        """Of the rows; and of the columns, where the problem is symmetric."""
+        problem, backend, found = self.problem, self.backend, []
+        columns = RowSums.empty(problem.columns, problem.weight) if problem.symmetric else None
+        for chunk in self._stats_chunks() if problem.columns else ():
+            strips = self._strips(chunk)
+            if columns is None:
+                rows = backend.stats_rows(strips, None, None)
+            else:
+                rows, more = backend.stats_rows_and_columns(strips[0])
+                columns = backend.merge(columns, more)
+            found.append(backend.merge(RowSums.empty(chunk.stop - chunk.start, problem.weight), rows))
+        if not found:
+            return RowSums.empty(problem.rows, problem.weight), columns
+        return RowSums(*(_joined(list(parts)) for parts in zip(*found, strict=True))), columns
+
+    def differentiate(self, rows: Softmax, columns: Softmax | None, entry: Tensor) -> Result:
+        """Of the sum of the losses of rows whose softmax is known; `entry` is the targets'."""
+        if self.problem.rows and self.problem.columns:
+            workspace = self._workspace()
+            for chunk in _chunks(self.problem.rows, workspace.shape[0]):
+                part, outs = rows.map(functools.partial(_part, chunk=chunk)), self._outs(workspace, chunk)
+                self._grad(chunk, self._strips(chunk), outs, part, columns, _part(entry, chunk))
+        return Result(entry, self._finish(), self.scale_grad, tuple(self.bias_grads), (), [])
 
 
 class _Gradient:

@@ -94,7 +94,7 @@ def _searching(upstream: Callable[P, R]) -> Callable[P, R]:
         """The library's `mine_hard_negatives`, whose search holds the best scores only, whatever the corpus.
 
         Arguments, checks, output and printing are the library's. Without FAISS it scores `faiss_batch_size` queries
-        (16384) against the whole corpus at a time, a matrix of 64 GiB for a million passages; here the scores are
+        (16384) against the whole corpus at a time, a matrix of 61 GiB for a million passages; here the scores are
         walked in tiles of 32 MiB, on the model's device where that is a GPU. Among equal scores the first of the corpus
         is mined, where the library leaves the order open; scores agree up to the rounding of the products.
 
