@@ -90,6 +90,7 @@ FUSEDLOSS_INLINE uint32_t to_tf32(uint32_t bits) {
   return rounded;
 }
 FUSEDLOSS_INLINE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+FUSEDLOSS_INLINE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 
 // Global memory --------------------------------------------------------------------------------------------------------
 

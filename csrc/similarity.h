@@ -109,10 +109,30 @@ struct FoldArgs {
   float *loss, *count, *scale_grad, *bias_grad;  // tables by row, or null
 };
 
-// Which kernel runs a launch: a pure function of what is asked. BLOCK_M and BLOCK_N are the tables'.
+// Which kernel runs a launch. BLOCK_M and BLOCK_N are the tables'.
 struct Plan {
   int capability;  // 80 or 90: the kernel's, at most the device's
   int BLOCK_M, BLOCK_N;
+};
+
+// A pure function of what is asked: the device's capability (86, 90, ...; 0 on the host) and whether both operands are
+// row-major with rows that start at multiples of 16 bytes. `general`: with masks, a softcap, a tally or smoothing.
+Plan plan(int capability, DType dtype, bool aligned, bool general);
+
+// Launches, asynchronous on `stream`, which must belong to the current device. Whatever they return but cudaSuccess,
+// nothing was launched. T: float, fp16 or bf16.
+template <class T>
+struct Similarities {
+  static cudaError_t stats(const Strip&, const StatsArgs&, const Plan&, cudaStream_t);
+  static cudaError_t exp(const Strip&, const ExpArgs&, const Plan&, cudaStream_t);  // not fp16: it has not the range
+  static cudaError_t grad(const Strip&, const GradArgs&, const Plan&, cudaStream_t);
+  static cudaError_t top(const Strip&, const TopArgs&, const Plan&, cudaStream_t);
+  static cudaError_t pick(const Strip&, const PickArgs&, const Plan&, cudaStream_t);
+  static cudaError_t guide(const Strip&, const BitsArgs&, const Plan&, cudaStream_t);
+  static cudaError_t store(const Strip&, const StoreArgs&, const Plan&, cudaStream_t);
+  static cudaError_t sigmoid(const Strip&, const FoldArgs&, const Plan&, cudaStream_t);  // folds: not fp16
+  static cudaError_t margin_ranking(const Strip&, const FoldArgs&, const Plan&, cudaStream_t);
+  static cudaError_t pair_hinge(const Strip&, const FoldArgs&, const Plan&, cudaStream_t);
 };
 
 }  // namespace fusedloss

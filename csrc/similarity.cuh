@@ -1,0 +1,88 @@
+// The table of launches: which instances of the two kernels there are. similarity_*.cu compile one number format each.
+#pragma once
+
+#include <type_traits>
+
+#include "similarity_sm80.cuh"
+
+namespace fusedloss {
+
+// Masks, a softcap, a tally, smoothing: whatever only the general instance knows.
+inline bool general(const Strip& strip, bool more) {
+  const Masks& m = strip.masks;
+  return more || strip.softcap > 0 || m.drop_rows[0] || m.keep_rows[0] || m.dense || m.bits || m.threshold || m.skip ||
+         m.own;
+}
+
+template <class T, class Epilogue>
+cudaError_t run(const Strip& strip, const typename Epilogue::Args& args, const Plan& plan, cudaStream_t stream) {
+  return sm80::launch_similarity<T, Epilogue>(strip, args, stream);
+}
+
+template <class T>
+constexpr bool kHasRange = !std::is_same_v<T, fp16>;
+
+template <class T>
+cudaError_t Similarities<T>::stats(const Strip& strip, const StatsArgs& args, const Plan& plan, cudaStream_t stream) {
+  if (general(strip, args.tally.score)) return run<T, Stats<true, true>>(strip, args, plan, stream);
+  if (args.col_max) return run<T, Stats<false, true>>(strip, args, plan, stream);
+  return run<T, Stats<false, false>>(strip, args, plan, stream);
+}
+
+template <class T>
+cudaError_t Similarities<T>::exp(const Strip& strip, const ExpArgs& args, const Plan& plan, cudaStream_t stream) {
+  if constexpr (kHasRange<T>) {
+    if (general(strip, args.tally.score)) return run<T, Exp<true, true>>(strip, args, plan, stream);
+    if (args.col_sum) return run<T, Exp<false, true>>(strip, args, plan, stream);
+    return run<T, Exp<false, false>>(strip, args, plan, stream);
+  }
+  return cudaErrorNotSupported;
+}
+
+template <class T>
+cudaError_t Similarities<T>::grad(const Strip& strip, const GradArgs& args, const Plan& plan, cudaStream_t stream) {
+  if (general(strip, args.smooth)) return run<T, Grad<true, true, true>>(strip, args, plan, stream);
+  if (args.col_shift && args.q) return run<T, Grad<false, true, true>>(strip, args, plan, stream);
+  if (args.col_shift) return run<T, Grad<false, true, false>>(strip, args, plan, stream);
+  if (args.q) return run<T, Grad<false, false, true>>(strip, args, plan, stream);
+  return run<T, Grad<false, false, false>>(strip, args, plan, stream);
+}
+
+template <class T>
+cudaError_t Similarities<T>::top(const Strip& strip, const TopArgs& args, const Plan& plan, cudaStream_t stream) {
+  return run<T, Top>(strip, args, plan, stream);
+}
+template <class T>
+cudaError_t Similarities<T>::pick(const Strip& strip, const PickArgs& args, const Plan& plan, cudaStream_t stream) {
+  return run<T, Pick>(strip, args, plan, stream);
+}
+template <class T>
+cudaError_t Similarities<T>::guide(const Strip& strip, const BitsArgs& args, const Plan& plan, cudaStream_t stream) {
+  return run<T, Guide>(strip, args, plan, stream);
+}
+template <class T>
+cudaError_t Similarities<T>::store(const Strip& strip, const StoreArgs& args, const Plan& plan, cudaStream_t stream) {
+  return run<T, Store>(strip, args, plan, stream);
+}
+
+template <class T, FoldKind KIND>
+cudaError_t run_fold(const Strip& strip, const FoldArgs& args, const Plan& plan, cudaStream_t stream) {
+  if constexpr (kHasRange<T>) return run<T, Fold<KIND>>(strip, args, plan, stream);
+  return cudaErrorNotSupported;
+}
+template <class T>
+cudaError_t Similarities<T>::sigmoid(const Strip& strip, const FoldArgs& args, const Plan& plan, cudaStream_t stream) {
+  return run_fold<T, FoldKind::sigmoid>(strip, args, plan, stream);
+}
+template <class T>
+cudaError_t Similarities<T>::margin_ranking(const Strip& strip, const FoldArgs& args, const Plan& plan,
+                                            cudaStream_t stream) {
+  return run_fold<T, FoldKind::margin_ranking>(strip, args, plan, stream);
+}
+template <class T>
+cudaError_t Similarities<T>::pair_hinge(const Strip& strip, const FoldArgs& args, const Plan& plan,
+                                        cudaStream_t stream) {
+  return run_fold<T, FoldKind::pair_hinge>(strip, args, plan, stream);
+}
+
+}  // namespace fusedloss

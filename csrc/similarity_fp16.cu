@@ -1,0 +1,3 @@
+#include "similarity.cuh"
+
+template struct fusedloss::Similarities<fusedloss::fp16>;
