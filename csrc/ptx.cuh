@@ -90,6 +90,7 @@ FUSEDLOSS_INLINE uint32_t to_tf32(uint32_t bits) {
   return rounded;
 }
 FUSEDLOSS_INLINE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+FUSEDLOSS_INLINE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 
 // Global memory --------------------------------------------------------------------------------------------------------
 
@@ -107,6 +108,11 @@ FUSEDLOSS_INLINE fp16 load(const fp16* pointer) {
 // 16 bytes at a multiple of 16.
 FUSEDLOSS_INLINE Vector16 load16(const void* pointer) {
   const uint4 v = __ldg(static_cast<const uint4*>(pointer));
+  return {{v.x, v.y, v.z, v.w}};
+}
+// The same of what this kernel writes, too: not through the read-only cache.
+FUSEDLOSS_INLINE Vector16 read16(const void* pointer) {
+  const uint4 v = *static_cast<const uint4*>(pointer);
   return {{v.x, v.y, v.z, v.w}};
 }
 FUSEDLOSS_INLINE void store16(void* pointer, Vector16 v) {
