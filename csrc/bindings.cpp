@@ -1,11 +1,18 @@
-// fusedloss._C: the only file that knows Python. Tensors come in as integers (pointers, sizes, strides, a stream), so
-// nothing here depends on torch or its ABI; the callers in fusedloss/backends check shapes, dtypes and devices.
+// fusedloss._C: the only file that knows Python. A launch takes its parameters as an object with the fields of the
+// struct in csrc/ and a stream. Tensors come in as integers (pointers, sizes, strides), so nothing here depends on torch
+// or its ABI; the callers in fusedloss/backends check shapes, dtypes and devices.
 #include <pybind11/pybind11.h>
 
+#include <functional>
+#include <initializer_list>
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
 
-#include "row_ops.h"
+#include "rows.h"
 
 namespace py = pybind11;
 using namespace fusedloss;
@@ -28,20 +35,114 @@ py::dict build_info() {
   return info;
 }
 
-void scale_rows_(uintptr_t in, uintptr_t out, DType out_dtype, uintptr_t row_factor, uintptr_t scalar, int64_t M,
-                 int64_t D, int64_t in_stride, int64_t out_stride, uintptr_t stream) {
-  if (M < 0 || D < 0) throw std::invalid_argument("scale_rows: M and D must not be negative");
-  ScaleRowsParams params;
-  params.in = reinterpret_cast<const float*>(in);
-  params.out = reinterpret_cast<void*>(out);
-  params.row_factor = reinterpret_cast<const float*>(row_factor);
-  params.scalar = reinterpret_cast<const float*>(scalar);
-  params.M = M;
-  params.D = D;
-  params.in_stride = in_stride;
-  params.out_stride = out_stride;
-  params.out_dtype = out_dtype;
-  check(scale_rows(params, reinterpret_cast<cudaStream_t>(stream)), "scale_rows");
+// One member from Python: a pointer is an int or None, an array of pointers a list of them, the rest what it is.
+template <class T>
+void set(T& member, py::handle value) {
+  member = value.cast<T>();
+}
+template <class T>
+void set(T*& member, py::handle value) {
+  member = value.is_none() ? nullptr : reinterpret_cast<T*>(value.cast<uintptr_t>());
+}
+template <class T, size_t N>
+void set(T* (&member)[N], py::handle value) {
+  const auto given = value.cast<py::sequence>();
+  if (given.size() > N) throw py::value_error("at most " + std::to_string(N) + " pointers");
+  for (size_t k = 0; k < given.size(); ++k) set(member[k], given[k]);
+}
+
+// A class of plain data, whose objects are made by keywords and have no attributes; what is not given is as in S{}:
+//   using S = MergeParams;
+//   Fields<S>(m, "MergeParams") FIELD(max) FIELD(sum) FIELD(R);
+// Structs may be members of others that get their classes later.
+#define FIELD(name) (#name, &S::name)
+#define SIZE(name) {#name, &S::name}
+
+template <class S>
+class Fields {
+ public:
+  Fields(py::module_& m, const char* type) : setters_(std::make_shared<Setters>()) {
+    py::class_<S>(m, type).def(py::init([type, setters = setters_](const py::kwargs& given) {
+      S made{};
+      for (const auto& [key, value] : given) {
+        const auto name = key.template cast<std::string>(), where = type + ("." + name);
+        const auto setter = setters->find(name);
+        if (setter == setters->end()) throw py::type_error(where + ": no such field");
+        try {
+          setter->second(made, value);
+        } catch (const py::cast_error&) {
+          throw py::type_error(where + " cannot be " + py::repr(value).template cast<std::string>());
+        }
+      }
+      return made;
+    }));
+  }
+  template <class T>
+  Fields& operator()(const char* name, T S::*member) {
+    setters_->emplace(name, [member](S& made, py::handle value) { set(made.*member, value); });
+    return *this;
+  }
+
+ private:
+  using Setters = std::unordered_map<std::string, std::function<void(S&, py::handle)>>;
+  std::shared_ptr<Setters> setters_;
+};
+
+// m.name(params, stream): ValueError where one of `sizes` is negative, RuntimeError where CUDA says no.
+template <class S>
+void def_launch(py::module_& m, const char* name, cudaError_t (*function)(const S&, cudaStream_t),
+                std::initializer_list<std::pair<const char*, int64_t S::*>> sizes) {
+  const auto run = [=, sizes = std::vector(sizes)](const S& params, uintptr_t stream) {
+    for (const auto& [size, member] : sizes) {
+      if (params.*member < 0) throw std::invalid_argument(std::string(name) + ": negative " + size);
+    }
+    check(function(params, reinterpret_cast<cudaStream_t>(stream)), name);
+  };
+  // The lock is released: a launch waits when the stream's queue is full.
+  m.def(name, run, py::arg("params"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+}
+
+void def_rows(py::module_& m) {
+  {
+    using S = PrepareParams;
+    Fields<S>(m, "PrepareParams") FIELD(x) FIELD(y) FIELD(dtype) FIELD(target) FIELD(scale) FIELD(bias)
+        FIELD(row_factor) FIELD(col_factor) FIELD(score) FIELD(target_sim) FIELD(slope) FIELD(M) FIELD(N) FIELD(D)
+        FIELD(stride_xm) FIELD(stride_xd) FIELD(stride_yn) FIELD(stride_yd) FIELD(softcap) FIELD(margin_angle)
+        FIELD(margin_cosine);
+    def_launch(m, "prepare", &prepare, {SIZE(M), SIZE(N), SIZE(D)});
+  }
+  {
+    using S = MergeParams;
+    Fields<S>(m, "MergeParams") FIELD(max) FIELD(sum) FIELD(running_max) FIELD(running_sum) FIELD(n_tiles) FIELD(R);
+    def_launch(m, "merge", &merge, {SIZE(n_tiles), SIZE(R)});
+  }
+  {
+    using S = SettleParams;
+    Fields<S>(m, "SettleParams") FIELD(max) FIELD(sum) FIELD(shift) FIELD(score) FIELD(weight) FIELD(label_smoothing)
+        FIELD(copies) FIELD(z_loss) FIELD(decoupled) FIELD(smooth) FIELD(slope) FIELD(row_shift) FIELD(over_l)
+        FIELD(entry) FIELD(loss) FIELD(out) FIELD(out_dtype) FIELD(target) FIELD(row_factor) FIELD(col_factor)
+        FIELD(stride_om) FIELD(n_tiles) FIELD(R);
+    def_launch(m, "settle", &settle, {SIZE(n_tiles), SIZE(R)});
+  }
+  {
+    using S = ScaleRowsParams;
+    Fields<S>(m, "ScaleRowsParams") FIELD(input) FIELD(out) FIELD(in_dtype) FIELD(out_dtype) FIELD(row_factor)
+        FIELD(scalar) FIELD(M) FIELD(D) FIELD(in_stride) FIELD(in_stride_d) FIELD(out_stride);
+    def_launch(m, "scale_rows", &scale_rows, {SIZE(M), SIZE(D)});
+  }
+  {
+    using S = WeighParams;
+    Fields<S>(m, "WeighParams") FIELD(out) FIELD(dtype) FIELD(row_weight) FIELD(col_weight) FIELD(entry) FIELD(target)
+        FIELD(row_factor) FIELD(col_factor) FIELD(R) FIELD(N) FIELD(stride_om);
+    def_launch(m, "weigh", &weigh, {SIZE(R), SIZE(N)});
+  }
+  {
+    using S = FinishParams;
+    Fields<S>(m, "FinishParams") FIELD(total) FIELD(over_l) FIELD(scale) FIELD(gain) FIELD(x) FIELD(factor) FIELD(out)
+        FIELD(x_dtype) FIELD(out_dtype) FIELD(R) FIELD(D) FIELD(stride_tm) FIELD(stride_xm) FIELD(stride_xd)
+        FIELD(stride_om);
+    def_launch(m, "finish", &finish, {SIZE(R), SIZE(D)});
+  }
 }
 
 }  // namespace
@@ -54,9 +155,5 @@ PYBIND11_MODULE(_C, m) {
       .value("float16", DType::float16)
       .value("bfloat16", DType::bfloat16);
 
-  // The lock is released: a launch waits when the stream's queue is full.
-  m.def("scale_rows", &scale_rows_, py::call_guard<py::gil_scoped_release>(), py::arg("input"), py::arg("out"),
-        py::arg("out_dtype"), py::kw_only(), py::arg("row_factor") = 0, py::arg("scalar") = 0, py::arg("M"),
-        py::arg("D"), py::arg("in_stride"), py::arg("out_stride"), py::arg("stream"),
-        "out[m, d] = cast(input[m, d] * row_factor[m] * scalar[0]); pointers to device memory, 0 for a factor of 1");
+  def_rows(m);
 }

@@ -110,6 +110,11 @@ FUSEDLOSS_INLINE Vector16 load16(const void* pointer) {
   const uint4 v = __ldg(static_cast<const uint4*>(pointer));
   return {{v.x, v.y, v.z, v.w}};
 }
+// The same of what this kernel writes, too: not through the read-only cache.
+FUSEDLOSS_INLINE Vector16 read16(const void* pointer) {
+  const uint4 v = *static_cast<const uint4*>(pointer);
+  return {{v.x, v.y, v.z, v.w}};
+}
 FUSEDLOSS_INLINE void store16(void* pointer, Vector16 v) {
   __stwb(static_cast<uint4*>(pointer), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
 }

@@ -126,6 +126,7 @@ FUSEDLOSS_INLINE Vector16 load16(const void* pointer) {
   std::memcpy(&v, pointer, 16);
   return v;
 }
+FUSEDLOSS_INLINE Vector16 read16(const void* pointer) { return load16(pointer); }
 FUSEDLOSS_INLINE void store16(void* pointer, Vector16 v) {
   host::aligned(pointer, 16, "store16");
   std::memcpy(pointer, &v, 16);
