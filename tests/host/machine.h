@@ -112,7 +112,7 @@ inline Machine machine;
   fail("deadlock: no thread can go on");
 }
 
-// Switching ------------------------------------------------------------------------------------------------------------
+// Switching -----------------------------------------------------------------------------------------------------------
 
 #ifndef FUSEDLOSS_HOST_UCONTEXT
 // What a call preserves, without swapcontext's system call. noipa: it clobbers more than the compiler could see.
@@ -199,7 +199,7 @@ inline void create(int thread) {
 #endif
 }
 
-// Waiting --------------------------------------------------------------------------------------------------------------
+// Waiting -------------------------------------------------------------------------------------------------------------
 
 // Every lane brings its arguments, and the last to arrive computes for all.
 inline void collective(const char* name, Collective compute, void* arguments) {
@@ -255,7 +255,7 @@ inline void barrier(int id, int threads) {
   collective("a barrier", arrive, &arguments);
 }
 
-// Memory ---------------------------------------------------------------------------------------------------------------
+// Memory --------------------------------------------------------------------------------------------------------------
 
 inline void aligned(const void* pointer, size_t bytes, const char* what) {
   if (uintptr_t(pointer) % bytes) fail("%s: %p is not aligned to %zu bytes", what, pointer, bytes);

@@ -1,5 +1,5 @@
-// Checks of ptx_host.h and launch_host.h, run by tests/test_host_ptx.py: `selftest NAME`. The layouts are written here as
-// the PTX ISA lists them, element by element.
+// Checks of ptx_host.h and launch_host.h, run by tests/test_host_ptx.py: `selftest NAME`. The layouts are written here
+// as the PTX ISA lists them, element by element.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -28,7 +28,7 @@ T* shared() {
   return reinterpret_cast<T*>(ptx::shared_memory());
 }
 
-// Launches -------------------------------------------------------------------------------------------------------------
+// Launches ------------------------------------------------------------------------------------------------------------
 
 __global__ void note_place(int* where, int* turn) {
   const int block = ptx::block_y() * ptx::blocks_x() + ptx::block_x();
@@ -70,7 +70,7 @@ void shared_memory_is_nan() {
   CHECK(launch(see_fresh_memory, dim3(2, 2), kThreads, 4 * kThreads, nullptr) == cudaSuccess);
 }
 
-// Waiting --------------------------------------------------------------------------------------------------------------
+// Waiting -------------------------------------------------------------------------------------------------------------
 
 __global__ void reverse(float* out, bool barrier) {
   const int t = ptx::thread();
@@ -154,7 +154,7 @@ void shuffles() {
   }
 }
 
-// cp.async -------------------------------------------------------------------------------------------------------------
+// cp.async ------------------------------------------------------------------------------------------------------------
 
 bool late() {
   const char* name = std::getenv("FUSEDLOSS_HOST_COPIES");
@@ -249,7 +249,7 @@ void pipelines() {
   if (!late()) CHECK(!streams(true, false));
 }
 
-// ldmatrix and mma -----------------------------------------------------------------------------------------------------
+// ldmatrix and mma ----------------------------------------------------------------------------------------------------
 
 // Row j of matrix i lies at slot 5 (8 i + j) % 32, so that addresses are the lanes' own.
 template <bool TRANS>
@@ -385,7 +385,7 @@ void matmul() {
   }
 }
 
-// Faults that must be reported -----------------------------------------------------------------------------------------
+// Faults that must be reported ----------------------------------------------------------------------------------------
 
 enum class Fault {
   divergence, exit, block_barrier, two_sizes, barrier_number, ldmatrix_unaligned, ldmatrix_beyond, copy_to_unaligned,
@@ -463,7 +463,7 @@ void fault(int number) {
   run<Fault, unsigned char*>(commit, 64, 992, Fault(number), static_cast<unsigned char*>(global));
 }
 
-// Numbers: standard input converted to standard output ------------------------------------------------------------------
+// Numbers: standard input converted to standard output ----------------------------------------------------------------
 
 template <class In, class Function>
 void convert(Function function) {
