@@ -23,20 +23,15 @@ enum cudaError_t {
 };
 
 inline const char* cudaGetErrorName(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess:
-      return "cudaSuccess";
-    case cudaErrorInvalidValue:
-      return "cudaErrorInvalidValue";
-    case cudaErrorInvalidConfiguration:
-      return "cudaErrorInvalidConfiguration";
-    case cudaErrorInvalidDevice:
-      return "cudaErrorInvalidDevice";
-    case cudaErrorNoKernelImageForDevice:
-      return "cudaErrorNoKernelImageForDevice";
-    case cudaErrorNotSupported:
-      return "cudaErrorNotSupported";
-  }
+#define FUSEDLOSS_NAME(value) \
+  if (error == value) return #value
+  FUSEDLOSS_NAME(cudaSuccess);
+  FUSEDLOSS_NAME(cudaErrorInvalidValue);
+  FUSEDLOSS_NAME(cudaErrorInvalidConfiguration);
+  FUSEDLOSS_NAME(cudaErrorInvalidDevice);
+  FUSEDLOSS_NAME(cudaErrorNoKernelImageForDevice);
+  FUSEDLOSS_NAME(cudaErrorNotSupported);
+#undef FUSEDLOSS_NAME
   return "unknown error";
 }
 inline const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }

@@ -1,4 +1,4 @@
-// csrc/launch.h's launch() for the host: the blocks one after the other, done on return. Not for several threads at once.
+// csrc/launch.h's launch() for the host: the blocks one after the other, done on return. From one thread at a time.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -16,7 +16,10 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) && !defined(FUSEDLOSS_HOST_UCONTEXT)
+#define FUSEDLOSS_HOST_UCONTEXT
+#endif
+#ifdef FUSEDLOSS_HOST_UCONTEXT
 #include <ucontext.h>
 #endif
 
@@ -30,10 +33,10 @@ constexpr size_t kStackBytes = 256 << 10;  // touched pages only; AddressSanitiz
 constexpr size_t kGuardBytes = 4096;
 
 struct Stack {  // of a fiber, or of who launches
-#if defined(__x86_64__)
-  void* pointer;
-#else
+#ifdef FUSEDLOSS_HOST_UCONTEXT
   ucontext_t context;
+#else
+  void* pointer;
 #endif
   const void* bottom;
   size_t bytes;
@@ -109,9 +112,9 @@ inline Machine machine;
   fail("deadlock: no thread can go on");
 }
 
-// Switching ------------------------------------------------------------------------------------------------------------
+// Switching -----------------------------------------------------------------------------------------------------------
 
-#if defined(__x86_64__)
+#ifndef FUSEDLOSS_HOST_UCONTEXT
 // What a call preserves, without swapcontext's system call. noipa: it clobbers more than the compiler could see.
 __attribute__((naked, noipa)) inline void swap_stacks(void** /* from: rdi */, void* /* to: rsi */) {
   asm("pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
@@ -134,10 +137,10 @@ inline void switch_stack(Stack& from, Stack& to) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&from.fake, to.bottom, to.bytes);
 #endif
-#if defined(__x86_64__)
-  swap_stacks(&from.pointer, to.pointer);
-#else
+#ifdef FUSEDLOSS_HOST_UCONTEXT
   swapcontext(&from.context, &to.context);
+#else
+  swap_stacks(&from.pointer, to.pointer);
 #endif
   switched(&from);
 }
@@ -183,20 +186,20 @@ inline void create(int thread) {
   Stack& stack = machine.fibers[thread].stack;
   stack.bottom = static_cast<char*>(memory) + kGuardBytes;
   stack.bytes = kStackBytes - kGuardBytes - thread % 32 * 1088;  // equal addresses would share a line of the cache
-#if defined(__x86_64__)
-  void** top = reinterpret_cast<void**>(uintptr_t(stack.bottom) + stack.bytes);
-  top[-1] = nullptr;  // where a return address lies: the stack ends here
-  top[-2] = reinterpret_cast<void*>(&fiber);
-  stack.pointer = top - 8;  // six registers below
-#else
+#ifdef FUSEDLOSS_HOST_UCONTEXT
   getcontext(&stack.context);
   stack.context.uc_stack.ss_sp = const_cast<void*>(stack.bottom);
   stack.context.uc_stack.ss_size = stack.bytes;
   makecontext(&stack.context, &fiber, 0);
+#else
+  void** top = reinterpret_cast<void**>(uintptr_t(stack.bottom) + stack.bytes);
+  top[-1] = nullptr;  // where a return address lies: the stack ends here
+  top[-2] = reinterpret_cast<void*>(&fiber);
+  stack.pointer = top - 8;  // six registers below
 #endif
 }
 
-// Waiting --------------------------------------------------------------------------------------------------------------
+// Waiting -------------------------------------------------------------------------------------------------------------
 
 // Every lane brings its arguments, and the last to arrive computes for all.
 inline void collective(const char* name, Collective compute, void* arguments) {
@@ -252,7 +255,7 @@ inline void barrier(int id, int threads) {
   collective("a barrier", arrive, &arguments);
 }
 
-// Memory ---------------------------------------------------------------------------------------------------------------
+// Memory --------------------------------------------------------------------------------------------------------------
 
 inline void aligned(const void* pointer, size_t bytes, const char* what) {
   if (uintptr_t(pointer) % bytes) fail("%s: %p is not aligned to %zu bytes", what, pointer, bytes);

@@ -1,8 +1,8 @@
 // csrc/ptx.cuh once more, for a CPU: what the PTX ISA says of each instruction, and an abort with a message where it
 // leaves the result undefined. A warp's instruction takes place when all 32 lanes have come to it.
 //
-// cp.async copies at the last moment, in the wait for its group (or never), or with FUSEDLOSS_HOST_COPIES=early at once:
-// the first shows a wait that is missing, the second a barrier before the memory is used again.
+// cp.async copies at the last moment, in the wait for its group (or never), or with FUSEDLOSS_HOST_COPIES=early at
+// once: the first shows a wait that is missing, the second a barrier before the memory is used again.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@
 
 namespace fusedloss::ptx {
 
-// Threads --------------------------------------------------------------------------------------------------------------
+// Threads -------------------------------------------------------------------------------------------------------------
 
 FUSEDLOSS_INLINE int thread() { return host::machine.current; }
 FUSEDLOSS_INLINE int block_x() { return int(host::machine.x); }
@@ -57,7 +57,7 @@ FUSEDLOSS_INLINE uint32_t shared_address(const void* pointer) {
   return uint32_t(offset);
 }
 
-// Numbers --------------------------------------------------------------------------------------------------------------
+// Numbers -------------------------------------------------------------------------------------------------------------
 
 FUSEDLOSS_INLINE float bits_to_float(uint32_t bits) {
   float x;
@@ -86,7 +86,8 @@ FUSEDLOSS_INLINE uint16_t round_to(fp16, float x) {
   const uint32_t sign = std::signbit(x) ? 0x8000 : 0;
   if (std::isnan(x)) return 0x7fff;
   if (size >= 65520.0f) return uint16_t(sign | 0x7c00);
-  if (size < 0x1p-14f) return uint16_t(sign | (float_to_bits(size + 0.5f) - float_to_bits(0.5f)));  // in units of 2^-24
+  // Denormals are multiples of 2^-24, as is what 0.5's last bit stands for.
+  if (size < 0x1p-14f) return uint16_t(sign | (float_to_bits(size + 0.5f) - float_to_bits(0.5f)));
   return uint16_t(sign | (((bits + 0xfff + (bits >> 13 & 1)) >> 13) - ((127 - 15) << 10)));
 }
 template <class T>
@@ -113,7 +114,7 @@ FUSEDLOSS_INLINE uint32_t to_tf32(uint32_t bits) {
   return std::isnan(bits_to_float(bits)) ? 0x7fffffff : (bits + 0x1000) & ~0x1fffu;
 }
 
-// Global memory --------------------------------------------------------------------------------------------------------
+// Global memory -------------------------------------------------------------------------------------------------------
 
 template <class T>
 FUSEDLOSS_INLINE T load(const T* pointer) {
@@ -137,7 +138,7 @@ FUSEDLOSS_INLINE void store8(void* pointer, float x, float y) {
   std::memcpy(pointer, pair, 8);
 }
 
-// sm_80 ----------------------------------------------------------------------------------------------------------------
+// sm_80 ---------------------------------------------------------------------------------------------------------------
 
 FUSEDLOSS_INLINE void cp_async16(uint32_t shared, const void* global, int bytes) {
   host::aligned(global, 16, "cp.async");
