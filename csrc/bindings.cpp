@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "rows.h"
+#include "similarity.h"
 
 namespace py = pybind11;
 using namespace fusedloss;
@@ -145,6 +146,93 @@ void def_rows(py::module_& m) {
   }
 }
 
+template <class T, class Args>
+using Launch = cudaError_t (*)(const Strip&, const Args&, const Plan&, cudaStream_t);
+
+// m.name(strip, dtype of the operands, args, plan, stream)
+template <class Args>
+void def_similarity(py::module_& m, const char* name, Launch<float, Args> fp32, Launch<fp16, Args> half,
+                    Launch<bf16, Args> bfloat) {
+  const auto run = [=](const Strip& strip, DType dtype, const Args& args, const Plan& plan, uintptr_t stream) {
+    if (strip.M < 0 || strip.N < 0 || strip.D < 0) throw std::invalid_argument(std::string(name) + ": negative size");
+    const auto function = dtype == DType::float32 ? fp32 : dtype == DType::float16 ? half : bfloat;
+    check(function(strip, args, plan, reinterpret_cast<cudaStream_t>(stream)), name);
+  };
+  m.def(name, run, py::arg("strip"), py::arg("dtype"), py::arg("args"), py::arg("plan"), py::arg("stream"),
+        py::call_guard<py::gil_scoped_release>());
+}
+#define SIMILARITY(name) \
+  def_similarity(m, #name, &Similarities<float>::name, &Similarities<fp16>::name, &Similarities<bf16>::name)
+
+void def_similarities(py::module_& m) {
+  {
+    using S = Masks;
+    Fields<S>(m, "Masks") FIELD(drop_rows) FIELD(drop_keys) FIELD(keep_rows) FIELD(keep_keys) FIELD(dense) FIELD(bits)
+        FIELD(threshold) FIELD(exempt) FIELD(skip) FIELD(own) FIELD(own_scale) FIELD(stride_dm) FIELD(stride_dn)
+        FIELD(stride_bm);
+  }
+  {
+    using S = Strip;
+    Fields<S>(m, "Strip") FIELD(x) FIELD(y) FIELD(out) FIELD(M) FIELD(N) FIELD(D) FIELD(stride_xm) FIELD(stride_xd)
+        FIELD(stride_yn) FIELD(stride_yd) FIELD(stride_om) FIELD(scale) FIELD(row_factor) FIELD(col_factor) FIELD(bias)
+        FIELD(softcap) FIELD(target) FIELD(tensor_cores) FIELD(masks);
+  }
+  {
+    using S = TallyArgs;
+    Fields<S>(m, "TallyArgs") FIELD(score) FIELD(count) FIELD(above) FIELD(max) FIELD(z) FIELD(sim);
+  }
+  {
+    using S = StatsArgs;
+    Fields<S>(m, "StatsArgs") FIELD(row_max) FIELD(row_sum) FIELD(col_max) FIELD(col_sum) FIELD(tally);
+    SIMILARITY(stats);
+  }
+  {
+    using S = ExpArgs;
+    Fields<S>(m, "ExpArgs") FIELD(shift) FIELD(row_sum) FIELD(col_sum) FIELD(tally);
+    SIMILARITY(exp);
+  }
+  {
+    using S = GradArgs;
+    Fields<S>(m, "GradArgs") FIELD(gain) FIELD(row_shift) FIELD(row_weight) FIELD(entry) FIELD(row_target_sim)
+        FIELD(col_shift) FIELD(col_weight) FIELD(col_target_sim) FIELD(q) FIELD(smooth);
+    SIMILARITY(grad);
+  }
+  {
+    using S = TopArgs;
+    Fields<S>(m, "TopArgs") FIELD(top) FIELD(column);
+    SIMILARITY(top);
+  }
+  {
+    using S = PickArgs;
+    Fields<S>(m, "PickArgs") FIELD(picked);
+    SIMILARITY(pick);
+  }
+  {
+    using S = BitsArgs;
+    Fields<S>(m, "BitsArgs") FIELD(threshold) FIELD(bits) FIELD(words);
+    SIMILARITY(guide);
+  }
+  {
+    Fields<StoreArgs>(m, "StoreArgs");
+    SIMILARITY(store);
+  }
+  {
+    using S = FoldArgs;
+    Fields<S>(m, "FoldArgs") FIELD(weight) FIELD(row_labels) FIELD(key_labels) FIELD(own) FIELD(target_value)
+        FIELD(sigmoid_bias) FIELD(margin) FIELD(sign) FIELD(pulls) FIELD(loss) FIELD(count) FIELD(scale_grad)
+        FIELD(bias_grad);
+    SIMILARITY(sigmoid);
+    SIMILARITY(margin_ranking);
+    SIMILARITY(pair_hinge);
+  }
+  py::class_<Plan>(m, "Plan")
+      .def_readonly("capability", &Plan::capability)
+      .def_readonly("BLOCK_M", &Plan::BLOCK_M)
+      .def_readonly("BLOCK_N", &Plan::BLOCK_N);
+  m.def("plan", &plan, py::arg("capability"), py::arg("dtype"), py::arg("aligned"), py::arg("general"),
+        "which kernel, and the tiles that its tables are of");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -156,4 +244,5 @@ PYBIND11_MODULE(_C, m) {
       .value("bfloat16", DType::bfloat16);
 
   def_rows(m);
+  def_similarities(m);
 }
