@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .collectives import gather, merge_columns
-from .folds import FOLDS
+from .folds import FOLDS, Folded
 from .prefixes import sweep_prefixes
 from .problem import (
     Block,
@@ -349,21 +349,24 @@ class _Sweep:
         """The whole rows of a chunk are in the workspace: similarities, then the gradient by them."""
         fold, block = self.problem.fold, self.problem.blocks[0]
         assert fold is not None
+        part = fold_part(self.problem, chunk)
+        if self.backend.can_fold(self.problem):
+            score = _part(self.prepared.score, chunk)
+            folded = self.backend.fold_rows(self.problem, strip, out if self.wants.any else None, part, score)
+            self._add_fold(folded)
+            if self.wants.any:
+                self._contract(chunk, [out], self._queries(chunk), None)
+            return folded.loss
         self.backend.similarities(strip, out)
         apart = None
         if fold.distance == "cosine":
             torch.sub(1, out, out=out)
         elif fold.distance:
             apart = self._distances_(chunk, out)
-        scalars = fold_scalars(self.problem)
-        folded = FOLDS[fold.name][0](out, fold_part(self.problem, chunk), scalars, fold.options, self.wants.any)
-        if folded.count is not None:
-            self.count = [torch.cat([*self.count, folded.count])]
+        folded = FOLDS[fold.name][0](out, part, fold_scalars(self.problem), fold.options, self.wants.any)
+        self._add_fold(folded)
         if not self.wants.any:
             return folded.loss
-        for total, part in zip([self.scale_grad, *self.scalar_grads], folded.scalars, strict=False):
-            if total is not None:
-                total += part
         if fold.distance == "cosine":
             out.neg_()
         elif apart is not None:
@@ -378,6 +381,14 @@ class _Sweep:
             out.mul_(strip.row_factor[:, None]).mul_(strip.col_factor)
         self._contract(chunk, [out], self._queries(chunk), None)
         return folded.loss
+
+    def _add_fold(self, folded: Folded) -> None:
+        if folded.count is not None:
+            self.count = [torch.cat([*self.count, folded.count])]
+        if self.wants.any:
+            for total, part in zip([self.scale_grad, *self.scalar_grads], folded.scalars, strict=False):
+                if total is not None:
+                    total += part
 
     def _distances_(self, chunk: slice, sim: Tensor) -> Tensor:
         """From similarities to distances in place, and a copy of them; exactly 0 from a row to itself."""

@@ -5,6 +5,7 @@ primitives that the driver in `sweep.py` calls. On one row chunk:
 
     can_exp(problem)             whether `exp_rows` may be used: it finds, or the host knows, a safe shift
     can_store(problem)           whether one shift serves rows and columns: `exp_rows_and_columns` and `weigh`
+    can_fold(problem)            whether `fold_rows` does what is otherwise `similarities` and a fold in torch
     takes_units(problem)         whether operands come as unit rows instead of with factors
     workspace_dtype(problem), workspace_copies(problem)   of the bounded workspace: its dtype, and what stands beside it
     stats_rows(strips, tally, score)                         -> RowSums           and adds to the tally, if any
@@ -14,6 +15,7 @@ primitives that the driver in `sweep.py` calls. On one row chunk:
     grad_rows(strips, outs, rows, columns, entry, gain, smooth) -> q              writes dz * gain
     top_rows(strips)                                         -> largest logits, their columns
     similarities(strip, out)                                 writes them, for folds
+    fold_rows(problem, strip, out, part, score)              -> Folded            writes the gradient, if `out`
     guide_room(strip), guide_rows(strips, rule, room, own)   -> a block's StripMask.dropped each
     guide_scores(strip, room) -> [R]                         what a guide's threshold is read out of
 

@@ -57,6 +57,10 @@ def takes_units(problem: Problem) -> bool:
     return problem.cosine and wide and not problem.label_smoothing and size <= UNIT_BYTES
 
 
+def can_fold(problem: Problem) -> bool:
+    return False  # folds are in torch
+
+
 def workspace_copies(problem: Problem) -> float:
     """How much memory a chunk needs, in matrices of its size: a guide's bounds of block 0 stand beside it."""
     if problem.fold is not None:

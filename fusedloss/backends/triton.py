@@ -34,14 +34,12 @@ from ..problem import (
 )
 from ..rows import guide_threshold
 from ..waves import wave_rows
+from .shifts import can_exp, exp_shift
 
 if TYPE_CHECKING:
     from ..kernels.config import Config
 
 MIN_TRITON = (3, 6)
-# exp(-69) = 1e-30 is the smallest row sum whose inverse, and products with x, stay normal numbers.
-LOWEST_EXPONENT = 69.0
-SAFE_SCALE = 59.0  # up to here exp_rows' exponents lie within [-69, 49]
 FOLD_COPIES = 12  # see chunked
 ALIGNMENT = 16  # bytes: of a row's start, for wide copies and for tensor descriptors
 PANEL_BYTES = 32 << 20  # fp32 similarities from the vendor's GEMM: they fit an H200's L2, where the fold reads them
@@ -92,6 +90,10 @@ def takes_units(problem: Problem) -> bool:
     return False  # factors act on the accumulator
 
 
+def can_fold(problem: Problem) -> bool:
+    return False  # folds are in torch
+
+
 def workspace_copies(problem: Problem) -> float:
     return FOLD_COPIES if problem.fold is not None else 1
 
@@ -100,25 +102,7 @@ def workspace_dtype(problem: Problem) -> torch.dtype:
     return problem.dtype if problem.fold is None else stats_dtype(problem.dtype)  # folds see the similarities
 
 
-def can_exp(problem: Problem) -> bool:
-    """Whether the host knows a shift that keeps every exponential and every row's sum normal."""
-    return (
-        problem.bound is not None
-        and problem.bound <= SAFE_SCALE
-        and problem.dtype != torch.float16
-        and not problem.smooths_by_row
-    )
-
-
 can_store = can_exp
-
-
-def _exp_shift(problem: Problem) -> float:
-    """Logits within +-bound: exponents at most 0, or higher where the lowest would underflow."""
-    bound = problem.softcap or problem.scale_bound
-    if bound is None:
-        raise ValueError("exp_rows needs scale_bound or a softcap: see can_exp")
-    return min(abs(bound), LOWEST_EXPONENT - abs(bound))
 
 
 # The similarity GEMM --------------------------------------------------------------------------------------------------
@@ -227,7 +211,7 @@ def exp_rows(
     """Write E = exp(z - shift). A scale that is known beforehand has no gradient, so there is no q."""
     if target_sim is not None:
         raise ValueError("exp_rows has no q: a scale with a gradient is not known beforehand")
-    shift = _exp_shift(problem)
+    shift = exp_shift(problem)
     sums = []
     for strip, out in zip(strips, outs, strict=True):
         config = _config(strip, _mode("exp", strip, tally))
@@ -240,7 +224,7 @@ def exp_rows(
 
 def exp_rows_and_columns(problem: Problem, strip: Strip, out: Tensor) -> tuple[RowSums, RowSums]:
     config = _config(strip, _mode("exp, columns", strip, None))
-    shift, rows, columns = _exp_shift(problem), _row_table(strip, config), _column_table(strip, config)
+    shift, rows, columns = exp_shift(problem), _row_table(strip, config), _column_table(strip, config)
     _similarities(_softmax().exp, strip, out, _softmax().ExpArgs(shift, rows, columns), config)
     return RowSums(shift, rows), RowSums(shift, columns)
 
