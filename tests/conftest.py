@@ -1,5 +1,7 @@
 import importlib.util
 import os
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -34,6 +36,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture(scope="session")
+def host_extension(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """`fusedloss._C`, compiled for a CPU."""
+    spec = importlib.util.spec_from_file_location("host_build", Path(__file__).parent / "host" / "build.py")
+    assert spec is not None and spec.loader is not None
+    host = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(host)
+    if why := host.why_not():
+        pytest.skip(why)
+    cache = getattr(pytestconfig, "cache", None)
+    folder = tmp_path_factory.getbasetemp() if cache is None else Path(cache.mkdir("host"))
+    return host.load(host.build(folder))
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ def test_build_info():
 def test_launch_without_a_gpu_names_the_cuda_error(tmp_path):
     code = (
         "from fusedloss import _C\n"
-        "_C.scale_rows(256, 512, _C.DType.float32, M=1, D=1, in_stride=1, out_stride=1, stream=0)"
+        "_C.scale_rows(_C.ScaleRowsParams(input=256, out=512, M=1, D=1, in_stride=1, out_stride=1), stream=0)"
     )
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -30,29 +30,47 @@ def test_launch_without_a_gpu_names_the_cuda_error(tmp_path):
 
 
 def test_nothing_to_do_needs_no_gpu():
-    _C.scale_rows(0, 0, _C.DType.float32, M=0, D=5, in_stride=5, out_stride=5, stream=0)
-    _C.scale_rows(0, 0, _C.DType.float32, M=5, D=0, in_stride=0, out_stride=0, stream=0)
+    _C.scale_rows(_C.ScaleRowsParams(M=0, D=5, in_stride=5, out_stride=5), stream=0)
+    _C.scale_rows(_C.ScaleRowsParams(M=5, D=0), stream=0)
+    _C.prepare(_C.PrepareParams(x=256, y=512, score=1024), stream=0)
+    _C.merge(_C.MergeParams(n_tiles=3), stream=0)
+    _C.settle(_C.SettleParams(n_tiles=3), stream=0)
+    _C.weigh(_C.WeighParams(R=3), stream=0)
+    _C.finish(_C.FinishParams(R=3), stream=0)
 
 
 def test_negative_sizes():
-    with pytest.raises(ValueError, match="scale_rows: M and D"):
-        _C.scale_rows(0, 0, _C.DType.float32, M=-1, D=5, in_stride=5, out_stride=5, stream=0)
+    with pytest.raises(ValueError, match="scale_rows: negative M"):
+        _C.scale_rows(_C.ScaleRowsParams(M=-1, D=5, in_stride=5, out_stride=5), stream=0)
+    with pytest.raises(ValueError, match="settle: negative R"):
+        _C.settle(_C.SettleParams(n_tiles=1, R=-1), stream=0)
+
+
+def test_fields():
+    with pytest.raises(TypeError, match="MergeParams.tiles: no such field"):
+        _C.MergeParams(R=1, tiles=3)
+    for value in (-1, 0.5, "x"):
+        with pytest.raises(TypeError, match="MergeParams.sum cannot be"):
+            _C.MergeParams(sum=value)
+    _C.MergeParams(max=None, sum=2**64 - 1)
 
 
 def scale_rows(x, out, row_factor, scalar):
-    assert x.stride(1) == out.stride(1) == 1
-    _C.scale_rows(
-        x.data_ptr(),
-        out.data_ptr(),
-        getattr(_C.DType, str(out.dtype).removeprefix("torch.")),
+    assert out.stride(1) == 1
+    params = _C.ScaleRowsParams(
+        input=x.data_ptr(),
+        out=out.data_ptr(),
+        in_dtype=getattr(_C.DType, str(x.dtype).removeprefix("torch.")),
+        out_dtype=getattr(_C.DType, str(out.dtype).removeprefix("torch.")),
         row_factor=0 if row_factor is None else row_factor.data_ptr(),
         scalar=0 if scalar is None else scalar.data_ptr(),
         M=x.shape[0],
         D=x.shape[1],
         in_stride=x.stride(0),
+        in_stride_d=x.stride(1),
         out_stride=out.stride(0),
-        stream=torch.cuda.current_stream().cuda_stream,
     )
+    _C.scale_rows(params, torch.cuda.current_stream().cuda_stream)
 
 
 # fmt: off

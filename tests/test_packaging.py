@@ -144,7 +144,7 @@ def test_cuda_wheel(source, tmp_path):
         _C = module_from_spec(spec)
         spec.loader.exec_module(_C)
         print(_C.build_info()["archs"])
-        _C.scale_rows(256, 512, _C.DType.float32, M=1, D=1, in_stride=1, out_stride=1, stream=0)
+        _C.scale_rows(_C.ScaleRowsParams(input=256, out=512, M=1, D=1, in_stride=1, out_stride=1), stream=0)
     """
     args = ("-c", unindent(code), tmp_path / "site" / "fusedloss")
     status, output = run(*args, cwd=tmp_path, check=False, CUDA_VISIBLE_DEVICES="")

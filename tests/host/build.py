@@ -1,0 +1,91 @@
+"""csrc/ as a Python module that runs on a CPU: its kernels unchanged, with tests/host/ in the toolkit's place."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.machinery
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).absolute().parents[2]
+CSRC, HOST = ROOT / "csrc", ROOT / "tests" / "host"
+FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+DEFINES = ["-DFUSEDLOSS_HOST", "-DFUSEDLOSS_ARCHS=host"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+JOBS = 2
+
+
+def why_not() -> str | None:
+    if shutil.which("g++") is None:
+        return "needs g++"
+    if importlib.util.find_spec("pybind11") is None:
+        return "needs pybind11"
+    return None if (Path(sysconfig.get_path("include")) / "Python.h").exists() else "needs Python.h"
+
+
+def build(folder: Path, sanitize: bool = False) -> Path:
+    """The library in `folder`, which keeps objects for the next time; several processes may ask at once."""
+    import pybind11
+
+    folder = folder / ("sanitized" if sanitize else "plain")
+    folder.mkdir(parents=True, exist_ok=True)
+    includes = [f"-I{path}" for path in (HOST, CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
+    flags = [*FLAGS, *DEFINES, *includes, *(SANITIZE if sanitize else [])]
+    headers = [file for where in (CSRC, HOST) for file in sorted(where.iterdir()) if file.suffix in (".h", ".cuh")]
+    common = _digest([sys.version, _run("g++", "--version"), *flags], headers)
+    sources = [*sorted(CSRC.glob("*.cu")), CSRC / "bindings.cpp"]
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(JOBS) as pool:
+            objects = list(pool.map(lambda source: _compile(source, folder, flags, common), sources))
+        library = folder / "_C.so"
+        digest = _digest([], objects)
+        _make(library, digest, lambda out: _run("g++", "-shared", *map(str, objects), *flags[len(FLAGS) :], "-o", out))
+    return library
+
+
+def load(library: Path, name: str = "_C") -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader(name, str(library))
+    spec = importlib.util.spec_from_file_location(name, library, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def _compile(source: Path, folder: Path, flags: list[str], common: str) -> Path:
+    out = folder / f"{source.name}.o"
+    _make(out, _digest([common], [source]), lambda new: _run("g++", *flags, "-c", str(source), "-o", new))
+    return out
+
+
+def _make(out: Path, digest: str, make) -> None:
+    """By content: checkouts and caches change times. Renamed into place: a process may have the old one mapped."""
+    key = out.with_name(out.name + ".digest")
+    if out.exists() and key.exists() and key.read_text() == digest:
+        return
+    new = out.with_name(out.name + ".new")
+    make(str(new))
+    new.replace(out)
+    key.write_text(digest)
+
+
+def _digest(words: list[str], files: list[Path]) -> str:
+    digest = hashlib.sha256(repr(words).encode())
+    for file in files:
+        digest.update(repr((file.name, file.stat().st_size)).encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return done.stdout
