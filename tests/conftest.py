@@ -1,3 +1,4 @@
+import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -68,3 +69,29 @@ def poison_uninitialised_memory():
     yield
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@functools.cache
+def host_extension(folder: Path) -> ModuleType:
+    """csrc/ compiled for a CPU, once: tests/host/."""
+    path = Path(__file__).parent / "host" / "build.py"
+    specification = importlib.util.spec_from_file_location("host_build", path)
+    build = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(build)
+    if reason := build.why_not():
+        pytest.skip(f"cuda: {reason}")
+    return build.load(build.build(folder, sanitize="FUSEDLOSS_HOST_SANITIZE" in os.environ))
+
+
+@pytest.fixture(autouse=True)
+def cuda_kernels_on_a_cpu(request, monkeypatch):
+    """Without a GPU, backend "cuda" in a test's parameters is csrc/ on a CPU."""
+    callspec = getattr(request.node, "callspec", None)
+    named = callspec and [value for name, value in callspec.params.items() if name != "device" and value == "cuda"]
+    if GPU or not named:
+        return
+    from fusedloss.backends import cuda, cuda_rows
+
+    extension = host_extension(request.config.cache.mkdir("host"))
+    for module in (cuda, cuda_rows):
+        monkeypatch.setattr(module, "extension", lambda: extension)

@@ -73,7 +73,7 @@ def small_chunks(monkeypatch):
 @pytest.mark.parametrize("shape", list(SHAPES))
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("epilogue", list(EPILOGUES))
-@pytest.mark.parametrize("backend", ["reference", "chunked", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "triton", "cuda"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_inside_the_error_budget(device, backend, epilogue, dtype, shape):
     rows, columns, dim = SHAPES[shape]
@@ -102,7 +102,7 @@ def test_inside_the_error_budget(device, backend, epilogue, dtype, shape):
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("epilogue", COSINE)
 @pytest.mark.parametrize("chunks", ["several", "one"])
-@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_scale_known_beforehand(monkeypatch, device, backend, chunks, epilogue, dtype, shape):
     """A number as scale bounds cosine logits: one fused sweep, and stored exponentials where all of them fit."""
@@ -157,7 +157,7 @@ def skip_if_unsupported(backend, x):
         pytest.skip(f"{backend}: {reason}")
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
 @pytest.mark.parametrize("layout", ["transposed", "strided rows", "strided columns", "offset"])
 def test_any_strides(backend, layout):
     query, key = testing.inputs("random", 20, 25, 12, seed=3)
@@ -181,7 +181,7 @@ def test_any_strides(backend, layout):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
 def test_runs_are_equal_bit_for_bit(backend):
     query, key = testing.inputs("random", 70, 90, 33)
     skip_if_unsupported(backend, query)
@@ -221,7 +221,7 @@ def test_unsupported_is_a_not_implemented_error():
     assert issubclass(fusedloss.UnsupportedError, NotImplementedError)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
 @pytest.mark.parametrize("norm", [0.003, 1.0, 300.0])
 @pytest.mark.parametrize("weight", [1e-4, 1.0, 5.0])
 def test_fp16_keeps_its_range_whatever_the_norms_and_weights(backend, norm, weight):
@@ -335,7 +335,7 @@ FAMILY = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("loss", list(FAMILY))
 @pytest.mark.parametrize("learnable", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "chunked", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "triton", "cuda"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_family_inside_the_error_budget(device, backend, learnable, loss, dtype, shape):
     rows, _, dim = SHAPES[shape]

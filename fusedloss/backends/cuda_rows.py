@@ -198,17 +198,30 @@ def finish(
 
 
 def launch(name: str, device: torch.device, **fields: Any) -> None:
-    """`_C.name` with the fields of its struct: tensors for pointers, torch's dtypes."""
-    C = extension()
-    params = getattr(C, f"{name.title().replace('_', '')}Params")
+    """`_C.name` with the fields of its struct."""
+    call(name, device, struct(f"{name.title().replace('_', '')}Params", **fields))
+
+
+def call(name: str, device: torch.device, *arguments: Any) -> None:
     with _on(device):
-        getattr(C, name)(params(**{field: _plain(C, value) for field, value in fields.items()}), stream(device))
+        getattr(extension(), name)(*arguments, stream(device))
 
 
-def _plain(C: ModuleType, value: Any) -> Any:
+def struct(name: str, **fields: Any) -> Any:
+    """A plain struct of csrc/: tensors for pointers, lists of them for arrays, torch's dtypes."""
+    return getattr(extension(), name)(**{field: _plain(value) for field, value in fields.items()})
+
+
+def number_format(dtype: torch.dtype) -> Any:
+    return getattr(extension().DType, str(dtype).removeprefix("torch."))
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.data_ptr()
-    return getattr(C.DType, str(value).removeprefix("torch.")) if isinstance(value, torch.dtype) else value
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return number_format(value) if isinstance(value, torch.dtype) else value
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
