@@ -1,4 +1,3 @@
-import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -50,7 +49,7 @@ def host_extension(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPat
         pytest.skip(why)
     cache = getattr(pytestconfig, "cache", None)
     folder = tmp_path_factory.getbasetemp() if cache is None else Path(cache.mkdir("host"))
-    return host.load(host.build(folder))
+    return host.load(host.build(folder, sanitize="FUSEDLOSS_HOST_SANITIZE" in os.environ))
 
 
 @pytest.fixture(autouse=True)
@@ -71,18 +70,6 @@ def poison_uninitialised_memory():
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-@functools.cache
-def host_extension(folder: Path) -> ModuleType:
-    """csrc/ compiled for a CPU, once: tests/host/."""
-    path = Path(__file__).parent / "host" / "build.py"
-    specification = importlib.util.spec_from_file_location("host_build", path)
-    build = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(build)
-    if reason := build.why_not():
-        pytest.skip(f"cuda: {reason}")
-    return build.load(build.build(folder, sanitize="FUSEDLOSS_HOST_SANITIZE" in os.environ))
-
-
 @pytest.fixture(autouse=True)
 def cuda_kernels_on_a_cpu(request, monkeypatch):
     """Without a GPU, backend "cuda" in a test's parameters is csrc/ on a CPU."""
@@ -92,6 +79,6 @@ def cuda_kernels_on_a_cpu(request, monkeypatch):
         return
     from fusedloss.backends import cuda, cuda_rows
 
-    extension = host_extension(request.config.cache.mkdir("host"))
+    extension = request.getfixturevalue("host_extension")
     for module in (cuda, cuda_rows):
         monkeypatch.setattr(module, "extension", lambda: extension)

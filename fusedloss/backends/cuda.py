@@ -387,7 +387,7 @@ def guide_scores(strip: Strip, room: Tensor) -> Tensor:
 def fold_rows(problem: Problem, strip: Strip, out: Tensor | None, part: Part, score: Tensor) -> Folded:
     """A fold's loss, and its gradient by the similarities times both factors in `out`: one pass, nothing in between."""
     fold = problem.fold
-    assert fold is not None
+    assert fold is not None and part.target is not None
     run = _Launch(strip)
     weight, margin, sign, pulls = part.weight, 0.0, 1.0, False
     loss, count = run.row_table(), run.row_table()
