@@ -198,7 +198,7 @@ FUSEDLOSS_INLINE void mbarrier_init(uint32_t barrier, int arrivals) {
 // After a thread's mbarrier_init: the first fence lets the cluster's other blocks arrive there, the second the
 // accelerator, which sees shared memory through another proxy. A barrier of the threads has to follow.
 FUSEDLOSS_INLINE void fence_barrier_init() {
-  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
 // One arrival, and `bytes` more that have to land before the phase is over.
 FUSEDLOSS_INLINE void mbarrier_expect(uint32_t barrier, uint32_t bytes) {
@@ -211,17 +211,18 @@ FUSEDLOSS_INLINE void mbarrier_arrive(uint32_t barrier) {
 FUSEDLOSS_INLINE void mbarrier_arrive(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
-// Until the phase of this parity is over. Each try sleeps for a time that the hardware chooses. The order it makes spans
-// the cluster, whose other blocks load into this one's memory and let go of theirs.
+// Until the phase of this parity is over. Each try sleeps for a time that the hardware chooses. The order that waits and
+// arrivals make is the block's, also between blocks of a cluster: they pass each other nothing but what the accelerator
+// loads. `.cluster` would flush and invalidate L1 (MEMBAR.ALL.GPU, CCTL.IVALL) at every step.
 FUSEDLOSS_INLINE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   do {
     asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n}"
         : "=r"(done)
         : "r"(barrier), "r"(parity)

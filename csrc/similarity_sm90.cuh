@@ -52,8 +52,8 @@ struct Sm90 {
   // Every consumer warp lets go for itself, at every block that loads for it: that all four warps of a warpgroup are
   // done when one is, the ISA does not say.
   static constexpr int kReleases = 2 * 4 * CLUSTER;
-  // Named barriers; the whole block's is 0.
-  static constexpr int kFoldBarrier = 1;  // and 2
+  // Named barriers; the whole block's is 0. Consumers fold at 1 and 2, by the parity of their row tile.
+  static constexpr int kFoldBarrier = 1;
   static constexpr int kMeeting = 3;
 
   // 168 registers a thread are 64512 when the block starts, since __launch_bounds__ lets ptxas have 65536 / 384. The
@@ -157,23 +157,28 @@ struct ConsumerOps {
   __device__ __forceinline__ void meet() { ptx::sync_named(Config::kMeeting, 2 * Config::kWarpgroup); }
 };
 
-template <class Config, class T, class Epilogue, int CONSUMER>
+// Both consumers run the same code, which is mostly the fold's: twice it would not fit the instruction cache.
+template <class Config, class T, class Epilogue>
 __device__ __forceinline__ void consumer(const Strip& strip, const typename Epilogue::Args& args, unsigned char* shared,
-                                         Barriers<Config> barriers, int rank, int steps) {
+                                         Barriers<Config> barriers, int rank, int steps, int index) {
   constexpr int kTiles = Config::BLOCK_N / 8;
+  using Tile = Shape<1, kTiles, 4, 1, Config::kFoldBarrier>;
+  static_assert(sizeof(typename Tile::Scratch) <= Config::kScratchBytes);
   const int thread = ptx::thread() % Config::kWarpgroup;
   const uint32_t stages = ptx::shared_address(shared);
   auto ring = Ring<Config::kStages>::consumer();
   Tiles<Config>(strip).each(rank, [&](int tile_m, int tile_n) {
+    // Where the tile lies takes four divisions, a hundred instructions. `uniform` has them done here, where the other
+    // consumer multiplies; ptxas would put them in front of the last release.
+    const int pid_m = ptx::uniform(2 * tile_m + index), pid_n = ptx::uniform(tile_n);
     float acc[1][kTiles][4];
-    ConsumerOps<Config, T> ops{acc[0], descriptor(stages + CONSUMER * Config::kRows * kRowBytes),
+    ConsumerOps<Config, T> ops{acc[0], descriptor(stages + index * Config::kRows * kRowBytes),
                                descriptor(stages + Config::kXBytes), barriers, thread % 32};
-    consume<Config::kLead, CONSUMER == 0>(ring, steps, ops);
+    consume<Config::kLead>(ring, steps, index == 0, ops);
     // A table by column has cdiv(M, 64) lines.
-    const int pid_m = 2 * tile_m + CONSUMER;
     if (pid_m <= (strip.M - 1) / Config::kRows) {
-      fold<Epilogue, T, Shape<1, kTiles, 4, 1, Config::kFoldBarrier + CONSUMER>>(
-          acc, strip, args, pid_m, tile_n, thread, shared + Config::kScratch + CONSUMER * Config::kScratchBytes);
+      fold<Epilogue, T, Tile>(acc, strip, args, pid_m, pid_n, thread,
+                              shared + Config::kScratch + index * Config::kScratchBytes);
     }
   });
 }
@@ -222,12 +227,9 @@ __global__ void __launch_bounds__(3 * 128, 1)
       });
     }
     ptx::sync_warp();
-  } else if (warpgroup == 1) {
-    ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    sm90::consumer<Config, T, Epilogue, 0>(strip, args, shared, barriers, rank, steps);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    sm90::consumer<Config, T, Epilogue, 1>(strip, args, shared, barriers, rank, steps);
+    sm90::consumer<Config, T, Epilogue>(strip, args, shared, barriers, rank, steps, warpgroup - 1);
   }
   // Every load was waited for, so that none is under way when the block ends. A cluster's other block may still have to
   // let go of a stage here.

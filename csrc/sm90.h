@@ -84,12 +84,12 @@ FUSEDLOSS_BOTH void produce(Ring<STAGES>& ring, int steps, Ops& ops) {
 //   the follower, before its tile that starts with i: the leader comes after step i + LEAD - 1 at the latest, loaded;
 //   the leader: it has read every step of the tiles that the follower must finish first, so that they are loaded.
 // And neither waits for a meeting other than this one, since both have left the one before.
-template <int LEAD, bool LEADER, int STAGES, class Ops>
-FUSEDLOSS_BOTH void consume(Ring<STAGES>& ring, int steps, Ops& ops) {
+template <int LEAD, int STAGES, class Ops>
+FUSEDLOSS_BOTH void consume(Ring<STAGES>& ring, int steps, bool leader, Ops& ops) {
   static_assert(STAGES >= 2 && LEAD >= 1 && LEAD <= STAGES);
   Ring<STAGES> held = ring;
   const int meeting = (steps < LEAD ? steps : LEAD) - 1;
-  if (!LEADER) ops.meet();
+  if (!leader) ops.meet();
   for (int step = 0; step < steps; ++step) {
     ops.wait_full(ring.stage, ring.phase);
     ops.multiply(ring.stage, step);
@@ -99,7 +99,7 @@ FUSEDLOSS_BOTH void consume(Ring<STAGES>& ring, int steps, Ops& ops) {
       ops.release(held.stage);
       held.advance();
     }
-    if (LEADER && step == meeting) ops.meet();
+    if (leader && step == meeting) ops.meet();
   }
   ops.all_done();
   ops.release(held.stage);
