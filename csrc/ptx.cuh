@@ -270,32 +270,37 @@ FUSEDLOSS_INLINE void wgmma_done(float (&c)[NT][4]) {
   }
 }
 
-// c = a b, or c += a b: 64 rows of x times 128 or 256 of y, 32 bytes of each row, both by descriptor. Warp w has rows
-// 16 w to 16 w + 15, and of these and of columns 8 nt to 8 nt + 7 each lane what it has of an m16n8 product in c[nt].
+// c += a b: 64 rows of x times 128 or 256 of y, 32 bytes of each row, both by descriptor. Warp w has rows 16 w to
+// 16 w + 15, and of these and of columns 8 nt to 8 nt + 7 each lane what it has of an m16n8 product in c[nt].
+// wgmma_first: c = a b, without reading c.
 #define FUSEDLOSS_TEN(T) "%" #T "0,%" #T "1,%" #T "2,%" #T "3,%" #T "4,%" #T "5,%" #T "6,%" #T "7,%" #T "8,%" #T "9,"
-#define FUSEDLOSS_SIXTY FUSEDLOSS_TEN() FUSEDLOSS_TEN(1) FUSEDLOSS_TEN(2) FUSEDLOSS_TEN(3) FUSEDLOSS_TEN(4) FUSEDLOSS_TEN(5)
-#define FUSEDLOSS_REGISTERS_128 FUSEDLOSS_SIXTY "%60,%61,%62,%63"
-#define FUSEDLOSS_REGISTERS_256                                                                                   \
-  FUSEDLOSS_SIXTY FUSEDLOSS_TEN(6) FUSEDLOSS_TEN(7) FUSEDLOSS_TEN(8) FUSEDLOSS_TEN(9) FUSEDLOSS_TEN(10)            \
-  FUSEDLOSS_TEN(11) "%120,%121,%122,%123,%124,%125,%126,%127"
-#define FUSEDLOSS_C4(NT) "+f"(c[NT][0]), "+f"(c[NT][1]), "+f"(c[NT][2]), "+f"(c[NT][3])
-#define FUSEDLOSS_C16(NT) FUSEDLOSS_C4(NT), FUSEDLOSS_C4(NT + 1), FUSEDLOSS_C4(NT + 2), FUSEDLOSS_C4(NT + 3)
-#define FUSEDLOSS_OPERANDS_128 FUSEDLOSS_C16(0), FUSEDLOSS_C16(4), FUSEDLOSS_C16(8), FUSEDLOSS_C16(12)
-#define FUSEDLOSS_OPERANDS_256 \
-  FUSEDLOSS_OPERANDS_128, FUSEDLOSS_C16(16), FUSEDLOSS_C16(20), FUSEDLOSS_C16(24), FUSEDLOSS_C16(28)
+#define FUSEDLOSS_THIRTY(T, U, V) FUSEDLOSS_TEN(T) FUSEDLOSS_TEN(U) FUSEDLOSS_TEN(V)
+#define FUSEDLOSS_REGISTERS_128 FUSEDLOSS_THIRTY(, 1, 2) FUSEDLOSS_THIRTY(3, 4, 5) "%60,%61,%62,%63"
+#define FUSEDLOSS_REGISTERS_256                                       \
+  FUSEDLOSS_THIRTY(, 1, 2)                                            \
+  FUSEDLOSS_THIRTY(3, 4, 5)                                           \
+  FUSEDLOSS_THIRTY(6, 7, 8)                                           \
+  FUSEDLOSS_THIRTY(9, 10, 11) "%120,%121,%122,%123,%124,%125,%126,%127"
+#define FUSEDLOSS_4(F, NT) F(c[NT][0]), F(c[NT][1]), F(c[NT][2]), F(c[NT][3])
+#define FUSEDLOSS_16(F, NT) FUSEDLOSS_4(F, NT), FUSEDLOSS_4(F, NT + 1), FUSEDLOSS_4(F, NT + 2), FUSEDLOSS_4(F, NT + 3)
+#define FUSEDLOSS_OPERANDS_128(F) FUSEDLOSS_16(F, 0), FUSEDLOSS_16(F, 4), FUSEDLOSS_16(F, 8), FUSEDLOSS_16(F, 12)
+#define FUSEDLOSS_OPERANDS_256(F)                                                                               \
+  FUSEDLOSS_OPERANDS_128(F), FUSEDLOSS_16(F, 16), FUSEDLOSS_16(F, 20), FUSEDLOSS_16(F, 24), FUSEDLOSS_16(F, 28)
 
-// A, B, P: the numbers of the operands after the registers. The last immediates: no negation, K-major.
-#define FUSEDLOSS_WGMMA(TYPE, N, SHAPE, MAJOR, A, B, P)                                                           \
-  FUSEDLOSS_INLINE void wgmma(TYPE, float (&c)[N / 8][4], uint64_t a, uint64_t b, bool accumulate) {              \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                                   \
-                 "wgmma.mma_async.sync.aligned.m64n" #N SHAPE " {" FUSEDLOSS_REGISTERS_##N "}, " A ", " B         \
-                 ", p, 1, 1" MAJOR ";\n}"                                                                         \
-                 : FUSEDLOSS_OPERANDS_##N                                                                         \
-                 : "l"(a), "l"(b), "r"(int(accumulate)));                                                         \
+// A, B: the numbers of the operands after the registers. The last immediates: no negation, K-major.
+#define FUSEDLOSS_WGMMA(NAME, F, ACCUMULATE, TYPE, N, SHAPE, MAJOR, A, B)                                \
+  FUSEDLOSS_INLINE void NAME(TYPE, float (&c)[N / 8][4], uint64_t a, uint64_t b) {                       \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ACCUMULATE ", 0;\n"                                 \
+                 "wgmma.mma_async.sync.aligned.m64n" #N SHAPE " {" FUSEDLOSS_REGISTERS_##N "}, " A ", " B \
+                 ", p, 1, 1" MAJOR ";\n}"                                                                \
+                 : FUSEDLOSS_OPERANDS_##N(F)                                                             \
+                 : "l"(a), "l"(b));                                                                      \
   }
-#define FUSEDLOSS_WGMMA_TYPE(TYPE, SHAPE, MAJOR)                          \
-  FUSEDLOSS_WGMMA(TYPE, 128, SHAPE, MAJOR, "%64", "%65", "%66")           \
-  FUSEDLOSS_WGMMA(TYPE, 256, SHAPE, MAJOR, "%128", "%129", "%130")
+#define FUSEDLOSS_WGMMA_TYPE(TYPE, SHAPE, MAJOR)                                            \
+  FUSEDLOSS_WGMMA(wgmma, "+f", "1", TYPE, 128, SHAPE, MAJOR, "%64", "%65")                  \
+  FUSEDLOSS_WGMMA(wgmma, "+f", "1", TYPE, 256, SHAPE, MAJOR, "%128", "%129")                \
+  FUSEDLOSS_WGMMA(wgmma_first, "=f", "0", TYPE, 128, SHAPE, MAJOR, "%64", "%65")            \
+  FUSEDLOSS_WGMMA(wgmma_first, "=f", "0", TYPE, 256, SHAPE, MAJOR, "%128", "%129")
 FUSEDLOSS_WGMMA_TYPE(bf16, "k16.f32.bf16.bf16", ", 0, 0")
 FUSEDLOSS_WGMMA_TYPE(fp16, "k16.f32.f16.f16", ", 0, 0")
 FUSEDLOSS_WGMMA_TYPE(float, "k8.f32.tf32.tf32", "")
@@ -303,11 +308,11 @@ FUSEDLOSS_WGMMA_TYPE(float, "k8.f32.tf32.tf32", "")
 #undef FUSEDLOSS_WGMMA
 #undef FUSEDLOSS_OPERANDS_256
 #undef FUSEDLOSS_OPERANDS_128
-#undef FUSEDLOSS_C16
-#undef FUSEDLOSS_C4
+#undef FUSEDLOSS_16
+#undef FUSEDLOSS_4
 #undef FUSEDLOSS_REGISTERS_256
 #undef FUSEDLOSS_REGISTERS_128
-#undef FUSEDLOSS_SIXTY
+#undef FUSEDLOSS_THIRTY
 #undef FUSEDLOSS_TEN
 
 #endif  // sm_90a

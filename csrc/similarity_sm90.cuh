@@ -131,14 +131,23 @@ struct ConsumerOps {
   __device__ __forceinline__ void wait_full(int stage, uint32_t phase) {
     ptx::mbarrier_wait(barriers.full(stage), phase);
   }
-  // The first product of a tile overwrites the accumulators, which spares 128 instructions that would zero them. The
-  // fence orders it behind the fold, which read them; loads need none, since they come by the proxy that reads here.
-  __device__ __forceinline__ void multiply(int stage, int step) {
+  __device__ __forceinline__ void multiply_first(int stage) { issue<true>(stage); }
+  __device__ __forceinline__ void multiply(int stage) { issue<false>(stage); }
+  // The first product of a tile overwrites the accumulators. Zeroing them would take 128 instructions; a flag in place of
+  // an instance of its own would read what the tile before left there, and keep 128 registers from its fold.
+  // The fence orders the products behind the fold, which read the accumulators. The operands need none: they come by the
+  // proxy that reads them here.
+  template <bool FIRST>
+  __device__ __forceinline__ void issue(int stage) {
     const uint64_t stage_x = advance(x, stage * Config::kStageBytes), stage_y = advance(y, stage * Config::kStageBytes);
     ptx::wgmma_fence();
 #pragma unroll
     for (uint32_t bytes = 0; bytes < kRowBytes; bytes += kStepBytes) {
-      ptx::wgmma(T{}, acc, advance(stage_x, bytes), advance(stage_y, bytes), step > 0 || bytes > 0);
+      if (FIRST && bytes == 0) {
+        ptx::wgmma_first(T{}, acc, stage_x, stage_y);
+      } else {
+        ptx::wgmma(T{}, acc, advance(stage_x, bytes), advance(stage_y, bytes));
+      }
     }
     ptx::wgmma_commit();
   }

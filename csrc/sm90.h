@@ -90,15 +90,17 @@ FUSEDLOSS_BOTH void consume(Ring<STAGES>& ring, int steps, bool leader, Ops& ops
   Ring<STAGES> held = ring;
   const int meeting = (steps < LEAD ? steps : LEAD) - 1;
   if (!leader) ops.meet();
-  for (int step = 0; step < steps; ++step) {
+  ops.wait_full(ring.stage, ring.phase);
+  ops.multiply_first(ring.stage);
+  ring.advance();
+  if (leader && meeting == 0) ops.meet();
+  for (int step = 1; step < steps; ++step) {
     ops.wait_full(ring.stage, ring.phase);
-    ops.multiply(ring.stage, step);
+    ops.multiply(ring.stage);
     ring.advance();
-    if (step > 0) {
-      ops.all_but_one_done();
-      ops.release(held.stage);
-      held.advance();
-    }
+    ops.all_but_one_done();
+    ops.release(held.stage);
+    held.advance();
     if (leader && step == meeting) ops.meet();
   }
   ops.all_done();

@@ -185,7 +185,8 @@ struct Simulation {
     void wait_full(int stage, uint32_t phase) {
       Fiber::wait([this, stage, phase] { return s.blocks[rank].full[stage].done(phase); });
     }
-    void multiply(int stage, int) {
+    void multiply_first(int stage) { multiply(stage); }
+    void multiply(int stage) {
       Slot& slot = s.blocks[rank].slots[stage];
       for (int64_t step : slot.holds) CHECK(step == warp.steps);
       ++slot.reading;
