@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "ptx.cuh"
 #include "similarity.h"
@@ -313,18 +314,79 @@ FUSEDLOSS_INLINE void admitted(Bits<S>& admit, float (&acc)[S::MT][S::NT][4], co
   }
 }
 
+// The store ------------------------------------------------------------------------------------------------------------
+
+// A quad's four fragments of one row, two numbers a lane and fragment, become one fragment a lane: 16 bytes in place of
+// four times 4. `pair` is a 4 x 4 matrix over lanes and registers, transposed by two exchanges.
+FUSEDLOSS_INLINE void transpose(uint32_t (&pair)[4], int t) {
+#pragma unroll
+  for (int lanes = 1; lanes < 4; lanes *= 2) {
+    const bool upper = t & lanes;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (k & lanes) continue;
+      const uint32_t received = ptx::shuffle_xor(upper ? pair[k] : pair[k | lanes], lanes);
+      pair[k] = upper ? received : pair[k];
+      pair[k | lanes] = upper ? pair[k | lanes] : received;
+    }
+  }
+}
+
+// 32 columns, as soon as they are there: their registers are free for what follows.
+template <class Out, class S>
+FUSEDLOSS_INLINE void store_group(float (&acc)[S::MT][S::NT][4], int k, const Strip& strip, const Place<S>& place) {
+  constexpr int kWide = 16 / int(sizeof(Out));
+  const bool aligned = reinterpret_cast<uintptr_t>(strip.out) % 16 == 0 && strip.stride_om % kWide == 0;
+#pragma unroll
+  for (int i = 0; i < S::ROWS; ++i) {
+    Out* row = static_cast<Out*>(strip.out) + int64_t(place.row(i)) * strip.stride_om;
+    if constexpr (sizeof(Out) == 2) {
+      Vector16 v;
+#pragma unroll
+      for (int n = 0; n < kGroup; ++n) {
+        v.word[n] = ptx::pack(Out{}, at<S>(acc, i, 8 * k + 2 * n), at<S>(acc, i, 8 * k + 2 * n + 1));
+      }
+      transpose(v.word, place.t);
+      const int col = place.col0 + 6 * place.t + 32 * k;  // 8 t instead of 2 t
+      if (!place.has_row(i) || col >= place.N) continue;
+      if (aligned && col + 8 <= place.N) {
+        ptx::store16(row + col, v);
+      } else {
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          if (col + c < place.N) row[col + c] = Out{uint16_t(v.word[c / 2] >> (16 * (c % 2)))};
+        }
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < kGroup; ++n) {  // a quad's 8 numbers are 32 bytes, one sector
+        const int j = 8 * k + 2 * n, col = place.col(j);
+        if (!place.has_row(i) || col >= place.N) continue;
+        if (aligned && col + 2 <= place.N) {
+          ptx::store8(row + col, at<S>(acc, i, j), at<S>(acc, i, j + 1));
+        } else {
+          row[col] = at<S>(acc, i, j);
+          if (col + 1 < place.N) row[col + 1] = at<S>(acc, i, j + 1);
+        }
+      }
+    }
+  }
+}
+
 // Logits ---------------------------------------------------------------------------------------------------------------
 
 struct Element {
-  float z;    // -inf at the target, outside of the matrix and where a column is removed
-  float sim;  // row_factor * col_factor * <x, y>
+  float z;        // -inf at the target, outside of the matrix and where a column is removed
+  float sim;      // row_factor * col_factor * <x, y>
+  float product;  // <x, y>
   bool target;
 };
 
 // Visits every element of the tile: `visit.columns(j)` before columns j and j + 1, `visit(i, j, element)` for their
-// rows, `visit.group(k)` after 32 columns. Its value takes the accumulator's place; where FACTORED, times the softcap's
-// derivative and both factors, so that the next two products take x and y as they are. GENERAL: masks and a softcap.
-template <bool GENERAL, bool FACTORED, class S, class Visit>
+// rows, `visit.group(k)` after 32 columns. The value takes the accumulator's place. Unless Out is void it is stored,
+// times the softcap's derivative and both factors, so that the next two products take x and y as they are. GENERAL:
+// masks and a softcap.
+template <bool GENERAL, class Out, class S, class Visit>
 FUSEDLOSS_INLINE void for_each_logit(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Place<S>& place,
                                      Visit& visit) {
   const float scale = ptx::load(strip.scale);
@@ -358,7 +420,8 @@ FUSEDLOSS_INLINE void for_each_logit(float (&acc)[S::MT][S::NT][4], const Strip&
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         Element element;
-        element.sim = at<S>(acc, i, j + e) * row_factor[i] * col_factor[e];
+        element.product = at<S>(acc, i, j + e);
+        element.sim = element.product * row_factor[i] * col_factor[e];
         element.target = target[i] == place.offset(j + e);
         float z = element.sim * scale;
         bool removed = bias[e] == -kInf;  // not a sum alone: NaN in a removed column must not outlive the -inf
@@ -372,7 +435,7 @@ FUSEDLOSS_INLINE void for_each_logit(float (&acc)[S::MT][S::NT][4], const Strip&
         }
         element.z = removed || element.target ? -kInf : z;
         float value = visit(i, j + e, element);
-        if constexpr (FACTORED) {
+        if constexpr (!std::is_void_v<Out>) {
           if constexpr (GENERAL) {
             // What was dropped is 0, and the target's entry has its own.
             if (strip.softcap > 0 && element.z > -kInf) value *= 1 - element.z / strip.softcap * (element.z / strip.softcap);
@@ -382,7 +445,12 @@ FUSEDLOSS_INLINE void for_each_logit(float (&acc)[S::MT][S::NT][4], const Strip&
         at<S>(acc, i, j + e) = value;
       }
     }
-    if (j % (2 * kGroup) == 2 * (kGroup - 1)) visit.group(j / (2 * kGroup));
+    if (j % (2 * kGroup) == 2 * (kGroup - 1)) {
+      visit.group(j / (2 * kGroup));
+      if constexpr (!std::is_void_v<Out>) {
+        if (strip.out) store_group<Out>(acc, j / (2 * kGroup), strip, place);
+      }
+    }
   }
 }
 
@@ -436,39 +504,41 @@ struct Tally {
 template <bool GENERAL, bool COLUMNS>
 struct Stats {
   using Args = StatsArgs;
-  static constexpr bool STORES = false;
 
   template <class S>
   struct Visit : Visitor<S> {
     Tally<S> tally;
-    FUSEDLOSS_INLINE Visit(const Args& args, const Place<S>& place) : tally(args.tally, place) {}
+    float max[S::ROWS];
+    FUSEDLOSS_INLINE Visit(const Args& args, const Place<S>& place) : tally(args.tally, place) {
+#pragma unroll
+      for (int i = 0; i < S::ROWS; ++i) max[i] = -kInf;
+    }
     FUSEDLOSS_INLINE float operator()(int i, int, const Element& element) {
       if constexpr (GENERAL) tally.add(i, element);
+      max[i] = maximum(max[i], element.z);
       return element.z;
     }
   };
 
-  template <class S>
+  template <class Out, class S>
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
                                    const Place<S>& place, typename S::Scratch& scratch) {
     Visit<S> visit(args, place);
-    for_each_logit<GENERAL, false>(acc, strip, place, visit);
+    for_each_logit<GENERAL, void>(acc, strip, place, visit);
     if constexpr (GENERAL) visit.tally.store(args.tally, place, scratch);
-    rows(acc, args, place, scratch);
+    rows(acc, visit.max, args, place, scratch);
     if constexpr (COLUMNS) {
       if (!GENERAL || args.col_max) columns(acc, args, place, scratch);
     }
   }
 
   template <class S>
-  static FUSEDLOSS_INLINE void rows(float (&acc)[S::MT][S::NT][4], const Args& args, const Place<S>& place,
-                                    typename S::Scratch& scratch) {
-    float max[S::ROWS], sum[S::ROWS];
+  static FUSEDLOSS_INLINE void rows(float (&acc)[S::MT][S::NT][4], float (&max)[S::ROWS], const Args& args,
+                                    const Place<S>& place, typename S::Scratch& scratch) {
+    float sum[S::ROWS];
 #pragma unroll
     for (int i = 0; i < S::ROWS; ++i) {
-      max[i] = -kInf, sum[i] = 0;
-#pragma unroll
-      for (int j = 0; j < S::COLUMNS; ++j) max[i] = maximum(max[i], at<S>(acc, i, j));
+      sum[i] = 0;
       max[i] = over_quad<Max>(max[i]);
       const float shift = finite(max[i]);
 #pragma unroll
@@ -534,7 +604,6 @@ struct Stats {
 template <bool GENERAL, bool COLUMNS>
 struct Exp {
   using Args = ExpArgs;
-  static constexpr bool STORES = true;
 
   template <class S>
   struct Visit : Visitor<S> {
@@ -561,11 +630,11 @@ struct Exp {
     }
   };
 
-  template <class S>
+  template <class Out, class S>
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
                                    const Place<S>& place, typename S::Scratch& scratch) {
     Visit<S> visit(args, place, scratch);
-    for_each_logit<GENERAL, true>(acc, strip, place, visit);
+    for_each_logit<GENERAL, Out>(acc, strip, place, visit);
     if constexpr (GENERAL) visit.tally.store(args.tally, place, scratch);
     rows_to_table<Sum>(visit.row_sum, args.row_sum, place, scratch);
     if constexpr (COLUMNS) {
@@ -577,7 +646,6 @@ struct Exp {
 template <bool GENERAL, bool COLUMNS, bool Q>
 struct Grad {
   using Args = GradArgs;
-  static constexpr bool STORES = true;
 
   template <class S>
   struct Visit : Visitor<S> {
@@ -623,11 +691,11 @@ struct Grad {
     }
   };
 
-  template <class S>
+  template <class Out, class S>
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
                                    const Place<S>& place, typename S::Scratch& scratch) {
     Visit<S> visit(args, place);
-    for_each_logit<GENERAL, true>(acc, strip, place, visit);
+    for_each_logit<GENERAL, Out>(acc, strip, place, visit);
     if constexpr (Q) {
       if (!GENERAL || args.q) rows_to_table<Sum>(visit.q, args.q, place, scratch);
     }
@@ -638,7 +706,6 @@ struct Grad {
 
 struct Top {
   using Args = TopArgs;
-  static constexpr bool STORES = false;
 
   template <class S>
   struct Visit : Visitor<S> {
@@ -657,13 +724,13 @@ struct Top {
     column = other_wins ? other_column : column;
   }
 
-  template <class S>
+  template <class Out, class S>
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
                                    const Place<S>& place, typename S::Scratch& scratch) {
     Visit<S> visit;
 #pragma unroll
     for (int i = 0; i < S::ROWS; ++i) visit.top[i] = -kInf, visit.column[i] = 0;
-    for_each_logit<true, false>(acc, strip, place, visit);
+    for_each_logit<true, void>(acc, strip, place, visit);
     const int64_t line = int64_t(place.pid_n) * place.M;
 #pragma unroll
     for (int i = 0; i < S::ROWS; ++i) {
@@ -704,7 +771,6 @@ struct Top {
 // Reads one column a row out of the products themselves: a dot product beside them rounds otherwise.
 struct Pick {
   using Args = PickArgs;
-  static constexpr bool STORES = false;
 
   template <class S>
   struct Visit : Visitor<S> {
@@ -717,18 +783,17 @@ struct Pick {
     }
   };
 
-  template <class S>
+  template <class Out, class S>
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
                                    const Place<S>& place, typename S::Scratch&) {
     Visit<S> visit(args, place);
-    for_each_logit<false, false>(acc, strip, place, visit);
+    for_each_logit<false, void>(acc, strip, place, visit);
   }
 };
 
 // One bit a column: 1 where its similarity exceeds the row's threshold. What a guide drops.
 struct Guide {
   using Args = BitsArgs;
-  static constexpr bool STORES = false;
 
   template <class S>
   struct Visit : Visitor<S> {
@@ -759,29 +824,28 @@ struct Guide {
     }
   };
 
-  template <class S>
+  template <class Out, class S>
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
                                    const Place<S>& place, typename S::Scratch&) {
     Visit<S> visit(args, place);
-    for_each_logit<false, false>(acc, strip, place, visit);
+    for_each_logit<false, void>(acc, strip, place, visit);
   }
 };
 
 // The similarities themselves.
 struct Store {
   using Args = StoreArgs;
-  static constexpr bool STORES = true;
 
   template <class S>
   struct Visit : Visitor<S> {
-    FUSEDLOSS_INLINE float operator()(int, int, const Element& element) { return element.sim; }
+    FUSEDLOSS_INLINE float operator()(int, int, const Element& element) { return element.product; }
   };
 
-  template <class S>
+  template <class Out, class S>
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args&,
                                    const Place<S>& place, typename S::Scratch&) {
     Visit<S> visit;
-    for_each_logit<false, false>(acc, strip, place, visit);
+    for_each_logit<false, Out>(acc, strip, place, visit);
   }
 };
 
@@ -792,7 +856,6 @@ enum class FoldKind { sigmoid, margin_ranking, pair_hinge };
 template <FoldKind KIND>
 struct Fold {
   using Args = FoldArgs;
-  static constexpr bool STORES = true;
 
   template <class S>
   struct Visit : Visitor<S> {
@@ -849,78 +912,18 @@ struct Fold {
     }
   };
 
-  template <class S>
+  template <class Out, class S>
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
                                    const Place<S>& place, typename S::Scratch& scratch) {
     Visit<S> visit(args, strip, place);
-    for_each_logit<false, true>(acc, strip, place, visit);
+    for_each_logit<false, Out>(acc, strip, place, visit);
     rows_to_table<Sum>(visit.loss, args.loss, place, scratch);
     rows_to_table<Sum>(visit.count, KIND == FoldKind::sigmoid ? args.bias_grad : args.count, place, scratch);
     if constexpr (KIND == FoldKind::sigmoid) rows_to_table<Sum>(visit.scale_grad, args.scale_grad, place, scratch);
   }
 };
 
-// The store ------------------------------------------------------------------------------------------------------------
-
-// A quad's four fragments of one row, two numbers a lane and fragment, become one fragment a lane: 16 bytes in place of
-// four times 4. `pair` is a 4 x 4 matrix over lanes and registers, transposed by two exchanges.
-FUSEDLOSS_INLINE void transpose(uint32_t (&pair)[4], int t) {
-#pragma unroll
-  for (int lanes = 1; lanes < 4; lanes *= 2) {
-    const bool upper = t & lanes;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (k & lanes) continue;
-      const uint32_t received = ptx::shuffle_xor(upper ? pair[k] : pair[k | lanes], lanes);
-      pair[k] = upper ? received : pair[k];
-      pair[k | lanes] = upper ? pair[k | lanes] : received;
-    }
-  }
-}
-
-template <class Out, class S>
-FUSEDLOSS_INLINE void store(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Place<S>& place) {
-  constexpr int kWide = 16 / int(sizeof(Out));
-  const bool aligned = reinterpret_cast<uintptr_t>(strip.out) % 16 == 0 && strip.stride_om % kWide == 0;
-#pragma unroll
-  for (int i = 0; i < S::ROWS; ++i) {
-    Out* row = static_cast<Out*>(strip.out) + int64_t(place.row(i)) * strip.stride_om;
-#pragma unroll
-    for (int k = 0; k < S::NT / kGroup; ++k) {
-      if constexpr (sizeof(Out) == 2) {
-        Vector16 v;
-#pragma unroll
-        for (int n = 0; n < kGroup; ++n) {
-          v.word[n] = ptx::pack(Out{}, at<S>(acc, i, 8 * k + 2 * n), at<S>(acc, i, 8 * k + 2 * n + 1));
-        }
-        transpose(v.word, place.t);
-        const int col = place.col0 - 2 * place.t + 32 * k + 8 * place.t;
-        if (!place.has_row(i) || col >= place.N) continue;
-        if (aligned && col + 8 <= place.N) {
-          ptx::store16(row + col, v);
-        } else {
-#pragma unroll
-          for (int c = 0; c < 8; ++c) {
-            if (col + c < place.N) row[col + c] = Out{uint16_t(v.word[c / 2] >> (16 * (c % 2)))};
-          }
-        }
-      } else {
-#pragma unroll
-        for (int n = 0; n < kGroup; ++n) {  // a quad's 8 numbers are 32 bytes, one sector
-          const int j = 8 * k + 2 * n, col = place.col(j);
-          if (!place.has_row(i) || col >= place.N) continue;
-          if (aligned && col + 2 <= place.N) {
-            ptx::store8(row + col, at<S>(acc, i, j), at<S>(acc, i, j + 1));
-          } else {
-            row[col] = at<S>(acc, i, j);
-            if (col + 1 < place.N) row[col + 1] = at<S>(acc, i, j + 1);
-          }
-        }
-      }
-    }
-  }
-}
-
+// What an epilogue that stores stores.
 template <class Epilogue, class T>
 struct OutOf {
   using type = T;
@@ -936,8 +939,8 @@ FUSEDLOSS_INLINE void fold(float (&acc)[S::MT][S::NT][4], const Strip& strip, co
                            int pid_m, int pid_n, int thread, void* scratch) {
   const Place<S> place(strip, pid_m, pid_n, thread);
   place.sync();  // scratch may still be read: by the products as their shared memory, or for the tile before
-  Epilogue::run(acc, strip, args, place, *static_cast<typename S::Scratch*>(scratch));
-  if constexpr (Epilogue::STORES) store<typename OutOf<Epilogue, T>::type>(acc, strip, place);
+  Epilogue::template run<typename OutOf<Epilogue, T>::type>(acc, strip, args, place,
+                                                            *static_cast<typename S::Scratch*>(scratch));
 }
 
 }  // namespace fusedloss

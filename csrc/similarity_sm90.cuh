@@ -58,7 +58,7 @@ struct Sm90 {
 
   // 168 registers a thread are 64512 when the block starts, since __launch_bounds__ lets ptxas have 65536 / 384. The
   // consumers wait for what the producer gives back: its sum must not be larger.
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168);
 };
 
