@@ -163,7 +163,7 @@ FUSEDLOSS_MMA(fp16, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
 FUSEDLOSS_MMA(float, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef FUSEDLOSS_MMA
 
-// sm_90: the tensor memory accelerator and products of a warpgroup -------------------------------------------------------
+// sm_90: the tensor memory accelerator and products of a warpgroup ----------------------------------------------------
 //
 // Only sm_90a has them: kernels that call them keep their bodies under the same condition.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -221,9 +221,9 @@ FUSEDLOSS_INLINE void mbarrier_arrive(uint32_t barrier, uint32_t rank) {
       "r"(rank)
       : "memory");
 }
-// Until the phase of this parity is over. Each try sleeps for a time that the hardware chooses. The order that waits and
-// arrivals make is the block's, also between blocks of a cluster: they pass each other nothing but what the accelerator
-// loads. `.cluster` would flush and invalidate L1 (MEMBAR.ALL.GPU, CCTL.IVALL) at every step.
+// Until the phase of this parity is over. Each try sleeps for a time that the hardware chooses. Waits and arrivals have
+// the scope of a block, also between the blocks of a cluster: the accelerator loads all that passes between these, and
+// `.cluster` would flush and invalidate L1 at every step (MEMBAR.ALL.GPU and CCTL.IVALL in the SASS).
 FUSEDLOSS_INLINE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   do {

@@ -2,9 +2,9 @@
 // the accumulators while they are in registers. What the numbers below come from: docs/cuda-sm90-notes.md.
 //
 // A persistent block has three warpgroups. One thread of the first loads; the other two multiply 64 of the tile's 128
-// rows each, with the same stages of y: from L2 that is 48 bytes a clock at the full rate, where two tiles of 64 rows by
-// themselves would take 80. Each has its half of the tile in 128 registers a thread, and while one folds the other
-// multiplies (sm90::consume).
+// rows each, with the same stages of y: from L2 that is 48 bytes a clock at the full rate, where two tiles of 64 rows
+// would take 80. Each has its half of the tile in 128 registers a thread, and while one folds the other multiplies
+// (sm90::consume).
 #pragma once
 
 #ifdef FUSEDLOSS_HOST
@@ -133,10 +133,10 @@ struct ConsumerOps {
   }
   __device__ __forceinline__ void multiply_first(int stage) { issue<true>(stage); }
   __device__ __forceinline__ void multiply(int stage) { issue<false>(stage); }
-  // The first product of a tile overwrites the accumulators. Zeroing them would take 128 instructions; a flag in place of
-  // an instance of its own would read what the tile before left there, and keep 128 registers from its fold.
-  // The fence orders the products behind the fold, which read the accumulators. The operands need none: they come by the
-  // proxy that reads them here.
+  // The first product of a tile overwrites the accumulators. Zeroing them would take 128 instructions; a flag in place
+  // of an instance of its own would read what the tile before left there, and keep 128 registers from its fold.
+  // The fence orders the products behind the fold, which read the accumulators. The operands need none: they come by
+  // the proxy that reads them here.
   template <bool FIRST>
   __device__ __forceinline__ void issue(int stage) {
     const uint64_t stage_x = advance(x, stage * Config::kStageBytes), stage_y = advance(y, stage * Config::kStageBytes);
@@ -177,16 +177,14 @@ __device__ __forceinline__ void consumer(const Strip& strip, const typename Epil
   const uint32_t stages = ptx::shared_address(shared);
   auto ring = Ring<Config::kStages>::consumer();
   Tiles<Config>(strip).each(rank, [&](int tile_m, int tile_n) {
-    // Where the tile lies takes four divisions, a hundred instructions. `uniform` has them done here, where the other
-    // consumer multiplies; ptxas would put them in front of the last release.
-    const int pid_m = ptx::uniform(2 * tile_m + index), pid_n = ptx::uniform(tile_n);
     float acc[1][kTiles][4];
     ConsumerOps<Config, T> ops{acc[0], descriptor(stages + index * Config::kRows * kRowBytes),
                                descriptor(stages + Config::kXBytes), barriers, thread % 32};
     consume<Config::kLead>(ring, steps, index == 0, ops);
+    const int pid_m = 2 * tile_m + index;
     // A table by column has cdiv(M, 64) lines.
     if (pid_m <= (strip.M - 1) / Config::kRows) {
-      fold<Epilogue, T, Tile>(acc, strip, args, pid_m, pid_n, thread,
+      fold<Epilogue, T, Tile>(acc, strip, args, pid_m, tile_n, thread,
                               shared + Config::kScratch + index * Config::kScratchBytes);
     }
   });
@@ -248,7 +246,7 @@ __global__ void __launch_bounds__(3 * 128, 1)
 #endif
 }
 
-// cuTensorMapEncodeTiled, out of the driver that is loaded: libcuda is not linked, so that the extension imports without.
+// cuTensorMapEncodeTiled of the driver that is loaded: libcuda is not linked, so that the extension imports without it.
 inline PFN_cuTensorMapEncodeTiled_v12000 encode_tiled() {
   static const auto encode = [] {
     void* function = nullptr;
@@ -310,14 +308,14 @@ cudaError_t launch_sm90(const Strip& strip, const typename Epilogue::Args& args,
   if (m_tiles * n_tiles > kMost) return cudaErrorInvalidValue;
   const int clusters = int(std::min<int64_t>(m_tiles * n_tiles, std::max(multiprocessors / CLUSTER, 1)));
 
+  const auto kernel = similarity_sm90<T, Epilogue, BLOCK_N, CLUSTER>;
   CUtensorMap map_x, map_y;
-  cudaError_t error = encode_rows<T>(&map_x, strip.x, strip.M, strip.D, strip.stride_xm, Config::BLOCK_M);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
+  if (error == cudaSuccess) {
+    error = encode_rows<T>(&map_x, strip.x, strip.M, strip.D, strip.stride_xm, Config::BLOCK_M);
+  }
   if (error == cudaSuccess) {
     error = encode_rows<T>(&map_y, strip.y, strip.N, strip.D, strip.stride_yn, BLOCK_N / CLUSTER);
-  }
-  const auto kernel = similarity_sm90<T, Epilogue, BLOCK_N, CLUSTER>;
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
   }
   if (error != cudaSuccess) return error;
 

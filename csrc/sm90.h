@@ -12,7 +12,7 @@
 
 namespace fusedloss::sm90 {
 
-// Shared memory --------------------------------------------------------------------------------------------------------
+// Shared memory -------------------------------------------------------------------------------------------------------
 //
 // An operand tile has a row of x or y in each 128 bytes: 64 16-bit numbers or 32 tf32. Unswizzled, the same column of 8
 // rows would lie in the same 4 of 32 banks. The tensor memory accelerator therefore stores the 16-byte chunk c of row r
@@ -39,7 +39,7 @@ FUSEDLOSS_BOTH constexpr uint64_t descriptor(uint32_t address) {
 constexpr uint32_t kStepBytes = 32;
 FUSEDLOSS_BOTH constexpr uint64_t advance(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
 
-// The pipeline ---------------------------------------------------------------------------------------------------------
+// The pipeline --------------------------------------------------------------------------------------------------------
 //
 // Two mbarriers a stage: `full` completes a phase when a load has landed, `empty` when every consumer has let go of it.
 // wait(P) returns once the phase of parity P is over, where a fresh barrier is in phase 0 and the one before it, of
@@ -107,7 +107,7 @@ FUSEDLOSS_BOTH void consume(Ring<STAGES>& ring, int steps, bool leader, Ops& ops
   ops.release(held.stage);
 }
 
-// Tiles ----------------------------------------------------------------------------------------------------------------
+// Tiles ---------------------------------------------------------------------------------------------------------------
 
 struct Place {
   int m, n;

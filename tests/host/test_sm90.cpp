@@ -29,7 +29,7 @@ using namespace fusedloss::sm90;
     }                                                                               \
   } while (0)
 
-// Addresses ------------------------------------------------------------------------------------------------------------
+// Addresses -----------------------------------------------------------------------------------------------------------
 
 void test_swizzle() {
   // The ISA's figure of the 128-byte mode: where the 16-byte chunks of 8 rows lie.
@@ -46,8 +46,8 @@ void test_swizzle() {
 }
 
 void test_descriptor() {
-  // By hand, of the ISA's table of fields: swizzle mode 1 in bits 62-63 is 4 << 60; a stride of 1024 bytes is 64 in bits
-  // 32-45; the leading offset's 1 in bits 16-29; the address / 16 in bits 0-13.
+  // By hand, of the ISA's table of fields: swizzle mode 1 in bits 62-63 is 4 << 60; a stride of 1024 bytes is 64 in
+  // bits 32-45; the leading offset's 1 in bits 16-29; the address / 16 in bits 0-13.
   CHECK(descriptor(0) == 0x4000'0040'0001'0000);
   CHECK(descriptor(0x400) == 0x4000'0040'0001'0040);
   CHECK(descriptor(0x38c00) == 0x4000'0040'0001'38c0);
@@ -58,7 +58,8 @@ void test_descriptor() {
   CHECK(advance(descriptor(227 * 1024), 1024) == descriptor(228 * 1024));
 
   // What the products read is what the loads wrote: byte b of row r, for each step along the row and wherever the tile
-  // lies. A product's byte is at start + r / 8 * stride + r % 8 * 128 + b, with the address's bits 7-9 xor its bits 4-6.
+  // lies. A product's byte is at start + r / 8 * stride + r % 8 * 128 + b, with that address's bits 7-9 xored into its
+  // bits 4-6.
   for (uint32_t base : {0x400u, 0x4400u, 0x2c400u}) {
     for (uint32_t row = 0; row < 256; ++row) {
       for (uint32_t byte = 0; byte < 128; ++byte) {
@@ -71,7 +72,7 @@ void test_descriptor() {
   }
 }
 
-// The pipeline ---------------------------------------------------------------------------------------------------------
+// The pipeline --------------------------------------------------------------------------------------------------------
 
 // An mbarrier as the ISA describes it: a phase, the arrivals that are pending in it, the arrivals that the next one
 // expects, and a count of bytes in transit. The phase completes when both counts are 0.
@@ -348,7 +349,7 @@ void test_pipeline(int seeds) {
   }
 }
 
-// Tiles ----------------------------------------------------------------------------------------------------------------
+// Tiles ---------------------------------------------------------------------------------------------------------------
 
 void test_place() {
   for (int m_tiles : {1, 2, 7, 8, 9, 16, 31}) {
