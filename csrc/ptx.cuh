@@ -42,6 +42,8 @@ FUSEDLOSS_INLINE T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(kWarp, value, lane_mask);
 }
 
+FUSEDLOSS_INLINE bool all(bool value) { return __all_sync(kWarp, value); }
+
 // Dynamic shared memory, aligned to 1024 bytes, and the address that ldmatrix, cp.async and mbarriers take.
 FUSEDLOSS_INLINE unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char fusedloss_shared[];
