@@ -46,6 +46,7 @@ void set(T*& member, py::handle value) {
 }
 template <class T, size_t N>
 void set(T* (&member)[N], py::handle value) {
+  if (!py::isinstance<py::sequence>(value)) throw py::cast_error("a list of pointers");
   const auto given = value.cast<py::sequence>();
   if (given.size() > N) throw py::value_error("at most " + std::to_string(N) + " pointers");
   for (size_t k = 0; k < given.size(); ++k) set(member[k], given[k]);
