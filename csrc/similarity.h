@@ -113,6 +113,7 @@ struct FoldArgs {
 struct Plan {
   int capability;  // 80 or 90: the kernel's, at most the device's
   int BLOCK_M, BLOCK_N;
+  int cluster;  // 90: blocks along M that share what they load of y; 2 for bf16 and epilogues that are not narrow
 };
 
 // A pure function of what is asked: the device's capability (86, 90, ...; 0 on the host); whether products are the

@@ -17,6 +17,11 @@ cudaError_t run_sm90(const Strip& strip, const typename Epilogue::Args& args, co
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error != cudaSuccess) return error;
+  // Which of the two is faster no GPU has said yet: docs/performance-notes.md.
+  if constexpr (std::is_same_v<T, bf16> && !Epilogue::NARROW) {
+    if (plan.cluster == 2) return launch_sm90<T, Epilogue, BLOCK_N, 2>(strip, args, multiprocessors, stream);
+  }
+  if (plan.cluster != 1) return cudaErrorNotSupported;
   return launch_sm90<T, Epilogue, BLOCK_N>(strip, args, multiprocessors, stream);
 }
 
