@@ -911,7 +911,7 @@ struct Fold {
     const Place<S>& place;
     float scale, bias;
     float weight[S::ROWS], target_value[S::ROWS];
-    int64_t label[S::ROWS], key_label[2];
+    Bits<S> alike;  // of equal labels
     int own[S::ROWS];
     float loss[S::ROWS], count[S::ROWS], scale_grad[S::ROWS];  // count: sigmoid's bias_grad
 
@@ -923,28 +923,23 @@ struct Fold {
       for (int i = 0; i < S::ROWS; ++i) {
         weight[i] = place.of_row(args.weight, i, 0.0f);
         target_value[i] = place.of_row(args.target_value, i, 0.0f);
-        label[i] = args.row_labels ? place.id_of_row(args.row_labels, i) : 0;
         own[i] = place.hit(args.own, i);
-      }
-    }
-    template <bool INNER>
-    FUSEDLOSS_INLINE void columns(int j) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        key_label[e] = args.key_labels && (INNER || place.col(j + e) < place.N) ? ptx::load(args.key_labels + place.col(j + e)) : 0;
+        for (int w = 0; w < Bits<S>::WORDS; ++w) alike.word[i][w] = 0xffffffffu;
       }
+      if (args.row_labels) drop_where(alike, args.row_labels, args.key_labels, false, place);
     }
     template <bool INNER>
     FUSEDLOSS_INLINE float value(int i, int j, const Element& element) {
       const float v = element.sim;
-      const bool positive = args.row_labels ? label[i] == key_label[j % 2] : element.target;
-      const bool counts = weight[i] != 0 && own[i] != place.offset(j) && (INNER || place.col(j) < place.N);
+      const bool positive = args.row_labels ? alike(i, j) : element.target;
+      const bool counts = own[i] != place.offset(j) && (INNER || place.col(j) < place.N);
       if constexpr (KIND == FoldKind::sigmoid) {
         // log(1 + exp(-y z)), y = 1 for positives and -1 for negatives
         const float z = v * scale + bias, u = positive ? -z : z;
         const float e = exponential(-fabsf(u));
         const float p = (u < 0 ? e : 1.0f) / (1 + e);
-        if (!counts) return 0.0f;
+        if (!counts || weight[i] == 0) return 0.0f;
         loss[i] += maximum(u, 0.0f) + log1pf(e);
         const float dz = weight[i] * (positive ? -p : p);
         count[i] += dz;
