@@ -243,6 +243,10 @@ class LogSum(NamedTuple):
     shift: Tensor  # [R]
     log: Tensor  # -inf without columns
 
+    @property
+    def value(self) -> Tensor:
+        return self.shift + self.log
+
 
 class Sides(NamedTuple):
     """A loss of the log-sum-exps of a row's positives and negatives, and its derivatives by the two."""
@@ -254,14 +258,14 @@ class Sides(NamedTuple):
 
 def multi_similarity_row(pull: LogSum, push: LogSum, scalars: Scalars, options: Options) -> Sides:
     alpha, beta, _ = options
-    pulled, pushed = sum(pull), sum(push)
+    pulled, pushed = pull.value, push.value
     loss = _softplus(pulled) / alpha + _softplus(pushed) / beta
     return Sides(loss, torch.sigmoid(pulled) / alpha, torch.sigmoid(pushed) / beta)
 
 
 def proxy_anchor_row(pull: LogSum, push: LogSum, scalars: Scalars, options: Options) -> Sides:
     _, share = scalars
-    pulled, pushed = sum(pull), sum(push)
+    pulled, pushed = pull.value, push.value
     return Sides(share * _softplus(pulled) + _softplus(pushed), share * torch.sigmoid(pulled), torch.sigmoid(pushed))
 
 

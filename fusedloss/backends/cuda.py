@@ -464,8 +464,7 @@ def _two_sides(problem: Problem, strip: Strip, out: Tensor | None, part: Part) -
     tables = {"pull_max": pull.shift, "pull_sum": pull.total, "push_max": push.shift, "push_sum": push.total}
     run(f"{kind}_stats", struct("SidesArgs", **sides, **tables, count=count))
     pull, push = (merge(RowSums.empty(len(weight), weight), tables) for tables in (pull, push))
-    assert isinstance(pull.shift, Tensor) and isinstance(push.shift, Tensor)
-    logs = [LogSum(side.shift.masked_fill(side.total == 0, 0), side.total.log()) for side in (pull, push)]
+    logs = [LogSum(torch.where(side.total == 0, 0, side.shift), side.total.log()) for side in (pull, push)]
     found = SIDES[fold.name](logs[0], logs[1], fold_scalars(problem), fold.options)
     loss, number = found.loss, count.sum(0)
     if fold.name == "sup_con_in":
