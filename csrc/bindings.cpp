@@ -47,6 +47,7 @@ void set(T*& member, py::handle value) {
 }
 template <class T, size_t N>
 void set(T* (&member)[N], py::handle value) {
+  if (!py::isinstance<py::sequence>(value)) throw py::cast_error("a list of pointers");
   const auto given = value.cast<py::sequence>();
   if (given.size() > N) throw py::value_error("at most " + std::to_string(N) + " pointers");
   for (size_t k = 0; k < given.size(); ++k) set(member[k], given[k]);
@@ -55,7 +56,7 @@ void set(T* (&member)[N], py::handle value) {
 // A class of plain data, whose objects are made by keywords and have no attributes; what is not given is as in S{}:
 //   using S = MergeParams;
 //   Fields<S>(m, "MergeParams") FIELD(max) FIELD(sum) FIELD(R);
-// Structs may be members of others that get their classes later.
+// Structs may be members of others. Classes are the module's own: in the tests a CPU's build of it is loaded, too.
 #define FIELD(name) (#name, &S::name)
 #define SIZE(name) {#name, &S::name}
 
@@ -63,7 +64,7 @@ template <class S>
 class Fields {
  public:
   Fields(py::module_& m, const char* type) : setters_(std::make_shared<Setters>()) {
-    py::class_<S>(m, type).def(py::init([type, setters = setters_](const py::kwargs& given) {
+    py::class_<S>(m, type, py::module_local()).def(py::init([type, setters = setters_](const py::kwargs& given) {
       S made{};
       for (const auto& [key, value] : given) {
         const auto name = key.template cast<std::string>(), where = type + ("." + name);
@@ -228,8 +229,9 @@ void def_similarities(py::module_& m) {
   py::class_<Plan>(m, "Plan")
       .def_readonly("capability", &Plan::capability)
       .def_readonly("BLOCK_M", &Plan::BLOCK_M)
-      .def_readonly("BLOCK_N", &Plan::BLOCK_N);
-  m.def("plan", &plan, py::arg("capability"), py::arg("dtype"), py::arg("aligned"), py::arg("general"),
+      .def_readonly("BLOCK_N", &Plan::BLOCK_N)
+      .def_readwrite("cluster", &Plan::cluster);  // for benchmarks
+  m.def("plan", &plan, py::arg("capability"), py::arg("tensor_cores"), py::arg("aligned"), py::arg("narrow"),
         "which kernel, and the tiles that its tables are of");
 }
 
@@ -238,7 +240,7 @@ void def_similarities(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "cuda_version, and archs: what the kernels were compiled for");
 
-  py::enum_<DType>(m, "DType")
+  py::enum_<DType>(m, "DType", py::module_local())
       .value("float32", DType::float32)
       .value("float16", DType::float16)
       .value("bfloat16", DType::bfloat16);

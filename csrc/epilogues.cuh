@@ -36,6 +36,15 @@ FUSEDLOSS_INLINE float tanh(float x) {
   return square < 0.09f ? x + x * series : x < 0 ? -far : far;
 }
 
+// log(1 + e) for 0 <= e <= 1 to 3 ulp, as 2 atanh(e / (2 + e)): the terms that are left out are 1.4e-8 of it. A fifth of
+// log1pf's instructions.
+FUSEDLOSS_INLINE float log1p(float e) {
+  const float s = e * ptx::reciprocal(2 + e), q = s * s;
+  float series = 1.0f / 11 + q * (1.0f / 13);
+  series = 1.0f / 5 + q * (1.0f / 7 + q * (1.0f / 9 + q * series));
+  return 2 * (s + s * (q * (1.0f / 3 + q * series)));
+}
+
 // Shape and place ------------------------------------------------------------------------------------------------------
 
 // WARPS_M x WARPS_N warps, each with MT x NT fragments. BARRIER: 0 where they are the whole block, else the first of
@@ -91,8 +100,10 @@ struct Place {
   FUSEDLOSS_INLINE float of_row(const float* vector, int i, float other) const {
     return vector && has_row(i) ? ptx::load(vector + row(i)) : other;
   }
+  // INNER: all of the tile is inside.
+  template <bool INNER>
   FUSEDLOSS_INLINE float of_col(const float* vector, int j, float other) const {
-    return vector && col(j) < N ? ptx::load(vector + col(j)) : other;
+    return vector && (INNER || col(j) < N) ? ptx::load(vector + col(j)) : other;
   }
   FUSEDLOSS_INLINE int64_t id_of_row(const int64_t* vector, int i) const {
     return has_row(i) ? ptx::load(vector + row(i)) : -1;
@@ -294,10 +305,10 @@ FUSEDLOSS_INLINE void admitted(Bits<S>& admit, float (&acc)[S::MT][S::NT][4], co
     }
 #pragma unroll
     for (int j = 0; j < S::COLUMNS; ++j) {
-      const float col_factor = place.of_col(strip.col_factor, j, 1.0f);
+      const float col_factor = place.template of_col<false>(strip.col_factor, j, 1.0f);
 #pragma unroll
       for (int i = 0; i < S::ROWS; ++i) {
-        const bool above = at<S>(acc, i, j) * row_factor[i] * col_factor > threshold[i];
+        const bool above = at<S>(acc, i, j) * (row_factor[i] * col_factor) > threshold[i];
         admit.word[i][j / 32] &= ~(uint32_t(above) << (j % 32)) | exempt.word[i][j / 32];
       }
     }
@@ -333,10 +344,13 @@ FUSEDLOSS_INLINE void transpose(uint32_t (&pair)[4], int t) {
 }
 
 // 32 columns, as soon as they are there: their registers are free for what follows.
-template <class Out, class S>
+template <class Out>
+FUSEDLOSS_INLINE bool aligned_out(const Strip& strip) {
+  return reinterpret_cast<uintptr_t>(strip.out) % 16 == 0 && strip.stride_om * int64_t(sizeof(Out)) % 16 == 0;
+}
+template <bool INNER, class Out, class S>
 FUSEDLOSS_INLINE void store_group(float (&acc)[S::MT][S::NT][4], int k, const Strip& strip, const Place<S>& place) {
-  constexpr int kWide = 16 / int(sizeof(Out));
-  const bool aligned = reinterpret_cast<uintptr_t>(strip.out) % 16 == 0 && strip.stride_om % kWide == 0;
+  const bool aligned = INNER || aligned_out<Out>(strip);
 #pragma unroll
   for (int i = 0; i < S::ROWS; ++i) {
     Out* row = static_cast<Out*>(strip.out) + int64_t(place.row(i)) * strip.stride_om;
@@ -348,8 +362,8 @@ FUSEDLOSS_INLINE void store_group(float (&acc)[S::MT][S::NT][4], int k, const St
       }
       transpose(v.word, place.t);
       const int col = place.col0 + 6 * place.t + 32 * k;  // 8 t instead of 2 t
-      if (!place.has_row(i) || col >= place.N) continue;
-      if (aligned && col + 8 <= place.N) {
+      if (!INNER && (!place.has_row(i) || col >= place.N)) continue;
+      if (INNER || (aligned && col + 8 <= place.N)) {
         ptx::store16(row + col, v);
       } else {
 #pragma unroll
@@ -361,8 +375,8 @@ FUSEDLOSS_INLINE void store_group(float (&acc)[S::MT][S::NT][4], int k, const St
 #pragma unroll
       for (int n = 0; n < kGroup; ++n) {  // a quad's 8 numbers are 32 bytes, one sector
         const int j = 8 * k + 2 * n, col = place.col(j);
-        if (!place.has_row(i) || col >= place.N) continue;
-        if (aligned && col + 2 <= place.N) {
+        if (!INNER && (!place.has_row(i) || col >= place.N)) continue;
+        if (INNER || (aligned && col + 2 <= place.N)) {
           ptx::store8(row + col, at<S>(acc, i, j), at<S>(acc, i, j + 1));
         } else {
           row[col] = at<S>(acc, i, j);
@@ -382,21 +396,14 @@ struct Element {
   bool target;
 };
 
-// Visits every element of the tile: `visit.columns(j)` before columns j and j + 1, `visit(i, j, element)` for their
+// Visits every element of the tile: `visit.columns(j)` before columns j and j + 1, `visit.value(i, j, element)` for their
 // rows, `visit.group(k)` after 32 columns. The value takes the accumulator's place. Unless Out is void it is stored,
 // times the softcap's derivative and both factors, so that the next two products take x and y as they are. GENERAL:
-// masks and a softcap.
-template <bool GENERAL, class Out, class S, class Visit>
-FUSEDLOSS_INLINE void for_each_logit(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Place<S>& place,
-                                     Visit& visit) {
+// masks and a softcap. INNER: nothing of the warp's part is outside of the matrix, none of it a target, no bias.
+template <bool GENERAL, bool INNER, class Out, class S, class Visit>
+FUSEDLOSS_INLINE void walk(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Place<S>& place,
+                           const float (&row_factor)[S::ROWS], const int (&target)[S::ROWS], Visit& visit) {
   const float scale = ptx::load(strip.scale);
-  float row_factor[S::ROWS];
-  int target[S::ROWS];
-#pragma unroll
-  for (int i = 0; i < S::ROWS; ++i) {
-    row_factor[i] = place.of_row(strip.row_factor, i, 1.0f);
-    target[i] = place.hit(strip.target, i);
-  }
   Bits<S> admit;
   int own[S::ROWS];
   float own_scale = 0;
@@ -411,53 +418,83 @@ FUSEDLOSS_INLINE void for_each_logit(float (&acc)[S::MT][S::NT][4], const Strip&
     float col_factor[2], bias[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      col_factor[e] = place.of_col(strip.col_factor, j + e, 1.0f);
-      bias[e] = place.of_col(strip.bias, j + e, place.col(j + e) < place.N ? 0.0f : -kInf);
+      col_factor[e] = place.template of_col<INNER>(strip.col_factor, j + e, 1.0f);
+      if constexpr (INNER) {
+        bias[e] = 0;
+      } else {
+        bias[e] = place.template of_col<false>(strip.bias, j + e, place.col(j + e) < place.N ? 0.0f : -kInf);
+      }
     }
-    visit.columns(j);
+    visit.template columns<INNER>(j);
 #pragma unroll
     for (int i = 0; i < S::ROWS; ++i) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         Element element;
+        const float factor = row_factor[i] * col_factor[e];
         element.product = at<S>(acc, i, j + e);
-        element.sim = element.product * row_factor[i] * col_factor[e];
-        element.target = target[i] == place.offset(j + e);
-        float z = element.sim * scale;
-        bool removed = bias[e] == -kInf;  // not a sum alone: NaN in a removed column must not outlive the -inf
-        if constexpr (GENERAL) {
-          if (own[i] == place.offset(j + e)) z = element.sim * own_scale;
-          removed |= !admit(i, j + e);
+        element.sim = element.product * factor;
+        element.z = element.sim * scale;
+        element.target = !INNER && target[i] == place.offset(j + e);
+        if constexpr (!INNER) {
+          bool removed = bias[e] == -kInf;  // not a sum alone: NaN in a removed column must not outlive the -inf
+          if constexpr (GENERAL) {
+            if (own[i] == place.offset(j + e)) element.z = element.sim * own_scale;
+            removed |= !admit(i, j + e);
+          }
+          element.z += bias[e];
+          if constexpr (GENERAL) {
+            if (strip.softcap > 0) element.z = strip.softcap * tanh(element.z / strip.softcap);
+          }
+          if (removed || element.target) element.z = -kInf;
         }
-        z += bias[e];
-        if constexpr (GENERAL) {
-          if (strip.softcap > 0) z = strip.softcap * tanh(z / strip.softcap);
-        }
-        element.z = removed || element.target ? -kInf : z;
-        float value = visit(i, j + e, element);
+        float value = visit.template value<INNER>(i, j + e, element);
         if constexpr (!std::is_void_v<Out>) {
           if constexpr (GENERAL) {
             // What was dropped is 0, and the target's entry has its own.
             if (strip.softcap > 0 && element.z > -kInf) value *= 1 - element.z / strip.softcap * (element.z / strip.softcap);
           }
-          value *= row_factor[i] * col_factor[e];
+          value *= factor;
         }
         at<S>(acc, i, j + e) = value;
       }
     }
     if (j % (2 * kGroup) == 2 * (kGroup - 1)) {
-      visit.group(j / (2 * kGroup));
+      visit.template group<INNER>(j / (2 * kGroup));
       if constexpr (!std::is_void_v<Out>) {
-        if (strip.out) store_group<Out>(acc, j / (2 * kGroup), strip, place);
+        if (strip.out) store_group<INNER, Out>(acc, j / (2 * kGroup), strip, place);
       }
+      ptx::sync_warp();  // or else ptxas loads the columns of all groups ahead, and spills up to 100 bytes on sm_90
     }
   }
+}
+
+// Most tiles are inner ones, and bounds, targets and biases are half of what an element costs.
+template <bool GENERAL, class Out, class S, class Visit>
+FUSEDLOSS_INLINE void for_each_logit(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Place<S>& place,
+                                     Visit& visit) {
+  float row_factor[S::ROWS];
+  int target[S::ROWS];
+  bool inner = !strip.bias && (place.pid_n + 1) * S::BLOCK_N <= place.N;
+  if constexpr (!std::is_void_v<Out>) inner &= aligned_out<Out>(strip);
+#pragma unroll
+  for (int i = 0; i < S::ROWS; ++i) {
+    row_factor[i] = place.of_row(strip.row_factor, i, 1.0f);
+    target[i] = place.hit(strip.target, i);
+    inner &= place.has_row(i) && target[i] < 0;
+  }
+  if constexpr (!GENERAL) {
+    if (ptx::all(inner)) return walk<false, true, Out>(acc, strip, place, row_factor, target, visit);
+  }
+  walk<GENERAL, false, Out>(acc, strip, place, row_factor, target, visit);
 }
 
 // What every visitor may leave out.
 template <class S>
 struct Visitor {
+  template <bool INNER>
   FUSEDLOSS_INLINE void columns(int) {}
+  template <bool INNER>
   FUSEDLOSS_INLINE void group(int) {}
 };
 
@@ -500,10 +537,12 @@ struct Tally {
 // Softmax --------------------------------------------------------------------------------------------------------------
 
 // GENERAL here and below: masks, softcap, tally, smoothing and whatever else is given at run time. Without it an
-// epilogue holds what the commonest losses need, and the registers of that.
+// epilogue holds what the commonest losses need, and the registers of that. NARROW: with 128 accumulators a thread it
+// would spill, or fill the instruction cache (sm_90).
 template <bool GENERAL, bool COLUMNS>
 struct Stats {
   using Args = StatsArgs;
+  static constexpr bool NARROW = GENERAL;
 
   template <class S>
   struct Visit : Visitor<S> {
@@ -513,7 +552,8 @@ struct Stats {
 #pragma unroll
       for (int i = 0; i < S::ROWS; ++i) max[i] = -kInf;
     }
-    FUSEDLOSS_INLINE float operator()(int i, int, const Element& element) {
+    template <bool INNER>
+    FUSEDLOSS_INLINE float value(int i, int, const Element& element) {
       if constexpr (GENERAL) tally.add(i, element);
       max[i] = maximum(max[i], element.z);
       return element.z;
@@ -604,6 +644,7 @@ struct Stats {
 template <bool GENERAL, bool COLUMNS>
 struct Exp {
   using Args = ExpArgs;
+  static constexpr bool NARROW = GENERAL;
 
   template <class S>
   struct Visit : Visitor<S> {
@@ -617,14 +658,17 @@ struct Exp {
         : args(args), place(place), scratch(scratch), tally(args.tally, place) {
       zero<S>(row_sum);
     }
+    template <bool INNER>
     FUSEDLOSS_INLINE void columns(int j) { col_sum[j % 8] = col_sum[j % 8 + 1] = 0; }
-    FUSEDLOSS_INLINE float operator()(int i, int j, const Element& element) {
+    template <bool INNER>
+    FUSEDLOSS_INLINE float value(int i, int j, const Element& element) {
       if constexpr (GENERAL) tally.add(i, element);
       const float e = exponential(element.z - args.shift);
       row_sum[i] += e;
-      if constexpr (COLUMNS) col_sum[j % 8] += place.has_row(i) ? e : 0.0f;
+      if constexpr (COLUMNS) col_sum[j % 8] += INNER || place.has_row(i) ? e : 0.0f;
       return e;
     }
+    template <bool INNER>
     FUSEDLOSS_INLINE void group(int k) {
       if constexpr (COLUMNS) scratch.col[0][place.warp_m][group_column(place, k)] = over_rows<Sum>(col_sum, place.g);
     }
@@ -646,6 +690,7 @@ struct Exp {
 template <bool GENERAL, bool COLUMNS, bool Q>
 struct Grad {
   using Args = GradArgs;
+  static constexpr bool NARROW = GENERAL || (COLUMNS && Q);
 
   template <class S>
   struct Visit : Visitor<S> {
@@ -669,16 +714,18 @@ struct Grad {
       }
     }
     FUSEDLOSS_INLINE bool by_columns() const { return COLUMNS && (!GENERAL || args.col_shift); }
+    template <bool INNER>
     FUSEDLOSS_INLINE void columns(int j) {
       if (!by_columns()) return;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        col_weight[e] = place.of_col(args.col_weight, j + e, 0.0f);
-        col_shift[e] = col_weight[e] == 0 ? kInf : place.of_col(args.col_shift, j + e, kInf);
-        if constexpr (Q) col_target_sim[e] = place.of_col(args.col_target_sim, j + e, 0.0f);
+        col_weight[e] = place.template of_col<INNER>(args.col_weight, j + e, 0.0f);
+        col_shift[e] = col_weight[e] == 0 ? kInf : place.template of_col<INNER>(args.col_shift, j + e, kInf);
+        if constexpr (Q) col_target_sim[e] = place.template of_col<INNER>(args.col_target_sim, j + e, 0.0f);
       }
     }
-    FUSEDLOSS_INLINE float operator()(int i, int j, const Element& element) {
+    template <bool INNER>
+    FUSEDLOSS_INLINE float value(int i, int j, const Element& element) {
       float dz = weight[i] * exponential(element.z - shift[i]);
       if constexpr (Q) q[i] += dz * (element.sim - target_sim[i]);
       if (by_columns()) {
@@ -706,12 +753,14 @@ struct Grad {
 
 struct Top {
   using Args = TopArgs;
+  static constexpr bool NARROW = true;
 
   template <class S>
   struct Visit : Visitor<S> {
     float top[S::ROWS];
     int column[S::ROWS];
-    FUSEDLOSS_INLINE float operator()(int i, int j, const Element& element) {
+    template <bool INNER>
+    FUSEDLOSS_INLINE float value(int i, int j, const Element& element) {
       if (element.z > top[i] || element.z != element.z) top[i] = element.z, column[i] = Place<S>::offset(j);
       return element.z;
     }
@@ -771,13 +820,15 @@ struct Top {
 // Reads one column a row out of the products themselves: a dot product beside them rounds otherwise.
 struct Pick {
   using Args = PickArgs;
+  static constexpr bool NARROW = false;
 
   template <class S>
   struct Visit : Visitor<S> {
     const Args& args;
     const Place<S>& place;
     FUSEDLOSS_INLINE Visit(const Args& args, const Place<S>& place) : args(args), place(place) {}
-    FUSEDLOSS_INLINE float operator()(int i, int, const Element& element) {
+    template <bool INNER>
+    FUSEDLOSS_INLINE float value(int i, int, const Element& element) {
       if (element.target && place.has_row(i)) args.picked[place.row(i)] = element.sim;
       return element.z;
     }
@@ -794,6 +845,7 @@ struct Pick {
 // One bit a column: 1 where its similarity exceeds the row's threshold. What a guide drops.
 struct Guide {
   using Args = BitsArgs;
+  static constexpr bool NARROW = false;
 
   template <class S>
   struct Visit : Visitor<S> {
@@ -806,10 +858,12 @@ struct Guide {
 #pragma unroll
       for (int i = 0; i < S::ROWS; ++i) threshold[i] = place.of_row(args.threshold, i, kInf), word[i] = 0;
     }
-    FUSEDLOSS_INLINE float operator()(int i, int j, const Element& element) {
+    template <bool INNER>
+    FUSEDLOSS_INLINE float value(int i, int j, const Element& element) {
       word[i] |= uint32_t(element.sim > threshold[i]) << (place.offset(j) % 32 + 2 * place.t);
       return element.z;
     }
+    template <bool INNER>
     FUSEDLOSS_INLINE void group(int k) {
       const int place_of_word = (place.col0 - 2 * place.t) / 32 + k;
 #pragma unroll
@@ -835,10 +889,12 @@ struct Guide {
 // The similarities themselves.
 struct Store {
   using Args = StoreArgs;
+  static constexpr bool NARROW = false;
 
   template <class S>
   struct Visit : Visitor<S> {
-    FUSEDLOSS_INLINE float operator()(int, int, const Element& element) { return element.product; }
+    template <bool INNER>
+    FUSEDLOSS_INLINE float value(int, int, const Element& element) { return element.product; }
   };
 
   template <class Out, class S>
@@ -856,6 +912,7 @@ enum class FoldKind { sigmoid, margin_ranking, pair_hinge };
 template <FoldKind KIND>
 struct Fold {
   using Args = FoldArgs;
+  static constexpr bool NARROW = true;
 
   template <class S>
   struct Visit : Visitor<S> {
@@ -863,7 +920,7 @@ struct Fold {
     const Place<S>& place;
     float scale, bias;
     float weight[S::ROWS], target_value[S::ROWS];
-    int64_t label[S::ROWS], key_label[2];
+    Bits<S> alike;  // of equal labels
     int own[S::ROWS];
     float loss[S::ROWS], count[S::ROWS], scale_grad[S::ROWS];  // count: sigmoid's bias_grad
 
@@ -875,30 +932,27 @@ struct Fold {
       for (int i = 0; i < S::ROWS; ++i) {
         weight[i] = place.of_row(args.weight, i, 0.0f);
         target_value[i] = place.of_row(args.target_value, i, 0.0f);
-        label[i] = args.row_labels ? place.id_of_row(args.row_labels, i) : 0;
         own[i] = place.hit(args.own, i);
-      }
-    }
-    FUSEDLOSS_INLINE void columns(int j) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        key_label[e] = args.key_labels && place.col(j + e) < place.N ? ptx::load(args.key_labels + place.col(j + e)) : 0;
+        for (int w = 0; w < Bits<S>::WORDS; ++w) alike.word[i][w] = 0xffffffffu;
       }
+      if (args.row_labels) drop_where(alike, args.row_labels, args.key_labels, false, place);
     }
-    FUSEDLOSS_INLINE float operator()(int i, int j, const Element& element) {
+    template <bool INNER>
+    FUSEDLOSS_INLINE float value(int i, int j, const Element& element) {
       const float v = element.sim;
-      const bool positive = args.row_labels ? label[i] == key_label[j % 2] : element.target;
-      const bool counts = weight[i] != 0 && own[i] != place.offset(j) && place.col(j) < place.N;
+      const bool positive = args.row_labels ? alike(i, j) : element.target;
+      const bool counts = own[i] != place.offset(j) && (INNER || place.col(j) < place.N);
       if constexpr (KIND == FoldKind::sigmoid) {
         // log(1 + exp(-y z)), y = 1 for positives and -1 for negatives
         const float z = v * scale + bias, u = positive ? -z : z;
         const float e = exponential(-fabsf(u));
-        const float p = (u < 0 ? e : 1.0f) / (1 + e);
-        if (!counts) return 0.0f;
-        loss[i] += maximum(u, 0.0f) + log1pf(e);
-        const float dz = weight[i] * (positive ? -p : p);
+        const float p = (u < 0 ? e : 1.0f) * ptx::reciprocal(1 + e);
+        const bool in = counts && weight[i] != 0;
+        const float dz = in ? weight[i] * (positive ? -p : p) : 0.0f;
+        loss[i] += in ? maximum(u, 0.0f) + log1p(e) : 0.0f;
         count[i] += dz;
-        scale_grad[i] += dz * v;
+        scale_grad[i] += in ? dz * v : 0.0f;
         return dz * scale;
       } else {
         // max(0, margin - v_t + v) of the negatives; max(0, sign (v - margin)) of the positives or the negatives

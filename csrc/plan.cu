@@ -2,8 +2,11 @@
 
 namespace fusedloss {
 
-Plan plan(int capability, DType dtype, bool aligned, bool general) {
-  return {80, 128, 128};
+Plan plan(int capability, bool tensor_cores, bool aligned, bool narrow) {
+#if FUSEDLOSS_SM90A
+  if (capability == 90 && tensor_cores && aligned) return {90, 64, narrow ? 128 : 256, 1};
+#endif
+  return {80, 128, 128, 1};
 }
 
 }  // namespace fusedloss

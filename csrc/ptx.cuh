@@ -42,6 +42,8 @@ FUSEDLOSS_INLINE T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(kWarp, value, lane_mask);
 }
 
+FUSEDLOSS_INLINE bool all(bool value) { return __all_sync(kWarp, value); }
+
 // Dynamic shared memory, aligned to 1024 bytes, and the address that ldmatrix, cp.async and mbarriers take.
 FUSEDLOSS_INLINE unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char fusedloss_shared[];
@@ -57,6 +59,12 @@ FUSEDLOSS_INLINE uint32_t shared_address(const void* pointer) {
 FUSEDLOSS_INLINE float exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// rcp.approx.ftz: 1 ulp.
+FUSEDLOSS_INLINE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 // Two numbers rounded to nearest in one register, `low` in the lower half.

@@ -34,33 +34,47 @@ FUSEDLOSS_INLINE T warp_sum(T value) {
 template <class... Ts>
 constexpr int kVecOf = std::max({16 / int(sizeof(Ts))...});
 
-template <class T>
-FUSEDLOSS_INLINE void unpack(Vector16 from, float* to) {
-  if constexpr (sizeof(T) == 4) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) to[k] = ptx::bits_to_float(from.word[k]);
-  } else {
-#pragma unroll
-    for (int k = 0; k < 8; ++k) to[k] = ptx::to_float(T{uint16_t(from.word[k / 2] >> 16 * (k % 2))});
-  }
-}
+// As they lie in memory: numbers that were converted at once would make each load wait for the one before.
+template <class T, int kVec>
+struct Vector {
+  static constexpr int kPer = 4 / sizeof(T);
+  uint32_t word[kVec / kPer];
 
-// Elements d to d + kVec of a row of D, as fp32; 0 beyond its end. kWritten: by this kernel, too.
-template <bool kWritten, class T, int kVec>
-FUSEDLOSS_INLINE void load_vector(const T* row, int64_t stride, bool aligned, int64_t d, int64_t D, float (&to)[kVec]) {
+  FUSEDLOSS_INLINE float operator[](int k) const {
+    if constexpr (kPer == 1) {
+      return ptx::bits_to_float(word[k]);
+    } else {
+      return ptx::to_float(T{uint16_t(word[k / 2] >> 16 * (k % 2))});
+    }
+  }
+};
+
+// Elements d to d + kVec of a row of D; 0 beyond its end. kWritten: by this kernel, too.
+template <bool kWritten, int kVec, class T>
+FUSEDLOSS_INLINE Vector<T, kVec> load_vector(const T* row, int64_t stride, bool aligned, int64_t d, int64_t D) {
+  Vector<T, kVec> v{};
   if (aligned && d + kVec <= D) {
     constexpr int kPer = 16 / sizeof(T);
 #pragma unroll
     for (int k = 0; k < kVec; k += kPer) {
-      unpack<T>(kWritten ? ptx::read16(row + d + k) : ptx::load16(row + d + k), to + k);
+      const Vector16 part = kWritten ? ptx::read16(row + d + k) : ptx::load16(row + d + k);
+#pragma unroll
+      for (int word = 0; word < 4; ++word) v.word[k / kPer * 4 + word] = part.word[word];
     }
   } else {
 #pragma unroll
     for (int k = 0; k < kVec; ++k) {
+      if (d + k >= D) continue;
       const T* place = row + (d + k) * stride;
-      to[k] = d + k >= D ? 0.0f : ptx::to_float(kWritten ? *place : ptx::load(place));
+      const T x = kWritten ? *place : ptx::load(place);
+      if constexpr (sizeof(T) == 4) {
+        v.word[k] = ptx::float_to_bits(x);
+      } else {
+        v.word[k / 2] |= uint32_t(x.bits) << 16 * (k % 2);
+      }
     }
   }
+  return v;
 }
 
 template <class T, int kVec>
@@ -110,8 +124,8 @@ cudaError_t with_dtype(DType dtype, F run) {
 
 // Vector by vector and lane by lane, however the row lies in memory, and explicitly fused: the bits of a norm depend on
 // the numbers alone, so that a target's factor here is the very one that the tile meets.
-template <int kVec>
-FUSEDLOSS_INLINE float plus_squares(float sum, const float (&x)[kVec]) {
+template <class T, int kVec>
+FUSEDLOSS_INLINE float plus_squares(float sum, const Vector<T, kVec>& x) {
 #pragma unroll
   for (int k = 0; k < kVec; ++k) sum = fmaf(x[k], x[k], sum);
   return sum;
@@ -159,9 +173,8 @@ __global__ void __launch_bounds__(kThreads)
     if (target >= 0) {
       const T* t = y + target * p.stride_yn;
       for (int64_t d = first; d < p.D; d += kStep) {
-        float own[kVec], other[kVec];
-        load_vector<false>(x, p.stride_xd, x_aligned, d, p.D, own);
-        load_vector<false>(t, p.stride_yd, y_aligned, d, p.D, other);
+        const auto own = load_vector<false, kVec>(x, p.stride_xd, x_aligned, d, p.D);
+        const auto other = load_vector<false, kVec>(t, p.stride_yd, y_aligned, d, p.D);
         x_squared = plus_squares(x_squared, own);
         t_squared = plus_squares(t_squared, other);
 #pragma unroll
@@ -181,9 +194,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     } else if (p.row_factor) {
       for (int64_t d = first; d < p.D; d += kStep) {
-        float own[kVec];
-        load_vector<false>(x, p.stride_xd, x_aligned, d, p.D, own);
-        x_squared = plus_squares(x_squared, own);
+        x_squared = plus_squares(x_squared, load_vector<false, kVec>(x, p.stride_xd, x_aligned, d, p.D));
       }
     }
     const float row_factor = inverse_norm<T>(warp_sum(x_squared));
@@ -211,10 +222,9 @@ __global__ void __launch_bounds__(kThreads)
 
   if (p.col_factor && row < p.N) {
     float y_squared = 0;
+    y += row * p.stride_yn;
     for (int64_t d = first; d < p.D; d += kStep) {
-      float own[kVec];
-      load_vector<false>(y + row * p.stride_yn, p.stride_yd, y_aligned, d, p.D, own);
-      y_squared = plus_squares(y_squared, own);
+      y_squared = plus_squares(y_squared, load_vector<false, kVec>(y, p.stride_yd, y_aligned, d, p.D));
     }
     const float col_factor = inverse_norm<T>(warp_sum(y_squared));
     if (lane() == 0) p.col_factor[row] = col_factor;
@@ -362,11 +372,11 @@ __global__ void __launch_bounds__(kThreads) scale_rows_kernel(ScaleRowsParams p,
     const int64_t step = int64_t(ptx::blocks_y()) * kLanes * kVec;
 #pragma unroll 1
     for (int64_t d = (int64_t(ptx::block_y()) * kLanes + lane()) * kVec; d < p.D; d += step) {
-      float v[kVec];
-      load_vector<true>(in, p.in_stride_d, in_aligned, d, p.D, v);
+      const auto v = load_vector<true, kVec>(in, p.in_stride_d, in_aligned, d, p.D);
+      float product[kVec];
 #pragma unroll
-      for (int k = 0; k < kVec; ++k) v[k] = v[k] * row_factor * scalar;
-      store_vector(out, out_aligned, d, p.D, v);
+      for (int k = 0; k < kVec; ++k) product[k] = v[k] * row_factor * scalar;
+      store_vector(out, out_aligned, d, p.D, product);
     }
   }
 }
@@ -382,13 +392,12 @@ __global__ void __launch_bounds__(kThreads) weigh_kernel(WeighParams p, bool ali
   const int64_t first = warp_in_grid() / groups * kRows;
   const int64_t d = (warp_in_grid() % groups * kLanes + lane()) * kVec;
   if (first >= p.R || d >= p.N) return;
-  float columns[kVec], v[kRows][kVec];
-  load_vector<false>(p.col_weight, 1, weights_aligned, d, p.N, columns);
+  T* out = static_cast<T*>(p.out) + first * p.stride_om;
+  Vector<T, kVec> v[kRows];
+  const auto columns = load_vector<false, kVec>(p.col_weight, 1, weights_aligned, d, p.N);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    if (first + r < p.R) {
-      load_vector<true>(static_cast<const T*>(p.out) + (first + r) * p.stride_om, 1, aligned, d, p.N, v[r]);
-    }
+    if (first + r < p.R) v[r] = load_vector<true, kVec>(out + r * p.stride_om, 1, aligned, d, p.N);
   }
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
@@ -396,15 +405,16 @@ __global__ void __launch_bounds__(kThreads) weigh_kernel(WeighParams p, bool ali
     if (row >= p.R) return;
     const float row_weight = ptx::load(p.row_weight + row);
     const int64_t target = ptx::load(p.target + row);
+    float dz[kVec];
 #pragma unroll
-    for (int k = 0; k < kVec; ++k) v[r][k] *= row_weight + columns[k];
+    for (int k = 0; k < kVec; ++k) dz[k] = v[r][k] * (row_weight + columns[k]);
     if (target >= d && target < d + kVec && target < p.N) {
       float entry = ptx::load(p.entry + row);
       if (p.row_factor) entry = entry * ptx::load(p.row_factor + row) * ptx::load(p.col_factor + target);
 #pragma unroll
-      for (int k = 0; k < kVec; ++k) v[r][k] = d + k == target ? entry : v[r][k];
+      for (int k = 0; k < kVec; ++k) dz[k] = d + k == target ? entry : dz[k];
     }
-    store_vector(static_cast<T*>(p.out) + row * p.stride_om, aligned, d, p.N, v[r]);
+    store_vector(out + r * p.stride_om, aligned, d, p.N, dz);
   }
 }
 
@@ -426,9 +436,8 @@ __global__ void __launch_bounds__(kThreads)
   float along = 0;
   if (p.x) {
     for (int64_t d = begin; d < p.D; d += kStep) {
-      float dx[kVec], own[kVec];
-      load_vector<true>(total, 1, total_aligned, d, p.D, dx);
-      load_vector<false>(x, p.stride_xd, x_aligned, d, p.D, own);
+      const auto dx = load_vector<true, kVec>(total, 1, total_aligned, d, p.D);
+      const auto own = load_vector<false, kVec>(x, p.stride_xd, x_aligned, d, p.D);
 #pragma unroll
       for (int k = 0; k < kVec; ++k) along += dx[k] * multiplier * own[k];
     }
@@ -437,11 +446,12 @@ __global__ void __launch_bounds__(kThreads)
     along = warp_sum(along) * (factor >= float(1 / kNormEps) ? 0.0f : factor * factor);
   }
   for (int64_t d = begin; d < p.D; d += kStep) {
-    float dx[kVec], own[kVec];
-    load_vector<true>(total, 1, total_aligned, d, p.D, dx);
-    if (p.x) load_vector<false>(x, p.stride_xd, x_aligned, d, p.D, own);
+    const auto v = load_vector<true, kVec>(total, 1, total_aligned, d, p.D);
+    Vector<X, kVec> own{};
+    if (p.x) own = load_vector<false, kVec>(x, p.stride_xd, x_aligned, d, p.D);
+    float dx[kVec];
 #pragma unroll
-    for (int k = 0; k < kVec; ++k) dx[k] = p.x ? dx[k] * multiplier - along * own[k] : dx[k] * multiplier;
+    for (int k = 0; k < kVec; ++k) dx[k] = p.x ? v[k] * multiplier - along * own[k] : v[k] * multiplier;
     store_vector(out, out_aligned, d, p.D, dx);
   }
 }

@@ -5,6 +5,15 @@
 
 #include "similarity_sm80.cuh"
 
+// Every instance; those of which exponentials are stored have fp32's range.
+#define FUSEDLOSS_EPILOGUES(X)                                                                                      \
+  X(Stats<false, false>) X(Stats<false, true>) X(Stats<true, true>) X(Grad<false, false, false>)                    \
+  X(Grad<false, false, true>) X(Grad<false, true, false>) X(Grad<false, true, true>) X(Grad<true, true, true>)      \
+  X(Top) X(Pick) X(Guide) X(Store)
+#define FUSEDLOSS_EPILOGUES_OF_RANGE(X)                                                                             \
+  X(Exp<false, false>) X(Exp<false, true>) X(Exp<true, true>) X(Fold<FoldKind::sigmoid>)                            \
+  X(Fold<FoldKind::margin_ranking>) X(Fold<FoldKind::pair_hinge>)
+
 namespace fusedloss {
 
 // Masks, a softcap, a tally, smoothing: whatever only the general instance knows.
@@ -14,8 +23,16 @@ inline bool general(const Strip& strip, bool more) {
          m.own;
 }
 
+// In similarity_sm90_*.cu, which are compiled for sm_90a alone.
+template <class T, class Epilogue>
+cudaError_t run_sm90(const Strip& strip, const typename Epilogue::Args& args, const Plan& plan, cudaStream_t stream);
+
 template <class T, class Epilogue>
 cudaError_t run(const Strip& strip, const typename Epilogue::Args& args, const Plan& plan, cudaStream_t stream) {
+#if FUSEDLOSS_SM90A
+  if (plan.capability == 90) return run_sm90<T, Epilogue>(strip, args, plan, stream);
+#endif
+  if (plan.capability != 80) return cudaErrorNotSupported;
   return sm80::launch_similarity<T, Epilogue>(strip, args, stream);
 }
 

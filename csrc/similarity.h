@@ -113,11 +113,13 @@ struct FoldArgs {
 struct Plan {
   int capability;  // 80 or 90: the kernel's, at most the device's
   int BLOCK_M, BLOCK_N;
+  int cluster;  // 90: blocks along M that share what they load of y; 2 for bf16 and epilogues that are not narrow
 };
 
-// A pure function of what is asked: the device's capability (86, 90, ...; 0 on the host) and whether both operands are
-// row-major with rows that start at multiples of 16 bytes. `general`: with masks, a softcap, a tally or smoothing.
-Plan plan(int capability, DType dtype, bool aligned, bool general);
+// A pure function of what is asked: the device's capability (86, 90, ...; 0 on the host); whether products are the
+// tensor cores'; whether both operands are row-major with rows that start at multiples of 16 bytes; and whether the
+// epilogue is a narrow one: general (masks, a softcap, a tally, smoothing), by columns and with q, top or a fold.
+Plan plan(int capability, bool tensor_cores, bool aligned, bool narrow);
 
 // Launches, asynchronous on `stream`, which must belong to the current device. Whatever they return but cudaSuccess,
 // nothing was launched. T: float, fp16 or bf16.

@@ -56,7 +56,7 @@ template <class T, int LINES, int CHUNKS, bool ANY>
 FUSEDLOSS_INLINE void load_tile(unsigned char* tile, const Layout& layout, int line0, int first0) {
   constexpr int kSize = int(sizeof(T)), kWide = 16 / kSize;
   static_assert(LINES * CHUNKS * 16 == kTileBytes);
-  constexpr int kUnrolled = ANY ? 1 : kTileBytes / 16 / Tile::THREADS;
+  [[maybe_unused]] constexpr int kUnrolled = ANY ? 1 : kTileBytes / 16 / Tile::THREADS;
 #pragma unroll kUnrolled
   for (int c = ptx::thread(); c < LINES * CHUNKS; c += Tile::THREADS) {
     const int line = c / CHUNKS, chunk = c % CHUNKS, first = first0 + chunk * kWide;
@@ -116,7 +116,7 @@ struct TensorCores {
   static FUSEDLOSS_INLINE void stage(Tile::Accumulators& acc, const unsigned char* x, const unsigned char* y,
                                      const Layout& x_layout, const Layout& y_layout, int row0, int col0) {
     // tf32 by columns is read word by word: four steps' addresses at once spill 24 bytes.
-    constexpr int kUnrolled = ANY && sizeof(T) == 4 ? 1 : 4;
+    [[maybe_unused]] constexpr int kUnrolled = ANY && sizeof(T) == 4 ? 1 : 4;
 #pragma unroll kUnrolled
     for (int step = 0; step < 4; ++step) {
       uint32_t a[Tile::MT][4], b[Tile::NT][2];

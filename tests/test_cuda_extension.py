@@ -47,10 +47,10 @@ def test_negative_sizes():
 
 
 def test_fields():
-    with pytest.raises(TypeError, match="MergeParams.tiles: no such field"):
+    with pytest.raises(TypeError, match=r"MergeParams\.tiles: no such field"):
         _C.MergeParams(R=1, tiles=3)
     for value in (-1, 0.5, "x"):
-        with pytest.raises(TypeError, match="MergeParams.sum cannot be"):
+        with pytest.raises(TypeError, match=r"MergeParams\.sum cannot be"):
             _C.MergeParams(sum=value)
     _C.MergeParams(max=None, sum=2**64 - 1)
 

@@ -149,21 +149,22 @@ def capability_of(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(load: Any, capability: int, dtype: torch.dtype, aligned: bool, general: bool) -> Any:
-    return load().plan(capability, number_format(dtype), aligned, general)
+def _plan(load: Any, capability: int, tensor_cores: bool, aligned: bool, narrow: bool) -> Any:
+    return load().plan(capability, tensor_cores, aligned, narrow)
 
 
 class _Launch:
     """One strip's launch: how it is planned, its tables, and the call."""
 
-    def __init__(self, strip: Strip, *, more: bool = False):
-        """more: the epilogue itself is asked for what only its general instance knows."""
+    def __init__(self, strip: Strip, *, narrow: bool = False):
+        """narrow: the epilogue is, whatever the strip (`NARROW` in csrc/epilogues.cuh)."""
         self.strip = strip
         mask = strip.mask or StripMask()
         masks = (mask.compare, mask.dense, mask.threshold, mask.skip, mask.dropped, strip.own)
-        general = more or bool(strip.softcap) or any(part is not None and part != () for part in masks)
+        narrow = narrow or bool(strip.softcap) or any(part is not None and part != () for part in masks)
+        self.tensor_cores = strip.x.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
         aligned = _aligned(strip.x) and _aligned(strip.y)
-        self.plan = _plan(extension, capability_of(strip.x.device), strip.x.dtype, aligned, general)
+        self.plan = _plan(extension, capability_of(strip.x.device), self.tensor_cores, aligned, narrow)
 
     def row_table(self) -> Tensor:
         lines = -(-self.strip.y.shape[0] // self.plan.BLOCK_N)
@@ -196,7 +197,7 @@ class _Launch:
             bias=strip.bias,
             softcap=strip.softcap,
             target=strip.target,
-            tensor_cores=x.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest",
+            tensor_cores=self.tensor_cores,
             **({} if strip.mask is None and strip.own is None else {"masks": self._masks()}),
         )
         call(name, x.device, given, number_format(x.dtype), args, self.plan)
@@ -261,7 +262,7 @@ def stats_rows_and_columns(
 
 
 def _stats(strip: Strip, tally: Tally | None, score: Tensor | None, by_columns: bool) -> tuple[RowSums, RowSums | None]:
-    run = _Launch(strip, more=tally is not None)
+    run = _Launch(strip, narrow=tally is not None)
     rows, columns = RowSums(run.row_table(), run.row_table()), None
     given = {"row_max": rows.shift, "row_sum": rows.total}
     if by_columns:
@@ -297,7 +298,7 @@ def exp_rows_and_columns(problem: Problem, strip: Strip, out: Tensor) -> tuple[R
 def _exp(
     problem: Problem, strip: Strip, out: Tensor, tally: Tally | None, score: Tensor | None, by_columns: bool
 ) -> tuple[Tensor, Tensor | None]:
-    run = _Launch(strip, more=tally is not None)
+    run = _Launch(strip, narrow=tally is not None)
     rows, columns = run.row_table(), run.column_table() if by_columns else None
     counts = _Counts(run, tally, score)
     args = {"shift": exp_shift(problem), "row_sum": rows, "col_sum": columns}
@@ -320,7 +321,7 @@ def grad_rows(
     by_column = columns or Softmax(None, None, None)  # type: ignore[arg-type]
     qs = []
     for strip, out in zip(strips, outs, strict=True):
-        run = _Launch(strip, more=smooth is not None)
+        run = _Launch(strip, narrow=smooth is not None or (wants_q and columns is not None))
         q = run.row_table() if wants_q else None
         if q is not None:
             qs.append(q)
@@ -343,7 +344,7 @@ def grad_rows(
 
 def top_rows(strips: list[Strip]) -> tuple[Tensor, Tensor]:
     (strip,) = strips
-    run = _Launch(strip, more=True)
+    run = _Launch(strip, narrow=True)
     top = run.row_table()
     column = torch.empty_like(top, dtype=torch.int64)
     run("top", struct("TopArgs", top=top, column=column))
@@ -388,7 +389,7 @@ def fold_rows(problem: Problem, strip: Strip, out: Tensor | None, part: Part, sc
     """A fold's loss, and its gradient by the similarities times both factors in `out`: one pass, nothing in between."""
     fold = problem.fold
     assert fold is not None and part.target is not None
-    run = _Launch(strip)
+    run = _Launch(strip, narrow=True)
     weight, margin, sign, pulls = part.weight, 0.0, 1.0, False
     loss, count = run.row_table(), run.row_table()
     given = {"loss": loss}

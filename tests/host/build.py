@@ -40,7 +40,8 @@ def build(folder: Path, sanitize: bool = False) -> Path:
     flags = [*FLAGS, *DEFINES, *includes, *(SANITIZE if sanitize else [])]
     headers = [file for where in (CSRC, HOST) for file in sorted(where.iterdir()) if file.suffix in (".h", ".cuh")]
     common = _digest([sys.version, _run("g++", "--version"), *flags], headers)
-    sources = [*sorted(CSRC.glob("*.cu")), CSRC / "bindings.cpp"]
+    sources = [file for file in sorted(CSRC.glob("*.cu")) if "sm90" not in file.name]  # wgmma and TMA: no emulator
+    sources.append(CSRC / "bindings.cpp")
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with ThreadPoolExecutor(JOBS) as pool:

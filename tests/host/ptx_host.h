@@ -50,6 +50,19 @@ FUSEDLOSS_INLINE T shuffle_xor(T value, int lane_mask) {
   return self.out;
 }
 
+FUSEDLOSS_INLINE bool all(bool value) {
+  struct Lane {
+    bool in, out;
+  } self{value, value};
+  const auto vote = [](void* const (&lanes)[32]) {
+    bool every = true;
+    for (void* lane : lanes) every &= static_cast<Lane*>(lane)->in;
+    for (void* lane : lanes) static_cast<Lane*>(lane)->out = every;
+  };
+  host::collective("all", vote, &self);
+  return self.out;
+}
+
 FUSEDLOSS_INLINE unsigned char* shared_memory() { return host::machine.shared; }
 FUSEDLOSS_INLINE uint32_t shared_address(const void* pointer) {
   const size_t offset = uintptr_t(pointer) - uintptr_t(host::machine.shared);
@@ -74,6 +87,8 @@ FUSEDLOSS_INLINE float exp2(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.0f : y;
 }
+
+FUSEDLOSS_INLINE float reciprocal(float x) { return 1 / x; }
 
 // NaN becomes 0x7fff, without a sign.
 FUSEDLOSS_INLINE uint16_t round_to(bf16, float x) {
