@@ -12,8 +12,8 @@ class DType(enum.Enum):
     bfloat16 = 2
 
 # Parameters are the fields of the structs in csrc/rows.h and csrc/similarity.h, by keyword. A pointer is an int or
-# None, an array of pointers a list; what is not given is null, 0, or what the struct says. TypeError names a field that is
-# not there.
+# None, an array of pointers a list; what is not given is null, 0, or what the struct says. TypeError names a field
+# that is not there.
 Field = int | float | bool | DType | list[int] | "Masks" | "TallyArgs" | None
 
 class PrepareParams:
