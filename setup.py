@@ -15,22 +15,29 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Collection
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-DEFAULT_ARCHS = ("80", "90")
+# 100 and not 100a: nothing needs what only 10.0 has, and code of sm_100 runs on 10.3 as well.
+DEFAULT_ARCHS = ("80", "86", "89", "90a", "100", "120")
+# All but the files of sm_90a are written in what compute_80 has, so the front end reads them once for all
+# architectures. Its PTX is also what GPUs compile that came later: PTX of a newer one would say the same.
+OLDEST = 80
 ROOT = Path(__file__).absolute().parent
 BUILDING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"} & set(sys.argv)
 
 NINJA_FILE = """\
 nvcc = {nvcc}
-flags = -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall {defines} {includes}
-gencode = {gencode}
+# A thread for each architecture's ptxas, since there are more of them than files. Compressed, 60 MB become 10.
+flags = -O3 -std=c++17 --threads 0 -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden,-Wall $
+  -DFUSEDLOSS_SM90A={sm90a}
 
 rule compile
-  command = $nvcc -c $in -o $out -MD -MF $out.d $flags $gencode
+  command = $nvcc -c $in -o $out -MD -MF $out.d $flags $options
   depfile = $out.d
   deps = gcc
   description = compile $in
@@ -38,7 +45,7 @@ rule compile
 # The CUDA runtime is linked statically. exclude-libs keeps its symbols inside: torch loads a runtime of its own,
 # maybe of another version, whose symbols of the same names would otherwise be used here.
 rule link
-  command = $nvcc -shared $in -o $out $gencode -Xlinker --exclude-libs=ALL
+  command = $nvcc -shared $in -o $out $options -Xlinker --exclude-libs=ALL
   description = link $out
 
 """
@@ -67,20 +74,64 @@ def choose_nvcc() -> str | None:
     return nvcc
 
 
-def gencode(nvcc: str) -> list[str]:
-    """Machine code for each architecture, and PTX of the newest portable one for GPUs that came later."""
-    if override := os.environ.get("FUSEDLOSS_CUDA_ARCHS"):
-        archs = override.replace(",", ";").split(";")
-        if bad := [a for a in archs if not re.fullmatch(r"\d{2,3}[af]?", a)]:
-            sys.exit(f'FUSEDLOSS_CUDA_ARCHS={override!r}: {bad[0]!r} is not an architecture; needs e.g. "80;90a"')
-    else:
-        known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
-        archs = [a for a in DEFAULT_ARCHS if f"sm_{a}" in known]
-    codes = [(a, f"sm_{a}") for a in archs]
-    portable = [a for a in archs if a.isdigit()]  # PTX of 90a runs on 90 alone
-    if portable:
-        codes.append((newest := max(portable, key=int), f"compute_{newest}"))
-    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes]
+def pick_archs(override: str | None, known: Collection[str]) -> list[str]:
+    """`known`: what nvcc --list-gpu-code prints: no names with letters, which are there where their number is."""
+    if override is None:
+        return [arch for arch in DEFAULT_ARCHS if f"sm_{number(arch)}" in known]
+    archs = override.replace(",", ";").split(";")
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?", arch):
+            sys.exit(f'FUSEDLOSS_CUDA_ARCHS={override!r}: {arch!r} is not an architecture; needs e.g. "80;90a"')
+        if number(arch) < OLDEST:
+            sys.exit(f"FUSEDLOSS_CUDA_ARCHS={override!r}: the kernels need {OLDEST} or newer, not {arch}")
+        if f"sm_{number(arch)}" not in known:
+            there = " ".join(code.removeprefix("sm_") for code in known if code.startswith("sm_"))
+            sys.exit(f"FUSEDLOSS_CUDA_ARCHS={override!r}: this nvcc does not know {arch}; it knows {there}")
+    return archs
+
+
+def number(arch: str) -> int:
+    return int(arch.rstrip("af"))
+
+
+def is_sm90(source: str) -> bool:
+    """TMA and wgmma: a file of sm_90a alone."""
+    return "_sm90" in Path(source).name
+
+
+def codes(archs: Collection[str], sources: Collection[str]) -> list[str]:
+    """What the extension will hold: build_info()["archs"]."""
+    found = {(number(arch), "") for arch in archs}
+    if any(map(is_sm90, sources)) and "90a" in archs:
+        found.add((90, "a"))
+    return [*(f"sm_{arch}{letter}" for arch, letter in sorted(found)), f"compute_{OLDEST}"]
+
+
+def gencode(source: str, codes: Collection[str]) -> str:
+    if is_sm90(source):
+        return "-gencode=arch=compute_90a,code=sm_90a"
+    portable = ",".join(code for code in codes if code != "sm_90a")
+    return f"'-gencode=arch=compute_{OLDEST},code=[{portable}]'"  # quoted: [ is the shell's
+
+
+def ninja_file(nvcc: str, archs: Collection[str], sources: list[str], includes: list[str], target: Path) -> str:
+    holds = codes(archs, sources)
+    sm90a = "sm_90a" in holds
+    lines = [NINJA_FILE.format(nvcc=shlex.quote(nvcc).replace("$", "$$"), sm90a=int(sm90a))]
+    # Only bindings.cpp asks for these. An isolated build has pybind11 elsewhere each time.
+    host = f"-DFUSEDLOSS_ARCHS={':'.join(holds)} {' '.join(shlex.quote(f'-I{folder}') for folder in includes)}"
+    # The long ones first: minutes on one core, while the rest take seconds.
+    used = sorted((s for s in sources if sm90a or not is_sm90(s)), key=lambda s: ("similarity" not in s, s))
+    objects = {source: f"{Path(source).name}.o" for source in used}
+    for source, out in objects.items():
+        options = gencode(source, holds) if source.endswith(".cu") else host.replace("$", "$$")
+        lines += [f"build {out}: compile {path(ROOT / source)}", f"  options = {options}"]
+    lines += [f"build {path(target)}: link {' '.join(objects.values())}", f"  options = {gencode('', holds)}", ""]
+    return "\n".join(lines)
+
+
+def path(file: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(file))  # as ninja escapes
 
 
 class BuildExt(build_ext):
@@ -89,40 +140,30 @@ class BuildExt(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11  # here, because metadata and sdist need neither it nor ninja
 
-        work = Path(self.build_temp).absolute()
+        nvcc = choose_nvcc()
+        assert nvcc
+        known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
+        archs = pick_archs(os.environ.get("FUSEDLOSS_CUDA_ARCHS") or None, known)
+        # An editable install gives a folder that it deletes: every change would be minutes of compiling everything.
+        kept = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        work = kept if self.editable_mode else Path(self.build_temp).absolute()
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         for folder in (work, target.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        codes = gencode(NVCC)
-        compiled_for = ":".join(code.rpartition("=")[2] for code in codes)
-        includes = [shlex.quote(f"-I{folder}") for folder in [pybind11.get_include(), *self.include_dirs]]
-        lines = [
-            NINJA_FILE.format(
-                nvcc=shlex.quote(NVCC).replace("$", "$$"),
-                includes=" ".join(includes).replace("$", "$$"),
-                defines=f"-DFUSEDLOSS_ARCHS={compiled_for}",
-                gencode=" ".join(codes),
-            )
-        ]
-        objects = {source: f"{Path(source).name}.o" for source in ext.sources}
-        lines += [f"build {out}: compile {path(ROOT / source)}" for source, out in objects.items()]
-        lines += [f"build {path(target)}: link {' '.join(objects.values())}", ""]
-        (work / "build.ninja").write_text("\n".join(lines))
+        includes = [pybind11.get_include(), *self.include_dirs]
+        (work / "build.ninja").write_text(ninja_file(nvcc, archs, ext.sources, includes, target))
         ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
         if subprocess.run([*ninja, "-C", str(work)]).returncode:
             sys.exit("fusedloss: csrc/ did not compile (above). FUSEDLOSS_CUDA=0 installs without it.")
 
 
-def path(file: Path) -> str:
-    return re.sub(r"([$ :])", r"$\1", str(file))  # as ninja escapes
-
-
-NVCC = choose_nvcc()
-SOURCES = sorted(str(file.relative_to(ROOT)) for pattern in ("*.cu", "*.cpp") for file in (ROOT / "csrc").glob(pattern))
-
-setup(
-    # kernels/ is installed as fusedloss.kernels alone: the top-level name belongs to another distribution.
-    packages=[*find_packages(include=["fusedloss", "fusedloss.*"]), "fusedloss.kernels"],
-    ext_modules=[Extension("fusedloss._C", SOURCES)] if NVCC else [],
-    cmdclass={"build_ext": BuildExt},
-)
+if __name__ == "__main__":  # as setuptools runs it, too
+    SOURCES = sorted(
+        str(file.relative_to(ROOT)) for pattern in ("*.cu", "*.cpp") for file in (ROOT / "csrc").glob(pattern)
+    )
+    setup(
+        # kernels/ is installed as fusedloss.kernels alone: the top-level name belongs to another distribution.
+        packages=[*find_packages(include=["fusedloss", "fusedloss.*"]), "fusedloss.kernels"],
+        ext_modules=[Extension("fusedloss._C", SOURCES)] if choose_nvcc() else [],
+        cmdclass={"build_ext": BuildExt},
+    )
