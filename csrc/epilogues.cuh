@@ -36,6 +36,15 @@ FUSEDLOSS_INLINE float tanh(float x) {
   return square < 0.09f ? x + x * series : x < 0 ? -far : far;
 }
 
+// log(1 + e) for 0 <= e <= 1 to 3 ulp, as 2 atanh(e / (2 + e)): the terms that are left out are 1.4e-8 of it. A fifth of
+// log1pf's instructions.
+FUSEDLOSS_INLINE float log1p(float e) {
+  const float s = e * ptx::reciprocal(2 + e), q = s * s;
+  float series = 1.0f / 11 + q * (1.0f / 13);
+  series = 1.0f / 5 + q * (1.0f / 7 + q * (1.0f / 9 + q * series));
+  return 2 * (s + s * (q * (1.0f / 3 + q * series)));
+}
+
 // Shape and place ------------------------------------------------------------------------------------------------------
 
 // WARPS_M x WARPS_N warps, each with MT x NT fragments. BARRIER: 0 where they are the whole block, else the first of
@@ -938,12 +947,12 @@ struct Fold {
         // log(1 + exp(-y z)), y = 1 for positives and -1 for negatives
         const float z = v * scale + bias, u = positive ? -z : z;
         const float e = exponential(-fabsf(u));
-        const float p = (u < 0 ? e : 1.0f) / (1 + e);
-        if (!counts || weight[i] == 0) return 0.0f;
-        loss[i] += maximum(u, 0.0f) + log1pf(e);
-        const float dz = weight[i] * (positive ? -p : p);
+        const float p = (u < 0 ? e : 1.0f) * ptx::reciprocal(1 + e);
+        const bool in = counts && weight[i] != 0;
+        const float dz = in ? weight[i] * (positive ? -p : p) : 0.0f;
+        loss[i] += in ? maximum(u, 0.0f) + log1p(e) : 0.0f;
         count[i] += dz;
-        scale_grad[i] += dz * v;
+        scale_grad[i] += in ? dz * v : 0.0f;
         return dz * scale;
       } else {
         // max(0, margin - v_t + v) of the negatives; max(0, sign (v - margin)) of the positives or the negatives

@@ -61,6 +61,12 @@ FUSEDLOSS_INLINE float exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// rcp.approx.ftz: 1 ulp.
+FUSEDLOSS_INLINE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // Two numbers rounded to nearest in one register, `low` in the lower half.
 FUSEDLOSS_INLINE uint32_t pack(bf16, float low, float high) {
   uint32_t pair;

@@ -1,5 +1,5 @@
 // The similarity GEMM on sm_90a: operands by the tensor memory accelerator, products of whole warpgroups, and a fold of
-// the accumulators while they are in registers. What the numbers below come from: docs/cuda-sm90-notes.md.
+// the accumulators while they are in registers. What the numbers below come from: docs/performance-notes.md.
 //
 // A persistent block has three warpgroups. One thread of the first loads; the other two multiply 64 of the tile's 128
 // rows each, with the same stages of y: from L2 that is 48 bytes a clock at the full rate, where two tiles of 64 rows

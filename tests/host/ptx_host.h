@@ -88,6 +88,8 @@ FUSEDLOSS_INLINE float exp2(float x) {
   return y < 0x1p-126f ? 0.0f : y;
 }
 
+FUSEDLOSS_INLINE float reciprocal(float x) { return 1 / x; }
+
 // NaN becomes 0x7fff, without a sign.
 FUSEDLOSS_INLINE uint16_t round_to(bf16, float x) {
   const uint32_t bits = float_to_bits(x);
