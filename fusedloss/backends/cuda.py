@@ -97,15 +97,25 @@ def _why_not(dtype: torch.dtype, device: torch.device, load: Any) -> str | None:
     return None
 
 
+# Machine code neither comes to these from another architecture nor leaves them for one.
+INTEGRATED = {(8, 7), (10, 1), (11, 0)}
+
+
 def runs_on(archs: list[str], capability: tuple[int, int]) -> bool:
-    """Machine code runs on its major version from its minor on (with a letter: there alone), PTX from its own on."""
+    """By CUDA's rules: machine code runs on its major version from its minor on, PTX on everything newer.
+
+    With an "a", both run on their very architecture; with an "f", both on its major version from its minor on.
+    """
     for arch in archs:
         kind, _, number = arch.partition("_")
-        major, minor = divmod(int(number.rstrip("af")), 10)
-        if kind == "sm" and major == capability[0] and minor <= capability[1]:
-            if number.isdigit() or minor == capability[1]:
-                return True
-        if kind == "compute" and number.isdigit() and (major, minor) <= capability:
+        built = divmod(int(number.rstrip("af")), 10)
+        if built == capability:
+            return True
+        if number.endswith("a") or built > capability:
+            continue
+        if kind == "compute" and number.isdigit():
+            return True
+        if built[0] == capability[0] and not INTEGRATED & {built, capability}:
             return True
     return False
 
