@@ -32,7 +32,7 @@ FUSEDLOSS_INLINE float tanh(float x) {
   float series = 62.0f / 2835 * square - 17.0f / 315;
   series = ((series * square + 2.0f / 15) * square - 1.0f / 3) * square;
   const float e = ptx::exp2(fabsf(x) * (-2 * kLog2e));
-  const float far = (1 - e) / (1 + e);
+  const float far = (1 - e) * ptx::reciprocal(1 + e);
   return square < 0.09f ? x + x * series : x < 0 ? -far : far;
 }
 
@@ -100,11 +100,11 @@ struct Place {
   FUSEDLOSS_INLINE float of_row(const float* vector, int i, float other) const {
     return vector && has_row(i) ? ptx::load(vector + row(i)) : other;
   }
-  // INNER: all of the tile is inside.
-  template <bool INNER>
   FUSEDLOSS_INLINE float of_col(const float* vector, int j, float other) const {
-    return vector && (INNER || col(j) < N) ? ptx::load(vector + col(j)) : other;
+    return vector && col(j) < N ? ptx::load(vector + col(j)) : other;
   }
+  // Inside, of a vector that starts at the thread's first column: one address for all of them.
+  FUSEDLOSS_INLINE const float* from_col(const float* vector) const { return vector ? vector + col0 : nullptr; }
   FUSEDLOSS_INLINE int64_t id_of_row(const int64_t* vector, int i) const {
     return has_row(i) ? ptx::load(vector + row(i)) : -1;
   }
@@ -274,14 +274,21 @@ FUSEDLOSS_INLINE void drop_where(Bits<S>& admit, const int64_t* rows, const int6
   int64_t id[S::ROWS];
 #pragma unroll
   for (int i = 0; i < S::ROWS; ++i) id[i] = place.id_of_row(rows, i);
+  const int64_t* const first = keys + place.col0;
+  const int last = place.N - 1 - place.col0;  // columns beyond take its number: nobody asks for them
 #pragma unroll
-  for (int w = 0; w < Bits<S>::WORDS; ++w) {
-#pragma unroll 4  // four loads under way: all of them would take the registers of the tile
-    for (int j = 32 * w; j < 32 * w + 32 && j < S::COLUMNS; ++j) {
-      if (place.col(j) >= place.N) break;
-      const int64_t key = ptx::load(keys + place.col(j));
+  for (int group = 0; group < S::COLUMNS; group += 8) {  // eight loads in flight: one by one, each waits for L2
+    int64_t key[8];
 #pragma unroll
-      for (int i = 0; i < S::ROWS; ++i) admit.word[i][w] &= ~(uint32_t((id[i] == key) == equal) << (j % 32));
+    for (int k = 0; k < 8; ++k) {
+      key[k] = ptx::load(first + (place.offset(group + k) < last ? place.offset(group + k) : last));
+    }
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+#pragma unroll
+      for (int i = 0; i < S::ROWS; ++i) {
+        admit.word[i][group / 32] &= ~(uint32_t((id[i] == key[k]) == equal) << ((group + k) % 32));
+      }
     }
   }
 }
@@ -308,15 +315,16 @@ FUSEDLOSS_INLINE void admitted(Bits<S>& admit, float (&acc)[S::MT][S::NT][4], co
       const uint8_t* dense = masks.dense + place.row(i) * masks.stride_dm;
       const int32_t* bits = masks.bits + place.row(i) * masks.stride_bm;
 #pragma unroll
-      for (int w = 0; w < Bits<S>::WORDS; ++w) {
-#pragma unroll 4
-        for (int j = 32 * w; j < 32 * w + 32 && j < S::COLUMNS; ++j) {
-          const int col = place.col(j);
-          if (col >= place.N) break;
-          bool drop = masks.dense && !ptx::load(dense + col * masks.stride_dn);
-          if (masks.bits) drop |= uint32_t(ptx::load(bits + col / 32)) >> (col % 32) & 1;
-          admit.word[i][w] &= ~(uint32_t(drop) << (j % 32));
+      for (int group = 0; group < S::COLUMNS; group += 8) {  // in flight together, as above
+        uint32_t drop[8];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          const int col = place.col(group + k) < place.N ? place.col(group + k) : place.N - 1;
+          drop[k] = masks.dense && !ptx::load(dense + col * masks.stride_dn);
+          if (masks.bits) drop[k] |= uint32_t(ptx::load(bits + col / 32)) >> (col % 32) & 1;
         }
+#pragma unroll
+        for (int k = 0; k < 8; ++k) admit.word[i][group / 32] &= ~(drop[k] << ((group + k) % 32));
       }
     }
   }
@@ -339,7 +347,7 @@ FUSEDLOSS_INLINE void admitted(Bits<S>& admit, float (&acc)[S::MT][S::NT][4], co
     }
 #pragma unroll
     for (int j = 0; j < S::COLUMNS; ++j) {
-      const float col_factor = place.template of_col<false>(strip.col_factor, j, 1.0f);
+      const float col_factor = place.of_col(strip.col_factor, j, 1.0f);
 #pragma unroll
       for (int i = 0; i < S::ROWS; ++i) {
         const bool above = at<S>(acc, i, j) * (row_factor[i] * col_factor) > threshold[i];
@@ -438,9 +446,11 @@ template <bool GENERAL, bool INNER, class Out, class S, class Visit>
 FUSEDLOSS_INLINE void walk(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Place<S>& place,
                            const float (&row_factor)[S::ROWS], const int (&target)[S::ROWS], Visit& visit) {
   const float scale = ptx::load(strip.scale);
+  [[maybe_unused]] const float* const col_factors = INNER ? place.from_col(strip.col_factor) : nullptr;
   Bits<S> admit;
   int own[S::ROWS];
   float own_scale = 0;
+  [[maybe_unused]] const float inverse_softcap = GENERAL && strip.softcap > 0 ? 1 / strip.softcap : 0.0f;
   if constexpr (GENERAL) {
     admitted(admit, acc, strip, place);
     if (strip.masks.own) own_scale = ptx::load(strip.masks.own_scale);
@@ -452,11 +462,12 @@ FUSEDLOSS_INLINE void walk(float (&acc)[S::MT][S::NT][4], const Strip& strip, co
     float col_factor[2], bias[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      col_factor[e] = place.template of_col<INNER>(strip.col_factor, j + e, 1.0f);
       if constexpr (INNER) {
+        col_factor[e] = col_factors ? ptx::load(col_factors + place.offset(j + e)) : 1.0f;
         bias[e] = 0;
       } else {
-        bias[e] = place.template of_col<false>(strip.bias, j + e, place.col(j + e) < place.N ? 0.0f : -kInf);
+        col_factor[e] = place.of_col(strip.col_factor, j + e, 1.0f);
+        bias[e] = place.of_col(strip.bias, j + e, place.col(j + e) < place.N ? 0.0f : -kInf);
       }
     }
     visit.template columns<INNER>(j);
@@ -478,7 +489,7 @@ FUSEDLOSS_INLINE void walk(float (&acc)[S::MT][S::NT][4], const Strip& strip, co
           }
           element.z += bias[e];
           if constexpr (GENERAL) {
-            if (strip.softcap > 0) element.z = strip.softcap * tanh(element.z / strip.softcap);
+            if (strip.softcap > 0) element.z = strip.softcap * tanh(element.z * inverse_softcap);
           }
           if (removed || element.target) element.z = -kInf;
         }
@@ -486,7 +497,7 @@ FUSEDLOSS_INLINE void walk(float (&acc)[S::MT][S::NT][4], const Strip& strip, co
         if constexpr (!std::is_void_v<Out>) {
           if constexpr (GENERAL) {
             // What was dropped is 0, and the target's entry has its own.
-            if (strip.softcap > 0 && element.z > -kInf) value *= 1 - element.z / strip.softcap * (element.z / strip.softcap);
+            if (strip.softcap > 0 && element.z > -kInf) value *= 1 - element.z * inverse_softcap * (element.z * inverse_softcap);
           }
           value *= factor;
         }
@@ -712,13 +723,13 @@ struct Grad {
       gain = args.gain ? ptx::load(args.gain) : 1.0f;
 #pragma unroll
       for (int i = 0; i < S::ROWS; ++i) {
-        weight[i] = place.of_row(args.row_weight, i, 0.0f);
+        weight[i] = gain * place.of_row(args.row_weight, i, 0.0f);
         // A weight of 0 gets shift +inf, because 0 * exp(z - shift) may be NaN.
         shift[i] = weight[i] == 0 ? kInf : place.of_row(args.row_shift, i, kInf);
-        entry[i] = place.of_row(args.entry, i, 0.0f);
+        entry[i] = gain * place.of_row(args.entry, i, 0.0f);
         q[i] = 0;
         if constexpr (Q) target_sim[i] = place.of_row(args.row_target_sim, i, 0.0f);
-        if constexpr (GENERAL) smooth[i] = place.of_row(args.smooth, i, 0.0f);
+        if constexpr (GENERAL) smooth[i] = gain * place.of_row(args.smooth, i, 0.0f);
       }
     }
     FUSEDLOSS_INLINE bool by_columns() const { return COLUMNS && (!GENERAL || args.col_shift); }
@@ -727,9 +738,16 @@ struct Grad {
       if (!by_columns()) return;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        col_weight[e] = place.template of_col<INNER>(args.col_weight, j + e, 0.0f);
-        col_shift[e] = col_weight[e] == 0 ? kInf : place.template of_col<INNER>(args.col_shift, j + e, kInf);
-        if constexpr (Q) col_target_sim[e] = place.template of_col<INNER>(args.col_target_sim, j + e, 0.0f);
+        if constexpr (INNER) {  // they are given
+          col_weight[e] = gain * ptx::load(args.col_weight + place.col0 + place.offset(j + e));
+          const float shift = ptx::load(args.col_shift + place.col0 + place.offset(j + e));
+          col_shift[e] = col_weight[e] == 0 ? kInf : shift;
+          if constexpr (Q) col_target_sim[e] = ptx::load(args.col_target_sim + place.col0 + place.offset(j + e));
+        } else {
+          col_weight[e] = gain * place.of_col(args.col_weight, j + e, 0.0f);
+          col_shift[e] = col_weight[e] == 0 ? kInf : place.of_col(args.col_shift, j + e, kInf);
+          if constexpr (Q) col_target_sim[e] = place.of_col(args.col_target_sim, j + e, 0.0f);
+        }
       }
     }
     template <bool INNER>
@@ -742,7 +760,7 @@ struct Grad {
         if constexpr (Q) q[i] += p * (element.sim - col_target_sim[j % 2]);
       }
       if constexpr (GENERAL) dz -= element.z > -kInf ? smooth[i] : 0.0f;
-      return gain * (element.target ? entry[i] : dz);
+      return element.target ? entry[i] : dz;
     }
   };
 
@@ -752,7 +770,11 @@ struct Grad {
     Visit<S> visit(args, place);
     for_each_logit<GENERAL, Out>(acc, strip, place, visit);
     if constexpr (Q) {
-      if (!GENERAL || args.q) rows_to_table<Sum>(visit.q, args.q, place, scratch);
+      if (!GENERAL || args.q) {
+#pragma unroll
+        for (int i = 0; i < S::ROWS; ++i) visit.q[i] /= visit.gain;  // a power of two
+        rows_to_table<Sum>(visit.q, args.q, place, scratch);
+      }
     }
   }
 };

@@ -25,13 +25,13 @@ from ..folds import (
 from ..problem import Fold, GuideRule, Mask, Patch, Problem, RowSums, Softmax, Strip, StripMask, Tally, stats_dtype
 from ..rows import fold_scalars, guide_threshold, patch_target
 from .cuda_rows import call, extension, finish, inverse_norms, merge, number_format, prepare, settle, struct, weigh
-from .shifts import can_exp, exp_shift
+from .shared import can_exp, exp_shift, tf32
 
 __all__ = ["can_exp", "finish", "inverse_norms", "merge", "prepare", "settle", "weigh"]
 
 ALIGNMENT = 16  # bytes: what one cp.async moves, and where TMA wants rows to start
 MAX_COMPARES, MAX_EXEMPT = 4, 8  # csrc/similarity.h
-LARGEST = 2**31 - 1  # of a row's, a column's or a feature's number
+LARGEST = 2**31 - 256  # a tile beyond the last row, column or feature is counted in 32 bits
 FOLDS = ("sigmoid", "margin_ranking", "pair_hinge")  # one pass; those of two log-sum-exps take two
 SIDES: dict[str, Callable[[LogSum, LogSum, tuple[Tensor, ...], tuple[float, ...]], Sides]] = {
     "multi_similarity": multi_similarity_row,
@@ -159,7 +159,7 @@ def operand(x: Tensor) -> Tensor:
 
 def _aligned(x: Tensor) -> bool:
     lines, length = x.shape
-    starts = lines <= 1 or x.stride(0) * x.itemsize % ALIGNMENT == 0
+    starts = lines <= 1 or (x.stride(0) >= length and x.stride(0) * x.itemsize % ALIGNMENT == 0)
     return (x.stride(1) == 1 or length == 1) and starts and x.data_ptr() % ALIGNMENT == 0
 
 
@@ -188,7 +188,7 @@ class _Launch:
         mask = strip.mask or StripMask()
         masks = (mask.compare, mask.dense, mask.threshold, mask.skip, mask.dropped, strip.own)
         narrow = narrow or bool(strip.softcap) or any(part is not None and part != () for part in masks)
-        self.tensor_cores = strip.x.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+        self.tensor_cores = strip.x.dtype != torch.float32 or tf32()
         aligned = _aligned(strip.x) and _aligned(strip.y)
         self.plan = _plan(extension, capability_of(strip.x.device), self.tensor_cores, aligned, narrow)
 
