@@ -35,22 +35,25 @@ gpu-build:
 	rm -rf build/gpu
 	$(PYTHON) setup.py --quiet build --build-lib build/gpu
 
-# The backend that races once its tests have passed on the device; `auto` does not pick it before that was committed.
+# What runs as `fusedloss`: `auto` takes no kernels before their tests have passed on a device and that was committed. In
+# the race `cuda` runs beside it, by name; losses without a sweep have Triton's kernels alone.
 RACES := FUSEDLOSS_BACKEND=triton $(GPU)
 
-gpu: gpu-build ## the GPU tests, then a race of 8 minutes, with $(PYTHON), its torch and its nvcc; installs nothing
+gpu: gpu-build ## the GPU tests and a race of both kernel backends, 8 minutes, with $(PYTHON), its torch and nvcc; installs nothing
 	$(GPU) -c "import torch; assert torch.cuda.is_available(), f'torch {torch.__version__} sees no GPU here'"
 	$(GPU) -m pytest -m gpu
 	$(GPU) -m fusedloss check
-	$(RACES) benchmarks/overhead.py --out benchmarks/results/gpu-overhead.json
+	$(GPU) benchmarks/overhead.py --out benchmarks/results/gpu-overhead.json
 	$(RACES) benchmarks/rowwise.py --device cuda --out benchmarks/results/gpu-rowwise.json
 	$(RACES) benchmarks/race.py short --device cuda --out benchmarks/results --name gpu
 
-gpu-tune: gpu-build ## every tile of the similarity kernels beside cuBLAS, 4 minutes; the fastest go into kernels/measured.json
+gpu-tune: gpu-build ## every tile of Triton's similarity kernels, every plan of cuda's: 6 minutes; fills kernels/measured.json
 	$(GPU) benchmarks/tune.py --out benchmarks/results/gpu-tune.json --write
+	$(GPU) benchmarks/tune.py --backend cuda --seconds 120 --out benchmarks/results/gpu-tune-cuda.json
 
-gpu-full: gpu-build ## the race at every point, hours; goes on where the last one ended
+gpu-full: gpu-build ## the race at every point, hours; goes on where the last one ended; fills fusedloss/backends/fastest.json
 	$(RACES) benchmarks/race.py full --device cuda --out benchmarks/results --name gpu-full
+	$(GPU) benchmarks/fastest.py benchmarks/results/gpu-full.json
 
 clean: ## remove what the other targets made
 	rm -rf .venv build dist *.egg-info fusedloss/_C.*.so

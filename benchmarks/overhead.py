@@ -3,13 +3,16 @@
     python benchmarks/overhead.py [--out overhead.json]
 
 On a GPU the kernels run (on tiny inputs, and nothing waits for them); without one Triton gets a driver whose launches
-do nothing, and tensors of a CPU. `bare` repeats the very launches of the call, Triton kernels and products, with the
-same arguments: what is above it is ours, autograd's and the allocator's.
+do nothing, fusedloss._C functions that do nothing, and both tensors of a CPU. `bare` repeats the very launches of the
+call, kernels and products, with the same arguments: what is above it is ours, autograd's and the allocator's.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
+import itertools
 import json
 import platform
 import statistics
@@ -17,7 +20,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -26,9 +31,11 @@ from triton.backends.compiler import GPUTarget
 
 import fusedloss
 from fusedloss import sweep
-from fusedloss.backends import triton as backend
-from fusedloss.info import cpu_name
+from fusedloss.backends import BACKENDS, cuda, cuda_rows
+from fusedloss.backends import triton as triton_backend
+from fusedloss.info import cpu_name, probe
 
+ROOT = Path(__file__).parents[1]
 ROWS, DIM = 16, 64
 ROUNDS = 15
 
@@ -61,9 +68,31 @@ class NoDevice:
 
 def without_a_gpu() -> None:
     triton.runtime.driver.set_active(NoDevice())
-    backend.why_not = lambda problem: None
-    backend._capability, backend._multiprocessors = lambda device: (9, 0), lambda device: 132
+    triton_backend.why_not = lambda problem: None
+    triton_backend._capability, triton_backend._multiprocessors = lambda device: (9, 0), lambda device: 132
+    if built := _extension():
+        stub = _launching(built, lambda launch: lambda *arguments: None)
+        cuda.extension = cuda_rows.extension = lambda: stub
+        cuda.why_not, cuda.capability_of = lambda problem: None, lambda device: 90
     torch.set_num_threads(1)
+
+
+def _extension() -> Any:
+    """fusedloss._C of this checkout for its structs, as the tests build it, once: a minute."""
+    spec = importlib.util.spec_from_file_location("host_build", ROOT / "tests" / "host" / "build.py")
+    host = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(host)
+    if why := host.why_not():
+        return print(f"cuda: {why}", file=sys.stderr)
+    return host.load(host.build(ROOT / "build" / "host"))
+
+
+def _launching(built: Any, made: Callable[[Callable[..., None]], Callable[..., None]]) -> SimpleNamespace:
+    """The extension with other launches: what is neither a struct, nor a plan."""
+    plain = lambda name, value: isinstance(value, type) or name.startswith("_") or name in ("plan", "build_info")
+    return SimpleNamespace(
+        **{name: value if plain(name, value) else made(value) for name, value in vars(built).items()}
+    )
 
 
 def microseconds(call: Callable[[], Any], repeats: int) -> float:
@@ -82,22 +111,31 @@ def microseconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def launches(call: Callable[[], Any]) -> list[Callable[[], Any]]:
-    """Every Triton launch and every product of one call, ready to be repeated."""
+    """Every kernel's launch and every product of one call, ready to be repeated."""
     found: list[Callable[[], Any]] = []
-    run, mm, add_mm = triton.JITFunction.run, sweep.mm, sweep.add_mm
+    fields_of_structs: list[dict[str, Any]] = []  # a launch of cuda holds pointers: the tensors must live as long
 
     def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
         def record(*args: Any, **options: Any) -> Any:
-            found.append(lambda: function(*args, **options))
+            found.append(lambda held=fields_of_structs: function(*args, **options))
             return function(*args, **options)
 
         return record
 
-    triton.JITFunction.run, sweep.mm, sweep.add_mm = recorded(run), recorded(mm), recorded(add_mm)
-    try:
+    def keeping(name: str, **fields: Any) -> Any:
+        fields_of_structs.append(fields)
+        return struct(name, **fields)
+
+    struct = cuda_rows.struct
+    places = [(triton.JITFunction, "run"), (sweep, "mm"), (sweep, "add_mm")]
+    with contextlib.ExitStack() as patches:
+        for owner, name in places:
+            patches.enter_context(mock.patch.object(owner, name, recorded(getattr(owner, name))))
+        if cuda.build_info() is not None:
+            extension = _launching(cuda_rows.extension(), recorded)
+            for module in (cuda, cuda_rows):
+                patches.enter_context(mock.patch.multiple(module, extension=lambda: extension, struct=keeping))
         call()
-    finally:
-        triton.JITFunction.run, sweep.mm, sweep.add_mm = run, mm, add_mm
     return found
 
 
@@ -112,24 +150,28 @@ def main() -> int:
     leaves = [torch.randn(ROWS, DIM, device=device).bfloat16().requires_grad_() for _ in range(2)]
     scale = torch.tensor(20.0, device=device, requires_grad=True)
     losses = {
-        "info_nce, normalize=True": lambda: fusedloss.info_nce(*leaves, normalize=True, backend="triton"),
-        "info_nce": lambda: fusedloss.info_nce(*leaves, backend="triton"),
-        "clip, learnable scale": lambda: fusedloss.clip(*leaves, scale, backend="triton"),
-        "multiple_negatives_ranking": lambda: fusedloss.multiple_negatives_ranking(*leaves, backend="triton"),
+        "info_nce, normalize=True": lambda backend: fusedloss.info_nce(*leaves, normalize=True, backend=backend),
+        "info_nce": lambda backend: fusedloss.info_nce(*leaves, backend=backend),
+        "clip, learnable scale": lambda backend: fusedloss.clip(*leaves, scale, backend=backend),
+        "multiple_negatives_ranking": lambda backend: fusedloss.multiple_negatives_ranking(*leaves, backend=backend),
     }
     rows = []
-    for name, loss in losses.items():
+    for backend, (name, loss) in itertools.product(("triton", "cuda"), losses.items()):
+        if why := BACKENDS[backend].why_not(probe(device, torch.bfloat16)):
+            print(f"{backend}, {name}: {why}", file=sys.stderr)
+            continue
 
-        def step(loss: Callable[[], torch.Tensor] = loss) -> None:
+        def step(loss: Callable[[str], torch.Tensor] = loss, backend: str = backend) -> None:
             for leaf in (*leaves, scale):
                 leaf.grad = None
-            loss().backward()
+            loss(backend).backward()
 
         step()
         issued = launches(step)
         whole = microseconds(step, arguments.repeats)
         bare = microseconds(lambda issued=issued: [launch() for launch in issued], arguments.repeats)
-        rows.append({"loss": name, "us": whole, "launches": len(issued), "bare_us": bare, "above_us": whole - bare})
+        about = {"backend": backend, "loss": name, "us": whole, "launches": len(issued)}
+        rows.append({**about, "bare_us": bare, "above_us": whole - bare})
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, launches that do nothing"
     print(machine)
     print(tabulate([row.values() for row in rows], [*rows[0]], floatfmt=".0f"))

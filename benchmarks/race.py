@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedloss import bench, results, show
+from fusedloss.backends.fastest import KERNELS
 from fusedloss.peers import Point
 
 SIZES = {"cuda": (4096, 16384, 65536, 131072), "cpu": (512, 1024, 2048)}
 DIMS = {"cuda": (384, 768, 1024, 4096), "cpu": (64, 256)}
-OWN = ("fusedloss", bench.NORMALIZED, bench.GRAPHED)
 PATIENCE = 300.0  # seconds without a word from the racing process after which a racer counts as hung
 GRACE = 20.0  # after the budget: to end the step that runs, compare gradients, and write
 
@@ -196,10 +196,9 @@ def race_point(
     entry: Entry, worker: Worker, options: dict[str, Any], broken: dict[str, str], until: float, tick: Any
 ) -> list[dict]:
     """The rows of a point. Who ended the racing process is noted in `broken` for this point, and the others go on."""
-    excluded, only = dict(broken), options["only"]
+    excluded = dict(broken)
     while True:
-        job = {"point": entry.point, "excluded": dict(excluded), **options}
-        job["only"] = set(OWN) & (only or set(OWN)) if entry.field == "own" else only
+        job = {"point": entry.point, "excluded": dict(excluded), "own": entry.field == "own", **options}
         try:
             return worker.race(job, until, tick)
         except Crash as crash:
@@ -306,6 +305,7 @@ def show_summary(rows: list[dict]) -> None:
             line["kind"],
             cell(line, "seconds", "{:.2f}", 1e-3),
             cell(line, "ratio", "{:.2f}"),
+            *(cell(line["ratios"], backend, "{:.2f}") for backend in KERNELS),
             cell(line, "normalize_ratio", "{:.2f}"),
             line.get("peer", ""),
             cell(line, "peer_seconds", "{:.2f}", 1e-3),
@@ -322,6 +322,7 @@ def show_summary(rows: list[dict]) -> None:
         "inputs",
         "ms",
         "x floor",
+        *KERNELS,
         "normalized",
         "fastest peer",
         "its ms",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from fusedloss.backends.fastest import KERNELS
 from fusedloss.results import summary
 
 ROOT = Path(__file__).parents[1]
@@ -180,6 +181,7 @@ def gpu(folder: Path) -> str:
             line["dtype"],
             number(line, "seconds", "{:.2f}", 1e-3) or line.get("note") or "",
             number(line, "ratio", "{:.2f}"),
+            *(number(line["ratios"], backend, "{:.2f}") for backend in KERNELS),
             number(line, "normalize_ratio", "{:.2f}"),
             line.get("peer", ""),
             number(line, "peer_seconds", "{:.2f}", 1e-3),
@@ -189,14 +191,15 @@ def gpu(folder: Path) -> str:
         ]
         for line in plain
     ]
-    headers = ["loss", "N x D", "dtype", "ms", "x floor", "normalized", "fastest peer", "its ms"]
+    headers = ["loss", "N x D", "dtype", "ms", "x floor", *KERNELS, "normalized", "fastest peer", "its ms"]
     headers += ["error", "its error", "workspace, MiB"]
     versions = [f"torch {about['torch']}", f"triton {about['triton']}", f"driver {about.get('driver_version')}"]
     versions += [f"{name} {version}" for name, version in about["peers"].items()]
     commit = f" at commit {about['commit']}" if about["commit"] else ""
     text = f"{about['device']}, one run of {about['date'][:10]}{commit}: {', '.join(versions)}.\n\n"
     text += tabulate(table, headers, tablefmt="github", disable_numparse=True)
-    text += "\n\nScale 20, random inputs." + harder([line for line in lines if line not in plain])
+    text += "\n\nms and x floor are of fusedloss's fastest backend, `cuda` and `triton` the x floor of these two."
+    text += " Scale 20, random inputs." + harder([line for line in lines if line not in plain])
     if found["left_out"]:
         text += f" {len(found['left_out'])} points did not fit into the run's time."
     text += absent(found["rows"])

@@ -1,10 +1,12 @@
-"""Times every candidate tile of the similarity kernels beside cuBLAS, on the GPU at hand.
+"""Times every candidate of the similarity kernels beside cuBLAS, on the GPU at hand.
 
     python benchmarks/tune.py --out benchmarks/results/tune-h200.json [--write] [--seconds 120]
+    python benchmarks/tune.py --backend cuda --out benchmarks/results/tune-cuda-h200.json
 
 For each mode and D: the similarities of one chunk, as the sweep sizes it, against the vendor's bare product of the same
-shape into bf16 in the same rounds. A candidate counts only if what it writes agrees with the usual config's. `--write`
-puts the fastest of each into kernels/measured.json, from where pick_config takes them.
+shape into bf16 in the same rounds. A candidate counts only if what it writes agrees with what is usual. Triton's are
+tiles: `--write` puts the fastest of each into kernels/measured.json, from where pick_config takes them. cuda's are the
+plans of csrc/plan.cu: the kernel of sm_80, and that of sm_90 by single blocks and by clusters of two.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,13 +28,38 @@ from fusedloss.kernels.config import Config
 from tabulate import tabulate
 
 from fusedloss import measure, sweep
-from fusedloss.backends import triton as backend
+from fusedloss.backends import BACKENDS, cuda
+from fusedloss.backends import triton as triton_backend
+from fusedloss.info import probe
 from fusedloss.problem import Block, Problem, Softmax, Strip
 
 N = 65536
 DIMS = (768, 1024, 4096, 384)  # in order of worth, should the time run out
 MODES = ("exp", "stats", "grad", "stats, columns", "grad, columns", "grad, columns, q", "grad, q", "exp, columns")
+NARROW = ("grad, columns, q",)  # of these: csrc/similarity.h
+USUAL_CONFIG, USUAL_PLAN = triton_backend._picked, cuda._plan
 MEASURED = Path(__file__).parents[1] / "kernels" / "measured.json"
+
+
+class Plan(NamedTuple):
+    """Which of cuda's kernels."""
+
+    capability: int
+    cluster: int = 1
+
+    def make(self, load: Any, device: int, tensor_cores: bool, aligned: bool, narrow: bool) -> Any:
+        """In the place of `cuda._plan`."""
+        plan = load().plan(self.capability, tensor_cores, aligned, narrow)
+        if plan.capability != self.capability:
+            raise LookupError(f"this build has no kernel of sm_{self.capability}")
+        plan.cluster = self.cluster
+        return plan
+
+
+def plans(capability: tuple[int, int], mode: str) -> list[Plan]:
+    if capability != (9, 0):
+        return [Plan(80)]
+    return [Plan(80), Plan(90)] + ([] if mode in NARROW else [Plan(90, 2)])
 
 
 def candidates(capability: tuple[int, int]) -> Iterator[Config]:
@@ -52,13 +80,14 @@ def candidates(capability: tuple[int, int]) -> Iterator[Config]:
 class Case:
     """One chunk's launch in one mode."""
 
-    def __init__(self, mode: str, rows: int, D: int, device: torch.device):
+    def __init__(self, backend: ModuleType, mode: str, rows: int, D: int, device: torch.device):
         unit = lambda count: torch.nn.functional.normalize(torch.randn(count, D, device=device), dim=1).bfloat16()
         x, y = unit(rows), unit(N)
         vector = lambda count: torch.rand(count, device=device)
         scale = torch.tensor(20.0, device=device)
         target = torch.arange(rows, device=device)
-        self.mode, self.strip = mode, Strip(x, y, scale, vector(rows) + 1, vector(N) + 1, None, target)
+        self.backend, self.mode = backend, mode
+        self.strip = Strip(x, y, scale, vector(rows) + 1, vector(N) + 1, None, target)
         self.out = torch.empty(rows, N, dtype=x.dtype, device=device)
         self.problem = Problem((x, y), (Block(0, 1),), scale, target, vector(rows), cosine=True, scale_bound=20.0)
         sim = vector(rows), vector(N)
@@ -68,14 +97,14 @@ class Case:
 
     def run(self) -> Any:
         if self.mode == "stats":
-            return backend.stats_rows([self.strip])
+            return self.backend.stats_rows([self.strip])
         if self.mode == "stats, columns":
-            return backend.stats_rows_and_columns(self.strip)
+            return self.backend.stats_rows_and_columns(self.strip)
         if self.mode == "exp":
-            return backend.exp_rows(self.problem, [self.strip], [self.out], None)
+            return self.backend.exp_rows(self.problem, [self.strip], [self.out], None)
         if self.mode == "exp, columns":
-            return backend.exp_rows_and_columns(self.problem, self.strip, self.out)
-        return backend.grad_rows([self.strip], [self.out], self.rows, self.columns, self.rows.weight, None)
+            return self.backend.exp_rows_and_columns(self.problem, self.strip, self.out)
+        return self.backend.grad_rows([self.strip], [self.out], self.rows, self.columns, self.rows.weight, None)
 
     def bare(self) -> None:
         torch.mm(self.strip.x, self.strip.y.T, out=self.out)
@@ -102,12 +131,19 @@ def _tensors(found: Any) -> list[torch.Tensor]:
     return [t for part in found for t in _tensors(part)] if isinstance(found, (tuple, list)) else []
 
 
-def times(case: Case, configs: list[Config], rounds: int) -> dict[Config | None, float]:
+def use(config: Config | Plan | None) -> None:
+    """From the next launch on; None: what is usual."""
+    triton_backend._picked = (lambda *where: config) if isinstance(config, Config) else USUAL_CONFIG
+    cuda._plan = config.make if isinstance(config, Plan) else USUAL_PLAN
+
+
+def times(case: Case, configs: list[Config] | list[Plan], rounds: int) -> dict[Config | Plan | None, float]:
     """Median seconds of each config that works, and of the bare product under None."""
+    use(None)
     expected = case.digest()
     calls: dict[Any, Callable[[], Any]] = {None: case.bare}
     for config in configs:
-        backend._picked = lambda *where, config=config: config
+        use(config)
         try:
             found = case.digest()
         except Exception as error:  # does not fit this device: not a candidate
@@ -117,8 +153,8 @@ def times(case: Case, configs: list[Config], rounds: int) -> dict[Config | None,
             print(f"  {config}: wrong, {found} for {expected}", file=sys.stderr)
             continue
 
-        def call(config: Config = config) -> None:
-            backend._picked = lambda *where: config
+        def call(config: Config | Plan = config) -> None:
+            use(config)
             case.run()
 
         calls[config] = call
@@ -128,26 +164,33 @@ def times(case: Case, configs: list[Config], rounds: int) -> dict[Config | None,
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--backend", choices=("triton", "cuda"), default="triton")
     parser.add_argument("--write", action="store_true", help="put the fastest configs into kernels/measured.json")
     parser.add_argument("--seconds", type=float, default=240.0, help="start no further case after this long")
     parser.add_argument("--rounds", type=int, default=9)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    of_cuda = arguments.backend == "cuda"
+    if arguments.write and of_cuda:
+        parser.error("--write: the plans of cuda have no table; csrc/plan.cu picks them")
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device: torch.cuda.is_available() is False")
     device = torch.device("cuda", torch.cuda.current_device())
+    backend = BACKENDS[arguments.backend]
+    if why := backend.why_not(probe(str(device), torch.bfloat16)):
+        parser.error(f"--backend {arguments.backend}: {why}")
     capability = torch.cuda.get_device_capability(device)
-    usual, start, results = backend._picked, time.monotonic(), []
+    start, results = time.monotonic(), []
     for D, mode in itertools.product(DIMS, MODES):
         if time.monotonic() - start > arguments.seconds:
             print(f"out of time before D={D} {mode}", file=sys.stderr)
             break
         rows = sweep.chunk_rows(N, N, D, 2, device)
-        backend._picked = usual
-        case = Case(mode, rows, D, device)
-        seconds = times(case, list(candidates(capability)), arguments.rounds)
+        case = Case(backend, mode, rows, D, device)
+        configs = plans(capability, mode) if of_cuda else list(candidates(capability))
+        seconds = times(case, configs, arguments.rounds)
         bare = seconds.pop(None)
         ranked = sorted(seconds, key=seconds.__getitem__)
         for config in ranked:
@@ -156,9 +199,10 @@ def main() -> int:
                 {**entry, "config": config._asdict(), "seconds": seconds[config], "ratio": seconds[config] / bare}
             )
         flops = 2 * rows * N * D
-        table = [[*config[:6], *config[6:], seconds[config] * 1e3, seconds[config] / bare] for config in ranked[:4]]
+        table = [[*config, seconds[config] * 1e3, seconds[config] / bare] for config in ranked[:4]]
         print(f"D={D} {mode}: rows {rows}, bare {bare * 1e3:.3f} ms, {flops / bare / 1e12:.0f} TFLOP/s")
-        print(tabulate(table, [*Config._fields, "ms", "x bare"], floatfmt=".3f"), flush=True)
+        fields = Plan._fields if of_cuda else Config._fields
+        print(tabulate(table, [*fields, "ms", "x bare"], floatfmt=".3f"), flush=True)
         machine = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__}
         arguments.out.write_text(json.dumps({**machine, "results": results}, indent=1) + "\n")
         del case

@@ -67,13 +67,13 @@ class Fields {
     py::class_<S>(m, type, py::module_local()).def(py::init([type, setters = setters_](const py::kwargs& given) {
       S made{};
       for (const auto& [key, value] : given) {
-        const auto name = key.template cast<std::string>(), where = type + ("." + name);
+        const auto name = key.template cast<std::string>();
         const auto setter = setters->find(name);
-        if (setter == setters->end()) throw py::type_error(where + ": no such field");
+        if (setter == setters->end()) throw py::type_error(type + ("." + name) + ": no such field");
         try {
           setter->second(made, value);
         } catch (const py::cast_error&) {
-          throw py::type_error(where + " cannot be " + py::repr(value).template cast<std::string>());
+          throw py::type_error(type + ("." + name) + " cannot be " + py::repr(value).template cast<std::string>());
         }
       }
       return made;

@@ -30,7 +30,7 @@ from torch import Tensor
 import fusedloss
 
 from . import measure, results, show, sweep, testing
-from .backends import BACKENDS
+from .backends import BACKENDS, fastest
 from .info import picked, probe
 from .peers import DTYPES, PEERS, SIGLIP_BIAS, Loss, Point
 from .show import Tick
@@ -41,8 +41,11 @@ ERROR_ROWS = 1024  # of each side's gradient are held against fp64
 SAMPLE_SECONDS = 0.02
 LIMIT = 30.0  # seconds of rounds after which a slow racer has enough
 MATERIALISING = ("eager", "torch.compile", "fusedloss:reference")
-NORMALIZED = "fusedloss, normalize=True"
+NORMALIZE = ", normalize=True"
+NORMALIZED = f"fusedloss{NORMALIZE}"
 GRAPHED = "fusedloss, CUDA graph"
+KERNELS = tuple(f"fusedloss:{backend}{how}" for backend in fastest.KERNELS for how in ("", NORMALIZE))
+OWN = frozenset(("fusedloss", NORMALIZED, GRAPHED, *KERNELS))
 GRAPHED_ROWS = 8192  # up to here a step is short enough for its launches to show
 FORWARD = " forward"
 OUT_OF_TIME = "not run: out of time"
@@ -59,6 +62,8 @@ class Racer:
     caveat: str = ""  # why it is shown and not ranked, whatever its error
     computes: str = "info_nce"  # whose exact gradient it is held against
     cosine: bool = False
+    backend: str = ""  # of fusedloss
+    sweep: str | None = None  # and its kind, as fastest.json knows them
 
 
 def fused(point: Point, backend: str, **options: Any) -> Loss:
@@ -91,32 +96,50 @@ def racers(point: Point, only: Collection[str] | None = None, excluded: Mapping[
     """
     cosine = point.loss == "multiple_negatives_ranking"
     computes = "info_nce" if cosine else point.loss
-    found = {"fusedloss": Racer(fused(point, "auto"), computes=computes, cosine=cosine)}
+    on_a_gpu = point.device_type == "cuda"
+
+    def own(backend: str, **options: Any) -> Racer:
+        loss, unit = fused(point, backend, **options), cosine or bool(options)
+        known = {"symmetric": point.loss == "clip", "cosine": unit, "scale_bound": point.scale}
+        problem = probe(point.device, DTYPES[point.dtype], (point.n, point.d), **known)
+        runs = picked(problem) if backend == "auto" else backend
+        return Racer(loss, computes=computes, cosine=unit, backend=runs, sweep=fastest.kind(problem))
+
+    found = {"fusedloss": own("auto")}
     if not cosine:
-        found[NORMALIZED] = Racer(fused(point, "auto", normalize=True), computes=computes, cosine=True)
-        if point.device_type == "cuda" and point.n <= GRAPHED_ROWS:
-            found[GRAPHED] = Racer(graphed(fused(point, "auto", normalize=True)), computes=computes, cosine=True)
+        found[NORMALIZED] = own("auto", normalize=True)
+        if on_a_gpu and point.n <= GRAPHED_ROWS:
+            captured = graphed(fused(point, "auto", normalize=True))
+            found[GRAPHED] = replace(found[NORMALIZED], loss=captured, sweep=None)
     for backend, module in BACKENDS.items():
-        if module.why_not(probe(point.device, DTYPES[point.dtype])) is None:
-            found[f"fusedloss:{backend}"] = Racer(fused(point, backend), computes=computes, cosine=cosine)
+        why_not, kernels = module.why_not(probe(point.device, DTYPES[point.dtype])), backend in fastest.KERNELS
+        if why_not is None:
+            found[f"fusedloss:{backend}"] = own(backend)
+            if on_a_gpu and kernels and not cosine:
+                found[f"fusedloss:{backend}{NORMALIZE}"] = own(backend, normalize=True)
+        elif on_a_gpu and kernels:
+            found[f"fusedloss:{backend}"] = Racer(None, why_not)
     for name, peer in PEERS.items():
         if name not in excluded and (only is None or name in only):
             loss = peer.enter(point)
             racer = Racer(None, loss) if isinstance(loss, str) else Racer(loss)
             found[name] = replace(racer, caveat=peer.caveat, computes=peer.computes or computes, cosine=cosine)
-    found |= {name: Racer(None, why) for name, why in excluded.items()}
+    found |= {name: replace(found.get(name, Racer(None)), loss=None, why_not=why) for name, why in excluded.items()}
     return {name: racer for name, racer in found.items() if only is None or name in only}
 
 
-def entered(point: Point, only: Collection[str] | None, excluded: Mapping[str, str] = NOBODY) -> dict[str, Racer]:
-    """The racers named, or by default each implementation once: no oracle, and no interpreted kernel."""
-    everyone = racers(point, only, excluded)
+def entered(
+    point: Point, only: Collection[str] | None, excluded: Mapping[str, str] = NOBODY, own: bool = False
+) -> dict[str, Racer]:
+    """The racers named, or by default each implementation once: no oracle, and no interpreted kernel.
+
+    own: of these fusedloss's, less plain torch by name.
+    """
+    everyone = racers(point, only if not own else OWN if only is None else OWN & set(only), excluded)
     if only is not None:
         return everyone
-    picks = picked(probe(point.device, DTYPES[point.dtype]))
-    left_out = {f"fusedloss:{picks}", "fusedloss:reference"} | (
-        {"fusedloss:triton"} if point.device_type == "cpu" else set()
-    )
+    picks = {f"fusedloss:{r.backend}{n.removeprefix('fusedloss')}" for n, r in everyone.items() if n in OWN}
+    left_out = picks | {"fusedloss:reference"} | set(KERNELS if point.device_type == "cpu" else ())
     return {name: racer for name, racer in everyone.items() if name not in left_out}
 
 
@@ -220,6 +243,7 @@ def race(
     limit: float = math.inf,
     until: float = math.inf,
     excluded: Mapping[str, str] = NOBODY,
+    own: bool = False,
 ) -> list[dict]:
     """One row per racer: seconds, ratio to the floor, memory, gradient error; or why it did not run.
 
@@ -230,17 +254,18 @@ def race(
         limit: seconds of rounds after which a slow racer has enough, though at least one
         until: time.monotonic() at which what has not begun is left out
         excluded: racers that are not run, and why
+        own: no peers
     """
     # Dynamo keeps 8 graphs of one function, whichever torch.compile call they are from, and runs eager from then on.
     torch.compiler.reset()
     place = f"{point.loss} N={point.n} D={point.d} scale {point.scale:g} {point.kind}"
     tick(f"{place}, inputs: floor")
     query, key = point.inputs()
-    entries = entered(point, only, excluded)
+    entries = entered(point, only, excluded, own)
     found: dict[str, dict[str, Any]] = {name: {**asdict(point), "racer": name} for name in ("floor", *entries)}
     rows += found.values()
-    if "fusedloss" in found:
-        found["fusedloss"]["backend"] = picked(probe(point.device, DTYPES[point.dtype]))
+    for name, racer in entries.items():
+        found[name] |= {key: value for key in ("backend", "sweep") if (value := getattr(racer, key))}
     looked_at = _looked_at(point)
     calls: dict[str, Callable[[], Any]] = {"floor": partial(floor(point), query, key)}
     repeats: dict[str, int] = {}
@@ -514,7 +539,7 @@ def show_rows(title: str, rows: list[dict]) -> None:
             [
                 str(row["n"]),
                 str(row["temperature"]),
-                f"{row['racer']} ({row['backend']})" if "backend" in row else row["racer"],
+                row["racer"] if row.get("backend", "") in row["racer"] else f"{row['racer']} ({row['backend']})",
                 number(row, "forward_seconds", "{:.1f}", 1e-3),
                 number(row, "backward_seconds", "{:.1f}", 1e-3),
                 number(row, "seconds", "{:.1f}", 1e-3),

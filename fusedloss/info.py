@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,11 +17,12 @@ from .errors import UnsupportedError
 from .problem import Block, Problem
 
 
-def probe(device: str, dtype: torch.dtype = torch.float32) -> Problem:
-    """The smallest problem of the commonest kind."""
-    x = torch.ones(2, 4, device=device, dtype=dtype)
-    ones = torch.ones(2, device=device)
-    return Problem((x, x), (Block(0, 1),), ones[0], torch.arange(2, device=device), ones)
+def probe(device: str, dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (2, 4), **options: Any) -> Problem:
+    """A problem to ask backends about, the smallest of the commonest kind; one of any shape takes no memory."""
+    x = torch.ones(1, 1, device=device, dtype=dtype).expand(shape)
+    ones = torch.ones(1, device=device).expand(shape[0])
+    target = torch.zeros(1, dtype=torch.int64, device=device).expand(shape[0])
+    return Problem((x, x), (Block(0, 1),), ones[0], target, ones, **options)
 
 
 def lines() -> list[str]:

@@ -190,8 +190,9 @@ class Problem:
         """What no logit but a target's exceeds, as far as the host knows."""
         if self.softcap:
             return self.softcap
-        biased = any(block.bias is not None for block in self.blocks)
-        return abs(self.scale_bound) if self.cosine and not biased and self.scale_bound is not None else None
+        if not self.cosine or self.scale_bound is None or any([block.bias is not None for block in self.blocks]):
+            return None
+        return abs(self.scale_bound)
 
     @property
     def rows(self) -> int:

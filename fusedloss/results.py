@@ -45,6 +45,7 @@ def environment(script: str | Path = __file__) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
         "device": torch.cuda.get_device_name() if cuda else cpu_name(),
+        "capability": [*torch.cuda.get_device_capability()] if cuda else None,
         "memory": torch.cuda.get_device_properties(0).total_memory if cuda else None,
         "cuda": torch.version.cuda,
         **(dict(zip(fields, smi(*fields), strict=False)) if cuda else {}),
@@ -219,26 +220,39 @@ def plot(path: Path, rows: list[dict], title: str) -> None:
 
 
 def summary(rows: Iterable[dict]) -> list[dict[str, Any]]:
-    """A line per place of the race: fusedloss over the floor, beside the fastest peer that is ranked.
+    """A line per place of the race: the fastest backend of fusedloss over the floor, beside the fastest ranked peer.
 
-    `workspace_bytes` is memory above inputs, gradients and one accumulator [N, D] in fp32.
+    `ratios`: of each backend that was ranked. `workspace_bytes` is memory above inputs, gradients and one accumulator
+    [N, D] in fp32.
     """
     places: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         places.setdefault(tuple(row[key] for key in CONDITIONS), {})[row["racer"]] = row
     found = []
     for place, racers in places.items():
-        ours = racers.get("fusedloss", {})
+        plain, normalized = (_fastest_by_backend(racers.values(), how) for how in ("", ", normalize=True"))
+        ours = min(plain.values(), key=lambda r: r["seconds"], default=racers.get("fusedloss", {}))
         line = dict(zip(CONDITIONS, place, strict=True))
         for name in ("seconds", "ratio", "gradient_error", "note"):
             line[name] = ours.get(name)
         if ours.get("memory_bytes") is not None:
             line["workspace_bytes"] = ours["memory_bytes"] - 4 * ours["n"] * ours["d"]
-        line["normalize_ratio"] = racers.get("fusedloss, normalize=True", {}).get("ratio")
+        line["ratios"] = {backend: row["ratio"] for backend, row in plain.items()}
+        line["normalize_ratio"] = min((row["ratio"] for row in normalized.values()), default=None)
         rivals = [r for name, r in racers.items() if name != "floor" and not name.startswith("fusedloss")]
         ranked = [r for r in rivals if r.get("ranked")]
         if ranked:
             best = min(ranked, key=lambda r: r["seconds"])
             line |= {"peer": best["racer"], "peer_seconds": best["seconds"], "peer_error": best["gradient_error"]}
         found.append(line)
+    return found
+
+
+def _fastest_by_backend(rows: Iterable[dict], how: str) -> dict[str, dict]:
+    """Of the rows that are ranked: `fusedloss` runs one of the backends that also race by name."""
+    found: dict[str, dict] = {}
+    for row in sorted((row for row in rows if row.get("ranked")), key=lambda row: row["seconds"]):
+        backend = row.get("backend", "")
+        if row["racer"] in (f"fusedloss{how}", f"fusedloss:{backend}{how}") and backend != "reference":
+            found.setdefault(backend, row)
     return found

@@ -87,7 +87,8 @@ def test_sdist_and_the_wheel_made_from_it(source, no_nvcc, tmp_path):
         metadata = archive.read(f"fusedloss-{fusedloss.__version__}.dist-info/METADATA").decode()
     ours = {str(file.relative_to(source)) for file in source.glob("fusedloss/**/*.py")}
     kernels = {f"fusedloss/{file.relative_to(source)}" for file in source.glob("kernels/**/*.py")}
-    assert kernels and ours | kernels | {"fusedloss/py.typed", "fusedloss/_C.pyi"} <= names
+    data = {"fusedloss/py.typed", "fusedloss/_C.pyi", "fusedloss/backends/fastest.json"}
+    assert kernels and ours | kernels | data <= names
     # Nothing else: no top-level kernels, no tests, no csrc.
     assert {name.split("/")[0] for name in names} == {"fusedloss", f"fusedloss-{fusedloss.__version__}.dist-info"}
     assert not [name for name in names if name.endswith((".so", ".cu", ".pyc"))]

@@ -154,6 +154,59 @@ def test_a_racer_that_fails_in_a_later_round_leaves_the_race(stand_in):
     assert rows["fusedloss"]["rounds"] == 2 and rows["fusedloss"]["ranked"]
 
 
+def on_a_gpu(monkeypatch, *names):
+    """A CPU stands in for a device on which these backends run."""
+    monkeypatch.setattr(Point, "device_type", "cuda")
+    for name in ("cuda", "triton"):
+        reason = None if name in names else "not built"
+        monkeypatch.setattr(BACKENDS[name], "why_not", lambda problem, reason=reason: reason)
+
+
+def test_both_kernel_backends_race_on_a_gpu(monkeypatch):
+    monkeypatch.delenv("FUSEDLOSS_BACKEND", raising=False)
+    on_a_gpu(monkeypatch, "cuda", "triton")
+    own = {"fusedloss", bench.NORMALIZED, bench.GRAPHED}
+    cuda, triton = ({f"fusedloss:{name}", f"fusedloss:{name}, normalize=True"} for name in ("cuda", "triton"))
+    point = Point("clip", n=64, d=8)
+    assert set(bench.entered(point, None, own=True)) == own | cuda | triton
+    assert own | cuda | triton | {"eager"} < set(bench.entered(point, None))
+    monkeypatch.setenv("FUSEDLOSS_BACKEND", "triton")  # as `make gpu` does: it is raced once
+    found = bench.entered(point, None, {"fusedloss:cuda": "failed: it crashed"}, own=True)
+    assert set(found) == own | cuda and found["fusedloss:cuda"].why_not == "failed: it crashed"
+    assert {name: (racer.backend, racer.sweep) for name, racer in found.items()} == {
+        "fusedloss": ("triton", "both directions"),
+        bench.NORMALIZED: ("triton", "both directions, bounded"),
+        bench.GRAPHED: ("triton", None),
+        "fusedloss:cuda": ("cuda", "both directions"),
+        "fusedloss:cuda, normalize=True": ("cuda", "both directions, bounded"),
+    }
+    assert bench.entered(replace(point, temperature=0.01), None, own=True)[bench.NORMALIZED].sweep == "both directions"
+    assert set(bench.entered(point, {"fusedloss:triton", "eager"}, own=True)) == {"fusedloss:triton"}
+
+
+def test_a_kernel_backend_that_cannot_run_says_why_on_a_gpu(monkeypatch):
+    on_a_gpu(monkeypatch, "triton")
+    assert bench.entered(Point(n=64, d=8), None)["fusedloss:cuda"].why_not == "not built"
+    monkeypatch.undo()
+    assert not any(name.startswith(("fusedloss:cuda", "fusedloss:triton")) for name in bench.entered(Point(), None))
+
+
+def test_a_row_names_the_backend_that_auto_picks_at_its_size(monkeypatch):
+    from fusedloss import backends
+    from fusedloss.backends import fastest
+
+    where = {"capability": [9, 0], "dtype": "fp32", "kind": "one direction, bounded", "D": 8}
+    table = [{**where, "N": 64, "backend": "triton"}, {**where, "N": 4096, "backend": "cuda"}]
+    on_a_gpu(monkeypatch, "cuda", "triton")
+    monkeypatch.setattr(fastest, "_table", lambda: table)
+    monkeypatch.setattr(fastest, "_capability", lambda device: [9, 0])
+    monkeypatch.setitem(backends.AUTO, "cpu", ("cuda", "triton"))
+    fastest._order.cache_clear()
+    picks = {n: bench.racers(Point(n=n, d=8), bench.OWN)[bench.NORMALIZED].backend for n in (64, 8192)}
+    fastest._order.cache_clear()
+    assert picks == {64: "triton", 8192: "cuda"}
+
+
 def test_a_lost_device_ends_the_race_with_the_reason(monkeypatch, stand_in):
     def crash(query, key):
         raise RuntimeError("an illegal memory access was encountered")
@@ -411,6 +464,58 @@ def test_the_summary_names_the_fastest_ranked_peer():
     assert line["workspace_bytes"] == 700 << 20 and harder["temperature"] == 0.01
 
 
+def two_backends():
+    """What `make gpu` leaves: `fusedloss` is Triton's, and cuda runs beside it."""
+    found = gpu_results()
+    found["environment"]["capability"] = [9, 0]
+    for name, backend, sweep, seconds in (
+        ("fusedloss", "triton", "one direction", 0.033),
+        ("fusedloss:cuda", "cuda", "one direction", 0.031),
+        ("fusedloss, normalize=True", "triton", "one direction, bounded", 0.032),
+        ("fusedloss:cuda, normalize=True", "cuda", "one direction, bounded", 0.03201),
+        ("fusedloss:chunked", "chunked", "one direction", 0.05),
+        ("fusedloss:reference", "reference", "one direction", 0.001),
+    ):
+        about = {"racer": name, "backend": backend, "sweep": sweep, "seconds": seconds, "ratio": seconds / 0.03}
+        place = found["rows"][1]
+        found["rows"] = [r for r in found["rows"] if (r["racer"], r["temperature"]) != (name, 0.05)]
+        found["rows"].append({**place, "ranked": True, "gradient_error": 2e-3, **about})
+    return found
+
+
+def test_the_summary_is_of_the_fastest_backend():
+    line = next(line for line in results.summary(two_backends()["rows"]) if line["temperature"] == 0.05)
+    assert line["seconds"] == 0.031 and line["normalize_ratio"] == pytest.approx(1.067, abs=1e-3)
+    assert {k: round(v, 2) for k, v in line["ratios"].items()} == {"cuda": 1.03, "triton": 1.1, "chunked": 1.67}
+
+
+def test_the_race_says_which_backend_is_faster_where(tmp_path, capsys):
+    fastest, table, raced = script("fastest"), tmp_path / "table.json", tmp_path / "gpu.json"
+    table.write_text("[]")
+    raced.write_text(json.dumps(two_backends()))
+    assert fastest.main([str(raced)], table) == 0
+    place = {"capability": [9, 0], "dtype": "bf16", "N": 65536, "D": 768}
+    here = {"kind": "one direction", "backend": "cuda", "ms": 31.0, "other_ms": 33.0}
+    unit = {"kind": "one direction, bounded", "backend": "triton", "ms": 32.0, "other_ms": 32.01}
+    assert json.loads(table.read_text()) == [{**place, **here}, {**place, **unit}]
+    assert "2 points, 2 of this race; cuda 1, triton 1" in capsys.readouterr().out
+
+    # A later race of one kind, in which cuda's gradient was wrong at the other.
+    later = two_backends()
+    later["rows"] = [row | {"ranked": "normalize" not in row["racer"]} for row in later["rows"]]
+    next(r for r in later["rows"] if r["racer"] == "fusedloss:cuda")["seconds"] = 0.04
+    raced.write_text(json.dumps(later))
+    fastest.main([str(raced)], table)
+    again = {"kind": "one direction", "backend": "triton", "ms": 33.0, "other_ms": 40.0}
+    assert json.loads(table.read_text()) == [{**place, **again}, {**place, **unit}]
+
+    later["environment"]["capability"] = None
+    raced.write_text(json.dumps(later))
+    with pytest.raises(SystemExit):
+        fastest.main([str(raced)], table)
+    assert "is no GPU" in capsys.readouterr().err and len(json.loads(table.read_text())) == 2
+
+
 def test_the_readme_shows_gpu_results_once_there_are_some(tmp_path):
     pytest.importorskip("tabulate")
     table = script("readme_table")
@@ -427,6 +532,7 @@ def test_the_readme_shows_gpu_results_once_there_are_some(tmp_path):
         "bf16",
         "33.00",
         "1.10",
+        *["", ""],
         "1.07",
         "memeff",
         "150.00",

@@ -42,7 +42,7 @@ from torch import Tensor
 from .. import checks
 from ..errors import UnsupportedError
 from ..problem import Problem
-from . import chunked, cuda, reference, triton
+from . import chunked, cuda, fastest, reference, triton
 
 BACKENDS: dict[str, ModuleType] = dict(zip(checks.BACKENDS, (cuda, triton, chunked, reference), strict=True))
 
@@ -51,7 +51,10 @@ AUTO: dict[str, tuple[str, ...]] = {"cpu": ("chunked", "reference"), "cuda": ("c
 
 
 def select(problem: Problem, backend: str) -> str:
-    """The name of the backend that runs `problem`: the one asked for, or the first of `auto` that can."""
+    """The name of the backend that runs `problem`: the one asked for, or the first of `auto` that can.
+
+    Where `auto` has both `cuda` and `triton`, the one that was faster at such a size is before the other.
+    """
     checks.backend(backend)
     if backend == "auto":
         backend = os.environ.get("FUSEDLOSS_BACKEND") or "auto"
@@ -59,6 +62,8 @@ def select(problem: Problem, backend: str) -> str:
     names: tuple[str, ...] = (
         AUTO.get(problem.device.type, ("chunked", "reference")) if backend == "auto" else (backend,)
     )
+    if "cuda" in names and "triton" in names:
+        names = fastest.order(names, problem)
     for name in names:
         if BACKENDS[name].why_not(problem) is None:
             return name
@@ -67,23 +72,28 @@ def select(problem: Problem, backend: str) -> str:
 
 
 def select_rowwise(backend: str, x: Tensor, *, multiplies: bool = False, unsupported: str | None = None) -> str:
-    """Of a loss without a sweep: "reference", "chunked" or "triton".
+    """Of a loss without a sweep: "reference", "chunked" or "triton"; of `auto` the first that can.
 
     multiplies: the kernel has products of tiles. unsupported: why no kernel takes these arguments.
     """
     if backend == "auto":
         backend = os.environ.get("FUSEDLOSS_BACKEND") or "auto"
         if backend == "auto":
-            return AUTO.get(x.device.type, ("chunked", "reference"))[0]
+            for backend in AUTO.get(x.device.type, ("chunked", "reference")):
+                if _why_not_rowwise(backend, x, multiplies, unsupported) is None:
+                    return backend
         checks.backend(backend, "FUSEDLOSS_BACKEND")
     else:
         checks.backend(backend)
-    if backend == "triton":
-        # What the interpreter cannot do with bfloat16 is to multiply tiles.
-        dtype = torch.float32 if x.dtype == torch.bfloat16 and not multiplies else x.dtype
-        reason = unsupported or triton.why_not_on(dtype, x.device)
-    else:
-        reason = "fusedloss._C has no kernel for this loss" if backend == "cuda" else None
+    reason = _why_not_rowwise(backend, x, multiplies, unsupported)
     if reason is None:
         return backend
     raise UnsupportedError(f"backend={backend!r} cannot run this loss. {backend}: {reason}; chunked: can run it")
+
+
+def _why_not_rowwise(backend: str, x: Tensor, multiplies: bool, unsupported: str | None) -> str | None:
+    if backend == "triton":
+        # What the interpreter cannot do with bfloat16 is to multiply tiles.
+        dtype = torch.float32 if x.dtype == torch.bfloat16 and not multiplies else x.dtype
+        return unsupported or triton.why_not_on(dtype, x.device)
+    return "fusedloss._C has no kernel for this loss" if backend == "cuda" else None

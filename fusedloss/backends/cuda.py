@@ -185,9 +185,11 @@ class _Launch:
     def __init__(self, strip: Strip, *, narrow: bool = False):
         """narrow: the epilogue is, whatever the strip (`NARROW` in csrc/epilogues.cuh)."""
         self.strip = strip
-        mask = strip.mask or StripMask()
-        masks = (mask.compare, mask.dense, mask.threshold, mask.skip, mask.dropped, strip.own)
-        narrow = narrow or bool(strip.softcap) or any(part is not None and part != () for part in masks)
+        narrow = narrow or bool(strip.softcap) or strip.own is not None
+        if strip.mask is not None and not narrow:
+            mask = strip.mask
+            parts = (mask.compare, mask.dense, mask.threshold, mask.skip, mask.dropped)
+            narrow = any(part is not None and part != () for part in parts)
         self.tensor_cores = strip.x.dtype != torch.float32 or tf32()
         aligned = _aligned(strip.x) and _aligned(strip.y)
         self.plan = _plan(extension, capability_of(strip.x.device), self.tensor_cores, aligned, narrow)

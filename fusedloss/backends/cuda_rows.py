@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from types import ModuleType
@@ -12,6 +11,11 @@ import torch
 from torch import Tensor
 
 from ..problem import NO_MARGIN, Margin, Patch, Prepared, RowSums, Settled
+
+LAUNCHES = ("prepare", "merge", "settle", "scale_rows", "weigh", "finish")
+PARAMS = {name: f"{name.title().replace('_', '')}Params" for name in LAUNCHES}
+NUMBERS = frozenset((int, float, bool))
+DTYPES = {getattr(torch, name): name for name in ("float32", "float16", "bfloat16")}
 
 
 @functools.cache
@@ -199,33 +203,32 @@ def finish(
 
 def launch(name: str, device: torch.device, **fields: Any) -> None:
     """`_C.name` with the fields of its struct."""
-    call(name, device, struct(f"{name.title().replace('_', '')}Params", **fields))
+    call(name, device, struct(PARAMS[name], **fields))
 
 
 def call(name: str, device: torch.device, *arguments: Any) -> None:
-    with _on(device):
-        getattr(extension(), name)(*arguments, stream(device))
+    """Kernels are launched on the current device, wherever the tensors are."""
+    run = getattr(extension(), name)
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return run(*arguments, stream(device))
+    with torch.cuda.device(device):
+        run(*arguments, stream(device))
 
 
 def struct(name: str, **fields: Any) -> Any:
-    """A plain struct of csrc/: tensors for pointers, lists of them for arrays, torch's dtypes."""
-    return getattr(extension(), name)(**{field: _plain(value) for field, value in fields.items()})
+    """A plain struct of csrc/: tensors for pointers, lists of them for arrays, torch's dtypes; None is the default."""
+    # 0.3 us less for each number, and a small batch's step passes 46.
+    given = {k: v if type(v) in NUMBERS else _plain(v) for k, v in fields.items() if v is not None}
+    return getattr(extension(), name)(**given)
 
 
 def number_format(dtype: torch.dtype) -> Any:
-    return getattr(extension().DType, str(dtype).removeprefix("torch."))
+    return getattr(extension().DType, DTYPES[dtype])
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.data_ptr()
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    return number_format(value) if isinstance(value, torch.dtype) else value
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Kernels are launched on the current device, wherever the tensors are."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+    if isinstance(value, torch.dtype):
+        return number_format(value)
+    return [_plain(each) for each in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""What both sets of hand-written kernels are told: a shift that is safe before any logit is, and whether fp32 is rounded."""
+"""What both sets of hand-written kernels are told: a shift that is safe beforehand, and whether fp32 is rounded."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ SAFE_SCALE = 59.0  # up to here exponents lie within [-69, 49]
 
 def can_exp(problem: Problem) -> bool:
     """Whether the host knows a shift that keeps every exponential and every row's sum normal."""
-    return (
-        problem.bound is not None
-        and problem.bound <= SAFE_SCALE
-        and problem.dtype != torch.float16
-        and not problem.smooths_by_row
-    )
+    bound = problem.bound
+    return bound is not None and bound <= SAFE_SCALE and problem.dtype != torch.float16 and not problem.smooths_by_row
 
 
 def exp_shift(problem: Problem) -> float:
