@@ -687,3 +687,22 @@ def test_bits_do_not_depend_on_who_is_first(name, layout, host_extension, monkey
     for run in runs[1:]:
         for a, b in zip(runs[0], run, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_the_sanitizers_run_has_every_kernel(host_extension, monkeypatch):
+    """tests/sanitize.py, here without compute-sanitizer."""
+    import sanitize
+
+    on_the_host(host_extension, monkeypatch)
+    ran = set()
+    original = cuda_rows.call
+
+    def call(name, device, *arguments):
+        ran.add(name)
+        original(name, device, *arguments)
+
+    monkeypatch.setattr(cuda_rows, "call", call)
+    monkeypatch.setattr(cuda, "call", call)
+    sanitize.everything("cpu")
+    launches = {name for name in dir(host_extension) if name[0].islower() and callable(getattr(host_extension, name))}
+    assert ran >= launches - {"build_info", "plan"}
