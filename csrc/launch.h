@@ -18,7 +18,10 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, size_t sha
   if (shared_bytes > 48 << 10) {  // above this a kernel has to ask
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // or else the next launch would report it once more
+      return error;
+    }
   }
   kernel<<<grid, threads, shared_bytes, stream>>>(params...);
   return cudaGetLastError();

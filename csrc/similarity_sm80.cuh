@@ -216,7 +216,7 @@ FUSEDLOSS_INLINE void multiply(Tile::Accumulators& acc, const Layout& x, const L
 }
 
 template <class T, class Epilogue>
-__global__ void __launch_bounds__(Tile::THREADS)
+__global__ void __launch_bounds__(Tile::THREADS, 1)  // or else ptxas spills for a second block, which does not fit
     similarity_sm80(const Strip strip, const typename Epilogue::Args args, const Layout x, const Layout y) {
   unsigned char* shared = ptx::shared_memory();
   const int m_tiles = (strip.M + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
@@ -247,7 +247,9 @@ cudaError_t launch_similarity(const Strip& strip, const typename Epilogue::Args&
   const int64_t m_tiles = (int64_t(strip.M) + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
   const int64_t n_tiles = (int64_t(strip.N) + Tile::BLOCK_N - 1) / Tile::BLOCK_N;
   if (m_tiles * n_tiles == 0) return cudaSuccess;  // a grid of 0 blocks is an error
-  if (m_tiles * n_tiles > 0x7fffffff) return cudaErrorInvalidValue;
+  // Rows, columns and features are counted in 32 bits, a tile beyond the last.
+  const int most = 0x7fffff00;
+  if (m_tiles * n_tiles > most || strip.M > most || strip.N > most || strip.D > most) return cudaErrorInvalidValue;
   const Layout x = layout_of<T>(strip.x, strip.M, strip.D, strip.stride_xm, strip.stride_xd);
   const Layout y = layout_of<T>(strip.y, strip.N, strip.D, strip.stride_yn, strip.stride_yd);
   return launch(similarity_sm80<T, Epilogue>, dim3(unsigned(m_tiles * n_tiles)), Tile::THREADS, kSharedBytes, stream,

@@ -15,6 +15,7 @@
 #include <cudaTypedefs.h>
 
 #include <algorithm>
+#include <atomic>
 #include <type_traits>
 
 #include "epilogues.cuh"
@@ -248,7 +249,9 @@ __global__ void __launch_bounds__(3 * 128, 1)
 
 // cuTensorMapEncodeTiled of the driver that is loaded: libcuda is not linked, so that the extension imports without it.
 inline PFN_cuTensorMapEncodeTiled_v12000 encode_tiled() {
-  static const auto encode = [] {
+  static std::atomic<PFN_cuTensorMapEncodeTiled_v12000> known{nullptr};  // a failure is asked about again
+  if (const auto encode = known.load()) return encode;
+  const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
@@ -260,6 +263,7 @@ inline PFN_cuTensorMapEncodeTiled_v12000 encode_tiled() {
     if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) function = nullptr;
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
   }();
+  known = encode;
   return encode;
 }
 
@@ -317,7 +321,10 @@ cudaError_t launch_sm90(const Strip& strip, const typename Epilogue::Args& args,
   if (error == cudaSuccess) {
     error = encode_rows<T>(&map_y, strip.y, strip.N, strip.D, strip.stride_yn, BLOCK_N / CLUSTER);
   }
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // or else the next launch would report it once more
+    return error;
+  }
 
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;

@@ -36,13 +36,7 @@ def lines() -> list[str]:
         f"torch      {torch.__version__}",
         f"triton     {version('triton')}",
     ]
-    built = cuda.build_info()
-    how = (
-        "not built (nvcc not found at installation)"
-        if built is None
-        else f"CUDA {built['cuda_version']}, {built['archs']}"
-    )
-    found.append(f"_C         {how}")
+    found.append(f"_C         {extension()}")
     for name in ("FUSEDLOSS_BACKEND", "FUSEDLOSS_CHECK", "TRITON_INTERPRET"):
         found.append(f"{name}={os.environ[name]}" if name in os.environ else f"{name} is not set")
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -52,6 +46,21 @@ def lines() -> list[str]:
         for name, module in BACKENDS.items():
             found.append(f"  {name:10} {module.why_not(problem) or 'available'}")
     return found
+
+
+def extension() -> str:
+    """What fusedloss._C was built for, and the GPUs here that it runs on."""
+    built = cuda.build_info()
+    if built is None:
+        return "not built (nvcc not found at installation)"
+    archs = built["archs"]
+    assert isinstance(archs, list)
+    how = f"CUDA {built['cuda_version']}: {' '.join(archs)}"
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        runs = "runs" if cuda.runs_on(archs, (major, minor)) else "does not run"
+        how += f"; {runs} on cuda:{i} (sm_{major}{minor})"
+    return how
 
 
 def picked(problem: Problem) -> str:

@@ -34,7 +34,7 @@ from ..problem import (
 )
 from ..rows import guide_threshold
 from ..waves import wave_rows
-from .shifts import can_exp, exp_shift
+from .shared import can_exp, exp_shift, tf32
 
 if TYPE_CHECKING:
     from ..kernels.config import Config
@@ -598,7 +598,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _precision(dtype: torch.dtype) -> str:
     """fp32 follows torch's switch for its own matmuls. Products of 16-bit numbers are exact."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if dtype == torch.float32 and tf32():
         return "tf32"
     return "ieee"
 

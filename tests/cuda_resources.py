@@ -1,0 +1,296 @@
+"""What the kernels in a built fusedloss._C take, read from the library itself: nothing is compiled again.
+
+    python tests/cuda_resources.py --table > docs/cuda-resources.md     # of the installed fusedloss._C
+
+Registers, spills and shared memory are of every architecture. Disassembly takes a second a megabyte, and machine code
+of all architectures comes from the same PTX: instructions are counted where it is the oldest's, the newest's or
+sm_90a's, which has sources of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+Entry = dict[str, int]  # a kernel's
+Found = dict[str, dict[str, Entry]]  # architecture, kernel
+
+# What a multiprocessor has in KiB. 1 of a block's is the system's, which ptxas counts from sm_90 on.
+SHARED = {80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 110: 228, 120: 100, 121: 100}
+REGISTERS = 65536  # a multiprocessor's and the most of a block
+
+INSTRUCTIONS = {
+    "HMMA": r"HMMA\..*",
+    "LDSM": r"LDSM\..*",
+    "LDGSTS": r"LDGSTS\.E\.(?:\w+\.)*128\b.*",
+    "HGMMA": r"HGMMA\..*",
+    "UTMALDG": r"UTMALDG\..*",
+    "USETMAXREG": r"USETMAXREG\b.*",
+    "EX2": r"MUFU\.EX2\b.*",
+    "LDG.128": r"LDG\.E\.(?:\w+\.)*128\b.*",
+    "STG.128": r"STG\.E\.(?:\w+\.)*128\b.*",
+    "STG.64": r"STG\.E\.(?:\w+\.)*64\b.*",
+    "local": r"(?:LDL|STL)\b.*",
+}
+OPCODE = re.compile(r"^ +/\*[0-9a-f]+\*/ +(?:@!?U?P\w+ +)?([\w.]+)", re.MULTILINE)
+
+# Which instances there are: the table of csrc/similarity.cuh, written a second time so that none is lost there.
+EPILOGUES = (
+    "Stats<false, false>",
+    "Stats<false, true>",
+    "Stats<true, true>",
+    "Exp<false, false>",
+    "Exp<false, true>",
+    "Exp<true, true>",
+    "Grad<false, false, false>",
+    "Grad<false, false, true>",
+    "Grad<false, true, false>",
+    "Grad<false, true, true>",
+    "Grad<true, true, true>",
+    "Top",
+    "Pick",
+    "Guide",
+    "Store",
+    "Fold<sigmoid>",
+    "Fold<margin_ranking>",
+    "Fold<pair_hinge>",
+)
+FOLDS = ("sigmoid", "margin_ranking", "pair_hinge")  # FoldKind
+DTYPES = ("float", "fp16", "bf16")
+SIMILARITIES = [(T, e) for T in DTYPES for e in EPILOGUES if T != "fp16" or not e.startswith(("Exp", "Fold"))]
+PORTABLE = {f"similarity_sm80<{T}, {epilogue}>" for T, epilogue in SIMILARITIES}
+PORTABLE |= {f"prepare_kernel<{T}, {margin}>" for T in DTYPES for margin in ("false", "true")}
+PORTABLE |= {f"{name}<{a}, {b}>" for name in ("scale_rows_kernel", "finish_kernel") for a in DTYPES for b in DTYPES}
+PORTABLE |= {f"weigh_kernel<{T}>" for T in DTYPES} | {"merge_kernel", "settle_kernel"}
+# Of which there is a kernel of sm_90a, whatever its tiles are.
+SM90A = set(SIMILARITIES)
+
+
+def why_not() -> str | None:
+    return None if tools() else "needs cuobjdump and nvdisasm: Triton's, or a toolkit's on PATH"
+
+
+@functools.cache
+def tools() -> dict[str, str] | None:
+    places = [os.environ.get("PATH", "")]
+    if (spec := importlib.util.find_spec("triton")) and spec.origin:
+        places.insert(0, str(Path(spec.origin).parent / "backends/nvidia/bin"))
+    found = {name: shutil.which(name, path=os.pathsep.join(places)) for name in ("cuobjdump", "nvdisasm")}
+    return found if all(found.values()) else None
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def read(library: Path, cache: Path) -> tuple[str, Found]:
+    """The compiler and what it made, from `cache` for a library that was read before; several processes may ask."""
+    key = hashlib.sha256(library.read_bytes() + Path(__file__).read_bytes()).hexdigest()
+    file = cache / f"{key[:16]}.json"
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            for old in cache.glob("*.json"):
+                old.unlink()
+            file.write_text(json.dumps(disassemble(library)))
+    compiler, found = json.loads(file.read_text())
+    return compiler, found
+
+
+def disassemble(library: Path) -> tuple[str, Found]:
+    found = usage(run("cuobjdump", "--dump-resource-usage", str(library)))
+    with tempfile.TemporaryDirectory() as folder:
+        run("cuobjdump", "--extract-elf", "all", str(library), cwd=folder)
+        cubins = sorted(Path(folder).iterdir(), key=lambda file: -file.stat().st_size)
+        compiler = next(filter(None, (version(file.read_bytes()) for file in cubins)), "unknown")
+        asked = [
+            (arch, file) for arch in sampled(list(found)) for file in cubins if file.name.endswith(f".{arch}.cubin")
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # a process each
+            for (arch, _), kernels in zip(asked, pool.map(lambda one: instructions(one[1]), asked), strict=True):
+                for name, counts in kernels.items():
+                    found[arch][name] |= counts
+    return compiler, found
+
+
+def sampled(archs: list[str]) -> list[str]:
+    portable = sorted((arch for arch in archs if arch[3:].isdigit()), key=lambda arch: int(arch[3:]))
+    return [*dict.fromkeys([*portable[:1], *portable[-1:]]), *(arch for arch in archs if not arch[3:].isdigit())]
+
+
+def usage(dump: str) -> Found:
+    found: Found = {}
+    name = arch = ""
+    for line in dump.splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            arch = match[1]
+        elif match := re.match(r" Function (\w+):", line):
+            name = kernel(match[1])
+        elif "REG:" in line:
+            numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)}
+            spilled = numbers["STACK"] + numbers["LOCAL"]
+            entry = {"registers": numbers["REG"], "spilled": spilled, "static": numbers["SHARED"]}
+            found.setdefault(arch, {})[name] = entry
+    return found
+
+
+def instructions(cubin: Path) -> dict[str, Entry]:
+    counts: dict[str, Entry] = {}
+    for section in run("nvdisasm", "--print-code", "--no-dataflow", str(cubin)).split("\n//-----")[1:]:
+        if match := re.match(r"-+ \.text\.(\w+) ", section):
+            opcodes = Counter(OPCODE.findall(section))
+            counts[kernel(match[1])] = {
+                name: sum(count for opcode, count in opcodes.items() if re.fullmatch(pattern, opcode))
+                for name, pattern in INSTRUCTIONS.items()
+            }
+    return counts
+
+
+def version(cubin: bytes) -> str | None:
+    match = re.search(rb"Cuda compilation tools, release [\d.]+, V([\d.]+)", cubin)
+    return match[1].decode() if match else None
+
+
+@functools.cache
+def kernel(mangled: str) -> str:
+    """similarity_sm80<float, Fold<sigmoid>>: without namespaces and parameters."""
+    name = demangle(mangled).removeprefix("void ")
+    name = re.sub(r"\(fusedloss::FoldKind\)(\d)", lambda match: FOLDS[int(match[1])], name)
+    name = re.sub(r"fusedloss::|sm80::|sm90::|\(anonymous namespace\)::", "", name)
+    return name.partition("(")[0].replace("> >", ">>")
+
+
+def demangle(mangled: str) -> str:
+    function = ctypes.CDLL("libstdc++.so.6").__cxa_demangle  # torch brings it wherever it runs
+    function.restype = ctypes.c_void_p
+    status = ctypes.c_int()
+    made = function(mangled.encode(), None, None, ctypes.byref(status))
+    assert status.value == 0, mangled
+    return ctypes.string_at(made).decode()  # malloc'ed, and left: a hundred names
+
+
+def run(name: str, *args: str, cwd: str | None = None) -> str:
+    return subprocess.run([tools()[name], *args], cwd=cwd, check=True, capture_output=True, text=True).stdout
+
+
+# Rules ----------------------------------------------------------------------------------------------------------------
+
+
+def threads(name: str) -> int:
+    return 384 if name.startswith("similarity_sm90") else 256
+
+
+def dynamic_shared(name: str) -> int:
+    """What the launcher asks for."""
+    if name.startswith("similarity_sm80"):
+        return 3 * 2 * 128 * 128  # stages, operands, rows, bytes of D
+    if match := re.fullmatch(r"similarity_sm90<.*, (\d+), \d+>", name):
+        stage = (128 + int(match[1])) * 128
+        stages = (192 << 10) // stage
+        return stages * stage + 2 * (16 << 10) + 2 * stages * 8  # for the folds; barriers
+    return 256 * 8 if name in ("merge_kernel", "settle_kernel") else 0
+
+
+def missing(arch: str, kernels: dict[str, Entry]) -> set[str]:
+    """Also what is there and unknown here."""
+    if arch != "sm_90a":
+        return PORTABLE ^ set(kernels)
+    found = {re.sub(r", \d+, \d+>$", "", name).removeprefix("similarity_sm90<") for name in kernels}
+    return {", ".join(one) for one in SM90A} ^ found
+
+
+def wrong(arch: str, name: str, entry: Entry) -> list[str]:
+    """What a kernel breaks of the rules."""
+    found = []
+    number = int(arch[3:].rstrip("af"))
+    if entry["registers"] * threads(name) > REGISTERS:
+        found.append(f"{entry['registers']} registers")
+    if entry["spilled"]:
+        found.append(f"spills {entry['spilled']} bytes")
+    if max(entry["static"], 1024) + dynamic_shared(name) > SHARED.get(number, 100) << 10:
+        found.append(f"shared memory: {entry['static']} + {dynamic_shared(name)}")
+    if "local" not in entry:
+        return found
+    return found + [f"{what} {entry[what]}" for what, wanted in uses(name).items() if bool(entry[what]) != wanted]
+
+
+def uses(name: str) -> dict[str, bool]:
+    """Which instructions a kernel has and which not."""
+    wanted = {"local": False}
+    base, _, rest = name.partition("<")
+    if not base.startswith("similarity"):
+        loads = base in ("prepare_kernel", "weigh_kernel", "finish_kernel", "scale_rows_kernel")
+        wanted |= {"LDG.128": loads, "STG.128": loads and base != "prepare_kernel", "HMMA": False}
+        return wanted | ({"EX2": True} if base in ("merge_kernel", "settle_kernel") else {})
+    T, _, epilogue = rest.partition(", ")
+    exponentials = epilogue.startswith(("Stats", "Exp", "Grad", "Top", "Fold<sigmoid>"))  # Top's are its softcap's
+    stores = epilogue.startswith(("Exp", "Grad", "Store", "Fold"))
+    wide = "STG.64" if T == "float" or epilogue.startswith("Store") else "STG.128"
+    sm90 = base == "similarity_sm90"
+    wanted |= {name: sm90 for name in ("HGMMA", "UTMALDG", "USETMAXREG")}
+    wanted |= {name: not sm90 for name in ("HMMA", "LDSM", "LDGSTS")}
+    return wanted | {"EX2": exponentials} | ({wide: True} if stores else {"STG.128": False})
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+def table(compiler: str, found: Found) -> str:
+    portable = [arch for arch in found if arch != "sm_90a"]
+    counted = [arch for arch in sampled(list(found)) if arch in portable]
+    columns = [name for name in INSTRUCTIONS if name not in ("local", "HGMMA", "UTMALDG", "USETMAXREG", "STG.64")]
+    lines = [
+        "# What the CUDA kernels take",
+        "",
+        f"csrc/ as compiled by nvcc {compiler}; written by `python tests/cuda_resources.py --table` and compared with "
+        "the built extension in `tests/test_cuda_resources.py`. Under an architecture: registers a thread, and the "
+        "bytes that it spills where it does. Shared: what the launch asks for, KiB. Instructions are counted in the "
+        f"code of {' / '.join(counted)}, once where both have as many.",
+        "",
+        head := f"| kernel | {' | '.join(portable)} | shared | {' | '.join(columns)} |",
+        "|---" * (head.count("|") - 1) + "|",
+    ]
+    for name in sorted(found[portable[0]], key=order):
+        registers = [registers_of(found[arch][name]) for arch in portable]
+        counts = [[found[arch][name][column] for arch in counted] for column in columns]
+        cells = [" / ".join(map(str, dict.fromkeys(count))) if any(count) else "" for count in counts]
+        lines.append(f"| {' | '.join([f'`{name}`', *registers, shared(name), *cells])} |")
+    if "sm_90a" in found:
+        columns = ["HGMMA", "UTMALDG", "EX2", "STG.128"]
+        lines += ["", f"| kernel | sm_90a | shared | {' | '.join(columns)} |", "|---" * (len(columns) + 3) + "|"]
+        for name, entry in sorted(found["sm_90a"].items(), key=lambda one: order(one[0])):
+            cells = [str(entry[column] or "") for column in columns]
+            lines.append(f"| {' | '.join([f'`{name}`', registers_of(entry), shared(name), *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def order(name: str) -> tuple[int, str]:
+    return int(not name.startswith("similarity")), name
+
+
+def registers_of(entry: Entry) -> str:
+    return f"{entry['registers']}" + (f" + {entry['spilled']} B" if entry["spilled"] else "")
+
+
+def shared(name: str) -> str:
+    return f"{dynamic_shared(name) / 1024:g}" if dynamic_shared(name) else ""
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--table"]:
+        sys.exit(__doc__)
+    from fusedloss import _C
+
+    sys.stdout.write(table(*disassemble(Path(_C.__file__))))

@@ -1,0 +1,127 @@
+"""For which architectures fusedloss._C is built, by setup.py, and on which GPUs it then runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from fusedloss import info
+from fusedloss.backends.cuda import runs_on
+
+ROOT = Path(__file__).parent.parent
+CUDA_13 = [f"sm_{number}" for number in (75, 80, 86, 87, 88, 89, 90, 100, 110, 103, 120, 121)] + ["compute_75"]
+CUDA_12_0 = [f"sm_{number}" for number in (50, 60, 70, 75, 80, 86, 87, 89, 90)]
+SOURCES = ["csrc/bindings.cpp", "csrc/rows.cu", "csrc/similarity_bf16.cu"]
+SM90 = "csrc/similarity_sm90_bf16.cu"
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    """setup.py, as a module: it builds nothing then."""
+    pytest.importorskip("setuptools")
+    specification = importlib.util.spec_from_file_location("fusedloss_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_what_nvcc_knows_of_the_defaults(build):
+    assert build.pick_archs(None, CUDA_13) == ["80", "86", "89", "90a", "100", "120"]
+    assert build.pick_archs(None, CUDA_12_0) == ["80", "86", "89", "90a"]
+
+
+@pytest.mark.parametrize("override, archs", [("80;90a", ["80", "90a"]), ("86,120f", ["86", "120f"]), ("121", ["121"])])
+def test_archs_by_name(build, override, archs):
+    assert build.pick_archs(override, CUDA_13) == archs
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("sm_80", "'sm_80' is not an architecture"),
+        ("8.0", "'8.0' is not an architecture"),
+        ("80;;90", "'' is not an architecture"),
+        ("80 90", "'80 90' is not an architecture"),
+        ("75;80", "the kernels need 80 or newer, not 75"),
+        ("80;130", "this nvcc does not know 130; it knows 75 80 86"),
+    ],
+)
+def test_other_names_are_refused(build, override, message):
+    with pytest.raises(SystemExit, match=re.escape(message)) as refused:
+        build.pick_archs(override, CUDA_13)
+    assert f"FUSEDLOSS_CUDA_ARCHS={override!r}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "archs, sources, codes",
+    [
+        (["80", "90a"], SOURCES, ["sm_80", "sm_90"]),
+        (["80", "90a"], [*SOURCES, SM90], ["sm_80", "sm_90", "sm_90a"]),
+        (["80", "90"], [*SOURCES, SM90], ["sm_80", "sm_90"]),
+        (["120", "90", "90a", "80"], [*SOURCES, SM90], ["sm_80", "sm_90", "sm_90a", "sm_120"]),
+        (["100a", "120f", "120"], SOURCES, ["sm_100", "sm_120"]),
+    ],
+)
+def test_what_the_extension_holds(build, archs, sources, codes):
+    assert build.codes(archs, sources) == [*codes, "compute_80"]
+    made = build.ninja_file("nvcc", archs, sources, [], Path("out.so"))
+    assert re.findall(r"-DFUSEDLOSS_ARCHS=(\S+)", made) == [":".join([*codes, "compute_80"])]
+    assert re.findall(r"-DFUSEDLOSS_SM90A=(\d)", made) == [str(int("sm_90a" in codes))]
+    assert ("similarity_sm90_bf16.cu.o: compile" in made) == ("sm_90a" in codes)
+
+
+def test_one_front_end_for_all_architectures(build):
+    codes = build.codes(["80", "90a"], [*SOURCES, SM90])
+    assert build.gencode("csrc/rows.cu", codes) == "'-gencode=arch=compute_80,code=[sm_80,sm_90,compute_80]'"
+    assert build.gencode(SM90, codes) == "-gencode=arch=compute_90a,code=sm_90a"
+
+
+# By CUDA's rules, of capabilities 8.0 and newer.
+@pytest.mark.parametrize(
+    "arch, yes, no",
+    [
+        ("sm_80", [80, 86, 89], [75, 87, 90, 100, 120]),
+        ("sm_86", [86, 89], [80, 87, 90]),
+        ("sm_87", [87], [86, 89, 90]),
+        ("sm_90", [90], [89, 100]),
+        ("sm_90a", [90], [89, 100]),
+        ("compute_90a", [90], [89, 100, 120]),
+        ("sm_100", [100, 103], [90, 101, 110, 120]),
+        ("sm_100a", [100], [103, 120]),
+        ("sm_100f", [100, 103], [110, 120]),
+        ("compute_100f", [100, 103], [90, 120]),
+        ("sm_110", [110], [120]),
+        ("sm_120", [120, 121], [100, 110]),
+        ("sm_121", [121], [120]),
+        ("compute_80", [80, 86, 87, 89, 90, 100, 103, 110, 120, 121, 130], [75]),
+        ("compute_120", [120, 121, 130], [80, 90, 100, 110]),
+    ],
+)
+def test_where_it_runs(arch, yes, no):
+    for number in (*yes, *no):
+        assert runs_on([arch], divmod(number, 10)) == (number in yes), number
+
+
+def test_where_several_run():
+    archs = ["sm_80", "sm_90"]
+    assert runs_on(archs, (8, 9)) and runs_on(archs, (9, 0)) and not runs_on(archs, (10, 0))
+    assert not runs_on([], (9, 0))
+
+
+@pytest.mark.parametrize("capabilities", [[], [(9, 0)], [(12, 0), (7, 5)]])
+def test_info_says_what_was_built_in_and_where_it_runs(monkeypatch, capabilities):
+    built = {"cuda_version": "13.0", "archs": ["sm_80", "sm_90", "sm_90a", "compute_80"]}
+    monkeypatch.setattr(info.cuda, "build_info", lambda: built)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+    line = info.extension()
+    assert line.startswith("CUDA 13.0: sm_80 sm_90 sm_90a compute_80")
+    assert ("; runs on cuda:0 (sm_90)" in line) == (capabilities == [(9, 0)])
+    assert ("; runs on cuda:0 (sm_120); does not run on cuda:1 (sm_75)" in line) == (len(capabilities) == 2)
+    monkeypatch.setattr(info.cuda, "build_info", lambda: None)
+    assert info.extension() == "not built (nvcc not found at installation)"
