@@ -1,14 +1,14 @@
-# Every target but gpu and gpu-full works in .venv, which it makes itself; what it installs is pinned by constraints.txt.
+# Every target but those named gpu works in .venv, which it makes itself; what it installs is pinned by constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 GPU := PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/gpu" $(PYTHON)
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-upstream lint gpu gpu-build gpu-tune gpu-full clean
+.PHONY: help demo test test-upstream lint gpu gpu-build gpu-tune gpu-full gpu-sanitize has-sanitizer clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo 'PYTHON=python3 names the interpreter: the one .venv is made with, or the one that gpu and gpu-full run.'
 
 demo: $(READY) ## search code by meaning: train a small encoder on a CPU
@@ -54,6 +54,20 @@ gpu-tune: gpu-build ## every tile of Triton's similarity kernels, every plan of 
 gpu-full: gpu-build ## the race at every point, hours; goes on where the last one ended; fills fusedloss/backends/fastest.json
 	$(RACES) benchmarks/race.py full --device cuda --out benchmarks/results --name gpu-full
 	$(GPU) benchmarks/fastest.py benchmarks/results/gpu-full.json
+
+# memcheck and initcheck know torch's tensors one by one only where nothing keeps their memory. initcheck has to see
+# every kernel that writes; the others are slow, and look at this package's alone.
+SANITIZER := PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/gpu" compute-sanitizer --error-exitcode 1
+OURS := --kernel-name kns=fusedloss
+
+gpu-sanitize: has-sanitizer gpu-build ## the CUDA kernels at small shapes under compute-sanitizer, with $(PYTHON): memory, races, barriers
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck $(OURS) $(PYTHON) tests/sanitize.py
+	$(SANITIZER) --tool racecheck $(OURS) $(PYTHON) tests/sanitize.py
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool initcheck $(PYTHON) tests/sanitize.py
+	$(SANITIZER) --tool synccheck $(OURS) $(PYTHON) tests/sanitize.py
+
+has-sanitizer:
+	@command -v compute-sanitizer > /dev/null || { echo 'compute-sanitizer is not on the PATH: the CUDA toolkit has it'; exit 2; }
 
 clean: ## remove what the other targets made
 	rm -rf .venv build dist *.egg-info fusedloss/_C.*.so

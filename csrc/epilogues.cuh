@@ -112,8 +112,8 @@ struct Place {
   // an element. -1 where the tile does not hold it.
   FUSEDLOSS_INLINE int hit(const int64_t* columns, int i) const {
     if (!columns || !has_row(i)) return -1;
-    const int64_t column = ptx::load(columns + row(i)) - col0;
-    return column >= 0 && column < S::BLOCK_N ? int(column) : -1;
+    const uint64_t column = uint64_t(ptx::load(columns + row(i))) - uint64_t(col0);  // any number: it may wrap around
+    return column < S::BLOCK_N ? int(column) : -1;
   }
 };
 
