@@ -34,8 +34,8 @@ def run(*args, cwd, check=True, **env):
     return done.returncode, output
 
 
-def build_wheel(source, out, check=True, **env):
-    code = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
+def build_wheel(source, out, check=True, kind="wheel", **env):
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
     status, output = run("-c", code, cwd=source, check=check, **env)
     return status, output, next(out.glob("*.whl"), None)
 
@@ -163,6 +163,13 @@ def test_cuda_wheel(source, tmp_path):
         library = next(tmp_path.glob("site/fusedloss/_C.*.so"))
         symbols = subprocess.run([nm, "-D", library], check=True, capture_output=True, text=True).stdout
         assert not re.search(r" cuda\w+$", symbols, re.MULTILINE)
+
+    # An editable install goes on where the last build ended; a header brings what includes it.
+    (source / "csrc" / "similarity_sm90_run.cuh").touch()
+    _, output, _ = build_wheel(source, tmp_path / "editable", kind="editable", FUSEDLOSS_CUDA_ARCHS="80;90a", **fast)
+    compiled = {Path(name).name for name in re.findall(r"compile (\S+)", output)}
+    assert compiled == {file.name for file in (source / "csrc").glob("similarity_sm90_*.cu")}
+    assert list((source / "fusedloss").glob("_C.*.so"))
 
 
 def test_without_triton(tmp_path):
