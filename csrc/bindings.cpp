@@ -226,6 +226,16 @@ void def_similarities(py::module_& m) {
     SIMILARITY(margin_ranking);
     SIMILARITY(pair_hinge);
   }
+  {
+    using S = SidesArgs;
+    Fields<S>(m, "SidesArgs") FIELD(row_labels) FIELD(key_labels) FIELD(own) FIELD(pull) FIELD(push) FIELD(pull_base)
+        FIELD(push_base) FIELD(margin) FIELD(gamma) FIELD(pull_max) FIELD(pull_sum) FIELD(push_max) FIELD(push_sum)
+        FIELD(count) FIELD(pull_shift) FIELD(pull_weight) FIELD(push_shift) FIELD(push_weight) FIELD(q);
+    SIMILARITY(sides_stats);
+    SIMILARITY(sides_grad);
+    SIMILARITY(circle_stats);
+    SIMILARITY(circle_grad);
+  }
   py::class_<Plan>(m, "Plan")
       .def_readonly("capability", &Plan::capability)
       .def_readonly("BLOCK_M", &Plan::BLOCK_M)

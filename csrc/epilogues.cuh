@@ -202,6 +202,38 @@ FUSEDLOSS_INLINE void rows_to_table(float (&v)[S::ROWS], float* table, const Pla
   }
 }
 
+// Maxima, and sums relative to them, that each quad knows of its columns.
+template <class S>
+FUSEDLOSS_INLINE void maxima_to_table(float (&max)[S::ROWS], float (&sum)[S::ROWS], float* max_table, float* sum_table,
+                                      const Place<S>& place, typename S::Scratch& scratch) {
+  const int64_t line = int64_t(place.pid_n) * place.M;
+#pragma unroll
+  for (int i = 0; i < S::ROWS; ++i) {
+    if (place.t != 0) continue;
+    if constexpr (S::WARPS_N > 1) {
+      scratch.row[0][place.warp_n][place.local_row(i)] = max[i];
+      scratch.row[1][place.warp_n][place.local_row(i)] = sum[i];
+    } else if (place.has_row(i)) {
+      max_table[line + place.row(i)] = max[i];
+      sum_table[line + place.row(i)] = sum[i];
+    }
+  }
+  if constexpr (S::WARPS_N > 1) {
+    place.sync();
+    const int row = place.pid_m * S::BLOCK_M + place.thread;
+    if (place.thread < S::BLOCK_M && row < place.M) {
+      float first = scratch.row[0][0][place.thread], total = scratch.row[1][0][place.thread];
+#pragma unroll
+      for (int w = 1; w < S::WARPS_N; ++w) {
+        merge(first, total, scratch.row[0][w][place.thread], scratch.row[1][w][place.thread]);
+      }
+      max_table[line + row] = first;
+      sum_table[line + row] = total;
+    }
+    place.sync();
+  }
+}
+
 // What warps left in scratch.col, into line pid_m of tables [m_tiles, N]. SUMS: merges maxima and sums.
 template <bool SUMS, class S>
 FUSEDLOSS_INLINE void columns_to_table(float* table, float* sums, const Place<S>& place,
@@ -244,6 +276,7 @@ FUSEDLOSS_INLINE void drop_where(Bits<S>& admit, const int64_t* rows, const int6
   for (int i = 0; i < S::ROWS; ++i) id[i] = place.id_of_row(rows, i);
 #pragma unroll
   for (int w = 0; w < Bits<S>::WORDS; ++w) {
+#pragma unroll 4  // four loads under way: all of them would take the registers of the tile
     for (int j = 32 * w; j < 32 * w + 32 && j < S::COLUMNS; ++j) {
       if (place.col(j) >= place.N) break;
       const int64_t key = ptx::load(keys + place.col(j));
@@ -276,6 +309,7 @@ FUSEDLOSS_INLINE void admitted(Bits<S>& admit, float (&acc)[S::MT][S::NT][4], co
       const int32_t* bits = masks.bits + place.row(i) * masks.stride_bm;
 #pragma unroll
       for (int w = 0; w < Bits<S>::WORDS; ++w) {
+#pragma unroll 4
         for (int j = 32 * w; j < 32 * w + 32 && j < S::COLUMNS; ++j) {
           const int col = place.col(j);
           if (col >= place.N) break;
@@ -469,8 +503,9 @@ FUSEDLOSS_INLINE void walk(float (&acc)[S::MT][S::NT][4], const Strip& strip, co
   }
 }
 
-// Most tiles are inner ones, and bounds, targets and biases are half of what an element costs.
-template <bool GENERAL, class Out, class S, class Visit>
+// Most tiles are inner ones, and bounds, targets and biases are half of what an element costs; but the two walks of an
+// epilogue that is long anyway (SPLIT = false) would fill the instruction cache.
+template <bool GENERAL, class Out, bool SPLIT = !GENERAL, class S, class Visit>
 FUSEDLOSS_INLINE void for_each_logit(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Place<S>& place,
                                      Visit& visit) {
   float row_factor[S::ROWS];
@@ -483,7 +518,7 @@ FUSEDLOSS_INLINE void for_each_logit(float (&acc)[S::MT][S::NT][4], const Strip&
     target[i] = place.hit(strip.target, i);
     inner &= place.has_row(i) && target[i] < 0;
   }
-  if constexpr (!GENERAL) {
+  if constexpr (SPLIT) {
     if (ptx::all(inner)) return walk<false, true, Out>(acc, strip, place, row_factor, target, visit);
   }
   walk<GENERAL, false, Out>(acc, strip, place, row_factor, target, visit);
@@ -585,34 +620,7 @@ struct Stats {
       for (int j = 0; j < S::COLUMNS; ++j) sum[i] += exponential(at<S>(acc, i, j) - shift);
       sum[i] = over_quad<Sum>(sum[i]);
     }
-    const int64_t line = int64_t(place.pid_n) * place.M;
-    if constexpr (S::WARPS_N == 1) {
-#pragma unroll
-      for (int i = 0; i < S::ROWS; ++i) {
-        if (place.t != 0 || !place.has_row(i)) continue;
-        args.row_max[line + place.row(i)] = max[i];
-        args.row_sum[line + place.row(i)] = sum[i];
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < S::ROWS; ++i) {
-        if (place.t != 0) continue;
-        scratch.row[0][place.warp_n][place.local_row(i)] = max[i];
-        scratch.row[1][place.warp_n][place.local_row(i)] = sum[i];
-      }
-      place.sync();
-      const int row = place.pid_m * S::BLOCK_M + place.thread;
-      if (place.thread < S::BLOCK_M && row < place.M) {
-        float first = scratch.row[0][0][place.thread], total = scratch.row[1][0][place.thread];
-#pragma unroll
-        for (int w = 1; w < S::WARPS_N; ++w) {
-          merge(first, total, scratch.row[0][w][place.thread], scratch.row[1][w][place.thread]);
-        }
-        args.row_max[line + row] = first;
-        args.row_sum[line + row] = total;
-      }
-      place.sync();
-    }
+    maxima_to_table(max, sum, args.row_max, args.row_sum, place, scratch);
   }
 
   template <class S>
@@ -905,6 +913,33 @@ struct Store {
   }
 };
 
+// Positives and negatives ----------------------------------------------------------------------------------------------
+
+// Positives are columns of equal label, or the target; the rest are negatives, but for the row itself.
+template <class S>
+struct Relations {
+  bool labelled;
+  Bits<S> alike;
+  int own[S::ROWS];
+
+  FUSEDLOSS_INLINE Relations(const int64_t* row_labels, const int64_t* key_labels, const int64_t* own_columns,
+                             const Place<S>& place)
+      : labelled(row_labels) {
+#pragma unroll
+    for (int i = 0; i < S::ROWS; ++i) {
+      own[i] = place.hit(own_columns, i);
+#pragma unroll
+      for (int w = 0; w < Bits<S>::WORDS; ++w) alike.word[i][w] = 0xffffffffu;
+    }
+    if (labelled) drop_where(alike, row_labels, key_labels, false, place);
+  }
+  FUSEDLOSS_INLINE bool positive(int i, int j, bool target) const { return labelled ? alike(i, j) : target; }
+  template <bool INNER>
+  FUSEDLOSS_INLINE bool counts(int i, int j, const Place<S>& place) const {
+    return own[i] != place.offset(j) && (INNER || place.col(j) < place.N);
+  }
+};
+
 // Folds: sums over a row's similarities v, and their derivative by v, times the row's weight -----------------------------
 
 enum class FoldKind { sigmoid, margin_ranking, pair_hinge };
@@ -920,11 +955,11 @@ struct Fold {
     const Place<S>& place;
     float scale, bias;
     float weight[S::ROWS], target_value[S::ROWS];
-    Bits<S> alike;  // of equal labels
-    int own[S::ROWS];
+    Relations<S> relations;
     float loss[S::ROWS], count[S::ROWS], scale_grad[S::ROWS];  // count: sigmoid's bias_grad
 
-    FUSEDLOSS_INLINE Visit(const Args& args, const Strip& strip, const Place<S>& place) : args(args), place(place) {
+    FUSEDLOSS_INLINE Visit(const Args& args, const Strip& strip, const Place<S>& place)
+        : args(args), place(place), relations(args.row_labels, args.key_labels, args.own, place) {
       scale = ptx::load(strip.scale);
       bias = args.sigmoid_bias ? ptx::load(args.sigmoid_bias) : 0.0f;
       zero<S>(loss), zero<S>(count), zero<S>(scale_grad);
@@ -932,17 +967,13 @@ struct Fold {
       for (int i = 0; i < S::ROWS; ++i) {
         weight[i] = place.of_row(args.weight, i, 0.0f);
         target_value[i] = place.of_row(args.target_value, i, 0.0f);
-        own[i] = place.hit(args.own, i);
-#pragma unroll
-        for (int w = 0; w < Bits<S>::WORDS; ++w) alike.word[i][w] = 0xffffffffu;
       }
-      if (args.row_labels) drop_where(alike, args.row_labels, args.key_labels, false, place);
     }
     template <bool INNER>
     FUSEDLOSS_INLINE float value(int i, int j, const Element& element) {
       const float v = element.sim;
-      const bool positive = args.row_labels ? alike(i, j) : element.target;
-      const bool counts = own[i] != place.offset(j) && (INNER || place.col(j) < place.N);
+      const bool positive = relations.positive(i, j, element.target);
+      const bool counts = relations.template counts<INNER>(i, j, place);
       if constexpr (KIND == FoldKind::sigmoid) {
         // log(1 + exp(-y z)), y = 1 for positives and -1 for negatives
         const float z = v * scale + bias, u = positive ? -z : z;
@@ -974,6 +1005,148 @@ struct Fold {
     rows_to_table<Sum>(visit.loss, args.loss, place, scratch);
     rows_to_table<Sum>(visit.count, KIND == FoldKind::sigmoid ? args.bias_grad : args.count, place, scratch);
     if constexpr (KIND == FoldKind::sigmoid) rows_to_table<Sum>(visit.scale_grad, args.scale_grad, place, scratch);
+  }
+};
+
+// Losses of two log-sum-exps of a row, of its positives' f(v) and of its negatives' --------------------------------------
+
+enum class SideKind { linear, circle };
+
+// f(v) and its slope. circle's weights are constants to the gradient.
+template <SideKind KIND>
+FUSEDLOSS_INLINE float side(const SidesArgs& args, bool positive, float v, float scale, float& slope) {
+  if constexpr (KIND == SideKind::linear) {
+    slope = (positive ? args.pull : args.push) * scale;
+    const float z = v * scale, pull = args.pull * z - args.pull * args.pull_base, push = args.push * z - args.push * args.push_base;
+    return positive ? pull : push;
+  } else {
+    slope = positive ? -args.gamma * maximum(1 + args.margin - v, 0.0f) : args.gamma * maximum(v + args.margin, 0.0f);
+    return slope * (v - (positive ? 1 - args.margin : args.margin));
+  }
+}
+
+// Maxima of f and sums of exp(f - maximum), of each side.
+template <SideKind KIND>
+struct SidesStats {
+  using Args = SidesArgs;
+  static constexpr bool NARROW = true;
+
+  template <class S>
+  struct Visit : Visitor<S> {
+    const Args& args;
+    const Place<S>& place;
+    Relations<S> relations;
+    float scale;
+    float count[S::ROWS];  // of positives
+
+    FUSEDLOSS_INLINE Visit(const Args& args, const Strip& strip, const Place<S>& place)
+        : args(args), place(place), relations(args.row_labels, args.key_labels, args.own, place) {
+      scale = ptx::load(strip.scale);
+      zero<S>(count);
+    }
+    template <bool INNER>
+    FUSEDLOSS_INLINE float value(int i, int j, const Element& element) {
+      const bool positive = relations.positive(i, j, element.target);
+      const bool counts = relations.template counts<INNER>(i, j, place);
+      float slope;
+      const float f = side<KIND>(args, positive, element.sim, scale, slope);
+      count[i] += counts && positive ? 1.0f : 0.0f;
+      return counts ? f : -kInf;
+    }
+  };
+
+  template <class Out, class S>
+  static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
+                                   const Place<S>& place, typename S::Scratch& scratch) {
+    Visit<S> visit(args, strip, place);
+    for_each_logit<false, void, false>(acc, strip, place, visit);
+    float max[2][S::ROWS], sum[2][S::ROWS];  // negatives, positives
+    int target[S::ROWS] = {};
+    const auto positive = [&](int i, int j) {
+      return visit.relations.positive(i, j, target[i] == Place<S>::offset(j));
+    };
+#pragma unroll
+    for (int i = 0; i < S::ROWS; ++i) {
+      // From itself to itself: what ptxas knows of these it would keep, 64 predicates in registers, and spill.
+      target[i] = ptx::shuffle_xor(place.hit(strip.target, i), 0);
+#pragma unroll
+      for (int w = 0; w < Bits<S>::WORDS; ++w) {
+        uint32_t& word = visit.relations.alike.word[i][w];
+        word = ptx::shuffle_xor(word, 0);
+      }
+      max[0][i] = max[1][i] = -kInf;
+#pragma unroll
+      for (int j = 0; j < S::COLUMNS; ++j) {
+        const float f = at<S>(acc, i, j);
+        max[0][i] = maximum(max[0][i], positive(i, j) ? -kInf : f);
+        max[1][i] = maximum(max[1][i], positive(i, j) ? f : -kInf);
+      }
+#pragma unroll
+      for (int k = 0; k < 2; ++k) max[k][i] = over_quad<Max>(max[k][i]), sum[k][i] = 0;
+      const float push = finite(max[0][i]), pull = finite(max[1][i]);
+#pragma unroll
+      for (int j = 0; j < S::COLUMNS; ++j) {
+        const float e = exponential(at<S>(acc, i, j) - (positive(i, j) ? pull : push));
+        sum[0][i] += positive(i, j) ? 0.0f : e;
+        sum[1][i] += positive(i, j) ? e : 0.0f;
+      }
+#pragma unroll
+      for (int k = 0; k < 2; ++k) sum[k][i] = over_quad<Sum>(sum[k][i]);
+    }
+    maxima_to_table(max[0], sum[0], args.push_max, args.push_sum, place, scratch);
+    maxima_to_table(max[1], sum[1], args.pull_max, args.pull_sum, place, scratch);
+    rows_to_table<Sum>(visit.count, args.count, place, scratch);
+  }
+};
+
+// weight * exp(f - shift) * slope of each side, where the weights hold the loss's derivative by the side's log-sum-exp
+// over the side's sum. q: row sums of what is before the slope, times v.
+template <SideKind KIND>
+struct SidesGrad {
+  using Args = SidesArgs;
+  static constexpr bool NARROW = true;
+
+  template <class S>
+  struct Visit : Visitor<S> {
+    const Args& args;
+    const Place<S>& place;
+    Relations<S> relations;
+    float scale;
+    float shift[2][S::ROWS], weight[2][S::ROWS], q[S::ROWS];
+
+    FUSEDLOSS_INLINE Visit(const Args& args, const Strip& strip, const Place<S>& place)
+        : args(args), place(place), relations(args.row_labels, args.key_labels, args.own, place) {
+      scale = ptx::load(strip.scale);
+      zero<S>(q);
+#pragma unroll
+      for (int i = 0; i < S::ROWS; ++i) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          weight[k][i] = place.of_row(k ? args.pull_weight : args.push_weight, i, 0.0f);
+          // A weight of 0 gets shift +inf, because 0 * exp(f - shift) may be NaN.
+          shift[k][i] = weight[k][i] == 0 ? kInf : place.of_row(k ? args.pull_shift : args.push_shift, i, kInf);
+        }
+      }
+    }
+    template <bool INNER>
+    FUSEDLOSS_INLINE float value(int i, int j, const Element& element) {
+      const bool positive = relations.positive(i, j, element.target);
+      float slope;
+      const float f = side<KIND>(args, positive, element.sim, scale, slope);
+      const float e = exponential(f - (positive ? shift[1][i] : shift[0][i]));
+      const bool counts = relations.template counts<INNER>(i, j, place) && (positive ? weight[1][i] : weight[0][i]) != 0;
+      const float d = counts ? (positive ? weight[1][i] : weight[0][i]) * e : 0.0f;
+      q[i] += counts ? d * element.sim : 0.0f;
+      return counts ? d * slope : 0.0f;
+    }
+  };
+
+  template <class Out, class S>
+  static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
+                                   const Place<S>& place, typename S::Scratch& scratch) {
+    Visit<S> visit(args, strip, place);
+    for_each_logit<false, Out, false>(acc, strip, place, visit);
+    rows_to_table<Sum>(visit.q, args.q, place, scratch);
   }
 };
 

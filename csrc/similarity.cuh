@@ -12,7 +12,8 @@
   X(Top) X(Pick) X(Guide) X(Store)
 #define FUSEDLOSS_EPILOGUES_OF_RANGE(X)                                                                             \
   X(Exp<false, false>) X(Exp<false, true>) X(Exp<true, true>) X(Fold<FoldKind::sigmoid>)                            \
-  X(Fold<FoldKind::margin_ranking>) X(Fold<FoldKind::pair_hinge>)
+  X(Fold<FoldKind::margin_ranking>) X(Fold<FoldKind::pair_hinge>) X(SidesStats<SideKind::linear>)                   \
+  X(SidesGrad<SideKind::linear>) X(SidesStats<SideKind::circle>) X(SidesGrad<SideKind::circle>)
 
 namespace fusedloss {
 
@@ -82,24 +83,24 @@ cudaError_t Similarities<T>::store(const Strip& strip, const StoreArgs& args, co
   return run<T, Store>(strip, args, plan, stream);
 }
 
-template <class T, FoldKind KIND>
-cudaError_t run_fold(const Strip& strip, const FoldArgs& args, const Plan& plan, cudaStream_t stream) {
-  if constexpr (kHasRange<T>) return run<T, Fold<KIND>>(strip, args, plan, stream);
+// Folds are not for fp16.
+template <class T, class Epilogue>
+cudaError_t run_fold(const Strip& strip, const typename Epilogue::Args& args, const Plan& plan, cudaStream_t stream) {
+  if constexpr (kHasRange<T>) return run<T, Epilogue>(strip, args, plan, stream);
   return cudaErrorNotSupported;
 }
-template <class T>
-cudaError_t Similarities<T>::sigmoid(const Strip& strip, const FoldArgs& args, const Plan& plan, cudaStream_t stream) {
-  return run_fold<T, FoldKind::sigmoid>(strip, args, plan, stream);
-}
-template <class T>
-cudaError_t Similarities<T>::margin_ranking(const Strip& strip, const FoldArgs& args, const Plan& plan,
-                                            cudaStream_t stream) {
-  return run_fold<T, FoldKind::margin_ranking>(strip, args, plan, stream);
-}
-template <class T>
-cudaError_t Similarities<T>::pair_hinge(const Strip& strip, const FoldArgs& args, const Plan& plan,
-                                        cudaStream_t stream) {
-  return run_fold<T, FoldKind::pair_hinge>(strip, args, plan, stream);
-}
+#define FUSEDLOSS_FOLD(NAME, ARGS, ...)                                                                          \
+  template <class T>                                                                                            \
+  cudaError_t Similarities<T>::NAME(const Strip& strip, const ARGS& args, const Plan& plan, cudaStream_t stream) { \
+    return run_fold<T, __VA_ARGS__>(strip, args, plan, stream);                                                 \
+  }
+FUSEDLOSS_FOLD(sigmoid, FoldArgs, Fold<FoldKind::sigmoid>)
+FUSEDLOSS_FOLD(margin_ranking, FoldArgs, Fold<FoldKind::margin_ranking>)
+FUSEDLOSS_FOLD(pair_hinge, FoldArgs, Fold<FoldKind::pair_hinge>)
+FUSEDLOSS_FOLD(sides_stats, SidesArgs, SidesStats<SideKind::linear>)
+FUSEDLOSS_FOLD(sides_grad, SidesArgs, SidesGrad<SideKind::linear>)
+FUSEDLOSS_FOLD(circle_stats, SidesArgs, SidesStats<SideKind::circle>)
+FUSEDLOSS_FOLD(circle_grad, SidesArgs, SidesGrad<SideKind::circle>)
+#undef FUSEDLOSS_FOLD
 
 }  // namespace fusedloss

@@ -109,6 +109,17 @@ struct FoldArgs {
   float *loss, *count, *scale_grad, *bias_grad;  // tables by row, or null
 };
 
+// Losses of two log-sum-exps of a row: of f(v) over its positives, which it pulls, and over its negatives, which it
+// pushes. linear: f(v) = pull (scale v - pull_base), push likewise. circle: f(v) = -gamma max(0, 1 + margin - v)
+// (v - 1 + margin) and gamma max(0, v + margin) (v - margin).
+struct SidesArgs {
+  const int64_t *row_labels, *key_labels, *own;  // as FoldArgs'
+  float pull, push, pull_base, push_base, margin, gamma;
+  float *pull_max, *pull_sum, *push_max, *push_sum, *count;                   // stats: tables by row; the positives
+  const float *pull_shift, *pull_weight, *push_shift, *push_weight;           // grad: [M]
+  float* q;                                                                   // a table
+};
+
 // Which kernel runs a launch. BLOCK_M and BLOCK_N are the tables'.
 struct Plan {
   int capability;  // 80 or 90: the kernel's, at most the device's
@@ -135,6 +146,10 @@ struct Similarities {
   static cudaError_t sigmoid(const Strip&, const FoldArgs&, const Plan&, cudaStream_t);  // folds: not fp16
   static cudaError_t margin_ranking(const Strip&, const FoldArgs&, const Plan&, cudaStream_t);
   static cudaError_t pair_hinge(const Strip&, const FoldArgs&, const Plan&, cudaStream_t);
+  static cudaError_t sides_stats(const Strip&, const SidesArgs&, const Plan&, cudaStream_t);
+  static cudaError_t sides_grad(const Strip&, const SidesArgs&, const Plan&, cudaStream_t);
+  static cudaError_t circle_stats(const Strip&, const SidesArgs&, const Plan&, cudaStream_t);
+  static cudaError_t circle_grad(const Strip&, const SidesArgs&, const Plan&, cudaStream_t);
 };
 
 }  // namespace fusedloss

@@ -216,7 +216,7 @@ FUSEDLOSS_INLINE void multiply(Tile::Accumulators& acc, const Layout& x, const L
 }
 
 template <class T, class Epilogue>
-__global__ void __launch_bounds__(Tile::THREADS)
+__global__ void __launch_bounds__(Tile::THREADS, 1)  // or else ptxas spills for a second block, which does not fit
     similarity_sm80(const Strip strip, const typename Epilogue::Args args, const Layout x, const Layout y) {
   unsigned char* shared = ptx::shared_memory();
   const int m_tiles = (strip.M + Tile::BLOCK_M - 1) / Tile::BLOCK_M;

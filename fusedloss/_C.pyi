@@ -11,9 +11,9 @@ class DType(enum.Enum):
     float16 = 1
     bfloat16 = 2
 
-# Parameters are the fields of the structs in csrc/rows.h and csrc/similarity.h, by keyword. A pointer is an int or None,
-# an array of pointers a list; those that are not given are null and numbers 0, or what the struct says. TypeError names
-# a field that is not there.
+# Parameters are the fields of the structs in csrc/rows.h and csrc/similarity.h, by keyword. A pointer is an int or
+# None, an array of pointers a list; what is not given is null, 0, or what the struct says. TypeError names a field
+# that is not there.
 Field = int | float | bool | DType | list[int] | "Masks" | "TallyArgs" | None
 
 class PrepareParams:
@@ -67,6 +67,9 @@ class StoreArgs:
 class FoldArgs:
     def __init__(self, **fields: Field) -> None: ...
 
+class SidesArgs:
+    def __init__(self, **fields: Field) -> None: ...
+
 class Plan:
     capability: int
     BLOCK_M: int
@@ -93,3 +96,7 @@ def store(strip: Strip, dtype: DType, args: StoreArgs, plan: Plan, stream: int) 
 def sigmoid(strip: Strip, dtype: DType, args: FoldArgs, plan: Plan, stream: int) -> None: ...
 def margin_ranking(strip: Strip, dtype: DType, args: FoldArgs, plan: Plan, stream: int) -> None: ...
 def pair_hinge(strip: Strip, dtype: DType, args: FoldArgs, plan: Plan, stream: int) -> None: ...
+def sides_stats(strip: Strip, dtype: DType, args: SidesArgs, plan: Plan, stream: int) -> None: ...
+def sides_grad(strip: Strip, dtype: DType, args: SidesArgs, plan: Plan, stream: int) -> None: ...
+def circle_stats(strip: Strip, dtype: DType, args: SidesArgs, plan: Plan, stream: int) -> None: ...
+def circle_grad(strip: Strip, dtype: DType, args: SidesArgs, plan: Plan, stream: int) -> None: ...

@@ -90,16 +90,12 @@ def _shift(x: Tensor) -> Tensor:
     return shift.masked_fill_(shift == -torch.inf, 0)
 
 
-def _softmax_(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax of each row over the columns in `mask`, in place, 0 elsewhere; its log-sum-exp is `shift + log_total`.
-
-    The two are handed out apart: a difference of shifts is nearly exact, that of two log-sum-exps is not. Without
-    columns they are 0 and -inf.
-    """
+def _softmax_(x: Tensor, mask: Tensor) -> LogSum:
+    """Softmax of each row over the columns in `mask`, in place, 0 elsewhere; without columns a shift of 0."""
     shift = _shift(x.masked_fill_(~mask, -torch.inf))
     total = torch.threshold_(x.sub_(shift).exp_(), FLOOR, 0.0).sum(dim=1, keepdim=True)
     x.div_(total.masked_fill(total == 0, 1))
-    return shift[:, 0], total.log_()[:, 0]
+    return LogSum(shift[:, 0], total.log_()[:, 0])
 
 
 def _probabilities_(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,6 +234,54 @@ def pair_hinge_formula(values: Tensor, part: Part, scalars: Scalars, options: Op
     return _left_in(hinge.sum(dim=1), part), _counted((hinge > 0).sum(dim=1), values, part)
 
 
+# Two log-sum-exps -----------------------------------------------------------------------------------------------------
+
+
+class LogSum(NamedTuple):
+    """A row's log-sum-exp, `shift + log`. Apart, because a difference of shifts is nearly exact."""
+
+    shift: Tensor  # [R]
+    log: Tensor  # -inf without columns
+
+    @property
+    def value(self) -> Tensor:
+        return self.shift + self.log
+
+
+class Sides(NamedTuple):
+    """A loss of the log-sum-exps of a row's positives and negatives, and its derivatives by the two."""
+
+    loss: Tensor  # [R]
+    pull: Tensor
+    push: Tensor
+
+
+def multi_similarity_row(pull: LogSum, push: LogSum, scalars: Scalars, options: Options) -> Sides:
+    alpha, beta, _ = options
+    pulled, pushed = pull.value, push.value
+    loss = _softplus(pulled) / alpha + _softplus(pushed) / beta
+    return Sides(loss, torch.sigmoid(pulled) / alpha, torch.sigmoid(pushed) / beta)
+
+
+def proxy_anchor_row(pull: LogSum, push: LogSum, scalars: Scalars, options: Options) -> Sides:
+    _, share = scalars
+    pulled, pushed = pull.value, push.value
+    return Sides(share * _softplus(pulled) + _softplus(pushed), share * torch.sigmoid(pulled), torch.sigmoid(pushed))
+
+
+def circle_row(pull: LogSum, push: LogSum, scalars: Scalars, options: Options) -> Sides:
+    z = (pull.shift + push.shift) + (pull.log + push.log)
+    slope = torch.sigmoid(z)
+    return Sides(_softplus(z), slope, slope)
+
+
+def sup_con_in_row(pull: LogSum, push: LogSum, scalars: Scalars, options: Options) -> Sides:
+    """Less the logarithm of the number of positives."""
+    z = (push.shift - pull.shift) + (push.log - pull.log)
+    slope = torch.sigmoid(z)
+    return Sides(_softplus(z), -slope, slope)
+
+
 # Multi-similarity -----------------------------------------------------------------------------------------------------
 
 
@@ -248,12 +292,11 @@ def multi_similarity(values: Tensor, part: Part, scalars: Scalars, options: Opti
     positive, negative = _sets(values, part)
     pulled = values.sub_(base) * -alpha
     pushed = values.mul_(beta)
-    pull, push = (shift + log for shift, log in (_softmax_(pulled, positive), _softmax_(pushed, negative)))
-    loss = _weighted(_softplus(pull) / alpha + _softplus(push) / beta, part)
+    sides = multi_similarity_row(_softmax_(pulled, positive), _softmax_(pushed, negative), scalars, options)
     if gradient:
-        pushed.mul_(torch.sigmoid(push)[:, None]).addcmul_(pulled, torch.sigmoid(pull)[:, None], value=-1)
+        pushed.mul_((beta * sides.push)[:, None]).addcmul_(pulled, (alpha * sides.pull)[:, None], value=-1)
         _weigh_(pushed, part)
-    return Folded(loss, None)
+    return Folded(_weighted(sides.loss, part), None)
 
 
 def multi_similarity_formula(
@@ -269,17 +312,15 @@ def multi_similarity_formula(
 @torch.no_grad()
 def proxy_anchor(values: Tensor, part: Part, scalars: Scalars, options: Options, gradient: bool) -> Folded:
     """`share log(1 + sum_pos exp(-alpha (v - margin))) + log(1 + sum_neg exp(alpha (v + margin)))`."""
-    _, share = scalars
     margin, alpha = options
     positive, negative = _sets(values, part)
     pulled = (values - margin).mul_(-alpha)
     pushed = values.add_(margin).mul_(alpha)
-    pull, push = (shift + log for shift, log in (_softmax_(pulled, positive), _softmax_(pushed, negative)))
-    loss = _weighted(share * _softplus(pull) + _softplus(push), part)
+    sides = proxy_anchor_row(_softmax_(pulled, positive), _softmax_(pushed, negative), scalars, options)
     if gradient:
-        pulled.mul_((share * torch.sigmoid(pull))[:, None])
-        _weigh_(pushed.mul_(torch.sigmoid(push)[:, None]).sub_(pulled), part, alpha)
-    return Folded(loss, None)
+        pushed.mul_(sides.push[:, None]).addcmul_(pulled, sides.pull[:, None], value=-1)
+        _weigh_(pushed, part, alpha)
+    return Folded(_weighted(sides.loss, part), None)
 
 
 def proxy_anchor_formula(
@@ -309,12 +350,11 @@ def circle(values: Tensor, part: Part, scalars: Scalars, options: Options, gradi
     repel = (values + m).clamp_min_(0).mul_(gamma)
     pulled = (1 - m - values).mul_(attract)
     pushed = values.sub_(m).mul_(repel)
-    (shift_p, log_p), (shift_n, log_n) = _softmax_(pulled, positive), _softmax_(pushed, negative)
-    z = (shift_p + shift_n) + (log_p + log_n)
-    loss = _weighted(_softplus(z), part)
+    sides = circle_row(_softmax_(pulled, positive), _softmax_(pushed, negative), scalars, options)
+    loss = _weighted(sides.loss, part)
     if gradient:
         pushed.mul_(repel).addcmul_(pulled, attract, value=-1)
-        _weigh_(pushed, part, torch.sigmoid(z))
+        _weigh_(pushed, part, sides.push)
     return Folded(loss, _counted(loss > 0, values, part))
 
 
@@ -342,14 +382,13 @@ def sup_con_in(values: Tensor, part: Part, scalars: Scalars, options: Options, g
     positive, negative = _sets(values, part)
     pulled = values * scale
     pushed = pulled.clone()
-    (shift_p, log_p), (shift_n, log_n) = _softmax_(pulled, positive), _softmax_(pushed, negative)
+    sides = sup_con_in_row(_softmax_(pulled, positive), _softmax_(pushed, negative), scalars, options)
     number = positive.sum(dim=1)
     part = part._replace(weight=part.weight.masked_fill(number == 0, 0))
-    z = (shift_n - shift_p) + (log_n - log_p)
-    loss = _weighted(_softplus(z) + number.to(z.dtype).log_(), part)
+    loss = _weighted(sides.loss + number.to(sides.loss.dtype).log_(), part)
     if not gradient:
         return Folded(loss, None)
-    dz = _weigh_(pushed.sub_(pulled), part, torch.sigmoid(z))
+    dz = _weigh_(pushed.sub_(pulled), part, sides.push)
     torch.mul(dz, values, out=pulled).masked_fill_((part.weight == 0)[:, None], 0)
     torch.mul(dz, scale, out=values)
     return Folded(loss, None, (pulled.sum(),))

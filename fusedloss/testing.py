@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -137,6 +138,15 @@ def budget_share(out: Tensor, eager: Tensor, oracle: Tensor, dtype: torch.dtype)
     eager_error = (eager.double() - wanted).abs().nan_to_num(0, 0, 0).max().item()
     budget = 2 * eager_error + torch.finfo(dtype).eps * wanted.abs().max().item()
     return error / budget if budget else (0.0 if error == 0 else float("inf"))
+
+
+def typical_budget_share(
+    outs: Sequence[Tensor], eagers: Sequence[Tensor], oracles: Sequence[Tensor], dtype: torch.dtype
+) -> float:
+    """Of several draws, where few rows make one as much luck on either side: the geometric mean, the worst by four."""
+    shares = [budget_share(*draw, dtype) for draw in zip(outs, eagers, oracles, strict=True)]
+    mean = sum(math.log(max(share, 0.125)) for share in shares) / len(shares)
+    return max(math.exp(mean), max(shares) / 4 if len(shares) > 1 else 0.0)
 
 
 def _up(x: Tensor) -> Tensor:

@@ -224,7 +224,7 @@ def test_fp16_under_a_loss_scale_keeps_its_gradients():
         assert error < 1e-3, error
 
 
-@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_second_derivatives_are_refused_by_kernels(backend):
     query, key = leaves((6, 4), (6, 4), dtype=torch.float32)
     reason = BACKENDS[backend].why_not(probe("cpu"))
@@ -261,7 +261,7 @@ def test_compiles_in_one_graph_without_recompiling_for_another_batch():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_op_meets_torch_librarys_own_checks(backend, per_row, symmetric):

@@ -89,7 +89,7 @@ def test_workspace_bytes_is_a_positive_number_of_bytes(bad, error):
         fusedloss.info_nce(query, key, workspace_bytes=bad)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
 @pytest.mark.parametrize(
     "loss",
     [

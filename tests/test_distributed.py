@@ -243,7 +243,7 @@ KERNELS = [
 ]
 
 
-def by_kernels(rank, size, folder):
+def by_kernels(rank, size, folder, backend):
     torch.set_num_threads(1)
     options = {"rank": rank, "world_size": size, "timeout": datetime.timedelta(seconds=120)}
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", **options)
@@ -251,15 +251,16 @@ def by_kernels(rank, size, folder):
     for name in KERNELS:
         for strategy in ("gather", "ring"):
             batch = Batch(7, torch.float32, slice(4) if rank == 0 else slice(4, 7))
-            options = {"group": dist.group.WORLD, "strategy": strategy, "grad_scale": "sum", "backend": "triton"}
+            options = {"group": dist.group.WORLD, "strategy": strategy, "grad_scale": "sum", "backend": backend}
             outcome[name, strategy] = batch.results(CASES[name](batch, **options))
     Path(folder, f"{rank}.pkl").write_bytes(pickle.dumps(outcome))
     dist.destroy_process_group()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is there on Linux only")
-def test_triton_kernels(tmp_path):
-    torch.multiprocessing.start_processes(by_kernels, (2, str(tmp_path)), nprocs=2, start_method="fork")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_kernels(tmp_path, backend):
+    torch.multiprocessing.start_processes(by_kernels, (2, str(tmp_path), backend), nprocs=2, start_method="fork")
     found = [pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()) for rank in range(2)]
     for name, strategy in found[0]:
         whole = Batch(7, torch.float32)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn import functional as F
 
+from fusedloss import sweep, testing
+from fusedloss.backends import BACKENDS
 from fusedloss.folds import FOLDS, Part
+from fusedloss.info import probe
+from fusedloss.losses._fold import fold_loss
+from fusedloss.problem import Fold, stats_dtype
 
 # scalars and options of each fold
 CASES = {
@@ -405,3 +412,173 @@ def test_sentence_transformers(name, margin, classes):
     (by_ours,) = torch.autograd.grad(distance, x, slope / divisor)
     close(found.loss.sum() / divisor, wanted.detach())
     close(by_ours, by_theirs)
+
+
+# In a sweep -----------------------------------------------------------------------------------------------------------
+# cuda has kernels for the first three kinds; elsewhere, and for the others, torch folds the similarities of a chunk:
+# triton as chunked.
+
+OPTIONS = {
+    "sigmoid": ("sigmoid", ()),
+    "margin_ranking, mean": ("margin_ranking", (0.3, 1.0)),
+    "margin_ranking, sum": ("margin_ranking", (0.1, 0.0)),
+    "pair_hinge, pulls": ("pair_hinge", (0.6, -1.0, 1.0)),
+    "pair_hinge, pushes": ("pair_hinge", (-0.1, 1.0, 0.0)),
+    "multi_similarity": ("multi_similarity", (2.0, 10.0, 0.5)),
+}
+SIZES = {"one tile": (37, 53, 29), "several tiles": (140, 270, 40), "one row": (1, 167, 64), "one column": (9, 1, 8)}
+
+
+class Swept(NamedTuple):
+    """A fold in a sweep, as a function of its leaves: x, y (x itself where there is none), and a sigmoid's scalars."""
+
+    name: str
+    options: tuple[float, ...]
+    weight: Tensor
+    target: Tensor
+    labels: tuple[Tensor, Tensor] | None = None
+    cosine: bool = False
+    itself: bool = False
+
+    def split(self, leaves):
+        matrices = 1 if self.itself else 2
+        scalars = leaves[matrices:] or [torch.ones((), dtype=stats_dtype(leaves[0].dtype), device=self.weight.device)]
+        return list(leaves[:matrices]), scalars
+
+    def rows(self, *leaves, backend, per_row=True):
+        """The rows' losses, or their sum; and the count, summed."""
+        operands, (scale, *more) = self.split(leaves)
+        fold = Fold(self.name, self.options, labels=self.labels, itself=self.itself, scalars=tuple(more))
+        return fold_loss(
+            operands, scale, self.weight, fold, self.cosine, not per_row, backend, None, target=self.target
+        )
+
+    def formula(self, *leaves):
+        """In the leaves' own numbers, 16 bits as fp32."""
+        operands, scalars = self.split(leaves)
+        x, y = (t if t.dtype == torch.float64 else t.float() for t in (operands[0], operands[-1]))
+        if self.cosine:
+            x, y = (F.normalize(t, dim=1) for t in (x, y))
+        rows = torch.arange(len(x), device=x.device)
+        labels = (None, None) if self.labels is None else self.labels
+        part = Part(rows, self.weight.to(x.dtype), self.target, *labels, rows if self.itself else None)
+        scalars = tuple(s.to(x.dtype) for s in scalars) if self.name == "sigmoid" else ()
+        loss, count = FOLDS[self.name][1](x @ y.T, part, scalars, self.options)
+        return loss, None if count is None else count.sum()
+
+
+def swept(options, size, dtype, device, labelled=False, **more):
+    """The fold, and its leaves: unit rows, so that the hinges are on both sides of 0."""
+    M, N, D = SIZES[size]
+    name, numbers = OPTIONS[options]
+    N = M if more.get("itself") else N
+    leaves = [x.to(device) for x in testing.inputs("random", M, N, D, dtype)]
+    target = torch.randint(N, (M,), device=device)
+    labels = None
+    if labelled:
+        values = torch.tensor([-(2**63), 2**32, 0, 1, 2**32 + 1], device=device)  # equal in half of their bits
+        labels = values[torch.randint(5, (M,), device=device)], values[torch.randint(5, (N,), device=device)]
+    if more.get("itself"):
+        leaves = leaves[:1]
+        labels = None if labels is None else (labels[0], labels[0])
+    weight = torch.rand(M, device=device, dtype=stats_dtype(dtype)) + 0.1
+    weight[2::3] = 0
+    if name == "sigmoid":
+        leaves += [torch.tensor(number, dtype=stats_dtype(dtype), device=device) for number in (5.0, -1.5)]
+    return Swept(name, numbers, weight, target, labels, **more), leaves
+
+
+def in_budget(fold, leaves, backend, dtype, upstream=None):
+    wanted = [t.double() for t in leaves]
+
+    def total(losses):
+        return losses.sum() if upstream is None else (losses * upstream.to(losses)).sum()
+
+    ours = lambda *t: total(fold.rows(*t, backend=backend, per_row=upstream is not None)[0])
+    found = testing.value_and_gradients(ours, leaves)
+    baseline, exact = (testing.value_and_gradients(lambda *t: total(fold.formula(*t)[0]), t) for t in (leaves, wanted))
+    terms = fold._replace(weight=fold.weight.abs()).formula(*wanted)[0].sum().item()
+    for number, (out, base, right) in enumerate(zip(found, baseline, exact, strict=True)):
+        if right.dim():  # one number is as right as luck has it: bounded by what it sums
+            share = testing.budget_share(out, base, right, dtype)
+            assert share <= 1, f"{number}: {share:.2f} of the budget"
+        else:
+            assert (out.double() - right).abs() <= 1e-5 * (terms + right.abs()), number
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("labelled", [False, True], ids=["targets", "labels"])
+@pytest.mark.parametrize("backend", ["chunked", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_sweep_with_a_fold(device, backend, labelled, options, size, dtype):
+    """Labels and targets, both sides and both scalars, weights of 0."""
+    fold, leaves = swept(options, size, dtype, device, labelled)
+    skip_unless_it_runs(backend, leaves)
+    in_budget(fold, leaves, backend, dtype)
+
+
+def skip_unless_it_runs(backend, leaves):
+    if reason := BACKENDS[backend].why_not(probe(leaves[0].device.type, leaves[0].dtype)):
+        pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("labelled", [False, True], ids=["targets", "labels"])
+@pytest.mark.parametrize("cosine", [False, True], ids=["dot", "cosine"])
+@pytest.mark.parametrize("itself", [False, True], ids=["two", "itself"])
+@pytest.mark.parametrize("backend", ["chunked", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_sweep_with_a_fold_in_chunks_and_by_row(device, backend, itself, cosine, labelled, options, monkeypatch):
+    """By the weights of an upstream gradient; rows that are their own columns; what is counted; without gradients."""
+    monkeypatch.setattr(sweep, "chunk_rows", lambda M, *_: min(M, 16))
+    fold, leaves = swept(options, "one tile", torch.float32, device, labelled, cosine=cosine, itself=itself)
+    skip_unless_it_runs(backend, leaves)
+    leaves[0] = leaves[0] * (1.7 if cosine else 1.0)
+    upstream = torch.linspace(-0.5, 1.5, len(fold.weight), device=device)
+    in_budget(fold, leaves, backend, torch.float32, upstream)
+    losses, count = fold.rows(*leaves, backend=backend)
+    wanted, wanted_count = fold.formula(*(t.double() for t in leaves))
+    torch.testing.assert_close(losses.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert (losses[fold.weight == 0] == 0).all()
+    total, summed = fold.rows(*(t.requires_grad_() for t in leaves), backend=backend, per_row=False)
+    torch.testing.assert_close(total.detach().double(), wanted.sum(), rtol=1e-5, atol=1e-5)
+    assert (count is None) == (summed is None) == (wanted_count is None)
+    assert count is None or count == summed == wanted_count
+    with torch.no_grad():
+        assert fold.rows(*leaves, backend=backend, per_row=False)[0] == total
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("trained", range(4))
+@pytest.mark.parametrize("backend", ["chunked", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_sweep_with_a_fold_of_which_one_leaf_is_trained(device, backend, trained, options):
+    """The others' gradients are not computed, and do not matter."""
+    fold, leaves = swept(options, "one tile", torch.float32, device)
+    if trained >= len(leaves):
+        pytest.skip("has no scalars")
+    skip_unless_it_runs(backend, leaves)
+    everything = testing.value_and_gradients(lambda *t: fold.rows(*t, backend=backend, per_row=False)[0], leaves)
+    leaves[trained].requires_grad_()
+    value = fold.rows(*leaves, backend=backend, per_row=False)[0]
+    value.backward()
+    assert torch.equal(value.detach(), everything[0])
+    torch.testing.assert_close(leaves[trained].grad, everything[1 + trained], rtol=1e-6, atol=1e-7)
+    assert all(leaf.grad is None for number, leaf in enumerate(leaves) if number != trained)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("backend", ["chunked", "cuda"])
+def test_a_row_of_weight_0_may_hold_anything_in_a_sweep(backend, options):
+    fold, leaves = swept(options, "one tile", torch.float32, "cpu")
+    skip_unless_it_runs(backend, leaves)
+    step = lambda *t: fold.rows(*t, backend=backend, per_row=False)[0]
+    wanted = testing.value_and_gradients(step, leaves)
+    leaves[0][fold.weight == 0] = 1e30  # NaN times an entry of 0 would be NaN in the products
+    found = testing.value_and_gradients(step, leaves)
+    assert torch.equal(found[0], wanted[0])
+    for a, b in zip(found[1:], wanted[1:], strict=True):
+        torch.testing.assert_close(a, b)

@@ -12,11 +12,13 @@ from fusedloss.info import probe
 
 pytestmark = pytest.mark.gpu
 
-BACKEND = pytest.mark.parametrize("backend", ["chunked", "triton"])
+BACKEND = pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
+KERNELS = pytest.mark.parametrize("backend", ["triton", "cuda"])
 LOSSES = {
     "info_nce": lambda q, k, s, b: fusedloss.info_nce(q, k, temperature=1 / s, normalize=True, backend=b),
     "info_nce, scale known": lambda q, k, s, b: fusedloss.info_nce(q, k, temperature=0.05, normalize=True, backend=b),
     "clip": lambda q, k, s, b: fusedloss.clip(q, k, s, backend=b),
+    "siglip": lambda q, k, s, b: fusedloss.siglip(q, k, s, -4.0, backend=b),
     "ranking": lambda q, k, s, b: fusedloss.multiple_negatives_ranking(q, k, k * 2, scale=s, backend=b),
 }
 
@@ -108,19 +110,22 @@ def test_compiles_in_one_graph(backend):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
 
 
-def test_second_derivatives_are_refused_by_the_kernels():
-    query, key, _ = batch("triton")
-    loss = fusedloss.info_nce(query, key, backend="triton")
-    with pytest.raises(RuntimeError, match="backend 'triton' has none"):
+@KERNELS
+def test_second_derivatives_are_refused_by_the_kernels(backend):
+    query, key, _ = batch(backend)
+    loss = fusedloss.info_nce(query, key, backend=backend)
+    with pytest.raises(RuntimeError, match=f"backend '{backend}' has none"):
         torch.autograd.grad(loss, query, create_graph=True)
 
 
 @pytest.mark.parametrize("loss", list(LOSSES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_runs_are_equal_bit_for_bit(loss, dtype):
-    leaves = batch("triton", dtype, 3000, 256)
-    first = testing.value_and_gradients(lambda *t: LOSSES[loss](*t, "triton"), leaves)
-    again = testing.value_and_gradients(lambda *t: LOSSES[loss](*t, "triton"), leaves)
+@pytest.mark.parametrize("dim", [256, 100])
+@KERNELS
+def test_runs_are_equal_bit_for_bit(backend, loss, dtype, dim):
+    leaves = batch(backend, dtype, 3000, dim)
+    first = testing.value_and_gradients(lambda *t: LOSSES[loss](*t, backend), leaves)
+    again = testing.value_and_gradients(lambda *t: LOSSES[loss](*t, backend), leaves)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -156,23 +161,26 @@ def unit(rows, dim, seed):
     return x
 
 
-def needs_memory(gib):
+def needs(backend, gib):
+    if reason := BACKENDS[backend].why_not(probe("cuda", torch.bfloat16)):
+        pytest.skip(f"{backend}: {reason}")
     if torch.cuda.get_device_properties(0).total_memory < gib << 30:
         pytest.skip(f"needs {gib} GiB of GPU memory")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("normalize", [True, False], ids=["one fused sweep", "two sweeps"])
-def test_a_million_rows_in_one_call(normalize):
+@KERNELS
+def test_a_million_rows_in_one_call(backend, normalize):
     """N = 2**20 at D = 1024: a workspace of 4e9 elements, and no more than 8 GiB beside gradients and dy's sums."""
-    needs_memory(64)
+    needs(backend, 64)
     n, dim, scale = 2**20, 1024, 20.0
     query, key = unit(n, dim, 0).requires_grad_(), unit(n, dim, 1).requires_grad_()
     with torch.no_grad():
         key[::2] = (key[::2].float() + query[::2].float()).bfloat16()
 
     def step():
-        fusedloss.info_nce(query, key, temperature=1 / scale, normalize=normalize, backend="triton").backward()
+        fusedloss.info_nce(query, key, temperature=1 / scale, normalize=normalize, backend=backend).backward()
 
     accumulator, gradients = n * dim * 4, 2 * n * dim * 2
     assert measure.peak_memory(step, "cuda") <= gradients + accumulator + (8 << 30)
@@ -192,15 +200,16 @@ def test_a_million_rows_in_one_call(normalize):
 
 
 @pytest.mark.slow
-def test_keys_beyond_two_to_the_31_elements():
-    needs_memory(24)
+@KERNELS
+def test_keys_beyond_two_to_the_31_elements(backend):
+    needs(backend, 24)
     n, dim = 2**20, 2304
     key = unit(n, dim, 1)
     assert key.numel() > 2**31
     target = torch.arange(n - 300, n, device="cuda")
     query = (unit(300, dim, 0).float() + key[target].float()).bfloat16()
     for normalize in (False, True):
-        found = fusedloss.info_nce(query, key, target, normalize=normalize, reduction="none", backend="triton")
+        found = fusedloss.info_nce(query, key, target, normalize=normalize, reduction="none", backend=backend)
         exact = query.double()
         exact = torch.nn.functional.normalize(exact, dim=1) if normalize else exact
         columns = []
@@ -212,12 +221,13 @@ def test_keys_beyond_two_to_the_31_elements():
 
 
 @pytest.mark.parametrize("n, dim", [(16384, 768), (65536, 768), (131072, 256)])
-def test_the_workspace_of_a_large_batch(n, dim):
-    needs_memory(16)
+@KERNELS
+def test_the_workspace_of_a_large_batch(backend, n, dim):
+    needs(backend, 16)
     query, key = unit(n, dim, 0).requires_grad_(), unit(n, dim, 1).requires_grad_()
 
     def step():
-        fusedloss.info_nce(query, key, temperature=0.05, normalize=True, backend="triton").backward()
+        fusedloss.info_nce(query, key, temperature=0.05, normalize=True, backend=backend).backward()
 
     allowed = 2 * n * dim * 2 + n * dim * 4 + (1 << 30)
     assert measure.peak_memory(step, "cuda") <= allowed

@@ -21,6 +21,7 @@ from fusedloss import measure, sweep, testing
 from fusedloss.backends import BACKENDS, chunked
 from fusedloss.problem import Block, Problem
 
+KERNELS = ("triton", "cuda")  # without fp64
 MIB = 2**20
 
 
@@ -198,6 +199,7 @@ def test_the_vocabulary_head_of_a_denoising_auto_encoder(backend, pad):
 # Precision ------------------------------------------------------------------------------------------------------------
 
 SHAPES = {"ragged": (37, 53, 29), "one row": (1, 167, 64), "two classes": (5, 2, 8), "one dimension": (33, 40, 1)}
+FEW_ROWS = ("one row", "two classes")
 OPTIONS = {
     "plain": {},
     "softcap that bounds": {"softcap": 6.0},
@@ -219,29 +221,35 @@ def skip_if_unsupported(backend, x):
 @pytest.mark.parametrize("shape", list(SHAPES))
 @pytest.mark.parametrize("options", list(OPTIONS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_inside_the_error_budget(device, backend, dtype, options, shape):
     given = dict(OPTIONS[options])
-    x, y, bias, target = (t.to(device) for t in inputs(*SHAPES[shape], dtype, ignored=0.2))
-    skip_if_unsupported(backend, x)
-    target[0] = 0
-    if "weight" in given:
-        given["weight"] = torch.rand(len(y), device=device) + 0.1
-    ours = lambda x, y, b: fusedloss.linear_cross_entropy(x, y, target, linear_bias=b, backend=backend, **given)
-    theirs = lambda x, y, b: eager(x, y, target, b, **given)
-    with chunks(16, 32):
-        found = testing.value_and_gradients(ours, (x, y, bias))
-    assert found[0].dtype == torch.float32 and found[0].shape == ()
-    baseline = testing.value_and_gradients(theirs, (x, y, bias))
-    exact = testing.value_and_gradients(theirs, [t.double() for t in (x, y, bias)])
-    for name, out, base, wanted in zip(("loss", "input", "weight", "bias"), found, baseline, exact, strict=True):
-        assert out.dtype == (torch.float32 if name == "loss" else dtype)
-        share = testing.budget_share(out, base, wanted, dtype)
+    found, baseline, exact = [], [], []
+    # One row's rounding is one factor of all of its gradient. chunked multiplies as eager does and has eager's; a
+    # kernel's is its own, and one draw of each says little.
+    for seed in range(5 if shape in FEW_ROWS and backend in KERNELS else 1):
+        x, y, bias, target = (t.to(device) for t in inputs(*SHAPES[shape], dtype, ignored=0.2, seed=seed))
+        skip_if_unsupported(backend, x)
+        target[0] = 0
+        if "weight" in given:
+            given["weight"] = torch.rand(len(y), device=device) + 0.1
+        ours = lambda x, y, b, t=target: fusedloss.linear_cross_entropy(
+            x, y, t, linear_bias=b, backend=backend, **given
+        )
+        theirs = lambda x, y, b, t=target: eager(x, y, t, b, **given)
+        with chunks(16, 32):
+            found.append(testing.value_and_gradients(ours, (x, y, bias)))
+        baseline.append(testing.value_and_gradients(theirs, (x, y, bias)))
+        exact.append(testing.value_and_gradients(theirs, [t.double() for t in (x, y, bias)]))
+    for number, name in enumerate(("loss", "input", "weight", "bias")):
+        out, base, wanted = ([draw[number] for draw in draws] for draws in (found, baseline, exact))
+        assert out[0].dtype == (torch.float32 if name == "loss" else dtype) and out[0].shape == wanted[0].shape
+        share = testing.typical_budget_share(out, base, wanted, dtype)
         assert share <= 1, f"{name}: {share:.2f} of the budget"
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
 def test_a_softcap_keeps_small_logits(backend):
     """tanh of 1e-4 is itself: a difference of exponentials would leave three digits of it."""
     x, y, _, target = inputs(8, 20, 5, torch.float32)
@@ -255,7 +263,7 @@ def test_a_softcap_keeps_small_logits(backend):
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0, 75.0])
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 def test_extreme_logits(backend, softcap):
     """+-1e4: a row that is sure of its target, one that is sure of another, and ties."""
     x = torch.tensor([[1e4, 0], [-1e4, 0], [0, 1e4], [0, 0]])
@@ -271,7 +279,7 @@ def test_extreme_logits(backend, softcap):
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 def test_nan_in_nan_out_but_for_ignored_rows(backend, softcap):
     x, y, _, target = inputs(6, 5, 3, torch.float32)
     x[2] = torch.nan
@@ -288,9 +296,9 @@ def test_nan_in_nan_out_but_for_ignored_rows(backend, softcap):
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0, 75.0])
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 def test_a_bias_of_minus_infinity_removes_a_class(backend, softcap):
-    dtype = torch.float32 if backend == "triton" else torch.float64
+    dtype = torch.float32 if backend in KERNELS else torch.float64
     x, y, bias, target = inputs(9, 8, 3, dtype)
     target[target == 2] = 3
     removed = bias.clone()
@@ -301,7 +309,7 @@ def test_a_bias_of_minus_infinity_removes_a_class(backend, softcap):
     kept = [0, 1, 3, 4, 5, 6, 7]
     shifted = target - (target > 2).long()
     fewer = lambda x, y, b: eager(x, y[kept], shifted, b[kept], softcap=softcap, label_smoothing=0.1)
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if backend == "triton" else {}
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if backend in KERNELS else {}
     same(call, fewer, (x, y, removed), **tolerance)
     target[0] = 2  # as torch's: impossible
     assert fusedloss.linear_cross_entropy(x, y, target, linear_bias=removed, backend=backend) == torch.inf

@@ -134,7 +134,7 @@ def test_a_zero_row_stays_finite_under_normalize(backend):
     close(found[0], wanted[0])
 
 
-ALL = ["chunked", "reference", "triton"]
+ALL = ["chunked", "reference", "triton", "cuda"]
 
 
 @pytest.mark.parametrize("backend", ALL)

@@ -23,6 +23,7 @@ from fusedloss.problem import Block, Problem
 pml = pytest.importorskip("pytorch_metric_learning.losses")
 
 MIB = 2**20
+KERNELS = ("triton", "cuda")
 LOSSES = {"arcface": fusedloss.arcface, "cosface": fusedloss.cosface}
 
 
@@ -152,7 +153,7 @@ def test_a_negative_margin_of_cosface_helps_its_target():
         )
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_ignored_rows_are_not_there(reduction, loss, backend):
@@ -172,7 +173,7 @@ def test_ignored_rows_are_not_there(reduction, loss, backend):
         same(ours, fewer, (x, weight), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("rows, classes", [(0, 5), (0, 0), (4, 5)], ids=["empty", "no classes", "all ignored"])
 def test_a_batch_without_rows_has_loss_0_and_no_gradient(rows, classes, loss, backend):
@@ -185,7 +186,7 @@ def test_a_batch_without_rows_has_loss_0_and_no_gradient(rows, classes, loss, ba
         assert all((found == 0).all() for found in testing.value_and_gradients(total, (x, weight)))
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_one_class_is_always_right(loss, backend):
     x, weight, _ = inputs(5, 1, 3, torch.float32)
@@ -198,7 +199,7 @@ def test_one_class_is_always_right(loss, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_exactly_aligned_and_opposed_targets(loss, backend, dtype):
     """cos is 1 or -1 there and its gradient 0, so that the target's logit is a constant; acos's would be infinite."""
@@ -226,7 +227,7 @@ def test_exactly_aligned_and_opposed_targets(loss, backend, dtype):
         torch.testing.assert_close(one.double(), other, rtol=4 * eps, atol=scale * (4 * eps + math.sin(margin) * sine))
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("end", [0.0, math.pi])
 def test_arcface_close_to_its_class_vector(end, backend):
     """Down to 1e-3 the angle is in the value and the gradient: rounding is eps / angle of what is left of the row."""
@@ -244,7 +245,7 @@ def test_arcface_close_to_its_class_vector(end, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 def test_multiples_of_class_vectors_have_no_direction(backend, dtype):
     """The cosine of 768 products is a few eps off 1; divided by its sine, that would be a direction out of nothing."""
     weight, target = inputs(64, 64, 768, dtype)[1], torch.arange(64)
@@ -301,31 +302,36 @@ def test_zero_rows_have_no_direction():
 # Precision ------------------------------------------------------------------------------------------------------------
 
 SHAPES = {"ragged": (37, 53, 29), "one row": (1, 167, 64), "two classes": (5, 2, 8), "two dimensions": (33, 40, 2)}
+FEW_ROWS = ("one row", "two classes", "two dimensions")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("margin, scale", [(0.5, 64.0), (0.2, 8.0), (1.5, 30.0)])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_inside_the_error_budget(device, backend, dtype, loss, margin, scale, shape):
-    x, weight, target = (t.to(device) for t in inputs(*SHAPES[shape], dtype))
-    skip_if_unsupported(backend, x)
-    ours = lambda x, w: LOSSES[loss](x, target, w, margin=margin, scale=scale, backend=backend)
-    plain = lambda x, w: eager(loss, x, target, w, margin, scale)
-    with chunks(16, 32):
-        found = testing.value_and_gradients(ours, (x, weight))
-    assert found[0].dtype == torch.float32 and found[0].shape == ()
-    baseline = testing.value_and_gradients(plain, (x, weight))
-    exact = testing.value_and_gradients(plain, (x.double(), weight.double()))
-    for name, out, base, wanted in zip(("loss", "embeddings", "weight"), found, baseline, exact, strict=True):
-        assert out.dtype == (torch.float32 if name == "loss" else dtype)
-        share = testing.budget_share(out, base, wanted, dtype)
+    found, baseline, exact = [], [], []
+    # A row's rounding is one factor of all of its gradient, and in two dimensions a single row is most of the error.
+    # chunked multiplies as eager does and has eager's; a kernel's is its own, and one draw of each says little.
+    for seed in range(5 if shape in FEW_ROWS and backend in KERNELS else 1):
+        x, weight, target = (t.to(device) for t in inputs(*SHAPES[shape], dtype, seed))
+        skip_if_unsupported(backend, x)
+        ours = lambda x, w, t=target: LOSSES[loss](x, t, w, margin=margin, scale=scale, backend=backend)
+        plain = lambda x, w, t=target: eager(loss, x, t, w, margin, scale)
+        with chunks(16, 32):
+            found.append(testing.value_and_gradients(ours, (x, weight)))
+        baseline.append(testing.value_and_gradients(plain, (x, weight)))
+        exact.append(testing.value_and_gradients(plain, (x.double(), weight.double())))
+    for number, name in enumerate(("loss", "embeddings", "weight")):
+        out, base, wanted = ([draw[number] for draw in draws] for draws in (found, baseline, exact))
+        assert out[0].dtype == (torch.float32 if name == "loss" else dtype) and out[0].shape == wanted[0].shape
+        share = testing.typical_budget_share(out, base, wanted, dtype)
         assert share <= 1, f"{name}: {share:.2f} of the budget"
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_extreme_scales(loss, backend):
     """Logits of +-1e4 and a margin of thousands of units: each is half an ulp, 2**-11, off, and so is the loss."""
@@ -338,7 +344,7 @@ def test_extreme_scales(loss, backend):
         assert found.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_well_fitted_row_keeps_its_loss(loss, backend):
     """exp(-30) and less: a difference from a log-sum-exp in fp32 would be 0, or below."""
@@ -350,7 +356,7 @@ def test_a_well_fitted_row_keeps_its_loss(loss, backend):
     torch.testing.assert_close(call(x, weight).double(), wanted, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_nan_in_nan_out_but_for_ignored_rows(loss, backend):
     x, weight, target = inputs(6, 5, 3, torch.float32)

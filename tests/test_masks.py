@@ -17,7 +17,8 @@ import fusedloss
 from fusedloss import masks, testing
 
 BACKENDS = ["chunked", "reference"]
-ALL = [*BACKENDS, "triton"]
+KERNELS = ["triton", "cuda"]
+ALL = [*BACKENDS, *KERNELS]
 REDUCTIONS = ["mean", "sum", "none"]
 IGNORED = -100
 
@@ -276,8 +277,9 @@ def test_every_option_of_info_nce_beside_masks(backend, reduction, label_smoothi
 
 @pytest.mark.parametrize("names", [*CASES[:1], *CASES[2:5], *CASES[6:9], CASES[12], *COMBINED[3:4]], ids=" & ".join)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
-def test_info_nce_in_triton(names, label_smoothing):
-    """Odd sizes, larger than one of its tiles in columns."""
+@pytest.mark.parametrize("backend", KERNELS)
+def test_info_nce_in_kernels(names, label_smoothing, backend):
+    """Odd sizes, larger than one of their tiles in columns."""
     ours, formula, leaves = info_nce_case(
         names,
         19,
@@ -291,7 +293,7 @@ def test_info_nce_in_triton(names, label_smoothing):
         dtype=torch.float32,
     )
     # Values that fp32 holds: what competes is then decided by the same numbers.
-    same(lambda *t: ours(*(x.float() for x in t), backend="triton"), formula, leaves, rtol=2e-5, atol=2e-6)
+    same(lambda *t: ours(*(x.float() for x in t), backend=backend), formula, leaves, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -354,12 +356,13 @@ def clip_case(mask, admitted, target, ones, normalize, reduction):
 
 
 @pytest.mark.parametrize("names", [("same_id",), ("bool", "same_group")], ids=str)
-def test_clip_in_triton(names):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_clip_in_kernels(names, backend):
     leaves = [randn(70, 8), randn(70, 8), torch.tensor(2.5, dtype=torch.float64)]
     target, ones = torch.arange(70), torch.ones(70, dtype=torch.float64)
     mask, admitted = joined(names, randn(70, 70), target)
     ours, formula = clip_case(mask, admitted, target, ones, True, "mean")
-    same(lambda *t: ours(*(x.float() for x in t), backend="triton"), formula, leaves, rtol=2e-5, atol=2e-6)
+    same(lambda *t: ours(*(x.float() for x in t), backend=backend), formula, leaves, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -539,7 +542,7 @@ def test_a_separate_dot_product_would_not_do():
 @pytest.mark.parametrize("backend", ALL)
 def test_a_duplicate_in_another_block_is_a_tie(backend, name):
     """Positives again among the hard negatives: a block of another width, whose product may round otherwise."""
-    rows, dim = (70, 40) if backend == "triton" else (MANY, WIDE)
+    rows, dim = (70, 40) if backend in KERNELS else (MANY, WIDE)
     anchor, positive = (torch.randn(rows, dim) * lengths(rows, torch.float32) for _ in range(2))
     negatives = [positive.clone(), torch.cat([positive, positive[:17]])]
     groups = torch.cat([torch.arange(rows).repeat(3), torch.full((17,), -1)])
@@ -555,7 +558,7 @@ def test_a_duplicate_in_another_block_is_a_tie(backend, name):
 def test_a_duplicate_among_the_negatives_of_gist_embed_is_a_tie(backend):
     """Guides whose positives lie far above all else, so that everything competes but the pairs of rows with themselves;
     embeddings of 0, so that the loss is the log of how many do."""
-    rows, dim = (70, 40) if backend == "triton" else (MANY, WIDE)
+    rows, dim = (70, 40) if backend in KERNELS else (MANY, WIDE)
     guide_anchor = torch.randn(rows, dim)
     guide_positive = guide_anchor + 0.5 * torch.randn(rows, dim)
     blank = torch.zeros(rows, 4)
@@ -677,7 +680,7 @@ def counts_the_same(call, wanted, **tolerance):
 def leaf(rows, dim, backend):
     """What all backends can hold."""
     x = torch.randn(rows, dim)
-    return (x if backend == "triton" else x.double()).requires_grad_()
+    return (x if backend in KERNELS else x.double()).requires_grad_()
 
 
 @pytest.mark.usefixtures("small_chunks")

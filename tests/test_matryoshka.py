@@ -59,11 +59,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", list(CASES))
-@pytest.mark.parametrize("backend", ["chunked", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["chunked", "reference", "triton", "cuda"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_is_the_weighted_sum_over_normalised_prefixes(case, backend, reduction):
     loss, count, options, _ = CASES[case]
-    dtype = torch.float32 if backend == "triton" else torch.float64
+    dtype = torch.float32 if backend in ("triton", "cuda") else torch.float64
     options = {name: value(dtype) if value is guides else value for name, value in options.items()}
     leaves = [randn(B, D, dtype=dtype).requires_grad_() for _ in range(count)]
     options |= {"reduction": reduction, "dims": (4, D, 2), "weights": (1.0, 0.5, 2.0)}

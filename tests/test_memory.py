@@ -41,7 +41,7 @@ def test_gradients_are_not_copied_on_their_way_out():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
 def test_on_a_gpu_the_workspace_is_bounded(backend):
     import fusedloss
 

@@ -22,6 +22,7 @@ from fusedloss import measure, sweep, testing
 from fusedloss.backends import chunked
 
 BACKENDS = ["chunked", "reference"]
+KERNELS = ["triton", "cuda"]
 DISTANCES = ["euclidean", "squared", "cosine"]
 
 
@@ -255,21 +256,23 @@ def test_in_batch_margin_ranking_is_its_formula(backend, data):
 WITH_DISTANCE = [*((name, distance) for name in TRIPLETS for distance in DISTANCES), *((n, "cosine") for n in WEIGHED)]
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name, distance", WITH_DISTANCE)
-def test_labelled_losses_on_triton(name, distance):
+def test_labelled_losses_in_kernels(name, distance, backend):
     """The kernels' own tiles, in fp32."""
     loss, formula = LABELLED[name]
     options = {} if name in WEIGHED else {"distance": distance}
     x, labels = randn(19, 8).float(), torch.randint(0, 4, (19,))
-    ours = lambda x: loss(x, labels, backend="triton", **options)
+    ours = lambda x: loss(x, labels, backend=backend, **options)
     same(ours, lambda x: formula(x.double(), labels, **options), [x], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", PAIRS)
-def test_losses_of_pairs_on_triton(name):
+def test_losses_of_pairs_in_kernels(name, backend):
     loss, formula = PAIRS[name]
     tensors = [randn(19, 8).float(), randn(19, 8).float()]
-    ours = lambda a, p: loss(a, p, backend="triton")
+    ours = lambda a, p: loss(a, p, backend=backend)
     same(ours, lambda a, p: formula(a.double(), p.double()), tensors, rtol=1e-4, atol=1e-5)
 
 
@@ -396,7 +399,7 @@ def test_degenerate_labels(name, distance, case, backend):
         same(lambda x: loss(x, labels, backend=backend, **options), lambda x: formula(x, labels, **options), [x])
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("backend", [*BACKENDS, *KERNELS])
 @pytest.mark.parametrize("name", LABELLED)
 def test_one_label_by_number(name, backend):
     """What the conventions say where there is no negative, without a formula in between."""
@@ -410,7 +413,7 @@ def test_one_label_by_number(name, backend):
     assert torch.isfinite(x.grad).all()
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("backend", [*BACKENDS, *KERNELS])
 @pytest.mark.parametrize("name", [*LABELLED, *PAIRS])
 def test_no_rows(name, backend):
     x = torch.randn(0, 4, requires_grad=True)
@@ -423,7 +426,7 @@ def test_no_rows(name, backend):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("backend", [*BACKENDS, *KERNELS])
 def test_a_single_pair_has_no_negative(name, backend):
     anchor, positive = torch.tensor([[1.0, 0.0]]).requires_grad_(), torch.tensor([[0.6, 0.8]]).requires_grad_()
     value = PAIRS[name][0](anchor, positive, backend=backend)
@@ -434,7 +437,7 @@ def test_a_single_pair_has_no_negative(name, backend):
     torch.testing.assert_close(anchor.grad, torch.tensor(wanted))
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("backend", [*BACKENDS, *KERNELS])
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("name", TRIPLETS)
 def test_a_batch_of_duplicates_has_a_zero_gradient(name, distance, backend):
@@ -467,7 +470,7 @@ def test_duplicates_among_others(name, distance, backend):
     )
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("backend", [*BACKENDS, *KERNELS])
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("name", ["hard", "soft"])
 def test_the_first_of_equally_hard_ones_takes_the_gradient(name, distance, backend):
@@ -486,7 +489,7 @@ def test_the_first_of_equally_hard_ones_takes_the_gradient(name, distance, backe
         )
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("backend", [*BACKENDS, *KERNELS])
 def test_mega_batch_margin_gives_a_tie_to_the_first(backend):
     anchor = 2 * torch.eye(4)[[0, 1, 2, 3, 0]]
     positive = torch.tensor([[1.0, 1, 1, 1]] * 5) * torch.tensor([[1, 1, -1, 1], *[[1, 1, 1, 1]] * 3, [1, -1, 1, 1]])
@@ -500,7 +503,7 @@ def test_mega_batch_margin_gives_a_tie_to_the_first(backend):
         )
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("backend", [*BACKENDS, *KERNELS])
 @pytest.mark.parametrize("name", LABELLED)
 def test_labels_are_any_int64(name, backend):
     """Equal in their low 32 bits, or as float64, is not equal; the lowest and -1 are labels like others."""

@@ -201,7 +201,7 @@ def test_proxy_anchor_is_its_formula(shape, alpha, reduction, backend, seed):
 # Degenerate batches ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_rows_that_proxy_nca_ignores_are_not_there(decoupled, reduction, backend):
@@ -219,7 +219,7 @@ def test_rows_that_proxy_nca_ignores_are_not_there(decoupled, reduction, backend
         same(ours, fewer, (x, proxies), rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("classes", [5, 0])
 def test_an_empty_batch_has_loss_0_and_no_gradient(classes, loss, backend):
@@ -232,7 +232,7 @@ def test_an_empty_batch_has_loss_0_and_no_gradient(classes, loss, backend):
         assert all((found == 0).all() for found in testing.value_and_gradients(total, (x, proxies)))
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_proxy_nca_without_a_row_that_counts(decoupled, backend):
     x, _, proxies = inputs(4, 5, 3, torch.float32)
@@ -244,7 +244,7 @@ def test_proxy_nca_without_a_row_that_counts(decoupled, backend):
         assert all((found == 0).all() for found in testing.value_and_gradients(call, (x, proxies)))
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_one_class_has_nothing_to_lose_in_proxy_nca(decoupled, backend):
     x, target, proxies = inputs(5, 1, 3, torch.float32)
@@ -252,7 +252,7 @@ def test_one_class_has_nothing_to_lose_in_proxy_nca(decoupled, backend):
     assert all((found == 0).all() for found in testing.value_and_gradients(call, (x, proxies)))
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 def test_proxy_anchor_of_all_equal_and_of_opposed_embeddings(backend):
     """log(1 + n exp(alpha (m + 1))): every embedding in one place, on a proxy and opposite another."""
     x = torch.tensor([[2.0, 0]]).repeat(6, 1)
@@ -287,7 +287,7 @@ CASES = [(loss, options) for loss, found in OPTIONS.items() for options in found
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("loss, options", CASES, ids=lambda value: str(value) if isinstance(value, dict) else value)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_inside_the_error_budget(device, backend, dtype, loss, options, shape):
     found, baseline, exact = [], [], []
@@ -308,7 +308,7 @@ def test_inside_the_error_budget(device, backend, dtype, loss, options, shape):
         assert share <= 1, f"{name}: {share:.2f} of the budget"
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_extreme_scales(loss, backend):
     """Logits of +-1e4. Cosines of unit rows of D = 4 are off by 4 half-ulps of 1, and that is times the scale."""
@@ -322,7 +322,7 @@ def test_extreme_scales(loss, backend):
         assert found.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 def test_a_well_fitted_row_keeps_its_loss(backend):
     """exp(-36): a difference from a log-sum-exp in fp32 would be 0, where pytorch-metric-learning drops the row."""
     proxies, target = torch.eye(4), torch.arange(4)
@@ -339,7 +339,7 @@ def test_a_well_fitted_row_keeps_its_loss(backend):
     torch.testing.assert_close(found.double(), torch.full((8,), wanted).double(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
 def test_nan_in_nan_out(backend):
     """A row of proxy_nca has a loss of its own; an embedding is in every proxy's loss of proxy_anchor."""
     x, target, proxies = inputs(6, 5, 3, torch.float32)

@@ -19,7 +19,8 @@ import fusedloss
 from fusedloss import masks, testing
 
 BACKENDS = ["chunked", "reference"]
-ALL = [*BACKENDS, "triton"]
+KERNELS = ["triton", "cuda"]
+ALL = [*BACKENDS, *KERNELS]
 
 
 @pytest.fixture(autouse=True)
@@ -156,12 +157,13 @@ def test_ranking_is_its_formula(directions, partition_mode, mode, backend):
         (SPLIT[1], "per_direction", HARDNESS[1]),
     ],
 )
-def test_ranking_in_triton(directions, partition_mode, mode):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_ranking_in_kernels(directions, partition_mode, mode, backend):
     tensors = [randn(21, 8).float() for _ in range(3)]
     chosen = {"directions": directions, "partition_mode": partition_mode, "similarity": "cos", "scale": 5.0}
     found = testing.value_and_gradients(
         lambda *t: fusedloss.multiple_negatives_ranking(
-            *t, hardness_mode=mode, hardness_strength=2.0, backend="triton", **chosen
+            *t, hardness_mode=mode, hardness_strength=2.0, backend=backend, **chosen
         ),
         tensors,
     )
@@ -296,10 +298,11 @@ def test_gist_is_its_formula(margin, strategy, columns, backend):
         rows_same(ours, formula, [*texts, torch.tensor(0.3, dtype=torch.float64)])
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("margin", [0.0, 0.3, -3.0])
-def test_gist_in_triton(margin):
+def test_gist_in_kernels(margin, backend):
     texts, guides = gist_case(1, rows=21, dtype=torch.float32)
-    ours = lambda *t: fusedloss.gist_embed(*t, guide=guides, temperature=0.2, margin=margin, backend="triton")
+    ours = lambda *t: fusedloss.gist_embed(*t, guide=guides, temperature=0.2, margin=margin, backend=backend)
     found = testing.value_and_gradients(ours, texts)
     doubles = [g.double() for g in guides]
     wanted = testing.value_and_gradients(
@@ -562,10 +565,13 @@ JUDGED = list(itertools.product(BUDGETS, testing.KINDS))
 
 
 INTERPRETED = [(name, "clustered", "triton", dtype) for name in BUDGETS for dtype in (torch.float32, torch.float16)]
+COMPILED = [
+    (name, "clustered", "cuda", dtype) for name in BUDGETS for dtype in (torch.float32, torch.bfloat16, torch.float16)
+]
 CHUNKED = [(*case, "chunked", dtype) for case in JUDGED for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 
 
-@pytest.mark.parametrize("name, kind, backend, dtype", CHUNKED + INTERPRETED, ids=str)
+@pytest.mark.parametrize("name, kind, backend, dtype", CHUNKED + INTERPRETED + COMPILED, ids=str)
 def test_inside_the_error_budget(name, kind, backend, dtype):
     """At most twice the error that a careful user's eager code has, beside an eps of the largest."""
     rows = 40 if backend == "chunked" else 12

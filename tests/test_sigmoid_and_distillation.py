@@ -19,7 +19,8 @@ from fusedloss.backends import chunked
 from fusedloss.rowwise import pairs
 
 BACKENDS = ["chunked", "reference"]
-ALL = ["chunked", "reference", "triton"]
+KERNELS = ["triton", "cuda"]
+ALL = [*BACKENDS, *KERNELS]
 
 
 def randn(*shape):
@@ -215,14 +216,15 @@ def test_siglip_is_the_sum_of_log_sigmoids(target, reduction, backend, data):
 
 
 @pytest.mark.parametrize("target", [None, "columns", "ids"])
-def test_siglip_on_triton(target):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_siglip_in_kernels(target, backend):
     """The kernels' own tiles, in fp32, with a learnable scale and bias."""
     ids = torch.randint(0, 5, (19,)), torch.randint(0, 5, (27,))
     columns = torch.randint(0, 27, (19,))
     given = {None: None, "columns": columns, "ids": masks.same_id(*ids)}[target]
     positive = {None: None, "columns": columns[:, None] == torch.arange(27), "ids": ids[0][:, None] == ids[1]}[target]
     near(
-        lambda x, y, s, b: fusedloss.siglip(x, y, s, b, target=given, normalize=True, backend="triton"),
+        lambda x, y, s, b: fusedloss.siglip(x, y, s, b, target=given, normalize=True, backend=backend),
         lambda x, y, s, b: sigmoid_rows(x.double(), y.double(), s, b, positive, True).mean(),
         [torch.randn(19, 8), torch.randn(27, 8), torch.tensor(7.0), torch.tensor(-3.0)],
     )
@@ -233,7 +235,7 @@ def test_siglip_on_triton(target):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_siglip_at_logits_of_ten_thousand(sign, dtype, backend):
     """No exponential may overflow: where a pair is that wrong its loss is |z|, where it is that right it is 0."""
-    if backend == "triton" and dtype == torch.float64:
+    if backend in KERNELS and dtype == torch.float64:
         pytest.skip("no kernel for it")
     x = torch.eye(3, dtype=dtype)
     y = 2 * torch.eye(3, dtype=dtype) - 1  # logits of +10,000 on the diagonal and of -10,000 elsewhere
@@ -290,10 +292,11 @@ def test_clip_distill_is_the_divergence_of_both_softmaxes(reduction, backend, da
         )
 
 
-def test_clip_distill_on_triton():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_clip_distill_in_kernels(backend):
     teacher = torch.randn(19, 5), torch.randn(19, 5), 3.0
     near(
-        lambda x, y, s: fusedloss.clip_distill(x, y, s, *teacher, backend="triton"),
+        lambda x, y, s: fusedloss.clip_distill(x, y, s, *teacher, backend=backend),
         lambda x, y, s: distill_rows(x.double(), y.double(), s, *(t.double() for t in teacher[:2]), 3.0).mean(),
         [torch.randn(19, 8), torch.randn(19, 8), torch.tensor(1.5)],
     )
@@ -323,7 +326,7 @@ def test_clip_distill_has_the_gradient_of_soft_targets(backend):
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_student_that_is_its_teacher_loses_nothing(dtype, backend):
-    if backend == "triton" and dtype == torch.float64:
+    if backend in KERNELS and dtype == torch.float64:
         pytest.skip("no kernel for it")
     x, y = randn(40, 6).to(dtype), randn(40, 6).to(dtype)
     found = testing.value_and_gradients(
@@ -507,10 +510,11 @@ def test_every_row_by_its_own_weight(name, reduction, backend):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_every_row_by_its_own_weight_on_triton(name):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_every_row_by_its_own_weight_in_kernels(name, backend):
     loss, formula, _ = ROWS[name]
     near(
-        lambda *t: loss(*t, reduction="none", backend="triton"),
+        lambda *t: loss(*t, reduction="none", backend=backend),
         lambda *t: formula(*(x.double() for x in t)),
         matrices(name, torch.float32),
     )

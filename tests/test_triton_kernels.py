@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from strips import assert_lse, assert_near, direction, factored, formula, gain_of, grad_formula, lse, with_entry
 from torch import Tensor
 
 from fusedloss import rows as plain
-from fusedloss.problem import Block, Patch, Problem, RowSums, Softmax, Strip
+from fusedloss.backends.shifts import exp_shift
+from fusedloss.problem import Block, Patch, Problem, RowSums, Strip
 
 pytest.importorskip("triton")
 from fusedloss.kernels.config import Config, pick_config, pick_rows
@@ -121,26 +123,6 @@ def problem_of(strips: list[Strip], scale_bound: float | None = None) -> Problem
     )
 
 
-def formula(strip: Strip) -> tuple[Tensor, Tensor]:
-    """(similarities, logits) in fp64; the target's logit and those of removed columns are -inf."""
-    sim = strip.x.double() @ strip.y.double().T
-    if strip.row_factor is not None and strip.col_factor is not None:
-        sim = sim * strip.row_factor.double()[:, None] * strip.col_factor.double()
-    z = sim * strip.scale.double()
-    if strip.bias is not None:
-        z = z + strip.bias.double()
-    if strip.target is not None:
-        columns = torch.arange(z.shape[1], device=z.device)
-        z = z.masked_fill(columns == strip.target[:, None], -torch.inf)
-    return sim, z
-
-
-def factored(value: Tensor, strip: Strip) -> Tensor:
-    if strip.row_factor is None or strip.col_factor is None:
-        return value
-    return value * strip.row_factor.double()[:, None] * strip.col_factor.double()
-
-
 def workspace(strips: list[Strip]) -> tuple[Tensor, list[Tensor]]:
     """A NaN workspace whose rows are longer than the strips, and a view of it for each strip."""
     widths = [-(-strip.y.shape[0] // 16) * 16 for strip in strips]
@@ -148,15 +130,6 @@ def workspace(strips: list[Strip]) -> tuple[Tensor, list[Tensor]]:
     buffer = torch.full((x.shape[0], sum(widths) + 16), math.nan, dtype=x.dtype, device=x.device)
     starts = [sum(widths[:number]) for number in range(len(widths))]
     return buffer, [buffer[:, start : start + strip.y.shape[0]] for start, strip in zip(starts, strips, strict=True)]
-
-
-def assert_near(actual: Tensor, expected: Tensor, magnitude: Tensor | float = 0.0) -> None:
-    """Within 64 ulp of a logit of 10, of the value or, for sums that cancel, `magnitude`."""
-    actual = actual.double()
-    same = (actual == expected) | (actual.isnan() & expected.isnan())
-    bound = 64 * torch.finfo(torch.float32).eps * 10
-    error = (actual - expected).abs() - bound * torch.maximum(expected.abs(), torch.as_tensor(magnitude))
-    assert (same | (error <= 0)).all(), error[~same].max()
 
 
 def assert_stored(outs: list[Tensor], expected: list[Tensor], buffer: Tensor) -> None:
@@ -167,16 +140,6 @@ def assert_stored(outs: list[Tensor], expected: list[Tensor], buffer: Tensor) ->
         assert ((out.double() - value).abs() <= slack).all()
         out.fill_(math.nan)
     assert buffer.isnan().all()
-
-
-def lse(sums: RowSums) -> Tensor:
-    """Of the tiles' partial sums."""
-    shift = sums.shift if isinstance(sums.shift, Tensor) else torch.full_like(sums.total, sums.shift)
-    return torch.logsumexp(shift.double() + sums.total.double().log(), 0)
-
-
-def assert_lse(sums: RowSums, z: Tensor) -> None:
-    assert_near(lse(sums), torch.logsumexp(z, 1), magnitude=1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -217,40 +180,6 @@ def test_exp_with_columns(case, dtype, tile):
     assert_stored(outs, [factored(e, strips[0])], buffer)
 
 
-def direction(z: Tensor, with_q: bool) -> Softmax:
-    """Weights of either sign; every third row left out, with whatever its shift may then be."""
-    shift = z.amax(1).float()
-    weight = 2 * torch.rand(shift.shape, device=DEVICE) - 1  # |gain * dz| <= 2**15 in fp16
-    weight[shift == -torch.inf] = 0
-    weight[::3] = 0
-    for start, value in enumerate([-torch.inf, torch.inf, torch.nan]):
-        shift[3 * start :: 9] = value
-    target_sim = torch.randn(shift.shape, device=DEVICE) if with_q else None
-    return Softmax(shift, weight, target_sim)
-
-
-def grad_formula(z: Tensor, sim: Tensor, softmax: Softmax) -> tuple[Tensor, Tensor]:
-    """(dz, terms of q), both [M, N]."""
-    left_out = (softmax.weight == 0)[:, None]
-    shift = softmax.shift.double()[:, None].masked_fill(left_out, 0)
-    dz = (softmax.weight.double()[:, None] * torch.exp(z - shift)).masked_fill(left_out, 0)
-    target_sim = 0 if softmax.target_sim is None else softmax.target_sim.double()[:, None]
-    return dz, dz * (sim - target_sim)
-
-
-def gain_of(dtype):
-    """What the sweep passes: None, or a power of two on the device."""
-    return torch.tensor(2.0**15, device=DEVICE) if dtype == torch.float16 else None
-
-
-def with_entry(value: Tensor, entry: Tensor, strip: Strip) -> Tensor:
-    """`value` with each row's entry at its target, where the strip holds it."""
-    if strip.target is None:
-        return value
-    hit = torch.arange(value.shape[1], device=value.device) == strip.target[:, None]
-    return torch.where(hit, entry.double()[:, None], value)
-
-
 @pytest.mark.parametrize("with_q", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_grad(case, dtype, with_q, tile):
@@ -258,7 +187,7 @@ def test_grad(case, dtype, with_q, tile):
     buffer, outs = workspace(strips)
     sims, zs = zip(*map(formula, strips), strict=True)
     rows, entry = direction(torch.cat(zs, 1), with_q), torch.rand(case.rows, device=DEVICE) - 1
-    gain = gain_of(dtype)
+    gain = gain_of(dtype, DEVICE)
     q = backend.grad_rows(strips, outs, rows, None, entry, gain)
     dz, terms = zip(*(grad_formula(z, sim, rows) for z, sim in zip(zs, sims, strict=True)), strict=True)
     if with_q:
@@ -283,7 +212,7 @@ def test_grad_with_columns(case, dtype, with_q, tile):
         rows._replace(weight=rows.weight / 8),
         columns._replace(weight=columns.weight / 8),
     )
-    gain, entry = gain_of(dtype), torch.rand(case.rows, device=DEVICE) / 4
+    gain, entry = gain_of(dtype, DEVICE), torch.rand(case.rows, device=DEVICE) / 4
     q = backend.grad_rows(strips, outs, rows, columns, entry, gain)
     dz_rows, row_terms = grad_formula(z, sim, rows)
     dz_columns, column_terms = grad_formula(z.T, sim.T, columns)
@@ -535,7 +464,7 @@ def test_extreme_logits_stay_finite():
 def test_the_shift_of_exp_is_safe(bound):
     """Exponentials of logits within +-bound, and 2**27 of the largest together, are normal."""
     problem = problem_of(make(CASES["one row"], torch.float32), scale_bound=-bound)
-    shift = backend._exp_shift(problem)
+    shift = exp_shift(problem)
     assert math.exp(-bound - shift) >= 1e-30
     assert 2**27 * math.exp(bound - shift) <= 1e30
 

@@ -6,15 +6,24 @@ The extension knows nothing of torch: what it is handed are pointers, sizes, str
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..folds import Folded, Part
-from ..problem import GuideRule, Mask, Patch, Problem, RowSums, Softmax, Strip, StripMask, Tally, stats_dtype
-from ..rows import guide_threshold, patch_target
+from ..folds import (
+    Folded,
+    LogSum,
+    Part,
+    Sides,
+    circle_row,
+    multi_similarity_row,
+    proxy_anchor_row,
+    sup_con_in_row,
+)
+from ..problem import Fold, GuideRule, Mask, Patch, Problem, RowSums, Softmax, Strip, StripMask, Tally, stats_dtype
+from ..rows import fold_scalars, guide_threshold, patch_target
 from .cuda_rows import call, extension, finish, inverse_norms, merge, number_format, prepare, settle, struct, weigh
 from .shifts import can_exp, exp_shift
 
@@ -23,7 +32,13 @@ __all__ = ["can_exp", "finish", "inverse_norms", "merge", "prepare", "settle", "
 ALIGNMENT = 16  # bytes: what one cp.async moves, and where TMA wants rows to start
 MAX_COMPARES, MAX_EXEMPT = 4, 8  # csrc/similarity.h
 LARGEST = 2**31 - 1  # of a row's, a column's or a feature's number
-FOLDS = ("sigmoid", "margin_ranking", "pair_hinge")
+FOLDS = ("sigmoid", "margin_ranking", "pair_hinge")  # one pass; those of two log-sum-exps take two
+SIDES: dict[str, Callable[[LogSum, LogSum, tuple[Tensor, ...], tuple[float, ...]], Sides]] = {
+    "multi_similarity": multi_similarity_row,
+    "proxy_anchor": proxy_anchor_row,
+    "circle": circle_row,
+    "sup_con_in": sup_con_in_row,
+}
 FOLD_COPIES = 12  # see chunked
 
 
@@ -125,7 +140,8 @@ def can_store(problem: Problem) -> bool:
 def can_fold(problem: Problem) -> bool:
     """Sums over a row's similarities. fp16 has not the range for their smallest derivatives."""
     fold = problem.fold
-    return fold is not None and fold.name in FOLDS and not fold.distance and problem.dtype != torch.float16
+    known = fold is not None and (fold.name in FOLDS or fold.name in SIDES) and not fold.distance
+    return known and problem.dtype != torch.float16
 
 
 def operand(x: Tensor) -> Tensor:
@@ -399,6 +415,8 @@ def fold_rows(problem: Problem, strip: Strip, out: Tensor | None, part: Part, sc
     """A fold's loss, and its gradient by the similarities times both factors in `out`: one pass, nothing in between."""
     fold = problem.fold
     assert fold is not None and part.target is not None
+    if fold.name in SIDES:
+        return _two_sides(problem, strip, out, part)
     run = _Launch(strip, narrow=True)
     weight, margin, sign, pulls = part.weight, 0.0, 1.0, False
     loss, count = run.row_table(), run.row_table()
@@ -443,6 +461,53 @@ def fold_rows(problem: Problem, strip: Strip, out: Tensor | None, part: Part, sc
         entry = (-weight * counted).masked_fill(left_out, 0)
         patch_target(Patch(out, part.target, strip.row_factor, strip.col_factor), entry)
     return Folded(losses, None)
+
+
+def _two_sides(problem: Problem, strip: Strip, out: Tensor | None, part: Part) -> Folded:
+    """Losses of two log-sum-exps: statistics of both sides, the row's loss in torch, then the gradient."""
+    fold, weight = problem.fold, part.weight
+    assert fold is not None
+    run, kind = _Launch(strip, narrow=True), "circle" if fold.name == "circle" else "sides"
+    sides = {"row_labels": part.row_labels, "key_labels": part.key_labels, "own": part.own} | _linear(fold)
+    pull, push = (RowSums(run.row_table(), run.row_table()) for _ in range(2))
+    count = run.row_table()
+    tables = {"pull_max": pull.shift, "pull_sum": pull.total, "push_max": push.shift, "push_sum": push.total}
+    run(f"{kind}_stats", struct("SidesArgs", **sides, **tables, count=count))
+    pull, push = (merge(RowSums.empty(len(weight), weight), tables) for tables in (pull, push))
+    logs = [LogSum(torch.where(side.total == 0, 0, side.shift), side.total.log()) for side in (pull, push)]
+    found = SIDES[fold.name](logs[0], logs[1], fold_scalars(problem), fold.options)
+    loss, number = found.loss, count.sum(0)
+    if fold.name == "sup_con_in":
+        weight = weight.masked_fill(number == 0, 0)
+        loss = loss + number.log()
+    left_out = weight == 0
+    loss = (weight * loss).masked_fill(left_out, 0)
+    folded = Folded(loss, (loss > 0).to(loss.dtype) if fold.name == "circle" else None)
+    if out is None:
+        return folded
+    weights = [
+        (weight * slope / side.total).masked_fill(left_out | (side.total == 0), 0)
+        for slope, side in ((found.pull, pull), (found.push, push))
+    ]
+    q = run.row_table()
+    given = {"pull_shift": logs[0].shift, "push_shift": logs[1].shift, "pull_weight": weights[0]}
+    run(f"{kind}_grad", struct("SidesArgs", **sides, **given, push_weight=weights[1], q=q), out)
+    return folded._replace(scalars=(q.sum(),)) if fold.name == "sup_con_in" else folded
+
+
+def _linear(fold: Fold) -> dict[str, float]:
+    """Of the logits of positives and negatives: see csrc/similarity.h."""
+    match fold.name:
+        case "multi_similarity":
+            alpha, beta, base = fold.options
+            return {"pull": -alpha, "push": beta, "pull_base": base, "push_base": base}
+        case "proxy_anchor":
+            margin, alpha = fold.options
+            return {"pull": -alpha, "push": alpha, "pull_base": margin, "push_base": -margin}
+        case "circle":
+            return {"margin": fold.options[0], "gamma": fold.options[1]}
+        case _:
+            return {"pull": 1.0, "push": 1.0}
 
 
 def _stacked(tables: list[Tensor]) -> Tensor:
