@@ -846,7 +846,7 @@ struct Pick {
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
                                    const Place<S>& place, typename S::Scratch&) {
     Visit<S> visit(args, place);
-    for_each_logit<false, void>(acc, strip, place, visit);
+    for_each_logit<false, void, false>(acc, strip, place, visit);
   }
 };
 
@@ -909,7 +909,7 @@ struct Store {
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args&,
                                    const Place<S>& place, typename S::Scratch&) {
     Visit<S> visit;
-    for_each_logit<false, Out>(acc, strip, place, visit);
+    for_each_logit<false, Out, false>(acc, strip, place, visit);
   }
 };
 
@@ -1001,7 +1001,7 @@ struct Fold {
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
                                    const Place<S>& place, typename S::Scratch& scratch) {
     Visit<S> visit(args, strip, place);
-    for_each_logit<false, Out>(acc, strip, place, visit);
+    for_each_logit<false, Out, KIND == FoldKind::sigmoid>(acc, strip, place, visit);
     rows_to_table<Sum>(visit.loss, args.loss, place, scratch);
     rows_to_table<Sum>(visit.count, KIND == FoldKind::sigmoid ? args.bias_grad : args.count, place, scratch);
     if constexpr (KIND == FoldKind::sigmoid) rows_to_table<Sum>(visit.scale_grad, args.scale_grad, place, scratch);
