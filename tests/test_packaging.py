@@ -134,7 +134,7 @@ def test_bad_switches_are_named(source, tmp_path, name, value):
 @pytest.mark.slow
 @pytest.mark.skipif(not NVCC, reason="needs nvcc")
 def test_cuda_wheel(source, tmp_path):
-    # Unoptimised: 45 s of one core in place of 5 minutes. What the kernels take is test_cuda_resources.py's affair.
+    # Unoptimised: a minute of one core in place of five. What the kernels take is test_cuda_resources.py's affair.
     options = subprocess.run([NVCC, "--help"], check=True, capture_output=True, text=True).stdout
     fast = {"NVCC_APPEND_FLAGS": "--Ofast-compile=max"} if "--Ofast-compile" in options else {}
     _, output, wheel = build_wheel(source, tmp_path, FUSEDLOSS_CUDA=1, FUSEDLOSS_CUDA_ARCHS="80;90a", **fast)
