@@ -67,10 +67,14 @@ EPILOGUES = (
     "Fold<sigmoid>",
     "Fold<margin_ranking>",
     "Fold<pair_hinge>",
+    "SidesStats<linear>",
+    "SidesGrad<linear>",
+    "SidesStats<circle>",
+    "SidesGrad<circle>",
 )
-FOLDS = ("sigmoid", "margin_ranking", "pair_hinge")  # FoldKind
+NAMES = {"FoldKind": ("sigmoid", "margin_ranking", "pair_hinge"), "SideKind": ("linear", "circle")}
 DTYPES = ("float", "fp16", "bf16")
-SIMILARITIES = [(T, e) for T in DTYPES for e in EPILOGUES if T != "fp16" or not e.startswith(("Exp", "Fold"))]
+SIMILARITIES = [(T, e) for T in DTYPES for e in EPILOGUES if T != "fp16" or not e.startswith(("Exp", "Fold", "Sides"))]
 PORTABLE = {f"similarity_sm80<{T}, {epilogue}>" for T, epilogue in SIMILARITIES}
 PORTABLE |= {f"prepare_kernel<{T}, {margin}>" for T in DTYPES for margin in ("false", "true")}
 PORTABLE |= {f"{name}<{a}, {b}>" for name in ("scale_rows_kernel", "finish_kernel") for a in DTYPES for b in DTYPES}
@@ -167,7 +171,7 @@ def version(cubin: bytes) -> str | None:
 def kernel(mangled: str) -> str:
     """similarity_sm80<float, Fold<sigmoid>>: without namespaces and parameters."""
     name = demangle(mangled).removeprefix("void ")
-    name = re.sub(r"\(fusedloss::FoldKind\)(\d)", lambda match: FOLDS[int(match[1])], name)
+    name = re.sub(r"\(fusedloss::(\w+)\)(\d)", lambda match: NAMES[match[1]][int(match[2])], name)
     name = re.sub(r"fusedloss::|sm80::|sm90::|\(anonymous namespace\)::", "", name)
     return name.partition("(")[0].replace("> >", ">>")
 
@@ -235,8 +239,8 @@ def uses(name: str) -> dict[str, bool]:
         wanted |= {"LDG.128": loads, "STG.128": loads and base != "prepare_kernel", "HMMA": False}
         return wanted | ({"EX2": True} if base in ("merge_kernel", "settle_kernel") else {})
     T, _, epilogue = rest.partition(", ")
-    exponentials = epilogue.startswith(("Stats", "Exp", "Grad", "Top", "Fold<sigmoid>"))  # Top's are its softcap's
-    stores = epilogue.startswith(("Exp", "Grad", "Store", "Fold"))
+    exponentials = epilogue.startswith(("Stats", "Exp", "Grad", "Top", "Fold<sigmoid>", "Sides"))  # Top's: its softcap
+    stores = epilogue.startswith(("Exp", "Grad", "Store", "Fold", "SidesGrad"))
     wide = "STG.64" if T == "float" or epilogue.startswith("Store") else "STG.128"
     sm90 = base == "similarity_sm90"
     wanted |= {name: sm90 for name in ("HGMMA", "UTMALDG", "USETMAXREG")}

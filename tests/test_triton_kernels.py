@@ -11,7 +11,7 @@ from strips import assert_lse, assert_near, direction, factored, formula, gain_o
 from torch import Tensor
 
 from fusedloss import rows as plain
-from fusedloss.backends.shifts import exp_shift
+from fusedloss.backends.shared import exp_shift
 from fusedloss.problem import Block, Patch, Problem, RowSums, Strip
 
 pytest.importorskip("triton")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..problem import Problem
-from .shifts import can_exp
+from .shared import can_exp, tf32
 
 KERNELS = ("cuda", "triton")
 KINDS = (("one direction", "one direction, bounded"), ("both directions", "both directions, bounded"))
@@ -60,7 +60,7 @@ def _capability(device: int) -> list[int]:
 
 def _precision(dtype: torch.dtype) -> str:
     """As the race names it: it multiplies fp32 in full."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if dtype == torch.float32 and tf32():
         return "tf32"
     return NAMES.get(dtype, "")
 
