@@ -236,7 +236,7 @@ void def_similarities(py::module_& m) {
     SIMILARITY(circle_stats);
     SIMILARITY(circle_grad);
   }
-  py::class_<Plan>(m, "Plan")
+  py::class_<Plan>(m, "Plan", py::module_local())
       .def_readonly("capability", &Plan::capability)
       .def_readonly("BLOCK_M", &Plan::BLOCK_M)
       .def_readonly("BLOCK_N", &Plan::BLOCK_N)
