@@ -277,17 +277,16 @@ FUSEDLOSS_INLINE void drop_where(Bits<S>& admit, const int64_t* rows, const int6
   const int64_t* const first = keys + place.col0;
   const int last = place.N - 1 - place.col0;  // columns beyond take its number: nobody asks for them
 #pragma unroll
-  for (int group = 0; group < S::COLUMNS; group += 8) {  // eight loads in flight: one by one, each waits for L2
-    int64_t key[8];
+  for (int w = 0; w < Bits<S>::WORDS; ++w) {
+#pragma unroll 1
+    for (int j = 32 * w; j < 32 * w + 32 && j < S::COLUMNS; j += 8) {  // eight loads in flight: one by one, each waits
+      int64_t key[8];
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      key[k] = ptx::load(first + (place.offset(group + k) < last ? place.offset(group + k) : last));
-    }
+      for (int k = 0; k < 8; ++k) key[k] = ptx::load(first + (place.offset(j + k) < last ? place.offset(j + k) : last));
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
+      for (int k = 0; k < 8; ++k) {
 #pragma unroll
-      for (int i = 0; i < S::ROWS; ++i) {
-        admit.word[i][group / 32] &= ~(uint32_t((id[i] == key[k]) == equal) << ((group + k) % 32));
+        for (int i = 0; i < S::ROWS; ++i) admit.word[i][w] &= ~(uint32_t((id[i] == key[k]) == equal) << ((j + k) % 32));
       }
     }
   }
@@ -315,16 +314,19 @@ FUSEDLOSS_INLINE void admitted(Bits<S>& admit, float (&acc)[S::MT][S::NT][4], co
       const uint8_t* dense = masks.dense + place.row(i) * masks.stride_dm;
       const int32_t* bits = masks.bits + place.row(i) * masks.stride_bm;
 #pragma unroll
-      for (int group = 0; group < S::COLUMNS; group += 8) {  // in flight together, as above
-        uint32_t drop[8];
+      for (int w = 0; w < Bits<S>::WORDS; ++w) {
+#pragma unroll 1
+        for (int j = 32 * w; j < 32 * w + 32 && j < S::COLUMNS; j += 8) {  // as above
+          uint32_t drop[8];
 #pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          const int col = place.col(group + k) < place.N ? place.col(group + k) : place.N - 1;
-          drop[k] = masks.dense && !ptx::load(dense + col * masks.stride_dn);
-          if (masks.bits) drop[k] |= uint32_t(ptx::load(bits + col / 32)) >> (col % 32) & 1;
+          for (int k = 0; k < 8; ++k) {
+            const int col = place.col(j + k) < place.N ? place.col(j + k) : place.N - 1;
+            drop[k] = masks.dense && !ptx::load(dense + col * masks.stride_dn);
+            if (masks.bits) drop[k] |= uint32_t(ptx::load(bits + col / 32)) >> (col % 32) & 1;
+          }
+#pragma unroll
+          for (int k = 0; k < 8; ++k) admit.word[i][w] &= ~(drop[k] << ((j + k) % 32));
         }
-#pragma unroll
-        for (int k = 0; k < 8; ++k) admit.word[i][group / 32] &= ~(drop[k] << ((group + k) % 32));
       }
     }
   }

@@ -185,7 +185,7 @@ class _Launch:
     def __init__(self, strip: Strip, *, narrow: bool = False):
         """narrow: the epilogue is, whatever the strip (`NARROW` in csrc/epilogues.cuh)."""
         self.strip = strip
-        narrow = narrow or bool(strip.softcap) or strip.own is not None
+        narrow = narrow or strip.x.dtype == torch.float32 or bool(strip.softcap) or strip.own is not None
         if strip.mask is not None and not narrow:
             mask = strip.mask
             parts = (mask.compare, mask.dense, mask.threshold, mask.skip, mask.dropped)
