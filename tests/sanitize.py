@@ -51,6 +51,9 @@ def losses(q: Tensor, k: Tensor, s: Tensor) -> dict[str, Callable[..., Tensor]]:
         "similarities": lambda q, k, s, **o: fusedloss.multi_similarity(q, kinds[0], **o),
         "sigmoid": lambda q, k, s, **o: fusedloss.siglip(q, k, s, -1.0, target=masks.same_id(*kinds), **o),
         "ranking": lambda q, k, s, **o: fusedloss.in_batch_margin_ranking(q, k, **o),
+        "circle": lambda q, k, s, **o: fusedloss.circle(q, kinds[0], **o),
+        "proxy anchor": lambda q, k, s, **o: fusedloss.proxy_anchor(q, kinds[0] % N, k, **o),
+        "mean inside": lambda q, k, s, **o: fusedloss.sup_con(q, kinds[0], temperature=0.2, form="in", **o),
         "hinges": lambda q, k, s, backend: fold_loss(
             [q, k], s, torch.ones(M, device=device), fold, False, True, backend, None
         )[0],

@@ -254,7 +254,8 @@ def _with_private(one: Objective, query: Tensor, negatives: Tensor) -> Tensor:
     if columns:
         block = problem.blocks[0]
         x, y = problem.operands[block.query], problem.operands[block.key]
-        z = scores("cos" if problem.cosine else "dot", x, *autocast(*columns), backend=one.backend) * problem.scale
+        backend = "auto" if one.backend == "cuda" else one.backend  # which has no kernel for pairs of rows
+        z = scores("cos" if problem.cosine else "dot", x, *autocast(*columns), backend=backend) * problem.scale
         own = of_pairs(cosine if problem.cosine else dot, x, y, problem.target) * problem.scale
         if block.bias is not None:
             own = own + block.bias.to(own.dtype)[problem.target]
