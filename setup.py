@@ -32,7 +32,7 @@ BUILDING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "i
 
 NINJA_FILE = """\
 nvcc = {nvcc}
-# A thread for each architecture's ptxas, since there are more of them than files. Compressed, 60 MB become 10.
+# A thread for each architecture's ptxas, since there are more of them than files. Compressed, 62 MB become 12.
 flags = -O3 -std=c++17 --threads 0 -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden,-Wall $
   -DFUSEDLOSS_SM90A={sm90a}
 
