@@ -1091,6 +1091,7 @@ struct SidesStats {
     };
 #pragma unroll
     for (int i = 0; i < S::ROWS; ++i) {
+      ptx::sync_warp();  // a row after the other, as in walk
       // From itself to itself: what ptxas knows of these it would keep, 64 predicates in registers, and spill.
       target[i] = ptx::shuffle_xor(place.hit(strip.target, i), 0);
 #pragma unroll
