@@ -1041,11 +1041,13 @@ template <SideKind KIND>
 FUSEDLOSS_INLINE float side(const SidesArgs& args, bool positive, float v, float scale, float& slope) {
   if constexpr (KIND == SideKind::linear) {
     slope = (positive ? args.pull : args.push) * scale;
-    const float z = v * scale, pull = args.pull * z - args.pull * args.pull_base, push = args.push * z - args.push * args.push_base;
+    const float pull = args.pull * (v * scale) - args.pull * args.pull_base;
+    const float push = args.push * (v * scale) - args.push * args.push_base;
     return positive ? pull : push;
   } else {
-    slope = positive ? -args.gamma * maximum(1 + args.margin - v, 0.0f) : args.gamma * maximum(v + args.margin, 0.0f);
-    return slope * (v - (positive ? 1 - args.margin : args.margin));
+    const float u = positive ? 1 - v : v, weight = args.gamma * maximum(u + args.margin, 0.0f);
+    slope = positive ? -weight : weight;
+    return weight * (u - args.margin);
   }
 }
 
