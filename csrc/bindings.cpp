@@ -1,6 +1,6 @@
 // fusedloss._C: the only file that knows Python. A launch takes its parameters as an object with the fields of the
-// struct in csrc/ and a stream. Tensors come in as integers (pointers, sizes, strides), so nothing here depends on torch
-// or its ABI; the callers in fusedloss/backends check shapes, dtypes and devices.
+// struct in csrc/ and a stream. Tensors come in as integers (pointers, sizes, strides), so nothing here depends on
+// torch or its ABI; the callers in fusedloss/backends check shapes, dtypes and devices.
 #include <pybind11/pybind11.h>
 
 #include <functional>

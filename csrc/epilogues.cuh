@@ -1,5 +1,6 @@
-// Epilogues: what a tile of similarities folds into while it is in registers, and what of it is stored. One struct each,
-// under the names of kernels/softmax.py and kernels/masks.py; the formulas are fusedloss/epilogues.py's and folds.py's.
+// Epilogues: what a tile of similarities folds into while it is in registers, and what of it is stored. One struct
+// each, under the names of kernels/softmax.py and kernels/masks.py; the formulas are fusedloss/epilogues.py's and
+// folds.py's.
 //
 // A thread holds its part of a tile as mma.m16n8 fragments do, which is also how wgmma.m64 lays them out: lane 4 g + t
 // has rows g and g + 8 and columns 2 t and 2 t + 1 of each. An epilogue sees one element after the other, column by
@@ -36,8 +37,8 @@ FUSEDLOSS_INLINE float tanh(float x) {
   return square < 0.09f ? x + x * series : x < 0 ? -far : far;
 }
 
-// log(1 + e) for 0 <= e <= 1 to 3 ulp, as 2 atanh(e / (2 + e)): the terms that are left out are 1.4e-8 of it. A fifth of
-// log1pf's instructions.
+// log(1 + e) for 0 <= e <= 1 to 3 ulp, as 2 atanh(e / (2 + e)): the terms that are left out are 1.4e-8 of it. A fifth
+// of log1pf's instructions.
 FUSEDLOSS_INLINE float log1p(float e) {
   const float s = e * ptx::reciprocal(2 + e), q = s * s;
   float series = 1.0f / 11 + q * (1.0f / 13);
@@ -45,7 +46,7 @@ FUSEDLOSS_INLINE float log1p(float e) {
   return 2 * (s + s * (q * (1.0f / 3 + q * series)));
 }
 
-// Shape and place ------------------------------------------------------------------------------------------------------
+// Shape and place -----------------------------------------------------------------------------------------------------
 
 // WARPS_M x WARPS_N warps, each with MT x NT fragments. BARRIER: 0 where they are the whole block, else the first of
 // two named barriers: a warpgroup takes the one of its row tile's parity.
@@ -117,7 +118,7 @@ struct Place {
   }
 };
 
-// Sums over threads and warps ------------------------------------------------------------------------------------------
+// Sums over threads and warps -----------------------------------------------------------------------------------------
 
 struct Sum {
   static FUSEDLOSS_INLINE float join(float a, float b) { return a + b; }
@@ -257,7 +258,7 @@ FUSEDLOSS_INLINE void columns_to_table(float* table, float* sums, const Place<S>
   place.sync();
 }
 
-// Masks ----------------------------------------------------------------------------------------------------------------
+// Masks ---------------------------------------------------------------------------------------------------------------
 
 // A bit per element of the thread's.
 template <class S>
@@ -344,7 +345,9 @@ FUSEDLOSS_INLINE void admitted(Bits<S>& admit, float (&acc)[S::MT][S::NT][4], co
         if (hit < 0 || hit % 8 > 1) continue;  // another lane's
         const int j = hit / 8 * 2 + hit % 8;
 #pragma unroll
-        for (int w = 0; w < Bits<S>::WORDS; ++w) exempt.word[i][w] |= uint32_t(j / 32 == w && j < S::COLUMNS) << (j % 32);
+        for (int w = 0; w < Bits<S>::WORDS; ++w) {
+          exempt.word[i][w] |= uint32_t(j / 32 == w && j < S::COLUMNS) << (j % 32);
+        }
       }
     }
 #pragma unroll
@@ -364,12 +367,14 @@ FUSEDLOSS_INLINE void admitted(Bits<S>& admit, float (&acc)[S::MT][S::NT][4], co
       if (hit < 0 || hit % 8 > 1) continue;
       const int j = hit / 8 * 2 + hit % 8;
 #pragma unroll
-      for (int w = 0; w < Bits<S>::WORDS; ++w) admit.word[i][w] &= ~(uint32_t(j / 32 == w && j < S::COLUMNS) << (j % 32));
+      for (int w = 0; w < Bits<S>::WORDS; ++w) {
+        admit.word[i][w] &= ~(uint32_t(j / 32 == w && j < S::COLUMNS) << (j % 32));
+      }
     }
   }
 }
 
-// The store ------------------------------------------------------------------------------------------------------------
+// The store -----------------------------------------------------------------------------------------------------------
 
 // A quad's four fragments of one row, two numbers a lane and fragment, become one fragment a lane: 16 bytes in place of
 // four times 4. `pair` is a 4 x 4 matrix over lanes and registers, transposed by two exchanges.
@@ -431,7 +436,7 @@ FUSEDLOSS_INLINE void store_group(float (&acc)[S::MT][S::NT][4], int k, const St
   }
 }
 
-// Logits ---------------------------------------------------------------------------------------------------------------
+// Logits --------------------------------------------------------------------------------------------------------------
 
 struct Element {
   float z;        // -inf at the target, outside of the matrix and where a column is removed
@@ -440,10 +445,11 @@ struct Element {
   bool target;
 };
 
-// Visits every element of the tile: `visit.columns(j)` before columns j and j + 1, `visit.value(i, j, element)` for their
-// rows, `visit.group(k)` after 32 columns. The value takes the accumulator's place. Unless Out is void it is stored,
-// times the softcap's derivative and both factors, so that the next two products take x and y as they are. GENERAL:
-// masks and a softcap. INNER: nothing of the warp's part is outside of the matrix, none of it a target, no bias.
+// Visits every element of the tile: `visit.columns(j)` before columns j and j + 1, `visit.value(i, j, element)` for
+// their rows, `visit.group(k)` after 32 columns. The value takes the accumulator's place. Unless Out is void it is
+// stored, times the softcap's derivative and both factors, so that the next two products take x and y as they are.
+// GENERAL: masks and a softcap. INNER: nothing of the warp's part is outside of the matrix, none of it a target, no
+// bias.
 template <bool GENERAL, bool INNER, class Out, class S, class Visit>
 FUSEDLOSS_INLINE void walk(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Place<S>& place,
                            const float (&row_factor)[S::ROWS], const int (&target)[S::ROWS], Visit& visit) {
@@ -499,7 +505,8 @@ FUSEDLOSS_INLINE void walk(float (&acc)[S::MT][S::NT][4], const Strip& strip, co
         if constexpr (!std::is_void_v<Out>) {
           if constexpr (GENERAL) {
             // What was dropped is 0, and the target's entry has its own.
-            if (strip.softcap > 0 && element.z > -kInf) value *= 1 - element.z * inverse_softcap * (element.z * inverse_softcap);
+            const float bend = element.z * inverse_softcap;
+            if (strip.softcap > 0 && element.z > -kInf) value *= 1 - bend * bend;
           }
           value *= factor;
         }
@@ -582,7 +589,7 @@ struct Tally {
   }
 };
 
-// Softmax --------------------------------------------------------------------------------------------------------------
+// Softmax -------------------------------------------------------------------------------------------------------------
 
 // GENERAL here and below: masks, softcap, tally, smoothing and whatever else is given at run time. Without it an
 // epilogue holds what the commonest losses need, and the registers of that. NARROW: with 128 accumulators a thread it
@@ -781,7 +788,7 @@ struct Grad {
   }
 };
 
-// Masks' own -----------------------------------------------------------------------------------------------------------
+// Masks' own ----------------------------------------------------------------------------------------------------------
 
 struct Top {
   using Args = TopArgs;
@@ -937,7 +944,7 @@ struct Store {
   }
 };
 
-// Positives and negatives ----------------------------------------------------------------------------------------------
+// Positives and negatives ---------------------------------------------------------------------------------------------
 
 // Positives are columns of equal label, or the target; the rest are negatives, but for the row itself.
 template <class S>
@@ -964,7 +971,7 @@ struct Relations {
   }
 };
 
-// Folds: sums over a row's similarities v, and their derivative by v, times the row's weight -----------------------------
+// Folds: sums over a row's similarities v, and their derivative by v, times the row's weight --------------------------
 
 enum class FoldKind { sigmoid, margin_ranking, pair_hinge };
 
@@ -1032,7 +1039,7 @@ struct Fold {
   }
 };
 
-// Losses of two log-sum-exps of a row, of its positives' f(v) and of its negatives' --------------------------------------
+// Losses of two log-sum-exps of a row, of its positives' f(v) and of its negatives' -----------------------------------
 
 enum class SideKind { linear, circle };
 
@@ -1161,8 +1168,9 @@ struct SidesGrad {
       float slope;
       const float f = side<KIND>(args, positive, element.sim, scale, slope);
       const float e = exponential(f - (positive ? shift[1][i] : shift[0][i]));
-      const bool counts = relations.template counts<INNER>(i, j, place) && (positive ? weight[1][i] : weight[0][i]) != 0;
-      const float d = counts ? (positive ? weight[1][i] : weight[0][i]) * e : 0.0f;
+      const float own = positive ? weight[1][i] : weight[0][i];
+      const bool counts = relations.template counts<INNER>(i, j, place) && own != 0;
+      const float d = counts ? own * e : 0.0f;
       q[i] += counts ? d * element.sim : 0.0f;
       return counts ? d * slope : 0.0f;
     }

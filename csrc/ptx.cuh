@@ -19,7 +19,7 @@ namespace fusedloss::ptx {
 
 constexpr unsigned kWarp = 0xffffffffu;
 
-// Threads --------------------------------------------------------------------------------------------------------------
+// Threads -------------------------------------------------------------------------------------------------------------
 
 FUSEDLOSS_INLINE int thread() { return int(threadIdx.x); }  // blocks are one-dimensional
 FUSEDLOSS_INLINE int block_x() { return int(blockIdx.x); }
@@ -53,7 +53,7 @@ FUSEDLOSS_INLINE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Numbers --------------------------------------------------------------------------------------------------------------
+// Numbers -------------------------------------------------------------------------------------------------------------
 
 // ex2.approx.ftz: 2 ulp, denormal results are 0.
 FUSEDLOSS_INLINE float exp2(float x) {
@@ -102,7 +102,7 @@ FUSEDLOSS_INLINE uint32_t to_tf32(uint32_t bits) {
 FUSEDLOSS_INLINE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 FUSEDLOSS_INLINE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 
-// Global memory --------------------------------------------------------------------------------------------------------
+// Global memory -------------------------------------------------------------------------------------------------------
 
 // Through the read-only cache.
 template <class T>
@@ -132,7 +132,7 @@ FUSEDLOSS_INLINE void store8(void* pointer, float x, float y) {
   __stwb(static_cast<float2*>(pointer), make_float2(x, y));
 }
 
-// sm_80: asynchronous copies and products of a warp ----------------------------------------------------------------------
+// sm_80: asynchronous copies and products of a warp -------------------------------------------------------------------
 
 // 16 bytes into shared memory, of which the first `bytes` (0 to 16) are read and the rest are 0.
 FUSEDLOSS_INLINE void cp_async16(uint32_t shared, const void* global, int bytes) {

@@ -29,7 +29,7 @@ FUSEDLOSS_INLINE T warp_sum(T value) {
   return value;
 }
 
-// Vectors --------------------------------------------------------------------------------------------------------------
+// Vectors -------------------------------------------------------------------------------------------------------------
 
 // Neighbours that a lane takes at once: 16 bytes of the narrowest numbers.
 template <class... Ts>
@@ -121,7 +121,7 @@ cudaError_t with_dtype(DType dtype, F run) {
   return cudaErrorInvalidValue;
 }
 
-// prepare --------------------------------------------------------------------------------------------------------------
+// prepare -------------------------------------------------------------------------------------------------------------
 
 // Vector by vector and lane by lane, however the row lies in memory, and explicitly fused: the bits of a norm depend on
 // the numbers alone, so that a target's factor here is the very one that the tile meets.
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// merge and settle -----------------------------------------------------------------------------------------------------
+// merge and settle ----------------------------------------------------------------------------------------------------
 
 // A block has 32 rows, side by side in a table: loads are whole lines. Its warps take the tiles in turn, four at once
 // each, so that 32 are in flight, and the first merges what the warps found, always in the same order.
@@ -356,7 +356,7 @@ __global__ void __launch_bounds__(kThreads) settle_kernel(SettleParams p) {
   }
 }
 
-// scale_rows -----------------------------------------------------------------------------------------------------------
+// scale_rows ----------------------------------------------------------------------------------------------------------
 
 constexpr int kVectorsPerLane = 4;           // before a second block helps with the same row
 constexpr int64_t kMaxRowBlocks = 1 << 16;   // from here on blocks walk on through the rows
@@ -382,7 +382,7 @@ __global__ void __launch_bounds__(kThreads) scale_rows_kernel(ScaleRowsParams p,
   }
 }
 
-// weigh ----------------------------------------------------------------------------------------------------------------
+// weigh ---------------------------------------------------------------------------------------------------------------
 
 constexpr int kRows = 4;  // of a warp: their loads are in flight together and share the columns' weights
 
@@ -419,7 +419,7 @@ __global__ void __launch_bounds__(kThreads) weigh_kernel(WeighParams p, bool ali
   }
 }
 
-// finish ---------------------------------------------------------------------------------------------------------------
+// finish --------------------------------------------------------------------------------------------------------------
 
 template <class X, class Out>
 __global__ void __launch_bounds__(kThreads)

@@ -129,7 +129,8 @@ struct Plan {
 
 // A pure function of what is asked: the device's capability (86, 90, ...; 0 on the host); whether products are the
 // tensor cores'; whether both operands are row-major with rows that start at multiples of 16 bytes; and whether the
-// epilogue is a narrow one: of fp32, general (masks, a softcap, a tally, smoothing), by columns and with q, top or a fold.
+// epilogue is a narrow one: of fp32, general (masks, a softcap, a tally, smoothing), by columns and with q, top or a
+// fold.
 Plan plan(int capability, bool tensor_cores, bool aligned, bool narrow);
 
 // Launches, asynchronous on `stream`, which must belong to the current device. Whatever they return but cudaSuccess,

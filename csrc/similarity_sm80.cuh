@@ -146,8 +146,8 @@ struct TensorCores {
   }
 };
 
-// A stage in full fp32, into the same fragments: 4 rows times 16 columns a thread, 16 bytes of D at a time. Of any layout,
-// without an instance of its own: 256 FMAs hide the branch.
+// A stage in full fp32, into the same fragments: 4 rows times 16 columns a thread, 16 bytes of D at a time. Of any
+// layout, without an instance of its own: 256 FMAs hide the branch.
 struct FullPrecision {
   static FUSEDLOSS_INLINE void four(float (&v)[4], const unsigned char* tile, bool by_row, int row, int chunk) {
     if (by_row) {

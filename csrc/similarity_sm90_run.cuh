@@ -8,7 +8,8 @@ namespace fusedloss {
 
 template <class T, class Epilogue>
 cudaError_t run_sm90(const Strip& strip, const typename Epilogue::Args& args, const Plan& plan, cudaStream_t stream) {
-  constexpr int BLOCK_N = Epilogue::NARROW || sizeof(T) == 4 ? 128 : 256;  // fp32 is stored in 8 bytes: exp would spill 56
+  // fp32 is stored 8 bytes at a time: exp would spill 56.
+  constexpr int BLOCK_N = Epilogue::NARROW || sizeof(T) == 4 ? 128 : 256;
   if (plan.BLOCK_N != BLOCK_N) return cudaErrorInvalidValue;  // the tables were made for another kernel
   if (strip.M == 0 || strip.N == 0) return cudaSuccess;
   int device = 0, multiprocessors = 0;
