@@ -66,7 +66,7 @@ def test_points_are_of_the_same_device_dtype_and_kind(measured, monkeypatch):
     assert select(problem(4096, 768, **bounded), "auto") == "triton"
     assert select(problem(4096, 768, symmetric=True, **bounded), "auto") == "cuda"
     assert select(problem(4096, 768, torch.bfloat16, fold=Fold("sigmoid")), "auto") == "cuda"
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(fastest, "tf32", lambda: True)
     assert select(problem(4096, 768, symmetric=True), "auto") == "cuda"  # tf32 was not raced
 
 
