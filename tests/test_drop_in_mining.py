@@ -74,11 +74,13 @@ def pairs():
 
 
 class Reranker:
-    """A cross-encoder of which `predict` is all that is called."""
+    """A cross-encoder of which `predict` is all that is called; no two scores are equal, whose order the library leaves
+    open.
+    """
 
     def predict(self, sentences, convert_to_tensor=True, **kwargs):
-        seeds = [hash_of(query + passage) % 1000 for query, passage in sentences]
-        return torch.tensor(seeds) / 1000
+        seeds = [hash_of(query + passage) % 2**24 for query, passage in sentences]
+        return torch.tensor(seeds) / 2**24
 
 
 def same(model, pairs, capsys=None, fused=True, **options):
@@ -270,3 +272,43 @@ def test_no_scores_of_all_queries_and_passages(pairs):
         with Largest() as largest:
             mine(pairs, model, corpus=passages, verbose=False)
         assert least <= largest.bytes <= most
+
+
+def exact(texts):
+    """A model of which every cosine is exact, so that what is equal is equal in every order of summation."""
+    model = model_of("dot")
+    embedded = {text: torch.tensor(row) for text, row in texts.items()}
+    model.encode_query = model.encode_document = lambda texts, **kwargs: torch.stack(
+        [embedded[text] for text in texts]
+    ).numpy()
+    return model
+
+
+ONES = [f"one {i}" for i in range(40)]  # of equal scores, all of them
+
+
+@pytest.mark.parametrize("output_format", FORMATS)
+def test_of_equal_scores_the_first_in_the_corpus(output_format):
+    """The library takes a second topk of what was found, and torch's leaves the order of equal scores open."""
+    model = exact({"q": [1.0, 0.0], "p": [2.0, 0.0], "far": [-1.0, 0.0], **{one: [1.0, 1.0] for one in ONES}})
+    pairs = datasets.Dataset.from_dict({"question": ["q"], "answer": ["p"]})
+    found = mining.mine_hard_negatives(
+        pairs, model, corpus=["far", *ONES], num_negatives=7, range_min=2, output_format=output_format, verbose=False
+    )
+    if output_format.startswith("n-tuple"):
+        mined = [found[f"negative_{i}"][0] for i in range(1, 8)]
+    elif output_format == "triplet":
+        mined = found["negative"][:]
+    else:
+        (_, *mined) = found["answer"][0] if output_format == "labeled-list" else found["answer"]  # the positive first
+    assert mined == ONES[2:9]
+
+
+def test_a_column_of_a_dataset_is_a_corpus(model, pairs):
+    """The library adds a list to it, which raises."""
+    column = datasets.Dataset.from_dict({"text": CORPUS})["text"]
+    wanted = mining.mine_hard_negatives(pairs, model, corpus=CORPUS, verbose=False)
+    for corpus in (column, tuple(CORPUS)):
+        assert mining.mine_hard_negatives(pairs, model, corpus=corpus, verbose=False)[:] == wanted[:]
+    with pytest.raises(TypeError):
+        mining.mine_hard_negatives(pairs, model, corpus="a passage, not a list of them", verbose=False)

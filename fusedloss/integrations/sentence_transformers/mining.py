@@ -1,13 +1,14 @@
 """`mine_hard_negatives` on an exact search that holds no scores but the best: the library's function, its search ours.
 
 The library's function runs as it is, with a model that answers `similarity` with a promise: `torch.topk` of that is
-`fusedloss.search.top_k`. Anything else done to it computes the matrix that the library would have had.
+`fusedloss.search.top_k`. Anything else done to it computes the matrix that the library would have had. What is found
+is `_Ranked`: the library takes a second `torch.topk` of it, which keeps the order of equal scores.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -27,6 +28,21 @@ KNOWN = {**MATRICES, util.euclidean_sim: "euclidean", util.manhattan_sim: "manha
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class _Ranked(Tensor):
+    """Scores in their order, of which `torch.topk` along the rows takes the first of equal ones, where torch's own may
+    take any. What topk returns is plain again.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.topk and len(args) == 1 and set(kwargs) == {"k", "dim"} and kwargs["dim"] == 1:
+            values, indices = args[0].as_subclass(Tensor).sort(dim=1, descending=True, stable=True)
+            if kwargs["k"] <= values.shape[1]:
+                return values[:, : kwargs["k"]], indices[:, : kwargs["k"]]
+        return super().__torch_function__(function, types, args, kwargs)
 
 
 class _Scores:
@@ -50,7 +66,7 @@ class _Scores:
         """Where the library has the results, if that is a GPU: it would search on the CPU, where it encodes to."""
         query = self._query.to(self._device) if self._device.type == "cuda" else self._query
         scores, indices = top_k(query, self._corpus, k, similarity=self._kind)
-        return scores.to(self._device), indices.to(self._device)
+        return scores.to(self._device).as_subclass(_Ranked), indices.to(self._device)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -96,7 +112,9 @@ def _searching(upstream: Callable[P, R]) -> Callable[P, R]:
         Arguments, checks, output and printing are the library's. Without FAISS it scores `faiss_batch_size` queries
         (16384) against the whole corpus at a time, a matrix of 61 GiB for a million passages; here the scores are
         walked in tiles of 32 MiB, on the model's device where that is a GPU. Among equal scores the first of the corpus
-        is mined, where the library leaves the order open; scores agree up to the rounding of the products.
+        is mined, where the library leaves the order open; scores agree up to the rounding of the products. Of equal
+        scores of a cross-encoder the one the model finds nearer comes first. `corpus` may be any sequence of texts, a
+        column of a `datasets.Dataset` too, where the library takes a list only.
 
         With `use_faiss=True` FAISS searches, as it does there. A similarity other than the library's four, or one that
         a model overrides, runs the library's search.
@@ -105,9 +123,14 @@ def _searching(upstream: Callable[P, R]) -> Callable[P, R]:
             bound = inspect.signature(upstream).bind(*args, **kwargs)
         except TypeError:
             return upstream(*args, **kwargs)  # which raises its own
+        if disabled():
+            return upstream(*args, **kwargs)
+        corpus = bound.arguments.get("corpus")
+        if isinstance(corpus, Sequence) and not isinstance(corpus, str | bytes):
+            bound.arguments["corpus"] = list(corpus)
         if bound.arguments.get("use_faiss"):
             runs_fused(NAME, "FAISS is asked for")
-        elif "model" in bound.arguments and not disabled():
+        else:
             bound.arguments["model"] = _Model(bound.arguments["model"])
         return upstream(*bound.args, **bound.kwargs)
 
