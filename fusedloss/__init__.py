@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from . import _ctrl_c
+
+# isort: split
+
 from . import boosting as boosting
 from . import grad_cache as grad_cache
 from . import masks as masks
@@ -112,5 +116,7 @@ from .losses.siglip import SigLipLoss as SigLipLoss
 from .losses.softmax_pair import SoftmaxLoss as SoftmaxLoss
 from .losses.sup_con import SupConLoss as SupConLoss
 from .losses.triplet import TripletLoss as TripletLoss
+
+_ctrl_c.imported()
 
 __version__ = "0.1.0"

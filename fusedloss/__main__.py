@@ -1,4 +1,4 @@
-"""python -m fusedloss info | check | bench"""
+"""python -m fusedloss info | check | bench. Light imports only: torch and the rest come where they are caught."""
 
 from __future__ import annotations
 
@@ -8,18 +8,29 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__
+from . import __version__, _ctrl_c
+
+EXIT_CODES = """exit codes:
+  0    all is well
+  1    of check: a backend is out of budget; of bench: our own racer failed, a claim does not hold, the device is lost
+  2    an argument is wrong, or the machine has not what it asks for
+  130  Ctrl-C, after what was done until then is shown
+"""
 
 
 def parser() -> argparse.ArgumentParser:
+    form = {"epilog": EXIT_CODES, "formatter_class": argparse.RawDescriptionHelpFormatter}
     top = argparse.ArgumentParser(
-        prog="python -m fusedloss", description="Fused losses: what runs here, how exactly, how fast."
+        prog="python -m fusedloss", description="Fused losses: what runs here, how exactly, how fast.", **form
     )
     top.add_argument("--version", action="version", version=f"fusedloss {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, devices, and every backend: available, or why not")
-    commands.add_parser("check", help="each backend against fp64 on this machine; exit code 1 if one is out of budget")
-    bench = commands.add_parser("bench", help="time, memory and error beside torch's own and the bare matrix products")
+    for name, text in (
+        ("info", "versions, devices, variables, and every backend: available, or why not"),
+        ("check", "each backend against fp64 on this machine; exit code 1 if one is out of budget"),
+        ("bench", "time, memory and error beside torch's own and the bare matrix products"),
+    ):
+        bench = commands.add_parser(name, help=text, description=text, **form)
     bench.add_argument("--loss", choices=("info_nce", "clip", "multiple_negatives_ranking"), default="info_nce")
     bench.add_argument("--n", type=count, nargs="+", default=[2048, 4096, 8192], metavar="N", help="batch sizes")
     bench.add_argument("--d", type=count, default=384, help="embedding dimension")
@@ -82,6 +93,14 @@ def file_name(text: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     arguments.command_line = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _ctrl_c.CODE
+
+
+def run(arguments: argparse.Namespace) -> int:
     if arguments.command == "info":
         from .info import lines
 
@@ -91,10 +110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .check import main as check
 
         return check()
+    _ctrl_c.importing()
     import torch
 
     from .bench import main as bench
 
+    _ctrl_c.imported()
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         print(f"--device {arguments.device}: torch {torch.__version__} sees no GPU here; --device cpu", file=sys.stderr)

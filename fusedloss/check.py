@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import fusedloss
 
-from . import show, testing
+from . import _ctrl_c, show, testing
 from .backends import BACKENDS
 from .info import probe
 from .problem import stats_dtype
@@ -94,21 +94,28 @@ def _shares(ours: Any, eager: Any, device: str, backend: str, dtype: torch.dtype
 
 
 def main() -> int:
+    """Ctrl-C stops it; what was checked until then is shown."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    table, failed = [], 0
-    with show.progress() as tick:
-        for row in rows(devices):
-            tick("{device} {backend} {dtype}".format(**row))
-            shares = row.get("shares", [])
-            out_of_budget = "error" in row or not all(share <= 1 for share in shares)
-            failed += out_of_budget
-            verdict = "FAILED" if out_of_budget else "ok"
-            if "error" in row:
-                verdict += f": {row['error']}"
-            cells = [f"{share:.2f}" for share in shares] or [""] * len(QUANTITIES)
-            table.append([row["device"], row["backend"], row["loss"], row["dtype"], *cells, row.get("reason", verdict)])
+    table, failed, interrupted = [], 0, False
+    try:
+        with show.progress() as tick:
+            for row in rows(devices):
+                tick("{device} {backend} {dtype}".format(**row))
+                shares = row.get("shares", [])
+                out_of_budget = "error" in row or not all(share <= 1 for share in shares)
+                failed += out_of_budget
+                verdict = row.get("reason", "FAILED" if out_of_budget else "ok")
+                if "error" in row:
+                    verdict += f": {row['error']}"
+                cells = [f"{share:.2f}" for share in shares] or [""] * len(QUANTITIES)
+                table.append([row["device"], row["backend"], row["loss"], row["dtype"], *cells, verdict])
+    except KeyboardInterrupt:
+        interrupted = True
     headers = ["device", "backend", "loss", "dtype", *QUANTITIES, ""]
     show.table("errors against fp64, as shares of the budget 2 x error of eager + eps", headers, table)
     if failed:
         print(f"{failed} of {len(table)} out of budget", file=sys.stderr)
+    if interrupted:
+        print("interrupted: this is what was checked until then", file=sys.stderr)
+        return _ctrl_c.CODE
     return int(failed > 0)
