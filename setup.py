@@ -1,6 +1,6 @@
 """Builds fusedloss._C from csrc/ where nvcc is found; elsewhere the wheel is pure Python. Metadata: pyproject.toml.
 
-FUSEDLOSS_CUDA=auto|0|1      auto: build if nvcc is found; 0: never; 1: fail without nvcc
+FUSEDLOSS_CUDA=auto|0|1         auto: build if nvcc is found; 0, false, no: never; 1, true, yes: fail without nvcc
 FUSEDLOSS_CUDA_ARCHS="80;90a"   compute capabilities; by default those of DEFAULT_ARCHS that nvcc knows
 
 nvcc decides, never a visible GPU: machines that build often have none. csrc/ knows nothing of torch, so one build
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -60,14 +61,17 @@ def find_nvcc() -> str | None:
 
 def choose_nvcc() -> str | None:
     """nvcc, or None for a pure-Python wheel, having said why."""
-    wanted = os.environ.get("FUSEDLOSS_CUDA", "auto")
-    if wanted not in ("auto", "0", "1"):
-        sys.exit(f"FUSEDLOSS_CUDA={wanted!r}: needs auto, 0 or 1")
+    value = os.environ.get("FUSEDLOSS_CUDA", "")
+    chosen = value.strip().lower() or "auto"
+    switch = runpy.run_path(str(ROOT / "fusedloss" / "environment.py"))["SWITCH"]  # by path: the package needs torch
+    if chosen != "auto" and chosen not in switch:
+        sys.exit(f"FUSEDLOSS_CUDA must be auto, 1, true, yes, 0, false or no, got {value!r}; unset it for auto")
+    wanted = None if chosen == "auto" else switch[chosen]
     nvcc = find_nvcc() if sys.platform == "linux" else None
-    if wanted == "0" or nvcc is None:
-        why = "FUSEDLOSS_CUDA=0" if wanted == "0" else "nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)"
-        if wanted == "1" and BUILDING:
-            sys.exit(f"fusedloss: FUSEDLOSS_CUDA=1, but {why}")
+    if wanted is False or nvcc is None:
+        why = f"FUSEDLOSS_CUDA={value}" if wanted is False else "nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)"
+        if wanted and BUILDING:
+            sys.exit(f"fusedloss: FUSEDLOSS_CUDA={value}, but {why}")
         if BUILDING:
             print(f"fusedloss: csrc/ is skipped, fusedloss._C will be missing: {why}", flush=True)
         return None

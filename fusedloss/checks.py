@@ -7,19 +7,19 @@ target makes the loss NaN, and FUSEDLOSS_CHECK=1 turns these checks on everywher
 from __future__ import annotations
 
 import math
-import os
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 
+from . import environment
 from .problem import autocasting, stats_dtype
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIMILARITIES = ("cos", "dot")
 DISTANCES = ("euclidean", "squared", "cosine")
 REDUCTIONS = ("mean", "sum", "none")
-BACKENDS = ("cuda", "triton", "chunked", "reference")
+BACKENDS = environment.BACKENDS
 
 
 def embeddings(**tensors: Tensor) -> None:
@@ -93,9 +93,8 @@ def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}: needs one of {', '.join(map(repr, allowed))}")
 
 
-def backend(value: object, name: str = "backend") -> None:
-    """`name`: the argument, or the environment variable that stands for it."""
-    choice(name, value, ("auto", *BACKENDS))
+def backend(value: object) -> None:
+    choice("backend", value, ("auto", *BACKENDS))
 
 
 def share(name: str, value: float) -> None:
@@ -118,7 +117,7 @@ def reads_values(x: Tensor) -> bool:
     """Whether this tensor's values may be looked at without a synchronisation the user did not ask for."""
     if torch.compiler.is_compiling():
         return False
-    return x.device.type == "cpu" or os.environ.get("FUSEDLOSS_CHECK") == "1"
+    return x.device.type == "cpu" or environment.switch("FUSEDLOSS_CHECK")
 
 
 def scalar(name: str, value: float | Tensor, like: Tensor | None, *, positive: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 import fusedloss
 
+from . import environment
 from .backends import BACKENDS, cuda, select
 from .errors import UnsupportedError
 from .problem import Block, Problem
@@ -39,8 +39,7 @@ def lines() -> list[str]:
         f"triton     {version('triton')}",
     ]
     found.append(f"_C         {extension()}")
-    for name in ("FUSEDLOSS_BACKEND", "FUSEDLOSS_CHECK", "TRITON_INTERPRET"):
-        found.append(f"{name}={os.environ[name]}" if name in os.environ else f"{name} is not set")
+    found += environment.lines()
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for device in devices:
         problem = probe(device)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from types import ModuleType
@@ -20,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import environment
 from .collectives import gather, merge_columns
 from .folds import FOLDS, Folded
 from .prefixes import sweep_prefixes
@@ -149,11 +149,8 @@ def top_rows(problem: Problem, backend: ModuleType) -> tuple[Tensor, Tensor]:
 def chunk_rows(M: int, N: int, D: int, itemsize: int, device: torch.device, workspace_bytes: int | None = None) -> int:
     """Rows a chunk, so that `rows * N * itemsize` keeps to the budget: the argument, the environment, the default."""
     name = "workspace_bytes"
-    if workspace_bytes is None and (given := os.environ.get("FUSEDLOSS_WORKSPACE_BYTES")):
-        name = "FUSEDLOSS_WORKSPACE_BYTES"
-        if not given.isdecimal() or int(given) == 0:
-            raise ValueError(f"{name} is {given!r}: needs a positive number of bytes")
-        workspace_bytes = int(given)
+    if workspace_bytes is None and (given := environment.workspace_bytes()) is not None:
+        name, workspace_bytes = "FUSEDLOSS_WORKSPACE_BYTES", given
     row_bytes = max(1, N * itemsize)
     if workspace_bytes is not None and workspace_bytes < row_bytes and M:
         raise ValueError(

@@ -212,9 +212,39 @@ def test_auto_takes_the_first_that_can_and_catches_nothing(monkeypatch):
 def test_the_environment_overrides_auto_only(monkeypatch):
     query, key = testing.inputs("random", 8, 8, 4)
     monkeypatch.setenv("FUSEDLOSS_BACKEND", "cuda")
-    with pytest.raises(fusedloss.UnsupportedError, match=r"cuda: .*triton: .*chunked: .*reference: "):
+    with pytest.raises(
+        fusedloss.UnsupportedError,
+        match=r"FUSEDLOSS_BACKEND=cuda cannot .*cuda: .*triton: .*chunked: .*reference: .*; unset FUSEDLOSS_BACKEND",
+    ):
         fusedloss.info_nce(query, key)
     fusedloss.info_nce(query, key, backend="chunked")
+
+
+def test_what_the_environments_backend_has_no_kernel_for_goes_to_auto(monkeypatch):
+    query, key = testing.inputs("random", 8, 8, 4)
+    monkeypatch.setenv("FUSEDLOSS_BACKEND", "cuda")  # none for elements, pairs, lists and classes, whatever the machine
+    assert fusedloss.mse(query, key) == fusedloss.mse(query, key, backend="chunked")
+    for loss in (fusedloss.cosent, fusedloss.cosine_similarity):
+        assert loss(query, key, torch.ones(8)).isfinite()
+    assert fusedloss.list_net(query, key).isfinite()
+    assert fusedloss.cross_entropy(query, torch.zeros(8).long()).isfinite()
+    with pytest.raises(fusedloss.UnsupportedError, match=r"^backend='cuda' cannot run this loss. cuda: .*no kernel"):
+        fusedloss.mse(query, key, backend="cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off")
+def test_a_dtype_without_kernels_goes_to_auto_where_the_backend_runs(monkeypatch):
+    query, key = (x.double() for x in testing.inputs("random", 8, 8, 4))
+    monkeypatch.setenv("FUSEDLOSS_BACKEND", "triton")
+    for loss in (fusedloss.info_nce, fusedloss.mse):
+        assert loss(query, key) == loss(query, key, backend="chunked")
+        with pytest.raises(fusedloss.UnsupportedError, match=r"^backend='triton' .* no kernel for torch.float64"):
+            loss(query, key, backend="triton")
+    # One that runs nothing here is not passed over.
+    monkeypatch.setattr(BACKENDS["triton"], "why_not_on", lambda dtype, device: "no such card")
+    for loss in (fusedloss.info_nce, fusedloss.mse):
+        with pytest.raises(fusedloss.UnsupportedError, match=r"^FUSEDLOSS_BACKEND=triton cannot .* no such card"):
+            loss(query, key)
 
 
 def test_unsupported_is_a_not_implemented_error():

@@ -78,7 +78,7 @@ def test_a_budget_for_less_than_a_row_says_what_a_row_needs(monkeypatch):
     with pytest.raises(ValueError, match=r"workspace_bytes is 300: one row of \d+ similarities takes 448 bytes"):
         fusedloss.info_nce(query.requires_grad_(), key, workspace_bytes=300, backend="chunked")
     monkeypatch.setenv("FUSEDLOSS_WORKSPACE_BYTES", "a lot")
-    with pytest.raises(ValueError, match="FUSEDLOSS_WORKSPACE_BYTES is 'a lot': needs a positive number of bytes"):
+    with pytest.raises(ValueError, match="FUSEDLOSS_WORKSPACE_BYTES must be a positive number of bytes, got 'a lot'"):
         fusedloss.info_nce(query.requires_grad_(), key, backend="chunked")
 
 

@@ -5,15 +5,22 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from fusedloss import bench, check, measure, show, sweep, testing
+from fusedloss import bench, check, checks, environment, measure, show, sweep, testing
 from fusedloss.__main__ import main
 from fusedloss.backends import BACKENDS
+from fusedloss.integrations._drop_in import disabled
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_info_lists_every_backend_with_a_reason(capsys):
@@ -215,8 +222,6 @@ def test_a_device_that_is_not_there_is_named(capsys):
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_bench_refuses_before_it_races(wrong, message, capsys):
-    import re
-
     with pytest.raises(SystemExit) as ended:
         main(["bench", *wrong])
     assert ended.value.code == 2
@@ -235,3 +240,105 @@ def test_bench_fails_where_our_own_racer_does(monkeypatch, capsys):
     monkeypatch.setenv("FUSEDLOSS_BACKEND", "cuda")
     assert main(["bench", "--n", "16", "--d", "4", "--rounds", "1", "--racers", "fusedloss", "--no-memory"]) == 1
     assert "failed:" in capsys.readouterr().out
+
+
+# Ctrl-C is 130 everywhere and leaves no traceback. A torch that waits stands for the seconds in which it is imported.
+WAITS = "import signal\nprint('ready', flush=True)\nsignal.pause()\n"
+
+
+def interrupted(command, tmp_path, **environment):
+    """Starts it, waits for its first line on stdout, and presses Ctrl-C."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])} | environment
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    child = subprocess.Popen([sys.executable, "-m", "fusedloss", *command], env=environment, cwd=tmp_path, **pipes)
+    try:
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGINT)
+        shown, errors = child.communicate()
+    finally:
+        child.kill()
+        child.wait()
+    assert child.returncode == 130 and "Traceback" not in errors and "interrupted" in errors
+    return shown
+
+
+@pytest.mark.parametrize("command", [["info"], ["check"], ["bench"]])
+def test_ctrl_c_while_torch_is_imported(command, tmp_path):
+    (tmp_path / "torch.py").write_text(WAITS)
+    assert interrupted(command, tmp_path) == ""
+
+
+def test_ctrl_c_while_the_race_is_imported(tmp_path):
+    """matplotlib, rich and inductor are imported when all else is there: the handler is Python's again by then."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'fusedloss.bench':\n"
+        "            " + WAITS.replace("\n", "\n            ") + "\n"
+        "sys.meta_path.insert(0, Finder)\n"
+    )
+    assert interrupted(["bench"], tmp_path) == ""
+
+
+def test_ctrl_c_shows_what_was_checked(monkeypatch, capsys):
+    def rows(devices):
+        yield {"device": "cpu", "backend": "cuda", "dtype": "all", "loss": "all", "reason": "not built"}
+        yield {"device": "cpu", "backend": "chunked", "dtype": "float32", "loss": "mse", "shares": [0.1, 0.2, 0.3]}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "rows", rows)
+    assert main(["check"]) == 130
+    shown = capsys.readouterr()
+    assert "not built" in shown.out and "0.30" in shown.out and "interrupted" in shown.err
+
+
+def test_ctrl_c_elsewhere(monkeypatch, capsys):
+    def stop():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fusedloss.info.lines", stop)
+    assert main(["info"]) == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("command", [[], ["info"], ["check"], ["bench"]])
+def test_help_tells_the_exit_codes(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"\n  {code} " in shown for code in (0, 1, 2, 130))
+
+
+# Variables ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_variable_is_shown_and_documented(monkeypatch, capsys):
+    """Those that the package and its build read, by their names in the source."""
+    named = set()
+    for file in [ROOT / "setup.py", *(ROOT / "fusedloss").rglob("*.py")]:
+        named |= set(re.findall(r"FUSEDLOSS_\w+", file.read_text()))
+    named -= {"FUSEDLOSS_SM90A", "FUSEDLOSS_ARCHS"}  # macros of csrc/
+    assert named == {name for name in (*environment.VARIABLES, *environment.OTHERS) if name.startswith("FUSEDLOSS_")}
+    page = (ROOT / "README.md").read_text()
+    assert [name for name in named - {"FUSEDLOSS_CALLS"} if name not in page] == []
+    monkeypatch.setenv("FUSEDLOSS_WORKSPACE_BYTES", "1e9")
+    monkeypatch.setenv("FUSEDLOSS_DISABLED", "1")
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n{name}" in shown for name in named)
+    assert "FUSEDLOSS_WORKSPACE_BYTES=1e9: FUSEDLOSS_WORKSPACE_BYTES must be a positive number of bytes" in shown
+    assert "FUSEDLOSS_DISABLED=1: fusedloss has no variable of this name" in shown
+
+
+@pytest.mark.parametrize("name", ["FUSEDLOSS_CHECK", "FUSEDLOSS_DISABLE"])
+def test_a_switch_is_on_off_or_refused(name, monkeypatch):
+    for on, values in ((True, ("1", "true", "YES")), (False, ("0", "False", " no ", ""))):
+        for value in values:
+            monkeypatch.setenv(name, value)
+            assert environment.switch(name) is on
+    monkeypatch.delenv(name)
+    assert environment.switch(name) is False
+    monkeypatch.setenv(name, "maybe")
+    elsewhere = torch.ones(1, device="meta")
+    with pytest.raises(ValueError, match=f"{name} must be 1, true, yes, 0, false or no, got 'maybe'; set {name}=1"):
+        checks.reads_values(elsewhere) if name == "FUSEDLOSS_CHECK" else disabled()

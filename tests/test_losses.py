@@ -616,8 +616,9 @@ def test_a_workspace_that_is_too_small_is_refused_in_the_forward(reduction, monk
 
 def test_a_bad_environment_variable_is_named(monkeypatch):
     monkeypatch.setenv("FUSEDLOSS_BACKEND", "nope")
-    with pytest.raises(ValueError, match="FUSEDLOSS_BACKEND is 'nope'"):
-        fusedloss.info_nce(GOOD, GOOD)
+    for loss in (fusedloss.info_nce, fusedloss.mse):
+        with pytest.raises(ValueError, match=r"FUSEDLOSS_BACKEND must be auto, .*, got 'nope'; set one, or unset it"):
+            loss(GOOD, GOOD)
     monkeypatch.setenv("FUSEDLOSS_BACKEND", "")
     assert fusedloss.info_nce(GOOD, GOOD) == fusedloss.info_nce(GOOD, GOOD, backend="auto")
 

@@ -124,12 +124,12 @@ def test_cuda_required_without_nvcc_fails(source, no_nvcc, tmp_path):
     assert "FUSEDLOSS_CUDA=1, but nvcc was not found" in output
 
 
-@pytest.mark.parametrize("name, value", [("FUSEDLOSS_CUDA", "yes"), ("FUSEDLOSS_CUDA_ARCHS", "sm_80")])
+@pytest.mark.parametrize("name, value", [("FUSEDLOSS_CUDA", "maybe"), ("FUSEDLOSS_CUDA_ARCHS", "sm_80")])
 def test_bad_switches_are_named(source, tmp_path, name, value):
     if name == "FUSEDLOSS_CUDA_ARCHS" and not NVCC:
         pytest.skip("needs nvcc")
     status, output, _ = build_wheel(source, tmp_path, check=False, **{name: value})
-    assert status != 0 and f"{name}='{value}'" in output
+    assert status != 0 and name in output and repr(value) in output
 
 
 @pytest.mark.slow

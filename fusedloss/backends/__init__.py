@@ -33,13 +33,12 @@ A backend that takes `problem.prefixes` also has `admitted(mask, tile)`.
 
 from __future__ import annotations
 
-import os
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, environment
 from ..errors import UnsupportedError
 from ..problem import Problem
 from . import chunked, cuda, fastest, reference, triton
@@ -48,6 +47,7 @@ BACKENDS: dict[str, ModuleType] = dict(zip(checks.BACKENDS, (cuda, triton, chunk
 
 # A backend joins once the whole GPU test-suite has passed on such a device. Until then it is there by name.
 AUTO: dict[str, tuple[str, ...]] = {"cpu": ("chunked", "reference"), "cuda": ("chunked", "reference")}
+AUTOMATIC = "backend='auto'"  # who named the backend, in a message
 
 
 def select(problem: Problem, backend: str) -> str:
@@ -56,19 +56,33 @@ def select(problem: Problem, backend: str) -> str:
     Where `auto` has both `cuda` and `triton`, the one that was faster at such a size is before the other.
     """
     checks.backend(backend)
-    if backend == "auto":
-        backend = os.environ.get("FUSEDLOSS_BACKEND") or "auto"
-        checks.backend(backend, "FUSEDLOSS_BACKEND")
-    names: tuple[str, ...] = (
-        AUTO.get(problem.device.type, ("chunked", "reference")) if backend == "auto" else (backend,)
-    )
-    if "cuda" in names and "triton" in names:
+    names, asked = _candidates(backend, problem.device, ("cuda", "triton"))
+    if asked == AUTOMATIC and "cuda" in names and "triton" in names:
         names = fastest.order(names, problem)
     for name in names:
         if BACKENDS[name].why_not(problem) is None:
             return name
     reasons = "; ".join(f"{name}: {module.why_not(problem) or 'can run it'}" for name, module in BACKENDS.items())
-    raise UnsupportedError(f"backend={backend!r} cannot run this problem. {reasons}")
+    raise UnsupportedError(f"{asked} cannot run this problem. {reasons}{_remedy(asked)}")
+
+
+def _candidates(backend: str, device: torch.device, kernels: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
+    """The backends to ask, in order, and who named the first. kernels: those that have some for such losses.
+
+    An argument is an order. FUSEDLOSS_BACKEND is a whole script's preference: what has no kernel there goes to `auto`.
+    But a backend that runs nothing on this device is not passed over in silence.
+    """
+    if backend != "auto":
+        return (backend,), f"backend={backend!r}"
+    auto, named = AUTO.get(device.type, ("chunked", "reference")), environment.backend()
+    if named == "auto":
+        return auto, AUTOMATIC
+    absent = named in kernels and BACKENDS[named].why_not_on(torch.float32, device)  # float32: what all of them take
+    return (named,) if absent else (named, *auto), f"FUSEDLOSS_BACKEND={named}"
+
+
+def _remedy(asked: str) -> str:
+    return "; unset FUSEDLOSS_BACKEND or pass backend='chunked'" if asked.startswith("FUSEDLOSS") else ""
 
 
 def select_rowwise(backend: str, x: Tensor, *, multiplies: bool = False, unsupported: str | None = None) -> str:
@@ -76,19 +90,13 @@ def select_rowwise(backend: str, x: Tensor, *, multiplies: bool = False, unsuppo
 
     multiplies: the kernel has products of tiles. unsupported: why no kernel takes these arguments.
     """
-    if backend == "auto":
-        backend = os.environ.get("FUSEDLOSS_BACKEND") or "auto"
-        if backend == "auto":
-            for backend in AUTO.get(x.device.type, ("chunked", "reference")):
-                if _why_not_rowwise(backend, x, multiplies, unsupported) is None:
-                    return backend
-        checks.backend(backend, "FUSEDLOSS_BACKEND")
-    else:
-        checks.backend(backend)
-    reason = _why_not_rowwise(backend, x, multiplies, unsupported)
-    if reason is None:
-        return backend
-    raise UnsupportedError(f"backend={backend!r} cannot run this loss. {backend}: {reason}; chunked: can run it")
+    checks.backend(backend)
+    names, asked = _candidates(backend, x.device, ("triton",))
+    for name in names:
+        if _why_not_rowwise(name, x, multiplies, unsupported) is None:
+            return name
+    reason = _why_not_rowwise(names[0], x, multiplies, unsupported)
+    raise UnsupportedError(f"{asked} cannot run this loss. {names[0]}: {reason}; chunked: can run it{_remedy(asked)}")
 
 
 def _why_not_rowwise(backend: str, x: Tensor, multiplies: bool, unsupported: str | None) -> str | None:

@@ -61,8 +61,13 @@ def why_not(problem: Problem) -> str | None:
     dtypes = {problem.dtype: None}  # in order
     for block in problem.blocks:
         dtypes |= {x.dtype: None for x in block.mask.guide or ()}
-    reasons = (_why_not(dtype, problem.device, extension) for dtype in dtypes)
+    reasons = (why_not_on(dtype, problem.device) for dtype in dtypes)
     return next((reason for reason in reasons if reason), None)
+
+
+def why_not_on(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why no kernel runs for tensors like that."""
+    return _why_not(dtype, device, extension)
 
 
 def _why_not_mask(mask: Mask) -> str | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import sys
 from collections import Counter
 from collections.abc import Mapping
 from types import ModuleType, TracebackType
 from typing import Any, Self
+
+from fusedloss import environment
 
 logger = logging.getLogger("fusedloss")
 
@@ -19,7 +20,7 @@ _told: set[tuple[str, str]] = set()
 
 
 def disabled() -> bool:
-    return os.environ.get("FUSEDLOSS_DISABLE", "0") not in ("", "0")
+    return environment.switch("FUSEDLOSS_DISABLE")
 
 
 def runs_fused(name: str, why_not: str | None) -> bool:

@@ -1,0 +1,74 @@
+"""The environment variables. Each is read at every call, and whatever it does not know is an error, never ignored.
+
+Values are compared without case or surrounding space; an empty one counts as not set.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+BACKENDS = ("cuda", "triton", "chunked", "reference")
+SWITCH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
+
+
+def switch(name: str) -> bool:
+    """Whether a variable that is on or off is on."""
+    value = os.environ.get(name, "")
+    on = SWITCH.get(value.strip().lower())
+    if on is None:
+        raise ValueError(f"{name} must be 1, true, yes, 0, false or no, got {value!r}; set {name}=1, or unset it")
+    return on
+
+
+def backend() -> str:
+    """What backend="auto" means by FUSEDLOSS_BACKEND, or "auto"."""
+    value = os.environ.get("FUSEDLOSS_BACKEND", "")
+    chosen = value.strip().lower() or "auto"
+    if chosen != "auto" and chosen not in BACKENDS:
+        raise ValueError(f"FUSEDLOSS_BACKEND must be auto, {', '.join(BACKENDS)}, got {value!r}; set one, or unset it")
+    return chosen
+
+
+def workspace_bytes() -> int | None:
+    """What workspace_bytes=None means by FUSEDLOSS_WORKSPACE_BYTES; None: the device's default."""
+    value = os.environ.get("FUSEDLOSS_WORKSPACE_BYTES", "")
+    digits = value.strip()
+    if not digits:
+        return None
+    if not (digits.isascii() and digits.isdecimal()) or int(digits) == 0:
+        raise ValueError(
+            f"FUSEDLOSS_WORKSPACE_BYTES must be a positive number of bytes, got {value!r}; "
+            "set 67108864, say, for 64 MiB, or unset it"
+        )
+    return int(digits)
+
+
+VARIABLES: dict[str, Callable[[], object]] = {
+    "FUSEDLOSS_BACKEND": backend,
+    "FUSEDLOSS_WORKSPACE_BYTES": workspace_bytes,
+    "FUSEDLOSS_DISABLE": lambda: switch("FUSEDLOSS_DISABLE"),
+    "FUSEDLOSS_CHECK": lambda: switch("FUSEDLOSS_CHECK"),
+}
+OTHERS = (
+    "FUSEDLOSS_CALLS",  # a file, of integrations.pytest_patch
+    "FUSEDLOSS_CUDA",  # of setup.py
+    "FUSEDLOSS_CUDA_ARCHS",
+    "TRITON_INTERPRET",  # of Triton
+)
+
+
+def lines() -> list[str]:
+    """Every variable and its value, for `info`: those set to what is refused with the error, misspelt ones as such."""
+    known, found = (*VARIABLES, *OTHERS), []
+    for name in known:
+        if name not in os.environ:
+            found.append(f"{name} is not set")
+            continue
+        try:
+            VARIABLES.get(name, str)()
+            found.append(f"{name}={os.environ[name]}")
+        except ValueError as error:
+            found.append(f"{name}={os.environ[name]}: {error}")
+    unknown = [name for name in sorted(os.environ) if name.startswith("FUSEDLOSS_") and name not in known]
+    return found + [f"{name}={os.environ[name]}: fusedloss has no variable of this name" for name in unknown]
