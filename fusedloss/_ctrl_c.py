@@ -30,5 +30,6 @@ def imported() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-if sys.argv[:1] == ["-m"]:  # so it is while Python looks for the module that `python -m` names, and only then
+# argv[0] is "-m" only while Python looks for the module that `python -m` names, which must be this package.
+if sys.argv[:1] == ["-m"] and "fusedloss" in {word.removeprefix("-m") for word in sys.orig_argv}:
     importing()
