@@ -5,6 +5,7 @@ The formulas here are written out in fp64 with torch's own cross_entropy, indepe
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -670,3 +671,100 @@ def test_the_environment_variable_checks_values_on_any_device(monkeypatch):
     assert not checks.reads_values(elsewhere)
     monkeypatch.setenv("FUSEDLOSS_CHECK", "1")
     assert checks.reads_values(elsewhere)
+
+
+# NaN in, NaN out ------------------------------------------------------------------------------------------------------
+
+
+LABELS, GRADES, HALF = torch.arange(6) // 2, torch.arange(6.0), torch.arange(6) % 2
+LIST = torch.tensor([2, 0, 1, 3])
+# Every loss, of x [6, 4], which has the NaN, and y of the same shape.
+OF_A_ROW = {
+    "adaptive_layer": lambda x, y: fusedloss.adaptive_layer(fusedloss.info_nce, [x, x], [y, y]),
+    "angle": lambda x, y, **o: fusedloss.angle(x, y, GRADES, **o),
+    "arcface": lambda x, y, **o: fusedloss.arcface(x, LABELS, y, **o),
+    "batch_all_triplet": lambda x, y, **o: fusedloss.batch_all_triplet(x, LABELS, **o),
+    "batch_hard_soft_margin_triplet": lambda x, y, **o: fusedloss.batch_hard_soft_margin_triplet(x, LABELS, **o),
+    "batch_hard_triplet": lambda x, y, **o: fusedloss.batch_hard_triplet(x, LABELS, **o),
+    "batch_semi_hard_triplet": lambda x, y, **o: fusedloss.batch_semi_hard_triplet(x, LABELS, **o),
+    "binary_cross_entropy_with_logits": lambda x, y, **o: fusedloss.binary_cross_entropy_with_logits(
+        x, y.sigmoid(), **o
+    ),
+    "circle": lambda x, y, **o: fusedloss.circle(x, LABELS, **o),
+    "clip": lambda x, y, **o: fusedloss.clip(x, y, 2.0, **o),
+    "clip_distill": lambda x, y, **o: fusedloss.clip_distill(x, y, 2.0, y, y, 3.0, **o),
+    "contrastive": lambda x, y, **o: fusedloss.contrastive(x, y, HALF, **o),
+    "contrastive_tension": lambda x, y, **o: fusedloss.contrastive_tension(x, y, HALF, **o),
+    "contrastive_tension_in_batch": lambda x, y, **o: fusedloss.contrastive_tension_in_batch(x, y, **o),
+    "cosent": lambda x, y, **o: fusedloss.cosent(x, y, GRADES, **o),
+    "cosface": lambda x, y, **o: fusedloss.cosface(x, LABELS, y, **o),
+    "cosine_similarity": lambda x, y, **o: fusedloss.cosine_similarity(x, y, GRADES, **o),
+    "cross_entropy": lambda x, y, **o: fusedloss.cross_entropy(x, LABELS, **o),
+    "decoupled_contrastive": lambda x, y, **o: fusedloss.decoupled_contrastive(x, y, **o),
+    "distill_kl_div": lambda x, y, **o: fusedloss.distill_kl_div(x, y, y + 1, label=y[:, :2], **o),
+    "embed_distill": lambda x, y, **o: fusedloss.embed_distill(x, y, **o),
+    "focal": lambda x, y, **o: fusedloss.focal(x, LABELS, **o),
+    "gist_embed": lambda x, y, **o: fusedloss.gist_embed(x, y, guide=(y, y), **o),
+    "global_orthogonal_regularization": lambda x, y: fusedloss.global_orthogonal_regularization(x, y),
+    "huber": lambda x, y, **o: fusedloss.huber(x, y, **o),
+    "in_batch_margin_ranking": lambda x, y, **o: fusedloss.in_batch_margin_ranking(x, y, **o),
+    "info_nce": lambda x, y, **o: fusedloss.info_nce(x, y, **o),
+    "l1": lambda x, y, **o: fusedloss.l1(x, y, **o),
+    "lambda_loss": lambda x, y, **o: fusedloss.lambda_loss(x, LIST.expand(6, 4), **o),
+    "linear_cross_entropy": lambda x, y, **o: fusedloss.linear_cross_entropy(x, y, LABELS, **o),
+    "list_mle": lambda x, y, **o: fusedloss.list_mle(x, LIST.expand(6, 4), **o),
+    "list_net": lambda x, y, **o: fusedloss.list_net(x, LIST.expand(6, 4), **o),
+    "plist_mle": lambda x, y, **o: fusedloss.plist_mle(x, LIST.expand(6, 4), **o),
+    "adr_mse": lambda x, y, **o: fusedloss.adr_mse(x, LIST.expand(6, 4), **o),
+    "rank_net": lambda x, y, **o: fusedloss.rank_net(x, LIST.expand(6, 4), **o),
+    "margin_mse": lambda x, y, **o: fusedloss.margin_mse(x, y, y + 1, label=y[:, 0], **o),
+    "matryoshka": lambda x, y, **o: fusedloss.matryoshka(fusedloss.info_nce, x, y, dims=[4, 2], **o),
+    "matryoshka_2d": lambda x, y: fusedloss.matryoshka_2d(fusedloss.info_nce, [x, x], [y, y], dims=[4, 2]),
+    "mega_batch_margin": lambda x, y, **o: fusedloss.mega_batch_margin(x, y, **o),
+    "mse": lambda x, y, **o: fusedloss.mse(x, y, **o),
+    "multi_similarity": lambda x, y, **o: fusedloss.multi_similarity(x, LABELS, **o),
+    "multiple_negatives_ranking": lambda x, y, **o: fusedloss.multiple_negatives_ranking(x, y, **o),
+    "nt_xent": lambda x, y, **o: fusedloss.nt_xent(x, y, **o),
+    "online_contrastive": lambda x, y, **o: fusedloss.online_contrastive(x, y, HALF, **o),
+    "proxy_anchor": lambda x, y, **o: fusedloss.proxy_anchor(x, LABELS, y, **o),
+    "proxy_nca": lambda x, y, **o: fusedloss.proxy_nca(x, LABELS, y, **o),
+    "siglip": lambda x, y, **o: fusedloss.siglip(x, y, 2.0, **o),
+    "smooth_l1": lambda x, y, **o: fusedloss.smooth_l1(x, y, **o),
+    "softmax_pair": lambda x, y, **o: fusedloss.softmax_pair(x, y, torch.cat([y[:3]] * 3, 1), None, LABELS, **o),
+    "sup_con": lambda x, y, **o: fusedloss.sup_con(x, LABELS, **o),
+    "sup_con in": lambda x, y, **o: fusedloss.sup_con(x, LABELS, form="in", **o),
+    "triplet": lambda x, y, **o: fusedloss.triplet(x, y, y + 1, **o),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", OF_A_ROW)
+def test_a_diverged_row_shows_in_every_mean(name, backend):
+    """A loss that counts the rows which lose anything counts no NaN: 0 / 0 is no loss of 0."""
+    takes = inspect.signature(getattr(fusedloss, name.split()[0])).parameters
+    options = {"backend": backend} if "backend" in takes else {}
+    for bad, where in [(math.nan, slice(1, 2)), (math.nan, slice(None)), (math.inf, slice(1, 2))]:
+        x, y = randn(6, 4), randn(6, 4)
+        x[where] = bad
+        mean = OF_A_ROW[name](x, y, **options)
+        whole = OF_A_ROW[name](x, y, reduction="sum", **options) if "reduction" in takes else mean
+        assert whole.isnan() or bad == math.inf
+        assert mean.isnan() == whole.isnan(), f"{bad} in rows {where}: a mean of {mean} and a sum of {whole}"
+
+
+def test_every_loss_is_asked_for_its_nan():
+    twins = {"huber_loss", "l1_loss", "mse_loss", "smooth_l1_loss"}
+    assert {name.split()[0] for name in OF_A_ROW} == set(fusedloss.functional.__all__) - twins
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference", "triton", "cuda"])
+def test_statistics_of_rows_that_are_nan(backend):
+    """Not an accuracy of 1 because nothing compares as larger, nor a hardest negative of 0, as where there is none."""
+    query, key = randn(6, 8).float(), randn(6, 8).float()
+    query[2] = math.nan
+    _, stats = fusedloss.info_nce(query, key, return_stats=True, backend=backend)
+    assert stats.accuracy.isnan() and stats.mean_reciprocal_rank.isnan() and stats.positive_score.isnan()
+    weight = torch.ones(6)
+    weight[2] = 0
+    _, stats = fusedloss.info_nce(query, key, weight=weight, return_stats=True, backend=backend)
+    assert all(value.isfinite() for value in stats)

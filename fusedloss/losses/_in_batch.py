@@ -21,7 +21,7 @@ class Stats(NamedTuple):
     Scores are logits divided by the scale: similarities, where there is no bias.
     """
 
-    accuracy: Tensor  # share of rows whose target has the largest logit; ties, to 4 eps, count for it
+    accuracy: Tensor  # share of rows whose target has the largest logit; ties, to (4 + D / 16) eps, count for it
     mean_reciprocal_rank: Tensor  # of the target among the row's admissible columns
     positive_score: Tensor  # mean of the targets'
     hardest_negative_score: Tensor  # mean of each row's largest, over the rows that have a negative
@@ -87,14 +87,15 @@ class Objective(NamedTuple):
         count, above, maximum, score = (t.detach() for t in counted[:4])
         rows = problem.weight != 0
         scale = problem.scale.detach()
-        has_negative = rows & (maximum > -torch.inf)
+        has_negative = rows & (maximum != -torch.inf)
+        above = above.masked_fill(score.isnan() | maximum.isnan(), torch.nan)  # of which nothing is known
         negatives = rows.sum() * max(problem.columns - problem.copies, 0)
 
         def mean(values: Tensor, over_rows: Tensor) -> Tensor:
             return over(values.masked_fill(~over_rows, 0).sum(), over_rows.sum().to(values.dtype))
 
         return Stats(
-            mean((above == 0).to(count.dtype), rows),
+            mean((above == 0).to(count.dtype).where(above == above, above), rows),
             mean(1 / (1 + above), rows),
             mean(score / scale, rows),
             mean(maximum / scale, has_negative),
@@ -150,8 +151,8 @@ def of_rows(loss: Tensor, reduction: str) -> Tensor:
 
 
 def over(total: Tensor, count: Tensor) -> Tensor:
-    """`total / count`, and 0 for 0."""
-    return torch.where(count == 0, 0, total / count.masked_fill(count == 0, 1))
+    """`total / count`; without a count 0, without a gradient, but a NaN stays: of NaN rows a loss may count none."""
+    return total / count.masked_fill(count == 0, torch.inf)
 
 
 def objective(
