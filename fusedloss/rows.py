@@ -159,24 +159,31 @@ def patch_target(patch: Patch, entry: Tensor) -> None:
     out.scatter_(1, index, torch.where(none[:, None], out.gather(1, index), entry))
 
 
-def guide_threshold(own: Tensor, rule: GuideRule) -> Tensor:
-    """Above which the guide drops a column, given its cosine of the row and its target.
+def tie(dim: int, dtype: torch.dtype) -> float:
+    """By how much the similarities of unit rows may differ and still be equal: by the rounding of a duplicate's.
 
-    Within 4 eps are ties, which stay: a duplicate of the target may round otherwise in another block.
+    4 eps for the products of a CPU, and 1 for each 16 of the dimension: a tensor core adds 16 products at a time and
+    cuts off what lies below the last place of the largest.
     """
+    return (4 + math.ceil(dim / 16)) * torch.finfo(dtype).eps
+
+
+def score_ties(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+    """`tie` of `<x_i, y_index[i]>`: times the product of both lengths, not of a similarity that may be near 0."""
+    dtype = stats_dtype(x.dtype)
+    lengths = [torch.linalg.vector_norm(t, dim=1, dtype=dtype) for t in (x, y)]
+    return tie(x.shape[1], dtype) * lengths[0] * lengths[1][index]
+
+
+def above_ties(score: Tensor, ties: Tensor | float, scale: Tensor) -> Tensor:
+    """Logits above this rank before the target; `ties` of the similarities, beside the rounding of scale and bias."""
+    return score + (ties * scale).abs() + 4 * torch.finfo(score.dtype).eps * score.abs()
+
+
+def guide_threshold(own: Tensor, rule: GuideRule, dim: int) -> Tensor:
+    """Above which the guide drops a column, given its cosine of the row and its target; ties stay."""
     margin = own.abs() * rule.margin if rule.relative else rule.margin
-    return own - margin + 4 * torch.finfo(own.dtype).eps
-
-
-def score_ties(x: Tensor, y: Tensor) -> Tensor:
-    """By how much a similarity may exceed the target's and still be a tie: 4 eps of the product of both lengths."""
-    lengths = (torch.linalg.vector_norm(t, dim=1, dtype=stats_dtype(t.dtype)) for t in (x, y))
-    return 4 * torch.finfo(stats_dtype(x.dtype)).eps * math.prod(lengths)
-
-
-def above_ties(score: Tensor) -> Tensor:
-    """Logits above this rank before the target: not by the rounding of a duplicate's."""
-    return score + 4 * torch.finfo(score.dtype).eps * score.abs()
+    return own - margin + tie(dim, own.dtype)
 
 
 def fold_scalars(problem: Problem) -> tuple[Tensor, ...]:

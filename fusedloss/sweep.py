@@ -38,7 +38,7 @@ from .problem import (
     saved_dtype,
     stats_dtype,
 )
-from .rows import above_ties, fold_part, fold_scalars, fresh, row_chunks
+from .rows import above_ties, fold_part, fold_scalars, fresh, row_chunks, score_ties, tie
 from .waves import wave_rows
 
 MIB = 1 << 20
@@ -329,8 +329,17 @@ class _Sweep:
     def _counts(self, chunk: slice) -> tuple[Tally | None, Tensor | None]:
         if self.tally is None:
             return None, None
-        score = above_ties(_part(self.prepared.score, chunk).to(self.dtype))
-        return Tally(*(_part(t, chunk) for t in self.tally)), score
+        score, ties = self.prepared.score.to(self.dtype), self.ties if self.problem.wants_tally else 0.0
+        return Tally(*(_part(t, chunk) for t in self.tally)), _part(above_ties(score, ties, self.problem.scale), chunk)
+
+    @functools.cached_property
+    def ties(self) -> Tensor | float:
+        """By how much a similarity may exceed the row's target's and still be a tie, `[M]` or a number."""
+        first = self.problem.blocks[0]
+        if self.problem.cosine:
+            return tie(self.operands[first.query].shape[1], self.dtype)
+        x, y = self.operands[first.query][: self.problem.rows], self.operands[first.key]
+        return score_ties(x, y, self.problem.target.clamp(min=0))
 
     # Other functions of a row's similarities --------------------------------------------------------------------------
 
@@ -487,13 +496,8 @@ class _Sweep:
             return None
         threshold = None if self.elsewhere is None else self.elsewhere.thresholds[number]
         if mask.margin is not None and threshold is None:
-            first, target = self.problem.blocks[0], self.problem.target.clamp(min=0)
-            ties = torch.as_tensor(4 * torch.finfo(self.dtype).eps)
-            if not self.problem.cosine:
-                ties = ties * self._squares(first.query)[: self.problem.rows].sqrt()
-                ties = ties * self._squares(first.key)[target].sqrt()
             assert self.prepared.target_sim is not None
-            threshold = self.prepared.target_sim + (ties + mask.margin).to(self.dtype)
+            threshold = self.prepared.target_sim + (self.ties + mask.margin)
         return StripMask(mask.compare, mask.dense, threshold, mask.exempt, mask.skip)
 
     def _guides(self) -> list[Strip]:

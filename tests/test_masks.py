@@ -5,6 +5,7 @@ Formulas are dense: a bool matrix [M, N] of what may compete, -inf elsewhere, lo
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -798,3 +799,20 @@ def test_what_is_counted_where_nothing_is(backend):
     key = torch.cat([x, x, x])
     tied = fusedloss.info_nce(x, key, normalize=True, backend=backend, return_stats=True)[1]
     assert tied.accuracy == 1 and tied.mean_reciprocal_rank == 1
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_equal_keys_are_ties_also_where_their_similarity_is_near_0(backend, normalize):
+    """Their products round by the rows' lengths; of most of these rows a bound by the similarity is far less."""
+    rows, dim = (20, 96) if backend in KERNELS else (200, WIDE)
+    query, key = torch.randn(rows, dim) * lengths(rows, torch.float32), torch.randn(dim)
+    keys = key.expand(rows + 30, dim).contiguous()
+    call = functools.partial(fusedloss.info_nce, query, temperature=1e3, normalize=normalize, backend=backend)
+    loss, stats = call(keys, return_stats=True)
+    assert stats.accuracy == 1 and stats.mean_reciprocal_rank == 1
+    close(loss, torch.tensor(rows + 30).log(), rtol=1e-5)
+    kept = call(keys, mask=masks.score_margin(0.0), reduction="none")
+    close(kept, torch.full((rows,), math.log(rows + 30)), rtol=1e-5)
+    keys[-1] += 1e-3 * query[5]
+    assert call(keys, return_stats=True)[1].accuracy < 1

@@ -305,7 +305,8 @@ def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor, own: Tensor |
     first = strips[0]
     stored = room[: first.x.shape[0], : first.y.shape[0]]
     similarities(first, stored)
-    threshold = guide_threshold((_at_target(stored, first.target) if own is None else own)[:, None], rule)
+    own = _at_target(stored, first.target) if own is None else own
+    threshold = guide_threshold(own, rule, first.x.shape[1])[:, None]
     for tile in _tiles(first):
         stored[:, tile].gt_(threshold)
     buffer = _tile_buffer(strips) if len(strips) > 1 else threshold

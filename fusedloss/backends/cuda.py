@@ -398,7 +398,7 @@ def guide_room(strip: Strip) -> tuple[int, int]:
 
 def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor, own: Tensor | None = None) -> list[Tensor]:
     """What the guide drops of each block, one bit a column."""
-    threshold = guide_threshold(guide_scores(strips[0], room) if own is None else own, rule)
+    threshold = guide_threshold(guide_scores(strips[0], room) if own is None else own, rule, strips[0].x.shape[1])
     dropped = []
     for strip in strips:
         words = -(-strip.y.shape[0] // 32)

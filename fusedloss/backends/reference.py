@@ -54,7 +54,7 @@ def _loss_rows(problem: Problem) -> tuple[Tensor, list[Tensor]]:
         return _fold_rows(problem, rows)
     z = _logits(problem, rows)
     with torch.no_grad():
-        counted = _counted(problem, z) if problem.wants_tally else []
+        counted = _counted(problem, rows, z) if problem.wants_tally else []
     if not problem.symmetric:
         # Before the formula: 0 times the NaN gradient of a row without admissible columns is NaN.
         z = z.masked_fill((problem.weight == 0)[:, None], 0)
@@ -128,11 +128,11 @@ def _thresholds(problem: Problem, rows: list[Tensor]) -> _Thresholds:
     mask = block.mask
     sim = guide = None
     if any(b.mask.margin is not None for b in problem.blocks):
-        x, y = rows[block.query][: problem.rows], rows[block.key][index]
-        sim = (x * y).sum(1, keepdim=True) + score_ties(x, y)[:, None]
+        x, y = rows[block.query][: problem.rows], rows[block.key]
+        sim = ((x * y[index]).sum(1) + score_ties(x, y, index))[:, None]
     if mask.guide is not None:
         own = _guide_cosines(mask.guide, problem.rows).gather(1, index[:, None])
-        guide = guide_threshold(own, problem.guide_rule)
+        guide = guide_threshold(own, problem.guide_rule, mask.guide.query.shape[1])
     return _Thresholds(sim, guide)
 
 
@@ -161,12 +161,13 @@ def _at(columns: Tensor, like: Tensor) -> Tensor:
     return columns[:, None] == torch.arange(like.shape[1], device=like.device)
 
 
-def _counted(problem: Problem, z: Tensor) -> list[Tensor]:
+def _counted(problem: Problem, rows: list[Tensor], z: Tensor) -> list[Tensor]:
     none, index = problem.target < 0, problem.target.clamp(min=0)[:, None]
-    entry = z.gather(1, index)
+    block, entry = problem.blocks[0], z.gather(1, index)
+    ties = score_ties(rows[block.query][: problem.rows], rows[block.key], index[:, 0])[:, None]
     negatives = z.scatter(1, index, torch.where(none[:, None], entry, -torch.inf))
     admitted = negatives > -torch.inf
-    above = (negatives > above_ties(entry)).sum(1).to(z.dtype)
+    above = (negatives > above_ties(entry, ties, problem.scale)).sum(1).to(z.dtype)
     return [admitted.sum(1).to(z.dtype), above, negatives.amax(1), entry[:, 0].masked_fill(none, 0)]
 
 
