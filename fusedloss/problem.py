@@ -230,7 +230,8 @@ def inverse_norms(x: Tensor) -> Tensor:
     """`1 / max(|x_i|, 1e-12)` per row, in the statistics dtype, without a copy of `x`.
 
     A row of zeros in fp16 gets 1 instead: its similarities are 0 either way, and 1e12 would leave the other gradients
-    no room in an fp16 workspace.
+    no room in an fp16 workspace. Its own gradient is multiplied by 1e12 in the end, so that it is that of the formula
+    in every dtype: as F.normalize's, the gradient by the zero unit row over 1e-12 (infinite in fp16, mostly).
     """
     norms = torch.linalg.vector_norm(x, dim=1, dtype=stats_dtype(x.dtype))
     if x.dtype == torch.float16:

@@ -186,6 +186,20 @@ def guide_threshold(own: Tensor, rule: GuideRule, dim: int) -> Tensor:
     return own - margin + tie(dim, own.dtype)
 
 
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """`|x_i - y_j|^2`, `[R, N]`, in fp64 where the device has it, and exactly 0 where that rounds to a tie.
+
+    From the product of the rows, whose rounding in fp32 puts duplicates 2e-4 to 2e-2 of their lengths apart.
+    Differences would be exact in fp32, and take a CPU 20 times as long (11 s against 0.5 s, and 1 s in fp64, for
+    [2048, 768]).
+    """
+    wide = torch.float64 if x.device.type in ("cpu", "cuda") else stats_dtype(x.dtype)
+    x, y = x.to(wide), y.to(wide)
+    lengths = x.square().sum(1)[:, None] + y.square().sum(1)
+    squared = torch.addmm(lengths, x, y.T, alpha=-2)
+    return squared.masked_fill(squared < tie(x.shape[1], wide) * lengths, 0)
+
+
 def fold_scalars(problem: Problem) -> tuple[Tensor, ...]:
     return (problem.scale, *(problem.fold.scalars if problem.fold is not None else ()))
 

@@ -24,6 +24,7 @@ from .collectives import gather, merge_columns
 from .folds import FOLDS, Folded
 from .prefixes import sweep_prefixes
 from .problem import (
+    NORM_EPS,
     Block,
     Patch,
     Prepared,
@@ -38,7 +39,7 @@ from .problem import (
     saved_dtype,
     stats_dtype,
 )
-from .rows import above_ties, fold_part, fold_scalars, fresh, row_chunks, score_ties, tie
+from .rows import above_ties, fold_part, fold_scalars, fresh, row_chunks, score_ties, squared_distances, tie
 from .waves import wave_rows
 
 MIB = 1 << 20
@@ -51,6 +52,7 @@ MIN_ROWS = 64  # fewer make dy's rank-k update memory-bound
 CUDA_BYTES, CUDA_ROWS = 896 * MIB, 8448
 CUDA_LEAST_ROWS, CUDA_SHARE = 3840, 16  # rows that the default may exceed CUDA_BYTES for; at most this part of the card
 STATS_ROWS = {"cpu": 1024, "cuda": CUDA_ROWS}  # a sweep that stores nothing has partial sums only
+DISTANCE_COLUMNS = 512  # whose distances stand in fp64: 4 MiB at 1024 rows, a few times
 CONVERTED_COLUMNS = 4096  # where a product wants another dtype, the workspace is converted tile by tile
 PAD = 16  # elements: each block's part of a workspace row starts aligned for 16-byte accesses
 
@@ -363,12 +365,13 @@ class _Sweep:
             if self.wants.any:
                 self._contract(chunk, [out], self._queries(chunk), None)
             return folded.loss
-        self.backend.similarities(strip, out)
         apart = None
-        if fold.distance == "cosine":
-            torch.sub(1, out, out=out)
-        elif fold.distance:
-            apart = self._distances_(chunk, out)
+        if fold.distance in ("euclidean", "squared"):
+            apart = self._distances(chunk, out)
+        else:
+            self.backend.similarities(strip, out)
+            if fold.distance == "cosine":
+                torch.sub(1, out, out=out)
         folded = FOLDS[fold.name][0](out, part, fold_scalars(self.problem), fold.options, self.wants.any)
         self._add_fold(folded)
         if not self.wants.any:
@@ -396,19 +399,17 @@ class _Sweep:
                 if total is not None:
                     total += part
 
-    def _distances_(self, chunk: slice, sim: Tensor) -> Tensor:
-        """From similarities to distances in place, and a copy of them; exactly 0 from a row to itself."""
+    def _distances(self, chunk: slice, out: Tensor) -> Tensor:
+        """Writes distances, of which it returns a copy; a tile of columns at a time, in torch on every backend."""
         fold, block = self.problem.fold, self.problem.blocks[0]
         assert fold is not None
-        x, y = (self._squares(number) for number in (block.query, block.key))
-        sim.mul_(-2).add_(x[chunk, None]).add_(y).clamp_(min=0)
+        x, y = self.operands[block.query][chunk], self.operands[block.key]
+        for start in range(0, len(y), DISTANCE_COLUMNS):
+            tile = slice(start, start + DISTANCE_COLUMNS)
+            out[:, tile] = squared_distances(x, y[tile])
         if fold.itself:
-            sim.diagonal(chunk.start).zero_()
-        return sim.sqrt_().clone() if fold.distance == "euclidean" else sim
-
-    def _squares(self, number: int) -> Tensor:
-        x = self.operands[number]
-        return _joined([x[chunk].to(self.dtype).square().sum(1) for chunk in row_chunks(x)])
+            out.diagonal(chunk.start).zero_()
+        return out.sqrt_().clone() if fold.distance == "euclidean" else out
 
     # Both directions --------------------------------------------------------------------------------------------------
 
@@ -566,10 +567,15 @@ class _Sweep:
         operand, norms, units = self.given[number], self.norms[number], self.units
 
         def apply(total: Tensor, over_l: Tensor | None, rows: slice, out: Tensor) -> None:
-            factor = _part_or_none(norms, rows)
-            if units and factor is not None:  # from the gradient by the unit row
-                over_l = factor if over_l is None else over_l * factor
-            finish(total, over_l, scale, gain, _part(operand, rows), factor, out)
+            factor, own, more = _part_or_none(norms, rows), _part(operand, rows), None
+            if factor is not None and units:  # from the gradient by the unit row
+                more = factor
+            elif factor is not None and own.dtype == torch.float16:  # see `inverse_norms`
+                zero = torch.linalg.vector_norm(own, math.inf, dim=1) == 0
+                more = torch.ones_like(factor).masked_fill(zero, 1 / NORM_EPS)
+            if more is not None:
+                over_l = more if over_l is None else over_l * more
+            finish(total, over_l, scale, gain, own, factor, out)
 
         return _Gradient(self.problem, number, apply, self.into)
 

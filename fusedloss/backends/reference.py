@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import epilogues
 from ..folds import FOLDS
 from ..problem import Guide, Mask, Problem, autocasting, stats_dtype, unit_rows
-from ..rows import above_ties, fold_part, fold_scalars, guide_threshold, score_ties
+from ..rows import above_ties, fold_part, fold_scalars, guide_threshold, score_ties, squared_distances
 
 
 def why_not(problem: Problem) -> str | None:
@@ -175,16 +175,15 @@ def _fold_rows(problem: Problem, rows: list[Tensor]) -> tuple[Tensor, list[Tenso
     fold, block = problem.fold, problem.blocks[0]
     assert fold is not None
     x, y = rows[block.query][: problem.rows], rows[block.key]
-    values = x @ y.T
-    if fold.distance == "cosine":
-        values = 1 - values
-    elif fold.distance:
-        squared = ((x * x).sum(1, keepdim=True) + (y * y).sum(1) - 2 * values).clamp(min=0)
+    if fold.distance in ("", "cosine"):
+        values = 1 - x @ y.T if fold.distance else x @ y.T
+    else:
+        squared = squared_distances(x, y)
         zero = squared == 0
         if fold.itself:
             zero = zero | _at(torch.arange(len(x), device=x.device), zero)
         # The root of 0 has gradient 0 here, not infinity.
         root = torch.where(zero, 1, squared).sqrt() if fold.distance == "euclidean" else squared
-        values = root.masked_fill(zero, 0)
+        values = root.masked_fill(zero, 0).to(x.dtype)
     loss, count = FOLDS[fold.name][1](values, fold_part(problem, slice(0, len(x))), fold_scalars(problem), fold.options)
     return loss, [] if count is None else [count.detach()]
