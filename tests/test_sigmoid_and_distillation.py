@@ -362,7 +362,7 @@ def test_a_teacher_that_is_sure_rules_the_rest_out(backend):
 def orthogonal(x, similarity, mean_weight, second_moment_weight):
     """From the matrix [B, B] without its diagonal."""
     x = F.normalize(x, dim=1) if similarity == "cos" else x
-    s = (x @ x.T) * (1 - torch.eye(len(x), dtype=torch.float64))
+    s = (x @ x.T) * (1 - torch.eye(len(x), dtype=x.dtype))
     number = max(len(x) * (len(x) - 1), 1)
     mean, second = s.sum() / number, s.square().sum() / number
     return mean_weight * mean**2 + second_moment_weight * F.relu(second - 1 / x.shape[1])
@@ -417,6 +417,20 @@ def test_orthogonal_regularization_survives_its_cancellation_in_fp32():
     found, exact = (fusedloss.global_orthogonal_regularization(t, second_moment_weight=0.0) for t in (x, x.double()))
     assert found.dtype == torch.float32
     assert abs(found.double() - exact) <= 1e-3 * exact
+
+
+@pytest.mark.parametrize("similarity", ["cos", "dot"])
+@pytest.mark.parametrize("longer", [1.0, 100.0, 1e4])
+@pytest.mark.parametrize("rows, dim", [(40, 64), (600, 24)])  # one block, and three
+def test_orthogonal_regularization_holds_the_budget(rows, dim, longer, similarity):
+    """Also where one row is far longer than the others, and its square all that a sum with the diagonal would hold."""
+    x = torch.randn(rows, dim)
+    x[3] *= longer
+    formula = lambda x: orthogonal(x, similarity, 1.0, 1.0)
+    ours = lambda x: fusedloss.global_orthogonal_regularization(x, similarity=similarity)
+    draws = [testing.value_and_gradients(*call) for call in ((ours, [x]), (formula, [x]), (formula, [x.double()]))]
+    for found, eager, exact in zip(*draws, strict=True):
+        assert testing.budget_share(found, eager, exact, torch.float32) <= 1
 
 
 # Chosen pairs ---------------------------------------------------------------------------------------------------------

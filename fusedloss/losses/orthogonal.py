@@ -10,6 +10,7 @@ from ..problem import stats_dtype, unit_rows
 from ._module import LossModule
 
 AGGREGATIONS = ("mean", "sum")
+LEAST_ROWS = 256  # at a time: smaller blocks are all overhead
 
 
 def global_orthogonal_regularization(
@@ -24,7 +25,7 @@ def global_orthogonal_regularization(
         M1   = mean_{i != j} s_ij,   M2 = mean_{i != j} s_ij^2         over the similarities of a column with itself
         loss = mean_weight * M1^2 + second_moment_weight * relu(M2 - 1/D)
 
-    From sum_ij s_ij = |sum_i x_i|^2 and sum_ij s_ij^2 = |X^T X|^2 (Frobenius), less the diagonal: no [B, B] matrix.
+    From sum_ij s_ij = <sum_i x_i, sum_j y_j> and sum_ij s_ij^2 = <X^T X, Y^T Y> of two sets of rows: no [B, B] matrix.
 
     Args:
         embeddings: columns `[B, D]`, each regularised on its own.
@@ -62,18 +63,34 @@ def global_orthogonal_regularization(
 def moments(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
     """A column's `M1^2` and `relu(M2 - 1/D)`, in float64."""
     with torch.autocast(x.device.type, enabled=False):
-        dtype = stats_dtype(x.dtype)
-        rows = unit_rows(x.to(dtype)) if cosine else x.to(dtype)
+        # M2 - 1/D cancels most of the sum on spread-out embeddings: everything in fp64.
+        rows = unit_rows(x.to(torch.float64)) if cosine else x.to(torch.float64)
         pairs = x.shape[0] * (x.shape[0] - 1)
         if pairs == 0:  # where the rounding of the two sums would be left
-            zero = rows.sum(dtype=torch.float64) * 0
+            zero = rows.sum() * 0
             return zero, zero
-        # The diagonal cancels most of both sums on spread-out embeddings: sums in fp64, D x D of them.
-        own = rows.square().sum(1, dtype=torch.float64)
-        total = rows.sum(0, dtype=torch.float64).square().sum() - own.sum()
-        squares = (rows.T @ rows).to(torch.float64).square().sum() - own.square().sum()
+        total, squares = _off_diagonal(rows)
         mean, second = total / pairs, squares / pairs
         return mean.square(), (second - 1 / x.shape[1]).clamp(min=0)
+
+
+def _off_diagonal(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of s_ij over i != j, and of its square, in O(B D^2).
+
+    A block of rows at a time: what they have with each other, and with all before them. Subtracted from the sums over
+    all i and j, the diagonal of one row 1000 times longer than the others was 1e12 times what is left.
+    """
+    D = rows.shape[1]
+    total = squares = rows.new_zeros(())
+    before, products = rows.new_zeros(D), rows.new_zeros(D, D)
+    for part in rows.split(max(D, LEAST_ROWS)):
+        above = (part @ part.T).triu(1)
+        total, squares = total + above.sum(), squares + above.square().sum()
+        if len(part) < len(rows):
+            own, both = part.T @ part, part.sum(0)
+            total, squares = total + before @ both, squares + (products * own).sum()
+            before, products = before + both, products + own
+    return 2 * total, 2 * squares
 
 
 class GlobalOrthogonalRegularizationLoss(LossModule, function=global_orthogonal_regularization):
