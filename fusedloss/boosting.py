@@ -14,6 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from . import checks
 from .losses.lists import check_lambda
 from .rowwise import lists
 
@@ -89,24 +90,49 @@ def lightgbm_objective(
     eps: float = 1e-10,
     mu: float = 10.0,
 ) -> Callable[[numpy.ndarray, Any], tuple[numpy.ndarray, numpy.ndarray]]:
-    """`lambda_gradients` as a custom objective (scores, dataset) -> (gradient, hessian) of lightgbm, and of xgboost.
+    """`lambda_gradients` as a custom objective (scores, dataset) -> (gradient, hessian) of lightgbm.
 
         lightgbm.train({"objective": lightgbm_objective(k=30)}, Dataset(x, label=y, group=sizes))
-        xgboost.train({}, DMatrix(x, label=y, qid=qid), obj=xgboost_objective(k=30))
 
     Labels, groups and weights are asked of the dataset (get_label, get_group, get_weight). Weights multiply gradient
-    and hessian: one per document, or one per query as xgboost has them. Tested with lightgbm 4.7; for xgboost with a
-    stand-in for its DMatrix.
+    and hessian, one per document. Tested with lightgbm 4.7.
     """
     options = {"weighting": weighting, "k": k, "sigma": sigma, "eps": eps, "mu": mu}
+    return _of_dataset(options, 1.0)
+
+
+def xgboost_objective(
+    *,
+    weighting: str | Callable[[Tensor, Tensor, Tensor], Tensor] | None = "lambda_rank",
+    k: int | None = None,
+    sigma: float = 1.0,
+    eps: float = 1e-10,
+    mu: float = 10.0,
+    hessian_factor: float = 2.0,
+) -> Callable[[numpy.ndarray, Any], tuple[numpy.ndarray, numpy.ndarray]]:
+    """`lambda_gradients` as a custom objective (scores, dataset) -> (gradient, hessian) of xgboost.
+
+        xgboost.train({}, DMatrix(x, label=y, qid=qid), obj=xgboost_objective(k=30))
+
+    The same as `lightgbm_objective` but for two things: weights are one per query, and the hessian is multiplied by
+    `hessian_factor`. xgboost's own rank:ndcg doubles it, so leaves are half as high: with the default, trees are those
+    of rank:ndcg (lambdarank_pair_method="topk", without lambdarank_normalization and lambdarank_score_normalization,
+    weights divided by their mean); with 1 a step is Newton's, as lightgbm's is. Tested with xgboost 3.2.
+    """
+    checks.number("hessian_factor", hessian_factor)
+    checks.scalar("hessian_factor", hessian_factor, None, positive=True)
+    options = {"weighting": weighting, "k": k, "sigma": sigma, "eps": eps, "mu": mu}
+    return _of_dataset(options, float(hessian_factor))
+
+
+def _of_dataset(options: dict[str, Any], hessian_factor: float) -> Callable[[numpy.ndarray, Any], Any]:
+    """Both libraries' datasets are asked in the same words."""
 
     def objective(scores: numpy.ndarray, dataset: Any) -> tuple[numpy.ndarray, numpy.ndarray]:
-        return _weighted(scores, dataset.get_label(), dataset.get_weight(), dataset.get_group(), options)
+        gradient, hessian = _weighted(scores, dataset.get_label(), dataset.get_weight(), dataset.get_group(), options)
+        return gradient, hessian if hessian_factor == 1 else hessian * hessian_factor
 
     return objective
-
-
-xgboost_objective = lightgbm_objective  # their datasets are asked in the same words
 
 
 def sklearn_objective(

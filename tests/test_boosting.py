@@ -168,9 +168,11 @@ def test_objectives_ask_the_dataset(make, per):
     weight = {"none": None, "empty": numpy.array([]), "document": spread, "query": each}[per]
     group = numpy.array(SIZES, dtype=numpy.uint32)
     found = make(k=4, sigma=2.0)(scores, Dataset(labels.astype(numpy.float32), group, weight))
-    factor = spread if per in ("document", "query") else 1
-    for a, b in zip(found, boosting.lambda_gradients(scores, labels, group=SIZES, k=4, sigma=2.0), strict=True):
-        numpy.testing.assert_allclose(a, b * factor, rtol=1e-6)
+    factor = spread if per in ("document", "query") else numpy.ones_like(spread)
+    factors = factor, factor * (2 if make is boosting.xgboost_objective else 1)
+    wanted = boosting.lambda_gradients(scores, labels, group=SIZES, k=4, sigma=2.0)
+    for a, b, f in zip(found, wanted, factors, strict=True):
+        numpy.testing.assert_allclose(a, b * f, rtol=1e-6)
         assert a.shape == scores.shape and a.dtype == numpy.float32
 
 
@@ -253,3 +255,34 @@ def test_as_an_objective_of_lgbm_ranker():
     ranker.fit(features, labels, group=sizes)
     booster = train(boosting.lightgbm_objective(k=K), data)
     numpy.testing.assert_allclose(ranker.predict(features, raw_score=True), booster.predict(features), rtol=1e-6)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("k", [3, 30])
+def test_the_trees_of_xgboost(k, weighted):
+    """rank:ndcg without its normalisation; it doubles the second derivatives. With a factor of 1 a tree is what one of
+    twice the learning rate and twice the regularisation would be."""
+    xgboost = pytest.importorskip("xgboost")
+    features, labels, sizes = ranking()
+    weight = numpy.random.default_rng(2).uniform(0.5, 2, len(sizes)) if weighted else None
+    if weight is not None:
+        weight /= weight.mean()  # as rank:ndcg does
+    data = xgboost.DMatrix(features, label=labels, qid=numpy.repeat(numpy.arange(len(sizes)), sizes), weight=weight)
+
+    def trees(params, objective=None, rounds=5):
+        booster = xgboost.train(
+            {"max_depth": 3, "base_score": 0.0, "nthread": 1, **params}, data, rounds, obj=objective
+        )
+        return booster.predict(data, output_margin=True)
+
+    ranker = {"objective": "rank:ndcg", "lambdarank_pair_method": "topk", "lambdarank_num_pair_per_sample": k}
+    plain = {"lambdarank_normalization": False, "lambdarank_score_normalization": False}
+    wanted = trees({**ranker, **plain})
+    close = {"rtol": 1e-4, "atol": 1e-4 * numpy.abs(wanted).max()}
+    assert numpy.abs(wanted).max() > 0.1
+    numpy.testing.assert_allclose(trees({}, boosting.xgboost_objective(k=k)), wanted, **close)
+    newton = trees(
+        {"eta": 0.3, "reg_lambda": 0.5, "min_child_weight": 0.5}, boosting.xgboost_objective(k=k, hessian_factor=1), 1
+    )
+    double = trees({"eta": 0.6, "reg_lambda": 1.0, "min_child_weight": 1.0}, boosting.xgboost_objective(k=k), 1)
+    numpy.testing.assert_allclose(newton, double, **close)
