@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .epilogues import softplus
+
 TILE = 1024  # columns at a time, where a step needs wider types than the values'
 # Probabilities below this are 0: as denormals they would make the products that follow several times slower on a CPU.
 FLOOR = 2.0**-100
@@ -78,11 +80,6 @@ def _weigh_(slope: Tensor, part: Part, factor: Tensor | float = 1.0) -> Tensor:
 
 def _counted(count: Tensor, values: Tensor, part: Part) -> Tensor:
     return count.to(values.dtype).masked_fill_(part.weight == 0, 0)
-
-
-def _softplus(x: Tensor) -> Tensor:
-    """logaddexp, because F.softplus turns into the identity at 20 and is 2e-9 off there."""
-    return torch.logaddexp(x, x.new_zeros(()))
 
 
 def _shift(x: Tensor) -> Tensor:
@@ -170,7 +167,7 @@ def sigmoid_formula(values: Tensor, part: Part, scalars: Scalars, options: Optio
     scale, bias = scalars
     positive, negative = _relations(values, part)
     sign = positive.to(values.dtype) - negative.to(values.dtype)
-    terms = _softplus(-sign * (scale * values + bias))
+    terms = softplus(-sign * (scale * values + bias))
     return _left_in(torch.where(positive | negative, terms, 0).sum(dim=1), part), None
 
 
@@ -259,27 +256,27 @@ class Sides(NamedTuple):
 def multi_similarity_row(pull: LogSum, push: LogSum, scalars: Scalars, options: Options) -> Sides:
     alpha, beta, _ = options
     pulled, pushed = pull.value, push.value
-    loss = _softplus(pulled) / alpha + _softplus(pushed) / beta
+    loss = softplus(pulled) / alpha + softplus(pushed) / beta
     return Sides(loss, torch.sigmoid(pulled) / alpha, torch.sigmoid(pushed) / beta)
 
 
 def proxy_anchor_row(pull: LogSum, push: LogSum, scalars: Scalars, options: Options) -> Sides:
     _, share = scalars
     pulled, pushed = pull.value, push.value
-    return Sides(share * _softplus(pulled) + _softplus(pushed), share * torch.sigmoid(pulled), torch.sigmoid(pushed))
+    return Sides(share * softplus(pulled) + softplus(pushed), share * torch.sigmoid(pulled), torch.sigmoid(pushed))
 
 
 def circle_row(pull: LogSum, push: LogSum, scalars: Scalars, options: Options) -> Sides:
     z = (pull.shift + push.shift) + (pull.log + push.log)
     slope = torch.sigmoid(z)
-    return Sides(_softplus(z), slope, slope)
+    return Sides(softplus(z), slope, slope)
 
 
 def sup_con_in_row(pull: LogSum, push: LogSum, scalars: Scalars, options: Options) -> Sides:
     """Less the logarithm of the number of positives."""
     z = (push.shift - pull.shift) + (push.log - pull.log)
     slope = torch.sigmoid(z)
-    return Sides(_softplus(z), -slope, slope)
+    return Sides(softplus(z), -slope, slope)
 
 
 # Multi-similarity -----------------------------------------------------------------------------------------------------
@@ -304,8 +301,8 @@ def multi_similarity_formula(
 ) -> tuple[Tensor, Tensor | None]:
     alpha, beta, base = options
     positive, negative = _relations(values, part)
-    pull = _softplus(_logsumexp(-alpha * (values - base), positive)) / alpha
-    push = _softplus(_logsumexp(beta * (values - base), negative)) / beta
+    pull = softplus(_logsumexp(-alpha * (values - base), positive)) / alpha
+    push = softplus(_logsumexp(beta * (values - base), negative)) / beta
     return _left_in(pull + push, part), None
 
 
@@ -329,8 +326,8 @@ def proxy_anchor_formula(
     _, share = scalars
     margin, alpha = options
     positive, negative = _relations(values, part)
-    pull = _softplus(_logsumexp(-alpha * (values - margin), positive))
-    push = _softplus(_logsumexp(alpha * (values + margin), negative))
+    pull = softplus(_logsumexp(-alpha * (values - margin), positive))
+    push = softplus(_logsumexp(alpha * (values + margin), negative))
     return _left_in(share * pull + push, part), None
 
 
@@ -365,7 +362,7 @@ def circle_formula(values: Tensor, part: Part, scalars: Scalars, options: Option
     pull = _logsumexp(-gamma * torch.relu(1 + m - constant) * (values - (1 - m)), positive)
     push = _logsumexp(gamma * torch.relu(constant + m) * (values - m), negative)
     both = positive.any(dim=1) & negative.any(dim=1)
-    loss = _left_in(_softplus(torch.where(both, pull + push, FAR)), part)
+    loss = _left_in(softplus(torch.where(both, pull + push, FAR)), part)
     return loss, _counted(loss > 0, values, part)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import sweep
 from .backends import BACKENDS, reference
+from .errors import UnsupportedError
 from .problem import Block, Compare, Fold, Guide, GuideRule, Margin, Mask, Problem, Ranks, saved_dtype, stats_dtype
 from .sweep import Wants
 
@@ -307,16 +308,22 @@ def _differentiable_gradients(
 ) -> list[Tensor | None]:
     """Under create_graph=True the plain-torch backend reruns as a formula, which autograd can differentiate again."""
     if plan.backend != "chunked":
-        raise RuntimeError(
+        raise UnsupportedError(
             f"second derivatives (create_graph=True): backend {plan.backend!r} has none. "
             "Pass backend='reference' or 'chunked'."
         )
     if plan.group:
-        raise RuntimeError("second derivatives (create_graph=True) with group=: both directions across ranks have none")
+        raise UnsupportedError(
+            "second derivatives (create_graph=True) with group=: both directions across ranks have none. Leave group out."
+        )
+    # Apart, where two arguments are one tensor: else each would get the gradient of both.
+    scale, *tensors = (t.view_as(t) for t in (scale, *tensors))
     inputs = [t for t, want in zip([scale, *tensors], wanted, strict=True) if want]
     with torch.autocast(tensors[0].device.type, enabled=False):
         rows, _ = reference.loss_rows(unflatten(plan, scale, target, weight, tensors, constants))
-        found = iter(torch.autograd.grad(rows if plan.per_row else rows.sum(), inputs, upstream, create_graph=True))
+        loss = rows if plan.per_row else rows.sum()
+        # An operand may stand in none of the blocks: hard negatives, in the direction from document to query.
+        found = iter(torch.autograd.grad(loss, inputs, upstream, create_graph=True, materialize_grads=True))
     return [next(found) if want else None for want in wanted]
 
 

@@ -231,8 +231,195 @@ def test_second_derivatives_are_refused_by_kernels(backend):
     if reason:
         pytest.skip(f"{backend}: {reason}")
     loss = fusedloss.info_nce(query, key, backend=backend)
-    with pytest.raises(RuntimeError, match=f"backend '{backend}' has none"):
+    with pytest.raises(fusedloss.UnsupportedError, match=f"backend '{backend}' has none"):
         torch.autograd.grad(loss, query, create_graph=True)
+
+
+# Second derivatives at the edges --------------------------------------------------------------------------------------
+
+ALONE = torch.zeros(3, 4, dtype=torch.bool)  # no column may compete but the target
+
+
+def without_negatives(backend):
+    """Losses of rows that have none: one row, one class, or everything masked. All are 0, and so are derivatives."""
+    on = {"backend": backend}
+    x, y, key = (torch.randn(n, 4, dtype=torch.float64) for n in (1, 1, 4))
+    few, zero = torch.randn(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
+    target, none = torch.tensor([2, 0, 1]), torch.zeros(1, dtype=torch.long)
+    joint = ("query_to_doc", "query_to_query", "doc_to_query")
+    return {
+        "info_nce": (lambda x: fusedloss.info_nce(x, y, **on), x),
+        "info_nce, masked": (lambda x: fusedloss.info_nce(x, key, target, mask=ALONE, **on), few),
+        "info_nce, per row": (lambda x: fusedloss.info_nce(x, key, target, mask=ALONE, reduction="none", **on), few),
+        "info_nce, keys' bias": (
+            lambda x: fusedloss.info_nce(x, y.expand(2, 4), none, key_bias=torch.tensor([0.0, -math.inf]), **on),
+            x,
+        ),
+        "info_nce, smoothed": (lambda x: fusedloss.info_nce(x, y, label_smoothing=0.1, **on), x),
+        "clip": (lambda x: fusedloss.clip(x, y, 3.0, **on), x),
+        "clip, masked": (lambda x: fusedloss.clip(x, few, 3.0, mask=torch.eye(3).bool(), **on), few + 1),
+        "ranking": (lambda x: fusedloss.multiple_negatives_ranking(x, y, **on), x),
+        "ranking, joint": (lambda x: fusedloss.multiple_negatives_ranking(x, y, directions=joint, **on), x),
+        "gist": (lambda x: fusedloss.gist_embed(x, y, guide=(y, x.detach()), **on), x),
+        "nt_xent": (lambda x: fusedloss.nt_xent(x, y, **on), x),
+        "decoupled": (lambda x: fusedloss.decoupled_contrastive(x, y, **on), x),
+        "sup_con": (lambda x: fusedloss.sup_con(x, zero[:2], **on), few[:2]),
+        "sup_con, in": (lambda x: fusedloss.sup_con(x, zero, form="in", **on), few),
+        "sup_con, nothing": (lambda x: fusedloss.sup_con(x, torch.arange(3), **on), few),
+        "one class": (lambda x: fusedloss.linear_cross_entropy(x, y, zero, **on), few),
+        "arcface": (lambda x: fusedloss.arcface(x, zero, y, **on), few),
+        "cosface": (lambda x: fusedloss.cosface(x, zero, y, **on), few),
+        "proxy_nca": (lambda x: fusedloss.proxy_nca(x, zero, y, **on), few),
+        "contrastive_tension_in_batch": (lambda x: fusedloss.contrastive_tension_in_batch(x, y, **on), x),
+        "matryoshka": (lambda x: fusedloss.matryoshka(fusedloss.info_nce, x, y, dims=(4, 2), **on), x),
+        "circle": (lambda x: fusedloss.circle(x, zero, **on), few),
+        "mega_batch_margin": (lambda x: fusedloss.mega_batch_margin(x, x.detach(), **on), x),
+        "cosent": (lambda x: fusedloss.cosent(x, few, zero, **on), few + 1),
+    }
+
+
+@pytest.mark.parametrize("case", list(without_negatives("chunked")))
+@pytest.mark.parametrize("backend", PLAIN)
+def test_second_derivatives_of_rows_without_negatives_are_0(backend, case):
+    function, x = without_negatives(backend)[case]
+    x = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+    second = torch.autograd.grad(first.sum() + first.square().sum(), x)[0] if first.requires_grad else 0 * x
+    # "in" has the mean of the positives inside of the logarithm, which is not constant.
+    assert second.isfinite().all() if case == "sup_con, in" else second.abs().max() < 1e-12, second
+
+
+def far_apart(dtype):
+    """Similarities of 1 and 0, 128 times: exp(128) is beyond fp32."""
+    return 128.0 * torch.eye(4, dtype=dtype), torch.eye(4, dtype=dtype)
+
+
+WELL_FITTED = {
+    "info_nce": lambda x, y, **on: fusedloss.info_nce(x, y, temperature=1.0, **on),
+    "clip": lambda x, y, **on: fusedloss.clip(x, y, 1.0, **on),
+    "private": lambda x, y, **on: fusedloss.info_nce(x, y, temperature=1.0, negatives=y.roll(1, 0)[:, None], **on),
+    "siglip": lambda x, y, **on: fusedloss.siglip(x, y, 2.0, -128.0, **on),
+    "multi_similarity": lambda x, y, **on: fusedloss.multi_similarity(
+        torch.cat([x, y]), torch.arange(4).repeat(2), alpha=256.0, beta=256.0, **on
+    ),
+    "circle": lambda x, y, **on: fusedloss.circle(torch.cat([x, y]), torch.arange(4).repeat(2), **on),
+    "proxy_anchor": lambda x, y, **on: fusedloss.proxy_anchor(x, torch.arange(4), y, alpha=256.0, margin=0.4, **on),
+    "batch_hard_soft_margin": lambda x, y, **on: fusedloss.batch_hard_soft_margin_triplet(
+        torch.cat([x, 2 * x]), torch.arange(4).repeat(2), **on
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WELL_FITTED)
+@pytest.mark.parametrize("backend", PLAIN)
+def test_second_derivatives_of_well_fitted_pairs_are_finite(backend, case):
+    """In fp32, as in fp64, whose exponentials hold them."""
+    second = {}
+    for dtype in (torch.float32, torch.float64):
+        x, y = far_apart(dtype)
+        x.requires_grad_()
+        (first,) = torch.autograd.grad(WELL_FITTED[case](x, y, backend=backend).sum(), x, create_graph=True)
+        (second[dtype],) = torch.autograd.grad((first * torch.arange(4.0, dtype=dtype)).sum(), x)
+    assert second[torch.float32].isfinite().all()
+    # A logit of 256 has half an ulp of 1.5e-5, the relative error of its exponential.
+    assert (second[torch.float32] - second[torch.float64]).abs().max() <= 1e-3 * second[
+        torch.float64
+    ].abs().max() + 1e-38
+
+
+def test_softplus_keeps_its_digits():
+    from fusedloss.epilogues import softplus
+
+    x = torch.tensor([-math.inf, -700.0, -90.0, -20.0, 0.0, 1.0, 19.0, 25.0, 39.0, 41.0, 700.0], dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        own = x.to(dtype).requires_grad_()
+        value = softplus(own)
+        (first,) = torch.autograd.grad(value.sum(), own, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), own)
+        exact = torch.logaddexp(x, torch.zeros_like(x)), x.sigmoid(), x.sigmoid() * (-x).sigmoid()
+        for found, wanted in zip((value, first, second), exact, strict=True):
+            bound = 4 * torch.finfo(dtype).eps * wanted.clamp(min=1 if found is second else 0) + torch.finfo(dtype).tiny
+            assert ((found.detach().double() - wanted).abs() <= bound).all(), (dtype, found, wanted)
+
+
+@pytest.mark.parametrize("partition_mode", ["joint", "per_direction"])
+@pytest.mark.parametrize("backend", PLAIN)
+def test_second_derivatives_of_directions_with_hard_negatives(backend, partition_mode):
+    """From document to query the hard negatives are no operand."""
+
+    def loss(anchor, positive, hard):
+        return fusedloss.multiple_negatives_ranking(
+            anchor,
+            positive,
+            hard,
+            scale=2.0,
+            directions=("query_to_doc", "doc_to_query"),
+            partition_mode=partition_mode,
+            backend=backend,
+        )
+
+    assert torch.autograd.gradgradcheck(loss, leaves((3, 4), (3, 4), (3, 4)))
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+def test_second_derivatives_of_one_tensor_in_two_places(backend):
+    """Each place has its own share of the gradient, not the whole."""
+    (scale,) = leaves(())
+    x, y = (t.detach() for t in leaves((4, 3), (4, 3)))
+    (z,) = leaves((4, 3))
+    for function, leaf in (
+        (lambda s: fusedloss.siglip(x, y, s, s, backend=backend), scale),
+        (lambda z: fusedloss.proxy_anchor(z, torch.arange(4), z, alpha=3.0, backend=backend), z),
+        (lambda z: fusedloss.info_nce(z, z, torch.tensor([1, 2, 3, 0]), backend=backend), z),
+    ):
+        assert torch.autograd.gradgradcheck(function, leaf)
+
+
+# torch.func -----------------------------------------------------------------------------------------------------------
+
+
+def transformable():
+    """What a transform may go over: name -> loss, arguments."""
+    q, k, own = (torch.randn(n, 4, dtype=torch.float64) for n in (3, 5, 6))
+    target, t = torch.tensor([4, 0, 2]), torch.tensor(0.7, dtype=torch.float64)
+    labels, on = torch.tensor([0, 0, 1]), {"backend": "reference"}
+
+    def info_nce(q, k, target, t, own):
+        return fusedloss.info_nce(q, k, target, temperature=t, negatives=own.reshape(3, 2, 4), **on)
+
+    return {
+        "info_nce": (lambda q, k, target, t: fusedloss.info_nce(q, k, target, temperature=t, **on), (q, k, target, t)),
+        "info_nce, negatives": (info_nce, (q, k, target, t, own)),
+        "batch_hard": (lambda x, y: fusedloss.batch_hard_triplet(x, y, **on), (q, labels)),
+        "batch_hard, soft": (lambda x, y: fusedloss.batch_hard_soft_margin_triplet(x, y, **on), (q, labels)),
+        "mega_batch": (lambda x, y: fusedloss.mega_batch_margin(x, y, **on), (q, q.flip(0) + 0.1)),
+    }
+
+
+@pytest.mark.parametrize("case", transformable())
+def test_transforms_of_the_reference(case):
+    """grad, vmap over each argument alone, and jvp."""
+    function, arguments = transformable()[case]
+    floating = [i for i, a in enumerate(arguments) if a.is_floating_point()]
+    wanted = torch.autograd.functional.jacobian(
+        lambda *f: function(*(f[floating.index(i)] if i in floating else a for i, a in enumerate(arguments))),
+        tuple(arguments[i] for i in floating),
+    )
+    found = torch.func.grad(function, tuple(floating))(*arguments)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    _, along = torch.func.jvp(
+        lambda *f: function(*(f[floating.index(i)] if i in floating else a for i, a in enumerate(arguments))),
+        tuple(arguments[i] for i in floating),
+        tuple(torch.ones_like(arguments[i]) for i in floating),
+    )
+    torch.testing.assert_close(along, sum(w.sum() for w in wanted), rtol=1e-12, atol=1e-12)
+    for number, a in enumerate(arguments):
+        stacked = torch.stack([a, a.flip(0) if a.dim() else 2 * a])
+        dims = tuple(0 if i == number else None for i in range(len(arguments)))
+        several = torch.func.vmap(function, in_dims=dims)(*arguments[:number], stacked, *arguments[number + 1 :])
+        each = [function(*arguments[:number], one, *arguments[number + 1 :]) for one in stacked]
+        torch.testing.assert_close(several, torch.stack(each), rtol=1e-12, atol=1e-12)
 
 
 # torch.compile --------------------------------------------------------------------------------------------------------

@@ -661,7 +661,7 @@ def test_second_derivatives_are_the_references(name):
     x, t = example(name, (6,))
     x.requires_grad_()
     for backend in ("auto", "chunked"):
-        with pytest.raises(RuntimeError, match=r"create_graph=True\) pass backend='reference'"):
+        with pytest.raises(fusedloss.UnsupportedError, match="Pass backend='reference'"):
             torch.autograd.grad(TWINS[name][0](x, t, backend=backend), x, create_graph=True)
     for f, options in ((TWINS[name][0], {"backend": "reference"}), (TWINS[name][1], {})):
         (grad,) = torch.autograd.grad(f(x, t, reduction="sum", **options), x, create_graph=True)

@@ -144,16 +144,16 @@ def _guide_cosines(guide: Guide, M: int) -> Tensor:
 def _dropped(problem: Problem, mask: Mask, sim: Tensor, thresholds: _Thresholds) -> Tensor:
     dropped = torch.zeros_like(sim, dtype=torch.bool)
     for rows, keys, keep in mask.compare:
-        dropped |= (rows[:, None] == keys) ^ keep
+        dropped = dropped | ((rows[:, None] == keys) ^ keep)
     if mask.dense is not None:
-        dropped |= ~mask.dense
+        dropped = dropped | ~mask.dense
     if mask.margin is not None and thresholds.sim is not None:
         above = sim > thresholds.sim + mask.margin
         for column in mask.exempt.unbind(1) if mask.exempt is not None else ():
-            above &= ~_at(column, above)
-        dropped |= above
+            above = above & ~_at(column, above)
+        dropped = dropped | above
     if mask.guide is not None and thresholds.guide is not None:
-        dropped |= _guide_cosines(mask.guide, problem.rows) > thresholds.guide
+        dropped = dropped | (_guide_cosines(mask.guide, problem.rows) > thresholds.guide)
     return dropped
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..epilogues import softplus
 from ..masks import itself
 from ..problem import Compare, Fold, Mask, stats_dtype
 from ..rows import row_chunks
@@ -136,7 +137,7 @@ def batch_hard_soft_margin_triplet(
         >>> fusedloss.batch_hard_soft_margin_triplet(encoder(x), y).backward()
     """
     difference = _hardest(embeddings, labels, distance, reduction, backend, workspace_bytes)
-    return of_rows(torch.logaddexp(difference, torch.zeros_like(difference)), reduction)
+    return of_rows(softplus(difference), reduction)
 
 
 def _check(embeddings: Tensor, labels: Tensor, distance: str, workspace_bytes: int | None) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import checks, masks
 from ..distributed import World, loss_across
+from ..epilogues import softplus
 from ..problem import Block, stats_dtype
 from ..rowwise.pairs import cosine, dot, of_pairs, scores
 from ._in_batch import (
@@ -260,7 +261,7 @@ def _with_private(one: Objective, query: Tensor, negatives: Tensor) -> Tensor:
         if block.bias is not None:
             own = own + block.bias.to(own.dtype)[problem.target]
         own = own.masked_fill(weight == 0, 0)
-        loss = torch.logaddexp(loss, torch.logsumexp(z, dim=1) - own)
+        loss = loss + softplus(torch.logsumexp(z, dim=1) - own - loss)
     loss = torch.where(weight == 0, 0, weight * loss).to(stats_dtype(query.dtype))
     if one.reduction == "none":
         return loss

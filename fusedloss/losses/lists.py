@@ -65,7 +65,8 @@ def lambda_loss(
         reduction_log: "binary" (bits) or "natural".
         mu: of "ndcg_loss2pp".
         reduction: "mean" over all pairs that count (0 without one), "sum", or "none": `[Q]`, sums over each query.
-        backend: "auto", "triton" (not with a function), "chunked" or "reference".
+        backend: "auto", "triton" (not with a function), "chunked" or "reference"; needed as "reference" for second
+            derivatives, as nothing but the gradient is kept.
 
     Returns:
         A 0-dim tensor (`[Q]` for "none"), float32, or float64 for float64 scores.
@@ -144,7 +145,7 @@ def list_net(
     Args:
         scores, labels, mask: see `lambda_loss`. Labels that require grad receive it.
         reduction: "mean" over queries, "sum" or "none" (`[Q]`).
-        backend: "auto", "triton", "chunked" or "reference".
+        backend: "auto", "triton", "chunked" or "reference"; needed as "reference" for second derivatives.
 
     Returns, Raises: see `lambda_loss`.
 
@@ -213,7 +214,8 @@ def plist_mle(
             sorted by label, the highest first and equal ones as they came (in sentence-transformers, where their
             order is the sort's choice, the loss of equal labels depends on it from 17 documents on).
         reduction: "mean" over queries, "sum" or "none" (`[Q]`).
-        backend: "auto", "triton" (up to 4096 documents), "chunked" or "reference".
+        backend: "auto", "triton" (up to 4096 documents), "chunked" or "reference"; needed as "reference" for second
+            derivatives.
 
     Returns, Raises: see `lambda_loss`.
 
@@ -257,7 +259,7 @@ def adr_mse(
         scores, labels, mask: see `lambda_loss`; clamping and NaN likewise.
         alpha: above 0; the higher, the closer is R to the rank.
         reduction: "mean" over documents (0 without one), "sum", or "none": `[Q]`, sums over each query.
-        backend: "auto", "triton", "chunked" or "reference".
+        backend: "auto", "triton", "chunked" or "reference"; needed as "reference" for second derivatives.
 
     Returns, Raises: see `lambda_loss`.
 

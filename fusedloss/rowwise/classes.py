@@ -22,7 +22,7 @@ from .. import checks
 from ..backends import select_rowwise, triton_classes
 from ..epilogues import softmax_rows
 from ..problem import stats_dtype
-from .pointwise import last_use, transformed
+from .pointwise import last_use, once_only, transformed
 
 # Elements at a time on a CPU: with 2^18 the starts of threads took 10 to 60 % more of 2^20 elements, also of 2^23.
 BLOCK = 1 << 20
@@ -476,14 +476,9 @@ class _Walk(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        _no_second_derivative()
+        once_only()
         grad, gain = ctx.saved_tensors
         return scaled(grad, upstream if ctx.reduced else upstream.unsqueeze(1), gain), None, None, None
-
-
-def _no_second_derivative() -> None:
-    if torch.is_grad_enabled():  # create_graph=True
-        raise RuntimeError("only the gradient was kept: create_graph=True needs backend='reference'")
 
 
 def scaled(grad: Tensor, upstream: Tensor, gain: Tensor | None = None) -> Tensor:

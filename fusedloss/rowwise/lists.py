@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..backends import select_rowwise
 from ..problem import stats_dtype
 from . import classes
+from .pointwise import once_only
 
 LN2 = math.log(2)
 LARGEST = 1e8  # scores are clamped to this: -inf ranks last and gives finite numbers
@@ -47,8 +48,7 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("this backend has no second derivatives (create_graph=True): use backend='reference'")
+        once_only()
         gradient, *factor = ctx.saved_tensors
         upstream = upstream * (factor[0] if factor else ctx.factor)
         return (gradient * (upstream if upstream.dim() == 0 else upstream[:, None])).to(ctx.dtype), None, None, None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import select_rowwise, triton_classes
 from ..problem import stats_dtype
-from .pointwise import transformed
+from .pointwise import once_only, transformed
 
 BLOCK = {"cpu": 1 << 19, "cuda": 1 << 26}  # elements of u at a time
 SMALL = 1 << 15  # elements up to which a CPU is faster with the concatenation: what it keeps is 100 KiB a part
@@ -68,8 +68,7 @@ class _PairLogits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("the parts are not kept: create_graph=True needs backend='reference'")
+        once_only()
         u, v, weight = ctx.saved_tensors
         wants_u, wants_v, wants_weight, wants_bias = ctx.needs_input_grad[:4]
         dtype = _dtype(u, weight)

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from ..backends import select_rowwise, triton_pairs
+from ..errors import UnsupportedError
 from ..problem import NORM_EPS, stats_dtype
 from ..rows import row_chunks
+from .pointwise import transformed
 
 # Elements of a block. On a CPU each call wakes the other threads: blocks of 2^18 elements took up to 1.3 times as long
 # as these of 4 MiB. On a GPU it only bounds what the fp32 copies of 16-bit inputs take.
@@ -153,7 +155,9 @@ class _Scores(torch.autograd.Function):
             return None, None, None, *backward(ctx.kind, ctx.eps, upstream, matrices, value, norm, wanted)
         # create_graph=True: once more, as a formula.
         if ctx.backend == "triton":
-            raise RuntimeError("backend='triton' has no second derivatives: use backend='reference' or 'chunked'")
+            raise UnsupportedError(
+                "second derivatives (create_graph=True): backend 'triton' has none. Pass backend='reference' or 'chunked'."
+            )
         with torch.enable_grad():
             # Apart, where several are one tensor: else each would get the gradient of all.
             query, *others = (x.view_as(x) for x in matrices)
@@ -296,7 +300,7 @@ def of_pairs(
     """
     none = column < 0
     column = column.clamp(min=0)
-    if torch.compiler.is_compiling():  # fused by the compiler, where a loop over chunks would be unrolled
+    if transformed():  # the compiler fuses it, where a loop over chunks would be unrolled
         values = function(*_wide(_at(x, row), y[column]))
     else:
         values = _OfPairs.apply(function, x, y, column, row)

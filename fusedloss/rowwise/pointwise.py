@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..backends import select_rowwise
+from ..errors import UnsupportedError
 from ..problem import stats_dtype
 
 BLOCK = 1 << 19  # elements on a CPU: 2 MiB in fp32; with fewer the starts of threads are felt, with 2^21 the caches are
@@ -293,11 +294,7 @@ class _Pointwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the derivative of this loss was kept without its own: for second derivatives (create_graph=True) "
-                "pass backend='reference'"
-            )
+        once_only()
         kept, *weight_sum = ctx.saved_tensors
         wide = stats_dtype(kept.dtype)
         # Of no further use, it becomes the gradient: a fresh tensor's pages take longer than the multiplication.
@@ -320,6 +317,15 @@ class _Pointwise(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             by_t = grad.to(t_dtype).neg() if ctx.needs_input_grad[0] else grad.to(t_dtype).neg_()
         return by_x, by_t, None
+
+
+def once_only() -> None:
+    """For the backward pass of what keeps its derivative alone: nothing is left to be differentiated again."""
+    if torch.is_grad_enabled():
+        raise UnsupportedError(
+            "second derivatives (create_graph=True): this backend has kept the first alone of this loss. "
+            "Pass backend='reference'."
+        )
 
 
 def last_use(upstream: Tensor) -> bool:
