@@ -501,15 +501,16 @@ class _Sweep:
             threshold = self.prepared.target_sim + (self.ties + mask.margin)
         return StripMask(mask.compare, mask.dense, threshold, mask.exempt, mask.skip)
 
-    def _guides(self) -> list[Strip]:
-        """The guide's embeddings as strips of all rows, one a block."""
+    def _guides(self) -> dict[int, Strip]:
+        """The guide's embeddings as strips of all rows, by the blocks that it masks; in the first stands the target."""
         if self.problem.blocks[0].mask.guide is None:
-            return []
+            return {}
         one = torch.ones_like(self.problem.scale)
         prepared: dict[int, tuple[Tensor, Tensor | None]] = {}
-        strips = []
+        strips = {}
         for number, block in enumerate(self.problem.blocks):
-            assert block.mask.guide is not None
+            if block.mask.guide is None:  # a direction that the mask does not concern
+                continue
             sides = []
             for x in block.mask.guide:
                 if id(x) not in prepared:
@@ -519,7 +520,7 @@ class _Sweep:
                 sides.append(prepared[id(x)])
             (x, row_factor), (y, col_factor) = sides
             target = self.problem.target if number == 0 else None
-            strips.append(Strip(x, y, one.to(stats_dtype(x.dtype)), row_factor, col_factor, None, target))
+            strips[number] = Strip(x, y, one.to(stats_dtype(x.dtype)), row_factor, col_factor, None, target)
         return strips
 
     def _norms(self) -> list[Tensor | None]:
@@ -629,16 +630,15 @@ class _Sweep:
                     row_factor=_part_or_none(guide.row_factor, chunk),
                     target=_part_or_none(guide.target, chunk),
                 )
-                for guide in self.guides
+                for guide in self.guides.values()
             ]
             if self.room is None:  # the first chunk is the largest
                 self.room = fresh(parts[0].scale, self.backend.guide_room(parts[0]))
             own = None if self.elsewhere is None else _part_or_none(self.elsewhere.guide, chunk)
             drops = self.backend.guide_rows(parts, self.problem.guide_rule, self.room, own)
-            strips = [
-                strip._replace(mask=(strip.mask or StripMask())._replace(dropped=dropped))
-                for strip, dropped in zip(strips, drops, strict=True)
-            ]
+            for number, dropped in zip(self.guides, drops, strict=True):
+                mask = strips[number].mask or StripMask()
+                strips[number] = strips[number]._replace(mask=mask._replace(dropped=dropped))
         return strips
 
     def _guide_scores(self) -> Tensor | None:

@@ -319,6 +319,49 @@ def test_multiple_negatives_ranking_over_what_competes(backend, names, columns):
     same(ours, formula, [anchor, positive, *negatives, scale])
 
 
+OTHER_DIRECTIONS = [
+    ("query_to_doc", "query_to_query"),
+    ("query_to_doc", "doc_to_query"),
+    ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"),
+]
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("directions", OTHER_DIRECTIONS, ids=len)
+@pytest.mark.parametrize(
+    "backend, names",
+    [(b, n) for b in BACKENDS for n in (*CASES[:1], *COMBINED[:1], ("guide, relative",), ("guide", "bool"))]
+    + [(b, ("guide",)) for b in KERNELS],
+    ids=str,
+)
+def test_a_mask_concerns_the_documents_alone_where_there_are_other_directions(backend, directions, names):
+    rows, kernel = 9, backend in KERNELS
+    texts = [randn(rows, 5).float().double() for _ in range(3)]
+    sim = cosines(texts[0], torch.cat(texts[1:]))
+    mask, admitted = joined(names, sim.float() if kernel else sim, torch.arange(rows))
+
+    def ours(a, p, n):
+        a, p, n = (t.float() if kernel else t for t in (a, p, n))
+        return fusedloss.multiple_negatives_ranking(
+            a, p, n, scale=3.0, directions=directions, mask=mask, backend=backend
+        )
+
+    def formula(a, p, n):
+        a, p, n = (F.normalize(t, dim=1) for t in (a, p, n))
+        own = torch.eye(rows, dtype=torch.bool)
+        drop = lambda z, where: z.masked_fill(where, -torch.inf)
+        z = {
+            "query_to_doc": drop(3 * a @ torch.cat([p, n]).T, ~admitted),
+            "query_to_query": drop(3 * a @ a.T, own),
+            "doc_to_query": 3 * p @ a.T,
+            "doc_to_doc": drop(3 * p @ torch.cat([p, n]).T, torch.cat([own, own], 1)),
+        }
+        return (torch.cat([z[d] for d in directions], 1).logsumexp(1) - z["query_to_doc"].diagonal()).mean()
+
+    tolerance = {"rtol": 2e-5, "atol": 2e-6} if kernel else {}
+    same(ours, formula, texts, **tolerance)
+
+
 # CLIP -----------------------------------------------------------------------------------------------------------------
 
 
