@@ -114,7 +114,10 @@ def count(name: str, value: int | None) -> None:
 
 
 def reads_values(x: Tensor) -> bool:
-    """Whether this tensor's values may be looked at without a synchronisation the user did not ask for."""
+    """Whether this tensor's values may be looked at without a synchronisation the user did not ask for.
+
+    A compiler and torch.func's transforms have no values to look at.
+    """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return x.device.type == "cpu" or environment.switch("FUSEDLOSS_CHECK")

@@ -52,7 +52,7 @@ def softmax_loss(shift: Tensor, total: Tensor, z_target: Tensor, copies: int = 1
 def softplus(x: Tensor) -> Tensor:
     """`log(1 + exp(x))`, whose derivatives keep their digits at any `x`, -inf included.
 
-    At 20, its default, F.softplus turns into the identity and is 2e-9 off; at 40 that is 4e-18. The second derivative of
+    F.softplus turns into the identity at 20, where it is 2e-9 off; at 40 that is 4e-18. The second derivative of
     logaddexp is NaN where exp(-x) overflows: below -88 in fp32, and at -inf.
     """
     return torch.nn.functional.softplus(x, threshold=40.0)

@@ -314,7 +314,8 @@ def _differentiable_gradients(
         )
     if plan.group:
         raise UnsupportedError(
-            "second derivatives (create_graph=True) with group=: both directions across ranks have none. Leave group out."
+            "second derivatives (create_graph=True) with group=: both directions across ranks have none. "
+            "Leave group out."
         )
     # Apart, where two arguments are one tensor: else each would get the gradient of both.
     scale, *tensors = (t.view_as(t) for t in (scale, *tensors))

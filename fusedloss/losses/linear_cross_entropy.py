@@ -100,7 +100,7 @@ def linear_cross_entropy(
 
     x, y = autocast(x, linear_weight)
     if compact is None:
-        compact = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        compact = x.device.type == "cpu" and checks.reads_values(index)
     kept = (index != ignore_index).nonzero()[:, 0] if compact else None
     if kept is not None and len(kept) < len(index):
         x, index = x.index_select(0, kept), index.index_select(0, kept)

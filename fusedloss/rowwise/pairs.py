@@ -117,7 +117,7 @@ def columns(
     if eps is None:
         eps = KINDS[kind].eps
     name = select_rowwise(backend, query)
-    if name == "reference" or torch.compiler.is_compiling() or (name == "chunked" and _plain(kind, query, others)):
+    if name == "reference" or transformed() or (name == "chunked" and _plain(kind, query, others)):
         return _formula(kind, eps, query, others)
     found: tuple[Tensor, ...] = _Scores.apply(kind, eps, name, query, *others).unbind(1)
     return found
@@ -156,7 +156,8 @@ class _Scores(torch.autograd.Function):
         # create_graph=True: once more, as a formula.
         if ctx.backend == "triton":
             raise UnsupportedError(
-                "second derivatives (create_graph=True): backend 'triton' has none. Pass backend='reference' or 'chunked'."
+                "second derivatives (create_graph=True): backend 'triton' has none. "
+                "Pass backend='reference' or 'chunked'."
             )
         with torch.enable_grad():
             # Apart, where several are one tensor: else each would get the gradient of all.
