@@ -34,8 +34,8 @@ class _OrderedPairs(torch.autograd.Function):
         levels, order = label.sort()
         x = z[order].to(wide)
         # By how many rows are taken: the log of the sum of exp(x) over the first, and of exp(-x) over the last.
-        sums = x.new_full((2, rows + 1), -torch.inf)
-        torch.logcumsumexp(torch.stack([x, -x.flip(0)]), 1, out=sums[:, 1:])
+        sums = torch.stack([x, -x.flip(0)]).logcumsumexp(1)
+        sums = torch.cat([x.new_full((2, 1), -torch.inf), sums], 1)
         lower = sums[0][torch.searchsorted(levels, levels)]
         higher = sums[1][rows - torch.searchsorted(levels, levels, right=True)]
         one = x.new_zeros(1)
