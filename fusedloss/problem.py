@@ -73,6 +73,10 @@ class Mask(NamedTuple):
     def given(self) -> bool:
         return bool(self.compare) or any(part is not None for part in (self.dense, self.margin, self.guide, self.skip))
 
+    def contiguous(self) -> Mask:
+        compare = tuple(Compare(c.rows.contiguous(), c.keys.contiguous(), c.keep) for c in self.compare)
+        return self._replace(compare=compare, skip=None if self.skip is None else self.skip.contiguous())
+
 
 class Ranks(NamedTuple):
     """The processes that share a batch, where a sweep has to ask them (`collectives`)."""
@@ -84,6 +88,12 @@ class Ranks(NamedTuple):
     @property
     def offset(self) -> int:
         return sum(self.sizes[: self.rank])
+
+
+def _set(self: object, **fields: object) -> None:
+    """Of a frozen dataclass that is being made. Vectors enter contiguous: kernels take an address and no stride."""
+    for name, value in fields.items():
+        object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,10 @@ class Block:
     mask: Mask = Mask()  # noqa: RUF009  # immutable
     penalty: float = 0.0
     own_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.mask.compare or self.mask.skip is not None:
+            _set(self, mask=self.mask.contiguous())
 
 
 @dataclass(frozen=True)
@@ -119,6 +133,10 @@ class Fold:
     scalars: tuple[Tensor, ...] = ()
     teacher: Guide | None = None
     teacher_scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels is not None:
+            _set(self, labels=tuple(x.contiguous() for x in self.labels))
 
 
 @dataclass(frozen=True)
@@ -174,6 +192,9 @@ class Problem:
     margin: Margin = NO_MARGIN
     z_loss: float = 0.0
     ranks: Ranks | None = None
+
+    def __post_init__(self) -> None:
+        _set(self, target=self.target.contiguous(), weight=self.weight.contiguous())
 
     @property
     def masked(self) -> bool:

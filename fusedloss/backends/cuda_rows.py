@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..problem import NO_MARGIN, Margin, Patch, Prepared, RowSums, Settled
+from .shared import check_vector
 
 LAUNCHES = ("prepare", "merge", "settle", "scale_rows", "weigh", "finish")
 PARAMS = {name: f"{name.title().replace('_', '')}Params" for name in LAUNCHES}
@@ -28,11 +29,6 @@ def extension() -> ModuleType:
 
 def stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def operand(x: Tensor) -> Tensor:
-    """Kernels take any row or any column stride where the other is 1."""
-    return x if 1 in x.stride() else x.contiguous()
 
 
 def prepare(
@@ -218,7 +214,7 @@ def call(name: str, device: torch.device, *arguments: Any) -> None:
 def struct(name: str, **fields: Any) -> Any:
     """A plain struct of csrc/: tensors for pointers, lists of them for arrays, torch's dtypes; None is the default."""
     # 0.3 us less for each number, and a small batch's step passes 46.
-    given = {k: v if type(v) in NUMBERS else _plain(v) for k, v in fields.items() if v is not None}
+    given = {k: v if type(v) in NUMBERS else _plain(k, v) for k, v in fields.items() if v is not None}
     return getattr(extension(), name)(**given)
 
 
@@ -226,9 +222,10 @@ def number_format(dtype: torch.dtype) -> Any:
     return getattr(extension().DType, DTYPES[dtype])
 
 
-def _plain(value: Any) -> Any:
+def _plain(name: str, value: Any) -> Any:
     if isinstance(value, Tensor):
+        check_vector(name, value)
         return value.data_ptr()
     if isinstance(value, torch.dtype):
         return number_format(value)
-    return [_plain(each) for each in value] if isinstance(value, list) else value
+    return [_plain(name, each) for each in value] if isinstance(value, list) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..problem import Problem
 
@@ -31,3 +32,12 @@ def tf32() -> bool:
     if hasattr(matmul, "fp32_precision"):
         return matmul.fp32_precision == "tf32"
     return torch.get_float32_matmul_precision() != "highest"
+
+
+def check_vector(name: str, x: Tensor) -> None:
+    """A net: kernels take a vector's address and no stride, so another one would be read beside its numbers."""
+    if x.dim() == 1 and not x.is_contiguous():
+        raise RuntimeError(
+            f"internal error: {name} must be a vector of stride 1 where a kernel reads it, got stride {x.stride(0)}; "
+            "please report it, and call .contiguous() on the vectors that you pass"
+        )

@@ -34,7 +34,7 @@ from ..problem import (
 )
 from ..rows import guide_threshold
 from ..waves import wave_rows
-from .shared import can_exp, exp_shift, tf32
+from .shared import can_exp, check_vector, exp_shift, tf32
 
 if TYPE_CHECKING:
     from ..kernels.config import Config
@@ -284,25 +284,26 @@ def _similarities(epilogue: Callable[..., None], strip: Strip, out: Tensor | Non
         kernel_y = _descriptor(y, config.BLOCK_N, config.BLOCK_D)
         if out is not None:
             kernel_out = _descriptor(out, config.BLOCK_M, config.BLOCK_N // config.SUBTILES)
-    with _on(x.device):
-        _similarity().similarity_kernel[(min(tiles, config.programs * _multiprocessors(x.device)),)](
-            kernel_x,
-            kernel_y,
-            kernel_out,
-            *_columns(strip),
-            args,
-            M,
-            N,
-            D,
-            x.stride(0),
-            y.stride(0),
-            stride_om,
-            EPILOGUE=epilogue,
-            INPUT_PRECISION=_precision(x.dtype),
-            DESCRIPTORS=descriptors,
-            enable_fp_fusion=True,  # the default changes in Triton 3.10
-            **config.options(),
-        )
+    launch(
+        _similarity().similarity_kernel,
+        (min(tiles, config.programs * _multiprocessors(x.device)),),
+        x.device,
+        kernel_x,
+        kernel_y,
+        kernel_out,
+        *_columns(strip),
+        args,
+        M,
+        N,
+        D,
+        x.stride(0),
+        y.stride(0),
+        stride_om,
+        EPILOGUE=epilogue,
+        INPUT_PRECISION=_precision(x.dtype),
+        DESCRIPTORS=descriptors,
+        **config.options(),
+    )
 
 
 def _panels(epilogue: Callable[..., None], strip: Strip, out: Tensor | None, args: tuple, config: Config) -> None:
@@ -315,23 +316,24 @@ def _panels(epilogue: Callable[..., None], strip: Strip, out: Tensor | None, arg
         part = y[start : start + width]
         sim = panel[:, : part.shape[0]]
         _multiply(sim, x, part)
-        with _on(x.device):
-            _similarity().panel_kernel[(_cdiv(M, config.BLOCK_M), _cdiv(part.shape[0], config.BLOCK_N))](
-                sim,
-                out,
-                *_columns(strip),
-                args,
-                M,
-                N,
-                panel.stride(0),
-                0 if out is None else out.stride(0),
-                start // config.BLOCK_N,
-                EPILOGUE=epilogue,
-                BLOCK_M=config.BLOCK_M,
-                BLOCK_N=config.BLOCK_N,
-                enable_fp_fusion=True,
-                num_warps=config.num_warps,
-            )
+        launch(
+            _similarity().panel_kernel,
+            (_cdiv(M, config.BLOCK_M), _cdiv(part.shape[0], config.BLOCK_N)),
+            x.device,
+            sim,
+            out,
+            *_columns(strip),
+            args,
+            M,
+            N,
+            panel.stride(0),
+            0 if out is None else out.stride(0),
+            start // config.BLOCK_N,
+            EPILOGUE=epilogue,
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            num_warps=config.num_warps,
+        )
 
 
 def _panel_columns(strip: Strip, config: Config) -> int:
@@ -384,8 +386,12 @@ def _mask_args(strip: Strip) -> Any:
 
 
 def operand(x: Tensor) -> Tensor:
-    """Rows of unit stride that start on 16-byte boundaries: `x` itself, or one padded copy."""
-    if x.stride(1) == 1 and x.stride(0) * x.itemsize % ALIGNMENT == 0 and x.data_ptr() % ALIGNMENT == 0:
+    """Rows of unit stride that start on 16-byte boundaries and do not overlap: `x` itself, or one padded copy.
+
+    Rows that overlap or are expanded have no tensor map.
+    """
+    starts = x.stride(0) >= x.shape[1] and x.stride(0) * x.itemsize % ALIGNMENT == 0
+    if x.stride(1) == 1 and starts and x.data_ptr() % ALIGNMENT == 0:
         return x
     padded = x.new_empty((x.shape[0], _cdiv(x.shape[1] * x.itemsize, ALIGNMENT) * ALIGNMENT // x.itemsize))
     return padded[:, : x.shape[1]].copy_(x)
@@ -533,8 +539,7 @@ def _by_row(name: str, device: torch.device, R: int, *args: Any, **constants: An
     """Launch a kernel of `kernels/rows.py`, a few rows a program."""
     if R:
         options = _row_options(name, device.type == "cpu")
-        with _on(device):
-            getattr(_rows(), name)[(_cdiv(R, options["BLOCK_R"]),)](*args, **constants, **options)
+        launch(getattr(_rows(), name), (_cdiv(R, options["BLOCK_R"]),), device, *args, **constants, **options)
 
 
 @functools.cache
@@ -577,6 +582,21 @@ def _rows() -> ModuleType:
     from ..kernels import rows
 
     return rows
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **constants: Any) -> None:
+    """Every launch of every kernel."""
+    _check(args)
+    with _on(device):
+        kernel[grid](*args, **constants, enable_fp_fusion=True)  # the default changes in Triton 3.10
+
+
+def _check(args: tuple[Any, ...]) -> None:
+    for number, value in enumerate(args):
+        if isinstance(value, Tensor):
+            check_vector(f"argument {number}", value)
+        elif isinstance(value, tuple):
+            _check(value)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:

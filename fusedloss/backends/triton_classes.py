@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton import _cdiv, _on, _precision
+from .triton import _cdiv, _precision, launch
 
 Found = tuple[Tensor, Tensor | None, Tensor | None]  # losses of rows, their gradient, and what that is multiplied by
 
@@ -26,37 +26,39 @@ def rows(x: Tensor, terms: Any, wants_grad: bool) -> Found:
     cap = {"CAPPED": terms.softcap is not None}
     softcap = 1.0 if terms.softcap is None else float(terms.softcap)
     kinds = {"SMOOTHS": terms.smooths, "SQUARES": terms.squares, **cap}
-    with _on(x.device):
-        if terms.share is None:
-            left_out = None if terms.left_out is None else terms.left_out.contiguous().view(torch.uint8)
-            _kernels().class_rows_kernel[(_cdiv(R, options["BLOCK_R"]),)](
-                x,
-                terms.target.contiguous(),
-                left_out,
-                weight,
-                hards,
-                smooths,
-                squares,
-                loss,
-                grad,
-                gain,
-                hard,
-                smooth,
-                square,
-                float(terms.gamma),
-                softcap,
-                R,
-                C,
-                S,
-                *_strides(x),
-                *_strides(grad),
-                **kinds,
-                FOCAL=terms.gamma != 0,
-                **options,
-            )
-        else:
-            share = (x, terms.share, None, weight, loss, grad, gain)
-            _share_rows(*share, float(terms.hard), float(terms.smooth), float(terms.square), softcap, kinds, False)
+    if terms.share is None:
+        left_out = None if terms.left_out is None else terms.left_out.contiguous().view(torch.uint8)
+        launch(
+            _kernels().class_rows_kernel,
+            (_cdiv(R, options["BLOCK_R"]),),
+            x.device,
+            x,
+            terms.target.contiguous(),
+            left_out,
+            weight,
+            hards,
+            smooths,
+            squares,
+            loss,
+            grad,
+            gain,
+            hard,
+            smooth,
+            square,
+            float(terms.gamma),
+            softcap,
+            R,
+            C,
+            S,
+            *_strides(x),
+            *_strides(grad),
+            **kinds,
+            FOCAL=terms.gamma != 0,
+            **options,
+        )
+    else:
+        share = (x, terms.share, None, weight, loss, grad, gain)
+        _share_rows(*share, float(terms.hard), float(terms.smooth), float(terms.square), softcap, kinds, False)
     return loss, grad, gain
 
 
@@ -67,8 +69,7 @@ def soft_rows(logits: Tensor, beside: tuple[Tensor, Tensor | None], wants_grad: 
     if logits.shape[0]:
         mask = None if mask is None else mask.view(torch.uint8)
         kinds = {"SMOOTHS": False, "SQUARES": False, "CAPPED": False}
-        with _on(logits.device):
-            _share_rows(logits, target_logits, mask, None, loss, grad, gain, 1.0, 0.0, 0.0, 1.0, kinds, True)
+        _share_rows(logits, target_logits, mask, None, loss, grad, gain, 1.0, 0.0, 0.0, 1.0, kinds, True)
     return loss, grad, gain
 
 
@@ -88,7 +89,10 @@ def _share_rows(
     softmax: bool,
 ) -> None:
     R, C, S, options = _shape(x)
-    _kernels().share_rows_kernel[(_cdiv(R, options["BLOCK_R"]),)](
+    launch(
+        _kernels().share_rows_kernel,
+        (_cdiv(R, options["BLOCK_R"]),),
+        x.device,
         x,
         share,
         mask,
@@ -121,30 +125,32 @@ def pair_logits(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, parts
         return out
     interpreted = u.device.type == "cpu"
     block_b, block_c = (16 if interpreted else 64), (16 if C <= 16 else 32)
-    with _on(u.device):
-        _kernels().pair_logits_kernel[(_cdiv(B, block_b), _cdiv(C, block_c))](
-            u,
-            v,
-            weight,
-            None if bias is None else bias.contiguous(),
-            out,
-            B,
-            D,
-            C,
-            *u.stride(),
-            *v.stride(),
-            *weight.stride(),
-            out.stride(0),
-            REP="rep" in parts,
-            DIFFERENCE="difference" in parts,
-            MULTIPLICATION="multiplication" in parts,
-            # Three products on tensor cores, fp32 but for a few bits: without them 64 x 64 tiles spilled 750 bytes.
-            INPUT_PRECISION="tf32" if _precision(torch.float32) == "tf32" else "tf32x3",
-            BLOCK_B=block_b,
-            BLOCK_C=block_c,
-            BLOCK_D=16 if interpreted else 32,
-            num_warps=4,
-        )
+    launch(
+        _kernels().pair_logits_kernel,
+        (_cdiv(B, block_b), _cdiv(C, block_c)),
+        u.device,
+        u,
+        v,
+        weight,
+        None if bias is None else bias.contiguous(),
+        out,
+        B,
+        D,
+        C,
+        *u.stride(),
+        *v.stride(),
+        *weight.stride(),
+        out.stride(0),
+        REP="rep" in parts,
+        DIFFERENCE="difference" in parts,
+        MULTIPLICATION="multiplication" in parts,
+        # Three products on tensor cores, fp32 but for a few bits: without them 64 x 64 tiles spilled 750 bytes.
+        INPUT_PRECISION="tf32" if _precision(torch.float32) == "tf32" else "tf32x3",
+        BLOCK_B=block_b,
+        BLOCK_C=block_c,
+        BLOCK_D=16 if interpreted else 32,
+        num_warps=4,
+    )
     return out
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton import _cdiv, _on
+from .triton import _cdiv, launch
 
 TILE = 32  # documents on either side of a tile of pairs, at most: with 64 columns lambdas take 230 registers
 
@@ -38,22 +38,24 @@ def lambdas(
     loss = z.new_empty(Q, _cdiv(n, block))
     by_score = torch.empty_like(z) if gradient else None
     own = weighting == "ndcg_loss1"
-    with _on(z.device):
-        _lists().lambda_kernel[tuple(loss.shape)](
-            z,
-            value,
-            length,
-            high,
-            low,
-            near,
-            loss,
-            by_score,
-            n,
-            top,
-            OWN=own,
-            BLOCK_I=block,
-            BLOCK_J=block,
-        )
+    launch(
+        _lists().lambda_kernel,
+        tuple(loss.shape),
+        z.device,
+        z,
+        value,
+        length,
+        high,
+        low,
+        near,
+        loss,
+        by_score,
+        n,
+        top,
+        OWN=own,
+        BLOCK_I=block,
+        BLOCK_J=block,
+    )
     return loss.sum(1, dtype=torch.float64), by_score
 
 
@@ -69,12 +71,11 @@ def adr(
     by_score = torch.empty_like(slope) if gradient else None
     grid, scale = tuple(loss.shape), float(alpha)
     options = {"LARGEST": largest, "BLOCK_I": block, "BLOCK_J": block}
-    with _on(scores.device):
-        _lists().adr_ranks_kernel[grid](
-            scores, labels, mask, loss, slope, scale, n, stride_sq, stride_yq, stride_mq, **options
-        )
-        if by_score is not None:
-            _lists().adr_gradient_kernel[grid](scores, mask, slope, by_score, scale, n, stride_sq, stride_mq, **options)
+    device, tables = scores.device, (scores, labels, mask, loss, slope)
+    launch(_lists().adr_ranks_kernel, grid, device, *tables, scale, n, stride_sq, stride_yq, stride_mq, **options)
+    if by_score is not None:
+        tables = (scores, mask, slope, by_score)
+        launch(_lists().adr_gradient_kernel, grid, device, *tables, scale, n, stride_sq, stride_mq, **options)
     return loss.sum(1, dtype=torch.float64), by_score
 
 
@@ -86,18 +87,20 @@ def list_mle(z: Tensor, weight: Tensor | None, *, gradient: bool) -> tuple[Tenso
     by_score = z.new_empty(Q, n) if gradient else None
     stride = 0 if weight is None or weight.shape[0] == 1 else weight.stride(0)
     block = _power(n)
-    with _on(z.device):
-        _lists().list_mle_kernel[(Q,)](
-            z,
-            weight,
-            loss,
-            by_score,
-            n,
-            z.stride(0),
-            stride,
-            BLOCK_N=block,
-            num_warps=max(1, min(16, block // 256)),
-        )
+    launch(
+        _lists().list_mle_kernel,
+        (Q,),
+        z.device,
+        z,
+        weight,
+        loss,
+        by_score,
+        n,
+        z.stride(0),
+        stride,
+        BLOCK_N=block,
+        num_warps=max(1, min(16, block // 256)),
+    )
     return loss, by_score
 
 

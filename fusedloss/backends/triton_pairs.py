@@ -57,19 +57,21 @@ def _launch(
     if not M:
         return
     options = triton._row_options(name, query.device.type == "cpu")
-    with triton._on(query.device):
-        getattr(_pairs(), name)[(triton._cdiv(M, options["BLOCK_R"]),)](
-            *tensors,
-            M,
-            D,
-            (D + 1) // 2,
-            float(eps),
-            *strides,
-            query.stride(0),
-            tuple(x.stride(0) for x in others),
-            KIND=kind,
-            **options,
-        )
+    triton.launch(
+        getattr(_pairs(), name),
+        (triton._cdiv(M, options["BLOCK_R"]),),
+        query.device,
+        *tensors,
+        M,
+        D,
+        (D + 1) // 2,
+        float(eps),
+        *strides,
+        query.stride(0),
+        tuple(x.stride(0) for x in others),
+        KIND=kind,
+        **options,
+    )
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton import _cdiv, _on
+from .triton import _cdiv, launch
 
 BLOCK = 1024  # elements a program, 8 a thread; more under the interpreter, which takes as long for many as for few
 INTERPRETED_BLOCK = 1 << 14
@@ -38,26 +38,28 @@ def evaluate(
     programs = _cdiv(n, block)
     partial = torch.empty(programs, dtype=torch.float32, device=x.device)
     if programs:
-        function, options = _formula(formula)
-        with _on(x.device):
-            _kernels().pointwise_kernel[(programs,)](
-                x.contiguous(),
-                t.contiguous(),
-                weight,
-                pos_weight,
-                kept,
-                losses,
-                partial if losses is None else None,
-                n,
-                max(columns, 1),
-                *((0, 0) if weight is None else weight.stride()),
-                *((0, 0) if pos_weight is None else pos_weight.stride()),
-                float(formula.value_factor),
-                float(gain),
-                options,
-                FORMULA=function,
-                BLOCK=block,
-            )
+        function, numbers = _formula(formula)
+        launch(
+            _kernels().pointwise_kernel,
+            (programs,),
+            x.device,
+            x.contiguous(),
+            t.contiguous(),
+            weight,
+            pos_weight,
+            kept,
+            losses,
+            partial if losses is None else None,
+            n,
+            max(columns, 1),
+            *((0, 0) if weight is None else weight.stride()),
+            *((0, 0) if pos_weight is None else pos_weight.stride()),
+            float(formula.value_factor),
+            float(gain),
+            numbers,
+            FORMULA=function,
+            BLOCK=block,
+        )
     return partial.sum(dtype=torch.float64) if losses is None else losses
 
 
@@ -65,8 +67,8 @@ def times(kept: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     """`out = kept * factor`, rounded once; factor is 0-dim fp32. `out` may be `kept`."""
     block = _block(kept.device)
     if kept.numel():
-        with _on(kept.device):
-            _kernels().times_kernel[(_cdiv(kept.numel(), block),)](kept, factor, out, kept.numel(), BLOCK=block)
+        grid = (_cdiv(kept.numel(), block),)
+        launch(_kernels().times_kernel, grid, kept.device, kept, factor, out, kept.numel(), BLOCK=block)
     return out
 
 
