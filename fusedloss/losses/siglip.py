@@ -108,7 +108,7 @@ def _positives(
             raise ValueError("target is a mask of several parts, or not of masks.same_id: needs masks.same_id alone")
         return (bound.compare[0].rows, bound.compare[0].keys), None
     if target is not None:
-        checks.target("target", target, M, N, -(2**63), like)
+        checks.target("target", target, M, N, None, like)
         return None, target
     if N < M:
         raise ValueError(f"text_features has {N} rows and image_features {M}: the default target needs one text each")
