@@ -206,7 +206,7 @@ def share_rows_kernel(
         total = total * exponential(maximum - finite(new)) + tl.sum(exponential(z - finite(new)[:, None]), axis=1)
         maximum = new
         if SOFTMAX:
-            q = _load(Share, share_base, offs_c, stride_qc, inside, float("-inf"))
+            q = _share_logits(Share, share_base, offs_c, stride_qc, inside)
             new = tl.maximum(share_max, tl.max(q, axis=1))
             part = tl.sum(exponential(q - finite(new)[:, None]), axis=1)
             share_sum = share_sum * exponential(share_max - finite(new)) + part
@@ -242,7 +242,7 @@ def share_rows_kernel(
             capped = _tanh(z / softcap)
             z = softcap * capped
         if SOFTMAX:
-            q = _load(Share, share_base, offs_c, stride_qc, inside, float("-inf"))
+            q = _share_logits(Share, share_base, offs_c, stride_qc, inside)
             c = exponential(q - share_shift[:, None]) * over_share[:, None]
         else:
             c = hard * _load(Share, share_base, offs_c, stride_qc, inside, 0.0)
@@ -322,6 +322,12 @@ def _dot(x, W, known, total, INPUT_PRECISION: tl.constexpr):
 @triton.jit
 def _load(X, base, offs_c, stride, inside, other):
     return tl.load(X + base[:, None] + offs_c.to(tl.int64)[None, :] * stride, mask=inside, other=other).to(tl.float32)
+
+
+@triton.jit
+def _share_logits(Share, base, offs_c, stride, inside):
+    """Of any dtype: integers have no -inf, which is what stands where nothing is."""
+    return tl.where(inside, _load(Share, base, offs_c, stride, inside, 0), float("-inf"))
 
 
 @triton.jit
