@@ -310,11 +310,13 @@ def _padded(scores: Lists, labels: Lists, mask: Tensor | None) -> tuple[Tensor, 
         raise ValueError(f"scores has lists of {lengths} documents and labels of {found}: they must agree")
     if not lengths:
         return torch.zeros(0, 0), torch.zeros(0, 0), None
-    padded = nn.utils.rnn.pad_sequence(list(scores), batch_first=True)
-    whole = all(n == lengths[0] for n in lengths)
-    place = torch.arange(padded.shape[1], device=padded.device)
-    real = None if whole else place < torch.tensor(lengths, device=padded.device)[:, None]
-    return _padded(padded, nn.utils.rnn.pad_sequence(list(labels), batch_first=True), real)
+    padded, relevance = (nn.utils.rnn.pad_sequence(list(given), batch_first=True) for given in (scores, labels))
+    real = None
+    if any(n != lengths[0] for n in lengths):
+        # Padded likewise: lengths copied to a GPU would make it wait, and could not be captured.
+        ones = torch.ones(sum(lengths), dtype=torch.bool, device=padded.device)
+        real = nn.utils.rnn.pad_sequence(ones.split(lengths), batch_first=True)
+    return _padded(padded, relevance, real)
 
 
 def check_lambda(weighting: object, k: int | None, sigma: float, eps: float, mu: float) -> None:
