@@ -1,6 +1,6 @@
 """Losses of elements in one pass: the loss, its sum by program, and the derivative by the prediction.
 
-A formula is `(x, t, pos_weight, options) -> loss, derivative`, all in fp32; its mathematics stands in
+A formula is `(x, t, pos_weight, numbers) -> loss, derivative`, all in fp32; its mathematics stands in
 fusedloss/rowwise/pointwise.py, with the same names.
 """
 
@@ -25,7 +25,7 @@ def pointwise_kernel(
     stride_pc,
     value_factor,  # of Losses
     gain,  # of Kept
-    options,  # the formula's own: a tuple of floats
+    numbers,  # the formula's own: a tuple of floats
     FORMULA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -38,7 +38,7 @@ def pointwise_kernel(
     if PosWeight is not None:
         place = offs // columns * stride_pr + offs % columns * stride_pc
         pos_weight = tl.load(PosWeight + place, mask=mask, other=0.0).to(tl.float32)
-    loss, derivative = FORMULA(x, t, pos_weight, options)
+    loss, derivative = FORMULA(x, t, pos_weight, numbers)
     if Weight is not None:
         place = offs // columns * stride_wr + offs % columns * stride_wc
         weight = tl.load(Weight + place, mask=mask, other=0.0).to(tl.float32)
@@ -62,35 +62,35 @@ def times_kernel(Kept, Factor, Out, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def squared(x, t, pos_weight, options):
+def squared(x, t, pos_weight, numbers):
     d = x - t
-    slope = d * _side(d, options)
+    slope = d * _side(d, numbers)
     return slope * d, slope
 
 
 @triton.jit
-def absolute(x, t, pos_weight, options):
+def absolute(x, t, pos_weight, numbers):
     d = x - t
-    slope = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0)) * _side(d, options)
+    slope = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0)) * _side(d, numbers)
     return tl.where(d == d, slope * d, d), slope
 
 
 @triton.jit
-def clamped(x, t, pos_weight, options):
+def clamped(x, t, pos_weight, numbers):
     d = x - t
-    delta = options[2]
+    delta = numbers[2]
     c = tl.clamp(d, -delta, delta, propagate_nan=tl.PropagateNan.ALL)
-    slope = c * _side(d, options)
+    slope = c * _side(d, numbers)
     return slope * (d - 0.5 * c), slope
 
 
 @triton.jit
-def _side(d, options):
-    return tl.where(d < 0, options[0], options[1])
+def _side(d, numbers):
+    return tl.where(d < 0, numbers[0], numbers[1])
 
 
 @triton.jit
-def binary_cross_entropy(x, t, pos_weight, options):
+def binary_cross_entropy(x, t, pos_weight, numbers):
     small, log, positive = _tails(x)
     a = t
     if pos_weight is not None:
@@ -104,8 +104,8 @@ def binary_cross_entropy(x, t, pos_weight, options):
 
 
 @triton.jit
-def focal(x, t, pos_weight, options):
-    gamma, alpha, rest = options  # of a label 1 and of a label 0
+def focal(x, t, pos_weight, numbers):
+    gamma, alpha, rest = numbers  # of a label 1 and of a label 0
     small, log, positive = _tails(x)
     large = 1 - small
     p, not_p = tl.where(positive, large, small), tl.where(positive, small, large)

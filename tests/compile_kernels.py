@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -173,7 +174,34 @@ Launches = dict[str, Callable[[torch.dtype], object]]
 
 
 def pointwise() -> Launches:
-    return {}
+    from fusedloss.backends import triton_pointwise
+    from fusedloss.rowwise.pointwise import BinaryCrossEntropy, Difference, Focal
+
+    rows, columns = 8192, 768
+    formulas = {
+        "squared": Difference(math.inf, 2.0, 0.5),
+        "absolute": Difference(0.0),
+        "clamped": Difference(1.0),
+        "binary cross-entropy": BinaryCrossEntropy(),
+        "focal": Focal(2.0, 0.25),
+    }
+
+    def of(formula: Any, by_element: bool = False) -> Callable[[torch.dtype], object]:
+        def launch(dtype: torch.dtype) -> object:
+            x, kept = (empty(rows, columns, kind=dtype) for _ in range(2))
+            losses = empty(rows, columns, kind=dtype) if by_element else None
+            weight = empty(1, columns).expand(rows, columns)
+            pos_weight = weight if isinstance(formula, BinaryCrossEntropy) else None
+            return triton_pointwise.evaluate(formula, x, x, weight, pos_weight, kept, 1.0, losses, columns)
+
+        return launch
+
+    def times(dtype: torch.dtype) -> object:
+        kept = empty(rows, columns, kind=dtype)
+        return triton_pointwise.times(kept, empty(), kept)
+
+    found = {f"pointwise, {name}": of(formula) for name, formula in formulas.items()}
+    return {**found, "pointwise, focal, no sum": of(formulas["focal"], True), "times": times}
 
 
 def classes() -> Launches:

@@ -5,13 +5,19 @@ The compiler needs a process without the interpreter: one per architecture, two 
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import importlib.util
+import inspect
+import pkgutil
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fusedloss.kernels
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -94,3 +100,63 @@ def test_the_committed_table_is_what_the_compiler_says(compiled, compiler):
     if f"Triton {triton.__version__} " not in written:
         pytest.skip(f"{TABLE.name} is of another Triton than {triton.__version__}")
     assert compiler.table(compiled) == written, "run python tests/compile_kernels.py --table > docs/kernel-resources.md"
+
+
+def device_functions() -> dict[str, Any]:
+    """Every `@triton.jit` function of the package as the compiler has it, whether or not the interpreter runs here."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    found = {}
+    for module in pkgutil.iter_modules(fusedloss.kernels.__path__):
+        loaded = importlib.import_module(f"fusedloss.kernels.{module.name}")
+        for name, value in vars(loaded).items():
+            if isinstance(value, JITFunction | InterpretedFunction) and value.fn.__module__ == loaded.__name__:
+                found[f"{module.name}.{name}"] = JITFunction(value.fn)
+    return found
+
+
+def names_of_a_launch() -> set[str]:
+    """The options of a launch, and what the function that Triton writes to bind a kernel's arguments calls its own."""
+    from triton.backends.nvidia.compiler import CUDAOptions
+    from triton.runtime import jit
+
+    def bare(first):
+        pass
+
+    bare = jit.JITFunction(bare)
+    code = jit.create_function_from_signature(bare.signature, bare.params, None).__code__
+    options = {field.name for field in dataclasses.fields(CUDAOptions)}
+    own = {*code.co_varnames, *code.co_names} - {"first"}
+    run = inspect.signature(jit.JITFunction.run).parameters.values()
+    return {*options, *own, *(p.name for p in run if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))}
+
+
+def test_no_kernel_calls_a_parameter_as_the_launcher_does():
+    """`options` was one: the interpreter took it, and on a GPU the first launch was a SyntaxError."""
+    from triton.runtime.jit import create_function_from_signature
+
+    names = names_of_a_launch()
+    assert {"options", "params", "backend", "debug", "num_warps", "num_stages", "num_ctas", "grid", "warmup"} <= names
+    functions = device_functions()
+    assert {"similarity.similarity_kernel", "pointwise.pointwise_kernel", "lists.lambda_kernel"} <= functions.keys()
+    wrong = {name: names & set(function.arg_names) for name, function in functions.items()}
+    assert not {name: found for name, found in wrong.items() if found}
+    for function in functions.values():
+        create_function_from_signature(function.signature, function.params, None)
+
+
+def test_every_launch_fixes_whether_products_and_sums_are_fused():
+    """Triton 3.10 changes the default, and with it results and instruction counts."""
+    from fusedloss.backends import triton as backend
+
+    given = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **options: given.append((grid, args, options))
+
+    backend.launch(Kernel(), (2,), torch.device("cpu"), 1, BLOCK=16)
+    assert given == [((2,), (1,), {"BLOCK": 16, "enable_fp_fusion": True})]
+    launchers = [path.read_text() for path in Path(backend.__file__).parent.glob("triton*.py")]
+    assert len(launchers) == 5 and sum(text.count("_kernel[") + text.count("kernel[grid]") for text in launchers) == 1
