@@ -1,5 +1,8 @@
 """Argument checks. Each error names the argument, what it got and what it needs.
 
+Messages are made where they are raised and not before: a check that finds nothing costs a microsecond, and under
+torch.compile a size may be a symbol, which has no text.
+
 Values inside tensors are checked on a CPU only: reading them back from a GPU would synchronise. There an out-of-range
 target makes the loss NaN, and FUSEDLOSS_CHECK=1 turns these checks on everywhere.
 """
@@ -174,14 +177,17 @@ def boolean(name: str, value: Tensor, shape: tuple[int | None, ...], like: Tenso
 
 
 def _typed(name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...], like: Tensor) -> None:
-    need = f"{str(dtype).removeprefix('torch.')} [{', '.join('any' if n is None else str(n) for n in shape)}]"
     if not isinstance(value, Tensor) or value.dtype != dtype:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} is {got}: needs a tensor of {need}")
+        raise TypeError(f"{name} is {got}: needs a tensor of {_described(dtype, shape)}")
     dense(name, value)
-    if value.dim() != len(shape) or any(n not in (None, m) for n, m in zip(shape, value.shape, strict=True)):
-        raise ValueError(f"{name} has shape {list(value.shape)}: needs {need}")
+    if value.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, value.shape, strict=True)):
+        raise ValueError(f"{name} has shape {list(value.shape)}: needs {_described(dtype, shape)}")
     same_device(name, value, "the embeddings", like)
+
+
+def _described(dtype: torch.dtype, shape: tuple[int | None, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} [{', '.join('any' if n is None else str(n) for n in shape)}]"
 
 
 def index(name: str, value: int) -> None:

@@ -41,11 +41,14 @@ def check_columns(query: Tensor, positive: Tensor, negatives: Sequence[Tensor]) 
 
 def check_numbers(name: str, value: Tensor, shapes: Sequence[tuple[int, ...]], like: Tensor) -> None:
     """A label: real numbers of any dtype, of one of these shapes."""
-    need = " or ".join(str(list(shape)) for shape in shapes)
     if not isinstance(value, Tensor) or value.dtype.is_complex:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} is {got}: needs a tensor of real numbers {need}")
+        raise TypeError(f"{name} is {got}: needs a tensor of real numbers {_either(shapes)}")
     checks.dense(name, value)
     if value.shape not in shapes:
-        raise ValueError(f"{name} has shape {list(value.shape)}: needs {need}")
+        raise ValueError(f"{name} has shape {list(value.shape)}: needs {_either(shapes)}")
     checks.same_device(name, value, "the embeddings", like)
+
+
+def _either(shapes: Sequence[tuple[int, ...]]) -> str:
+    return " or ".join(str(list(shape)) for shape in shapes)

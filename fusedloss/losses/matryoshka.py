@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .. import checks
 from ..backends import BACKENDS, select
 from ..problem import Block, Problem
-from ._in_batch import Objective, mean_of
+from ._in_batch import Objective, distinct, mean_of
 from .clip import clip, clip_objective
 from .gist import gist_embed, gist_embed_objective
 from .info_nce import info_nce, info_nce_objective
@@ -82,9 +82,10 @@ def matryoshka(
         if all(_at_once(part) for part in parts):
             return mean_of(parts)
     total = None
+    operands, places = distinct(*embeddings)
     for dim, weight in zip(dims, weights, strict=True):
-        prefixes = {id(x): F.normalize(x[:, :dim].float() if _narrow(x) else x[:, :dim], dim=1) for x in embeddings}
-        value = weight * loss(*(prefixes[id(x)] for x in embeddings), **loss_options)
+        prefixes = [F.normalize(x[:, :dim].float() if _narrow(x) else x[:, :dim], dim=1) for x in operands]
+        value = weight * loss(*(prefixes[place] for place in places), **loss_options)
         total = value if total is None else total + value
     assert total is not None
     return total

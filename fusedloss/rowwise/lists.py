@@ -571,7 +571,7 @@ def list_mle(
     Q, n = scores.shape
     name = select_rowwise(backend, scores)
     if name == "triton" and n > 4096:
-        name = select_rowwise(backend, scores, unsupported=f"a list of {n} documents is longer than 4096")
+        name = select_rowwise(backend, scores, unsupported="its lists have more than 4096 documents")
     order = None if respect_input_order else _by_label(labels, mask, stats_dtype(scores.dtype))
     listed = mask if mask is None or order is None else mask.gather(1, order)
     weight = _rank_weights(lambda_weight, listed, scores)
