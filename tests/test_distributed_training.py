@@ -8,14 +8,13 @@ training: accumulation, evaluation, checkpointing, torch.compile, groups of some
 from __future__ import annotations
 
 import contextlib
-import datetime
 import importlib
-import pickle
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from patience import delta
+from ranks import COLLECTIVE, Ranks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,7 +30,6 @@ RANKS, D = 4, 5
 # What each rank has in each step.
 STEPS = [(3, 3, 3, 3), (2, 4, 1, 2), (4, 0, 3, 2)]
 EVEN = [(2, 2, 2, 2)] * 3
-TIMEOUT = datetime.timedelta(seconds=20)
 
 
 class Model(nn.Module):
@@ -217,12 +215,11 @@ PAIRS = [[0, 2], [1, 3]]
 OF_A_PAIR = [(2, 3), (4, 0), (1, 2)]
 
 
-def on_a_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=TIMEOUT)
-    world = dist.group.WORLD
-    pair = [dist.new_group(ranks, timeout=TIMEOUT) for ranks in PAIRS][rank % 2]
-    alone = [dist.new_group([one], timeout=TIMEOUT) for one in range(RANKS)][rank]
+def on_a_rank(rank):
+    """What runs a case there, by its name."""
+    world, patience = dist.group.WORLD, delta(COLLECTIVE)
+    pair = [dist.new_group(ranks, timeout=patience) for ranks in PAIRS][rank % 2]
+    alone = [dist.new_group([one], timeout=patience) for one in range(RANKS)][rank]
     jobs = {("trained", *case): lambda case=case: trained(*case, world) for case in TRAINED}
     jobs |= {
         "accumulated": lambda: trained("clip", "ddp", "SGD", world, [*EVEN, *STEPS], micro=2),
@@ -239,35 +236,16 @@ def on_a_rank(rank, folder):
         **{("empty", name): lambda name=name: no_rows_anywhere(name, world) for name in LOSSES},
         **{("evaluated", name): lambda name=name: evaluated(name, world) for name in LOSSES},
     }
-    found = {}
-    for key, job in jobs.items():
-        try:
-            found[key] = job()
-        except Exception as error:  # told by the test of the case; after it the ranks may not be in step
-            found[key] = error
-            break
-    Path(folder, f"{rank}.pkl").write_bytes(pickle.dumps(found))
-    dist.destroy_process_group()
+    return lambda name: jobs[name]()
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """What each rank found."""
-    folder = str(tmp_path_factory.mktemp("ranks"))
+def ranks():
     for heavy in ("torch._dynamo", "torch.distributed.fsdp"):
         importlib.import_module(heavy)  # once, before the fork
-
-    torch.multiprocessing.start_processes(on_a_rank, (folder,), nprocs=RANKS, start_method="fork")
-    return [pickle.loads(Path(folder, f"{rank}.pkl").read_bytes()) for rank in range(RANKS)]
-
-
-def of_case(outcomes, key):
-    found = [outcome.get(key) for outcome in outcomes]
-    for one in found:
-        if isinstance(one, Exception):
-            raise one
-    assert None not in found, "a case before it failed"
-    return found
+    ranks = Ranks(RANKS, on_a_rank)
+    yield ranks
+    ranks.stop()
 
 
 def assert_as_alone(found, alone):
@@ -281,66 +259,66 @@ def assert_as_alone(found, alone):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("name", LOSSES)
-def test_training_is_that_of_one_process(outcomes, name, wrapper, optimizer):
+def test_training_is_that_of_one_process(ranks, name, wrapper, optimizer):
     alone = trained_alone(name, optimizer)
     untrained = model_of(name).state_dict()
     assert all(
         (alone[1][key] - x).abs().max() > 1e-3 for key, x in untrained.items() if (name, key) != ("clip", "bias")
     )
-    assert_as_alone(of_case(outcomes, ("trained", name, wrapper, optimizer)), alone)
+    assert_as_alone(ranks(("trained", name, wrapper, optimizer)), alone)
 
 
 @pytest.mark.parametrize("key", ["accumulated", "accumulated, no wrapper"])
-def test_accumulated_gradients(outcomes, key):
-    assert_as_alone(of_case(outcomes, key), trained_alone("clip", "SGD", [*EVEN, *STEPS], micro=2))
+def test_accumulated_gradients(ranks, key):
+    assert_as_alone(ranks(key), trained_alone("clip", "SGD", [*EVEN, *STEPS], micro=2))
 
 
-def test_a_checkpointed_encoder(outcomes):
-    assert_as_alone(of_case(outcomes, "checkpointed"), trained_alone("ranking", "Adam"))
+def test_a_checkpointed_encoder(ranks):
+    assert_as_alone(ranks("checkpointed"), trained_alone("ranking", "Adam"))
 
 
-def test_a_row_that_is_cut_off_stands_for_no_rows(outcomes):
-    assert_as_alone(of_case(outcomes, "sliced"), trained_alone("info_nce", "SGD"))
+def test_a_row_that_is_cut_off_stands_for_no_rows(ranks):
+    assert_as_alone(ranks("sliced"), trained_alone("info_nce", "SGD"))
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_evaluation_has_the_value_of_the_whole_batch(outcomes, name):
+def test_evaluation_has_the_value_of_the_whole_batch(ranks, name):
     with torch.no_grad():
         expected = loss_of(name, model_of(name), batch_of(0, sum(STEPS[2]))).item()
-    for value, has_graph in of_case(outcomes, ("evaluated", name)):
+    for value, has_graph in ranks(("evaluated", name)):
         assert value == pytest.approx(expected, rel=1e-12) and not has_graph
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_second_backward(outcomes, name):
+def test_a_second_backward(ranks, name):
     model = model_of(name)
     loss_of(name, model, batch_of(0, sum(STEPS[2]))).backward()
-    for found in of_case(outcomes, ("twice", name)):
+    for found in ranks(("twice", name)):
         for gradients in found:
             for ours, parameter in zip(gradients, model.parameters(), strict=True):
                 torch.testing.assert_close(ours, parameter.grad, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_no_rows_on_any_rank(outcomes, name):
-    for value, gradients in of_case(outcomes, ("empty", name)):
+def test_no_rows_on_any_rank(ranks, name):
+    for value, gradients in ranks(("empty", name)):
         assert value == 0 and all(x is None or not x.any() for x in gradients)
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_group_of_two_of_four(outcomes, wrapper):
-    for rank, one in enumerate(of_case(outcomes, ("pair", wrapper))):
+def test_a_group_of_two_of_four(ranks, wrapper):
+    for rank, one in enumerate(ranks(("pair", wrapper))):
         assert_as_alone([one], trained_alone("clip", "SGD", OF_A_PAIR, first=rank % 2))
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_group_of_one(outcomes, name):
-    for rank, one in enumerate(of_case(outcomes, ("alone", name))):
+def test_a_group_of_one(ranks, name):
+    for rank, one in enumerate(ranks(("alone", name))):
         assert_as_alone([one], trained_alone(name, "SGD", [(5,), (2,)], first=rank))
 
 
-def test_a_compiled_loss(outcomes):
-    found = of_case(outcomes, "compiled")
+def test_a_compiled_loss(ranks):
+    found = ranks("compiled")
     for step, rows in enumerate((3, 4)):
         texts, guides, ids = batch_of(0, 2 * rows + 1)
         embeddings = [x.requires_grad_() for x in texts[:2]]
