@@ -15,9 +15,10 @@ demo: $(READY) ## search code by meaning: train a small encoder on a CPU
 	$(BIN)/python examples/code_search.py
 
 # A process for each core, of one thread: most tensors here are too small to share, and a second thread's start costs
-# more than it brings. The tests of four thousand rows and more are the exception.
+# more than it brings. The tests of four thousand rows and more are the exception. Each process has files from first to
+# last while it can, so that what a file builds, compiles or starts for its tests is not made in both.
 test: $(READY) ## the test suite, on a CPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n auto --dist worksteal
 
 test-upstream: $(READY) ## a library's own loss tests without and with patch(): make test-upstream CHECKOUT=../lightly
 	@test -d '$(CHECKOUT)' || { echo "CHECKOUT='$(CHECKOUT)' is no folder: give a clone of the library's repository"; exit 2; }
@@ -75,8 +76,13 @@ clean: ## remove what the other targets made
 
 # An editable install maps kernels/ to fusedloss.kernels. Without build isolation, so that the pins hold for the
 # build as well.
-$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+# Of torchvision PyPI alone may be at hand, whose build for CUDA does not import beside a torch for a CPU: the last line
+# mends that where it is so.
+BESIDE := tools/torchvision_beside_cpu_torch.py
+
+$(READY): pyproject.toml setup.py constraints.txt $(BESIDE) $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt setuptools pybind11 ninja
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python $(BESIDE)
 	@touch $@

@@ -84,7 +84,7 @@ def _extension() -> Any:
     spec.loader.exec_module(host)
     if why := host.why_not():
         return print(f"cuda: {why}", file=sys.stderr)
-    return host.load(host.build(ROOT / "build" / "host"))
+    return host.load(host.build())
 
 
 def _launching(built: Any, made: Callable[[Callable[..., None]], Callable[..., None]]) -> SimpleNamespace:

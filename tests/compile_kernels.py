@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import triton
 from fusedloss.kernels import rows, similarity
+from patience import seconds
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -430,7 +431,7 @@ def in_processes() -> dict[int, list[dict[str, Any]]]:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         command = [sys.executable, __file__, str(capability)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=2400)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds(7200))
         if done.returncode:
             raise RuntimeError(done.stderr)
         return json.loads(done.stdout)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import math
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peaks import MIB, growth, on_linux
 from torch import nn
 
 import fusedloss
@@ -23,7 +22,6 @@ from fusedloss.rowwise import lists as rowwise
 
 WEIGHTINGS = ["ndcg_loss2pp", "ndcg_loss2", "ndcg_loss1", "lambda_rank", None]
 BACKENDS = ["reference", "chunked"]
-MIB = 2**20
 
 # Triton's interpreter computes what masks then leave out.
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow):RuntimeWarning")
@@ -640,31 +638,24 @@ def test_under_a_compiler(case):
     close(found, testing.value_and_gradients(lambda s: ours(s, labels), [scores]), rtol=1e-5, atol=1e-6)
 
 
-def peaks() -> dict[str, int]:
-    """Bytes of forward and backward, in a process that did nothing large before: each is above the last."""
-
-    def peak(loss, Q, n):
-        scores, labels = torch.randn(Q, n, requires_grad=True), torch.randint(0, 5, (Q, n)).float()
-        return measure.peak_memory(lambda: loss(scores, labels).backward())
-
-    importlib.import_module("tests.conftest")  # for what it does where torchvision does not load
-    torch.set_num_threads(1)  # two would wait for each other on a machine that has other work: ten times as long
-    few = torch.randn(1, 2, requires_grad=True)
-    upstream("LambdaLoss", list(few), list(few.detach())).backward()  # its import is not its step
-    found = {case: peak(CASES[case][0], 2, 4096) for case in FEW}
-    found["lambda_loss"] = peak(fusedloss.lambda_loss, 64, 1024)
-    found["sentence-transformers"] = peak(lambda s, y: upstream("LambdaLoss", list(s), list(y)), 4, 1024)
-    return found
+def peak(case: str, queries: int, documents: int) -> int:
+    loss = CASES[case][0] if case in CASES else lambda s, y: upstream("LambdaLoss", list(s), list(y))
+    scores = torch.randn(queries, documents, requires_grad=True)
+    labels = torch.randint(0, 5, (queries, documents)).float()
+    return measure.peak_memory(lambda: loss(scores, labels).backward())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a CPU's peak can be reset on Linux only")
+def highest(documents: int) -> int:
+    return max(peak(case, 2, documents) for case in FEW)
+
+
+@on_linux
 def test_pairs_are_not_kept():
     """64 queries of 1024 documents have 256 MiB of pairs in fp32, 2 queries of 4096 have 128 MiB."""
     pytest.importorskip("sentence_transformers")
-    found = measure.isolated(peaks)
-    # A sixteenth of the queries: sentence-transformers' peak grows in proportion.
-    assert found["lambda_loss"] < 0.1 * 16 * found.pop("sentence-transformers")
-    assert max(found.values()) < 32 * MIB, found
+    ours, theirs = growth(peak, FEW[0], 64, sizes=(2, 1024)), growth(peak, "library", 4, sizes=(2, 1024))
+    assert ours < 0.1 * 16 * theirs  # the library's grows in proportion to its queries
+    assert max(ours, growth(highest, sizes=(2, 4096))) < 32 * MIB
 
 
 # Modules and errors ---------------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from patience import seconds, until
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_distributed.py"
 SMALL = ("--device", "cpu", "--batch", "64", "--megabytes", "2")
@@ -28,7 +28,7 @@ def started(processes, log, steps, *options):
 
 
 def finished(process):
-    shown = process.communicate(timeout=120)[0]
+    shown = process.communicate(timeout=seconds(600))[0]
     assert process.returncode == 0, shown
     return shown
 
@@ -43,11 +43,10 @@ def losses(path):
 def test_two_processes_stopped_and_resumed_have_the_losses_of_one(tmp_path):
     alone, log = tmp_path / "alone.jsonl", tmp_path / "two.jsonl"
     saved = ("--checkpoint", str(tmp_path / "run.pt"))
-    one, stopped = started(1, alone, 6), started(2, log, 1000, *saved)
-    while stopped.poll() is None and not (log.exists() and log.read_text()):
-        time.sleep(0.1)
+    one, stopped = started(1, alone, 6), started(2, log, 10**6, *saved)
+    until(lambda: stopped.poll() is not None or (log.exists() and log.read_text()), 600)
     stopped.send_signal(signal.SIGINT)
-    shown = stopped.communicate(timeout=120)[0]
+    shown = stopped.communicate(timeout=seconds(600))[0]
     assert "Stopped after step" in shown, shown
     reached = len(losses(log))
     assert "Held-out modules" in finished(one)

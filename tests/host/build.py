@@ -30,11 +30,11 @@ def why_not() -> str | None:
     return None if (Path(sysconfig.get_path("include")) / "Python.h").exists() else "needs Python.h"
 
 
-def build(folder: Path, sanitize: bool = False) -> Path:
-    """The library in `folder`, which keeps objects for the next time; several processes may ask at once."""
+def build(sanitize: bool = False) -> Path:
+    """The library in build/host, which keeps objects for the next time; several processes may ask at once."""
     import pybind11
 
-    folder = folder / ("sanitized" if sanitize else "plain")
+    folder = ROOT / "build" / "host" / ("sanitized" if sanitize else "plain")
     folder.mkdir(parents=True, exist_ok=True)
     includes = [f"-I{path}" for path in (HOST, CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
     flags = [*FLAGS, *DEFINES, *includes, *(SANITIZE if sanitize else [])]
