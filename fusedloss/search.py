@@ -13,12 +13,13 @@ from . import checks
 from .problem import stats_dtype
 
 SIMILARITIES = ("cos", "dot", "euclidean", "manhattan")
-# Scores at a time, 32 MiB in fp32. Wide tiles are merged seldom, and merging sorts k columns and the new ones. Tall
-# ones are for busy machines: each of the short steps around a product waits for all threads.
-TILE, MIN_ROWS, MIN_COLUMNS, COLUMNS_PER_K = 1 << 23, 64, 2048, 8
+# Scores at a time, 32 MiB in fp32. Wide tiles are merged seldom, and merging sorts k columns and the new ones, at 55 ns
+# each where torch.topk of a long row takes 3 to 12. But products of fewer than TALL rows are up to a third slower, and
+# each of the short steps around a product waits for all threads.
+TILE, TALL, MIN_ROWS, MIN_COLUMNS, COLUMNS_PER_K, LEAST_PER_K = 1 << 23, 400, 64, 2048, 256, 8
 SLAB_BYTES = 32 << 20  # of the corpus, where it is converted, normalised or moved
 GROUP = 64  # columns of which only the largest score is compared: a sixth of the time of comparing all
-CROWDED = 8  # a row gets a higher threshold before it takes more than a part of 8 of a tile's groups
+CROWDED = 8  # parts in which a tile is merged where a row has more than one of 8 groups above the threshold
 
 
 @torch.no_grad()
@@ -62,19 +63,23 @@ def top_k(query: Tensor, corpus: Tensor, k: int, *, similarity: str = "cos") -> 
     indices = query.new_full((query.shape[0], k), -1, dtype=torch.int64)
     if not found:
         return scores, indices
-    columns = max(MIN_COLUMNS, COLUMNS_PER_K * found)
-    rows = max(MIN_ROWS, TILE // columns)
+    columns = max(MIN_COLUMNS, TILE // max(MIN_ROWS, query.shape[0]), min(COLUMNS_PER_K * found, TILE // TALL))
+    columns = max(columns, LEAST_PER_K * found)
     with torch.autocast(query.device.type, enabled=False):
-        for first, slab in _slabs(corpus, columns, scores, similarity):
+        for first, slab in _slabs(corpus, max(MIN_COLUMNS, LEAST_PER_K * found), scores, similarity):
+            width = _whole_groups(min(columns, slab.shape[0]), found)
+            rows = max(MIN_ROWS, TILE // width)
             for start in range(0, query.shape[0], rows):
                 part = slice(start, start + rows)
                 held = scores[part, :found], indices[part, :found]
                 x = _prepared(query[part], scores, similarity)
-                space = x.new_empty(x.shape[0] * min(columns, slab.shape[0]))
-                for column in range(0, slab.shape[0], columns):
-                    y = slab[column : column + columns]
+                space = x.new_empty(x.shape[0] * width)
+                column = 0
+                while column < slab.shape[0]:
+                    y = slab[column : column + _whole_groups(min(width, slab.shape[0] - column), found)]
                     z = _scores(x, y, similarity, space[: x.shape[0] * y.shape[0]].view(x.shape[0], -1))
                     _merge_(held, z, first + column)
+                    column += len(y)
     return scores, indices
 
 
@@ -83,13 +88,18 @@ def _prepared(x: Tensor, like: Tensor, similarity: str) -> Tensor:
     return F.normalize(x, dim=1) if similarity == "cos" else x
 
 
-def _slabs(corpus: Tensor, columns: int, like: Tensor, similarity: str) -> Iterator[tuple[int, Tensor]]:
+def _whole_groups(width: int, least: int) -> int:
+    """What is left over is a narrow tile of its own. Not under `least`: the first tile has k columns."""
+    whole = width - width % GROUP
+    return whole if whole >= least else width
+
+
+def _slabs(corpus: Tensor, least: int, like: Tensor, similarity: str) -> Iterator[tuple[int, Tensor]]:
     """(index of its first row, rows ready to be scored), in ascending order."""
     if similarity != "cos" and corpus.dtype == like.dtype and corpus.device == like.device:
         yield 0, corpus
         return
-    tiles = SLAB_BYTES // (corpus.shape[1] * like.element_size() * columns)
-    rows = max(1, tiles) * columns
+    rows = max(least, SLAB_BYTES // (corpus.shape[1] * like.element_size()) // GROUP * GROUP)
     for start in range(0, corpus.shape[0], rows):
         yield start, _prepared(corpus[start : start + rows], like, similarity)
 
@@ -102,27 +112,63 @@ def _scores(x: Tensor, y: Tensor, similarity: str, out: Tensor) -> Tensor:
 
 def _merge_(held: tuple[Tensor, Tensor], z: Tensor, first: int) -> None:
     """`z`'s scores, of the columns from `first` on, into the best of the columns before."""
+    if not first:
+        _begin_(held, z)
+        return
+    scores, indices = held
+    # What must be beaten: a later column loses a tie. Only NaN beats +inf, which stands for NaN.
+    bound = scores[:, -1:].nan_to_num(math.inf, math.inf, -math.inf)
+    group = math.gcd(z.shape[1], GROUP)
+    above = ~(z.view(len(z), -1, group).amax(2) <= bound)
+    parts = 1 if int(above.sum(1).amax()) * CROWDED <= above.shape[1] else CROWDED
+    step = -(-len(z) // parts)
+    for start in range(0, len(z), step):
+        part = slice(start, start + step)
+        _add_(scores[part], indices[part], z[part], above[part], bound[part], first)
+
+
+def _begin_(held: tuple[Tensor, Tensor], z: Tensor) -> None:
+    """The best of the first tile: torch.topk's, in the order that it leaves open."""
     scores, indices = held
     k = scores.shape[1]
-    group = math.gcd(z.shape[1], GROUP)
-    z = z.view(z.shape[0], -1, group)
-    best = z.amax(2)
-    # What must be beaten: a later column loses a tie. Only NaN beats +inf, which stands for NaN; before there are
-    # scores, everything beats NaN.
-    bound = scores[:, -1:].nan_to_num(math.inf, math.inf, -math.inf) if first else z.new_full((len(z), 1), math.nan)
-    least = torch.full_like(bound, -math.inf)
-    above = ~(best <= bound)
-    if int(above.sum()) * CROWDED > above.numel():  # then what the tile's own k best are is worth knowing first
-        least = z.flatten(1).topk(min(k, z.shape[1] * group)).values[:, -1:].nan_to_num(math.inf, math.inf, -math.inf)
-        above &= ~(best < least)
+    best, where = z.topk(min(k + 1, z.shape[1]))
+    scores.copy_(best[:, :k])
+    indices.copy_(where[:, :k])
+    tied = (~(best[:, 1:] < best[:, :-1])).any(1).nonzero()[:, 0]  # rows with equal scores, or NaN
+    if not len(tied):
+        return
+    where, order = where[tied, :k].sort(dim=1)
+    values, order = best[tied, :k].gather(1, order).sort(dim=1, descending=True, stable=True)
+    scores[tied], indices[tied] = values, where.gather(1, order)
+    if z.shape[1] <= k:
+        return
+    # Where the score after the last is equal to it, others than topk's may come first.
+    tied = tied[~(best[tied, k] < best[tied, k - 1])]
+    for part in tied.split(max(1, len(z) // (4 * CROWDED))):
+        own, group = z[part], math.gcd(z.shape[1], GROUP)
+        nothing = own.new_full((len(part), 1), math.nan)
+        above = torch.ones(len(part), own.shape[1] // group, dtype=torch.bool, device=z.device)
+        values, where = own.new_full((len(part), k), -math.inf), part.new_full((len(part), k), -1)
+        _add_(values, where, own, above, nothing, 0)
+        scores[part], indices[part] = values, where
+
+
+def _add_(scores: Tensor, indices: Tensor, z: Tensor, above: Tensor, bound: Tensor, first: int) -> None:
+    """What of `z` beats `bound`, into the best of the columns before. above: the groups that hold some of it."""
+    k, group = scores.shape[1], z.shape[1] // above.shape[1]
     row, block = above.nonzero(as_tuple=True)
     if not len(row):
         return
-    values = z[row, block]
-    hit, lane = (~((values <= bound[row]) | (values < least[row]))).nonzero(as_tuple=True)
+    values = z.view(-1, group).index_select(0, row * above.shape[1] + block)
+    hit, lane = (~(values <= bound[row])).nonzero(as_tuple=True)
     row, column, values = row[hit], block[hit] * group + lane + first, values[hit, lane]
-
     counts = torch.bincount(row, minlength=len(z))
+    if int(counts.max()) > 2 * k + GROUP:  # the k best of the tile are enough
+        least = z.topk(min(k, z.shape[1])).values[:, -1].nan_to_num(math.inf, math.inf, -math.inf)
+        taken = ~(values < least[row])
+        row, column, values = row[taken], column[taken], values[taken]
+        counts = torch.bincount(row, minlength=len(z))
+
     place = torch.arange(len(row), device=z.device) - (counts.cumsum(0) - counts)[row]
     touched = counts.nonzero()[:, 0]
     order = torch.zeros_like(counts)

@@ -35,6 +35,7 @@ def tiles(request, monkeypatch):
         monkeypatch.setattr(search, "MIN_ROWS", 4)
         monkeypatch.setattr(search, "MIN_COLUMNS", 8)
         monkeypatch.setattr(search, "COLUMNS_PER_K", 1)
+        monkeypatch.setattr(search, "LEAST_PER_K", 1)
         monkeypatch.setattr(search, "GROUP", 4)
         monkeypatch.setattr(search, "SLAB_BYTES", 2048)
 
@@ -97,6 +98,16 @@ def test_beyond_the_corpus_there_is_nothing(tiles, n):
     values, places = expected(matrix(query, corpus, "cos"), n)
     torch.testing.assert_close(scores[:, :n], values.float())
     assert indices[:, :n].equal(places)
+
+
+@pytest.mark.parametrize("n", [100, 4200])
+def test_all_of_the_corpus(n):
+    """As many as there are, no whole number of groups; and where one tile has them all, with duplicates at its edge."""
+    query, corpus = torch.randint(-2, 3, (9, 2)).float(), torch.randint(-9, 10, (n, 2)).float()
+    for k in (99, n):
+        scores, indices = top_k(query, corpus, k, similarity="dot")
+        values, places = expected(query @ corpus.T, k)
+        assert scores.equal(values) and indices.equal(places)
 
 
 def test_no_queries():
