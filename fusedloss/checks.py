@@ -116,6 +116,13 @@ def count(name: str, value: int | None) -> None:
         raise ValueError(f"{name} is {value}: needs at least 1, or None")
 
 
+def budget(workspace_bytes: int | None) -> tuple[str, int | None]:
+    """Who bounds the workspace, the argument or the environment, and to how much; None: the device's default."""
+    if workspace_bytes is None and (given := environment.workspace_bytes()) is not None:
+        return "FUSEDLOSS_WORKSPACE_BYTES", given
+    return "workspace_bytes", workspace_bytes
+
+
 def reads_values(x: Tensor) -> bool:
     """Whether this tensor's values may be looked at without a synchronisation the user did not ask for.
 
@@ -197,8 +204,8 @@ def index(name: str, value: int) -> None:
         raise ValueError(f"{name} is {value}: needs a 64-bit integer")
 
 
-def target(name: str, value: Tensor, rows: int, columns: int, ignore_index: int | None, like: Tensor) -> None:
-    """`ignore_index` None: every row counts."""
+def target(name: str, value: Tensor, rows: int, columns: int | None, ignore_index: int | None, like: Tensor) -> None:
+    """`ignore_index` None: every row counts. `columns` None: how many there are is not known yet."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} is {got}: needs an int64 tensor [{rows}] of column indices; call .long()")
@@ -206,7 +213,7 @@ def target(name: str, value: Tensor, rows: int, columns: int, ignore_index: int 
     if value.shape != (rows,):
         raise ValueError(f"{name} has shape {list(value.shape)}: needs [{rows}], one index per row")
     same_device(name, value, "the embeddings", like)
-    if reads_values(value):
+    if columns is not None and reads_values(value):
         outside = (value < 0) | (value >= columns)
         if ignore_index is not None:
             outside &= value != ignore_index

@@ -1,43 +1,54 @@
 """Losses over the batches of all processes: `group=`, `strategy=` and `grad_scale=` of the in-batch losses.
 
-    loss = fusedloss.info_nce(query, key, group=torch.distributed.group.WORLD)
+    loss = fusedloss.info_nce(query, key, group="world")
 
-The columns of all ranks are gathered, each rank computes its own rows against them, and the gradients by the columns
-go back to whose they are, summed: one collective each way, of embeddings; logits never travel. Every rank gets the mean
-over all rows. With strategy="ring" a rank holds one shard of the columns at a time (`ring`). Before init_process_group
-WORLD is None, which asks for the loss of this process alone.
+"world" are all ranks, once init_process_group has been called; before that it raises, where dist.group.WORLD is None
+and asks for the loss of this process alone. The columns of all ranks are gathered, each rank computes its own rows
+against them, and the gradients by the columns go back to whose they are, summed: one collective each way, of
+embeddings; logits never travel. Every rank gets the mean over all rows. With strategy="ring" a rank holds one shard of
+the columns at a time (`ring`).
 
-Every rank makes the same call: whatever differs but numbers of rows is told on all of them. A rank without rows passes
-what its encoder gives for none; where the encoder takes no empty batch, one row, cut off again: `encoder(padded)[:0]`.
+Every rank makes the same call. Before anything travels, ranks tell each other in one small collective what they are
+about to do: where one refuses its arguments, or they differ in more than numbers of rows, all of them raise at once.
+Options, dtypes, dimensions and Python numbers are compared, and learnable parameters by value where they are on a CPU
+(to 1e-6; a GPU's are not read back, but under FUSEDLOSS_CHECK=1). `weight`, `workspace_bytes` and `backend` are a
+rank's own: one without weights weighs its rows 1. A rank without rows passes what its encoder gives for none; where
+the encoder takes no empty batch, one row, cut off again: `encoder(padded)[:0]`.
+
+That collective runs on the CPU where the group has a backend for it, as after init_process_group() or
+init_process_group("cpu:gloo,cuda:nccl"); then nothing waits for a GPU. After init_process_group("nccl") it runs on the
+GPU and the host reads its result, once a call: ranks could not know each other's numbers of rows otherwise.
 
 Gradients are those of one process with the whole batch: `grad_scale="sum"` gives each rank its share, whose sum over
 ranks is the gradient of every parameter; `"ddp"` gives world-size times that, because DistributedDataParallel and FSDP
 average. Both hold for encoders, and for learnable temperatures, scales and biases as well. `"match:<library>"` scales
 as that library does, right or wrong: `MATCH`.
 
-Refused with a group: label_smoothing, return_stats, bool masks, info_nce's `negatives` and `bank`, siglip's int64
-targets; in a ring also sup_con's form "in", and explicit targets together with a margin or a guide.
+Refused with a group, on all ranks: label_smoothing, return_stats, bool masks (the others work), info_nce's `negatives`
+and `bank`, siglip's int64 targets, second derivatives; with strategy="ring" also backend="reference", sup_con's
+form="in", and explicit targets together with a margin or a guide.
 """
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import checks, op, ring
-from .backends import UnsupportedError, select
+from . import checks, op, ring, sweep
+from .backends import BACKENDS, UnsupportedError, select
 from .collectives import gather, scatter, total
 from .problem import Block, Compare, Guide, Problem, Ranks
 from .ring import Shards
+from .rows import columns_and_weights, without_target
 
-T = TypeVar("T")
 STRATEGIES = ("gather", "ring")
 # What each library's gradient is over the right one, after DDP's average: of the embeddings, and of the loss's own
 # parameters (temperature, scale, bias); "W" is the world size. From reading and a model of four ranks.
@@ -80,15 +91,14 @@ class World(NamedTuple):
         return self if self.grad_scale == "sum" else self._replace(weight=1.0 / self.size)
 
 
-def world(group: dist.ProcessGroup, strategy: str, grad_scale: str) -> World:
-    checks.choice("strategy", strategy, STRATEGIES)
-    checks.choice("grad_scale", grad_scale, GRAD_SCALES)
+def world(group: dist.ProcessGroup | str, strategy: str, grad_scale: str) -> World:
+    if isinstance(group, str):
+        group = _named(group)
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         if group is getattr(getattr(dist, "GroupMember", None), "NON_GROUP_MEMBER", ()):
             raise ValueError("group is what new_group gives a rank that is not in it: pass a group of this rank's own")
         raise TypeError(
-            f"group is a {type(group).__name__}: needs a ProcessGroup, such as torch.distributed.group.WORLD after "
-            "init_process_group"
+            f"group is a {type(group).__name__}: needs a ProcessGroup, or 'world', all ranks after init_process_group"
         )
     rank = dist.get_rank(group)
     if rank < 0:
@@ -96,52 +106,260 @@ def world(group: dist.ProcessGroup, strategy: str, grad_scale: str) -> World:
     return World(group, rank, dist.get_world_size(group), strategy, grad_scale)
 
 
-def agreed(around: World, what: str, *tensors: Tensor) -> list[Ranks]:
-    """How many rows of each tensor every rank has; raises on every rank alike where the rest of them differs.
+def check_group(group: object) -> None:
+    """What can be said of it before there are processes."""
+    if isinstance(group, str) and group != "world":
+        raise ValueError(f"group is {group!r}: needs 'world', all ranks, or a ProcessGroup")
 
-    what: the loss and its options, which must be the same everywhere, a line each.
+
+def _named(group: str) -> dist.ProcessGroup:
+    check_group(group)
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError("group='world' before init_process_group: call it first, or leave group out for one process")
+    return dist.distributed_c10d._get_default_group()
+
+
+# The agreement --------------------------------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """What a rank is about to do, checked by itself.
+
+    what: the loss and its options, which must be the same everywhere, a line each. problems: of this rank's rows and
+        columns alone; the loss is their mean. ignore_index: where the first problem's target indexes the columns of all
+        ranks, in their order: the one that leaves a row out.
     """
-    kinds = (f"[rows, {x.shape[1]}] {x.dtype} {_grad(x)}" for x in tensors)
-    matrices = [f"matrix {number} {kind}" for number, kind in enumerate(kinds)]
-    loss, *more = what.split("\n")
-    facts = [
-        loss,
-        f"strategy {around.strategy}",
-        f"grad_scale {around.grad_scale}",
-        f"{len(tensors)} matrices",
-        *matrices,
-        *more,
-    ]
-    said, counts = "\n".join(facts).encode(), [len(x) for x in tensors]
-    # Of a width that does not depend on what is asked: ranks that do not ask the same must not hang.
-    rows = _exchanged(around, [zlib.crc32(said), len(said), *counts[:WIDTH]], WIDTH + 2, tensors[0].device)
-    if len({row[0] for row in rows}) > 1:
-        longest = max(row[1] for row in rows)
-        texts = _exchanged(around, list(said), longest, tensors[0].device)
-        heard = [bytes(text[: row[1]]).decode().split("\n") for text, row in zip(texts, rows, strict=True)]
-        raise ValueError(f"the ranks of group do not call the same loss with alike tensors: {_differences(heard)}")
-    found = [row[2:] for row in rows]
-    if len(tensors) > WIDTH:
-        found = _exchanged(around, counts, len(tensors), tensors[0].device)
-    sizes = list(zip(*(row[: len(tensors)] for row in found), strict=True))
-    return [Ranks(around.group.group_name, around.rank, tuple(column)) for column in sizes]
+
+    what: str
+    problems: tuple[Problem, ...]
+    backend: str
+    reduction: str
+    ignore_index: int | None = None
 
 
-WIDTH = 16
+class Part(NamedTuple):
+    """A problem of a call on which all ranks agree, and how many rows of each operand every rank has."""
+
+    problem: Problem
+    sizes: tuple[Ranks, ...]
+
+    @property
+    def rows(self) -> Ranks:
+        return self.sizes[self.problem.blocks[0].query]
+
+    @property
+    def columns(self) -> int:
+        return sum(sum(self.sizes[block.key].sizes) for block in self.problem.blocks)
 
 
-def _agreed_upon(around: World, device: torch.device, ask: Callable[[], T]) -> T:
-    """What `ask` gives; raises on all ranks where it raises on one. Else that rank would go on without the others."""
+class Agreed(NamedTuple):
+    call: Call
+    parts: tuple[Part, ...]
+    around: World
+
+
+WIDTH = 48  # numbers of rows that are told at once
+PARAMETERS = 4  # values likewise
+ALIKE = 1e-6  # relative: ranks whose CPUs differ may differ in a parameter's last bit
+UNREAD = -(2**63)  # a parameter whose value is not told
+UNBOUNDED = 2**62
+COLUMN_BYTES = 256  # no backend takes as much for a column of one row of its workspace
+
+
+class _Row(NamedTuple):
+    """What a rank tells first, in front of its numbers of rows: all 8 bytes wide."""
+
+    refuses: int
+    facts: int  # their checksum
+    length: int  # of the text behind it: facts, or why it refuses
+    workspace: int  # bytes
+    least: int  # of its targets
+    most: int
+    parameters: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    def numbers(self) -> list[int]:
+        filled = [*self.parameters, *[UNREAD] * PARAMETERS][:PARAMETERS], [*self.counts, *[-1] * WIDTH][:WIDTH]
+        return [*self[:6], *filled[0], *filled[1]]
+
+    @classmethod
+    def read(cls, numbers: Sequence[int]) -> _Row:
+        refuses, facts, length, workspace, least, most, *rest = numbers
+        told = tuple(rest[:PARAMETERS]), tuple(rest[PARAMETERS:])
+        return cls(refuses, facts, length, workspace, least, most, *told)
+
+
+def agree(around: World, ask: Callable[[], Call]) -> Agreed:
+    """What `ask` gives and how many rows every rank has; raises on all ranks where it raises on one, or they differ.
+
+    Else that rank would go on without the others, which would wait for it.
+    """
+    call: Call | None = None
+    error: Exception | None = None
+    matrices: list[Tensor] = []
     try:
-        found, error = ask(), None
-    except (IndexError, TypeError, ValueError) as refusal:
-        error = refusal
-    refused = [rank for rank, (flag,) in enumerate(_exchanged(around, [int(error is not None)], 1, device)) if flag]
+        checks.choice("strategy", around.strategy, STRATEGIES)
+        checks.choice("grad_scale", around.grad_scale, GRAD_SCALES)
+        call = ask()
+        _refuse(call, around)
+        matrices = [x for problem in call.problems for x in problem.operands]
+        said = "\n".join(_facts(call, around, matrices))
+        row = _row(call, said, matrices)
+    except Exception as refusal:  # whatever it is, the others must hear of it
+        error, said = refusal, _told(refusal)
+        row = _Row(1, 0, len(said.encode()), UNBOUNDED, 0, -1, (), ())
+    counts: list[Sequence[int]] = [[len(x) for x in matrices]]
+    rows = [row]
+    device = _meeting(around, matrices[0] if matrices else None)
+    if around.size > 1:
+        # Of a width that does not depend on what is asked: ranks that do not ask the same must not hang.
+        rows = [_Row.read(one) for one in _exchanged(around, row.numbers(), len(row.numbers()), device)]
+        if any(one.refuses for one in rows) or len({one.facts for one in rows}) > 1:
+            texts = _heard(around, said, [one.length for one in rows], device)
+            _raise_refused(error, [text if one.refuses else "" for one, text in zip(rows, texts, strict=True)])
+            raise ValueError(
+                "the ranks of group do not call the same loss with alike tensors: "
+                + _differences([text.split("\n") for text in texts])
+            )
+        counts = [one.counts[: len(matrices)] for one in rows]
+        if len(matrices) > WIDTH:
+            counts = [*_exchanged(around, [len(x) for x in matrices], len(matrices), device)]
     if error is not None:
         raise error
-    if refused:
-        raise ValueError(f"rank {refused[0]} of group refuses its target; its own error says why")
-    return found
+    assert call is not None
+    _compare_parameters(rows)
+    sizes = iter([Ranks(around.group.group_name, around.rank, column) for column in zip(*counts, strict=True)])
+    parts = tuple(Part(problem, tuple(next(sizes) for _ in problem.operands)) for problem in call.problems)
+    _check_targets(call, parts[0], rows, around)
+    _check_workspaces(call, parts, rows, around, device)
+    return Agreed(call, parts, around.of_rows() if call.reduction == "none" else around)
+
+
+def refuse(group: Any, error: Exception) -> None:
+    """Raises it, and tells the other ranks, which are about to call a loss with this group."""
+
+    def ask() -> Call:
+        raise error
+
+    agree(world(group, "gather", "ddp"), ask)
+
+
+def _row(call: Call, said: str, matrices: Sequence[Tensor]) -> _Row:
+    least, most = 0, -1
+    if call.ignore_index is not None:
+        target = call.problems[0].target
+        if len(target) and checks.reads_values(target):
+            kept = target[target != call.ignore_index]
+            least, most = (int(kept.min()), int(kept.max())) if len(kept) else (0, -1)
+    _, budget = checks.budget(call.problems[0].workspace_bytes)
+    text = said.encode()
+    parameters = [x for p in call.problems for x in (p.scale, *(p.fold.scalars if p.fold else ()))]
+    values = tuple(_value(x) for x in parameters[:PARAMETERS])
+    workspace = UNBOUNDED if budget is None else min(budget, UNBOUNDED)
+    return _Row(0, zlib.crc32(text), len(text), workspace, least, most, values, tuple(len(x) for x in matrices))
+
+
+def _value(x: Tensor) -> int:
+    """A parameter as the 64 bits of a double."""
+    return struct.unpack("q", struct.pack("d", float(x.detach())))[0] if checks.reads_values(x) else UNREAD
+
+
+def _compare_parameters(rows: Sequence[_Row]) -> None:
+    for values in zip(*(row.parameters for row in rows), strict=True):
+        if UNREAD in values:
+            continue
+        numbers = [struct.unpack("d", struct.pack("q", value))[0] for value in values]
+        if max(numbers) - min(numbers) > ALIKE * max(abs(number) for number in numbers):
+            told = ", ".join(f"{number:.9g} on rank {rank}" for rank, number in enumerate(numbers))
+            raise ValueError(
+                f"the ranks of group have parameters (scale, 1 / temperature, bias) of different value: {told}; "
+                "they must start alike and be averaged alike: put them into the module that "
+                "DistributedDataParallel or FSDP wraps"
+            )
+
+
+def _check_targets(call: Call, first: Part, rows: Sequence[_Row], around: World) -> None:
+    """Those that were read; all ranks come to the same end."""
+    if call.ignore_index is None:
+        return
+    problem, columns = first.problem, first.columns
+    if sum(first.rows.sizes) and not columns:
+        raise ValueError("key has no rows on any rank of group: needs at least one")
+    errors = [""] * len(rows)
+    for rank, row in enumerate(rows):
+        if row.least < 0 or row.most >= columns:
+            outside = row.least if row.least < 0 else row.most
+            errors[rank] = (
+                f"target holds {outside}: needs indices from 0 to {columns - 1}, over the columns of all ranks"
+            )
+    if errors[around.rank]:
+        checks.target("target", problem.target, problem.rows, columns, call.ignore_index, problem.operands[0])
+    _raise_refused(None, errors)
+
+
+def _check_workspaces(
+    call: Call, parts: Sequence[Part], rows: Sequence[_Row], around: World, device: torch.device
+) -> None:
+    """A row of all ranks' similarities must fit every rank's bound; only where one is tight do they ask each other."""
+    widest = max(part.columns + sweep.PAD * len(part.problem.blocks) for part in parts)
+    if min(row.workspace for row in rows) >= COLUMN_BYTES * widest or not any(_stores(p.problem) for p in parts):
+        return
+    error: Exception | None = None
+    try:
+        for problem, sizes in parts:
+            pairs = zip(problem.operands, sizes, strict=True)
+            most = (x.new_empty(1, x.shape[1]).expand(_most(ranks, around), -1) for x, ranks in pairs)
+            whole = replace(problem, operands=tuple(most))
+            backend = BACKENDS[select(problem, call.backend)]
+            if backend is not BACKENDS["reference"]:
+                sweep.workspace_shape(whole, backend)
+    except (UnsupportedError, ValueError) as refusal:
+        error = refusal
+    said = "" if error is None else _told(error)
+    texts = [said]
+    if around.size > 1:
+        lengths = _exchanged(around, [len(said.encode())], 1, device)
+        texts = _heard(around, said, [one[0] for one in lengths], device) if any(one[0] for one in lengths) else []
+    _raise_refused(error, texts)
+
+
+def _stores(problem: Problem) -> bool:
+    """Whether a sweep has a workspace: not for the values of a softmax alone."""
+    tensors = [problem.scale, *problem.operands, *(b.bias for b in problem.blocks if b.bias is not None)]
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return gradients or problem.fold is not None or problem.blocks[0].mask.guide is not None
+
+
+def _most(sizes: Ranks, around: World) -> int:
+    """Rows of an operand that a rank has before it at a time."""
+    return max(sizes.sizes) if around.strategy == "ring" else sum(sizes.sizes)
+
+
+def _raise_refused(error: Exception | None, texts: Sequence[str]) -> None:
+    """This rank's own error, or that of the first rank that has one. texts: "" of those that do not refuse."""
+    if error is not None:
+        raise error
+    for rank, text in enumerate(texts):
+        if text:
+            raise ValueError(f"rank {rank} of group refuses: {text}")
+
+
+def _told(error: Exception) -> str:
+    return (str(error) or type(error).__name__)[:2000]
+
+
+def _meeting(around: World, like: Tensor | None) -> torch.device:
+    """Where the host's numbers are exchanged: on the CPU, if the group has a backend for it."""
+    try:
+        around.group._get_backend(torch.device("cpu"))
+    except RuntimeError:
+        pass
+    else:
+        return torch.device("cpu")
+    if like is not None:
+        return like.device
+    kind = around.group._device_types[0].type
+    return around.group.bound_device_id or torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def _exchanged(around: World, numbers: Sequence[int], width: int, device: torch.device) -> list[list[int]]:
@@ -150,6 +368,12 @@ def _exchanged(around: World, numbers: Sequence[int], width: int, device: torch.
     rows = [torch.empty_like(row) for _ in range(around.size)]
     dist.all_gather(rows, row, group=around.group)
     return torch.stack(rows).tolist()
+
+
+def _heard(around: World, said: str, lengths: Sequence[int], device: torch.device) -> list[str]:
+    """The text of each rank."""
+    texts = _exchanged(around, list(said.encode()), max(lengths), device)
+    return [bytes(text[:length]).decode() for text, length in zip(texts, lengths, strict=True)]
 
 
 def _differences(heard: Sequence[Sequence[str]]) -> str:
@@ -232,21 +456,9 @@ def summed_across(
 # A problem of this rank's rows ----------------------------------------------------------------------------------------
 
 
-# Of all columns there are, an index for each row in the order of the ranks, and the row's weight.
-Target = Callable[[int], tuple[Tensor, Tensor]]
-
-
-def _shared(problem: Problem, around: World, what: str, target: Target | None) -> tuple[Problem, list[Ranks]]:
-    """The problem, its gradients scaled and its targets found; and how many rows of each operand the ranks have."""
-    refused = {
-        "label_smoothing": problem.label_smoothing,
-        "return_stats": problem.wants_tally,
-        "a bool mask": any(block.mask.dense is not None for block in problem.blocks),
-    }
-    for name, given in refused.items():
-        if given:
-            raise ValueError(f"{name} with group=: it has no form across ranks; leave one of them out")
-    ranks = agreed(around, "\n".join([what, *_form(problem)]), *problem.operands)
+def _shared(part: Part, around: World, ignore_index: int | None) -> Problem:
+    """The problem, its gradients scaled and its targets and what rows skip among the columns of all ranks."""
+    problem, ranks = part
     by_rows, by_parameters = around.factors
     fold = problem.fold
     if fold is not None:
@@ -254,22 +466,81 @@ def _shared(problem: Problem, around: World, what: str, target: Target | None) -
     problem = replace(
         problem,
         operands=tuple(scaled(x, by_rows) for x in problem.operands),
-        blocks=tuple(replace(block, bias=scaled(block.bias, by_parameters)) for block in problem.blocks),
+        blocks=tuple(replace(b, bias=scaled(b.bias, by_parameters)) for b in _skipping(problem.blocks, ranks)),
         scale=scaled(problem.scale, by_parameters),
         fold=fold,
     )
-    if target is not None:
+    if ignore_index is not None:
         block = problem.blocks[0]
         keys = ranks[block.key]
         columns = sum(keys.sizes)
-        index, weight = _agreed_upon(around, problem.device, lambda: target(columns))
+        index, weight = columns_and_weights(problem.target, problem.weight, columns, ignore_index)
         index = (index - keys.offset) % max(columns, 1)  # in this rank's order
-        if block.bias is not None:
-            weight = weight.masked_fill(everywhere(block.bias.detach(), keys)[index] == -torch.inf, 0)
-        if block.mask.skip is not None:
-            weight = weight.masked_fill(block.mask.skip == index, 0)
-        problem = replace(problem, target=index, weight=weight)
-    return problem, ranks
+        bias = None if block.bias is None else everywhere(block.bias.detach(), keys)
+        problem = replace(problem, target=index, weight=without_target(weight, index, bias, block.mask.skip))
+    return problem
+
+
+def _skipping(blocks: Sequence[Block], ranks: Sequence[Ranks]) -> list[Block]:
+    """What a row skips beside its own column may be another rank's or another block's, or none."""
+    found, here, everywhere_ = [], 0, -ranks[blocks[0].key].offset  # where the block's columns start
+    for block in blocks:
+        keys, mask = ranks[block.key], block.mask
+        if mask.skip is not None and mask.skip_offset:
+            index = mask.skip + (here - everywhere_)
+            inside = (index >= 0) & (index < sum(keys.sizes))
+            skip = torch.where(inside, (index - keys.offset) % max(sum(keys.sizes), 1), -1)
+            block = replace(block, mask=mask._replace(skip=skip))
+        found.append(block)
+        here += keys.sizes[keys.rank]
+        everywhere_ += sum(keys.sizes)
+    return found
+
+
+def _refuse(call: Call, around: World) -> None:
+    """Raises where this has no form across ranks."""
+    for problem in call.problems:
+        refused = {
+            "label_smoothing": problem.label_smoothing,
+            "return_stats": problem.wants_tally,
+            "a bool mask": any(block.mask.dense is not None for block in problem.blocks),
+        }
+        for name, given in refused.items():
+            if given:
+                raise ValueError(f"{name} with group=: it has no form across ranks; leave one of them out")
+        if problem.symmetric and around.strategy == "gather":
+            problem = replace(problem, ranks=Ranks(around.group.group_name, around.rank, (0,) * around.size))
+        if select(problem, call.backend) == "reference" and around.strategy == "ring":
+            raise UnsupportedError("backend='reference' has no ring; take 'chunked' or 'triton', or strategy='gather'")
+    first = call.problems[0]
+    blocks = first.blocks
+    if call.ignore_index is not None and around.strategy == "ring":
+        if first.rows and not len(first.operands[blocks[0].key]):
+            raise ValueError("key has no rows, with target and strategy='ring': needs one, or strategy='gather'")
+        if any(block.mask.margin is not None or block.mask.guide for block in blocks):
+            raise ValueError(
+                "target with strategy='ring' and a margin or a guide: their thresholds are known where the target is; "
+                "take strategy='gather'"
+            )
+
+
+def _facts(call: Call, around: World, matrices: Sequence[Tensor]) -> list[str]:
+    """What ranks must have in common, a line each."""
+    loss, *more = call.what.split("\n")
+    kinds = (f"[rows, {x.shape[1]}] {x.dtype} {_grad(x)}" for x in matrices)
+    lines = [
+        f"{loss}{' with target' if call.ignore_index is not None else ''}, reduction {call.reduction}",
+        f"strategy {around.strategy}",
+        f"grad_scale {around.grad_scale}",
+        f"{len(matrices)} matrices",
+        *(f"matrix {number} {kind}" for number, kind in enumerate(kinds)),
+        *more,
+    ]
+    if call.ignore_index is not None:
+        lines.append(f"ignore_index {call.ignore_index}")
+    for number, problem in enumerate(call.problems):
+        lines += [f"part {number}, {line}" if number else line for line in _form(problem)]
+    return lines
 
 
 def _form(problem: Problem) -> list[str]:
@@ -289,7 +560,7 @@ def _form(problem: Problem) -> list[str]:
             "bias": bias if bias is None else f"{bias.dtype} {_grad(bias)}",
             "ids": ", ".join("agree" if compare.keep else "differ" for compare in mask.compare),
             "margin": None if mask.margin is None else str(mask.margin),
-            "leaves out": "a column" if mask.skip is not None else None,
+            "leaves out": None if mask.skip is None else f"column i + {mask.skip_offset}",
         }
         if mask.guide is not None:
             about["guide"] = f"[rows, {mask.guide.key.shape[1]}] {mask.guide.key.dtype}"
@@ -303,28 +574,21 @@ def _grad(x: Tensor) -> str:
     return "with grad" if torch.is_grad_enabled() and x.requires_grad else "without grad"
 
 
-def shards(problem: Problem, around: World, what: str, target: Target | None = None) -> tuple[Shards, Ranks]:
-    """The problem of this rank's rows against columns that go around, and the ranks' numbers of rows."""
-    problem, ranks = _shared(problem, around, what, target)
-    keys, index = ranks[problem.blocks[0].key], None
-    if target is not None:
-        if any(block.mask.margin is not None or block.mask.guide for block in problem.blocks):
-            raise ValueError(
-                "target with strategy='ring' and a margin or a guide: their thresholds are known where the target is; "
-                "take strategy='gather'"
-            )
+def shards(part: Part, around: World, ignore_index: int | None) -> Shards:
+    """The problem of this rank's rows against columns that go around."""
+    problem = _shared(part, around, ignore_index)
+    keys, index = part.sizes[problem.blocks[0].key], None
+    if ignore_index is not None:
         index = (problem.target + keys.offset) % max(sum(keys.sizes), 1)
-    sizes = [ranks[block.key].sizes for block in problem.blocks]
-    rows = ranks[problem.blocks[0].query]
-    return Shards(problem, rows, sizes, index), rows
+    return Shards(problem, part.rows, [part.sizes[block.key].sizes for block in problem.blocks], index)
 
 
-def spread(problem: Problem, around: World, what: str, target: Target | None = None) -> tuple[Problem, Ranks]:
-    """The problem of this rank's rows against the columns of all ranks, and the ranks' numbers of rows.
+def spread(part: Part, around: World, ignore_index: int | None) -> Problem:
+    """The problem of this rank's rows against the columns of all ranks.
 
     Row i's column i stays column i, because a rank's own columns are the first that it sees.
     """
-    problem, ranks = _shared(problem, around, what, target)
+    problem, ranks = _shared(part, around, ignore_index), part.sizes
     operands = problem.operands
     keys = sorted({block.key for block in problem.blocks})
     place = {key: len(operands) + number for number, key in enumerate(keys)}
@@ -347,7 +611,6 @@ def spread(problem: Problem, around: World, what: str, target: Target | None = N
     fold = problem.fold
     if fold is not None and fold.labels is not None:
         fold = replace(fold, labels=(fold.labels[0], of_all(fold.labels[1], ranks[problem.blocks[0].key])))
-    rows = ranks[problem.blocks[0].query]
     # What no block takes rows of any more is left out.
     used = sorted({block.query for block in blocks})
     moved = {old: new for new, old in enumerate(used)} | {place[k]: len(used) + n for n, k in enumerate(keys)}
@@ -356,27 +619,33 @@ def spread(problem: Problem, around: World, what: str, target: Target | None = N
         operands=(*(operands[number] for number in used), *(gathered[key] for key in keys)),
         blocks=tuple(replace(block, query=moved[block.query], key=moved[block.key]) for block in blocks),
         fold=fold,
-        ranks=rows if problem.symmetric else None,
-    ), rows
+        ranks=part.rows if problem.symmetric else None,
+    )
 
 
-def loss_across(
-    problem: Problem, backend: str, reduction: str, around: World, what: str, target: Target | None = None
-) -> Tensor:
-    """The loss over all ranks' rows, or this rank's rows' losses; its gradient is this rank's share, scaled."""
-    each, what = reduction == "none", f"{what}, reduction {reduction}"
-    around = around.of_rows() if each else around
+def loss_across(around: World, ask: Callable[[], Call]) -> Tensor:
+    """The mean of the call's losses over all ranks' rows, or this rank's rows' losses; gradients are its share, scaled.
+
+    ask: checks the arguments and builds the problems; whatever it raises is raised on all ranks.
+    """
+    agreed = agree(around, ask)
+    losses = [part_across(agreed, part) for part in agreed.parts]
+    return torch.stack(losses).mean(0)
+
+
+def part_across(agreed: Agreed, part: Part) -> Tensor:
+    """The loss of one part."""
+    call, around = agreed.call, agreed.around
+    each, ignore_index = call.reduction == "none", call.ignore_index
     if around.strategy == "ring":
-        found, rows = shards(problem, around, what, target)
-        chosen = select(found.problem, backend)
-        if chosen == "reference":
-            raise UnsupportedError("backend='reference' has no ring; take 'chunked' or 'triton', or strategy='gather'")
-        loss, weight = ring.loss_rows_or_sum(found, chosen, each), found.problem.weight
+        found = shards(part, around, ignore_index)
+        loss = ring.loss_rows_or_sum(found, select(found.problem, call.backend), each)
+        weight = found.problem.weight
     else:
-        problem, rows = spread(problem, around, what, target)
-        loss, _ = op.loss_rows_or_sum(problem, select(problem, backend), each)
+        problem = spread(part, around, ignore_index)
+        loss, _ = op.loss_rows_or_sum(problem, select(problem, call.backend), each)
         weight = problem.weight
-    return loss if each else averaged(loss, weight.sum(), rows, reduction)
+    return loss if each else averaged(loss, weight.sum(), part.rows, call.reduction)
 
 
 def _together(matrices: Sequence[Tensor], ranks: Sequence[Ranks]) -> list[Tensor]:

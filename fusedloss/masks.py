@@ -135,6 +135,7 @@ def bind(mask: Mask | Tensor | None, rows: int, widths: Sequence[int], like: Ten
                 None if mask.exempt is None else mask.exempt - start,
                 None if mask.guide is None else core.Guide(mask.guide.query, mask.guide.key[part]),
                 None if own is None else own - start,
+                mask.offset or 0,
             )
         )
         start += width

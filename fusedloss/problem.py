@@ -11,6 +11,7 @@ or in several blocks, receives one gradient and is never copied.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -59,7 +60,8 @@ class Mask(NamedTuple):
     dense: bool [M, N], True: may compete.
     margin: drops columns whose similarity exceeds the target's by more.
     exempt: int64 [M, E], columns that the margin does not concern; -1: none.
-    skip: int64 [M], the one column that the row leaves out (itself); -1: none.
+    skip: int64 [M], the one column that the row leaves out (itself); -1: none. skip_offset: how far that is from the
+        row's own; across ranks it may be another rank's.
     """
 
     compare: tuple[Compare, ...] = ()
@@ -68,6 +70,7 @@ class Mask(NamedTuple):
     exempt: Tensor | None = None
     guide: Guide | None = None
     skip: Tensor | None = None
+    skip_offset: int = 0
 
     @property
     def given(self) -> bool:
@@ -245,6 +248,11 @@ def saved_dtype(dtype: torch.dtype) -> torch.dtype:
 def autocasting(x: Tensor) -> bool:
     """Whether torch.autocast is on where `x` is; asking about meta tensors raises."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Where `x` is."""
+    return torch.autocast(x.device.type, enabled=False) if autocasting(x) else contextlib.nullcontext()
 
 
 def inverse_norms(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import sweep
 from .backends import BACKENDS
 from .collectives import around, group_of
-from .problem import Block, Compare, Guide, Mask, Problem, Ranks, RowSums, Softmax
+from .problem import Block, Compare, Guide, Mask, Problem, Ranks, RowSums, Softmax, without_autocast
 from .rows import merge
 from .sweep import Partial, Wants
 
@@ -60,7 +60,7 @@ def go_around(
     for step, shard in enumerate(around(ranks)):
         if step < count - 1:
             coming = _Exchange(held, before, after, group)
-        with torch.autocast(held[0].device.type, enabled=False):  # operands have the dtype they are to have
+        with without_autocast(held[0]):  # operands have the dtype they are to have
             found = visit(shard, [x[: p.sizes[shard]] for x, p in zip(held, parcels, strict=True)])
         if found:
             sizes, mine = [p.sizes for p in found], [p.tensor for p in found]
@@ -118,7 +118,7 @@ class Shards:
     """
 
     def __init__(self, problem: Problem, ranks: Ranks, sizes: Sequence[tuple[int, ...]], target: Tensor | None):
-        self.problem, self.ranks, self.target = problem, ranks, target
+        self.problem, self.ranks, self.sizes, self.target = problem, ranks, sizes, target
         self.parcels: list[Parcel] = []
         self.places: dict[int, int] = {}
         for block, counts in zip(problem.blocks, sizes, strict=True):
@@ -157,7 +157,7 @@ class Shards:
                 mask.margin,
                 mask.exempt if home else None,
                 None if mask.guide is None else Guide(mask.guide.query, there(mask.guide.key)),
-                mask.skip if home else None,
+                self._skip(mask, self.sizes[number], shard),
             )
             bias = None if block.bias is None else there(block.bias)
             own = block.own_penalty if home else block.penalty
@@ -179,9 +179,19 @@ class Shards:
         if self.target is None:
             own = self.problem.target
             return own if shard == self.ranks.rank else torch.full_like(own, -1)
-        start = sum(self.parcels[0].sizes[:shard])
-        inside = (self.target >= start) & (self.target < start + self.parcels[0].sizes[shard])
-        return torch.where(inside, self.target - start, -1)
+        return _within(self.target, self.sizes[0], shard)
+
+    def _skip(self, mask: Mask, sizes: tuple[int, ...], shard: int) -> Tensor | None:
+        if mask.skip is None or not mask.skip_offset:  # the row's own column
+            return mask.skip if shard == self.ranks.rank else None
+        index = (mask.skip + sum(sizes[: self.ranks.rank])) % max(sum(sizes), 1)
+        return _within(torch.where(mask.skip < 0, -1, index), sizes, shard)
+
+
+def _within(index: Tensor, sizes: tuple[int, ...], shard: int) -> Tensor:
+    """Of all ranks' columns, in their order, those of the shard; -1 for the others."""
+    start = sum(sizes[:shard])
+    return torch.where((index >= start) & (index < start + sizes[shard]), index - start, -1)
 
 
 class Around:

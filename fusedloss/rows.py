@@ -31,6 +31,23 @@ from .problem import (
 ROWS = 1024  # at a time, where rows are converted: fp32 copies stay in a CPU's caches
 
 
+def columns_and_weights(target: Tensor, weight: Tensor, columns: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Indices that are columns, and the weights of their rows: 0 for the ignored, NaN for one that is no column."""
+    ignored = target == ignore_index
+    outside = ~ignored & ((target < 0) | (target >= columns))
+    return target.masked_fill(ignored | outside, 0), weight.masked_fill(ignored, 0).masked_fill(outside, torch.nan)
+
+
+def without_target(weight: Tensor, target: Tensor, bias: Tensor | None, skip: Tensor | None) -> Tensor:
+    """The rows' weights, 0 where a bias of -inf removes the target or the row skips it; a target of -1 is none."""
+    if bias is not None:
+        removed = bias.detach()[target.clamp(min=0)] == -torch.inf
+        weight = weight.masked_fill(removed & (target >= 0), 0)
+    if skip is not None:
+        weight = weight.masked_fill((skip == target) & (target >= 0), 0)
+    return weight
+
+
 def operand(x: Tensor) -> Tensor:
     return x
 

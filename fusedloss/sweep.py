@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import environment
+from . import checks
 from .collectives import gather, merge_columns
 from .folds import FOLDS, Folded
 from .prefixes import sweep_prefixes
@@ -150,9 +150,7 @@ def top_rows(problem: Problem, backend: ModuleType) -> tuple[Tensor, Tensor]:
 
 def chunk_rows(M: int, N: int, D: int, itemsize: int, device: torch.device, workspace_bytes: int | None = None) -> int:
     """Rows a chunk, so that `rows * N * itemsize` keeps to the budget: the argument, the environment, the default."""
-    name = "workspace_bytes"
-    if workspace_bytes is None and (given := environment.workspace_bytes()) is not None:
-        name, workspace_bytes = "FUSEDLOSS_WORKSPACE_BYTES", given
+    name, workspace_bytes = checks.budget(workspace_bytes)
     row_bytes = max(1, N * itemsize)
     if workspace_bytes is not None and workspace_bytes < row_bytes and M:
         raise ValueError(

@@ -78,6 +78,20 @@ CASES = {
     "info_nce, target, ignored": lambda b, **k: fusedloss.info_nce(
         b.x, b.y, b.target.masked_fill(b.ids == 0, -100), key_bias=b.bias, mask=masks.same_id(b.ids, b.ids), **k
     ),
+    "info_nce, target, 0 ignored": lambda b, **k: fusedloss.info_nce(
+        b.x, b.y, b.target, temperature=b.temperature, ignore_index=0, **k
+    ),
+    "info_nce, target, keys removed": lambda b, **k: fusedloss.info_nce(
+        b.x, b.y, b.target, key_bias=b.bias.masked_fill(b.ids == 1, -torch.inf), **k
+    ),
+    "info_nce, target, not_self": lambda b, **k: fusedloss.info_nce(b.x, b.y, b.target, mask=masks.not_self(), **k),
+    "info_nce, not_self(1)": lambda b, **k: fusedloss.info_nce(
+        b.x, b.y, mask=masks.not_self(1) & masks.same_id(b.ids, b.ids), **k
+    ),
+    "info_nce, target, not_self(-2)": lambda b, **k: fusedloss.info_nce(
+        b.x, b.y, b.target, weight=b.weight, mask=masks.not_self(-2), normalize=True, **k
+    ),
+    "ranking, not_self(3)": lambda b, **k: ranking(b.x, b.y, b.n, mask=masks.not_self(3), scale=1 / b.temperature, **k),
     "info_nce, ids": lambda b, **k: fusedloss.info_nce(b.x, b.y, mask=masks.same_id(b.ids, b.ids), **k),
     "info_nce, margin": lambda b, **k: fusedloss.info_nce(
         b.x, b.y, mask=masks.score_margin(0.1) & masks.same_group(b.labels, b.labels), normalize=True, **k

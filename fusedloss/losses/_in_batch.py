@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import select
-from ..distributed import World, loss_across, world
+from ..distributed import Call, World, loss_across, world
 from ..op import loss_rows_or_sum
 from ..problem import NO_MARGIN, Block, GuideRule, Margin, Problem, stats_dtype
+from ..rows import columns_and_weights, without_target
 
 
 class Stats(NamedTuple):
@@ -68,6 +69,7 @@ class Objective(NamedTuple):
     backend: str
     reduction: str
     every_row: bool  # with weight 1
+    ignore_index: int | None = None  # where the target is among the columns of all ranks, which are not here
 
     def result(self) -> Loss:
         """The loss, and what its sweep counted where that was asked for."""
@@ -103,21 +105,28 @@ class Objective(NamedTuple):
         )
 
 
-def mean_of(objectives: Sequence[Objective], ranks: World | None = None, what: str = "") -> Loss:
-    """The mean of several losses, with the statistics of the first.
-
-    ranks: whose columns they are over. what: the loss and its options, the same on all ranks.
-    """
-    if ranks is not None:
-        losses = [
-            loss_across(one.problem, one.backend, one.reduction, ranks, f"{what}, part {number}" if number else what)
-            for number, one in enumerate(objectives)
-        ]
-        return torch.stack(losses).mean(0)
+def mean_of(objectives: Sequence[Objective]) -> Loss:
+    """The mean of several losses, with the statistics of the first."""
     found = [one._reduced() for one in objectives]
     loss = torch.stack([loss for loss, _ in found]).mean(0) if len(found) > 1 else found[0][0]
     first = objectives[0]
     return (loss, first._stats(found[0][1])) if first.problem.wants_tally else loss
+
+
+def result_of(ask: Callable[[], tuple[str, list[Objective]]], around: World | None) -> Loss:
+    """The mean of the losses that `ask` builds, here or over the ranks, which are told what it raises.
+
+    ask: checks the arguments; gives the loss and its options, the same on all ranks, and the objectives.
+    """
+    if around is None:
+        return mean_of(ask()[1])
+
+    def call() -> Call:
+        what, objectives = ask()
+        first = objectives[0]
+        return Call(what, tuple(one.problem for one in objectives), first.backend, first.reduction, first.ignore_index)
+
+    return loss_across(around, call)
 
 
 def asked(group: Any, strategy: str, grad_scale: str) -> World | None:
@@ -126,7 +135,7 @@ def asked(group: Any, strategy: str, grad_scale: str) -> World | None:
         return world(group, strategy, grad_scale)
     if (strategy, grad_scale) != ("gather", "ddp"):
         raise ValueError(
-            f"strategy={strategy!r}, grad_scale={grad_scale!r} without group: pass a ProcessGroup with them"
+            f"strategy={strategy!r}, grad_scale={grad_scale!r} without group: pass a ProcessGroup with them, or 'world'"
         )
     return None
 
@@ -134,13 +143,6 @@ def asked(group: Any, strategy: str, grad_scale: str) -> World | None:
 def reduced(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
     """A sum as what was asked for; `counts` [M] is what each row counts in the mean."""
     return over(loss, counts.sum()) if reduction == "mean" else loss
-
-
-def columns_and_weights(target: Tensor, weight: Tensor, columns: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Indices that are columns, and the weights of their rows: 0 for the ignored, NaN for one that is no column."""
-    ignored = target == ignore_index
-    outside = ~ignored & ((target < 0) | (target >= columns))
-    return target.masked_fill(ignored | outside, 0), weight.masked_fill(ignored, 0).masked_fill(outside, torch.nan)
 
 
 def of_rows(loss: Tensor, reduction: str) -> Tensor:
@@ -175,20 +177,22 @@ def objective(
     backend: str = "auto",
     workspace_bytes: int | None = None,
     return_stats: bool = False,
+    across: bool = False,
 ) -> Objective:
-    """Builds the problem. A weighted mean divides by the weight of the rows that count."""
+    """Builds the problem. A weighted mean divides by the weight of the rows that count.
+
+    across: `target` is among the columns of all ranks: which rows it leaves out is known where those are.
+    """
     query, bias, skip = operands[blocks[0].query], blocks[0].bias, blocks[0].mask.skip
     rows, columns = query.shape[0], operands[blocks[0].key].shape[0]
     row_weight = query.new_ones(rows, dtype=scale.dtype) if weight is None else weight.detach().to(scale.dtype)
     every_row = target is None and weight is None and bias is None and skip is None
     if target is None:
         target = torch.arange(rows, device=query.device)
-    elif not decoupled:
+    elif not decoupled and not across:
         target, row_weight = columns_and_weights(target, row_weight, columns, ignore_index)
-    if bias is not None:
-        row_weight = row_weight.masked_fill(bias.detach()[target] == -torch.inf, 0)
-    if skip is not None:
-        row_weight = row_weight.masked_fill(skip == target, 0)
+    if not across:
+        row_weight = without_target(row_weight, target, bias, skip)
     problem = Problem(
         tuple(operands),
         tuple(blocks),
@@ -206,4 +210,4 @@ def objective(
         return_stats,
         margin=margin,
     )
-    return Objective(problem, backend, reduction, every_row)
+    return Objective(problem, backend, reduction, every_row, ignore_index if across else None)

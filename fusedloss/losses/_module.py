@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, distributed
 
 # Those that a constructor can check before there are embeddings, by name: a name means the same in every loss.
 CHECKS: dict[str, Callable[[Any], None]] = {
@@ -23,6 +23,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "reduction": lambda value: checks.choice("reduction", value, checks.REDUCTIONS),
     "backend": checks.backend,
     "workspace_bytes": lambda value: checks.count("workspace_bytes", value),
+    "group": distributed.check_group,
 }
 
 
@@ -76,7 +77,10 @@ class LossModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for name in kwargs:
             if name in self.signature.parameters:
-                raise TypeError(f"{type(self).__name__}.forward got {name!r}: it is an option of the constructor")
+                error = TypeError(f"{type(self).__name__}.forward got {name!r}: it is an option of the constructor")
+                if getattr(self, "group", None) is not None:
+                    distributed.refuse(self.group, error)
+                raise error
         chosen = {name: getattr(self, name) for name in self.signature.parameters}
         return type(self).function(*args, **kwargs, **chosen)
 

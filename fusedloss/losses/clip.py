@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import checks, masks
 from ..problem import Block
-from ._in_batch import Loss, Objective, as_scale, asked, autocast, distinct, mean_of, objective
+from ._in_batch import Loss, Objective, as_scale, asked, autocast, distinct, objective, result_of
 from ._module import LossModule
 
 
@@ -69,20 +69,23 @@ def clip(
         >>> image, text = F.normalize(vision(pixels), dim=1), F.normalize(language(tokens), dim=1)
         >>> fusedloss.clip(image, text, log_scale.exp()).backward()
     """
-    ranks = asked(group, strategy, grad_scale)
-    one = clip_objective(
-        image_features,
-        text_features,
-        logit_scale,
-        logit_bias,
-        mask=mask,
-        normalize=normalize,
-        reduction=reduction,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        return_stats=return_stats,
-    )
-    result = mean_of([one], ranks, "clip")
+
+    def ask() -> tuple[str, list[Objective]]:
+        one = clip_objective(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            mask=mask,
+            normalize=normalize,
+            reduction=reduction,
+            backend=backend,
+            workspace_bytes=workspace_bytes,
+            return_stats=return_stats,
+        )
+        return "clip", [one]
+
+    result = result_of(ask, asked(group, strategy, grad_scale))
     if not isinstance(logit_bias, Tensor):
         return result
     loss, *stats = result if isinstance(result, tuple) else (result,)

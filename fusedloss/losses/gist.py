@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks, masks
 from ..problem import Block, Guide, GuideRule, Mask
-from ._in_batch import Loss, Objective, as_scale, asked, autocast, distinct, mean_of, objective
+from ._in_batch import Loss, Objective, as_scale, asked, autocast, distinct, objective, result_of
 from ._module import LossModule
 
 
@@ -76,24 +76,26 @@ def gist_embed(
         >>> guides = [teacher(texts) for texts in (questions, answers)]
         >>> fusedloss.gist_embed(model(questions), model(answers), guide=guides).backward()
     """
-    ranks = asked(group, strategy, grad_scale)
-    one = gist_embed_objective(
-        anchor,
-        positive,
-        *negatives,
-        guide=guide,
-        temperature=temperature,
-        margin_strategy=margin_strategy,
-        margin=margin,
-        contrast_anchors=contrast_anchors,
-        contrast_positives=contrast_positives,
-        reduction=reduction,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        return_stats=return_stats,
-    )
-    what = f"gist_embed {margin_strategy} {contrast_anchors} {contrast_positives}"
-    return mean_of([one], ranks, what)
+
+    def ask() -> tuple[str, list[Objective]]:
+        one = gist_embed_objective(
+            anchor,
+            positive,
+            *negatives,
+            guide=guide,
+            temperature=temperature,
+            margin_strategy=margin_strategy,
+            margin=margin,
+            contrast_anchors=contrast_anchors,
+            contrast_positives=contrast_positives,
+            reduction=reduction,
+            backend=backend,
+            workspace_bytes=workspace_bytes,
+            return_stats=return_stats,
+        )
+        return f"gist_embed {margin_strategy} {bool(contrast_anchors)} {bool(contrast_positives)}", [one]
+
+    return result_of(ask, asked(group, strategy, grad_scale))
 
 
 def gist_embed_objective(

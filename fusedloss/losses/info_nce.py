@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .. import checks, masks
-from ..distributed import World, loss_across
 from ..epilogues import softplus
 from ..problem import Block, stats_dtype
 from ..rowwise.pairs import cosine, dot, of_pairs, scores
@@ -19,11 +18,10 @@ from ._in_batch import (
     as_scale,
     asked,
     autocast,
-    columns_and_weights,
     distinct,
-    mean_of,
     objective,
     over,
+    result_of,
 )
 from ._module import LossModule
 
@@ -128,31 +126,36 @@ def info_nce(
         ...     memory[start : start + rows], seen[start : start + rows] = key.detach(), label
         ...     loss.backward()
     """
-    ranks = asked(group, strategy, grad_scale)
-    if ranks is not None and negatives is not None:
-        raise ValueError("negatives with group=: rows' own columns have no form across ranks; leave one of them out")
-    if ranks is not None and bank is not None:
-        raise ValueError("bank with group=: a rank's own columns have no form across ranks; leave one of them out")
-    one = info_nce_objective(
-        query,
-        key,
-        target if ranks is None or target is None else torch.zeros_like(target),
-        temperature=temperature,
-        bank=bank,
-        key_bias=key_bias,
-        mask=mask,
-        weight=weight,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        normalize=normalize,
-        reduction=reduction,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        return_stats=return_stats,
-    )
-    if ranks is not None:
-        return mean_of([one], ranks, "info_nce") if target is None else _across(one, ranks, target, ignore_index)
-    return one.result() if negatives is None else _with_private(one, query, negatives)
+    around = asked(group, strategy, grad_scale)
+
+    def ask() -> tuple[str, list[Objective]]:
+        for name, given in {"negatives": negatives, "bank": bank}.items():
+            if around is not None and given is not None:
+                what = "rows' own columns" if name == "negatives" else "a rank's own columns"
+                raise ValueError(f"{name} with group=: {what} have no form across ranks; leave one of them out")
+        one = info_nce_objective(
+            query,
+            key,
+            target,
+            temperature=temperature,
+            bank=bank,
+            key_bias=key_bias,
+            mask=mask,
+            weight=weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            normalize=normalize,
+            reduction=reduction,
+            backend=backend,
+            workspace_bytes=workspace_bytes,
+            return_stats=return_stats,
+            across=around is not None,
+        )
+        return "info_nce", [one]
+
+    if negatives is not None and around is None:
+        return _with_private(ask()[1][0], query, negatives)
+    return result_of(ask, around)
 
 
 def info_nce_objective(
@@ -172,7 +175,9 @@ def info_nce_objective(
     backend: str = "auto",
     workspace_bytes: int | None = None,
     return_stats: bool = False,
+    across: bool = False,
 ) -> Objective:
+    """across: the target is an index into the keys of all ranks, in their order."""
     if bank is None:
         checks.embeddings(query=query, key=key)
     else:
@@ -182,13 +187,13 @@ def info_nce_objective(
     widths = [columns] if bank is None else [columns, bank.shape[0]]
     checks.index("ignore_index", ignore_index)
     if target is not None:
-        checks.target("target", target, rows, columns, ignore_index, query)
+        checks.target("target", target, rows, None if across else columns, ignore_index, query)
     elif columns < rows:
         raise ValueError(
             f"key has {columns} rows and query {rows}: the default target, arange({rows}), needs a key for every "
             "query; pass target"
         )
-    if rows and not columns:
+    if rows and not columns and not across:
         raise ValueError("key has no rows: needs at least one")
     checks.scalar("temperature", temperature, query, positive=True)
     if key_bias is not None:
@@ -222,18 +227,8 @@ def info_nce_objective(
         backend=backend,
         workspace_bytes=workspace_bytes,
         return_stats=return_stats,
+        across=across and target is not None,
     )
-
-
-def _across(one: Objective, ranks: World, target: Tensor, ignore_index: int) -> Tensor:
-    """With targets among the keys of all ranks, in the order of the ranks."""
-    problem = one.problem
-
-    def index(columns: int) -> tuple[Tensor, Tensor]:
-        checks.target("target", target, problem.rows, columns, ignore_index, problem.operands[0])
-        return columns_and_weights(target, problem.weight, columns, ignore_index)
-
-    return loss_across(problem, one.backend, one.reduction, ranks, "info_nce with target", index)
 
 
 def _with_private(one: Objective, query: Tensor, negatives: Tensor) -> Tensor:

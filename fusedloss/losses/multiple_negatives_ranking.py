@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks, masks
 from ..problem import Block, Mask
-from ._in_batch import Loss, Objective, as_scale, asked, autocast, distinct, mean_of, objective
+from ._in_batch import Loss, Objective, as_scale, asked, autocast, distinct, objective, result_of
 from ._module import LossModule
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -90,25 +90,28 @@ def multiple_negatives_ranking(
         >>> anchor, positive, hard = encode(questions), encode(answers), encode(near_misses)
         >>> fusedloss.multiple_negatives_ranking(anchor, positive, hard, scale=20.0).backward()
     """
-    ranks = asked(group, strategy, grad_scale)
-    objectives = multiple_negatives_ranking_objectives(
-        anchor,
-        positive,
-        *negatives,
-        scale=scale,
-        similarity=similarity,
-        directions=directions,
-        partition_mode=partition_mode,
-        hardness_mode=hardness_mode,
-        hardness_strength=hardness_strength,
-        mask=mask,
-        reduction=reduction,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        return_stats=return_stats,
-    )
-    named = f"directions {tuple(directions)}, {partition_mode}, hardness {hardness_mode}"
-    return mean_of(objectives, ranks, f"multiple_negatives_ranking, {named}")
+
+    def ask() -> tuple[str, list[Objective]]:
+        objectives = multiple_negatives_ranking_objectives(
+            anchor,
+            positive,
+            *negatives,
+            scale=scale,
+            similarity=similarity,
+            directions=directions,
+            partition_mode=partition_mode,
+            hardness_mode=hardness_mode,
+            hardness_strength=hardness_strength,
+            mask=mask,
+            reduction=reduction,
+            backend=backend,
+            workspace_bytes=workspace_bytes,
+            return_stats=return_stats,
+        )
+        named = f"directions {tuple(directions)}, {partition_mode}, hardness {hardness_mode}"
+        return f"multiple_negatives_ranking, {named}", objectives
+
+    return result_of(ask, asked(group, strategy, grad_scale))
 
 
 def multiple_negatives_ranking_objectives(

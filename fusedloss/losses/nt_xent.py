@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..masks import itself
 from ..problem import Block, Mask
-from ._in_batch import Loss, Objective, as_scale, asked, autocast, mean_of, objective
+from ._in_batch import Loss, Objective, as_scale, asked, autocast, objective, result_of
 from ._module import LossModule
 
 
@@ -58,17 +58,20 @@ def nt_xent(
         >>> z1, z2 = projector(encoder(augment(x))), projector(encoder(augment(x)))
         >>> fusedloss.nt_xent(z1, z2, temperature=0.5).backward()
     """
-    ranks = asked(group, strategy, grad_scale)
-    one = nt_xent_objective(
-        z1,
-        z2,
-        temperature=temperature,
-        reduction=reduction,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        return_stats=return_stats,
-    )
-    return mean_of([one], ranks, "nt_xent")
+
+    def ask() -> tuple[str, list[Objective]]:
+        one = nt_xent_objective(
+            z1,
+            z2,
+            temperature=temperature,
+            reduction=reduction,
+            backend=backend,
+            workspace_bytes=workspace_bytes,
+            return_stats=return_stats,
+        )
+        return "nt_xent", [one]
+
+    return result_of(ask, asked(group, strategy, grad_scale))
 
 
 def decoupled_contrastive(

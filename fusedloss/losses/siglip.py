@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks, masks
-from ..distributed import loss_across
+from .. import checks, masks, op
+from ..backends import select
+from ..distributed import Call, loss_across
 from ..problem import Fold
-from ._fold import fold_loss, fold_problem
+from ._fold import fold_problem
 from ._in_batch import as_scale, asked, autocast, distinct
 from ._module import LossModule
 
@@ -65,37 +66,41 @@ def siglip(
         >>> image, text = F.normalize(vision(pixels), dim=1), F.normalize(language(tokens), dim=1)
         >>> fusedloss.siglip(image, text, log_scale.exp(), bias).backward()
     """
-    checks.embeddings(image_features=image_features, text_features=text_features)
-    M, N = image_features.shape[0], text_features.shape[0]
-    checks.scalar("logit_scale", logit_scale, image_features, positive=False)
-    if logit_bias is not None:
-        checks.scalar("logit_bias", logit_bias, image_features, positive=False)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.count("workspace_bytes", workspace_bytes)
-    ranks = asked(group, strategy, grad_scale)
-    if ranks is not None and isinstance(target, Tensor):
-        raise ValueError("target is a tensor with group=: needs None, or masks.same_id across ranks")
-    labels, column = _positives(target, M, N, image_features)
-    operands = autocast(*distinct(image_features, text_features)[0])
-    scale, written = as_scale(logit_scale, image_features, inverse=False)
-    bias, written_bias = as_scale(0.0 if logit_bias is None else logit_bias, image_features, inverse=False)
-    weight = torch.ones(M, dtype=scale.dtype, device=scale.device)
-    if ranks is not None:
+    around = asked(group, strategy, grad_scale)
+
+    def ask() -> Call:
+        checks.embeddings(image_features=image_features, text_features=text_features)
+        M, N = image_features.shape[0], text_features.shape[0]
+        checks.scalar("logit_scale", logit_scale, image_features, positive=False)
+        if logit_bias is not None:
+            checks.scalar("logit_bias", logit_bias, image_features, positive=False)
+        checks.choice("reduction", reduction, checks.REDUCTIONS)
+        checks.count("workspace_bytes", workspace_bytes)
+        if around is not None and isinstance(target, Tensor):
+            raise ValueError("target is a tensor with group=: needs None, or masks.same_id across ranks")
+        labels, column = _positives(target, M, N, image_features)
+        operands = autocast(*distinct(image_features, text_features)[0])
+        scale, written = as_scale(logit_scale, image_features, inverse=False)
+        bias, written_bias = as_scale(0.0 if logit_bias is None else logit_bias, image_features, inverse=False)
+        weight = torch.ones(M, dtype=scale.dtype, device=scale.device)
         what = f"siglip{' with ids' if labels else ''}, scale {written}, bias {written_bias}"
-        if labels is None:  # each pair has a number of its own on all ranks
-            first = ranks.rank << 40
+        if around is not None and labels is None:  # each pair has a number of its own on all ranks
+            first = around.rank << 40
             labels = masks.itself(M, image_features) + first, masks.itself(N, image_features) + first
+            column = None
+        elif column is not None:
+            # Where values are not read back, a target outside is a NaN loss.
+            outside = (column < 0) | (column >= N)
+            weight, column = weight.masked_fill(outside, torch.nan), column.masked_fill(outside, 0)
         fold = Fold("sigmoid", labels=labels, scalars=(bias,))
-        problem = fold_problem(operands, scale, weight, fold, normalize, workspace_bytes)
-        return loss_across(problem, backend, reduction, ranks, what)
-    if column is not None:
-        # Where values are not read back, a target outside is a NaN loss.
-        outside = (column < 0) | (column >= N)
-        weight, column = weight.masked_fill(outside, torch.nan), column.masked_fill(outside, 0)
-    fold = Fold("sigmoid", labels=labels, scalars=(bias,))
-    summed = reduction != "none"
-    loss, _ = fold_loss(operands, scale, weight, fold, normalize, summed, backend, workspace_bytes, target=column)
-    return loss / max(M, 1) if reduction == "mean" else loss
+        problem = fold_problem(operands, scale, weight, fold, normalize, workspace_bytes, column)
+        return Call(what, (problem,), backend, reduction)
+
+    if around is not None:
+        return loss_across(around, ask)
+    (problem,) = ask().problems
+    loss, _ = op.loss_rows_or_sum(problem, select(problem, backend), per_row=reduction == "none")
+    return loss / max(problem.rows, 1) if reduction == "mean" else loss
 
 
 def _positives(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..distributed import World, agreed, averaged, everywhere, loss_across, scaled, summed_across
+from .. import checks, op, sweep
+from ..backends import select
+from ..distributed import Call, World, agree, averaged, everywhere, part_across, scaled, summed_across
 from ..masks import itself
-from ..problem import Block, Fold, Mask, stats_dtype, unit_rows
-from ._fold import fold_loss, fold_problem
-from ._in_batch import Objective, as_scale, asked, autocast, objective, over, reduced
+from ..problem import Block, Fold, Mask, Problem, inverse_norms, stats_dtype, unit_rows, without_autocast
+from ..rows import finish
+from ._fold import fold_problem
+from ._in_batch import as_scale, asked, autocast, objective, over, reduced
 from ._module import LossModule
 
 FORMS = ("out", "in")
+PIECES = 5  # matrices [N, some of D] that class sums and their gradient take
 
 
 def sup_con(
@@ -65,41 +70,45 @@ def sup_con(
         >>> embeddings = torch.cat([encoder(augment(x)), encoder(augment(x))])
         >>> fusedloss.sup_con(embeddings, torch.cat([y, y]), temperature=0.1).backward()
     """
-    checks.embeddings(embeddings=embeddings)
-    checks.integers("labels", labels, (embeddings.shape[0],), embeddings)
-    checks.scalar("temperature", temperature, embeddings, positive=True)
-    checks.choice("form", form, FORMS)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.count("workspace_bytes", workspace_bytes)
-    scale, scale_bound = as_scale(temperature, embeddings, inverse=True)
-    (x,) = autocast(embeddings)
-    ranks = asked(group, strategy, grad_scale)
-    if ranks is not None:
-        return _across(ranks, x, labels, scale, scale_bound, form, reduction, backend, workspace_bytes)
-    classes = groups(labels)
-    size = torch.zeros_like(classes).index_add_(0, classes, torch.ones_like(classes))[classes]
-    counts = (size > 1).to(scale.dtype)
-    if form == "in":
-        fold = Fold("sup_con_in", labels=(labels, labels), itself=True)
-        rows, _ = fold_loss([x], scale, counts, fold, True, reduction != "none", backend, workspace_bytes)
-        return reduced(rows, counts, reduction)
-    share = counts / (size - 1).clamp(min=1)
-    one = _log_sum_exp(x, counts, scale, scale_bound, reduction, backend, workspace_bytes)
-    lse = one.result()
-    assert isinstance(lse, Tensor)
-    positive = scale * share * _others(x, classes)
-    return reduced(lse - (positive if reduction == "none" else positive.sum()), counts, reduction)
+    around = asked(group, strategy, grad_scale)
+
+    def ask() -> Call:
+        checks.embeddings(embeddings=embeddings)
+        checks.integers("labels", labels, (embeddings.shape[0],), embeddings)
+        checks.scalar("temperature", temperature, embeddings, positive=True)
+        checks.choice("form", form, FORMS)
+        checks.choice("reduction", reduction, checks.REDUCTIONS)
+        checks.count("workspace_bytes", workspace_bytes)
+        if around is not None and form == "in" and strategy == "ring":
+            raise ValueError("form='in' with strategy='ring': its two sums are one pass over whole rows; take 'gather'")
+        scale, scale_bound = as_scale(temperature, embeddings, inverse=True)
+        (x,) = autocast(embeddings)
+        others = _sizes(groups(labels)) - 1
+        counts = (others > 0).to(scale.dtype)
+        if form == "in":
+            fold = Fold("sup_con_in", labels=(labels, labels), itself=True)
+            problem = fold_problem([x], scale, counts, fold, True, workspace_bytes)
+        else:
+            problem = _log_sum_exp(x, counts, scale, scale_bound, workspace_bytes)
+        return Call(f"sup_con {form}, scale {scale_bound}", (problem,), backend, reduction)
+
+    if around is not None:
+        return _across(around, ask, labels, form)
+    (problem,) = ask().problems
+    counts = problem.weight
+    name = select(problem, backend)
+    rows, _ = op.loss_rows_or_sum(problem, name, per_row=reduction == "none")
+    if form == "out":
+        classes = groups(labels)
+        weight = problem.scale * counts / (_sizes(classes) - 1).clamp(min=1)
+        positive = weight * _sums_of_others(problem.operands[0], classes, name, workspace_bytes)
+        rows = rows - (positive if reduction == "none" else positive.sum())
+    return reduced(rows, counts, reduction)
 
 
 def _log_sum_exp(
-    x: Tensor,
-    counts: Tensor,
-    scale: Tensor,
-    scale_bound: float | None,
-    reduction: str,
-    backend: str,
-    workspace_bytes: int | None,
-) -> Objective:
+    x: Tensor, counts: Tensor, scale: Tensor, scale_bound: float | None, workspace_bytes: int | None
+) -> Problem:
     """Of each row that counts, over all others."""
     return objective(
         [x],
@@ -110,40 +119,25 @@ def _log_sum_exp(
         weight=counts,
         cosine=True,
         decoupled=True,
-        reduction="none" if reduction == "none" else "sum",
-        backend=backend,
         workspace_bytes=workspace_bytes,
-    )
+    ).problem
 
 
-def _across(
-    around: World,
-    x: Tensor,
-    labels: Tensor,
-    scale: Tensor,
-    scale_bound: float | None,
-    form: str,
-    reduction: str,
-    backend: str,
-    workspace_bytes: int | None,
-) -> Tensor:
+def _across(around: World, ask: Callable[[], Call], labels: Tensor, form: str) -> Tensor:
     """Positives are the rows of all ranks that have the label. Labels are gathered, 8 bytes each, also for a ring."""
-    (rows,) = agreed(around, f"sup_con {form}, scale {scale_bound}, reduction {reduction}", x)
-    columns = everywhere(labels, rows)
-    classes = groups(columns)
-    size = torch.zeros_like(classes).index_add_(0, classes, torch.ones_like(classes))[classes][: len(x)]
-    counts = (size > 1).to(scale.dtype)
+    agreed = agree(around, ask)
+    (part,), reduction = agreed.parts, agreed.call.reduction
+    (x,), scale, rows = part.problem.operands, part.problem.scale, part.rows
+    others = _sizes(groups(everywhere(labels, rows)))[: len(x)] - 1
+    counts = (others > 0).to(scale.dtype)
+    part = part._replace(problem=replace(part.problem, weight=counts))
     if form == "in":
-        if around.strategy == "ring":
-            raise ValueError("form='in' with strategy='ring': its two sums are one pass over whole rows; take 'gather'")
-        fold = Fold("sup_con_in", labels=(labels, labels), itself=True)
-        problem = fold_problem([x], scale, counts, fold, True, workspace_bytes)
-        return loss_across(problem, backend, reduction, around, "sup_con in")
-    one = _log_sum_exp(x, counts, scale, scale_bound, reduction, backend, workspace_bytes)
-    lse = loss_across(one.problem, one.backend, one.reduction, around, "sup_con out")
-    by_rows, by_parameters = (around.of_rows() if reduction == "none" else around).factors
-    weight = scaled(scale, by_parameters) * counts / (size - 1).clamp(min=1)
-    with torch.autocast(x.device.type, enabled=False):
+        return part_across(agreed, part)
+    called = agreed.call._replace(reduction="none" if reduction == "none" else "sum")
+    lse = part_across(agreed._replace(call=called), part)
+    by_rows, by_parameters = agreed.around.factors
+    weight = scaled(scale, by_parameters) * counts / others.clamp(min=1)
+    with without_autocast(x):
         u = unit_rows(scaled(x, by_rows).to(stats_dtype(x.dtype)))
         same = summed_across(_same_label, u, (labels,), rows, around.strategy) - u.square().sum(1)
     positive = weight * same
@@ -152,6 +146,11 @@ def _across(
     count = counts.sum()
     loss = lse - averaged(positive.sum(), count, rows, "sum")
     return over(loss, averaged(count, count, rows, "sum")) if reduction == "mean" else loss
+
+
+def _sizes(classes: Tensor) -> Tensor:
+    """`[N]`, how many rows have each row's label."""
+    return torch.zeros_like(classes).index_add_(0, classes, torch.ones_like(classes))[classes]
 
 
 def _same_label(u: Tensor, v: Tensor, labels: Tensor, others: Tensor) -> Tensor:
@@ -170,12 +169,62 @@ def groups(labels: Tensor) -> Tensor:
     return torch.empty_like(labels).scatter_(0, order, changes.cumsum(0))
 
 
-def _others(x: Tensor, group: Tensor) -> Tensor:
-    """`<u_i, sum of the other unit rows of i's group>`, O(N D)."""
-    with torch.autocast(x.device.type, enabled=False):
+def _sums_of_others(x: Tensor, classes: Tensor, backend: str, workspace_bytes: int | None) -> Tensor:
+    """Compiled, the loop over dimensions would be unrolled; `reference` is what torch.func transforms."""
+    if backend == "reference" or torch.compiler.is_compiling():
+        return _others(x, classes)
+    return _Others.apply(x, classes, checks.budget(workspace_bytes)[1] or sweep.CPU_BYTES)
+
+
+def _others(x: Tensor, classes: Tensor) -> Tensor:
+    """`<u_i, sum of the other unit rows of i's class>`, O(N D): the formula."""
+    with without_autocast(x):
         u = unit_rows(x.to(stats_dtype(x.dtype)))
-        sums = torch.zeros_like(u).index_add(0, group, u)
-        return (u * (sums[group] - u)).sum(1)
+        sums = torch.zeros_like(u).index_add(0, classes, u)
+        return (u * (sums[classes] - u)).sum(1)
+
+
+class _Others(torch.autograd.Function):
+    """`_others`, some dimensions at a time: class sums are as large as the embeddings. It keeps its inputs alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, classes: Tensor, budget: int) -> Tensor:
+        ctx.save_for_backward(x, classes)
+        ctx.budget = budget
+        factor = inverse_norms(x)
+        found = torch.zeros_like(factor)
+        for part in _dimensions(x, budget):
+            u = x[:, part].to(factor.dtype) * factor[:, None]
+            found += _class_sums(u, classes).sub_(u).mul_(u).sum(1)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None]:
+        x, classes = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: once more, as a formula
+            (gradient,) = torch.autograd.grad(_others(x, classes), x, upstream, create_graph=True)
+            return gradient, None, None
+        factor = inverse_norms(x)
+        total = torch.empty_like(x, dtype=factor.dtype, memory_format=torch.contiguous_format)
+        for part in _dimensions(x, ctx.budget):
+            u = x[:, part].to(factor.dtype) * factor[:, None]
+            weighted = u * upstream[:, None]
+            sums = _class_sums(u, classes).sub_(u).mul_(upstream[:, None])
+            total[:, part] = sums.add_(_class_sums(weighted, classes)).sub_(weighted)
+        finish(total, factor, factor.new_ones(()), None, x, factor, total)
+        return total.to(x.dtype), None, None
+
+
+def _class_sums(u: Tensor, classes: Tensor) -> Tensor:
+    """Each row's class's."""
+    return torch.zeros_like(u).index_add_(0, classes, u)[classes]
+
+
+def _dimensions(x: Tensor, budget: int) -> Iterator[slice]:
+    """So many that PIECES matrices of them fit."""
+    width = max(1, budget // max(1, PIECES * len(x) * stats_dtype(x.dtype).itemsize))
+    for start in range(0, x.shape[1], width):
+        yield slice(start, start + width)
 
 
 class SupConLoss(LossModule, function=sup_con):

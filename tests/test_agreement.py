@@ -1,0 +1,317 @@
+"""group=: what one rank refuses, or asks differently, is raised on all ranks at once, and they stay in step.
+
+All cases run one after the other in the same two gloo processes: what a rank waited for in vain would be a RuntimeError
+of gloo, and what it left half done would meet the next case. The last case computes a loss.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import fusedloss
+from fusedloss import distributed, masks
+
+if torch.cuda.is_available():
+    pytest.skip("processes are forked here, which CUDA does not survive", allow_module_level=True)
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("torch has no gloo", allow_module_level=True)
+
+
+def rows(count=3, d=4, seed=0):
+    made = torch.Generator().manual_seed(seed)
+    return torch.randn(count, d, generator=made, dtype=torch.float64).requires_grad_()
+
+
+def two():
+    return rows(), rows(seed=1)
+
+
+LABELS = torch.tensor([0, 1, 0])
+GUIDE = (torch.ones(3, 2), torch.ones(3, 2))
+RIGHT = {
+    "info_nce": lambda **k: fusedloss.info_nce(*two(), group="world", **k),
+    "clip": lambda **k: fusedloss.clip(*two(), **{"logit_scale": 2.0} | k, group="world"),
+    "siglip": lambda **k: fusedloss.siglip(*two(), **{"logit_scale": 2.0} | k, group="world"),
+    "ranking": lambda **k: fusedloss.multiple_negatives_ranking(*two(), group="world", **k),
+    "gist_embed": lambda **k: fusedloss.gist_embed(*two(), **{"guide": GUIDE} | k, group="world"),
+    "nt_xent": lambda **k: fusedloss.nt_xent(*two(), group="world", **k),
+    "sup_con": lambda **k: fusedloss.sup_con(rows(), **{"labels": LABELS} | k, group="world"),
+    "info_nce, target": lambda **k: fusedloss.info_nce(*two(), **{"target": LABELS} | k, group="world"),
+    "ring": lambda **k: fusedloss.info_nce(*two(), group="world", strategy="ring", **k),
+    "12 rows": lambda **k: fusedloss.info_nce(rows(12), rows(12, seed=1), group="world", **k),
+    "InfoNCELoss": lambda **k: fusedloss.InfoNCELoss(group="world")(*two(), **k),
+    "clip's scale": lambda scale: fusedloss.clip(*two(), scale, group="world"),
+    "siglip's bias": lambda bias: fusedloss.siglip(*two(), 2.0, bias, group="world"),
+}
+BOOL = torch.ones(3, 3, dtype=torch.bool)
+# What rank 1 asks and rank 0 does not; what rank 1 raises; a part of what both say.
+REFUSED = {
+    **{
+        f"{name}, {option}": (name, {option: value}, ValueError, f"{option} with group=: it has no form across ranks")
+        for name in ("info_nce", "clip", "ranking", "gist_embed", "nt_xent")
+        for option, value in (("label_smoothing", 0.1), ("return_stats", True))
+        if option == "return_stats" or name == "info_nce"
+    },
+    "bank": ("info_nce", {"bank": torch.ones(2, 4, dtype=torch.float64)}, ValueError, "bank with group="),
+    "negatives": ("info_nce", {"negatives": torch.ones(3, 2, 4)}, ValueError, "negatives with group="),
+    "a bool mask": ("info_nce", {"mask": BOOL}, ValueError, "a bool mask with group="),
+    "clip's bool mask": ("clip", {"mask": BOOL}, ValueError, "a bool mask with group="),
+    "a mask of another shape": ("info_nce", {"mask": BOOL[:2]}, ValueError, "mask has shape [2, 3]: needs bool [3, 3]"),
+    "a mask that is none": ("ranking", {"mask": "ids"}, TypeError, "mask is a str: needs one of fusedloss.masks"),
+    "ids of another length": (
+        "info_nce",
+        {"mask": masks.same_id(LABELS[:2], LABELS)},
+        ValueError,
+        "same_id's row_ids has shape [2]: needs int64 [3]",
+    ),
+    "temperature": ("info_nce", {"temperature": -1.0}, ValueError, "temperature is -1.0: needs a positive number"),
+    "temperature, nt_xent": ("nt_xent", {"temperature": 0.0}, ValueError, "temperature is 0.0"),
+    "temperature, a word": ("sup_con", {"temperature": "cold"}, TypeError, "temperature is a str"),
+    "scale": ("ranking", {"scale": float("nan")}, ValueError, "scale is nan"),
+    "logit_scale": ("clip", {"logit_scale": torch.ones(2)}, ValueError, "logit_scale has shape [2]"),
+    "logit_bias": ("siglip", {"logit_bias": float("inf")}, ValueError, "logit_bias is inf"),
+    "weight": ("info_nce", {"weight": torch.ones(2)}, ValueError, "weight has shape [2]: needs [3]"),
+    "key_bias": ("info_nce", {"key_bias": LABELS}, TypeError, "key_bias is torch.int64: needs a floating tensor [3]"),
+    "target's dtype": (
+        "info_nce, target",
+        {"target": LABELS.int()},
+        TypeError,
+        "target is torch.int32: needs an int64",
+    ),
+    "target's shape": ("info_nce, target", {"target": LABELS[:2]}, ValueError, "target has shape [2]: needs [3]"),
+    "target": ("info_nce, target", {"target": torch.tensor([0, 6, 5])}, IndexError, "needs an index"),
+    "target below 0": ("info_nce, target", {"target": torch.tensor([0, -7, 5])}, IndexError, "needs an index"),
+    "ignore_index": ("info_nce, target", {"ignore_index": 0.5}, TypeError, "ignore_index is a float"),
+    "siglip's target": ("siglip", {"target": LABELS}, ValueError, "target is a tensor with group="),
+    "directions": ("ranking", {"directions": None}, TypeError, "NoneType"),
+    "directions, a word": ("ranking", {"directions": ("there",)}, ValueError, "directions is ('there',): needs a"),
+    "similarity": ("ranking", {"similarity": "l2"}, ValueError, "similarity is 'l2': needs one of 'cos', 'dot'"),
+    "hardness": ("ranking", {"hardness_mode": "soft"}, ValueError, "hardness_mode is 'soft': needs one of"),
+    "guide": ("gist_embed", {"guide": GUIDE[:1]}, ValueError, "guide holds 1 tensors: needs 2"),
+    "guide's margin": ("gist_embed", {"margin": "wide"}, TypeError, "margin is a str"),
+    "labels": ("sup_con", {"labels": LABELS[:2]}, ValueError, "labels has shape [2]: needs int64 [3]"),
+    "form": ("sup_con", {"form": "around"}, ValueError, "form is 'around': needs one of 'out', 'in'"),
+    "reduction": ("siglip", {"reduction": "median"}, ValueError, "reduction is 'median': needs one of"),
+    "backend": ("nt_xent", {"backend": "numpy"}, ValueError, "backend is 'numpy': needs one of"),
+    "reference both ways": ("clip", {"backend": "reference"}, fusedloss.UnsupportedError, "backend='reference' cannot"),
+    "reference in a ring": ("ring", {"backend": "reference"}, fusedloss.UnsupportedError, "'reference' has no ring"),
+    "workspace_bytes": ("gist_embed", {"workspace_bytes": 0}, ValueError, "workspace_bytes is 0: needs at least 1"),
+    # Enough for a row of this rank's columns, too little for one of all ranks'.
+    "a small workspace": ("12 rows", {"workspace_bytes": 130}, ValueError, "workspace_bytes is 130: one row of 32 "),
+    "a smaller one in a ring": ("ring", {"workspace_bytes": 100}, ValueError, "workspace_bytes is 100: one row of"),
+    "module": ("InfoNCELoss", {"temperature": 0.1}, TypeError, "forward got 'temperature': it is an option"),
+    "module's target": ("InfoNCELoss", {"target": LABELS[:2]}, ValueError, "target has shape [2]: needs [3]"),
+}
+# What rank 0 and rank 1 ask; a part of what both say.
+DIFFERENT = {
+    "temperatures": (
+        "info_nce",
+        {"temperature": torch.tensor(0.5)},
+        {"temperature": torch.tensor(0.25)},
+        "2 on rank 0",
+    ),
+    "scales": (
+        "clip's scale",
+        {"scale": torch.tensor([2.0])},
+        {"scale": torch.tensor([2.001])},
+        "2.00099993 on rank 1",
+    ),
+    "biases": ("siglip's bias", {"bias": torch.tensor(-1.0)}, {"bias": torch.tensor(1.0)}, "-1 on rank 0, 1 on rank 1"),
+    "what is ignored": (
+        "info_nce, target",
+        {"ignore_index": 1},
+        {"ignore_index": 2},
+        "rank 0: ignore_index 1; rank 1: ignore_index 2",
+    ),
+    "gist_embed's margin": ("gist_embed", {"margin": 0.1}, {"margin": 0.2}, "guide's margin 0.1 absolute"),
+    "contrast_anchors": ("gist_embed", {}, {"contrast_anchors": False}, "rank 1: gist_embed absolute False True"),
+    "not_self": (
+        "info_nce",
+        {"mask": masks.not_self(1)},
+        {"mask": masks.not_self(-1)},
+        "block 0 leaves out column i + 1; rank 1: block 0 leaves out column i + -1",
+    ),
+    "strategy": ("ring", {}, None, "rank 0: strategy ring; rank 1: strategy gather"),
+}
+
+
+def differently(name, rank):
+    loss, one, other, _ = DIFFERENT[name]
+    if other is None:
+        return RIGHT["info_nce" if rank else loss]()
+    return RIGHT[loss](**(other if rank else one))
+
+
+def on_a_rank(rank, size, folder):
+    torch.set_num_threads(1)
+    options = {"rank": rank, "world_size": size, "timeout": datetime.timedelta(seconds=60)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", **options)
+    jobs = {name: lambda n=name: RIGHT[REFUSED[n][0]](**(REFUSED[n][1] if rank else {})) for name in REFUSED}
+    jobs |= {name: lambda n=name: differently(n, rank) for name in DIFFERENT}
+    # Harmless: a rank's own weights, workspace and backend; and parameters that differ by less than a rounding.
+    jobs["weights"] = lambda: RIGHT["info_nce"](**({"weight": torch.tensor([2.0, 0.5, 0.0])} if rank else {}))
+    jobs["a workspace"] = lambda: RIGHT["info_nce"](**({"workspace_bytes": 1 << 20} if rank else {}))
+    jobs["another backend"] = lambda: RIGHT["info_nce"](**({"backend": "reference"} if rank else {}))
+    jobs["a rounding"] = lambda: RIGHT["info_nce"](
+        temperature=torch.tensor(0.5, dtype=torch.float64) * (1 + rank * 1e-9)
+    )
+    jobs["right"] = lambda: RIGHT["info_nce"]()
+    outcome = {}
+    for name, job in jobs.items():
+        try:
+            outcome[name] = job().item()
+        except Exception as error:
+            outcome[name] = error
+            if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
+                break  # of gloo: the ranks are out of step
+    Path(folder, f"{rank}.pkl").write_bytes(pickle.dumps(outcome))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    torch.multiprocessing.start_processes(on_a_rank, (2, folder), nprocs=2, start_method="fork")
+    return [pickle.loads(Path(folder, f"{rank}.pkl").read_bytes()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_one_rank_refuses_all_ranks_raise(outcomes, name):
+    other, own = (outcome[name] for outcome in outcomes)
+    _, _, kind, told = REFUSED[name]
+    assert type(own) is kind and told in str(own), repr(own)
+    assert type(other) is ValueError and "rank 1 of group refuses: " in str(other), repr(other)
+    if kind is not IndexError:  # whose other rank knows the value, not the row
+        assert str(own) in str(other)
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_what_ranks_ask_differently_all_ranks_raise(outcomes, name):
+    first, second = (outcome[name] for outcome in outcomes)
+    assert type(first) is type(second) is ValueError and str(first) == str(second), (first, second)
+    assert DIFFERENT[name][3] in str(first), str(first)
+
+
+def test_a_target_outside_is_named_with_its_value(outcomes):
+    assert "target[1] is 6: needs an index from 0 to 5" in str(outcomes[1]["target"])
+    assert "rank 1 of group refuses: target holds 6: needs indices from 0 to 5" in str(outcomes[0]["target"])
+
+
+def whole(**options):
+    x, y = (torch.cat([t, t]) for t in two())
+    return fusedloss.info_nce(x, y, **options).item()
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("right", {}),
+        ("weights", {"weight": torch.tensor([1.0, 1.0, 1.0, 2.0, 0.5, 0.0])}),
+        ("a workspace", {}),
+        ("another backend", {}),
+        ("a rounding", {"temperature": 0.5}),
+    ],
+)
+def test_what_ranks_may_ask_differently(outcomes, name, options):
+    """And, after all of the refusals, the ranks are still in step."""
+    for outcome in outcomes:
+        assert outcome[name] == pytest.approx(whole(**options), rel=1e-6)
+
+
+# group="world" --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_world_before_init_process_group(name):
+    argument = {"clip's scale": {"scale": 2.0}, "siglip's bias": {"bias": 0.0}}.get(name, {})
+    with pytest.raises(ValueError, match=r"group='world' before init_process_group: call it first"):
+        RIGHT[name](**argument)
+
+
+@pytest.mark.parametrize("name", ["info_nce", "siglip", "sup_con"])
+def test_world_is_the_default_group(name, group_of_one):
+    alone = {
+        "info_nce": lambda: fusedloss.info_nce(*two()),
+        "siglip": lambda: fusedloss.siglip(*two(), 2.0),
+        "sup_con": lambda: fusedloss.sup_con(rows(), LABELS),
+    }
+    assert RIGHT[name]().item() == pytest.approx(alone[name]().item(), rel=1e-12)
+
+
+def test_another_word():
+    with pytest.raises(ValueError, match=r"group is 'all': needs 'world', all ranks, or a ProcessGroup"):
+        fusedloss.info_nce(*two(), group="all")
+    with pytest.raises(ValueError, match=r"group is 'all': needs 'world'"):
+        fusedloss.NTXentLoss(group="all")
+
+
+def test_a_module_of_the_world_can_be_pickled(group_of_one):
+    loss = pickle.loads(pickle.dumps(fusedloss.ClipLoss(group="world")))
+    assert loss(*two(), 2.0).item() == pytest.approx(fusedloss.clip(*two(), 2.0).item(), rel=1e-12)
+
+
+# Nothing is read back -------------------------------------------------------------------------------------------------
+
+
+def without_values(rank, size, folder):
+    """Embeddings without values, whose group has gloo for the CPU beside its own backend: reading one back raises."""
+    torch.set_num_threads(1)
+    options = {"rank": rank, "world_size": size, "timeout": datetime.timedelta(seconds=60)}
+    importlib.import_module("torch.testing._internal.distributed.fake_pg")
+    dist.init_process_group("cpu:gloo,meta:fake", init_method=f"file://{folder}/store", **options)
+    outcome = {}
+    with torch.device("meta"):
+        n, ids = 3 + rank, torch.arange(3 + rank)
+        scale = torch.ones((), requires_grad=True)
+        losses = {
+            "info_nce": lambda x, y: fusedloss.info_nce(x, y, ids, temperature=scale, group="world"),
+            "clip": lambda x, y: fusedloss.clip(x, y, scale, mask=masks.same_id(ids, ids), group="world"),
+            "siglip": lambda x, y: fusedloss.siglip(x, y, scale, scale, group="world"),
+            "ranking": lambda x, y: fusedloss.multiple_negatives_ranking(x, y, scale=scale, group="world"),
+            "gist_embed": lambda x, y: fusedloss.gist_embed(x, y, guide=(x, y), group="world"),
+            "nt_xent": lambda x, y: fusedloss.nt_xent(x, y, group="world"),
+            "sup_con": lambda x, y: fusedloss.sup_con(x + y, ids, group="world"),
+        }
+        for name, loss in losses.items():
+            x, y = (torch.ones(n, 4, requires_grad=True) for _ in range(2))
+            try:
+                loss(x, y).backward()
+                outcome[name] = list(x.grad.shape)
+            except Exception as error:
+                outcome[name] = error
+    sizes = distributed._meeting(distributed.world("world", "gather", "ddp"), torch.ones(1, device="meta"))
+    outcome["where"] = str(sizes)
+    Path(folder, f"{rank}.pkl").write_bytes(pickle.dumps(outcome))
+    dist.destroy_process_group()
+
+
+def test_beside_a_cpu_backend_nothing_is_read_from_the_device(tmp_path):
+    torch.multiprocessing.start_processes(without_values, (2, str(tmp_path)), nprocs=2, start_method="fork")
+    for rank in range(2):
+        found = pickle.loads((tmp_path / f"{rank}.pkl").read_bytes())
+        assert found.pop("where") == "cpu"
+        assert found == {name: [3 + rank, 4] for name in found} and len(found) == 7
+
+
+def test_without_a_cpu_backend_numbers_meet_on_the_device():
+    importlib.import_module("torch.testing._internal.distributed.fake_pg")  # collectives that do nothing
+    dist.init_process_group("meta:fake", store=dist.HashStore(), rank=0, world_size=2)
+    try:
+        around = distributed.world("world", "gather", "ddp")
+        assert distributed._meeting(around, torch.ones(1, device="meta")).type == "meta"
+    finally:
+        dist.destroy_process_group()
