@@ -306,8 +306,8 @@ def test_given_triplets(options, distance):
     x, labels = batch()
     triplets = torch.randint(0, ROWS, (3, 40))
     if isinstance(distance, LP) and distance.power == 1:
-        # No row with itself, nor with itself in the mirrored reference: cdist takes the root of a difference of products
-        # there, of a rounding, so that what is 0 is found to be up to 1e-8.
+        # No row with itself, nor with itself in the mirrored reference: cdist takes the root of a difference of
+        # products there, of a rounding, so that what is 0 is found to be up to 1e-8.
         triplets = torch.rand(40, ROWS // 2).argsort(1)[:, :3].T
         triplets = torch.where(torch.rand(3, 40) < 0.5, triplets, ROWS - 1 - triplets)
     triplets = tuple(triplets)

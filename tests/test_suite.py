@@ -1,0 +1,66 @@
+"""What the tests stand on: one case's fault is its own, waits are scaled, and a bound knows the condition."""
+
+from __future__ import annotations
+
+import os
+
+import patience
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from condition import exact_and_moves, within
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked here, which CUDA does not survive")
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
+def test_a_fault_on_one_rank_fails_its_own_case_alone(monkeypatch):
+    monkeypatch.setattr(ranks, "AFTER_A_FAULT", 0.1)  # the other rank waits for it until then
+
+    def run(rank, case):
+        if (rank, case) == (1, "raises"):
+            raise ValueError("not this one")
+        if (rank, case) == (1, "ends"):
+            os._exit(3)
+        number = torch.tensor(rank + 1)
+        dist.all_reduce(number)
+        return number.item()
+
+    group = ranks.Ranks(2, lambda rank: lambda case: run(rank, case))
+    try:
+        assert group("adds") == [3, 3]
+        with pytest.raises(ValueError, match="not this one") as told:
+            group("raises")
+        assert any("on rank 1" in note for note in told.value.__notes__)
+        assert group("adds") == [3, 3]
+        with pytest.raises(RuntimeError) as told:
+            group("ends")
+        assert "rank 1 ended with exit code 3" in " ".join([str(told.value), *getattr(told.value, "__notes__", [])])
+        assert group("adds") == [3, 3]
+    finally:
+        group.stop()
+
+
+def test_patience_is_a_factor(monkeypatch):
+    monkeypatch.setenv("FUSEDLOSS_TEST_PATIENCE", "2.5")
+    assert patience.seconds(4) == 10 and patience.delta(4).total_seconds() == 10
+    for wrong in ("0", "-1", "much", "nan"):
+        monkeypatch.setenv("FUSEDLOSS_TEST_PATIENCE", wrong)
+        with pytest.raises(ValueError, match=f"FUSEDLOSS_TEST_PATIENCE must be a number above 0, got '{wrong}'"):
+            patience.seconds(4)
+
+
+def test_a_bound_is_as_wide_as_the_condition_and_no_wider():
+    a, b = torch.tensor([1e4, 3.0]), torch.tensor([1e4 - 1.0, 1.0])
+
+    def run(move):
+        return {"difference": move(a.double()) - move(b.double())}
+
+    exact, moves = exact_and_moves(run, torch.float32)
+    assert exact["difference"].tolist() == [1, 2]
+    eps = torch.finfo(torch.float32).eps
+    assert 1e4 * eps < moves["difference"] < 1e5 * eps  # the first cancels: its operands' roundings are what is left
+    other = (a - b).double()
+    within(other + 1e4 * eps, other, exact["difference"], moves["difference"], "near")
+    with pytest.raises(AssertionError, match="far: off by"):
+        within(other + 1e6 * eps, other, exact["difference"], moves["difference"], "far")
