@@ -1,16 +1,13 @@
 """`gather_across_devices` of the drop-ins for sentence-transformers on two real processes, each with its own batch.
 
 Both ranks build each case from the library's class and from ours, alone and with DistributedDataParallel around the
-encoder. All cases run in one pair of processes; each has a test here, which reads what the ranks had to say about it.
+encoder. Cases run in one pair of processes, until one fails: the next has a new pair.
 """
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import inspect
 import itertools
-import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -244,37 +242,13 @@ def check(case, rank):
             close(average[name], grads[name], f"average of {name}, and that of one process")
 
 
-def on_a_rank(rank, folder):
-    torch.set_num_threads(1)
-    store, patience = f"file://{folder / 'store'}", datetime.timedelta(seconds=20)
-    distributed.init_process_group("gloo", store, rank=rank, world_size=RANKS, timeout=patience)
-    for number, case in enumerate(CASES):
-        said = folder / f"{number} on {rank}"
-        try:
-            check(case, rank)
-        except AssertionError:
-            said.write_text(traceback.format_exc())
-        except BaseException:
-            said.write_text(traceback.format_exc())
-            raise  # the other rank may be waiting: the end of both
-        else:
-            said.write_text("")
-    distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """The folder where each rank has left a file for each case that it ran: empty, or what went wrong."""
-    folder = tmp_path_factory.mktemp("ranks")
-    ended = torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException
-    with contextlib.suppress(*ended):  # why is in the files
-        torch.multiprocessing.start_processes(on_a_rank, (folder,), nprocs=RANKS, start_method="fork")
-    return folder
+def ranks():
+    ranks = Ranks(RANKS, lambda rank: lambda number: check(CASES[number], rank))
+    yield ranks
+    ranks.stop()
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=map(str, CASES))
 def test_gathered_on_two_ranks(number, ranks):
-    said = [ranks / f"{number} on {rank}" for rank in range(RANKS)]
-    reports = [file.read_text() if file.exists() else "did not get through this case" for file in said]
-    if any(reports):
-        pytest.fail("\n".join(f"rank {rank}: {text}" for rank, text in enumerate(reports) if text), pytrace=False)
+    ranks(number)

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from ranks import on_ranks
 
 pytest.importorskip("lightly")
 import lightly.loss as upstream
@@ -148,17 +149,14 @@ def test_patch(monkeypatch):
         same(name, {}, views(), counted=False)
 
 
-def on_a_rank(rank, store):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+def on_a_rank(rank):
     gathers = {"gather_distributed": True}
     same("NTXentLoss", gathers, views(seed=rank))
     same("NTXentLoss", gathers | {"temperature": 0.1}, views(1, seed=rank))
     same("NTXentLoss", gathers | {"memory_bank_size": (31, 5)}, views(seed=rank), steps=3)
     same("DCLLoss", gathers, views(seed=rank), counted=False)
     same("DCLLoss", {}, views(seed=rank))
-    torch.distributed.destroy_process_group()
 
 
-def test_on_two_ranks(tmp_path):
-    torch.multiprocessing.start_processes(on_a_rank, (str(tmp_path / "store"),), nprocs=2, start_method="fork")
+def test_on_two_ranks():
+    on_ranks(2, on_a_rank)

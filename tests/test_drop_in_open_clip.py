@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 
 import pytest
 import torch
+from ranks import on_ranks
 from torch.nn import functional as F
 
 pytest.importorskip("open_clip")
@@ -255,13 +255,7 @@ CASES += [("DistillClipLoss", {"gather_with_grad": True}), ("DistillClipLoss", {
 CASES += [("CoCaLoss", {"gather_with_grad": True})]
 
 
-def on_a_rank(rank, store):
-    import datetime
-
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", f"file://{store}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=120)
-    )
+def on_a_rank(rank):
     for name, options in CASES:
         given = arguments_of(name)
         given |= dict(zip(("image_features", "text_features"), features(seed=10 + rank), strict=True))
@@ -269,15 +263,7 @@ def on_a_rank(rank, store):
             given["logit_bias"] = scalar(-1.0)
         fuses = not (name == "DistillClipLoss" and options.get("local_loss"))
         same(name, given, options | {"rank": rank, "world_size": 2}, counted=fuses)
-    torch.distributed.destroy_process_group()
 
 
-def test_on_two_ranks(tmp_path):
-    environ = {"OMP_NUM_THREADS": "1"}
-    old = {k: os.environ.get(k) for k in environ}
-    os.environ.update(environ)
-    try:
-        torch.multiprocessing.start_processes(on_a_rank, (str(tmp_path / "store"),), nprocs=2, start_method="fork")
-    finally:
-        for k, v in old.items():
-            os.environ.pop(k) if v is None else os.environ.update({k: v})
+def test_on_two_ranks():
+    on_ranks(2, on_a_rank)
