@@ -25,12 +25,17 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="a CPU's peak can 
 
 def growth(peak: Callable[..., int], *arguments: object, sizes: tuple[int, int]) -> int:
     """`peak` must be a module's, so that another process finds it."""
-    with mock.patch.dict(os.environ, ENVIRONMENT):
-        small, large = measure.isolated(_peaks, peak, arguments, sizes, timeout=seconds(1200))
+    small, large = at_sizes(peak, *arguments, sizes=sizes)
     return large - small
 
 
-def _peaks(peak: Callable[..., int], arguments: tuple[object, ...], sizes: tuple[int, int]) -> list[int]:
+def at_sizes(peak: Callable[..., int], *arguments: object, sizes: tuple[int, ...]) -> list[int]:
+    """The peaks themselves, of which differences count."""
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        return measure.isolated(_peaks, peak, arguments, sizes, timeout=seconds(3600))
+
+
+def _peaks(peak: Callable[..., int], arguments: tuple[object, ...], sizes: tuple[int, ...]) -> list[int]:
     torch.set_num_threads(1)
     peak(*arguments, sizes[0])  # loads what a first step loads
     return [peak(*arguments, size) for size in sizes]

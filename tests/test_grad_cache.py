@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import functools
-import sys
 from typing import NamedTuple
 
 import pytest
 import torch
+from peaks import MIB, growth, on_linux
 from torch import nn
 from torch.nn import functional as F
 
 import fusedloss
 from fusedloss import masks, measure
 from fusedloss.grad_cache import GradCache
-
-MIB = 2**20
 
 
 def tower(width=5, dim=6, dropout=0.0, dtype=torch.float64):
@@ -545,10 +542,8 @@ def test_what_an_encoder_returns_is_not_changed():
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def encoder_memory(rows: int | None) -> int:
-    """Of a step of 2048 rows through activations of 16384 features, 128 MiB a matrix."""
-    with contextlib.suppress(AttributeError, OSError):  # glibc's heap of freed chunks, cut up, is not measured
-        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+def encoder_memory(rows: int | None, batch: int) -> int:
+    """Of a step through activations of 16384 features, 64 KiB a row."""
     encoder = nn.Sequential(nn.Linear(16, 16384), nn.Tanh(), nn.Linear(16384, 16))
 
     def step(x, y):
@@ -557,15 +552,14 @@ def encoder_memory(rows: int | None) -> int:
         else:
             GradCache(fusedloss.info_nce, encoder, rows=rows)(x, y, backend="chunked")
 
-    step(*torch.randn(2, 8, 16))  # torch imports what it needs for a first backward
-    x, y = torch.randn(2, 2048, 16)
+    x, y = torch.randn(2, batch, 16)
     return measure.peak_memory(lambda: step(x, y))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a CPU's peak can be reset on Linux only")
+@on_linux
 def test_activations_are_those_of_a_chunk():
-    """Four matrices and more of the whole batch; of 128 rows some of 8 MiB, and the loss's workspace."""
-    whole, chunked = (measure.isolated(encoder_memory, rows) for rows in (None, 128))
+    """Four matrices of 128 MiB and more of the whole batch; of 128 rows some of 8 MiB, and the loss's workspace."""
+    whole, chunked = (growth(encoder_memory, rows, sizes=(8, 2048)) for rows in (None, 128))
     assert whole > 450 * MIB and chunked < 64 * MIB
 
 

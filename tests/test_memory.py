@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
+from peaks import MIB, at_sizes, growth, on_linux
 
 from fusedloss import measure, testing
 from fusedloss.bench import Point, memory
 
-MIB = 2**20
+
+def peak_of(racer: str, loss: str, n: int) -> int:
+    return memory(Point(loss=loss, n=n, d=32), racer)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a CPU's peak can be reset on Linux only")
+@on_linux
 @pytest.mark.parametrize("loss", ["info_nce", "clip", "multiple_negatives_ranking"])
 def test_sixteen_times_the_logits_fit_the_same_bound(loss):
-    """Logits of 64 MiB and of 1 GiB: both steps stay under 128 MiB, the workspace of 64 and its tiles."""
-    for n in (4096, 16384):
-        point = Point(loss=loss, n=n, d=32)
-        assert measure.isolated(memory, point, "fusedloss") < 128 * MIB, f"N={n}"
+    """Logits of 64 MiB and of 1 GiB: the workspace of 64 MiB and its tiles, and what has a number for each row."""
+    few, some, many = at_sizes(peak_of, "fusedloss", loss, sizes=(64, 4096, 16384))
+    assert many - some < 64 * MIB and many - few < 128 * MIB, (few, some, many)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a CPU's peak can be reset on Linux only")
+@on_linux
 def test_the_yardstick_sees_the_logits_of_eager():
     """The same measurement on eager must find its three [N, N] matrices, or the test above could not fail."""
-    point = Point(n=4096, d=32)
-    assert measure.isolated(memory, point, "eager") > 0.6 * point.eager_bytes
+    assert growth(peak_of, "eager", "info_nce", sizes=(64, 4096)) > 0.6 * Point(n=4096, d=32).eager_bytes
 
 
 def test_gradients_are_not_copied_on_their_way_out():
@@ -54,12 +53,11 @@ def test_on_a_gpu_the_workspace_is_bounded(backend):
         assert measure.peak_memory(lambda q=query, k=key: step(q, k), "cuda") - gradients < 1100 * MIB
 
 
-def family_memory(loss: str) -> int:
-    """Of one step at N = 8192, whose logits are 256 MiB a matrix: workspaces take up to 180, as the heap is cut up."""
+def family_memory(loss: str, n: int) -> int:
     import fusedloss
 
-    x, y, gx, gy = (torch.randn(8192, 32) for _ in range(4))
-    labels = torch.arange(8192) // 4
+    x, y, gx, gy = (torch.randn(n, 32) for _ in range(4))
+    labels = torch.arange(n) // 4
     calls = {
         "gist_embed": lambda q, k: fusedloss.gist_embed(q, k, guide=(gx, gy)),
         "nt_xent": lambda q, k: fusedloss.nt_xent(q, k),
@@ -78,7 +76,7 @@ def family_memory(loss: str) -> int:
     return measure.peak_memory(lambda: step(x, y))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a CPU's peak can be reset on Linux only")
+@on_linux
 @pytest.mark.parametrize(
     "loss",
     [
@@ -94,4 +92,5 @@ def family_memory(loss: str) -> int:
     ],
 )
 def test_the_family_stays_under_one_matrix_of_logits(loss):
-    assert measure.isolated(family_memory, loss) < 256 * MIB
+    """At N = 8192 a matrix of logits is 256 MiB."""
+    assert growth(family_memory, loss, sizes=(64, 8192)) < 256 * MIB

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import pytest
 import torch
+from peaks import MIB, growth, on_linux
 from torch.nn import functional as F
 
 import fusedloss
@@ -14,7 +14,6 @@ from fusedloss import masks, measure, testing
 
 BACKENDS = ["reference", "chunked", "triton", "cuda"]
 FUSED = ["chunked", "triton", "cuda"]
-MIB = 2**20
 
 
 def batch(rows=9, keys=12, size=20, dim=6, dtype=torch.float64):
@@ -192,9 +191,9 @@ def test_what_is_kept_for_the_backward_is_the_bank_itself(normalize):
     assert bank.data_ptr() in kept
 
 
-def bank_memory(normalize: bool, joined: bool) -> int:
-    """Of a step of 256 rows against a bank of 256 MiB."""
-    query, key, bank = torch.randn(256, 1024), torch.randn(256, 1024), torch.randn(65536, 1024)
+def bank_memory(normalize: bool, joined: bool, rows: int) -> int:
+    """Of a step of 256 rows against a bank, of 4 KiB a row."""
+    query, key, bank = torch.randn(256, 1024), torch.randn(256, 1024), torch.randn(rows, 1024)
 
     def step():
         given = {"normalize": normalize, "workspace_bytes": 16 * MIB, "backend": "chunked"}
@@ -206,11 +205,11 @@ def bank_memory(normalize: bool, joined: bool) -> int:
     return measure.peak_memory(step)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a CPU's peak can be reset on Linux only")
+@on_linux
 def test_a_bank_takes_no_memory_of_its_own():
-    assert measure.isolated(bank_memory, False, True) > 256 * MIB  # or the next could not fail
+    assert growth(bank_memory, False, True, sizes=(64, 65536)) > 256 * MIB  # or the next could not fail
     for normalize in (False, True):
-        assert measure.isolated(bank_memory, normalize, False) < 64 * MIB
+        assert growth(bank_memory, normalize, False, sizes=(64, 65536)) < 64 * MIB
 
 
 # The examples ---------------------------------------------------------------------------------------------------------

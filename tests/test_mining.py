@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peaks import MIB, growth, on_linux
 from torch.nn import functional as F
 
 import fusedloss
@@ -647,31 +647,32 @@ def test_the_graph_keeps_matrices_of_embeddings_only(name):
     value.backward()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a CPU's peak can be reset on Linux only")
-@pytest.mark.parametrize("name", ["hard", "soft", "mega-batch"])
-def test_the_hardest_are_found_in_tiles(name):
-    """[N, N] would be 256 MiB."""
-    x, labels = torch.randn(8192, 8, requires_grad=True), torch.arange(8192) // 4
-    y = torch.randn(8192, 8)
+def peak_of_the_hardest(name: str, n: int) -> int:
+    x, labels = torch.randn(n, 8, requires_grad=True), torch.arange(n) // 4
+    y = torch.randn(n, 8)
 
     def step():
         loss = PAIRS[name][0](x, y, backend="chunked") if name in PAIRS else TRIPLETS[name][0](x, labels)
         loss.backward()
 
-    assert measure.peak_memory(step) < 24 * 2**20
+    return measure.peak_memory(step)
 
 
-def peak_of_triplets(name: str, classes: int) -> int:
-    x, labels = torch.randn(2048, 8, requires_grad=True), torch.arange(2048) % classes
+@on_linux
+@pytest.mark.parametrize("name", ["hard", "soft", "mega-batch"])
+def test_the_hardest_are_found_in_tiles(name):
+    """[N, N] would be 256 MiB."""
+    assert growth(peak_of_the_hardest, name, sizes=(64, 8192)) < 24 * MIB
+
+
+def peak_of_triplets(name: str, classes: int, n: int) -> int:
+    x, labels = torch.randn(n, 8, requires_grad=True), torch.arange(n) % classes
     return measure.peak_memory(lambda: TRIPLETS[name][0](x, labels, backend="chunked").backward())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a CPU's peak can be reset on Linux only")
+@on_linux
 @pytest.mark.parametrize("name", ["all", "semi-hard"])
 @pytest.mark.parametrize("classes", [1024, 2])
 def test_triplets_are_never_listed(name, classes):
-    """[N, N, N] would be 32 GiB, and a row of negatives for each pair of two labels 16; the workspace has 64 MiB.
-
-    In a fresh process: what thousands of tests leave in the allocator has been 20 MiB of its peak.
-    """
-    assert measure.isolated(peak_of_triplets, name, classes) < 128 * 2**20
+    """[N, N, N] would be 32 GiB, and a row of negatives for each pair of two labels 16; the workspace has 64 MiB."""
+    assert growth(peak_of_triplets, name, classes, sizes=(64, 2048)) < 128 * MIB

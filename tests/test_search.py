@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
+from peaks import MIB, at_sizes, on_linux
 from torch.nn import functional as F
 
 from fusedloss import measure, search
@@ -176,8 +175,8 @@ def memory(n: int) -> int:
     return measure.peak_memory(lambda: top_k(query, corpus, 10))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a CPU's peak can be reset on Linux only")
+@on_linux
 def test_memory_does_not_grow_with_the_corpus():
     """Matrices of 64 and of 512 MiB."""
-    for n in (8192, 65536):
-        assert measure.isolated(memory, n) < 64 << 20, f"N={n}"
+    few, some, many = at_sizes(memory, sizes=(64, 8192, 65536))
+    assert many - some < 64 * MIB and many - few < 64 * MIB, (few, some, many)
