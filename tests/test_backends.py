@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fusedloss
-from fusedloss import testing
+from fusedloss import sweep, testing
 from fusedloss.backends import BACKENDS
 from fusedloss.problem import Block, Problem, stats_dtype
 
@@ -61,7 +61,6 @@ COSINE = ("info_nce cosine", "clip cosine", "ranking")
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several row chunks and column tiles at tens of rows, so that merging and accumulation are exercised."""
-    from fusedloss import sweep
     from fusedloss.backends import chunked
 
     monkeypatch.setattr(sweep, "chunk_rows", lambda M, *_: min(M, 32))
@@ -382,3 +381,39 @@ def test_the_family_inside_the_error_budget(device, backend, learnable, loss, dt
             continue
         share = testing.budget_share(out, base, exact, dtype)
         assert share <= 1, f"{name}: {share:.2f} of the budget"
+
+
+# Roundings of 16-bit gradients ----------------------------------------------------------------------------------------
+
+CLASSES = torch.arange(300) % 47
+OF_A_MEAN = {
+    "linear_cross_entropy": lambda x, y, **o: fusedloss.linear_cross_entropy(x, y, CLASSES, **o),
+    "linear_cross_entropy, weighted": lambda x, y, **o: fusedloss.linear_cross_entropy(
+        x, y, CLASSES, weight=torch.linspace(0.5, 2, 320), **o
+    ),
+    "info_nce": lambda x, y, **o: fusedloss.info_nce(x, y, CLASSES, temperature=1.0, **o),
+    "clip": lambda x, y, **o: fusedloss.clip(x, y[:300], 1.0, **o),
+    "siglip": lambda x, y, **o: fusedloss.siglip(x, y, 1.0, -3.0, **o),
+    "in_batch_margin_ranking": lambda x, y, **o: fusedloss.in_batch_margin_ranking(x, y, similarity="dot", **o),
+    "multi_similarity": lambda x, y, **o: fusedloss.multi_similarity(torch.cat([x, y]), torch.arange(620) % 50, **o),
+    "proxy_anchor": lambda x, y, **o: fusedloss.proxy_anchor(x, CLASSES, y, **o),
+}
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("name", OF_A_MEAN)
+def test_a_means_gradients_in_bf16_are_rounded_once(name, narrow, monkeypatch):
+    """Their number is no power of 2, by which a division after the rounding would be exact.
+
+    Where a CPU multiplies bf16, the workspace, its rows and what torch.mm returns are rounded as well: it has no
+    other way to multiply them, and fp32 products take 1.8 times as long.
+    """
+    monkeypatch.setattr(sweep, "_cpu_multiplies_bf16", lambda: narrow)
+    tensors = [torch.randn(300, 64).bfloat16(), (torch.randn(320, 64) / 8).bfloat16()]
+    found = testing.value_and_gradients(lambda *t: OF_A_MEAN[name](*t, backend="chunked"), tensors)
+    exact = testing.value_and_gradients(
+        lambda *t: OF_A_MEAN[name](*t, backend="reference"), [t.double() for t in tensors]
+    )
+    for a, b in zip(found[1:], exact[1:], strict=True):
+        once = (b.bfloat16().double() - b).norm()
+        assert (a.double() - b).norm() <= 1.1 * (4**0.5 if narrow else 1) * once

@@ -22,10 +22,15 @@ def fold_loss(
     backend: str,
     workspace_bytes: int | None,
     target: Tensor | None = None,
+    over: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The weighted losses, or their sum; and what the fold counted, summed, where it counts."""
+    """The weighted losses, or their sum, over that number where it is given; and the sum of what the fold counted."""
     problem = fold_problem(operands, scale, weight, fold, cosine, workspace_bytes, target)
-    loss, counted = op.loss_rows_or_sum(problem, select(problem, backend), per_row=not summed)
+    backend = select(problem, backend)
+    if over is not None:
+        loss, counted = op.loss_mean(problem, backend, max(over, 1))
+    else:
+        loss, counted = op.loss_rows_or_sum(problem, backend, per_row=not summed)
     return loss, counted[0].sum() if counted else None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import select
 from ..distributed import Call, World, loss_across, world
-from ..op import loss_rows_or_sum
+from ..op import loss_mean, loss_rows_or_sum
 from ..problem import NO_MARGIN, Block, GuideRule, Margin, Problem, stats_dtype
 from ..rows import columns_and_weights, without_target
 
@@ -76,13 +76,10 @@ class Objective(NamedTuple):
         return mean_of([self])
 
     def _reduced(self) -> tuple[Tensor, list[Tensor]]:
-        problem = self.problem
-        loss, counted = loss_rows_or_sum(problem, select(problem, self.backend), self.reduction == "none")
+        problem, backend = self.problem, select(self.problem, self.backend)
         if self.reduction != "mean":
-            return loss, counted
-        if self.every_row:
-            return loss / max(problem.rows, 1), counted
-        return over(loss, problem.weight.sum()), counted
+            return loss_rows_or_sum(problem, backend, self.reduction == "none")
+        return loss_mean(problem, backend, max(problem.rows, 1) if self.every_row else divisor(problem.weight.sum()))
 
     def _stats(self, counted: list[Tensor]) -> Stats:
         problem = self.problem
@@ -154,7 +151,12 @@ def of_rows(loss: Tensor, reduction: str) -> Tensor:
 
 def over(total: Tensor, count: Tensor) -> Tensor:
     """`total / count`; without a count 0, without a gradient, but a NaN stays: of NaN rows a loss may count none."""
-    return total / count.masked_fill(count == 0, torch.inf)
+    return total / divisor(count)
+
+
+def divisor(count: Tensor) -> Tensor:
+    """What gives 0 and no gradient where there is no count."""
+    return count.masked_fill(count == 0, torch.inf)
 
 
 def objective(

@@ -80,10 +80,10 @@ def clip_distill(
     for student, teacher in (((image, text), teachers), ((text, image), teachers[::-1])):
         fold = Fold("distill", teacher=Guide(*teacher), teacher_scale=teacher_scale.detach())
         operands, _ = distinct(*student)
-        summed = reduction != "none"
-        losses.append(fold_loss(operands, scale, weight, fold, normalize, summed, backend, workspace_bytes)[0])
-    loss = losses[0] + losses[1]
-    return loss / max(rows, 1) if reduction == "mean" else loss
+        summed, over = reduction != "none", rows if reduction == "mean" else None
+        found = fold_loss(operands, scale, weight, fold, normalize, summed, backend, workspace_bytes, over=over)
+        losses.append(found[0])
+    return losses[0] + losses[1]
 
 
 class ClipDistillLoss(LossModule, function=clip_distill):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import select
-from ..op import loss_rows_or_sum
+from ..op import loss_mean, loss_rows_or_sum
 from ..problem import Block, Problem
 from ._in_batch import as_scale, autocast, columns_and_weights, distinct
 from ._module import LossModule
@@ -128,17 +128,21 @@ def linear_cross_entropy(
         softcap=float(softcap or 0.0),
         z_loss=float(z_loss),
     )
-    loss, _ = loss_rows_or_sum(problem, select(problem, backend), reduction == "none")
+    chosen, total = select(problem, backend), share.sum()
+    if reduction == "mean":
+        divisor = total.masked_fill(total == 0, 1)
+        loss, _ = loss_mean(problem, chosen, divisor)
+        if smoothed is not None:
+            loss = loss + smoothed.sum() / divisor
+        return torch.where(total == 0, torch.nan, loss)  # the gradients of a mean over nothing are 0, as torch's are
+    loss, _ = loss_rows_or_sum(problem, chosen, reduction == "none")
     if smoothed is not None:
         loss = loss + (smoothed if reduction == "none" else smoothed.sum())
     if reduction == "none":
         if kept is not None and len(kept) < target.numel():
             loss = loss.new_zeros(target.numel()).index_copy(0, kept, loss)
         return loss.reshape(target.shape)
-    if reduction == "sum":
-        return loss
-    total = share.sum()  # the gradients of a mean over nothing are 0, as torch's are
-    return torch.where(total == 0, torch.nan, loss / total.masked_fill(total == 0, 1))
+    return loss
 
 
 def _rows(input: Tensor, linear_weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

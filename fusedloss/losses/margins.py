@@ -97,9 +97,9 @@ def in_batch_margin_ranking(
     one = torch.ones((), dtype=stats_dtype(operands[0].dtype), device=anchor.device)
     weight = one.expand(len(rows)).contiguous()
     fold = Fold("margin_ranking", (float(margin), 1.0))
-    summed = reduction != "none"
-    loss, _ = fold_loss(operands, one, weight, fold, similarity == "cos", summed, backend, workspace_bytes, rows)
-    return loss / max(len(rows), 1) if reduction == "mean" else loss
+    summed, over = reduction != "none", len(rows) if reduction == "mean" else None
+    normalize = similarity == "cos"
+    return fold_loss(operands, one, weight, fold, normalize, summed, backend, workspace_bytes, rows, over)[0]
 
 
 def _pairs(

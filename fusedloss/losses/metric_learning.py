@@ -51,8 +51,7 @@ def multi_similarity(
     checks.scalar("beta", beta, None, positive=True)
     checks.number("base", base)
     options = (float(alpha), float(beta), float(base))
-    loss, _ = _folded("multi_similarity", embeddings, labels, options, reduction, backend, workspace_bytes)
-    return loss / max(embeddings.shape[0], 1) if reduction == "mean" else loss
+    return _folded("multi_similarity", embeddings, labels, options, reduction, backend, workspace_bytes, True)[0]
 
 
 def circle(
@@ -104,7 +103,9 @@ def _folded(
     reduction: str,
     backend: str,
     workspace_bytes: int | None,
+    every_row: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
+    """every_row: a mean counts all of them."""
     checks.embeddings(embeddings=embeddings)
     checks.integers("labels", labels, (embeddings.shape[0],), embeddings)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
@@ -113,7 +114,8 @@ def _folded(
     one = torch.ones((), dtype=stats_dtype(x.dtype), device=x.device)
     weight = one.expand(x.shape[0]).contiguous()
     fold = Fold(name, options, labels=(labels, labels), itself=True)
-    return fold_loss([x], one, weight, fold, True, reduction != "none", backend, workspace_bytes)
+    summed, over = reduction != "none", len(x) if every_row and reduction == "mean" else None
+    return fold_loss([x], one, weight, fold, True, summed, backend, workspace_bytes, over=over)
 
 
 class MultiSimilarityLoss(LossModule, function=multi_similarity):

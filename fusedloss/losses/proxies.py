@@ -134,8 +134,8 @@ def proxy_anchor(
     labels = (torch.arange(classes, device=target.device), index)
     fold = Fold("proxy_anchor", (float(margin), float(alpha)), labels, scalars=(classes / present.clamp_min(1),))
     operands = autocast(proxies, embeddings)
-    loss, _ = fold_loss(operands, one, weight, fold, True, reduction != "none", backend, workspace_bytes)
-    return loss / max(classes, 1) if reduction == "mean" else loss
+    summed, over = reduction != "none", classes if reduction == "mean" else None
+    return fold_loss(operands, one, weight, fold, True, summed, backend, workspace_bytes, over=over)[0]
 
 
 def _check(

@@ -99,8 +99,10 @@ def siglip(
     if around is not None:
         return loss_across(around, ask)
     (problem,) = ask().problems
-    loss, _ = op.loss_rows_or_sum(problem, select(problem, backend), per_row=reduction == "none")
-    return loss / max(problem.rows, 1) if reduction == "mean" else loss
+    chosen = select(problem, backend)
+    if reduction == "mean":
+        return op.loss_mean(problem, chosen, max(problem.rows, 1))[0]
+    return op.loss_rows_or_sum(problem, chosen, per_row=reduction == "none")[0]
 
 
 def _positives(
