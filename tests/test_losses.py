@@ -172,6 +172,23 @@ def test_a_zero_row_in_fp16_leaves_the_other_gradients_their_digits(backend):
 
 
 @pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_zero_row_has_the_gradient_of_the_formula_in_every_dtype(dtype, backend):
+    """As F.normalize's: by the unit row, over 1e-12. With a scale of 1e-9 that is a number in fp16, too."""
+    if backend == "triton" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies the bit patterns of bfloat16")
+    query, key = randn(6, 8).to(dtype), randn(7, 8).to(dtype)
+    query[1], key[-1] = 0, 0
+    step = lambda q, k, b: 1e-9 * fusedloss.info_nce(q, k, temperature=1.0, normalize=True, backend=b)
+    found = testing.value_and_gradients(lambda *t: step(*t, backend), [query, key])
+    formula = lambda q, k: 1e-9 * testing.eager_info_nce(q, k, 1.0, normalize=True)
+    exact = testing.value_and_gradients(formula, [query.double(), key.double()])
+    assert exact[1][1].norm() > 1 and exact[2][-1].norm() > 1
+    for a, b, zero in [(found[1], exact[1], 1), (found[2], exact[2], -1)]:
+        assert (a[zero].double() - b[zero]).norm() <= 2 * torch.finfo(dtype).eps * b[zero].norm()
+
+
+@pytest.mark.parametrize("backend", ALL)
 def test_a_zero_sum_of_weights_gives_zero(backend):
     query, key = randn(3, 4).float().requires_grad_(), randn(3, 4).float()
     loss = fusedloss.info_nce(query, key, weight=torch.tensor([1.0, -1.0, 0.0]), backend=backend)

@@ -114,7 +114,8 @@ def cosine_similarity(
         loss_i = (transform(cos(a_i, b_i)) - score_i)^2
 
     Args:
-        a, b: `[B, D]`; the cosine takes norms of at least 1e-8.
+        a, b: `[B, D]`; the cosine takes norms of at least 1e-8. The gradient of a shorter row is that of this value,
+            a constant norm and no projection; torch's own projects, all the same.
         score: `[B]`, any real dtype, in the unit of what `transform` returns.
         loss: "mse", or a function (or module) of two tensors [B], as `torch.nn.L1Loss()`, which reduces them itself.
         transform: applied to the cosines [B] first, as `torch.nn.Sigmoid()`; None: nothing.
