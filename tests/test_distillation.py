@@ -203,6 +203,25 @@ def test_embed_distill(distance, backend, data):
         same(lambda x: fusedloss.embed_distill(x, teacher, **options), upstream, students)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("distance", ["cosine", "mse", "l2"])
+def test_a_projection_is_not_rounded_before_the_distance(distance, autocast, dtype):
+    x, weight, teacher = torch.randn(20, 6).to(dtype), torch.randn(5, 6).to(dtype), torch.randn(20, 5)
+
+    def ours(x, w):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return fusedloss.embed_distill(x, teacher, distance=distance, projection=w)
+
+    exact = testing.value_and_gradients(ours, [x.double(), weight.double()])
+    found = testing.value_and_gradients(ours, [x, weight])
+    assert found[0].dtype == torch.float32
+    torch.testing.assert_close(found[0].double(), exact[0], rtol=1e-6, atol=0)
+    for a, b in zip(found[1:], exact[1:], strict=True):
+        assert a.dtype == dtype
+        assert (a.double() - b).norm() <= torch.finfo(dtype).eps * b.norm()
+
+
 def test_a_projection_is_trained_alongside():
     student, teacher, weight = randn(5, 3), randn(5, 4), randn(4, 3)
     ours = lambda x, w: fusedloss.embed_distill(x, teacher, distance="mse", projection=w)

@@ -147,6 +147,26 @@ def test_proxy_anchor_is_pytorch_metric_learnings(shape, margin, alpha, present,
         )
 
 
+@pytest.mark.parametrize("backend", ["chunked", "reference", "triton", "cuda"])
+@pytest.mark.parametrize("learnt", [False, True])
+def test_a_proxy_of_0_is_at_distance_1(learnt, backend):
+    """Not at the distance of a unit vector whose cosine is 0, the root of 2."""
+    x, proxies, target = torch.randn(6, 8), torch.randn(5, 8), torch.tensor([0, 1, 2, 3, 4, 2])
+    x[1], proxies[2] = 0, 0
+    scale = torch.tensor(3.0) if learnt else 3.0
+
+    def formula(x, proxies, scale):
+        apart = F.normalize(x, dim=1)[:, None] - F.normalize(proxies, dim=1)
+        return F.cross_entropy(-scale * apart.square().sum(2), target)
+
+    ours = lambda x, p, s=3.0: fusedloss.proxy_nca(x, target, p, scale=s, backend=backend)
+    tensors = [x, proxies, scale] if learnt else [x, proxies]
+    found = testing.value_and_gradients(ours, tensors)
+    exact = testing.value_and_gradients(lambda x, p, s=3.0: formula(x, p, s), [t.double() for t in tensors])
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6 if b.abs().max() < 1e6 else 1e-6 * b.abs().max())
+
+
 def test_the_defaults_are_pytorch_metric_learnings():
     x, target, proxies = inputs(9, 11, 4)
     for ours, other in ((fusedloss.proxy_nca, pml.ProxyNCALoss), (fusedloss.proxy_anchor, pml.ProxyAnchorLoss)):

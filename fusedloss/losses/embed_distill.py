@@ -39,8 +39,9 @@ def embed_distill(
             dtype, as it is: it is not rounded to the student's. It has no gradient.
         distance: "cosine" (1 - cosine, norms of at least 1e-8), "mse" (the mean of squares over T) or "l2" (the norm of
             the difference, whose gradient is 0 at 0).
-        projection: from the student's dimension to the teacher's: a weight `[T, D]`, or a function or module, as
-            `torch.nn.Linear(D, T)`. Trained alongside.
+        projection: from the student's dimension to the teacher's: a weight `[T, D]`, multiplied in fp32 whatever its
+            dtype, or a function or module, as `torch.nn.Linear(D, T)`, which runs as it is: in 16 bits its outputs are
+            rounded before the distance. Trained alongside.
         reduction: "mean", "sum" or "none" (`[B]`).
         backend: "auto", "triton", "chunked" or "reference".
 
@@ -85,7 +86,9 @@ def _projected(x: Tensor, projection: Tensor | Callable[[Tensor], Tensor]) -> Te
         return projection(x)
     if projection.dim() != 2 or projection.shape[1] != x.shape[1]:
         raise ValueError(f"projection has shape {list(projection.shape)}: needs [T, {x.shape[1]}]")
-    return F.linear(x, projection)
+    dtype = stats_dtype(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # a product in 16 bits would be rounded to them
+        return F.linear(x.to(dtype), projection.to(dtype))
 
 
 def _teachers(teacher: Tensor | Sequence[Tensor], students: Sequence[Tensor]) -> list[Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..problem import Block, Fold, stats_dtype
+from ..problem import NORM_EPS, Block, Fold, stats_dtype
 from ._fold import fold_loss
 from ._in_batch import as_scale, autocast, columns_and_weights, distinct, objective, of_rows
 from ._module import LossModule
@@ -65,7 +65,7 @@ def proxy_nca(
     operands, (query, key) = distinct(embeddings, proxies)
     return objective(
         autocast(*operands),
-        [Block(query, key)],
+        [Block(query, key, _of_short(proxies, half))],
         index,
         2 * half,
         scale_bound=None if bound is None else 2 * bound,
@@ -136,6 +136,17 @@ def proxy_anchor(
     operands = autocast(proxies, embeddings)
     summed, over = reduction != "none", classes if reduction == "mean" else None
     return fold_loss(operands, one, weight, fold, True, summed, backend, workspace_bytes, over=over)[0]
+
+
+def _of_short(proxies: Tensor, scale: Tensor) -> Tensor | None:
+    """`[C]`, what -scale |e - p|^2 has beside 2 scale e p, less what it has for unit rows: 0 but for proxies of 0.
+
+    None where nobody has to ask on a GPU, which would wait for the answer: there a bias costs a second sweep at most.
+    """
+    norm = torch.linalg.vector_norm(proxies.detach(), dim=1, dtype=scale.dtype)
+    if checks.reads_values(norm) and not bool((norm < NORM_EPS).any()):
+        return None
+    return scale * (1 - (norm / NORM_EPS).clamp(max=1).square())
 
 
 def _check(
