@@ -82,6 +82,11 @@ def _counted(count: Tensor, values: Tensor, part: Part) -> Tensor:
     return count.to(values.dtype).masked_fill_(part.weight == 0, 0)
 
 
+def _added(terms: Tensor) -> Tensor:
+    """The sum of `[R, N]` that cancel: rows in their own dtype, and the rows' sums in fp64."""
+    return terms.sum(dim=1).sum(dtype=_wide(terms))
+
+
 def _shift(x: Tensor) -> Tensor:
     shift = x.amax(dim=1, keepdim=True)
     return shift.masked_fill_(shift == -torch.inf, 0)
@@ -160,7 +165,7 @@ def sigmoid(values: Tensor, part: Part, scalars: Scalars, options: Options, grad
     _weigh_(z, part)
     torch.mul(z, values, out=other).masked_fill_((part.weight == 0)[:, None], 0)
     torch.mul(z, scale, out=values)
-    return Folded(loss, None, (other.sum(), z.sum()))
+    return Folded(loss, None, (_added(other), _added(z)))
 
 
 def sigmoid_formula(values: Tensor, part: Part, scalars: Scalars, options: Options) -> tuple[Tensor, Tensor | None]:
@@ -388,7 +393,7 @@ def sup_con_in(values: Tensor, part: Part, scalars: Scalars, options: Options, g
     dz = _weigh_(pushed.sub_(pulled), part, sides.push)
     torch.mul(dz, values, out=pulled).masked_fill_((part.weight == 0)[:, None], 0)
     torch.mul(dz, scale, out=values)
-    return Folded(loss, None, (pulled.sum(),))
+    return Folded(loss, None, (_added(pulled),))
 
 
 def sup_con_in_formula(values: Tensor, part: Part, scalars: Scalars, options: Options) -> tuple[Tensor, Tensor | None]:
@@ -506,7 +511,7 @@ def distill(values: Tensor, part: Part, scalars: Scalars, options: Options, grad
     _weigh_(dz, part)
     torch.mul(dz, values, out=z).masked_fill_((part.weight == 0)[:, None], 0)
     torch.mul(dz, scale, out=values)
-    return Folded(loss, None, (z.sum(),))
+    return Folded(loss, None, (_added(z),))
 
 
 def distill_formula(values: Tensor, part: Part, scalars: Scalars, options: Options) -> tuple[Tensor, Tensor | None]:

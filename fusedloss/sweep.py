@@ -235,8 +235,10 @@ class _Sweep:
             torch.zeros_like(bias) if wanted and bias is not None else None
             for bias, wanted in zip(self.biases, wants.biases, strict=True)
         ]
-        self.scale_grad = torch.zeros_like(problem.scale) if wants.scale else None
-        self.scalar_grads = [torch.zeros_like(problem.scale) if wanted else None for wanted in wants.scalars]
+        # Of rows and chunks whose parts cancel: fp64 costs nothing here.
+        wide = torch.float64 if problem.device.type in ("cpu", "cuda") else self.dtype
+        self.scale_grad = torch.zeros_like(problem.scale, dtype=wide) if wants.scale else None
+        self.scalar_grads = [torch.zeros_like(problem.scale, dtype=wide) if x else None for x in wants.scalars]
         self.smoothing = _Smoothing(self) if problem.label_smoothing and not self.by_row_smoothing else None
         self.gain = self._gain() if backend.workspace_dtype(problem) == torch.float16 else None
         self.gradients = [self._gradient(number) if wanted else None for number, wanted in enumerate(wants.operands)]
@@ -258,7 +260,8 @@ class _Sweep:
         counted = self.count
         if self.tally is not None and self.problem.wants_tally:
             counted = [*self.tally[:3], self.prepared.score.to(self.dtype)]
-        return Result(losses, gradients, self.scale_grad, tuple(self.bias_grads), tuple(self.scalar_grads), counted)
+        by_scale, *scalars = (None if g is None else g.to(self.dtype) for g in (self.scale_grad, *self.scalar_grads))
+        return Result(losses, gradients, by_scale, tuple(self.bias_grads), tuple(scalars), counted)
 
     def top_rows(self) -> tuple[Tensor, Tensor]:
         if not self.problem.rows or not self.problem.columns:
@@ -299,7 +302,7 @@ class _Sweep:
         )
         self._contract(chunk, outs, dict(zip(queries, rows.scaled, strict=True)), rows.weight)
         if q is not None and self.scale_grad is not None:
-            self.scale_grad += (rows.weight * q).sum()
+            self.scale_grad += (rows.weight * q).sum(dtype=self.scale_grad.dtype)
         return rows
 
     def _grad_chunk(self, chunk: slice, outs: list[Tensor]) -> Settled:
@@ -323,7 +326,7 @@ class _Sweep:
         loss = rows.loss + (spread * score - smooth * (z + score)).masked_fill(weight == 0, 0)
         target_sim = self._wanted_target_sim(chunk)
         if self.scale_grad is not None and target_sim is not None and self.wants.any:
-            self.scale_grad += (spread * target_sim - smooth * (sim + target_sim)).sum()
+            self.scale_grad += (spread * target_sim - smooth * (sim + target_sim)).sum(dtype=self.scale_grad.dtype)
         return rows._replace(loss=loss), smooth
 
     def _counts(self, chunk: slice) -> tuple[Tally | None, Tensor | None]:
@@ -556,7 +559,7 @@ class _Sweep:
         q = self.backend.grad_rows(strips, outs, rows, columns, entry, self.gain, smooth)
         self._contract(chunk, outs, self._queries(chunk), None)
         if q is not None and self.scale_grad is not None:
-            self.scale_grad += q.sum()
+            self.scale_grad += q.sum(dtype=self.scale_grad.dtype)
 
     def _gradient(self, number: int) -> _Gradient:
         finish, scale, gain = self.backend.finish, self.problem.scale, self.gain
@@ -742,7 +745,8 @@ class Partial(_Sweep):
             for chunk in _chunks(self.problem.rows, workspace.shape[0]):
                 part, outs = rows.map(functools.partial(_part, chunk=chunk)), self._outs(workspace, chunk)
                 self._grad(chunk, self._strips(chunk), outs, part, columns, _part(entry, chunk))
-        return Result(entry, self._finish(), self.scale_grad, tuple(self.bias_grads), (), [])
+        by_scale = None if self.scale_grad is None else self.scale_grad.to(self.dtype)
+        return Result(entry, self._finish(), by_scale, tuple(self.bias_grads), (), [])
 
 
 class _Gradient:
@@ -849,7 +853,8 @@ class _Smoothing:
         """To the accumulators, which the scale and the gain's inverse are still to multiply."""
         problem, weight, target_sim = sweep.problem, sweep.problem.weight, sweep.prepared.target_sim
         if sweep.scale_grad is not None and target_sim is not None:
-            sweep.scale_grad += self.eps * (weight * (target_sim - self.mean_sim)).sum()
+            terms = weight * (target_sim - self.mean_sim)
+            sweep.scale_grad += self.eps * terms.sum(dtype=sweep.scale_grad.dtype)
         gained = weight if sweep.gain is None else weight * sweep.gain
         for number, block in enumerate(problem.blocks):
             row_factor, col_factor = sweep.factors[block.query], sweep.factors[block.key]

@@ -149,5 +149,19 @@ def typical_budget_share(
     return max(math.exp(mean), max(shares) / 4 if len(shares) > 1 else 0.0)
 
 
+def condition_share(out: Tensor, exact: Tensor, terms: Tensor, largest: float) -> float:
+    """The error of a sum whose terms cancel, as a share of what their rounding allows: at most 1 passes.
+
+        |out - exact| <= eps (2 + largest) sum |terms|
+
+    For gradients by a temperature or a scale, 0-dim: `terms` are `dz_ij sim_ij`, which the budget above, of one draw,
+    cannot know to cancel. largest: of the logits' absolute values, since a term holds exp(z), and rounding z is a
+    relative eps |z| of it. eps is that of the arithmetic, `out`'s own: fp32 also for 16-bit embeddings.
+    """
+    bound = torch.finfo(out.dtype).eps * (2 + largest) * terms.double().abs().sum().item()
+    error = abs(out.double() - exact.double()).item()
+    return error / bound if bound else (0.0 if error == 0 else float("inf"))
+
+
 def _up(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()

@@ -383,6 +383,56 @@ def test_the_family_inside_the_error_budget(device, backend, learnable, loss, dt
         assert share <= 1, f"{name}: {share:.2f} of the budget"
 
 
+# Gradients by a temperature or a scale --------------------------------------------------------------------------------
+
+
+def eager_decoupled(q, k, s):
+    u, n = torch.cat([q, k]), len(q)
+    z, target = cosines(u, u) * s, torch.arange(2 * n, device=u.device).roll(n)[:, None]
+    others = z.scatter(1, target, -torch.inf).masked_fill(torch.eye(2 * n, device=u.device) > 0, -torch.inf)
+    return (others.logsumexp(1) - z.gather(1, target)[:, 0]).mean()
+
+
+def eager_in_both_directions(q, k, s):
+    z = cosines(q, k) * s
+    return (cross_entropy(z, rows_of(q), z > torch.inf) + cross_entropy(z.T, rows_of(q), z > torch.inf)) / 2
+
+
+OF_A_SCALE = {
+    "info_nce": (
+        EPILOGUES["info_nce cosine"][0],
+        lambda q, k, s: torch.nn.functional.cross_entropy(cosines(q, k) * s, rows_of(q)),
+    ),
+    "clip": (EPILOGUES["clip cosine"][0], eager_in_both_directions),
+    "decoupled": (
+        lambda q, k, s, **o: fusedloss.decoupled_contrastive(q, k, temperature=1 / s, **o),
+        eager_decoupled,
+    ),
+    **FAMILY,
+}
+SHAPES_OF_LOGITS = {"gist": (1, 3), "joint": (1, 4), **dict.fromkeys(("nt_xent", "sup_con", "decoupled"), (2, 2))}
+DRAWS = [(kind, scale, seed) for kind in testing.KINDS for scale in (7.0, 30.0) for seed in range(3)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "triton", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loss", OF_A_SCALE)
+def test_gradients_by_a_scale_are_within_their_condition(loss, dtype, backend):
+    """Sums that cancel: of a single draw, eager's error may be anything, and is no bound."""
+    ours, eager = OF_A_SCALE[loss]
+    rows, columns = SHAPES_OF_LOGITS.get(loss, (1, 1))
+    for kind, value, seed in DRAWS if backend in ("reference", "chunked") else DRAWS[::7]:
+        query, key = testing.inputs(kind, 40, 40, 24, dtype, seed=seed)
+        skip_if_unsupported(backend, query)
+        scale = torch.tensor(value, requires_grad=True)
+        (found,) = torch.autograd.grad(ours(query, key, scale, backend=backend), scale)
+        # One scale an entry: the gradient by it is the entry's term.
+        each = torch.full((40 * rows, 40 * columns), value, dtype=torch.float64, requires_grad=True)
+        (terms,) = torch.autograd.grad(eager(query.double(), key.double(), each), each)
+        share = testing.condition_share(found, terms.sum(), terms, value)
+        assert share <= 1, f"{kind}, {value}, {seed}: {share:.2f} of the bound"
+
+
 # Roundings of 16-bit gradients ----------------------------------------------------------------------------------------
 
 CLASSES = torch.arange(300) % 47
