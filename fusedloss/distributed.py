@@ -26,7 +26,7 @@ as that library does, right or wrong: `MATCH`.
 
 Refused with a group, on all ranks: label_smoothing, return_stats, bool masks (the others work), info_nce's `negatives`
 and `bank`, siglip's int64 targets, second derivatives; with strategy="ring" also backend="reference", sup_con's
-form="in", and explicit targets together with a margin or a guide.
+form="in", and explicit targets together with a margin or a guide. docs/support.md has the table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every loss as a function."""
+"""Every loss as a function; docs/support.md says what works with what."""
 
 from __future__ import annotations
 
