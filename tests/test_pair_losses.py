@@ -176,6 +176,18 @@ def test_contrastive_tension(backend, data):
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("label", [0, 1])
+def test_contrastive_tension_of_a_certain_pair(label, backend):
+    """A small loss is not what two large numbers differ by: 5e-6 here, to a relative 2e-7."""
+    dots = torch.tensor([4.8, 12.2, 30.0])
+    a = (dots if label else -dots)[:, None]
+    found = fusedloss.contrastive_tension(
+        a, torch.ones(3, 1), torch.full((3,), label), reduction="none", backend=backend
+    )
+    torch.testing.assert_close(found.double(), torch.exp(-dots.double()).log1p(), rtol=3e-7, atol=0)
+
+
 def test_contrastive_tension_of_large_dots():
     """log(1 + exp(z)) where exp(z) is beyond fp32."""
     a = torch.tensor([[100.0], [100.0], [-100.0], [-100.0]])

@@ -177,8 +177,9 @@ def contrastive_tension(
     check_numbers("label", label, [(a.shape[0],)], a)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     dots = columns("dot", a, b, backend=backend)[0]
-    reduction = reduction if len(dots) else "sum" if reduction == "mean" else reduction
-    return F.binary_cross_entropy_with_logits(dots, label.to(dots.dtype), reduction=reduction)
+    y = label.to(dots.dtype)
+    # torch's binary cross-entropy subtracts dots of 5 from 5.008: a small loss would be left with half its digits.
+    return of_rows((y - 1) * F.logsigmoid(-dots) - y * F.logsigmoid(dots), reduction)
 
 
 class ContrastiveLoss(LossModule, function=contrastive, choices={"distance": DISTANCES}):

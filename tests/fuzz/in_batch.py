@@ -1,0 +1,828 @@
+"""Softmax and sigmoid losses over the batch."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arithmetic import unit
+from .cases import DRAWERS, Case, Ops, Rows, drawer, length, lse, mean_over_counted, products, softplus, unit_rows
+from .draw import Draw
+
+
+def one_hot(target: Tensor, columns: int) -> Tensor:
+    return target[:, None] == torch.arange(columns)
+
+
+def softmax(z: Tensor, admissible: Tensor, target: Tensor, counted: Tensor, smoothing: float = 0.0) -> Tensor:
+    """logsumexp of the admissible columns and the target, minus the target's."""
+    taking = admissible | one_hot(target, z.shape[1])
+    taking = torch.where(counted[:, None], taking, True)
+    z = torch.where(counted[:, None], z, 0.0)
+    z = torch.where(taking, z, -torch.inf)
+    total, own = lse(z), z.gather(1, target[:, None])[:, 0]
+    if not smoothing:
+        return total - own
+    taking = taking & (z > -torch.inf)
+    spread = torch.where(taking, z, 0.0).sum(1) / taking.sum(1)
+    return total - (1 - smoothing) * own - smoothing * spread
+
+
+def statistics(o: Ops, z: Tensor, admissible: Tensor, target: Tensor, counted: Tensor, scale: Tensor, copies: int = 1):
+    """Of the rows that count: as `Stats` has it."""
+    at = one_hot(target, z.shape[1])
+    own = z.gather(1, target[:, None])
+    negatives = torch.where(admissible & ~at, z, -torch.inf)
+    above = o.above(negatives, own.expand_as(z), where=counted[:, None] & admissible & ~at).sum(1).double()
+    rows = counted.double()
+    most = negatives.amax(1)
+    has = counted & (most > -torch.inf)
+    count = rows.sum().clamp(min=1)
+    possible = rows.sum() * (z.shape[1] - copies)
+    there = ((negatives > -torch.inf).sum(1) * counted).sum()
+    return {
+        "accuracy": ((above == 0) * rows).sum() / count,
+        "mean_reciprocal_rank": (rows / (1 + above)).sum() / count,
+        "positive_score": (torch.where(counted, own[:, 0], 0.0) / scale).sum() / count,
+        "hardest_negative_score": (torch.where(has, most, 0.0) / scale).sum() / has.sum().clamp(min=1),
+        "masked": (possible - there) / possible if possible else torch.zeros(()),
+    }
+
+
+def unit_prefix(v: SimpleNamespace) -> bool:
+    """Whether these are prefixes of `matryoshka`, which are divided by their norms whatever the loss does."""
+    return getattr(v, "unit_prefix", False)
+
+
+class MaskDraw:
+    """A mask over [rows, columns] drawn at random; its tensors go into the case's."""
+
+    def __init__(
+        self,
+        d: Draw,
+        rows: int,
+        columns: int,
+        row_axis: str | None,
+        column_axis: str | None,
+        kinds: tuple[str, ...] = ("same_id", "same_group", "dense", "score_margin", "guide", "not_self"),
+    ):
+        self.tensors: dict[str, Tensor] = {}
+        self.axes: dict[str, tuple[str | None, ...]] = {}
+        self.points: dict[str, str] = {}
+        self.options: dict[str, Any] = {}
+        self.rows, self.columns = rows, columns
+        number = d.pick(0, 1, 1, 1, 2, 3)
+        self.kinds = tuple(dict.fromkeys(d.pick(*kinds) for _ in range(number)))
+        for kind in self.kinds:
+            if kind in ("same_id", "same_group"):
+                groups = d.pick(2, 3, max(rows, 2))
+                self.tensors[f"{kind}_rows"] = d.labels(rows, groups)
+                self.tensors[f"{kind}_keys"] = d.labels(columns, groups)
+                self.axes |= {f"{kind}_rows": (row_axis,), f"{kind}_keys": (column_axis,)}
+            elif kind == "dense":
+                self.tensors["dense"] = d.lay(d.uniform(0, 1, rows, columns) < d.pick(0.1, 0.5, 0.9))
+                self.axes["dense"] = (row_axis, column_axis)
+            elif kind == "score_margin":
+                self.options["score_margin"] = d.pick(0.0, 0.1, -0.1, 1.0)
+                if d.chance(0.3) and columns:
+                    self.tensors["exempt"] = d.lay(d.integers(-1, columns, rows, d.whole(1, 3)))
+                    self.axes["exempt"] = (row_axis, None)
+                    if column_axis:
+                        self.points["exempt"] = column_axis
+            elif kind == "guide":
+                self.options["guide"] = {
+                    "margin": d.pick(0.0, 0.0, 0.1, -0.1),
+                    "strategy": d.pick("absolute", "relative"),
+                }
+                dim, dtype = d.whole(1, 12), d.pick(d.dtype, d.dtype, torch.float32, torch.bfloat16)
+                self.tensors["guide_rows"] = d.embeddings(rows, dim, dtype=dtype)
+                self.tensors["guide_keys"] = d.embeddings(columns, dim, dtype=dtype)
+                self.axes |= {"guide_rows": (row_axis, None), "guide_keys": (column_axis, None)}
+            elif kind == "not_self":
+                self.options["not_self"] = d.pick(0, 0, 0, 1, -1, 3)
+
+    def build(self, masks: Any, t: dict[str, Tensor]) -> Any:
+        """With `fusedloss.masks`, which a formula does not see."""
+        mask = None
+        for kind in self.kinds:
+            if kind == "dense":
+                part = t["dense"]
+            elif kind == "score_margin":
+                part = masks.score_margin(self.options["score_margin"], exempt=t.get("exempt"))
+            elif kind == "guide":
+                part = masks.guide(t["guide_rows"], t["guide_keys"], **self.options["guide"])
+            elif kind == "not_self":
+                part = masks.not_self(self.options["not_self"])
+            else:
+                part = getattr(masks, kind)(t[f"{kind}_rows"], t[f"{kind}_keys"])
+            mask = part if mask is None else mask & part
+        return mask
+
+    def admissible(self, o: Ops, t: SimpleNamespace, s: Tensor, size: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns that the masks admit, before the target is let in anyway; and those that `not_self` takes out."""
+        allowed = torch.ones(self.rows, self.columns, dtype=torch.bool)
+        itself = torch.zeros_like(allowed)
+        for kind in self.kinds:
+            if kind == "same_id":
+                allowed &= t.same_id_rows[:, None] != t.same_id_keys
+            elif kind == "same_group":
+                allowed &= t.same_group_rows[:, None] == t.same_group_keys
+            elif kind == "dense":
+                allowed &= t.dense
+            elif kind == "score_margin":
+                own = s.gather(1, target[:, None])
+                above = o.above(s, own + self.options["score_margin"], size)
+                if hasattr(t, "exempt"):
+                    for column in t.exempt.T:
+                        above &= ~one_hot(column, self.columns)
+                allowed &= ~above
+            elif kind == "guide":
+                allowed &= ~guided(o, t.guide_rows, t.guide_keys, target, **self.options["guide"])
+            elif kind == "not_self":
+                itself = one_hot(torch.arange(self.rows) + self.options["not_self"], self.columns)
+        return allowed & ~itself, itself
+
+
+def guided(
+    o: Ops, rows: Tensor, keys: Tensor, target: Tensor, margin: float, strategy: str, threshold: Tensor | None = None
+) -> Tensor:
+    """What a guide drops. Without a target's column among these, its threshold is given."""
+    rows, keys = unit_rows(rows), unit_rows(keys)
+    cosines = rows @ keys.T
+    if threshold is None:
+        own = cosines.gather(1, target[:, None])
+        threshold = own - margin if strategy == "absolute" else own - own.abs() * margin
+    # The guide may be in fp32 beside embeddings in fp64.
+    return o.above(cosines, threshold, 1.0 if o.unit == unit(torch.float32) else unit(torch.float32) / o.unit)
+
+
+def norms(x: Tensor, y: Tensor, cosine: bool) -> Tensor:
+    return torch.ones(len(x), len(y)) if cosine else x.detach().norm(dim=1)[:, None] * y.detach().norm(dim=1)
+
+
+@drawer("info_nce")
+def info_nce(d: Draw) -> Case:
+    M, D = d.rows(), d.dim()
+    N = d.pick(M, M, M + d.whole(1, 20), d.whole(1, 40))
+    options: dict[str, Any] = {}
+    normalize = d.chance(0.5)
+    t: dict[str, Tensor] = {"query": d.embeddings(M, D, zeros=normalize), "key": d.embeddings(N, D, zeros=normalize)}
+    if normalize:
+        options["normalize"] = True
+    ignore = d.pick(-100, -100, -1, 0)
+    explicit = N < M or d.chance(0.4)
+    if explicit:
+        t["target"] = d.indices(M, N, ignore)
+        if ignore != -100:
+            options["ignore_index"] = ignore
+    else:
+        ignore = -100
+    row_axis, column_axis = ("row", "column") if explicit else ("row", "row") if M == N else (None, None)
+    temperature = d.parameter(d.log(0.01, 10))
+    options["temperature"] = temperature
+    kind = d.pick("plain", "plain", "plain", "negatives", "bank")
+    K = d.whole(0 if d.chance(0.2) else 1, 12)
+    columns = N + K if kind == "bank" else N
+    if kind == "bank":
+        t["bank"] = d.embeddings(K, D, zeros=normalize)
+    elif kind == "negatives":
+        t["negatives"] = d.lay(d.normal(M, K, D).to(d.dtype))
+    behind = kind == "bank"
+    if d.chance(0.35):
+        bias = d.normal(columns) * 2
+        if d.chance(0.5):
+            bias[torch.rand(columns, generator=d.generator) < 0.2] = -torch.inf
+        t["key_bias"] = d.vector(bias)
+    if d.chance(0.35):
+        weight = d.uniform(0, 2, M)
+        weight[torch.rand(M, generator=d.generator) < d.pick(0.0, 0.3, 0.3)] = 0
+        t["weight"] = d.vector(weight)
+    mask = MaskDraw(d, M, columns, row_axis, None if behind else column_axis)
+    t |= mask.tensors
+    smoothing = 0.0
+    if kind != "negatives" and d.chance(0.25):
+        smoothing = options["label_smoothing"] = d.pick(0.1, 0.5, 1.0)
+    d.reduction(options)
+    if isinstance(temperature, Tensor):
+        t["temperature"] = options.pop("temperature")
+    grads = [n for n in ("query", "key", "negatives", "key_bias", "temperature") if n in t and d.chance(0.9)]
+
+    def target(v: SimpleNamespace) -> Tensor:
+        return v.target if explicit else torch.arange(M)
+
+    def parts(o: Ops, v: SimpleNamespace) -> dict[str, Any]:
+        q, k = v.query, v.key
+        if kind == "bank":
+            k = torch.cat([k, v.bank.detach()])
+        chosen = target(v)
+        counted = chosen != ignore
+        chosen = chosen.masked_fill(~counted, 0)
+        cosine = normalize or unit_prefix(v)
+        s = products(q, k, cosine)
+        over = v.temperature.reshape(()) if isinstance(temperature, Tensor) else temperature
+        z = s / over
+        if "key_bias" in t:
+            z = z + v.key_bias
+            counted = counted & (v.key_bias[chosen] > -torch.inf)
+        allowed, itself = mask.admissible(o, v, s, norms(q, k, cosine), chosen)
+        counted = counted & ~itself.gather(1, chosen[:, None])[:, 0]
+        if "weight" in t:
+            counted = counted & (v.weight != 0)
+        if "key_bias" in t:
+            allowed = allowed & (v.key_bias > -torch.inf)
+        return {"z": z, "allowed": allowed, "target": chosen, "counted": counted, "over": over}
+
+    def formula(o: Ops, v: SimpleNamespace) -> Rows:
+        p = parts(o, v)
+        z, allowed = p["z"], p["allowed"]
+        if kind == "negatives" and K:
+            own = (v.negatives * v.query[:, None]).sum(2)
+            own = own / (length(v.negatives) * length(v.query)[:, None]) if normalize else own
+            z = torch.cat([z, own / p["over"]], 1)
+            allowed = torch.cat([allowed, torch.ones(M, K, dtype=torch.bool)], 1)
+        losses = softmax(z, allowed, p["target"], p["counted"], smoothing)
+        return mean_over_counted(losses, p["counted"], v.weight if "weight" in t else None)
+
+    def stats(o: Ops, v: SimpleNamespace) -> dict[str, Tensor]:
+        p = parts(o, v)
+        return statistics(o, p["z"], p["allowed"], p["target"], p["counted"], 1 / torch.as_tensor(p["over"]))
+
+    def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
+        import fusedloss
+
+        given = {n: v[n] for n in ("target", "negatives", "bank", "key_bias", "weight") if n in v}
+        more = {"temperature": v["temperature"]} if "temperature" in v else {}
+        return f(v["query"], v["key"], mask=mask.build(fusedloss.masks, v), **given, **more, **o)
+
+    axes = {
+        "query": (row_axis, None),
+        "key": (column_axis, None),
+        "target": ("row",),
+        "weight": (row_axis,),
+        "negatives": (row_axis, None, None),
+        "key_bias": (None if behind else column_axis,),
+        **mask.axes,
+    }
+    points = {"target": "column", **mask.points} if explicit else mask.points
+    permutable = not behind and "not_self" not in mask.kinds
+    return Case(
+        "info_nce", d.dtype, t, call, formula, tuple(grads), options,
+        axes=axes if permutable else {}, points=points, rows_axis=row_axis,
+        independent="row" if explicit and permutable else None,
+        counted=lambda o, v: parts(o, v)["counted"],
+        takes_group=kind == "plain" and not smoothing and "dense" not in mask.kinds,
+        stats=None if kind == "negatives" or d.duplicates else stats,
+        module="InfoNCELoss",
+        traits={"mask": mask.kinds, "kind": kind, "explicit": explicit, "ignore": ignore, "embeddings": ("query", "key"),
+                "weight": "weight" in t, "smoothing": smoothing},
+    )  # fmt: skip
+
+
+@drawer("clip", "contrastive_tension_in_batch")
+def clip(d: Draw, name: str) -> Case:
+    M, D = d.rows(), d.dim()
+    plain = name == "clip"
+    names = ("image_features", "text_features") if plain else ("a", "b")
+    normalize = not plain or d.chance(0.5)
+    t = {n: d.embeddings(M, D, zeros=normalize) for n in names}
+    options: dict[str, Any] = {"normalize": True} if plain and normalize else {}
+    scale = d.parameter(d.log(0.1, 100) * (d.pick(1, 1, 1, -1) if plain else 1))
+    mask = MaskDraw(d, M, M, "row", "row", ("same_id", "same_group", "dense")) if plain else None
+    if mask is not None:
+        t |= mask.tensors
+    bias = None
+    if plain and d.chance(0.3):
+        bias = d.parameter(d.real(-3, 3))
+        if isinstance(bias, Tensor):
+            t["logit_bias"] = bias
+    if isinstance(scale, Tensor):
+        t["logit_scale"] = scale
+    d.reduction(options)
+    grads = [n for n in (*names, "logit_scale", "logit_bias") if n in t and d.chance(0.9)]
+
+    def parts(o: Ops, v: SimpleNamespace) -> tuple[Tensor, Tensor, Any]:
+        x, y = (getattr(v, n) for n in names)
+        cosine = normalize or unit_prefix(v)
+        s = products(x, y, cosine)
+        factor = v.logit_scale.reshape(()) if isinstance(scale, Tensor) else scale
+        z = s * factor
+        if isinstance(bias, Tensor):
+            z = z + v.logit_bias.reshape(())
+        allowed = torch.ones(M, M, dtype=torch.bool)
+        if mask is not None:
+            allowed, _ = mask.admissible(o, v, s, norms(x, y, cosine), torch.arange(M))
+        return z, allowed, factor
+
+    def formula(o: Ops, v: SimpleNamespace) -> Rows:
+        z, allowed, _ = parts(o, v)
+        own, every = torch.arange(M), torch.ones(M, dtype=torch.bool)
+        return Rows((softmax(z, allowed, own, every) + softmax(z.T, allowed.T, own, every)) / 2)
+
+    def stats(o: Ops, v: SimpleNamespace) -> dict[str, Tensor]:
+        z, allowed, factor = parts(o, v)
+        if isinstance(bias, Tensor):
+            z = z - v.logit_bias.reshape(())
+        return statistics(o, z, allowed, torch.arange(M), torch.ones(M, dtype=torch.bool), torch.as_tensor(factor))
+
+    def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
+        import fusedloss
+
+        given = {} if mask is None else {"mask": mask.build(fusedloss.masks, v)}
+        if bias is not None:
+            given["logit_bias"] = v.get("logit_bias", bias)
+        return f(*(v[n] for n in names), logit_scale=v.get("logit_scale", scale), **given, **o)
+
+    return Case(
+        name, d.dtype, t, call, formula, tuple(grads), options,
+        axes={names[0]: ("row", None), names[1]: ("row", None), **(mask.axes if mask else {})}, rows_axis="row",
+        takes_group=plain and "dense" not in mask.kinds, stats=stats if plain and not d.duplicates and float(torch.as_tensor(scale)) > 0 else None,
+        module="ClipLoss" if plain else "ContrastiveTensionInBatchLoss",
+        traits={"embeddings": names, "mask": mask.kinds if mask else ()},
+    )  # fmt: skip
+
+
+@drawer("siglip")
+def siglip(d: Draw) -> Case:
+    M, D = d.rows(), d.dim()
+    N = d.pick(M, M, M + d.whole(1, 20), d.whole(1, 40))
+    normalize = d.chance(0.5)
+    t = {"image_features": d.embeddings(M, D, zeros=normalize), "text_features": d.embeddings(N, D, zeros=normalize)}
+    options: dict[str, Any] = {"normalize": True} if normalize else {}
+    kind = d.pick("diagonal", "target", "ids") if N >= M else d.pick("target", "ids")
+    axes: dict[str, tuple[str | None, ...]] = {}
+    if kind == "target":
+        t["target"] = d.indices(M, N)
+        axes["target"] = ("row",)
+    elif kind == "ids":
+        groups = d.pick(2, 3, max(M, 2))
+        t["row_ids"], t["key_ids"] = d.labels(M, groups), d.labels(N, groups)
+        axes |= {"row_ids": ("row",), "key_ids": ("column",)}
+    column = "column" if kind != "diagonal" else "row" if M == N else None
+    row = "row" if column else None
+    scale, bias = d.parameter(d.log(0.1, 100)), d.pick(None, d.parameter(d.real(-12, 3)))
+    for n, x in (("logit_scale", scale), ("logit_bias", bias)):
+        if isinstance(x, Tensor):
+            t[n] = x
+    d.reduction(options)
+    grads = [n for n in ("image_features", "text_features", "logit_scale", "logit_bias") if n in t and d.chance(0.9)]
+
+    def formula(o: Ops, v: SimpleNamespace) -> Rows:
+        x, y = v.image_features, v.text_features
+        z = products(x, y, normalize or unit_prefix(v)) * (
+            v.logit_scale.reshape(()) if isinstance(scale, Tensor) else scale
+        )
+        z = z + (v.logit_bias.reshape(()) if isinstance(bias, Tensor) else bias or 0.0)
+        if kind == "ids":
+            positive = v.row_ids[:, None] == v.key_ids
+        else:
+            positive = one_hot(v.target if kind == "target" else torch.arange(M), N)
+        return Rows(softplus(torch.where(positive, -z, z)).sum(1), M)
+
+    def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
+        import fusedloss
+
+        given: dict[str, Any] = {} if bias is None else {"logit_bias": v.get("logit_bias", bias)}
+        if kind == "target":
+            given["target"] = v["target"]
+        elif kind == "ids":
+            given["target"] = fusedloss.masks.same_id(v["row_ids"], v["key_ids"])
+        return f(v["image_features"], v["text_features"], logit_scale=v.get("logit_scale", scale), **given, **o)
+
+    return Case(
+        "siglip", d.dtype, t, call, formula, tuple(grads), options,
+        axes={"image_features": (row, None), "text_features": (column, None), **axes}, rows_axis=row,
+        points={"target": "column"} if kind == "target" else {}, independent="row" if kind != "diagonal" else None,
+        takes_group=kind != "target" and (kind == "ids" or N == M), module="SigLipLoss",
+        traits={"embeddings": ("image_features", "text_features"), "kind": kind},
+    )  # fmt: skip
+
+
+DIRECTIONS = ("query_to_query", "doc_to_query", "doc_to_doc")
+
+
+@drawer("multiple_negatives_ranking")
+def multiple_negatives_ranking(d: Draw) -> Case:
+    B, D = d.rows(), d.dim()
+    similarity = d.pick("cos", "cos", "dot")
+    zeros = similarity == "cos"
+    partition = d.pick("joint", "joint", "per_direction")
+    if partition == "joint":
+        directions = ("query_to_doc", *(n for n in DIRECTIONS if d.chance(0.35)))
+    else:
+        directions = ("query_to_doc", *(("doc_to_query",) if d.chance(0.8) else ()))
+    hardness = d.pick(None, None, "in_batch_negatives", "hard_negatives", "all_negatives")
+    strength = d.pick(0.0, 0.5, 9.0) if hardness else 0.0
+    count = d.pick(0, 0, 1, 2, 3)
+    owned = hardness is not None or "doc_to_doc" in directions
+    N = B if owned or len(directions) > 1 else d.pick(B, B, B + d.whole(1, 9))
+    sizes = [B if owned else d.pick(B, d.whole(1, 20)) for _ in range(count)]
+    names = [f"negative{i}" for i in range(count)]
+    t = {"anchor": d.embeddings(B, D, zeros=zeros), "positive": d.embeddings(N, D, zeros=zeros)}
+    t |= {n: d.embeddings(k, D, zeros=zeros) for n, k in zip(names, sizes, strict=True)}
+    scale = d.parameter(d.log(0.1, 100))
+    options: dict[str, Any] = {"similarity": similarity, "directions": directions, "partition_mode": partition}
+    if directions == ("query_to_doc",) and d.chance(0.5):
+        del options["directions"], options["partition_mode"]
+        partition = "joint"
+    if hardness:
+        options |= {"hardness_mode": hardness, "hardness_strength": strength}
+    widths = [N, *sizes]
+    total = sum(widths)
+    mask = MaskDraw(d, B, total, None, None) if d.chance(0.4) else None
+    if mask is not None:
+        t |= mask.tensors
+    if isinstance(scale, Tensor):
+        t["scale"] = scale
+    d.reduction(options)
+    grads = [n for n in ("anchor", "positive", *names, "scale") if n in t and d.chance(0.9)]
+
+    def parts(o: Ops, v: SimpleNamespace) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Any]:
+        a, p, *n = (getattr(v, x) for x in ("anchor", "positive", *names))
+        factor = v.scale.reshape(()) if isinstance(scale, Tensor) else scale
+        docs, owner = torch.cat([p, *n]), torch.cat([torch.arange(k) for k in widths])
+        own, every = torch.arange(B), torch.ones(B, dtype=torch.bool)
+        cosine = zeros or unit_prefix(v)
+        s = products(a, docs, cosine)
+        z = s * factor
+        if strength:
+            first = torch.arange(total) < N
+            mine = owner[None] == own[:, None]
+            other = ~mine if hardness in ("in_batch_negatives", "all_negatives") else torch.zeros_like(mine)
+            hard = mine & ~first if hardness in ("hard_negatives", "all_negatives") else torch.zeros_like(mine)
+            z = z + strength * s.detach() * (other | hard)
+        allowed, counted = torch.ones(B, total, dtype=torch.bool), every
+        if mask is not None:
+            allowed, itself = mask.admissible(o, v, s, norms(a, docs, cosine), own)
+            counted = ~itself.gather(1, own[:, None])[:, 0]
+        blocks = {"query_to_doc": (z, allowed)}
+        apart = own[:, None] != own
+        blocks["query_to_query"] = (products(a, a, cosine) * factor, apart)
+        blocks["doc_to_query"] = (products(p[:B], a, cosine) * factor, torch.ones(B, B, dtype=torch.bool))
+        blocks["doc_to_doc"] = (products(p[:B], docs, cosine) * factor, own[:, None] != owner)
+        return [blocks[x] for x in ("query_to_doc", *DIRECTIONS) if x in directions], counted, factor
+
+    def formula(o: Ops, v: SimpleNamespace) -> Rows:
+        blocks, counted, _ = parts(o, v)
+        own = torch.arange(B)
+        if partition == "joint":
+            z, allowed = torch.cat([z for z, _ in blocks], 1), torch.cat([x for _, x in blocks], 1)
+            return mean_over_counted(softmax(z, allowed, own, counted), counted)
+        # Each direction is a loss of its own, with its own rows that count.
+        found = [
+            mean_over_counted(softmax(z, x, own, counted), counted)
+            if not i
+            else Rows(softmax(z, x, own, torch.ones(B, dtype=torch.bool)))
+            for i, (z, x) in enumerate(blocks)
+        ]
+        if len(found) == 1:
+            return found[0]
+        reduction = options.get("reduction", "mean")
+        return Rows(torch.stack([x.reduced(reduction) for x in found]).mean(0), 1)
+
+    def stats(o: Ops, v: SimpleNamespace) -> dict[str, Tensor]:
+        blocks, counted, factor = parts(o, v)
+        copies = 1
+        if partition == "joint":
+            z, allowed = torch.cat([z for z, _ in blocks], 1), torch.cat([x for _, x in blocks], 1)
+        else:
+            z, allowed = blocks[0]
+        return statistics(o, z, allowed, torch.arange(B), counted, torch.as_tensor(factor), copies)
+
+    def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
+        import fusedloss
+
+        given: dict[str, Any] = {} if mask is None else {"mask": mask.build(fusedloss.masks, v)}
+        return f(v["anchor"], v["positive"], *(v[n] for n in names), scale=v.get("scale", scale), **given, **o)
+
+    once = len(directions) == 1 or partition == "joint"
+    return Case(
+        "multiple_negatives_ranking", d.dtype, t, call, formula, tuple(grads), options,
+        reductions=("mean", "sum", "none") if once else (options.get("reduction", "mean"),),
+        axes={n: ("row", None) for n in ("anchor", "positive", *names) if N == B}
+        if mask is None and all(k == B for k in sizes) else {}, rows_axis="row",
+        takes_group=mask is None and N == B and all(k == B for k in sizes),
+        stats=None if d.duplicates or len(directions) > 1 or strength else stats, module="MultipleNegativesRankingLoss",
+        traits={"embeddings": ("anchor", "positive", *names), "mask": mask.kinds if mask else (), "directions": directions,
+                "partition": partition, "hardness": hardness if strength else None},
+    )  # fmt: skip
+
+
+@drawer("gist_embed")
+def gist_embed(d: Draw) -> Case:
+    B, D = d.rows(), d.dim()
+    N = d.pick(B, B, B, B + d.whole(1, 9))
+    count = d.pick(0, 0, 1, 2)
+    sizes = [d.pick(B, d.whole(1, 20)) for _ in range(count)]
+    names = ["anchor", "positive", *(f"negative{i}" for i in range(count))]
+    guides = [f"guide_{n}" for n in names]
+    G, guide_dtype = d.whole(1, 12), d.pick(d.dtype, d.dtype, torch.float32, torch.bfloat16)
+    t = {n: d.embeddings(k, D, zeros=True) for n, k in zip(names, (B, N, *sizes), strict=True)}
+    t |= {n: d.embeddings(k, G, dtype=guide_dtype) for n, k in zip(guides, (B, N, *sizes), strict=True)}
+    if d.chance(0.2) and N == B:
+        t["guide_positive"] = t["guide_anchor"]
+        d.duplicates = True
+    temperature = d.parameter(d.log(0.01, 10))
+    options: dict[str, Any] = d.some(
+        {
+            "margin_strategy": d.pick("absolute", "relative"),
+            "margin": d.pick(0.1, -0.2, 0.0),
+            "contrast_anchors": d.chance(0.5),
+            "contrast_positives": d.chance(0.5),
+        }
+    )
+    if isinstance(temperature, Tensor):
+        t["temperature"] = temperature
+    d.reduction(options)
+    grads = [n for n in (*names, "temperature") if n in t and d.chance(0.9)]
+
+    def parts(o: Ops, v: SimpleNamespace) -> tuple[Tensor, Tensor, Any]:
+        a, p, *n = (getattr(v, x) for x in names)
+        ga, gp, *gn = (unit_rows(getattr(v, x)) for x in guides)
+        own = (ga * gp[:B]).sum(1, keepdim=True)
+        margin = options.get("margin", 0.0)
+        threshold = own - (own.abs() * margin if options.get("margin_strategy") == "relative" else margin)
+        over = v.temperature.reshape(()) if isinstance(temperature, Tensor) else temperature
+        sets = [(a, p, ga, gp)]
+        sets += [(a, a, ga, ga)] if options.get("contrast_anchors", True) else []
+        sets += [(p[:B], p, gp[:B], gp)] if options.get("contrast_positives", True) else []
+        sets += [(a, x, ga, gx) for x, gx in zip(n, gn, strict=True)]
+        z = torch.cat([products(x, y, True) / over for x, y, _, _ in sets], 1)
+        dropped = [guided(o, gx, gy, torch.arange(B), margin, "", threshold) for _, _, gx, gy in sets]
+        return z, ~torch.cat(dropped, 1), over
+
+    every = torch.ones(B, dtype=torch.bool)
+
+    def formula(o: Ops, v: SimpleNamespace) -> Rows:
+        z, allowed, _ = parts(o, v)
+        return Rows(softmax(z, allowed, torch.arange(B), every))
+
+    def stats(o: Ops, v: SimpleNamespace) -> dict[str, Tensor]:
+        z, allowed, over = parts(o, v)
+        return statistics(o, z, allowed, torch.arange(B), every, 1 / torch.as_tensor(over))
+
+    def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
+        return f(*(v[n] for n in names), guide=tuple(v[n] for n in guides),
+                 temperature=v.get("temperature", temperature), **o)  # fmt: skip
+
+    same = N == B and all(k == B for k in sizes)
+    return Case(
+        "gist_embed", d.dtype, t, call, formula, tuple(grads), options,
+        axes={n: ("row", None) for n in (*names, *guides)} if same else {}, rows_axis="row", takes_group=same,
+        stats=None if d.duplicates else stats, module="GISTEmbedLoss", traits={"embeddings": tuple(names)},
+    )  # fmt: skip
+
+
+@drawer("nt_xent", "decoupled_contrastive")
+def nt_xent(d: Draw, name: str) -> Case:
+    B, D = d.rows(), d.dim()
+    t = {n: d.embeddings(B, D, zeros=True) for n in ("z1", "z2")}
+    temperature = d.parameter(d.log(0.01, 10))
+    options: dict[str, Any] = {}
+    if isinstance(temperature, Tensor):
+        t["temperature"] = temperature
+    d.reduction(options)
+    grads = [n for n in ("z1", "z2", "temperature") if n in t and d.chance(0.9)]
+    own = torch.arange(2 * B)
+    pair = (own + B) % max(2 * B, 1)
+
+    def parts(o: Ops, v: SimpleNamespace) -> tuple[Tensor, Tensor, Any]:
+        u = torch.cat([v.z1, v.z2])
+        over = v.temperature.reshape(()) if isinstance(temperature, Tensor) else temperature
+        return products(u, u, True) / over, own[:, None] != own, over
+
+    def formula(o: Ops, v: SimpleNamespace) -> Rows:
+        z, allowed, _ = parts(o, v)
+        if name == "nt_xent":
+            return Rows(softmax(z, allowed, pair, torch.ones(2 * B, dtype=torch.bool)))
+        if B == 1:
+            return Rows((z * 0).sum(1))
+        return Rows(lse(z.masked_fill(~allowed | one_hot(pair, 2 * B), -torch.inf)) - z.gather(1, pair[:, None])[:, 0])
+
+    def stats(o: Ops, v: SimpleNamespace) -> dict[str, Tensor]:
+        z, allowed, over = parts(o, v)
+        return statistics(o, z, allowed, pair, torch.ones(2 * B, dtype=torch.bool), 1 / torch.as_tensor(over))
+
+    return Case(
+        name, d.dtype, t, lambda f, v, o: f(v["z1"], v["z2"], temperature=v.get("temperature", temperature), **o),
+        formula, tuple(grads), options, axes={"z1": ("row", None), "z2": ("row", None)}, rows_axis="pairs",
+        takes_group=name == "nt_xent", stats=None if d.duplicates or name != "nt_xent" else stats,
+        module="NTXentLoss" if name == "nt_xent" else "DCLLoss", traits={"embeddings": ("z1", "z2")},
+    )  # fmt: skip
+
+
+@drawer("clip_distill")
+def clip_distill(d: Draw) -> Case:
+    M, D, T = d.rows(), d.dim(), d.dim()
+    normalize = d.chance(0.5)
+    names = ("image_features", "text_features")
+    t = {n: d.embeddings(M, D, zeros=normalize) for n in names}
+    dtype = d.pick(d.dtype, d.dtype, torch.float32, torch.bfloat16)
+    t |= {f"teacher_{n}": d.embeddings(M, T, dtype=dtype) for n in names}
+    scale, teacher_scale = d.parameter(d.log(0.1, 100)), d.parameter(d.log(0.1, 30))
+    options: dict[str, Any] = {"normalize": True} if normalize else {}
+    for n, x in (("logit_scale", scale), ("teacher_logit_scale", teacher_scale)):
+        if isinstance(x, Tensor):
+            t[n] = x
+    d.reduction(options)
+    grads = [n for n in (*names, "logit_scale") if n in t and d.chance(0.9)]
+
+    def formula(o: Ops, v: SimpleNamespace) -> Rows:
+        x, y = (getattr(v, n) for n in names)
+        z = products(x, y, normalize) * (v.logit_scale.reshape(()) if isinstance(scale, Tensor) else scale)
+        other = v.teacher_logit_scale.reshape(()) if isinstance(teacher_scale, Tensor) else teacher_scale
+        w = v.teacher_image_features @ v.teacher_text_features.T * other
+        losses = 0
+        for student, teacher in ((z, w), (z.T, w.T)):
+            log_p, log_q = teacher - lse(teacher)[:, None], student - lse(student)[:, None]
+            losses = losses + (log_p.exp() * (log_p - log_q)).sum(1) / 2
+        return Rows(losses)
+
+    def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
+        return f(v["image_features"], v["text_features"], v.get("logit_scale", scale), v["teacher_image_features"],
+                 v["teacher_text_features"], v.get("teacher_logit_scale", teacher_scale), **o)  # fmt: skip
+
+    return Case(
+        "clip_distill", d.dtype, t, call, formula, tuple(grads), options,
+        axes={n: ("row", None) for n in (*names, *(f"teacher_{n}" for n in names))}, rows_axis="row",
+        module="ClipDistillLoss",
+    )  # fmt: skip
+
+
+@drawer("mega_batch_margin", "in_batch_margin_ranking")
+def margins(d: Draw, name: str) -> Case:
+    B, D = d.rows(), d.dim()
+    mega = name == "mega_batch_margin"
+    N = B if mega else d.pick(B, B + d.whole(1, 20))
+    options: dict[str, Any] = {}
+    if mega:
+        options = d.some({"positive_margin": d.real(-0.5, 1), "negative_margin": d.real(-0.5, 0.8)})
+    else:
+        options = d.some({"margin": d.real(-0.5, 1.5), "similarity": d.pick("cos", "dot")})
+    cosine = mega or options.get("similarity", "cos") == "cos"
+    t = {"anchor": d.embeddings(B, D, zeros=cosine), "positive": d.embeddings(N, D, zeros=cosine)}
+    d.reduction(options)
+    own = torch.arange(B)
+
+    def formula(o: Ops, v: SimpleNamespace) -> Rows:
+        a, p = v.anchor, v.positive
+        s, size = products(a, p, cosine), norms(a, p, cosine)
+        mine = s.gather(1, own[:, None])
+        if mega:
+            first = o.kink(options.get("positive_margin", 0.8) - mine[:, 0], 1)
+            if B == 1:
+                return Rows(first)
+            others = s.masked_fill(one_hot(own, N), -torch.inf)
+            hardest = others.gather(1, o.first_largest(others)[:, None])[:, 0]
+            return Rows(first + o.kink(hardest - options.get("negative_margin", 0.3), 1))
+        apart = options.get("margin", 0.5) - mine + s
+        lost = o.kink(apart, size + size.gather(1, own[:, None]), where=~one_hot(own, N))
+        return Rows(lost.masked_fill(one_hot(own, N), 0).sum(1) / max(N - 1, 1))
+
+    return Case(
+        name, d.dtype, t, lambda f, v, o: f(v["anchor"], v["positive"], **o), formula,
+        tuple(n for n in t if d.chance(0.9)), options,
+        axes={"anchor": ("row", None), "positive": ("row", None)} if N == B else {}, rows_axis="row",
+        module="MegaBatchMarginLoss" if mega else "InBatchMarginRankingLoss",
+    )  # fmt: skip
+
+
+# Losses of losses -----------------------------------------------------------------------------------------------------
+
+INNER = (
+    "info_nce",
+    "info_nce",
+    "clip",
+    "multiple_negatives_ranking",
+    "gist_embed",
+    "nt_xent",
+    "sup_con",
+    "siglip",
+    "cosent",
+)
+
+
+def _inner(d: Draw) -> Case | None:
+    """A loss with options that a prefix's loss may have."""
+    for _ in range(20):
+        case = DRAWERS[d.pick(*INNER)](d)
+        if not {"negatives", "bank"} & set(case.tensors) and case.traits.get("embeddings"):
+            return case
+    raise AssertionError("no loss of embeddings alone in 20 draws")
+
+
+def cut(inner: Case, v: SimpleNamespace, prefixes: dict[str, Tensor]) -> SimpleNamespace:
+    if inner.name == "cosent":  # some of whose similarities do not divide by norms
+        prefixes = {n: unit_rows(x) for n, x in prefixes.items()}
+    return SimpleNamespace(**{**vars(v), **prefixes, "unit_prefix": True})
+
+
+def _dims(d: Draw, D: int) -> tuple[int, ...]:
+    return tuple(int(x) + 1 for x in d.permutation(D)[: d.whole(1, min(3, D))])
+
+
+def _over(parts: list[tuple[float, Rows | Tensor]], reduction: str) -> Rows | Tensor:
+    """A weighted sum of losses, each reduced by itself."""
+    if not isinstance(parts[0][1], Rows):
+        return sum(w * x for w, x in parts)
+    return Rows(sum(w * x.reduced(reduction) for w, x in parts), 1)
+
+
+@drawer("matryoshka")
+def matryoshka(d: Draw) -> Case:
+    inner = _inner(d)
+    names = inner.traits["embeddings"]
+    dims = _dims(d, inner.tensors[names[0]].shape[1])
+    weights = d.pick(None, [d.real(0, 2) for _ in dims])
+    reduction = inner.reduction()
+
+    def prefixes(v: SimpleNamespace, dim: int) -> SimpleNamespace:
+        return cut(inner, v, {n: getattr(v, n)[:, :dim] for n in names})
+
+    def formula(o: Ops, v: SimpleNamespace) -> Rows | Tensor:
+        given = weights or [1.0] * len(dims)
+        return _over(
+            [(w, inner.formula(o, prefixes(v, k))) for k, w in zip(dims, given, strict=True)], reduction or "mean"
+        )
+
+    def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
+        import fusedloss
+
+        loss = getattr(fusedloss.functional, inner.name)
+        return inner.call(lambda *x, **k: f(loss, *x, dims=dims, weights=weights, **k), v, o)
+
+    return Case(
+        "matryoshka", inner.dtype, inner.tensors, call, formula, inner.grads, inner.options,
+        reductions=(reduction,) if reduction else (), default_reduction=inner.default_reduction, rows_axis=None,
+        traits={**inner.traits, "inner": inner.name, "dims": dims},
+    )  # fmt: skip
+
+
+@drawer("adaptive_layer", "matryoshka_2d")
+def adaptive_layer(d: Draw, name: str) -> Case:
+    inner = _inner(d)
+    inner.options.pop("reduction", None)
+    if inner.name in ("multiple_negatives_ranking",):
+        inner.reductions = ("mean",)
+    names, layers = inner.traits["embeddings"], d.whole(1, 4)
+    t = dict(inner.tensors)
+    shapes = {n: t[n].shape for n in names}
+    for n in names:
+        t[n] = d.lay(d.normal(layers, *shapes[n]).to(inner.dtype))
+    D = shapes[names[0]][1]
+    dims = _dims(d, D) if name == "matryoshka_2d" else None
+    options = d.some({
+        "last_layer_weight": d.real(0, 2), "prior_layers_weight": d.real(0, 2), "kl_div_weight": d.real(0, 2),
+        "kl_temperature": d.pick(0.0, 0.3, 1.0), "layer_weighting": d.pick("uniform", "log", "linear"),
+    })  # fmt: skip
+    if layers > 1 and d.chance(0.4):
+        options["layer_indices"] = [int(x) for x in d.permutation(layers - 1)[: d.whole(1, layers - 1)]]
+    given = {
+        "last_layer_weight": 1.0,
+        "prior_layers_weight": 1.0,
+        "kl_div_weight": 1.0,
+        "kl_temperature": 0.3,
+        "layer_weighting": "uniform",
+        "layer_indices": list(range(layers - 1)),
+        **options,
+    }
+    weigh = {"uniform": lambda i: 1.0, "log": lambda i: 1 / (1 + math.log(1 + i)), "linear": lambda i: 1 / (1 + i)}[
+        given["layer_weighting"]
+    ]
+    options |= inner.options
+
+    def one(o: Ops, v: SimpleNamespace, layer: int) -> Tensor:
+        def of(dim: int | None) -> Tensor:
+            own = {n: getattr(v, n)[layer] for n in names}
+            given = SimpleNamespace(**{**vars(v), **own})
+            if dim is not None:
+                given = cut(inner, v, {n: x[:, :dim] for n, x in own.items()})
+            found = inner.formula(o, given)
+            return found.reduced(inner.default_reduction) if isinstance(found, Rows) else found
+
+        return of(None) if dims is None else sum(of(k) for k in dims)
+
+    def formula(o: Ops, v: SimpleNamespace) -> Tensor:
+        total = given["last_layer_weight"] * one(o, v, layers - 1)
+        indices, T = given["layer_indices"], given["kl_temperature"]
+        for i in indices:
+            total = total + one(o, v, i) * given["prior_layers_weight"] * weigh(i) / len(indices)
+            if T and given["kl_div_weight"]:
+                own = torch.cat([getattr(v, n)[i] for n in names]) / T
+                last = torch.cat([getattr(v, n)[layers - 1] for n in names]).detach() / T
+                log_q, log_p = own - lse(own)[:, None], last - lse(last)[:, None]
+                total = total + given["kl_div_weight"] * T * (log_p.exp() * (log_p - log_q)).sum(1).mean()
+        return total
+
+    def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
+        import fusedloss
+
+        loss = getattr(fusedloss.functional, inner.name)
+        more = {} if dims is None else {"dims": dims}
+        return inner.call(lambda *x, **k: f(loss, *x, **more, **k), v, o)
+
+    return Case(name, inner.dtype, t, call, formula, inner.grads, options, reductions=(),
+                traits={**inner.traits, "inner": inner.name})  # fmt: skip
