@@ -279,7 +279,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def _from_inputs(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
         """What the forward has not kept; autograd refuses where an input has been written to since."""
-        scale, target, weight, *rest = ctx.saved_tensors
+        scale, target, weight, *rest = _saved(ctx)
         tensors, constants = rest[: ctx.count], rest[ctx.count :]
         if torch.is_grad_enabled():
             return _differentiable_gradients(ctx.plan, ctx.wanted, upstream, scale, target, weight, tensors, constants)
@@ -383,6 +383,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     scale, target, weight, tensors, constants, *options, wanted = inputs
     ctx.plan, ctx.wanted, ctx.count, ctx.constants = Plan(*options), wanted, len(tensors), len(constants)
     ctx.save_for_backward(scale, target, weight, *tensors, *constants, *output[2:])
+
+
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    """What the forward saved; torch's error where some of it was written to since speaks of no argument."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "`bank`, or another tensor of the loss, must stay as it is until the last backward that reads it (per row, "
+            f"with negatives, a second one, create_graph), got one that was modified since; write to it after that, or "
+            f"pass bank.clone(). {error}"
+        ) from error
 
 
 def _backward(ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import pickle
 import sys
@@ -104,3 +105,36 @@ def test_a_reason_is_told_once(caplog):
 def test_a_missing_library_is_named_with_what_to_install():
     with pytest.raises(ImportError, match=r"needs no-such, tested with 1.2: pip install 'no-such==1.2'"):
         _drop_in.library("no_such_library", "no-such", "1.2")
+
+
+def test_what_raises_is_not_counted():
+    @_drop_in.counted
+    def call(name, fails=False, inner=None):
+        assert _drop_in.runs_fused(name, None)
+        if inner:
+            inner()
+        if fails:
+            raise ValueError("labels")
+
+    before = calls.copy()
+    call("a_library.Counted")
+    with pytest.raises(ValueError, match="labels"):
+        call("a_library.Counted", fails=True)
+    assert calls - before == {"a_library.Counted": 1}
+    call("a_library.Outer", inner=lambda: call("a_library.Inner"))
+    assert calls - before == {"a_library.Counted": 1, "a_library.Outer": 1, "a_library.Inner": 1}
+
+
+def test_an_object_made_beforehand_is_pickled(library):
+    """By its class's name, which leads to ours while the patch stands."""
+    module, _ = library
+    (Loss, _), original = ours_of(module), module.Loss
+    made = original()
+    made.scale = 3.0
+    with Patch({original: Loss}), Patch({original: Loss}):
+        for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+            data = pickle.dumps(made, protocol)
+            assert type(pickle.loads(data)) is Loss
+        assert type(copy.deepcopy(made)) is Loss and copy.copy(made).scale == 3.0
+    back = pickle.loads(data)
+    assert type(back) is type(copy.copy(made)) is original and back.scale == 3.0

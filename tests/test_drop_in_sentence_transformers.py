@@ -13,6 +13,7 @@ import itertools
 import logging
 import math
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -333,6 +334,68 @@ def test_objects_without_a_constructor():
         loss.similarity_fct, loss.cross_entropy_loss = nn.CosineSimilarity(dim=-1), nn.CrossEntropyLoss()
         results.append(run(loss, 2))
     same(*results)
+
+
+AN_ENCODER = """
+import torch
+class Encoder(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(torch.nn.Linear(5, 8))
+    def get_embedding_dimension(self):
+        return 8
+    def forward(self, features):
+        return {**features, "sentence_embedding": self[0](features["input_ids"])}
+"""
+ELSEWHERE = """
+import pickle, sys, torch
+sys.modules["fusedloss"] = sys.modules["torchvision"] = None  # as where they are not installed
+from sentence_transformers.sentence_transformer import losses
+for data in pickle.load(open("losses.pickle", "rb")):
+    loss = pickle.loads(data)
+    assert type(loss) is losses.MatryoshkaLoss and loss.loss.model is loss.model, loss
+    torch.manual_seed(0)
+    value = loss([{"input_ids": torch.randn(7, 5)} for _ in range(2)], None)
+    value.backward()
+    print(value.item())
+"""
+
+
+def test_a_loss_saved_under_the_patch_loads_without_fusedloss(tmp_path, monkeypatch):
+    (tmp_path / "an_encoder.py").write_text(AN_ENCODER)
+    monkeypatch.syspath_prepend(tmp_path)
+    encoder = importlib.import_module("an_encoder").Encoder()
+
+    losses = importlib.import_module("sentence_transformers.sentence_transformer.losses")
+
+    def made():
+        for inner in (MNRL, f"Cached{MNRL}"):
+            yield losses.MatryoshkaLoss(encoder, getattr(losses, inner)(encoder), [8, 4])
+
+    before = list(made())
+    with fused.patch():
+        own = list(made())
+        assert [type(loss) for loss in own] == [fused.MatryoshkaLoss] * 2
+        saved = [pickle.dumps(loss) for loss in before + own]
+        assert not any(b"fusedloss" in data for data in saved)
+        for data in saved:
+            back = pickle.loads(data)
+            assert type(back) is fused.MatryoshkaLoss
+            decorator = vars(back.loss).get("calculate_loss")
+            assert decorator is None or type(decorator) is fused._modifiers.CachedLossDecorator
+    (tmp_path / "losses.pickle").write_bytes(pickle.dumps(saved))
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    child = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": paths},
+        text=True,
+        capture_output=True,
+    )
+    assert child.returncode == 0, child.stderr
+    torch.manual_seed(0)
+    columns = [{"input_ids": torch.randn(7, 5)} for _ in range(2)]
+    wanted = [loss([dict(column) for column in columns], None).item() for loss in before]
+    assert [float(line) for line in child.stdout.split()] == pytest.approx(wanted * 2, rel=1e-5)
 
 
 def test_a_subclass_that_calls_super():

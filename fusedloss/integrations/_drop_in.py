@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copyreg
+import functools
 import importlib
 import logging
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from types import ModuleType, TracebackType
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
+
+import torch
 
 from fusedloss import environment
 
@@ -17,6 +22,10 @@ logger = logging.getLogger("fusedloss")
 # How often each drop-in ran fused code, by "library.Class": what shows that an accelerated script is accelerated.
 calls: Counter[str] = Counter()
 _told: set[tuple[str, str]] = set()
+_running: ContextVar[list[str] | None] = ContextVar("running", default=None)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def disabled() -> bool:
@@ -26,17 +35,42 @@ def disabled() -> bool:
 def runs_fused(name: str, why_not: str | None) -> bool:
     """Whether this call of drop-in `name` runs fused code: counts it, or tells the reason once.
 
+    Inside of a function that is `counted` it counts when that returns.
+
     why_not: what stands against it, in words that follow "because".
     """
     if disabled():
         return False
     if why_not is None:
-        calls[name] += 1
+        running = _running.get()
+        if running is None:
+            calls[name] += 1
+        else:
+            running.append(name)
         return True
     if (name, why_not) not in _told:
         _told.add((name, why_not))
         logger.warning("%s runs the library's own code, because %s", name, why_not)
     return False
+
+
+def counted(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, whose fused calls count when it returns: one that raises has not run."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():  # Dynamo has no context variables
+            return function(*args, **kwargs)
+        names: list[str] = []
+        token = _running.set(names)
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            _running.reset(token)
+        calls.update(names)
+        return result
+
+    return wrapped
 
 
 def library(name: str, distribution: str, tested: str) -> ModuleType:
@@ -55,7 +89,8 @@ class Patch:
 
     That includes modules that are imported meanwhile; a module that held ours beforehand keeps it. While the patch
     stands our classes carry the originals' `__module__`: model cards link to the library's documentation, and pickle
-    finds them by that name.
+    finds them by that name. An object of an original class, made beforehand, is pickled and copied by the same name,
+    so it comes back as ours while the patch stands, and as the library's elsewhere.
     """
 
     def __init__(self, replacements: Mapping[Any, Any]):
@@ -64,19 +99,21 @@ class Patch:
         self._chosen = {(module.__name__, name) for module, name, _ in _places(ours)}
         for module, name, own in _places({id(original): own for original, own in self._replacements.items()}):
             setattr(module, name, own)
-        self._modules = {}
+        self._modules: dict[type, tuple[type, str]] = {}
         for original, own in self._replacements.items():
             if isinstance(own, type) and own.__module__ != original.__module__:  # as where another patch stands
-                self._modules[own] = own.__module__
+                self._modules[own] = original, own.__module__
                 own.__module__ = original.__module__
+                copyreg.pickle(original, functools.partial(_by_name, own))
 
     def undo(self) -> None:
         """Puts the originals back; a second time there is nothing to do."""
         for module, name, original in _places({id(own): original for original, own in self._replacements.items()}):
             if (module.__name__, name) not in self._chosen:
                 setattr(module, name, original)
-        for own, name in self._modules.items():
+        for own, (original, name) in self._modules.items():
             own.__module__ = name
+            copyreg.dispatch_table.pop(original, None)
         self._replacements, self._modules = {}, {}
 
     def __enter__(self) -> Self:
@@ -89,6 +126,13 @@ class Patch:
 
     def __repr__(self) -> str:
         return f"Patch({', '.join(sorted(own.__name__ for own in self._replacements.values()))})"
+
+
+def _by_name(own: type, instance: object) -> tuple[Any, ...]:
+    """How an object of the original class is pickled while its name leads to ours."""
+    reduced = instance.__reduce_ex__(2)
+    assert isinstance(reduced, tuple)
+    return object.__new__, (own,), *reduced[2:]
 
 
 def _places(wanted: Mapping[int, Any]) -> list[tuple[ModuleType, str, Any]]:

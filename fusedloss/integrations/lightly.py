@@ -19,7 +19,7 @@ from .. import checks, masks
 from ..losses.info_nce import info_nce
 from ..losses.nt_xent import decoupled_contrastive, nt_xent
 from ..rowwise.pairs import scores
-from ._drop_in import Patch, library, runs_fused
+from ._drop_in import Patch, counted, library, runs_fused
 from ._fits import only, overridden, refusal
 
 library("lightly.loss", "lightly", "1.6.0")
@@ -44,6 +44,7 @@ def _why_not(out0: Tensor, out1: Tensor, temperature: float | Tensor) -> str | N
 class NTXentLoss(_NTXentLoss):
     """lightly's NTXentLoss in O(B D) memory, or O((B + bank) D)."""
 
+    @counted
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         if not runs_fused("lightly.NTXentLoss", self._why_not(out0, out1)):
             return super().forward(out0, out1)
@@ -89,6 +90,7 @@ class NTXentLoss(_NTXentLoss):
 class DCLLoss(_DCLLoss):
     """lightly's DCLLoss in O(B D) memory; `weight_fn` is called as lightly calls it."""
 
+    @counted
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         kind = DCLWLoss if isinstance(self, DCLWLoss) else DCLLoss
         if not runs_fused(f"lightly.{kind.__name__}", self._why_not(out0, out1)):

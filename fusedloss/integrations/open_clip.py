@@ -27,7 +27,7 @@ from ..losses.cross_entropy import cross_entropy
 from ..losses.info_nce import info_nce
 from ..losses.siglip import siglip
 from ..problem import stats_dtype
-from ._drop_in import Patch, library, runs_fused
+from ._drop_in import Patch, counted, library, runs_fused
 from ._fits import only, overridden, refusal
 
 library("open_clip", "open_clip_torch", "3.3.0")
@@ -66,6 +66,7 @@ class ClipLoss(_ClipLoss):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **_known(_ClipLoss, kwargs))
 
+    @counted
     def forward(
         self,
         image_features: Tensor,
@@ -120,6 +121,7 @@ class CoCaLoss(_CoCaLoss, ClipLoss):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **_known(_CoCaLoss, kwargs))
 
+    @counted
     def forward(  # type: ignore[override]
         self,
         image_features: Tensor,
@@ -163,6 +165,7 @@ class DistillClipLoss(_DistillClipLoss, ClipLoss):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **_known(_DistillClipLoss, kwargs))
 
+    @counted
     def forward(  # type: ignore[override]
         self,
         image_features: Tensor,
@@ -235,6 +238,7 @@ class SigLipLoss(_SigLipLoss):
     ) -> Any:
         return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
 
+    @counted
     def _loss(
         self,
         image_features: Tensor,

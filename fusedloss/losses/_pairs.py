@@ -39,6 +39,16 @@ def check_columns(query: Tensor, positive: Tensor, negatives: Sequence[Tensor]) 
     check_rows(query=query, positive=positive, **{f"negatives[{i}]": x for i, x in enumerate(negatives)})
 
 
+def check_not_negative(name: str, value: Tensor) -> None:
+    """On a CPU: a label that says how much two things are the same."""
+    if checks.reads_values(value) and value.dtype.is_signed and bool((value < 0).any()):
+        row = int((value < 0).nonzero()[0, 0])
+        raise ValueError(
+            f"{name} must hold 1 for the same and 0 for not, got {value[row].item()} in row {row}; "
+            f"of labels +1 and -1 pass ({name} > 0)"
+        )
+
+
 def check_numbers(name: str, value: Tensor, shapes: Sequence[tuple[int, ...]], like: Tensor) -> None:
     """A label: real numbers of any dtype, of one of these shapes."""
     if not isinstance(value, Tensor) or value.dtype.is_complex:

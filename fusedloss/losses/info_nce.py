@@ -65,8 +65,9 @@ def info_nce(
             concern them. The rows' sums are then merged outside of the sweep, which costs it a fourth product.
         bank: `[K, D]`, K more columns that every row sees, behind the keys: a queue (MoCo), a memory (XBM). It is read
             where it lies, in any strides, never copied (but for autocast, if it is not in its dtype), and receives no
-            gradient. It may be overwritten as soon as the loss is there; a backward that needs it again (reduction
-            "none", `negatives`, a second backward, create_graph, backend "reference") then says so.
+            gradient, also where it requires one. It may be overwritten as soon as the loss is there; a backward that
+            needs it again (reduction "none", `negatives`, a second backward, create_graph) then raises a RuntimeError
+            that names it, and with backend "reference" torch's own.
         key_bias: `[N]`, added to every row's logits (logQ correction: minus the log of each key's sampling
             probability). -inf removes a key, and leaves out the rows whose target it is. Receives a gradient.
             With a bank `[N + K]`.

@@ -12,7 +12,7 @@ from .. import checks
 from ..rowwise.pairs import columns
 from ._in_batch import of_rows
 from ._module import LossModule
-from ._pairs import check_numbers, check_rows, squares
+from ._pairs import check_not_negative, check_numbers, check_rows, squares
 
 DISTANCES = ("cosine", "euclidean", "manhattan")
 
@@ -33,7 +33,8 @@ def contrastive(
 
     Args:
         a, b: `[B, D]`, float16, bfloat16, float32 or float64, any strides.
-        label: `[B]`, any real dtype; numbers other than 0 and 1 weigh both terms as the formula says.
+        label: `[B]`, any real dtype; numbers between 0 and 1 weigh both terms as the formula says. One below 0, as of
+            labels +1 and -1, has no meaning: an error on a CPU, where values are read.
         distance: "cosine" (1 - cosine, norms of at least 1e-8), or "euclidean" or "manhattan" of `a - b + 1e-6`, as
             torch.nn.functional.pairwise_distance has them: equal rows have a finite gradient.
         margin: in the unit of the distance.
@@ -66,8 +67,8 @@ def online_contrastive(
              + sum over y_i = 0 with d_i < max{d_j : y_j = 1} of relu(margin - d_i)^2
 
     Where one class is missing, the threshold is the mean distance of the other. Pairs with any other label take no
-    part. Nothing is read back: masks, no selection. A NaN distance counts as hard, and so shows. Parameters but for
-    `reduction`, and errors, are `contrastive`'s.
+    part, and labels below 0 are an error on a CPU. Of a GPU nothing is read back: masks, no selection. A NaN distance
+    counts as hard, and so shows. Parameters but for `reduction`, and errors, are `contrastive`'s.
 
     Example:
         >>> fusedloss.online_contrastive(encoder(a), encoder(b), same, margin=0.5).backward()
@@ -92,6 +93,7 @@ def _mean(d: Tensor, chosen: Tensor) -> Tensor:
 def _distances(a: Tensor, b: Tensor, label: Tensor, distance: str, margin: float, backend: str) -> Tensor:
     check_rows(a=a, b=b)
     check_numbers("label", label, [(a.shape[0],)], a)
+    check_not_negative("label", label)
     checks.choice("distance", distance, DISTANCES)
     checks.number("margin", margin)
     if distance == "cosine":
@@ -158,7 +160,7 @@ def contrastive_tension(
 
     Args:
         a, b: `[B, D]`, each by its own encoder.
-        label: `[B]`, any real dtype: 1 for the same sentence, 0 for another.
+        label: `[B]`, any real dtype: 1 for the same sentence, 0 for another; one below 0 is an error on a CPU.
         reduction: "sum" (the paper's), "mean" or "none" (`[B]`).
         backend: "auto", "triton", "chunked" or "reference".
 
@@ -175,6 +177,7 @@ def contrastive_tension(
     """
     check_rows(a=a, b=b)
     check_numbers("label", label, [(a.shape[0],)], a)
+    check_not_negative("label", label)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     dots = columns("dot", a, b, backend=backend)[0]
     y = label.to(dots.dtype)

@@ -28,7 +28,7 @@ from ... import checks
 from ...losses.margin_softmax import arcface, cosface
 from ...losses.proxies import proxy_anchor, proxy_nca
 from ...problem import autocasting, stats_dtype
-from .._drop_in import Patch, disabled, library, runs_fused
+from .._drop_in import Patch, counted, disabled, library, runs_fused
 from .._fits import only, overridden, refusal
 
 library("pytorch_metric_learning", "pytorch-metric-learning", "2.9.0")
@@ -103,6 +103,7 @@ class NTXentLoss(_NTXentLoss):
     By labels: one log-sum-exp of each row's negatives in a sweep, and the similarities of the positive pairs.
     """
 
+    @counted
     def compute_loss(
         self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
     ) -> dict[str, Any]:
@@ -168,6 +169,7 @@ def _log_sum_exp(z: Tensor, group: Tensor, groups: int) -> Tensor:
 class SupConLoss(_SupConLoss):
     """SupConLoss in O(N D) memory: one log-sum-exp of each row in a sweep; positives through the sums of each label."""
 
+    @counted
     def compute_loss(
         self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
     ) -> dict[str, Any]:
@@ -186,6 +188,7 @@ class SupConLoss(_SupConLoss):
 class MultiSimilarityLoss(_MultiSimilarityLoss):
     """MultiSimilarityLoss in one sweep, in O(N D) memory."""
 
+    @counted
     def compute_loss(
         self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
     ) -> dict[str, Any]:
@@ -207,6 +210,7 @@ class MultiSimilarityLoss(_MultiSimilarityLoss):
 class CircleLoss(_CircleLoss):
     """CircleLoss in one sweep, in O(N D) memory; float16 embeddings run upstream's code."""
 
+    @counted
     def compute_loss(
         self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
     ) -> dict[str, Any]:
@@ -234,6 +238,7 @@ class CircleLoss(_CircleLoss):
 class ContrastiveLoss(_ContrastiveLoss):
     """ContrastiveLoss in O(N D) memory: a sweep for the negative pairs, and a list of the positive ones or another."""
 
+    @counted
     def compute_loss(
         self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
     ) -> dict[str, Any]:
@@ -291,6 +296,7 @@ class TripletMarginLoss(_TripletMarginLoss):
     Triplets that are given, or drawn by `triplets_per_anchor`, cost the distances of their pairs.
     """
 
+    @counted
     def compute_loss(
         self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
     ) -> dict[str, Any]:
@@ -405,6 +411,7 @@ class _MarginSoftmax:
 class ArcFaceLoss(_MarginSoftmax, _ArcFaceLoss):
     """ArcFaceLoss without a [B, C] matrix; angles in fp64, and finite gradients at an angle of 0."""
 
+    @counted
     def compute_loss(
         self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
     ) -> dict[str, Any]:
@@ -424,6 +431,7 @@ class ArcFaceLoss(_MarginSoftmax, _ArcFaceLoss):
 class CosFaceLoss(_MarginSoftmax, _CosFaceLoss):
     """CosFaceLoss without a [B, C] matrix."""
 
+    @counted
     def compute_loss(
         self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
     ) -> dict[str, Any]:
@@ -440,6 +448,7 @@ class CosFaceLoss(_MarginSoftmax, _CosFaceLoss):
 class ProxyNCALoss(_ProxyNCALoss):
     """ProxyNCALoss without a [B, C] matrix; rows whose probability is 0 in the embeddings' dtype are left out."""
 
+    @counted
     def compute_loss(
         self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
     ) -> dict[str, Any]:
@@ -474,6 +483,7 @@ class ProxyNCALoss(_ProxyNCALoss):
 class ProxyAnchorLoss(_ProxyAnchorLoss):
     """ProxyAnchorLoss in one sweep, without a [B, C] matrix. Its two parts come as one, in the place of the first."""
 
+    @counted
     def compute_loss(
         self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
     ) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing_extensions import deprecated
 
 from fusedloss import checks
 
+from .._drop_in import counted
 from ._fits import fused
 from ._ranking import gist, gist_fits, ranking, ranking_fits, settled
 
@@ -33,6 +34,7 @@ from ._ranking import gist, gist_fits, ranking, ranking_fits, settled
 class CachedMultipleNegativesRankingLoss(_CachedMultipleNegativesRankingLoss):
     """sentence-transformers' loss of this name. With `gather_across_devices` a step has one gather, not one a chunk."""
 
+    @counted
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
@@ -57,6 +59,7 @@ with warnings.catch_warnings():
 class CachedGISTEmbedLoss(_CachedGISTEmbedLoss):
     """sentence-transformers' loss of this name, in the memory of the embeddings; see `GISTEmbedLoss`."""
 
+    @counted
     def calculate_loss(
         self, reps: list[list[Tensor]], reps_guided: list[list[Tensor]], *, with_backward: bool = False
     ) -> Tensor:

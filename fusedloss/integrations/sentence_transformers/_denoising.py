@@ -12,6 +12,7 @@ from transformers import BertLMHeadModel, RobertaForCausalLM, XLMRobertaForCausa
 import fusedloss
 from fusedloss.checks import FLOATING
 
+from .._drop_in import counted
 from ._fits import fused, linear_fits
 
 # Whose logits are their output embeddings' linear layer and nothing after it.
@@ -21,6 +22,7 @@ DECODERS = (BertLMHeadModel, RobertaForCausalLM, XLMRobertaForCausalLM)
 class DenoisingAutoEncoderLoss(_DenoisingAutoEncoderLoss):
     """sentence-transformers' loss of this name. The vocabulary's logits are never stored, [places, words] of them."""
 
+    @counted
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         columns = tuple(sentence_features)
         if len(columns) != 2 or not fused(self, self._fits()):

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 import fusedloss
 from fusedloss.problem import stats_dtype
 
+from .._drop_in import counted
 from . import _fits
 from ._fits import first, fused
 
 DISTANCES = {_Distances.euclidean_distance: "euclidean", _Distances.cosine_distance: "cosine"}
 
 
+@counted
 def _mined(
     function: Callable[..., Tensor], loss: nn.Module, labels: Any, embeddings: Tensor, **options: float
 ) -> Tensor | None:

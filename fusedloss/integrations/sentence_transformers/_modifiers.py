@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fusedloss
 
-from .._drop_in import disabled, runs_fused
+from .._drop_in import counted, disabled, runs_fused
 from . import _fits
 from ._cached import CachedMultipleNegativesRankingLoss
 from ._fits import first, fused
@@ -55,6 +55,11 @@ def steps(count: int, chosen: int) -> Sequence[int]:
 class CachedLossDecorator(_matryoshka.CachedLossDecorator):
     """All dimensions in one sweep, where the decorated loss is our CachedMultipleNegativesRankingLoss."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As the library's, which loads where fusedloss is not installed; MatryoshkaLoss makes it ours again."""
+        return object.__new__, (_matryoshka.CachedLossDecorator,), vars(self)
+
+    @counted
     def __call__(self, reps: list[list[Tensor]], *args: Any, **kwargs: Any) -> Tensor:
         loss = self.fn.__self__
         columns = [torch.cat(column) for column in reps]
@@ -81,6 +86,14 @@ class MatryoshkaLoss(_MatryoshkaLoss):
         n_dims_per_step: int = -1,
     ) -> None:
         super().__init__(model, loss, matryoshka_dims, matryoshka_weights, n_dims_per_step)
+        self._share_products()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share_products()
+
+    def _share_products(self) -> None:
+        loss: Any = self.loss
         decorator = vars(loss).get("calculate_loss")
         method = getattr(decorator, "fn", None)
         own = CachedMultipleNegativesRankingLoss.calculate_loss
@@ -89,6 +102,7 @@ class MatryoshkaLoss(_MatryoshkaLoss):
                 method, self.matryoshka_dims, self.matryoshka_weights, self.n_dims_per_step
             )
 
+    @counted
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         columns = list(sentence_features)
         if not self._around_ours() or disabled():

@@ -28,9 +28,12 @@ from sentence_transformers.sentence_transformer.losses import distill_kl_div as 
 from torch import Tensor, nn
 
 import fusedloss
+from fusedloss.losses._pairs import check_not_negative
 from fusedloss.losses.orthogonal import moments
 from fusedloss.problem import stats_dtype
 
+from .._drop_in import counted
+from .._fits import refusal
 from . import _fits
 from ._fits import MATRICES, PAIRS, first, fused
 
@@ -55,6 +58,7 @@ def _siamese_fits(loss: Any, embeddings: Sequence[Tensor], labels: Any) -> str |
         _fits.embeddings_fit(*embeddings),
         _fits.labels_fit(labels, len(embeddings[0]), _fits.NUMBERS),
     )
+    why_not = why_not or refusal(check_not_negative, "label", labels.reshape(-1))
     if why_not is None and not loss._checked_labels:
         if bool((labels.ne(0) & labels.ne(1)).any()):
             return "the library warns of the first labels, which are not 0 or 1"
@@ -65,6 +69,7 @@ def _siamese_fits(loss: Any, embeddings: Sequence[Tensor], labels: Any) -> str |
 class ContrastiveLoss(_ContrastiveLoss):
     """sentence-transformers' loss of this name, its distances in one pass."""
 
+    @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         if not fused(self, _siamese_fits(self, embeddings, labels)):
             return super().compute_loss_from_embeddings(embeddings, labels)
@@ -83,6 +88,7 @@ class OnlineContrastiveLoss(_OnlineContrastiveLoss):
     """sentence-transformers' loss of this name, without waiting for a GPU. A NaN distance shows, where upstream's
     selection drops it."""
 
+    @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         if not fused(self, _siamese_fits(self, embeddings, labels)):
             return super().compute_loss_from_embeddings(embeddings, labels)
@@ -99,6 +105,7 @@ class OnlineContrastiveLoss(_OnlineContrastiveLoss):
 class CosineSimilarityLoss(_CosineSimilarityLoss):
     """sentence-transformers' loss of this name: the cosines in one pass, then the loss's own two modules."""
 
+    @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         why_not = first(
             "there are fewer than two columns" if len(embeddings) < 2 else None,
@@ -116,6 +123,7 @@ class CosineSimilarityLoss(_CosineSimilarityLoss):
 class CoSENTLoss(_CoSENTLoss):
     """sentence-transformers' loss of this name: its sums in float64, its gradient beside its value."""
 
+    @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         why_not = first(
             "there are fewer than two columns" if len(embeddings) < 2 else None,
@@ -143,6 +151,7 @@ class AnglELoss(_AnglELoss, CoSENTLoss):
 class TripletLoss(_TripletLoss):
     """sentence-transformers' loss of this name: both distances in one pass."""
 
+    @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         why_not = first(
             "there are not three columns" if len(embeddings) != 3 else None,
@@ -165,6 +174,7 @@ class TripletLoss(_TripletLoss):
 class MarginMSELoss(_MarginMSELoss):
     """sentence-transformers' loss of this name: all similarities of a query in one pass."""
 
+    @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         why_not = first(
             "there are fewer than three columns" if len(embeddings) < 3 else None,
@@ -192,6 +202,7 @@ class DistillKLDivLoss(_DistillKLDivLoss):
 
     _checked_teacher_scale: bool
 
+    @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         why_not = first(
             "there are fewer than three columns" if len(embeddings) < 3 else None,
@@ -225,6 +236,7 @@ class DistillKLDivLoss(_DistillKLDivLoss):
 class EmbedDistillLoss(_EmbedDistillLoss):
     """sentence-transformers' loss of this name: the distances of all columns in one pass each."""
 
+    @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], teacher_embeddings: list[Tensor]) -> Tensor:
         if not fused(self, self._fits(embeddings, teacher_embeddings)):
             return super().compute_loss_from_embeddings(embeddings, teacher_embeddings)
@@ -252,6 +264,7 @@ class MSELoss(_MSELoss, EmbedDistillLoss):
 class SoftmaxLoss(_SoftmaxLoss):
     """sentence-transformers' loss of this name; the concatenation of both embeddings is never built."""
 
+    @counted
     def forward(
         self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor
     ) -> Tensor | tuple[list[Tensor], Tensor]:
@@ -292,13 +305,14 @@ class SoftmaxLoss(_SoftmaxLoss):
 class ContrastiveTensionLoss(_ContrastiveTensionLoss):
     """sentence-transformers' loss of this name: the products of the two models' embeddings in one pass."""
 
+    @counted
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         one, other = sentence_features
         a, b = self.model1(one)["sentence_embedding"], self.model2(other)["sentence_embedding"]
         labels = _same_tokens(one, other, a) if labels is None else labels
         why_not = first(
             _fits.embeddings_fit(a, b),
-            _fits.labels_fit(labels, len(a)),
+            _fits.labels_fit(labels, len(a)) or refusal(check_not_negative, "label", labels.view(-1)),
             _fits.plain(self.criterion, nn.BCEWithLogitsLoss, reduction="sum"),
         )
         if not fused(self, why_not):
@@ -320,6 +334,7 @@ def _same_tokens(one: dict[str, Tensor], other: dict[str, Tensor], like: Tensor)
 class GlobalOrthogonalRegularizationLoss(_GlobalOrthogonalRegularizationLoss):
     """sentence-transformers' loss of this name from D x D products instead of B x B similarities."""
 
+    @counted
     def compute_gor(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         why_not = first(
             _fits.similarity_is_known(self.similarity_fct, MATRICES),

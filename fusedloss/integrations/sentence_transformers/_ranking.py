@@ -36,6 +36,7 @@ from fusedloss.losses.multiple_negatives_ranking import (
 )
 from fusedloss.problem import stats_dtype
 
+from .._drop_in import counted
 from . import _fits
 from ._fits import MATRICES, first, fused
 
@@ -103,6 +104,7 @@ def ranking(loss: Any, library: ModuleType, embeddings: Sequence[Tensor]) -> Ten
 class MultipleNegativesRankingLoss(_MultipleNegativesRankingLoss):
     """sentence-transformers' loss of this name. No score matrix is stored: memory is that of the embeddings."""
 
+    @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
         if not fused(self, ranking_fits(self, embeddings)):
             return super().compute_loss_from_embeddings(embeddings, labels)
@@ -170,6 +172,7 @@ class GISTEmbedLoss(_GISTEmbedLoss):
     rounding of the threshold counts as equal, which stays.
     """
 
+    @counted
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         columns = list(sentence_features)
         why_not = gist_is_plain(self, _GISTEmbedLoss)
@@ -202,6 +205,7 @@ class GISTEmbedLoss(_GISTEmbedLoss):
 class ContrastiveTensionLossInBatchNegatives(_ContrastiveTensionLossInBatchNegatives):
     """sentence-transformers' loss of this name; both directions and the scale's gradient out of one sweep."""
 
+    @counted
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         features = sentence_features[0]  # type: ignore[index]
         a = self.model1(features)["sentence_embedding"]
@@ -221,6 +225,7 @@ class ContrastiveTensionLossInBatchNegatives(_ContrastiveTensionLossInBatchNegat
 class MegaBatchMarginLoss(_MegaBatchMarginLoss):
     """sentence-transformers' loss of this name; the hardest negatives are found without a score matrix."""
 
+    @counted
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 import fusedloss
 from fusedloss.checks import FLOATING, reads_values
 
-from .._drop_in import Patch, runs_fused
+from .._drop_in import Patch, counted, runs_fused
 from . import _fits, drop_ins
 from ._fits import first, untouched
 
@@ -165,6 +165,7 @@ class Criterion:
     def of(self, loss: nn.Module) -> Iterator[None]:
         criterion = getattr(loss, self.name)
 
+        @counted
         def call(scores: Tensor, labels: Tensor) -> Tensor:
             why_not = first(
                 None if untouched(criterion, self.kind) else f"its {self.name} is not torch's {self.kind.__name__}",
@@ -258,6 +259,7 @@ class _OfLists(nn.Module):
     def forward(self, inputs: Any, labels: Any, prompt: str | None = None, task: str | None = None) -> Tensor:
         activation = self.activation_fn
 
+        @counted
         def at_scores(logits: Tensor) -> Tensor:
             scores = activation(logits)
             if not fused(self, first(self._why_not(), self._lists_fit(scores, labels))):

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from fusedloss.search import top_k
 
-from .._drop_in import disabled, runs_fused
+from .._drop_in import counted, disabled, runs_fused
 from ._fits import MATRICES, embeddings_fit, first, similarity, similarity_is_known
 
 NAME = "sentence_transformers.mine_hard_negatives"
@@ -106,6 +106,7 @@ class _Model:
 
 
 def _searching(upstream: Callable[P, R]) -> Callable[P, R]:
+    @counted
     def mine_hard_negatives(*args: P.args, **kwargs: P.kwargs) -> R:
         """The library's `mine_hard_negatives`, whose search holds the best scores only, whatever the corpus.
 

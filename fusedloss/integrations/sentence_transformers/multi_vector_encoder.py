@@ -30,7 +30,7 @@ from sentence_transformers.multi_vector_encoder.losses import (
 )
 from torch import Tensor
 
-from .._drop_in import disabled, runs_fused
+from .._drop_in import counted, disabled, runs_fused
 from ._fits import first
 
 # Of each score function: what it compares, and whether it divides by the number of query tokens.
@@ -91,6 +91,7 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if on else x.dtype
 
 
+@counted
 def _scores(
     name: str,
     function: Callable[..., Tensor],
