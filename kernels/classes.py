@@ -327,7 +327,10 @@ def _load(X, base, offs_c, stride, inside, other):
 @triton.jit
 def _share_logits(Share, base, offs_c, stride, inside):
     """Of any dtype: integers have no -inf, which is what stands where nothing is."""
-    return tl.where(inside, _load(Share, base, offs_c, stride, inside, 0), float("-inf"))
+    if Share.dtype.element_ty.is_floating():
+        return _load(Share, base, offs_c, stride, inside, float("-inf"))
+    else:
+        return tl.where(inside, _load(Share, base, offs_c, stride, inside, 0), float("-inf"))
 
 
 @triton.jit
