@@ -540,3 +540,32 @@ def test_the_environment_turns_it_off(monkeypatch, in_double, caplog):
         check(name, lists(), grades(), runs_fused=False)
     check("MSELoss", columns(2), SHARES, runs_fused=False)
     assert not caplog.records
+
+
+# Labels of any layout -------------------------------------------------------------------------------------------------
+
+GIVEN = {
+    "BinaryCrossEntropyLoss": ({}, columns(2), SHARES),
+    "MSELoss": ({}, columns(2), SHARES),
+    "CrossEntropyLoss": ({"labels": 3}, columns(2), CLASSES),
+    "MarginMSELoss": ({}, columns(4), MARGINS),
+    **{name: ({}, lists(), grades()) for name in LISTWISE},
+}
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("name", GIVEN)
+def test_labels_of_any_stride(name, backend, monkeypatch):
+    """Bit by bit what contiguous ones give: kernels read addresses."""
+    monkeypatch.setenv("FUSEDLOSS_BACKEND", backend)
+    model, inputs, labels = GIVEN[name]
+    of = lambda layout: [layout(x) for x in labels] if isinstance(labels, list) else layout(labels)
+    strided = lambda x: torch.stack([x, x.flip(0)], dim=-1)[..., 0]
+    expanded = lambda x: x.clone()[:1].expand(x.shape) if len(x) else x
+    before = counted(name)
+    for given, copied in ((strided, torch.clone), (expanded, lambda x: expanded(x).contiguous())):
+        found = [
+            run(build(fused, name, dtype=torch.float32, **model), inputs, of(layout)) for layout in (given, copied)
+        ]
+        same(*found, tolerance=0)
+    assert counted(name) == before + 4

@@ -427,3 +427,22 @@ def test_nothing_of_the_batch_squared_is_kept(name):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         made(fused, name, {}).float()(x, labels).backward()
     assert max(sizes, default=0) <= 16 * rows
+
+
+# Labels of any layout -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
+@pytest.mark.parametrize("name", PAIRS + CLASSES)
+def test_labels_of_any_stride(name, backend, monkeypatch):
+    """Bit by bit what contiguous ones give: kernels read addresses."""
+    monkeypatch.setenv("FUSEDLOSS_BACKEND", backend)
+    x, labels = batch(9, 3, torch.float32)
+    strided = torch.stack([labels, labels.flip(0)], dim=1)[:, 0]
+    expanded = labels.clone()[:1].expand(9)
+    for given, copied in ((strided, labels), (expanded, expanded.contiguous())):
+        losses_ = [outcome(made(fused, name, {}).float(), (x, y)) for y in (given, copied)]
+        for a, b in zip(*losses_, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)

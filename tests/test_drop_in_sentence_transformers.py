@@ -987,3 +987,41 @@ def test_the_plugin_patches_and_counts(tmp_path):
     found = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "     1 sentence_transformers.TripletLoss" in found.stdout
+
+
+# Labels of any layout -------------------------------------------------------------------------------------------------
+
+# A case of each class and number of dimensions that its labels have. A teacher's embeddings are rows, which torch sums
+# in another order in another layout: those are in test_vectors.py.
+LABELLED = {
+    (name, labels.dim()): (name, columns, labels, module, options)
+    for name, columns, given, module, options in (parameter.values for parameter in CASES)
+    for labels in [given(torch.float32) if callable(given) else given]
+    if labels is not None and name not in ("EmbedDistillLoss", "MSELoss", "SparseMSELoss")
+}
+# Those that hand labels to kernels as they are; all others turn them into numbers of the scores' dtype first.
+AS_THEY_ARE = tuple(f"{name}TripletLoss" for name in ("BatchAll", "BatchHard", "BatchHardSoftMargin", "BatchSemiHard"))
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
+def test_labels_of_any_stride(backend, monkeypatch):
+    """Bit by bit what contiguous ones give: kernels read addresses."""
+    monkeypatch.setenv("FUSEDLOSS_BACKEND", backend)
+    wrong = []
+    for name, columns, labels, module, options in LABELLED.values():
+        if backend != "chunked" and name not in AS_THEY_ARE:
+            continue
+        strided = torch.stack([labels, labels.flip(0)], dim=-1)[..., 0]
+        expanded = labels.clone()[:1].expand(labels.shape)
+        before = calls[f"sentence_transformers.{name}"]
+        for given, copied in ((strided, labels), (expanded, expanded.contiguous())):
+            library = libraries(module)[0]
+            (value, grads), (wanted, wanted_grads) = (
+                run(build(library, name, torch.float32, **options), columns, y, torch.float32, module == "sparse")
+                for y in (given, copied)
+            )
+            pairs = [(value, wanted), *((grads[key], wanted_grads[key]) for key in grads)]
+            if not all(a is b or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
+                wrong.append((name, tuple(labels.shape)))
+        assert calls[f"sentence_transformers.{name}"] == before + 4, name
+    assert not wrong

@@ -722,3 +722,20 @@ def test_errors(function, error, match, scores, labels, options):
 def test_options_that_do_not_fit(function, match, options):
     with pytest.raises(ValueError, match=match):
         function(torch.zeros(2, 3), torch.zeros(2, 3), **options)
+
+
+def test_lists_of_different_lengths_need_nothing_of_the_host():
+    """Their padding is made where they are: a copied vector of lengths made a GPU wait, and could not be captured."""
+
+    class Calls(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    seen: list[object] = []
+    scores, labels = ([torch.rand(n, dtype=torch.float64) for n in (4, 1, 0, 3)] for _ in range(2))
+    with Calls():
+        found = fusedloss.list_net(scores, labels, reduction="none", backend="reference")
+    assert torch.ones in seen and not {torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.item} & set(seen)
+    wanted = [fusedloss.list_net(s[None], y[None], reduction="sum") for s, y in zip(scores, labels, strict=True)]
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-12, atol=0)
