@@ -216,6 +216,7 @@ def test_a_device_that_is_not_there_is_named(capsys):
         (["--temperature", "nan"], "nan: needs a positive number"),
         (["--temperature", "-1"], "expected at least one argument|-1: needs a positive number"),
         (["--device", "tpu"], "tpu: needs cpu, cuda or cuda:INDEX"),
+        (["--device", "cpu:7"], "cpu:7: needs cpu, cuda or cuda:INDEX"),
         (["--name", "a/b"], "a/b: needs a file name"),
         (["--out", __file__], "needs a folder"),
     ],

@@ -447,7 +447,7 @@ def test_any_strides_and_inputs_that_are_never_written_to(kind, backend):
 X, T, C = torch.zeros(4, 3), torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])
 BAD = [
     (lambda f: f([1.0], T), TypeError, "input is a list: needs a tensor"),
-    (lambda f: f(X, None), TypeError, "target is a NoneType: needs a tensor"),
+    (lambda f: f(X, None), TypeError, "target is None: needs a tensor"),
     (lambda f: f(X.long(), T), TypeError, r"input has dtype torch\.int64: needs float16"),
     (lambda f: f(X.to_sparse(), T), TypeError, "input is of layout torch.sparse_coo"),
     (lambda f: f(X, C.int()), TypeError, r"target has dtype torch\.int32: needs floating labels, or int64 classes"),

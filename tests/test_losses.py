@@ -553,7 +553,7 @@ BAD = [
     (lambda: fusedloss.info_nce(GOOD, GOOD[:2]), ValueError, r"key has 2 rows and query 3.*pass target"),
     (lambda: fusedloss.info_nce(GOOD, GOOD[:0], torch.zeros(3).long()), (ValueError, IndexError), "key|target"),
     (lambda: fusedloss.info_nce(GOOD, GOOD, torch.tensor([0, 1])), ValueError, r"target has shape \[2\]: needs \[3\]"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, torch.ones(3)), TypeError, r"target is torch.float32: .*\.long\(\)"),
+    (lambda: fusedloss.info_nce(GOOD, GOOD, torch.ones(3)), TypeError, r"target is torch.float32 \[3\]: .*\.long\(\)"),
     (lambda: fusedloss.info_nce(GOOD, GOOD, torch.tensor([0, 3, 1])), IndexError, r"target\[1\] is 3: .*0 to 2"),
     (lambda: fusedloss.info_nce(GOOD, GOOD, torch.tensor([0, -1, 1])), IndexError, r"target\[1\] is -1"),
     (lambda: fusedloss.info_nce(GOOD, GOOD, temperature=0.0), ValueError, "temperature is 0.0: needs a positive"),

@@ -652,7 +652,7 @@ BAD = [
     (with_mask(FREE[:2]), ValueError, r"mask has shape \[2, 3\]: needs bool \[3, 3\]"),
     (with_mask(FREE.to("meta")), ValueError, "mask is on meta"),
     (with_mask(FREE.to_sparse()), TypeError, "mask is of layout"),
-    (with_mask(0.1), TypeError, "mask is a float: needs one of fusedloss.masks, or a bool tensor"),
+    (with_mask(0.1), TypeError, "mask is 0.1, a float: needs one of fusedloss.masks, or a bool tensor"),
     (with_mask([masks.not_self()]), TypeError, "mask is a list"),
     (with_mask(masks.same_id), TypeError, "mask is a function"),
     (with_mask(masks.score_margin(0.0, IDS)), ValueError, r"exempt has shape \[3\]: needs int64 \[3, any\]"),
@@ -672,13 +672,13 @@ BAD = [
     (lambda: masks.guide(X, X) & masks.guide(X, X), ValueError, "mask joins two of masks.guide: needs at most one"),
     (lambda: masks.not_self() & masks.not_self(1), ValueError, "mask joins two of masks.not_self"),
     (lambda: masks.score_margin(1) & FREE & masks.score_margin(2), ValueError, "mask joins two of masks.score_margin"),
-    (lambda: masks.not_self() & 3, TypeError, "unsupported operand"),
+    (lambda: masks.not_self() & 3, TypeError, "mask joins 3, an int: needs one of fusedloss.masks"),
     (
         lambda: fusedloss.multiple_negatives_ranking(X, X, X, mask=FREE),
         ValueError,
         r"mask has shape \[3, 3\]: needs bool \[3, 6\]",
     ),
-    (lambda: fusedloss.clip(X, X, 1.0, mask="same_id"), TypeError, "mask is a str"),
+    (lambda: fusedloss.clip(X, X, 1.0, mask="same_id"), TypeError, "mask is .same_id., a str"),
 ]
 
 
