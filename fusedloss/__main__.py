@@ -70,7 +70,8 @@ def positive(text: str) -> float:
 
 
 def device(text: str) -> str:
-    if text.partition(":")[0] not in ("cpu", "cuda"):
+    kind, _, index = text.partition(":")
+    if text not in ("cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text}: needs cpu, cuda or cuda:INDEX")
     return text
 

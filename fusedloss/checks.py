@@ -9,8 +9,12 @@ target makes the loss NaN, and FUSEDLOSS_CHECK=1 turns these checks on everywher
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +40,14 @@ def embeddings(**tensors: Tensor) -> None:
                 f"{name} is a {type(x).__name__}, an nn.Module: this loss takes embeddings. {where_models_go('')}"
             )
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}: needs a tensor [rows, D]")
+            raise TypeError(f"{name} is {a(x)}: needs a tensor [rows, D]{remedy(x)}")
         if x.dtype not in FLOATING:
-            raise TypeError(f"{name} has dtype {x.dtype}: needs float16, bfloat16, float32 or float64")
+            hint = "; labels and ids are no embeddings" if x.dtype == torch.int64 and x.dim() == 1 else ""
+            raise TypeError(f"{name} has dtype {x.dtype}: needs float16, bfloat16, float32 or float64{hint}")
         dense(name, x)
         if x.dim() != 2:
-            raise ValueError(f"{name} has shape {list(x.shape)}: needs two dimensions [rows, D]")
+            hint = f"; {name}.flatten(0, 1), and labels repeated likewise" if x.dim() == 3 else ""
+            raise ValueError(f"{name} has shape {list(x.shape)}: needs two dimensions [rows, D]{hint}")
         if x.shape[1] != first.shape[1]:
             raise ValueError(f"{name} has D = {x.shape[1]} and {first_name} has D = {first.shape[1]}: they must agree")
         if x.shape[1] == 0:
@@ -75,10 +81,27 @@ def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} is on {x.device} and {other_name} on {other.device}: move one of them")
 
 
+def a(value: object) -> str:
+    """What it is, with what it holds where that is short."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    name = f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+    if isinstance(value, bool | int | float | str):
+        return f"{value!r}, {name}"
+    return "None" if value is None else name
+
+
+def remedy(value: object) -> str:
+    """For what should be a tensor and is not."""
+    return "; torch.as_tensor makes one" if isinstance(value, list | tuple) or hasattr(value, "__array__") else ""
+
+
 def vector(name: str, x: Tensor, length: int, what: str, like: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} is {got}: needs a floating tensor [{length}]")
+        hint = "; call .float()" if isinstance(x, Tensor) and not x.dtype.is_complex else remedy(x)
+        raise TypeError(f"{name} is {got}: needs a floating tensor [{length}]{hint}")
     dense(name, x)
     if x.shape != (length,):
         raise ValueError(f"{name} has shape {list(x.shape)}: needs [{length}], one number per {what}")
@@ -86,9 +109,14 @@ def vector(name: str, x: Tensor, length: int, what: str, like: Tensor) -> None:
 
 
 def dense(name: str, x: Tensor) -> None:
-    if x.layout != torch.strided or x.is_nested:
-        what = "nested" if x.is_nested else f"of layout {x.layout}"
-        raise TypeError(f"{name} is {what}: needs a dense tensor; call .to_dense() or pad it")
+    if type(x) is not Tensor and hasattr(x, "to_local"):
+        how = f"{name}.to_local(), with group= where rows are sharded, or {name}.full_tensor()"
+        raise TypeError(f"{name} is a {type(x).__name__}: needs a plain tensor; pass {how}")
+    if x.is_nested:
+        how = ".values() of a jagged one, or torch.cat of its .unbind()"
+        raise TypeError(f"{name} is nested: needs a dense tensor; {how}, has the rows of all")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} is of layout {x.layout}: needs a dense tensor; call .to_dense()")
 
 
 def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -140,6 +168,7 @@ def scalar(name: str, value: float | Tensor, like: Tensor | None, *, positive: b
     """
     need = "a positive number" if positive else "a finite number"
     if isinstance(value, Tensor):
+        dense(name, value)
         if value.numel() != 1 or value.dim() > 1:
             raise ValueError(f"{name} has shape {list(value.shape)}: needs one element, shape [] or [1]")
         if not value.dtype.is_floating_point:
@@ -167,11 +196,31 @@ def scalar(name: str, value: float | Tensor, like: Tensor | None, *, positive: b
         raise ValueError(f"{name} is {number}: needs a number that {dtype} can hold, and the inverse of")
 
 
-def number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
+def number(name: str, value: float, *, least: float | None = None) -> None:
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} is a {type(value).__name__}: needs a number")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} is {value}: needs a finite number")
+    if least is not None and value < least:
+        raise ValueError(f"{name} is {value}: needs a number of at least {least:g}")
+
+
+def sequence(name: str, value: object, what: str, example: str) -> None:
+    """A list, a tuple or the like, and no text."""
+    if type(value) in (tuple, list):
+        return
+    if isinstance(value, nn.Module):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}, an nn.Module: needs a sequence of {what}, such as {example}"
+        )
+    if isinstance(value, str | type) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} is {a(value)}: needs a sequence of {what}, such as {example}")
+
+
+def function(name: str, value: object, example: str) -> None:
+    """What computes: no class, which would be made instead of called, and nothing else."""
+    if isinstance(value, type) or not callable(value):
+        raise TypeError(f"{name} is {a(value)}: needs a function or a module's instance, such as {example}")
 
 
 def integers(name: str, value: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
@@ -186,7 +235,8 @@ def boolean(name: str, value: Tensor, shape: tuple[int | None, ...], like: Tenso
 def _typed(name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...], like: Tensor) -> None:
     if not isinstance(value, Tensor) or value.dtype != dtype:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} is {got}: needs a tensor of {_described(dtype, shape)}")
+        hint = f"; call .{'long' if dtype == torch.int64 else 'bool'}()" if isinstance(value, Tensor) else remedy(value)
+        raise TypeError(f"{name} is {got}: needs a tensor of {_described(dtype, shape)}{hint}")
     dense(name, value)
     if value.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, value.shape, strict=True)):
         raise ValueError(f"{name} has shape {list(value.shape)}: needs {_described(dtype, shape)}")
@@ -207,8 +257,8 @@ def index(name: str, value: int) -> None:
 def target(name: str, value: Tensor, rows: int, columns: int | None, ignore_index: int | None, like: Tensor) -> None:
     """`ignore_index` None: every row counts. `columns` None: how many there are is not known yet."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} is {got}: needs an int64 tensor [{rows}] of column indices; call .long()")
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else a(value)
+        raise TypeError(f"{name} is {got}: needs an int64 tensor [{rows}] of column indices{_indices(value)}")
     dense(name, value)
     if value.shape != (rows,):
         raise ValueError(f"{name} has shape {list(value.shape)}: needs [{rows}], one index per row")
@@ -221,6 +271,62 @@ def target(name: str, value: Tensor, rows: int, columns: int | None, ignore_inde
             row = int(outside.nonzero()[0, 0])
             other = "" if ignore_index is None else f", or {ignore_index} to leave the row out"
             raise IndexError(f"{name}[{row}] is {int(value[row])}: needs an index from 0 to {columns - 1}{other}")
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+# The same knob, turned the other way.
+INVERSE = {"temperature": ("scale", "logit_scale"), "scale": ("temperature",), "logit_scale": ("temperature",)}
+
+
+def explained(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, whose refusal of an unknown keyword names what it takes instead."""
+    known = keywords(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(unexpected(function.__name__, name, kwargs[name], inspect.signature(function)))
+        return function(*args, **kwargs)
+
+    return call
+
+
+def keywords(function: Callable[..., Any]) -> frozenset[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is not p.VAR_POSITIONAL)
+
+
+def unexpected(owner: str, name: str, value: object, signature: inspect.Signature) -> str:
+    inverse = next((other for other in INVERSE.get(name, ()) if other in signature.parameters), None)
+    if inverse is not None:
+        given = f": {inverse}={1 / value:.6g}" if isinstance(value, Real) and value else ""
+        return f"{owner} got {name!r}: it takes {inverse}, the inverse{given}"
+    same = {"scale": "logit_scale", "logit_scale": "scale"}.get(name)
+    if same in signature.parameters:
+        return f"{owner} got {name!r}: it takes {same}"
+    return f"{owner} got {name!r}: it takes {shown(signature)}"
+
+
+def shown(signature: inspect.Signature) -> str:
+    """Names and defaults."""
+    return str(inspect.Signature([p.replace(annotation=p.empty) for p in signature.parameters.values()]))
+
+
+def _indices(value: object) -> str:
+    """How to come by a target."""
+    if isinstance(value, float):
+        return f"; did you mean temperature={value}?"
+    if isinstance(value, Tensor) and value.dim() == 2:
+        return "; masks.same_id(row_ids, key_ids) tells siglip of several positives a row"
+    return "; call .long()" if isinstance(value, Tensor) else remedy(value)
+
+
+def untransformed(backend: str) -> None:
+    """Before what torch.func and vmap cannot look into."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"torch.func transforms and torch.vmap need backend='reference', got {backend!r}")
 
 
 def options(module: nn.Module, **defaults: object) -> str:

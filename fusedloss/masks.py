@@ -36,7 +36,15 @@ class Mask:
         if isinstance(other, Tensor):
             other = Mask(dense=other)
         if not isinstance(other, Mask):
-            return NotImplemented
+            raise TypeError(f"mask joins {checks.a(other)}: needs one of fusedloss.masks, or a bool tensor [M, N]")
+        for part in (self.dense, other.dense):
+            if part is not None and part.dtype != torch.bool:
+                raise TypeError(f"mask joins a tensor of {part.dtype}: needs bool [M, N], True for what may compete")
+        if self.dense is not None and other.dense is not None and self.dense.shape != other.dense.shape:
+            shapes = f"{list(self.dense.shape)} and {list(other.dense.shape)}"
+            raise ValueError(
+                f"mask joins bool tensors of the shapes {shapes}: needs [M, N] of both; expand the smaller"
+            )
         for name in ("margin", "guide", "offset"):
             if getattr(self, name) is not None and getattr(other, name) is not None:
                 made_by = {"margin": "score_margin", "guide": "guide", "offset": "not_self"}[name]
@@ -108,7 +116,9 @@ def bind(mask: Mask | Tensor | None, rows: int, widths: Sequence[int], like: Ten
     if isinstance(mask, Tensor):
         mask = Mask(dense=mask)
     if not isinstance(mask, Mask):
-        raise TypeError(f"mask is a {type(mask).__name__}: needs one of fusedloss.masks, or a bool tensor")
+        raise TypeError(
+            f"mask is {checks.a(mask)}: needs one of fusedloss.masks, or a bool tensor{checks.remedy(mask)}"
+        )
     columns = sum(widths)
     for name, (row_ids, key_ids, _) in mask.compare:
         side = ("row_groups", "key_groups") if name == "same_group" else ("row_ids", "key_ids")
@@ -118,6 +128,13 @@ def bind(mask: Mask | Tensor | None, rows: int, widths: Sequence[int], like: Ten
         checks.boolean("mask", mask.dense, (rows, columns), like)
     if mask.exempt is not None:
         checks.integers("score_margin's exempt", mask.exempt, (rows, None), like)
+        if checks.reads_values(mask.exempt) and mask.exempt.numel():
+            low, high = (int(end) for end in mask.exempt.aminmax())
+            if low < -1 or high >= columns:
+                got = low if low < -1 else high
+                raise IndexError(
+                    f"score_margin's exempt holds {got}: needs columns from 0 to {columns - 1}, or -1 for none"
+                )
     if mask.guide is not None:
         for name, x, count in zip(("guide_query", "guide_key"), mask.guide, (rows, columns), strict=True):
             if x.shape[0] != count:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import sweep
+from . import checks, sweep
 from .backends import BACKENDS, reference
 from .errors import UnsupportedError
 from .problem import Block, Compare, Fold, Guide, GuideRule, Margin, Mask, Problem, Ranks, saved_dtype, stats_dtype
@@ -187,6 +187,7 @@ def loss_rows_or_sum(problem: Problem, backend: str, per_row: bool) -> tuple[Ten
     if backend == "reference":
         rows, counted = reference.loss_rows(problem)
         return (rows if per_row else rows.sum()), counted
+    checks.untransformed(backend)
     plan, tensors, constants = flatten(problem, backend, per_row)
     arguments = (problem.scale, problem.target, problem.weight)
     wanted = [torch.is_grad_enabled() and t.requires_grad for t in (problem.scale, *tensors)]
@@ -216,6 +217,7 @@ def top_rows(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """Each row's largest logit and its column, the first on ties; -inf and -1 where no column competes."""
     if backend == "reference":
         return reference.top_rows(problem)
+    checks.untransformed(backend)
     plan, tensors, constants = flatten(problem, backend, True)
     arguments = (problem.scale, problem.target, problem.weight)
     if torch.compiler.is_compiling():

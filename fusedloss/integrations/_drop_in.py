@@ -73,13 +73,14 @@ def counted(function: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-def library(name: str, distribution: str, tested: str) -> ModuleType:
-    """The library, imported; or an ImportError that says what to install."""
+def library(name: str, distribution: str, tested: str, least: str = "") -> ModuleType:
+    """The library, imported; or an ImportError that says what to install. least: the first version that will do."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
+        least = f"{distribution} {least} or later" if least else distribution
         raise ImportError(
-            f"fusedloss.integrations.{name.split('.')[0]} needs {distribution}, tested with {tested}: "
+            f"fusedloss.integrations.{name.split('.')[0]} needs {least}, tested with {tested}: "
             f"pip install '{distribution}=={tested}' ({error})"
         ) from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor, nn
 
@@ -39,6 +39,9 @@ class LossModule(nn.Module):
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
     learnt: ClassVar[tuple[str, ...]] = ()
     signature: ClassVar[inspect.Signature]
+    inputs: ClassVar[tuple[str, ...]]
+    required: ClassVar[tuple[str, ...]]
+    most: ClassVar[int | None]
 
     def __init_subclass__(
         cls,
@@ -53,17 +56,31 @@ class LossModule(nn.Module):
         parameters = inspect.signature(function).parameters.values()
         named = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in tensors]
         cls.signature = inspect.Signature([p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in named])
+        cls._set_inputs()
+
+    @classmethod
+    def _set_inputs(cls) -> None:
+        """What `forward` takes: all that is no option. `most`: how many of it stand before any number of others."""
         cls.__signature__ = cls.signature  # type: ignore[attr-defined]  # what help() and inspect show
+        parameters = inspect.signature(cls.function).parameters.values()
+        inputs = [p for p in parameters if p.name not in cls.signature.parameters and p.kind is not p.VAR_POSITIONAL]
+        cls.inputs = tuple(p.name for p in inputs)
+        cls.required = tuple(p.name for p in inputs if p.default is p.empty)
+        several = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        cls.most = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in inputs) if several else None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__()
         if args:
             first = next(iter(self.signature.parameters), "model")
             checks.options_not_modules(type(self).__name__, **{first: args[0]})
+        for name, value in kwargs.items():
+            if name not in self.signature.parameters:
+                raise TypeError(checks.unexpected(type(self).__name__, name, value, self.signature))
         try:
             bound = self.signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{type(self).__name__}: {error}; it takes {self.signature}") from None
+            raise TypeError(f"{type(self).__name__}: {error}; it takes {checks.shown(self.signature)}") from None
         bound.apply_defaults()
         given = {n: value for n, value in bound.arguments.items() if n not in self.learnt}
         checks.options_not_modules(type(self).__name__, **given)
@@ -75,14 +92,35 @@ class LossModule(nn.Module):
             setattr(self, name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        cls = type(self)
+        given = cls.inputs[: len(args)] if cls.most is None else cls.inputs[: min(len(args), cls.most)]
         for name in kwargs:
-            if name in self.signature.parameters:
-                error = TypeError(f"{type(self).__name__}.forward got {name!r}: it is an option of the constructor")
-                if getattr(self, "group", None) is not None:
-                    distributed.refuse(self.group, error)
-                raise error
-        chosen = {name: getattr(self, name) for name in self.signature.parameters}
-        return type(self).function(*args, **kwargs, **chosen)
+            if name not in cls.inputs:
+                why = "it is an option of the constructor" if name in cls.signature.parameters else cls._takes()
+                self._refuse(f"got {name!r}: {why}")
+        for name in cls.required:
+            if name not in given and name not in kwargs:
+                self._refuse(f"got no {name!r}: {cls._takes()}")
+        chosen = {name: getattr(self, name) for name in cls.signature.parameters}
+        if cls.most is not None:
+            return cls.function(*args, **kwargs, **chosen)
+        if len(args) > len(cls.inputs):
+            self._refuse(f"got {len(args)} arguments: {cls._takes()}")
+        # By name: the function's own order may have options in between.
+        return cls.function(**dict(zip(given, args, strict=True)), **kwargs, **chosen)
+
+    def _refuse(self, what: str) -> NoReturn:
+        """On all ranks, where there are several."""
+        error = TypeError(f"{type(self).__name__}.forward {what}")
+        if getattr(self, "group", None) is not None:
+            distributed.refuse(self.group, error)
+        raise error
+
+    @classmethod
+    def _takes(cls) -> str:
+        function = inspect.signature(cls.function).parameters
+        inputs = [p for name, p in function.items() if name in cls.inputs or p.kind is p.VAR_POSITIONAL]
+        return f"it takes {checks.shown(inspect.Signature(inputs))}"
 
     def extra_repr(self) -> str:
         always = [p.name for p in self.signature.parameters.values() if p.name in ("temperature", "scale")]

@@ -40,6 +40,14 @@ def ordinary(input: Tensor, target: Tensor) -> bool:
     )
 
 
+def tensors(input: object, target: object) -> None:
+    """What torch would meet without a word on which of them it is."""
+    for name, x, need in (("input", input, "a tensor"), ("target", target, "a tensor of input's shape")):
+        if not isinstance(x, Tensor):
+            shape = f", {list(input.shape)}" if x is target and isinstance(input, Tensor) else ""
+            raise TypeError(f"{name} is {checks.a(x)}: needs {need}{shape}{checks.remedy(x)}")
+
+
 def same_shape(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Both broadcast to each other, with torch's warning where they differ."""
     if input.shape == target.shape:
@@ -86,7 +94,7 @@ class TwinModule(LossModule, function=lambda: None):
         theirs = inspect.signature(like).parameters
         ours = [p.replace(kind=p.KEYWORD_ONLY) for name, p in cls.signature.parameters.items() if name not in theirs]
         cls.signature = inspect.Signature([*theirs.values(), *ours])
-        cls.__signature__ = cls.signature  # type: ignore[attr-defined]
+        cls._set_inputs()
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -24,6 +24,7 @@ WEIGHTINGS: dict[str, Callable[[int], float]] = {
 
 def adaptive_layer(
     loss: Callable[..., Tensor],
+    /,
     *columns: Tensor | Sequence[Tensor],
     layer_indices: Sequence[int] | None = None,
     last_layer_weight: float = 1.0,
@@ -65,6 +66,7 @@ def adaptive_layer(
         >>> layers = [model.layer(text, i) for i in range(13)], [model.layer(answer, i) for i in range(13)]
         >>> fusedloss.adaptive_layer(fusedloss.multiple_negatives_ranking, *layers, layer_indices=[4]).backward()
     """
+    checks.function("loss", loss, "fusedloss.info_nce")
     count = _layers(columns)
     indices = _prior(layer_indices, count)
     for name, value in (
@@ -95,6 +97,7 @@ def adaptive_layer(
 
 def matryoshka_2d(
     loss: Callable[..., Tensor],
+    /,
     *columns: Tensor | Sequence[Tensor],
     dims: Sequence[int],
     weights: Sequence[float] | None = None,
@@ -143,6 +146,8 @@ def _layers(columns: Sequence[Tensor | Sequence[Tensor]]) -> int:
     if not columns:
         raise ValueError("columns is empty: needs every layer's embeddings, for each of those that the loss takes")
     for i, column in enumerate(columns):
+        if not isinstance(column, Tensor):
+            checks.sequence(f"columns[{i}]", column, "every layer's embeddings", "[layer_0, layer_1]")
         if isinstance(column, Tensor) and column.dim() != 3:
             raise ValueError(
                 f"columns[{i}] has shape {list(column.shape)}: needs [layers, rows, D], or a sequence of [rows, D]"
@@ -158,6 +163,7 @@ def _layers(columns: Sequence[Tensor | Sequence[Tensor]]) -> int:
 def _prior(indices: Sequence[int] | None, count: int) -> Sequence[int]:
     if indices is None:
         return range(count - 1)
+    checks.sequence("layer_indices", indices, "layers", "[0]")
     for i in indices:
         checks.index("layer_indices", i)
         if not 0 <= i < count - 1:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from .. import checks
 from ..rowwise.pointwise import BinaryCrossEntropy, loss
-from ._twin import TwinModule, check_weight, ordinary, promoted, reduction_of
+from ._twin import TwinModule, check_weight, ordinary, promoted, reduction_of, tensors
 
 
 def binary_cross_entropy_with_logits(
@@ -56,6 +56,9 @@ def binary_cross_entropy_with_logits(
     reduction = reduction_of(size_average, reduce, reduction)
     if not ordinary(input, target):
         checks.backend(backend)
+        tensors(input, target)
+        if input.dtype.is_floating_point and not target.dtype.is_floating_point:
+            raise TypeError(f"target is {target.dtype}: needs a floating tensor of 0 and 1; call .float()")
         return F.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
     if input.shape != target.shape:
         raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")

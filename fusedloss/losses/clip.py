@@ -12,6 +12,7 @@ from ._in_batch import Loss, Objective, as_scale, asked, autocast, distinct, obj
 from ._module import LossModule
 
 
+@checks.explained
 def clip(
     image_features: Tensor,
     text_features: Tensor,

@@ -12,6 +12,7 @@ from ._in_batch import as_scale, autocast, distinct
 from ._module import LossModule
 
 
+@checks.explained
 def clip_distill(
     image_features: Tensor,
     text_features: Tensor,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .. import checks
 from ._module import LossModule
 from .clip import clip
 
 
+@checks.explained
 def contrastive_tension_in_batch(
     a: Tensor,
     b: Tensor,
@@ -29,6 +31,9 @@ def contrastive_tension_in_batch(
     Example:
         >>> fusedloss.contrastive_tension_in_batch(encoder_1(x), encoder_2(x), log_scale.exp()).backward()
     """
+    checks.embeddings(a=a, b=b)
+    if a.shape[0] != b.shape[0]:
+        raise ValueError(f"b has {b.shape[0]} rows and a {a.shape[0]}: they must be the same sentences")
     loss = clip(
         a, b, logit_scale, normalize=True, reduction=reduction, backend=backend, workspace_bytes=workspace_bytes
     )

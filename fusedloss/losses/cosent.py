@@ -12,6 +12,7 @@ from ._module import LossModule
 from ._pairs import SIMILARITIES, check_numbers, check_rows, similarities
 
 
+@checks.explained
 def cosent(
     a: Tensor,
     b: Tensor,
@@ -53,6 +54,7 @@ def cosent(
     return _ordered(a, (b,), score, scale, similarity, backend)
 
 
+@checks.explained
 def angle(
     a: Tensor,
     b: Tensor,

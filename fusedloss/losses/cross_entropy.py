@@ -103,7 +103,7 @@ def _check_options(
     checks.index("ignore_index", ignore_index)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.share("label_smoothing", label_smoothing)
-    checks.number("z_loss", z_loss)
+    checks.number("z_loss", z_loss, least=0)
     if softcap is not None:
         checks.number("softcap", softcap)
         checks.scalar("softcap", softcap, None, positive=True)

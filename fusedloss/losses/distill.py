@@ -12,6 +12,7 @@ from ._module import LossModule
 from ._pairs import SIMILARITIES, check_columns, check_numbers, similarities
 
 
+@checks.explained
 def distill_kl_div(
     query: Tensor,
     positive: Tensor,

@@ -57,6 +57,9 @@ def embed_distill(
     """
     checks.choice("distance", distance, DISTANCES)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
+    for name, x in (("student", student), ("teacher", teacher)):
+        if not isinstance(x, Tensor):
+            checks.sequence(name, x, "columns [B, D], or a tensor", f"[{name}_a, {name}_b]")
     students = [student] if isinstance(student, Tensor) else list(student)
     if not students:
         raise ValueError("student is empty: needs [B, D], or at least one column of it")

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..problem import stats_dtype
 from ..rowwise.classes import focal_classes
-from ..rowwise.pointwise import Focal, loss
+from ..rowwise.pointwise import Focal, loss, transformed
 from ._module import LossModule
 
 
@@ -59,14 +59,12 @@ def focal(
     """
     for name, x in (("input", input), ("target", target)):
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}: needs a tensor")
+            raise TypeError(f"{name} is {checks.a(x)}: needs a tensor{checks.remedy(x)}")
         checks.dense(name, x)
     if input.dtype not in checks.FLOATING:
         raise TypeError(f"input has dtype {input.dtype}: needs float16, bfloat16, float32 or float64")
     checks.same_device("target", target, "input", input)
-    checks.number("gamma", gamma)
-    if gamma < 0:
-        raise ValueError(f"gamma is {gamma}: needs a number of at least 0")
+    checks.number("gamma", gamma, least=0)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.index("ignore_index", ignore_index)
     if target.dtype == torch.int64:
@@ -78,7 +76,9 @@ def _binary(
     input: Tensor, target: Tensor, gamma: float, alpha: Any, ignore_index: int, reduction: str, backend: str
 ) -> Tensor:
     if target.dtype not in checks.FLOATING:
-        raise TypeError(f"target has dtype {target.dtype}: needs floating labels, or int64 classes")
+        raise TypeError(
+            f"target has dtype {target.dtype}: needs floating labels, or int64 classes; call .float() or .long()"
+        )
     if target.shape != input.shape:
         raise ValueError(f"target has shape {list(target.shape)}: needs input's, {list(input.shape)}")
     if alpha is not None:
@@ -88,6 +88,10 @@ def _binary(
         alpha = float(alpha)
     if ignore_index != -100:
         raise ValueError(f"ignore_index is {ignore_index}: needs an int64 target; floating labels ignore none")
+    if checks.reads_values(target) and target.numel() and not transformed():
+        low, high = (float(end) for end in target.detach().aminmax())
+        if low < 0 or high > 1:  # a NaN shows in the loss
+            raise ValueError(f"target holds {low if low < 0 else high:g}: needs labels from 0 to 1")
     if reduction == "mean" and not input.numel():
         reduction = "sum"
     dtype = stats_dtype(torch.promote_types(input.dtype, target.dtype))

@@ -13,6 +13,7 @@ from ._in_batch import Loss, Objective, as_scale, asked, autocast, distinct, obj
 from ._module import LossModule
 
 
+@checks.explained
 def gist_embed(
     anchor: Tensor,
     positive: Tensor,
@@ -152,6 +153,8 @@ def gist_embed_objective(
 
 
 def _guides(guide: Sequence[Tensor], named: dict[str, Tensor]) -> list[Tensor]:
+    if not isinstance(guide, Tensor):
+        checks.sequence("guide", guide, "embeddings", "(guide_anchor, guide_positive)")
     if isinstance(guide, Tensor) or len(guide) != len(named):
         got = "one tensor" if isinstance(guide, Tensor) else f"{len(guide)} tensors"
         raise ValueError(f"guide holds {got}: needs {len(named)}, one for each of {', '.join(named)}")

@@ -26,6 +26,7 @@ from ._in_batch import (
 from ._module import LossModule
 
 
+@checks.explained
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -64,10 +65,11 @@ def info_nce(
         negatives: `[M, K, D]`, K more columns for each row that no other row sees. They have no bias, and masks do not
             concern them. The rows' sums are then merged outside of the sweep, which costs it a fourth product.
         bank: `[K, D]`, K more columns that every row sees, behind the keys: a queue (MoCo), a memory (XBM). It is read
-            where it lies, in any strides, never copied (but for autocast, if it is not in its dtype), and receives no
-            gradient, also where it requires one. It may be overwritten as soon as the loss is there; a backward that
-            needs it again (reduction "none", `negatives`, a second backward, create_graph) then raises a RuntimeError
-            that names it, and with backend "reference" torch's own.
+            where it lies, in any strides, never copied (but for autocast, if it is not in its dtype, or if it was made
+            under inference_mode: autograd cannot keep that), and receives no gradient, also where it requires one. It
+            may be overwritten as soon as the loss is there; a backward that needs it again (reduction "none",
+            `negatives`, a second backward, create_graph) then raises a RuntimeError that names it, and with backend
+            "reference" torch's own.
         key_bias: `[N]`, added to every row's logits (logQ correction: minus the log of each key's sampling
             probability). -inf removes a key, and leaves out the rows whose target it is. Receives a gradient.
             With a bank `[N + K]`.

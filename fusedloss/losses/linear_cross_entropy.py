@@ -87,13 +87,11 @@ def linear_cross_entropy(
         checks.vector("weight", weight, classes, "class", x)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.share("label_smoothing", label_smoothing)
-    checks.number("z_loss", z_loss)
+    checks.number("z_loss", z_loss, least=0)
     checks.count("workspace_bytes", workspace_bytes)
     if softcap is not None:
         checks.number("softcap", softcap)
         checks.scalar("softcap", softcap, x, positive=True)
-    if z_loss < 0:
-        raise ValueError(f"z_loss is {z_loss}: needs a number of at least 0")
     if weight is not None and label_smoothing and (softcap is not None or z_loss):
         other = "softcap" if softcap is not None else "z_loss"
         raise ValueError(f"{other} is given beside both weight and label_smoothing: pass at most two of the three")
@@ -150,12 +148,15 @@ def _rows(input: Tensor, linear_weight: Tensor, target: Tensor) -> tuple[Tensor,
     if not isinstance(input, Tensor) or input.dim() == 0:
         got = f"shape {list(input.shape)}" if isinstance(input, Tensor) else f"a {type(input).__name__}"
         raise TypeError(f"input is {got}: needs a floating tensor [..., D]")
+    checks.dense("input", input)
+    if not input.shape[-1]:
+        raise ValueError(f"input has shape {list(input.shape)}: needs [..., D] with at least one dimension D")
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
         shape = list(linear_weight.shape)
         raise ValueError(f"linear_weight has shape {shape}: needs [C, D]; for K dimensions {INSTEAD}")
     if isinstance(target, Tensor) and target.dtype.is_floating_point:
         raise TypeError(f"target is {target.dtype}: needs int64 class indices; for class probabilities {INSTEAD}")
-    x = input.reshape(-1, input.shape[-1]) if input.shape[-1] else input.reshape(-1, 0)
+    x = input.reshape(-1, input.shape[-1])
     checks.embeddings(input=x, linear_weight=linear_weight)
     if isinstance(target, Tensor) and target.shape != input.shape[:-1]:
         wanted = list(input.shape[:-1])

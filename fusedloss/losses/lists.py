@@ -324,8 +324,8 @@ def check_lambda(weighting: object, k: int | None, sigma: float, eps: float, mu:
         checks.choice("weighting", weighting, WEIGHTINGS)
     checks.count("k", k)
     _positive("sigma", sigma)
-    checks.number("eps", eps)
-    checks.number("mu", mu)
+    checks.number("eps", eps, least=0)
+    checks.number("mu", mu, least=0)
 
 
 def _positive(name: str, value: float) -> None:

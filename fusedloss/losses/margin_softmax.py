@@ -12,6 +12,7 @@ from ._in_batch import as_scale, autocast, distinct, objective
 from ._module import LossModule
 
 
+@checks.explained
 def arcface(
     embeddings: Tensor,
     target: Tensor,
@@ -64,6 +65,7 @@ def arcface(
     return _margin_softmax(embeddings, target, weight, rule, scale, ignore_index, reduction, backend, workspace_bytes)
 
 
+@checks.explained
 def cosface(
     embeddings: Tensor,
     target: Tensor,

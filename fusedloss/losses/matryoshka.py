@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from .. import checks
 from ..backends import BACKENDS, select
 from ..problem import Block, Problem
-from ._in_batch import Objective, distinct, mean_of
+from ._in_batch import Objective, asked, distinct, mean_of
 from .clip import clip, clip_objective
 from .gist import gist_embed, gist_embed_objective
 from .info_nce import info_nce, info_nce_objective
@@ -27,10 +28,12 @@ OBJECTIVES: dict[Callable[..., Any], Callable[..., Objective | list[Objective]]]
     multiple_negatives_ranking: multiple_negatives_ranking_objectives,
     nt_xent: nt_xent_objective,
 }
+KEYWORDS = {loss: checks.keywords(loss) for loss in OBJECTIVES}
 
 
 def matryoshka(
     loss: Callable[..., Tensor],
+    /,
     *embeddings: Tensor,
     dims: Sequence[int],
     weights: Sequence[float] | None = None,
@@ -61,10 +64,13 @@ def matryoshka(
     Example:
         >>> fusedloss.matryoshka(fusedloss.info_nce, query, key, dims=(768, 256, 64), temperature=0.05).backward()
     """
+    checks.function("loss", loss, "fusedloss.info_nce")
     if not embeddings:
         raise ValueError("embeddings is empty: needs those that the loss takes")
     checks.embeddings(**{f"embeddings[{i}]": x for i, x in enumerate(embeddings)})
     dims = _checked_dims(dims, embeddings[0].shape[1])
+    if weights is not None:
+        checks.sequence("weights", weights, "numbers", str((1.0,) * len(dims)))
     weights = [1.0] * len(dims) if weights is None else list(weights)
     if len(weights) != len(dims):
         raise ValueError(f"weights has {len(weights)} numbers and dims {len(dims)}: needs one for each")
@@ -75,8 +81,13 @@ def matryoshka(
     for name in ("negatives", "bank"):
         if loss is info_nce and loss_options.get(name) is not None:
             raise ValueError(f"{name} has no prefixes here: pass it to multiple_negatives_ranking, as columns")
-    if loss in OBJECTIVES:
-        built = OBJECTIVES[loss](*embeddings, **loss_options)
+    if loss in OBJECTIVES and loss_options.get("group") is None:
+        options = {n: x for n, x in loss_options.items() if x is not None or n not in ("negatives", "group")}
+        for name in options:
+            if name not in KEYWORDS[loss]:
+                raise TypeError(checks.unexpected(loss.__name__, name, options[name], inspect.signature(loss)))
+        asked(None, options.pop("strategy", "gather"), options.pop("grad_scale", "ddp"))
+        built = OBJECTIVES[loss](*embeddings, **options)
         objectives = built if isinstance(built, list) else [built]
         parts = [part for one in objectives for part in _one_directional(one, dims, weights)]
         if all(_at_once(part) for part in parts):
@@ -97,6 +108,7 @@ def _narrow(x: Tensor) -> bool:
 
 
 def _checked_dims(dims: Sequence[int], D: int) -> tuple[int, ...]:
+    checks.sequence("dims", dims, "numbers from 1 to D", "(768, 256)")
     if not len(dims):
         raise ValueError("dims is empty: needs at least one")
     for dim in dims:

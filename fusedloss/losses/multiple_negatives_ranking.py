@@ -17,6 +17,7 @@ PARTITION_MODES = ("joint", "per_direction")
 HARDNESS_MODES = ("in_batch_negatives", "hard_negatives", "all_negatives")
 
 
+@checks.explained
 def multiple_negatives_ranking(
     anchor: Tensor,
     positive: Tensor,
@@ -201,8 +202,12 @@ def multiple_negatives_ranking_objectives(
 
 
 def _check_directions(directions: Sequence[str], partition_mode: str) -> None:
+    if not isinstance(directions, str):
+        checks.sequence("directions", directions, "names", str(DIRECTIONS[:2]))
     if isinstance(directions, str) or not all(name in DIRECTIONS for name in directions):
         raise ValueError(f"directions is {directions!r}: needs a sequence of {', '.join(map(repr, DIRECTIONS))}")
+    if len(set(directions)) != len(directions):
+        raise ValueError(f"directions is {directions!r}: needs each at most once; leave the second out")
     if "query_to_doc" not in directions:
         raise ValueError(f"directions is {directions!r}: needs 'query_to_doc' among them")
     checks.choice("partition_mode", partition_mode, PARTITION_MODES)
@@ -216,9 +221,7 @@ def _check_directions(directions: Sequence[str], partition_mode: str) -> None:
 def _check_hardness(mode: str | None, strength: float) -> None:
     if mode is not None:
         checks.choice("hardness_mode", mode, HARDNESS_MODES)
-    checks.number("hardness_strength", strength)
-    if strength < 0:
-        raise ValueError(f"hardness_strength is {strength}: needs a number from 0 up")
+    checks.number("hardness_strength", strength, least=0)
 
 
 class MultipleNegativesRankingLoss(LossModule, function=multiple_negatives_ranking, tensors=("mask",)):

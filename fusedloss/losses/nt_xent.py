@@ -14,6 +14,7 @@ from ._in_batch import Loss, Objective, as_scale, asked, autocast, objective, re
 from ._module import LossModule
 
 
+@checks.explained
 def nt_xent(
     z1: Tensor,
     z2: Tensor,
@@ -74,6 +75,7 @@ def nt_xent(
     return result_of(ask, asked(group, strategy, grad_scale))
 
 
+@checks.explained
 def decoupled_contrastive(
     z1: Tensor,
     z2: Tensor,

@@ -12,6 +12,7 @@ from ._in_batch import as_scale, autocast, columns_and_weights, distinct, object
 from ._module import LossModule
 
 
+@checks.explained
 def proxy_nca(
     embeddings: Tensor,
     target: Tensor,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .. import checks
 from ..problem import stats_dtype
 from ..rowwise.pointwise import Difference, loss
-from ._twin import TwinModule, check_weight, ordinary, promoted, reduction_of, same_shape
+from ._twin import TwinModule, check_weight, ordinary, promoted, reduction_of, same_shape, tensors
 
 
 def mse(
@@ -160,9 +160,11 @@ mse_loss, l1_loss, huber_loss, smooth_l1_loss = mse, l1, huber, smooth_l1
 def _number(name: str, value: Any) -> float:
     """What torch takes for a float: any number, or a tensor of one element."""
     try:
-        return float(value)
+        if not isinstance(value, str | bytes):
+            return float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} is a {type(value).__name__}: needs a number") from None
+        pass
+    raise TypeError(f"{name} is a {type(value).__name__}: needs a number")
 
 
 def _difference(
@@ -179,9 +181,7 @@ def _difference(
 ) -> Tensor:
     if under != 1.0 or over != 1.0:
         for name, value in (("under", under), ("over", over)):
-            checks.number(name, value)
-            if value < 0:
-                raise ValueError(f"{name} is {value}: needs a number of at least 0")
+            checks.number(name, value, least=0)
     by_input = twin is F.huber_loss  # whose result has input's dtype, and whose weighted mean is one of all elements
     if not ordinary(input, target) or (by_input and input.dtype != target.dtype):
         return _left_to_torch(twin, delta, input, target, reduction, weight, under, over, backend)
@@ -212,6 +212,7 @@ def _left_to_torch(
 ) -> Tensor:
     """Integers, complex numbers, subclasses, and mistakes, which raise there."""
     checks.backend(backend)
+    tensors(input, target)
     if not under == over == 1.0 or (weight is not None and twin is F.smooth_l1_loss):
         raise TypeError(
             f"input is {_kind(input)} and target {_kind(target)}: torch computes such losses, and has not these "

@@ -16,6 +16,7 @@ from ._in_batch import as_scale, asked, autocast, distinct
 from ._module import LossModule
 
 
+@checks.explained
 def siglip(
     image_features: Tensor,
     text_features: Tensor,

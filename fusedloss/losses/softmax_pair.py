@@ -62,7 +62,9 @@ def softmax_pair(
         v = v.to(u.dtype)
     if v.shape[0] != u.shape[0]:
         raise ValueError(f"v has {v.shape[0]} rows and u has {u.shape[0]}: needs as many")
-    if isinstance(concatenation, str) or not concatenation or not set(concatenation) <= set(PARTS):
+    if not isinstance(concatenation, str):
+        checks.sequence("concatenation", concatenation, "names", "('rep', 'difference')")
+    if isinstance(concatenation, str) or not concatenation or not all(part in PARTS for part in concatenation):
         raise ValueError(f"concatenation is {concatenation!r}: needs one or more of {', '.join(map(repr, PARTS))}")
     parts = tuple(part for part in PARTS if part in concatenation)
     wanted = sum(PARTS[part] for part in parts) * u.shape[1]

@@ -23,6 +23,7 @@ FORMS = ("out", "in")
 PIECES = 5  # matrices [N, some of D] that class sums and their gradient take
 
 
+@checks.explained
 def sup_con(
     embeddings: Tensor,
     labels: Tensor,

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..backends import select_rowwise
 from ..problem import stats_dtype
 from . import classes
@@ -250,6 +251,7 @@ def lambda_loss(
         count, ascending = _selected(by_rank, weighting, top)
         sums = _lambda_formula(by_rank, weighting, top, eps, mu, ascending).masked_fill(count == 0, 0)
         return _reduced(scores, sums, None, reduction, count.sum(), unit=unit)
+    checks.untransformed(name)
     wanted = _wants_gradient(scores)
     with torch.no_grad():
         by_rank = ranked(scores, labels, mask, sigma)
@@ -461,6 +463,7 @@ def adr_mse(
     if name == "reference" or torch.compiler.is_compiling() or labels.requires_grad:
         sums = _adr_formula(*_entered(scores, labels, mask, alpha / 2))
         return _reduced(scores, sums, None, reduction, count, unit=4)
+    checks.untransformed(name)
     wanted = _wants_gradient(scores)
     with torch.no_grad():
         if name == "triton":
@@ -524,6 +527,7 @@ def list_net(scores: Tensor, labels: Tensor, mask: Tensor | None, *, reduction: 
         return _reduced(scores, sums, None, reduction, Q, unit=-1)
     if name == "triton":
         return _reduced(scores, classes.soft_cross_entropy_rows(scores, labels, mask, name), None, reduction, Q)
+    checks.untransformed(name)
     wanted = _wants_gradient(scores)
     with torch.no_grad():
         sums, gradient = _list_net(scores, labels, mask, gradient=wanted)
@@ -578,6 +582,7 @@ def list_mle(
     if name == "reference" or torch.compiler.is_compiling() or (weight is not None and weight.requires_grad):
         sums = _list_mle_formula(_listed(scores, labels, mask, order), weight)
         return _reduced(scores, sums, None, reduction, Q)
+    checks.untransformed(name)
     wanted = _wants_gradient(scores)
     with torch.no_grad():
         z = _listed(scores, labels, mask, order)

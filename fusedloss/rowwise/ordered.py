@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..backends import select_rowwise
 
 
@@ -17,6 +18,7 @@ def ordered_pairs(z: Tensor, label: Tensor, backend: str = "auto") -> Tensor:
     """
     if select_rowwise(backend, z) == "reference":
         return _formula(z, label)
+    checks.untransformed(name)
     return _OrderedPairs.apply(z, label)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from .._drop_in import Patch, library
 
 # The part that 6.x has and earlier versions have not.
-library("sentence_transformers.base.losses.merged_forward", "sentence-transformers", "6.2.0")
+library("sentence_transformers.base.losses.merged_forward", "sentence-transformers", "6.2.0", least="6.0")
 
 from sentence_transformers.sentence_transformer.losses import (  # noqa: E402
     BatchHardTripletLossDistanceFunction as BatchHardTripletLossDistanceFunction,
