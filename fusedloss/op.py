@@ -16,7 +16,20 @@ from torch import Tensor
 from . import checks, sweep
 from .backends import BACKENDS, reference
 from .errors import UnsupportedError
-from .problem import Block, Compare, Fold, Guide, GuideRule, Margin, Mask, Problem, Ranks, saved_dtype, stats_dtype
+from .problem import (
+    Block,
+    Compare,
+    Fold,
+    Guide,
+    GuideRule,
+    Margin,
+    Mask,
+    Problem,
+    Ranks,
+    savable,
+    saved_dtype,
+    stats_dtype,
+)
 from .sweep import Wants
 
 COUNTED = 4  # most vectors that `Result.counted` may hold
@@ -182,9 +195,20 @@ def _wants(plan: Plan, wanted: Sequence[bool]) -> Wants:
     return Wants(operands, by_scale, tuple(biases), tuple(flags))
 
 
+def _savable(problem: Problem) -> Problem:
+    """With copies of what was made under inference_mode, where gradients are wanted."""
+    plan, tensors, constants = flatten(problem, "reference", False)
+    given = (problem.scale, problem.target, problem.weight)
+    if not any(x.is_inference() for x in (*given, *tensors, *constants)):
+        return problem
+    scale, target, weight = map(savable, given)
+    return unflatten(plan, scale, target, weight, list(map(savable, tensors)), list(map(savable, constants)))
+
+
 def loss_rows_or_sum(problem: Problem, backend: str, per_row: bool) -> tuple[Tensor, list[Tensor]]:
     """The weighted losses [M], or their sum, differentiable in all but masks; and what the sweep counted by row."""
     if backend == "reference":
+        problem = problem if torch.compiler.is_compiling() else _savable(problem)
         rows, counted = reference.loss_rows(problem)
         return (rows if per_row else rows.sum()), counted
     checks.untransformed(backend)
@@ -197,7 +221,7 @@ def loss_rows_or_sum(problem: Problem, backend: str, per_row: bool) -> tuple[Ten
         return value, list(counted.detach())
     if not any(wanted):
         return execute(plan, wanted, *arguments, tensors, constants)[:2]
-    value, *counted = _Loss.apply(plan, wanted, len(tensors), *arguments, *tensors, *constants)
+    value, *counted = _Loss.apply(plan, wanted, len(tensors), *map(savable, (*arguments, *tensors, *constants)))
     return value, counted
 
 

@@ -255,6 +255,14 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(x.device.type, enabled=False) if autocasting(x) else contextlib.nullcontext()
 
 
+def savable(x: Tensor) -> Tensor:
+    """`x`, or a copy of it where autograd could not save it: what is made under inference_mode, and used outside.
+
+    Tracing has no such question, and what it sees are no inference tensors.
+    """
+    return x if torch.compiler.is_compiling() or not (x.is_inference() and torch.is_grad_enabled()) else x.clone()
+
+
 def inverse_norms(x: Tensor) -> Tensor:
     """`1 / max(|x_i|, 1e-12)` per row, in the statistics dtype, without a copy of `x`.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import sweep
 from .backends import BACKENDS
 from .collectives import around, group_of
-from .problem import Block, Compare, Guide, Mask, Problem, Ranks, RowSums, Softmax, without_autocast
+from .problem import Block, Compare, Guide, Mask, Problem, Ranks, RowSums, Softmax, savable, without_autocast
 from .rows import merge
 from .sweep import Partial, Wants
 
@@ -400,7 +400,7 @@ def loss_rows_or_sum(shards: Shards, backend: str, per_row: bool) -> Tensor:
     by_bias = tuple(block.bias is not None and next(flags) for block in problem.blocks)
     wants = Wants(by_operand, by_scale, by_bias, tuple(flags))
     ring = (Around if problem.fold is None else Once)(shards, BACKENDS[backend], wants)
-    return _Ring.apply(ring, per_row, *tensors)
+    return _Ring.apply(ring, per_row, *map(savable, tensors))
 
 
 class _Found:

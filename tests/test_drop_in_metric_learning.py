@@ -69,6 +69,17 @@ def test_with_the_defaults(name):
     same(name, {}, batch())
 
 
+@pytest.mark.parametrize("name", PAIRS + CLASSES)
+def test_labels_made_under_inference_mode(name):
+    """Autograd cannot keep such a tensor."""
+    x, labels = batch()
+    with torch.inference_mode():
+        made_there = labels.clone()
+    found, wanted = (outcome(made(fused, name, {}), (x, given)) for given in (made_there, labels))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 REDUCERS = [
     reducers.MeanReducer(),
     reducers.SumReducer(),

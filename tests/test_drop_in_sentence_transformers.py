@@ -260,6 +260,21 @@ def test_in_float32(name, columns, labels, module, options):
     agree(name, columns, labels, module, options, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("name", "columns", "labels", "module", "options"), [case for case in CASES if case.values[2] is not None]
+)
+def test_labels_made_under_inference_mode(name, columns, labels, module, options):
+    """What `encode(convert_to_tensor=True)` returns: autograd cannot keep it."""
+    labels = labels(torch.float64) if callable(labels) else labels
+    with torch.inference_mode():
+        made_there = labels.clone()
+    ours, _ = libraries(module)
+    found, wanted = (
+        run(build(ours, name, **options), columns, given, sparse=module == "sparse") for given in (made_there, labels)
+    )
+    same(found, wanted)
+
+
 def agree(name, columns, labels, module, options, dtype):
     labels = labels(dtype) if callable(labels) else labels
     before = calls[f"sentence_transformers.{name}"]

@@ -6,6 +6,8 @@ import pytest
 import torch
 from calls import CALLS, Batch, Call, missing
 
+import fusedloss
+
 # Compiled graphs compute in another order: 1e-10 is 4e5 eps of fp64, in which everything here is computed.
 NEAR = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -69,3 +71,49 @@ def test_inductor_compiles_an_op_a_scan_and_mined_pairs():
     for name in ("info_nce, same_id", "cosent", "batch_hard_triplet"):
         torch._dynamo.reset()
         assert_as_eager(torch.compile(CALLS[name](Batch(4)).function, fullgraph=True), CALLS[name], 8)
+
+
+# Constants made under inference_mode ----------------------------------------------------------------------------------
+
+
+def made_under_inference(x):
+    with torch.inference_mode():
+        return x.detach().clone()
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference", "triton"])
+@pytest.mark.parametrize("name", CALLS)
+def test_what_has_no_gradient_may_be_an_inference_tensor(name, backend):
+    """Each argument in turn, a frozen side's embeddings included: what `encode(convert_to_tensor=True)` returns."""
+    make, dtype = CALLS[name], torch.float32 if backend == "triton" else torch.float64
+    # The same numbers, computed the same way: what differs is where in memory they lie.
+    near = {"rtol": 1e-4, "atol": 1e-5} if backend == "triton" else NEAR
+    options = {} if name == "global_orthogonal_regularization" else {"backend": backend}
+
+    def results(rows, change):
+        batch = Batch(rows, dtype, change)
+        call = make(batch)
+        return value_and_gradients(call._replace(options=call.options | options), batch) if batch.leaves else None
+
+    counted = Batch(6)
+    make(counted)
+    for place in range(counted.asked):
+        wanted = results(6, lambda at, x, place=place: x.detach().clone() if at == place else x)
+        found = results(6, lambda at, x, place=place: made_under_inference(x) if at == place else x)
+        for a, b in zip(found or [], wanted or [], strict=True):
+            torch.testing.assert_close(a, b, **near)
+
+
+def test_an_inference_tensor_as_labels():
+    """A value from elsewhere, and a bank that changes after the loss has read it."""
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    loss = fusedloss.multi_similarity(x, made_under_inference(torch.arange(6) // 2))
+    loss.backward()
+    assert loss.item() == pytest.approx(0.8418868, abs=2e-7)
+    bank = made_under_inference(torch.randn(5, 8))
+    rows = fusedloss.info_nce(x, x.detach(), bank=bank, reduction="none")
+    (wanted,) = torch.autograd.grad(rows.sum(), x, retain_graph=True)
+    with torch.inference_mode():
+        bank.zero_()
+    (found,) = torch.autograd.grad(rows.sum(), x)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)

@@ -12,7 +12,7 @@ from .. import checks
 from ..backends import select
 from ..distributed import Call, World, loss_across, world
 from ..op import loss_mean, loss_rows_or_sum
-from ..problem import NO_MARGIN, Block, GuideRule, Margin, Problem, stats_dtype
+from ..problem import NO_MARGIN, Block, GuideRule, Margin, Problem, savable, stats_dtype
 from ..rows import columns_and_weights, without_target
 
 
@@ -45,7 +45,7 @@ def as_scale(value: float | Tensor, like: Tensor, *, inverse: bool) -> tuple[Ten
     """The multiplier of the logits as a 0-dim tensor in the statistics dtype, and as a number where it is one."""
     dtype = stats_dtype(like.dtype)
     if isinstance(value, Tensor):
-        scale = value.reshape(()).to(dtype)
+        scale = savable(value).reshape(()).to(dtype)
         return (scale.reciprocal() if inverse else scale), None
     number = 1.0 / value if inverse else float(value)
     return torch.full((), number, dtype=dtype, device=like.device), number

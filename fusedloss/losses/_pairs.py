@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import checks
+from ..problem import savable
 from ..rowwise.pairs import columns
 
 SIMILARITIES = ("cos", "dot", "euclidean", "manhattan", "angle")
@@ -49,8 +50,8 @@ def check_not_negative(name: str, value: Tensor) -> None:
         )
 
 
-def check_numbers(name: str, value: Tensor, shapes: Sequence[tuple[int, ...]], like: Tensor) -> None:
-    """A label: real numbers of any dtype, of one of these shapes."""
+def check_numbers(name: str, value: Tensor, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
+    """A label: real numbers of any dtype, of one of these shapes; as autograd can save it."""
     if not isinstance(value, Tensor) or value.dtype.is_complex:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} is {got}: needs a tensor of real numbers {_either(shapes)}")
@@ -58,6 +59,7 @@ def check_numbers(name: str, value: Tensor, shapes: Sequence[tuple[int, ...]], l
     if value.shape not in shapes:
         raise ValueError(f"{name} has shape {list(value.shape)}: needs {_either(shapes)}")
     checks.same_device(name, value, "the embeddings", like)
+    return savable(value)
 
 
 def _either(shapes: Sequence[tuple[int, ...]]) -> str:

@@ -49,7 +49,7 @@ def cosent(
         >>> fusedloss.cosent(encoder(a), encoder(b), gold).backward()
     """
     check_rows(a=a, b=b)
-    check_numbers("score", score, [(a.shape[0],)], a)
+    score = check_numbers("score", score, [(a.shape[0],)], a)
     checks.choice("similarity", similarity, SIMILARITIES)
     return _ordered(a, (b,), score, scale, similarity, backend)
 
@@ -88,12 +88,12 @@ def angle(
         gold = label if score is None else score
         if gold is None:
             raise ValueError("score is None: needs [B], unless there are negatives")
-        check_numbers("score", gold, [(a.shape[0],)], a)
+        gold = check_numbers("score", gold, [(a.shape[0],)], a)
         return _ordered(a, (b,), gold, scale, "angle", backend)
     negatives = (score, *negatives)
     check_rows(a=a, b=b, **{f"negatives[{i}]": x for i, x in enumerate(negatives)})
     label = torch.ones(a.shape[0], device=a.device) if label is None else label
-    check_numbers("label", label, [(a.shape[0],)], a)
+    label = check_numbers("label", label, [(a.shape[0],)], a)
     label = label if label.dtype.is_floating_point else label.long()
     gold = torch.cat([label, (1 - label).repeat(len(negatives))])
     return _ordered(a, (b, *negatives), gold, scale, "angle", backend)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..problem import stats_dtype
+from ..problem import savable, stats_dtype
 from ._in_batch import of_rows
 from ._module import LossModule
 from ._pairs import SIMILARITIES, check_columns, check_numbers, similarities
@@ -56,7 +56,7 @@ def distill_kl_div(
         >>> fusedloss.distill_kl_div(query, positive, negative, label=scores, temperature=2.0).backward()
     """
     check_columns(query, positive, negatives)
-    check_numbers("label", label, [(query.shape[0], len(negatives) + 1)], query)
+    label = check_numbers("label", label, [(query.shape[0], len(negatives) + 1)], query)
     checks.choice("similarity", similarity, SIMILARITIES)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.scalar("temperature", temperature, query, positive=True)
@@ -77,7 +77,7 @@ def _or(temperature: float | Tensor, name: str, value: float | Tensor | None, li
         value = temperature
     else:
         checks.scalar(name, value, like, positive=True)
-    return value.reshape(()).to(stats_dtype(like.dtype)) if isinstance(value, Tensor) else value
+    return savable(value).reshape(()).to(stats_dtype(like.dtype)) if isinstance(value, Tensor) else value
 
 
 class DistillKLDivLoss(LossModule, function=distill_kl_div, tensors=("label",), choices={"similarity": SIMILARITIES}):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import checks
-from ..problem import stats_dtype
+from ..problem import savable, stats_dtype
 from ..rowwise.pairs import columns
 from ._in_batch import of_rows
 from ._module import LossModule
@@ -91,7 +91,7 @@ def _projected(x: Tensor, projection: Tensor | Callable[[Tensor], Tensor]) -> Te
         raise ValueError(f"projection has shape {list(projection.shape)}: needs [T, {x.shape[1]}]")
     dtype = stats_dtype(x.dtype)
     with torch.autocast(x.device.type, enabled=False):  # a product in 16 bits would be rounded to them
-        return F.linear(x.to(dtype), projection.to(dtype))
+        return F.linear(savable(x.to(dtype)), savable(projection.to(dtype)))
 
 
 def _teachers(teacher: Tensor | Sequence[Tensor], students: Sequence[Tensor]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import select
 from ..op import loss_mean, loss_rows_or_sum
-from ..problem import Block, Problem
+from ..problem import Block, Problem, savable
 from ._in_batch import as_scale, autocast, columns_and_weights, distinct
 from ._module import LossModule
 
@@ -96,7 +96,7 @@ def linear_cross_entropy(
         other = "softcap" if softcap is not None else "z_loss"
         raise ValueError(f"{other} is given beside both weight and label_smoothing: pass at most two of the three")
 
-    x, y = autocast(x, linear_weight)
+    x, y = autocast(savable(x), savable(linear_weight))
     if compact is None:
         compact = x.device.type == "cpu" and checks.reads_values(index)
     kept = (index != ignore_index).nonzero()[:, 0] if compact else None
@@ -106,7 +106,7 @@ def linear_cross_entropy(
     index, counts = columns_and_weights(index, torch.ones_like(index, dtype=scale.dtype), classes, ignore_index)
     share, row_weight, smoothed = counts, counts, None
     if weight is not None:
-        weight = weight.detach().to(scale.dtype)
+        weight = savable(weight).detach().to(scale.dtype)
         row_weight = share = counts * weight[index]
         if label_smoothing:
             # eps / C sum_c w_c (lse - z_c) is a multiple of the cross-entropy, and of a difference linear in x.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..problem import savable
 from ..rowwise import lists
 from ._module import LossModule
 
@@ -294,7 +295,7 @@ def _padded(scores: Lists, labels: Lists, mask: Tensor | None) -> tuple[Tensor, 
             raise ValueError(f"labels is on {labels.device} and scores on {scores.device}: move one of them")
         if mask is not None:
             checks.boolean("mask", mask, tuple(scores.shape), scores)
-        return scores, labels, mask
+        return savable(scores), savable(labels), None if mask is None else savable(mask)
     if mask is not None:
         raise ValueError("mask is given beside lists of tensors: needs [Q, n] scores; lists have no padding to mask")
     for name, given in (("scores", scores), ("labels", labels)):

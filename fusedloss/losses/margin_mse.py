@@ -49,7 +49,7 @@ def margin_mse(
     rows, count = query.shape[0], len(negatives)
     # A single negative's [B] and [B, 1] are the same; K + 1 scores are looked for before K margins.
     shapes = [(rows, count + 1), (rows, count), *([(rows,)] if count == 1 else [])]
-    check_numbers("label", label, shapes, query)
+    label = check_numbers("label", label, shapes, query)
     checks.choice("similarity", similarity, SIMILARITIES)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     near, *far = similarities(similarity, query, positive, *negatives, backend=backend)

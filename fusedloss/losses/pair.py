@@ -92,7 +92,7 @@ def _mean(d: Tensor, chosen: Tensor) -> Tensor:
 
 def _distances(a: Tensor, b: Tensor, label: Tensor, distance: str, margin: float, backend: str) -> Tensor:
     check_rows(a=a, b=b)
-    check_numbers("label", label, [(a.shape[0],)], a)
+    label = check_numbers("label", label, [(a.shape[0],)], a)
     check_not_negative("label", label)
     checks.choice("distance", distance, DISTANCES)
     checks.number("margin", margin)
@@ -136,7 +136,7 @@ def cosine_similarity(
         >>> fusedloss.cosine_similarity(encoder(a), encoder(b), gold).backward()
     """
     check_rows(a=a, b=b)
-    check_numbers("score", score, [(a.shape[0],)], a)
+    score = check_numbers("score", score, [(a.shape[0],)], a)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     if loss != "mse" and not callable(loss):
         raise ValueError(f"loss is {loss!r}: needs 'mse' or a function of two tensors [B]")
@@ -176,7 +176,7 @@ def contrastive_tension(
         >>> fusedloss.contrastive_tension(encoder_1(x), encoder_2(y), same).backward()
     """
     check_rows(a=a, b=b)
-    check_numbers("label", label, [(a.shape[0],)], a)
+    label = check_numbers("label", label, [(a.shape[0],)], a)
     check_not_negative("label", label)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     dots = columns("dot", a, b, backend=backend)[0]

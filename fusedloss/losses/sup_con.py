@@ -13,7 +13,7 @@ from .. import checks, op, sweep
 from ..backends import select
 from ..distributed import Call, World, agree, averaged, everywhere, part_across, scaled, summed_across
 from ..masks import itself
-from ..problem import Block, Fold, Mask, Problem, inverse_norms, stats_dtype, unit_rows, without_autocast
+from ..problem import Block, Fold, Mask, Problem, inverse_norms, savable, stats_dtype, unit_rows, without_autocast
 from ..rows import finish
 from ._fold import fold_problem
 from ._in_batch import as_scale, asked, autocast, objective, over, reduced
@@ -126,7 +126,7 @@ def _log_sum_exp(
 
 def _across(around: World, ask: Callable[[], Call], labels: Tensor, form: str) -> Tensor:
     """Positives are the rows of all ranks that have the label. Labels are gathered, 8 bytes each, also for a ring."""
-    agreed = agree(around, ask)
+    agreed, labels = agree(around, ask), savable(labels)
     (part,), reduction = agreed.parts, agreed.call.reduction
     (x,), scale, rows = part.problem.operands, part.problem.scale, part.rows
     others = _sizes(groups(everywhere(labels, rows)))[: len(x)] - 1

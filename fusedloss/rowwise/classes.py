@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import checks
 from ..backends import select_rowwise, triton_classes
 from ..epilogues import softmax_rows
-from ..problem import stats_dtype
+from ..problem import savable, stats_dtype
 from .pointwise import last_use, once_only, transformed
 
 # Elements at a time on a CPU: with 2^18 the starts of threads took 10 to 60 % more of 2^20 elements, also of 2^23.
@@ -104,6 +104,7 @@ def cross_entropy(
 
     The class weights of a mean's rows sum to its denominator; `z_loss` counts rows. A mean of none of them is `empty`.
     """
+    x, target, weight = savable(x), savable(target), None if weight is None else savable(weight)
     hard: PerRow = 1 - label_smoothing
     smooth: PerRow = label_smoothing / x.shape[1]
     square: PerRow = z_loss
@@ -147,6 +148,7 @@ def focal_classes(
     that are not ignored, and is 0 without any. Where p_t rounds to 1, 1 - p_t is the sum of the others: neither the
     loss nor its gradient is 0, and a gamma below 1 divides nothing by 0.
     """
+    input, target, alpha = savable(input), savable(target), None if alpha is None else savable(alpha)
     rows = input.shape[:1] + input.shape[2:]
     x, target = (input, target) if input.dim() == 2 else (input.flatten(2), target.flatten(1))
     target, left_out, outside, count = admitted(target, x.shape[1], ignore_index)
@@ -167,7 +169,7 @@ def soft_cross_entropy_rows(
     A row without any gives 0. The gradient is the logits' alone; nothing but it, `[Q, n]`, is kept.
     """
     backend = select_rowwise(backend, logits)
-    target_logits = target_logits.detach()
+    target_logits, mask = savable(target_logits.detach()), None if mask is None else savable(mask)
     if backend == "reference" or transformed():
         return soft_formula(logits, target_logits, mask)
     walk = triton_classes.soft_rows if backend == "triton" else soft_chunked

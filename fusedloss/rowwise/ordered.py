@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import select_rowwise
+from ..problem import savable
 
 
 def ordered_pairs(z: Tensor, label: Tensor, backend: str = "auto") -> Tensor:
@@ -16,7 +17,9 @@ def ordered_pairs(z: Tensor, label: Tensor, backend: str = "auto") -> Tensor:
 
     The formula takes B^2 memory; sorted by label it takes O(B), and O(B log B) time. A NaN anywhere makes it NaN.
     """
-    if select_rowwise(backend, z) == "reference":
+    label = savable(label)
+    name = select_rowwise(backend, z)
+    if name == "reference":
         return _formula(z, label)
     checks.untransformed(name)
     return _OrderedPairs.apply(z, label)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends import select_rowwise, triton_classes
-from ..problem import stats_dtype
+from ..problem import savable, stats_dtype
 from .pointwise import once_only, transformed
 
 BLOCK = {"cpu": 1 << 19, "cuda": 1 << 26}  # elements of u at a time
@@ -25,6 +25,7 @@ def pair_logits(
     u: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, parts: tuple[str, ...], backend: str = "auto"
 ) -> Tensor:
     """`[B, C]`, fp32 or fp64; weight `[C, k D]`."""
+    u, v, weight = savable(u), savable(v), savable(weight)
     widest = torch.promote_types(u.dtype, weight.dtype)
     backend = select_rowwise(backend, weight if weight.dtype == widest else u)
     # In 16 bits the formula keeps all in fp32, which is more than is given up for its speed.

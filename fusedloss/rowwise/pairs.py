@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..backends import select_rowwise, triton_pairs
 from ..errors import UnsupportedError
-from ..problem import NORM_EPS, stats_dtype
+from ..problem import NORM_EPS, savable, stats_dtype
 from ..rows import row_chunks
 from .pointwise import transformed
 
@@ -117,6 +117,7 @@ def columns(
     if eps is None:
         eps = KINDS[kind].eps
     name = select_rowwise(backend, query)
+    query, others = savable(query), tuple(map(savable, others))
     if name == "reference" or transformed() or (name == "chunked" and _plain(kind, query, others)):
         return _formula(kind, eps, query, others)
     found: tuple[Tensor, ...] = _Scores.apply(kind, eps, name, query, *others).unbind(1)
@@ -300,7 +301,7 @@ def of_pairs(
     row: int64, as long as `column`: `function(x_row_k, y_column_k)` for each k instead.
     """
     none = column < 0
-    column = column.clamp(min=0)
+    x, y, column, row = savable(x), savable(y), column.clamp(min=0), None if row is None else savable(row)
     if transformed():  # the compiler fuses it, where a loop over chunks would be unrolled
         values = function(*_wide(_at(x, row), y[column]))
     else:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from ..backends import select_rowwise
 from ..errors import UnsupportedError
-from ..problem import stats_dtype
+from ..problem import savable, stats_dtype
 
 BLOCK = 1 << 19  # elements on a CPU: 2 MiB in fp32; with fewer the starts of threads are felt, with 2^21 the caches are
 # Derivatives of logits are at most about 1 and often tiny: in fp16 they are kept times this. 1024 would overflow for
@@ -263,9 +263,10 @@ def transformed() -> bool:
 
 def _by_formula(x: Tensor, t: Tensor, task: Task) -> Tensor:
     wide = task.wide(x, t)
-    values = task.formula.values(x.to(wide), t.to(wide), task.pos_weight)
-    if task.weight is not None:
-        values = values * task.weight
+    weight, pos_weight = (None if w is None else savable(w) for w in (task.weight, task.pos_weight))
+    values = task.formula.values(savable(x.to(wide)), savable(t.to(wide)), pos_weight)
+    if weight is not None:
+        values = values * weight
     if task.reduction == "none":
         return values.to(task.dtype)
     total = values.sum()
