@@ -569,7 +569,8 @@ class _Sweep:
         operand, norms, units = self.given[number], self.norms[number], self.units
 
         def apply(total: Tensor, over_l: Tensor | None, rows: slice, out: Tensor) -> None:
-            factor, own, more = _part_or_none(norms, rows), _part(operand, rows), None
+            factor, own = _part_or_none(norms, rows), _part(operand, rows)
+            more: Tensor | None = None
             if factor is not None and units:  # from the gradient by the unit row
                 more = factor
             elif factor is not None and own.dtype == torch.float16:  # see `inverse_norms`
