@@ -298,14 +298,11 @@ class _Sweep:
         return x[:, : self.dims[-1]].to(self.dtype)
 
     def _inverse_norms(self, x: Tensor) -> Tensor:
-        """`problem.inverse_norms` of every prefix, [K, rows], from one pass over `x`."""
+        """`1 / max(|x_i|, 1e-12)` of every prefix, [K, rows], from one pass over `x`."""
         squares = [
             torch.linalg.vector_norm(x[:, s], dim=1, dtype=self.dtype).to(self.wide).square() for s in self.segments
         ]
-        norms = torch.stack(squares).cumsum(0).sqrt()
-        if x.dtype == torch.float16:
-            norms = norms.masked_fill(norms == 0, 1)
-        return norms.clamp_min(NORM_EPS).reciprocal()
+        return torch.stack(squares).cumsum(0).sqrt().clamp_min(NORM_EPS).reciprocal()
 
     def _buffer(self, number: int, rows: int, tile: _Tile) -> Tensor:
         columns = tile.y.shape[0]

@@ -381,3 +381,26 @@ def test_autocast_rounds_nothing():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = fusedloss.triplet(a, b.bfloat16(), c)
     torch.testing.assert_close(found, fusedloss.triplet(a, b.bfloat16().float(), c))
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference", "triton"])
+@pytest.mark.parametrize("name", ["cosine_similarity", "contrastive"])
+def test_a_row_shorter_than_eps_has_the_derivative_of_its_value(name, backend):
+    """`<a, b> / (1e-8 |b|)`: torch's cosine_similarity projects, as if the norm were not a constant there."""
+    a, b = torch.randn(5, 8), torch.randn(5, 8)
+    a[2] *= 1e-10 / a[2].norm()
+    label = torch.full((5,), 0.25)  # a score, or a share of both of contrastive's terms
+
+    def formula(a, b):
+        cosine = (a / a.norm(dim=1, keepdim=True).clamp(min=1e-8) * b / b.norm(dim=1, keepdim=True)).sum(1)
+        if name == "cosine_similarity":
+            return (cosine - label).square().mean()
+        return (label * (1 - cosine).square() + (1 - label) * (cosine - 0.5).relu().square()).mean() / 2
+
+    ours = lambda a, b: getattr(fusedloss, name)(a, b, label, backend=backend)
+    found = testing.value_and_gradients(ours, [a, b])
+    exact = testing.value_and_gradients(formula, [a.double(), b.double()])
+    assert exact[1][2].norm() > 1e6
+    for x, y in zip(found, exact, strict=True):
+        assert (x.double() - y).abs().max() <= 1e-6 * y.abs().max()
+    assert (found[1][:2].double() - exact[1][:2]).abs().max() <= 1e-6

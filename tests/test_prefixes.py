@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import fusedloss
 from fusedloss import epilogues, prefixes, testing
 from fusedloss.prefixes import sweep_prefixes
 
@@ -176,6 +177,21 @@ def test_zero_rows_and_zero_prefixes(chunk):
         small = wanted[number].abs().amax(1) < 1e6
         assert small.sum() > 10
         assert (found[number] - wanted[number])[small].abs().max() < 1e-11
+
+
+def test_zero_rows_in_fp16():
+    """The same rule as in the other dtypes: 1e-9 of these gradients is what fp16 holds."""
+    x, y = torch.randn(6, 8).half(), torch.randn(6, 8).half()
+    x[2], y[4, :4] = 0, 0
+    step = lambda x, y, backend="chunked": (
+        1e-9 * fusedloss.matryoshka(fusedloss.info_nce, x, y, dims=[8, 4], temperature=1.0, backend=backend)
+    )
+    leaves = [t.clone().requires_grad_() for t in (x, y)]
+    found = torch.autograd.grad(step(*leaves), leaves)
+    wide = [t.double().requires_grad_() for t in (x, y)]
+    for a, b in zip(found, torch.autograd.grad(step(*wide, backend="reference"), wide), strict=True):
+        large = b.abs() > 1e-3
+        assert large.sum() >= 4 and (a.double() - b)[large].abs().max() <= 2**-9 * b.abs().max()
 
 
 def test_a_scale_of_zero():

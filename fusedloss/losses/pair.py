@@ -35,8 +35,9 @@ def contrastive(
         a, b: `[B, D]`, float16, bfloat16, float32 or float64, any strides.
         label: `[B]`, any real dtype; numbers between 0 and 1 weigh both terms as the formula says. One below 0, as of
             labels +1 and -1, has no meaning: an error on a CPU, where values are read.
-        distance: "cosine" (1 - cosine, norms of at least 1e-8), or "euclidean" or "manhattan" of `a - b + 1e-6`, as
-            torch.nn.functional.pairwise_distance has them: equal rows have a finite gradient.
+        distance: "cosine" (1 - cosine, norms of at least 1e-8, a constant to the gradient of a shorter row), or
+            "euclidean" or "manhattan" of `a - b + 1e-6`, as torch.nn.functional.pairwise_distance has them: equal rows
+            have a finite gradient.
         margin: in the unit of the distance.
         reduction: "mean", "sum" or "none" (`[B]`).
         backend: "auto", "triton", "chunked" or "reference".
