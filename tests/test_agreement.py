@@ -6,7 +6,6 @@ of gloo, and what it left half done would meet the next case. The last case comp
 
 from __future__ import annotations
 
-import datetime
 import importlib
 import pickle
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from patience import delta
 
 import fusedloss
 from fusedloss import distributed, masks
@@ -151,7 +151,7 @@ def differently(name, rank):
 
 def on_a_rank(rank, size, folder):
     torch.set_num_threads(1)
-    options = {"rank": rank, "world_size": size, "timeout": datetime.timedelta(seconds=60)}
+    options = {"rank": rank, "world_size": size, "timeout": delta(300)}
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", **options)
     jobs = {name: lambda n=name: RIGHT[REFUSED[n][0]](**(REFUSED[n][1] if rank else {})) for name in REFUSED}
     jobs |= {name: lambda n=name: differently(n, rank) for name in DIFFERENT}
@@ -270,7 +270,7 @@ def test_a_module_of_the_world_can_be_pickled(group_of_one):
 def without_values(rank, size, folder):
     """Embeddings without values, whose group has gloo for the CPU beside its own backend: reading one back raises."""
     torch.set_num_threads(1)
-    options = {"rank": rank, "world_size": size, "timeout": datetime.timedelta(seconds=60)}
+    options = {"rank": rank, "world_size": size, "timeout": delta(300)}
     importlib.import_module("torch.testing._internal.distributed.fake_pg")
     dist.init_process_group("cpu:gloo,meta:fake", init_method=f"file://{folder}/store", **options)
     outcome = {}

@@ -94,3 +94,40 @@ def family_memory(loss: str, n: int) -> int:
 def test_the_family_stays_under_one_matrix_of_logits(loss):
     """At N = 8192 a matrix of logits is 256 MiB."""
     assert growth(family_memory, loss, sizes=(64, 8192)) < 256 * MIB
+
+
+# What stands beside a small workspace as N grows, in sizes of the inputs: docs/memory.md.
+BESIDE = {
+    "info_nce, normalized": 0.25,
+    "multiple_negatives_ranking": 0.25,
+    "nt_xent": 1.25,  # both views, one behind the other
+    "sup_con": 1.25,  # the gradient of its positive part
+    "batch_hard_triplet": 1.25,  # the gradient by the nearest negatives
+}
+WIDE = 512
+
+
+def beside_a_small_workspace(loss: str, n: int) -> int:
+    """Of two matrices of n / 2 rows, or of one of n; without their gradients."""
+    import fusedloss
+
+    x, y = (torch.randn(n // 2, WIDE).requires_grad_() for _ in range(2))
+    z, labels = torch.randn(n, WIDE).requires_grad_(), torch.arange(n) // 4
+    small = {"workspace_bytes": 1 << 20}
+    calls = {
+        "info_nce, normalized": lambda: fusedloss.info_nce(x, y, normalize=True, **small),
+        "multiple_negatives_ranking": lambda: fusedloss.multiple_negatives_ranking(x, y, **small),
+        "nt_xent": lambda: fusedloss.nt_xent(x, y, **small),
+        "sup_con": lambda: fusedloss.sup_con(z, labels, **small),
+        "batch_hard_triplet": lambda: fusedloss.batch_hard_triplet(z, labels, **small),
+    }
+    return measure.peak_memory(lambda: calls[loss]().backward()) - z.nbytes
+
+
+@on_linux
+@pytest.mark.parametrize("loss", BESIDE)
+def test_what_stands_beside_a_small_workspace(loss):
+    """Never more than one and a half times what a loss is given, and of most nothing that grows with N x D."""
+    sizes = (2048, 4096)  # of 1024 rows and more, which the chunks of temporaries have
+    inputs = (sizes[1] - sizes[0]) * WIDE * 4
+    assert growth(beside_a_small_workspace, loss, sizes=sizes) <= BESIDE[loss] * inputs

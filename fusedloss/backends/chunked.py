@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..problem import GuideRule, Patch, Problem, RowSums, Softmax, Strip, StripMask, Tally, inverse_norms, stats_dtype
 from ..rows import finish, guide_threshold, merge, operand, patch_target, prepare, settle
 
@@ -32,7 +33,8 @@ FLUSH = 2.0**-100
 SAFE_SCALE = 30.0
 BENT_FAR = -1e15  # as a tanh
 FAR = -1e30  # beyond every logit, and its exponential is 0
-# Of unit copies of the embeddings, which spare two passes over every tile and one over the keys for every chunk.
+# Of unit copies of the embeddings, which spare two passes over every tile and one over the keys for every chunk. Where
+# the workspace is bounded they take no more than it.
 UNIT_BYTES = 32 << 20
 FOLD_COPIES = 12  # what a chunk of a fold takes: sorted values and their int64 places, masks
 
@@ -54,7 +56,10 @@ def takes_units(problem: Problem) -> bool:
     """Whether the sweep hands out unit rows instead of factors: fp32 copies, so never of 16-bit embeddings."""
     size = sum(x.numel() * x.element_size() for x in problem.operands)
     wide = problem.dtype == stats_dtype(problem.dtype)
-    return problem.cosine and wide and not problem.label_smoothing and size <= UNIT_BYTES
+    if not problem.cosine or not wide or problem.label_smoothing:
+        return False
+    _, budget = checks.budget(problem.workspace_bytes)
+    return size <= min(UNIT_BYTES, budget or UNIT_BYTES)
 
 
 def can_fold(problem: Problem) -> bool:

@@ -13,7 +13,17 @@ from .. import checks, op, sweep
 from ..backends import select
 from ..distributed import Call, World, agree, averaged, everywhere, part_across, scaled, summed_across
 from ..masks import itself
-from ..problem import Block, Fold, Mask, Problem, inverse_norms, savable, stats_dtype, unit_rows, without_autocast
+from ..problem import (
+    NORM_EPS,
+    Block,
+    Fold,
+    Mask,
+    Problem,
+    savable,
+    stats_dtype,
+    unit_rows,
+    without_autocast,
+)
 from ..rows import finish
 from ._fold import fold_problem
 from ._in_batch import as_scale, asked, autocast, objective, over, reduced
@@ -192,7 +202,7 @@ class _Others(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, classes: Tensor, budget: int) -> Tensor:
         ctx.save_for_backward(x, classes)
         ctx.budget = budget
-        factor = inverse_norms(x)
+        factor = _inverse_norms(x)
         found = torch.zeros_like(factor)
         for part in _dimensions(x, budget):
             u = x[:, part].to(factor.dtype) * factor[:, None]
@@ -205,7 +215,7 @@ class _Others(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: once more, as a formula
             (gradient,) = torch.autograd.grad(_others(x, classes), x, upstream, create_graph=True)
             return gradient, None, None
-        factor = inverse_norms(x)
+        factor = _inverse_norms(x)
         total = torch.empty_like(x, dtype=factor.dtype, memory_format=torch.contiguous_format)
         for part in _dimensions(x, ctx.budget):
             u = x[:, part].to(factor.dtype) * factor[:, None]
@@ -214,6 +224,12 @@ class _Others(torch.autograd.Function):
             total[:, part] = sums.add_(_class_sums(weighted, classes)).sub_(weighted)
         finish(total, factor, factor.new_ones(()), None, x, factor, total)
         return total.to(x.dtype), None, None
+
+
+def _inverse_norms(x: Tensor) -> Tensor:
+    """Nothing here is in fp16, where a row of zeros would need another."""
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=stats_dtype(x.dtype))
+    return norms.clamp_min(NORM_EPS).reciprocal()
 
 
 def _class_sums(u: Tensor, classes: Tensor) -> Tensor:

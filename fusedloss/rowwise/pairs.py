@@ -18,7 +18,6 @@ from torch import Tensor
 from ..backends import select_rowwise, triton_pairs
 from ..errors import UnsupportedError
 from ..problem import NORM_EPS, savable, stats_dtype
-from ..rows import row_chunks
 from .pointwise import transformed
 
 # Elements of a block. On a CPU each call wakes the other threads: blocks of 2^18 elements took up to 1.3 times as long
@@ -309,6 +308,13 @@ def of_pairs(
     return values.masked_fill(none, 0)
 
 
+def _some_pairs(x: Tensor, column: Tensor) -> Iterator[slice]:
+    """So many that a matrix of them takes 1 MiB in fp32: some eight are alive in the backward."""
+    rows = max(1, (1 << 18) // x.shape[1])
+    for start in range(0, len(column), rows):
+        yield slice(start, start + rows)
+
+
 def _at(x: Tensor, row: Tensor | None, chunk: slice = slice(None)) -> Tensor:
     return x[chunk] if row is None else x[row[chunk]]
 
@@ -328,9 +334,9 @@ class _OfPairs(torch.autograd.Function):
         column: Tensor,
         row: Tensor | None,
     ) -> Tensor:
-        ctx.function = function
+        ctx.function, ctx.same = function, x is y
         ctx.save_for_backward(x, y, column, row)
-        parts = [function(*_wide(_at(x, row, chunk), y[column[chunk]])) for chunk in row_chunks(column)]
+        parts = [function(*_wide(_at(x, row, chunk), y[column[chunk]])) for chunk in _some_pairs(x, column)]
         return torch.cat(parts) if parts else x.new_empty(0, dtype=stats_dtype(x.dtype))
 
     @staticmethod
@@ -346,8 +352,9 @@ class _OfPairs(torch.autograd.Function):
             return (None, *(next(found) if want else None for want in ctx.needs_input_grad[1:3]), None, None)
         dtype = stats_dtype(x.dtype)
         dx = torch.zeros_like(x, dtype=dtype) if ctx.needs_input_grad[1] else None
-        dy = torch.zeros_like(y, dtype=dtype) if ctx.needs_input_grad[2] else None
-        for chunk in row_chunks(column):
+        # One tensor on both sides has one gradient: written once, and not added up from two.
+        dy = None if not ctx.needs_input_grad[2] else dx if ctx.same else torch.zeros_like(y, dtype=dtype)
+        for chunk in _some_pairs(x, column):
             with torch.enable_grad():
                 own, other = (t.detach().requires_grad_() for t in _wide(_at(x, row, chunk), y[column[chunk]]))
                 values = ctx.function(own, other)
@@ -358,4 +365,5 @@ class _OfPairs(torch.autograd.Function):
                 dx.index_add_(0, row[chunk], by_own)
             if dy is not None:
                 dy.index_add_(0, column[chunk], by_other)
-        return None, None if dx is None else dx.to(x.dtype), None if dy is None else dy.to(y.dtype), None, None
+        by_y = None if dy is None or ctx.same else dy.to(y.dtype)
+        return None, None if dx is None else dx.to(x.dtype), by_y, None, None
