@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import environment
+from .errors import UnsupportedError
 from .problem import autocasting, stats_dtype
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -324,9 +325,13 @@ def _indices(value: object) -> str:
 
 
 def untransformed(backend: str) -> None:
-    """Before what torch.func and vmap cannot look into."""
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(f"torch.func transforms and torch.vmap need backend='reference', got {backend!r}")
+    """Before what torch.func, vmap and forward-mode derivatives cannot look into, or look into and get NaN from."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        raise UnsupportedError(
+            f"torch.func transforms, torch.vmap and forward-mode derivatives need backend='reference', got {backend!r}"
+        )
 
 
 def options(module: nn.Module, **defaults: object) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import select_rowwise
+from ..epilogues import softplus
 from ..problem import savable
 
 
@@ -28,7 +29,7 @@ def ordered_pairs(z: Tensor, label: Tensor, backend: str = "auto") -> Tensor:
 def _formula(z: Tensor, label: Tensor) -> Tensor:
     pairs = (z[:, None] - z).masked_fill(~(label[:, None] < label), -torch.inf)
     # Not one logsumexp with the 0 among the pairs: of a loss of 1e-5 that leaves two digits.
-    loss = torch.logaddexp(pairs.flatten().logsumexp(0), z.new_zeros(()))
+    loss = softplus(pairs.flatten().logsumexp(0))
     return loss * torch.where((z.isnan() | label.isnan()).any(), torch.nan, 1.0)
 
 
