@@ -1,19 +1,19 @@
 """group=: what one rank refuses, or asks differently, is raised on all ranks at once, and they stay in step.
 
-All cases run one after the other in the same two gloo processes: what a rank waited for in vain would be a RuntimeError
-of gloo, and what it left half done would meet the next case. The last case computes a loss.
+Cases run in the same two gloo processes, and each computes a loss after it: what a rank waited for in vain would be a
+RuntimeError of gloo, and what it left half done would meet that loss.
 """
 
 from __future__ import annotations
 
 import importlib
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from patience import delta
+from ranks import COLLECTIVE, Ranks, on_ranks
 
 import fusedloss
 from fusedloss import distributed, masks
@@ -149,10 +149,8 @@ def differently(name, rank):
     return RIGHT[loss](**(other if rank else one))
 
 
-def on_a_rank(rank, size, folder):
-    torch.set_num_threads(1)
-    options = {"rank": rank, "world_size": size, "timeout": delta(300)}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", **options)
+def on_a_rank(rank):
+    """What a case by its name gives or raises there."""
     jobs = {name: lambda n=name: RIGHT[REFUSED[n][0]](**(REFUSED[n][1] if rank else {})) for name in REFUSED}
     jobs |= {name: lambda n=name: differently(n, rank) for name in DIFFERENT}
     # Harmless: a rank's own weights, workspace and backend; and parameters that differ by less than a rounding.
@@ -163,28 +161,33 @@ def on_a_rank(rank, size, folder):
         temperature=torch.tensor(0.5, dtype=torch.float64) * (1 + rank * 1e-9)
     )
     jobs["right"] = lambda: RIGHT["info_nce"]()
-    outcome = {}
-    for name, job in jobs.items():
+    right = []
+
+    def run(name):
+        if not right:
+            right.append(jobs["right"]().item())
         try:
-            outcome[name] = job().item()
+            found = jobs[name]().item()
         except Exception as error:
-            outcome[name] = error
             if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
-                break  # of gloo: the ranks are out of step
-    Path(folder, f"{rank}.pkl").write_bytes(pickle.dumps(outcome))
-    dist.destroy_process_group()
+                raise  # of gloo: the ranks are out of step
+            found = error
+        assert jobs["right"]().item() == right[0], "after it the ranks are out of step"
+        return found
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("ranks"))
-    torch.multiprocessing.start_processes(on_a_rank, (2, folder), nprocs=2, start_method="fork")
-    return [pickle.loads(Path(folder, f"{rank}.pkl").read_bytes()) for rank in range(2)]
+def ranks():
+    ranks = Ranks(2, on_a_rank)
+    yield ranks
+    ranks.stop()
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_one_rank_refuses_all_ranks_raise(outcomes, name):
-    other, own = (outcome[name] for outcome in outcomes)
+def test_what_one_rank_refuses_all_ranks_raise(ranks, name):
+    other, own = ranks(name)
     _, _, kind, told = REFUSED[name]
     assert type(own) is kind and told in str(own), repr(own)
     assert type(other) is ValueError and "rank 1 of group refuses: " in str(other), repr(other)
@@ -193,15 +196,16 @@ def test_what_one_rank_refuses_all_ranks_raise(outcomes, name):
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_what_ranks_ask_differently_all_ranks_raise(outcomes, name):
-    first, second = (outcome[name] for outcome in outcomes)
+def test_what_ranks_ask_differently_all_ranks_raise(ranks, name):
+    first, second = ranks(name)
     assert type(first) is type(second) is ValueError and str(first) == str(second), (first, second)
     assert DIFFERENT[name][3] in str(first), str(first)
 
 
-def test_a_target_outside_is_named_with_its_value(outcomes):
-    assert "target[1] is 6: needs an index from 0 to 5" in str(outcomes[1]["target"])
-    assert "rank 1 of group refuses: target holds 6: needs indices from 0 to 5" in str(outcomes[0]["target"])
+def test_a_target_outside_is_named_with_its_value(ranks):
+    other, own = ranks("target")
+    assert "target[1] is 6: needs an index from 0 to 5" in str(own)
+    assert "rank 1 of group refuses: target holds 6: needs indices from 0 to 5" in str(other)
 
 
 def whole(**options):
@@ -219,10 +223,10 @@ def whole(**options):
         ("a rounding", {"temperature": 0.5}),
     ],
 )
-def test_what_ranks_may_ask_differently(outcomes, name, options):
+def test_what_ranks_may_ask_differently(ranks, name, options):
     """And, after all of the refusals, the ranks are still in step."""
-    for outcome in outcomes:
-        assert outcome[name] == pytest.approx(whole(**options), rel=1e-6)
+    for found in ranks(name):
+        assert found == pytest.approx(whole(**options), rel=1e-6)
 
 
 # group="world" --------------------------------------------------------------------------------------------------------
@@ -267,12 +271,12 @@ def test_a_module_of_the_world_can_be_pickled(group_of_one):
 # Nothing is read back -------------------------------------------------------------------------------------------------
 
 
-def without_values(rank, size, folder):
+def without_values(rank, store):
     """Embeddings without values, whose group has gloo for the CPU beside its own backend: reading one back raises."""
-    torch.set_num_threads(1)
-    options = {"rank": rank, "world_size": size, "timeout": delta(300)}
+    dist.destroy_process_group()  # for another
+    options = {"init_method": f"file://{store}", "rank": rank, "world_size": 2, "timeout": delta(COLLECTIVE)}
     importlib.import_module("torch.testing._internal.distributed.fake_pg")
-    dist.init_process_group("cpu:gloo,meta:fake", init_method=f"file://{folder}/store", **options)
+    dist.init_process_group("cpu:gloo,meta:fake", **options)
     outcome = {}
     with torch.device("meta"):
         n, ids = 3 + rank, torch.arange(3 + rank)
@@ -295,14 +299,11 @@ def without_values(rank, size, folder):
                 outcome[name] = error
     sizes = distributed._meeting(distributed.world("world", "gather", "ddp"), torch.ones(1, device="meta"))
     outcome["where"] = str(sizes)
-    Path(folder, f"{rank}.pkl").write_bytes(pickle.dumps(outcome))
-    dist.destroy_process_group()
+    return outcome
 
 
 def test_beside_a_cpu_backend_nothing_is_read_from_the_device(tmp_path):
-    torch.multiprocessing.start_processes(without_values, (2, str(tmp_path)), nprocs=2, start_method="fork")
-    for rank in range(2):
-        found = pickle.loads((tmp_path / f"{rank}.pkl").read_bytes())
+    for rank, found in enumerate(on_ranks(2, without_values, str(tmp_path / "store"))):
         assert found.pop("where") == "cpu"
         assert found == {name: [3 + rank, 4] for name in found} and len(found) == 7
 
