@@ -5,7 +5,7 @@ GPU := PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/gpu" $(PYTHON)
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-upstream lint gpu gpu-build gpu-tune gpu-full gpu-sanitize has-sanitizer clean
+.PHONY: help demo test fuzz test-upstream lint gpu gpu-build gpu-tune gpu-full gpu-sanitize has-sanitizer clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,6 +19,12 @@ demo: $(READY) ## search code by meaning: train a small encoder on a CPU
 # last while it can, so that what a file builds, compiles or starts for its tests is not made in both.
 test: $(READY) ## the test suite, on a CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n auto --dist worksteal
+
+# `make test` runs a fixed minute of it. SEED is the first case's number; tests/fuzz/__init__.py says how to replay one.
+SECONDS := 3600
+SEED := 0
+fuzz: $(READY) ## random calls of every loss against formulas in fp64, an hour: make fuzz SECONDS=600 SEED=1000
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 test-upstream: $(READY) ## a library's own loss tests without and with patch(): make test-upstream CHECKOUT=../lightly
 	@test -d '$(CHECKOUT)' || { echo "CHECKOUT='$(CHECKOUT)' is no folder: give a clone of the library's repository"; exit 2; }

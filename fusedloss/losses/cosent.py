@@ -84,7 +84,11 @@ def angle(
     if not isinstance(score, Tensor) or score.dim() != 2:
         check_rows(a=a, b=b)
         if negatives or (score is not None and label is not None):
-            raise ValueError("score is not [B, D]: with negatives it is the first of them, and label the score")
+            got = f"shape {list(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+            raise ValueError(
+                f"score must be the first of the negatives, {list(a.shape)}, beside negatives or label, got {got}; "
+                "pass the pairs' score as label"
+            )
         gold = label if score is None else score
         if gold is None:
             raise ValueError("score is None: needs [B], unless there are negatives")

@@ -9,13 +9,13 @@ such runs estimates err(eager), and follows the condition of what is computed. T
     |out - fp64| <= 2 SPREAD rms + eps(out's dtype) max|fp64|
 
 for every element, with max and rms over the tensor. SPREAD is 2: the largest of a few errors is about twice their root
-mean square. u is eps of the dtype that the product computes in: of fp32 for 16 bits, and of 16 bits only for the operands
-of the products in the backward pass, which tensor cores need in 16 bits. For fp64 u is 256 eps, 6e-14, so that the
-roundings of the formula itself are far below it.
+mean square. u is eps of the dtype that the product computes in: of fp32 for 16 bits, and of 16 bits only for the
+operands of the products in the backward pass, which tensor cores need in 16 bits. For fp64 u is 256 eps, 6e-14, so that
+the roundings of the formula itself are far below it.
 
 Equal inputs are moved alike, else duplicates would not stay such, and what is above what is decided once, without
-roundings (`Ops`). Where a rounding could decide otherwise the formula says so: such a case is drawn, run and looked at for
-crashes, NaN and writes, but its numbers are not compared.
+roundings (`Ops`). Where a rounding could decide otherwise the formula says so: such a case is drawn, run and looked at
+for crashes, NaN and writes, but its numbers are not compared.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ SPREAD = 2.0
 PRODUCTS = ("mm", "bmm", "dot", "mv")
 ROUNDED = {
     *PRODUCTS,
-    *"add sub rsub mul div sum mean exp log log1p expm1 logsumexp softplus sigmoid tanh sqrt rsqrt pow logaddexp".split(),
-    *"linalg_vector_norm norm cumsum logcumsumexp reciprocal exp2 log2 sin cos acos atan2 addcmul addcdiv lerp".split(),
+    *"add sub rsub mul div sum mean exp log log1p expm1 logsumexp softplus sigmoid tanh sqrt rsqrt pow".split(),
+    *"logaddexp linalg_vector_norm norm cumsum logcumsumexp reciprocal exp2 log2 sin cos acos atan2 addcmul addcdiv lerp".split(),
     *"_log_softmax _softmax _log_softmax_backward_data _softmax_backward_data softplus_backward".split(),
     *"sigmoid_backward tanh_backward".split(),
 }
@@ -168,8 +168,9 @@ def allowed(exact: Tensor, dtype: torch.dtype, rms: Tensor | None) -> float:
 def compare(out: Tensor, exact: Tensor, deviation: Callable[[int], Tensor]) -> float:
     """The error as a share of what is allowed: at most 1 passes.
 
-    An error within eps max|fp64| alone passes without the draws, which are most of a case's time: as 0. One that is beyond what few draws allow is held against many: of a single number the root mean square
-    of five is too low by half every hundredth time.
+    An error within eps max|fp64| alone passes without the draws, which are most of a case's time: as 0.
+    One that is beyond what few draws allow is held against many: of a single
+    number the root mean square of five is too low by half every hundredth time.
     """
     if not out.numel():
         return 0.0

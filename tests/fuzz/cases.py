@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arithmetic import stats_dtype, unit
+from .arithmetic import unit
 from .draw import Draw
 
 DRAWERS: dict[str, Callable[[Draw], Case]] = {}

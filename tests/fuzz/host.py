@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).absolute().parents[2]
 
 
-def use(extension: ModuleType | None = None) -> None:
-    """For the whole process. Without an extension it is built, minutes the first time, into build/."""
+def use(extension: ModuleType | None = None, put: Callable[..., None] = setattr) -> None:
+    """For the whole process, unless `put` takes it back. Without an extension it is built, minutes the first time, into build/."""
     from fusedloss.backends import cuda, cuda_rows
 
     if extension is None:
@@ -22,4 +23,4 @@ def use(extension: ModuleType | None = None) -> None:
             raise SystemExit(f"--cuda must have a compiler: {why}")
         extension = host.load(host.build(ROOT / "build" / "fuzz"))
     for module in (cuda, cuda_rows):
-        module.extension = lambda: extension
+        put(module, "extension", lambda: extension)

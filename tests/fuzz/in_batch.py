@@ -714,7 +714,9 @@ def _inner(d: Draw) -> Case | None:
     raise AssertionError("no loss of embeddings alone in 20 draws")
 
 
-def cut(inner: Case, v: SimpleNamespace, prefixes: dict[str, Tensor]) -> SimpleNamespace:
+def cut(o: Ops, inner: Case, v: SimpleNamespace, prefixes: dict[str, Tensor]) -> SimpleNamespace:
+    # Divided by 1e-12 once or twice: gradients of 1e12 or 1e24, of which neither means anything.
+    o.unclear += sum(int((x == 0).all(1).sum()) for x in prefixes.values())
     if inner.name == "cosent":  # some of whose similarities do not divide by norms
         prefixes = {n: unit_rows(x) for n, x in prefixes.items()}
     return SimpleNamespace(**{**vars(v), **prefixes, "unit_prefix": True})
@@ -739,13 +741,13 @@ def matryoshka(d: Draw) -> Case:
     weights = d.pick(None, [d.real(0, 2) for _ in dims])
     reduction = inner.reduction()
 
-    def prefixes(v: SimpleNamespace, dim: int) -> SimpleNamespace:
-        return cut(inner, v, {n: getattr(v, n)[:, :dim] for n in names})
+    def prefixes(o: Ops, v: SimpleNamespace, dim: int) -> SimpleNamespace:
+        return cut(o, inner, v, {n: getattr(v, n)[:, :dim] for n in names})
 
     def formula(o: Ops, v: SimpleNamespace) -> Rows | Tensor:
         given = weights or [1.0] * len(dims)
         return _over(
-            [(w, inner.formula(o, prefixes(v, k))) for k, w in zip(dims, given, strict=True)], reduction or "mean"
+            [(w, inner.formula(o, prefixes(o, v, k))) for k, w in zip(dims, given, strict=True)], reduction or "mean"
         )
 
     def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
@@ -799,7 +801,7 @@ def adaptive_layer(d: Draw, name: str) -> Case:
             own = {n: getattr(v, n)[layer] for n in names}
             given = SimpleNamespace(**{**vars(v), **own})
             if dim is not None:
-                given = cut(inner, v, {n: x[:, :dim] for n, x in own.items()})
+                given = cut(o, inner, v, {n: x[:, :dim] for n, x in own.items()})
             found = inner.formula(o, given)
             return found.reduced(inner.default_reduction) if isinstance(found, Rows) else found
 

@@ -53,8 +53,7 @@ def labelled(d: Draw, name: str) -> Case:
             return mean_over_counted(torch.where(counted, losses, 0.0), counted)
 
         def log1p_sum(z: Tensor, where: Tensor) -> Tensor:
-            z = torch.cat([torch.zeros(N, 1, dtype=z.dtype), z.masked_fill(~where, -torch.inf)], 1)
-            return lse(z)
+            return softplus(lse(z.masked_fill(~where, -torch.inf)))
 
         if name == "multi_similarity":
             alpha, beta, base = (options.get(n, x) for n, x in (("alpha", 2.0), ("beta", 50.0), ("base", 0.5)))
@@ -192,9 +191,8 @@ def proxies(d: Draw, name: str) -> Case:
         if name == "proxy_anchor":
             alpha, margin = options.get("alpha", 32.0), options.get("margin", 0.1)
             mine = v.target == columns[:, None]
-            one = torch.zeros(C, 1, dtype=s.dtype)
-            pulled = lse(torch.cat([one, (-alpha * (s.T - margin)).masked_fill(~mine, -torch.inf)], 1))
-            pushed = lse(torch.cat([one, (alpha * (s.T + margin)).masked_fill(mine, -torch.inf)], 1))
+            pulled = softplus(lse((-alpha * (s.T - margin)).masked_fill(~mine, -torch.inf)))
+            pushed = softplus(lse((alpha * (s.T + margin)).masked_fill(mine, -torch.inf)))
             return Rows(C / max(int(mine.any(1).sum()), 1) * pulled + pushed)
         counted = v.target != ignore
         target = v.target.masked_fill(~counted, 0)

@@ -172,7 +172,7 @@ def cosent(d: Draw, name: str) -> Case:
                 gold = torch.cat([t["score"], *([1 - t["score"]] * count)]).double()
         pair = gold[:, None] < gold
         z = (s[:, None] - s).masked_fill(~pair, -torch.inf).flatten()
-        return lse(torch.cat([torch.zeros(1, dtype=z.dtype), z]))
+        return softplus(lse(z))
 
     def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
         more = {"scale": v.get("scale", scale)}
