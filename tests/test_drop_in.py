@@ -105,6 +105,8 @@ def test_a_reason_is_told_once(caplog):
 def test_a_missing_library_is_named_with_what_to_install():
     with pytest.raises(ImportError, match=r"needs no-such, tested with 1.2: pip install 'no-such==1.2'"):
         _drop_in.library("no_such_library", "no-such", "1.2")
+    with pytest.raises(ImportError, match=r"needs no-such 1.0 or newer, tested with 1.2: pip install 'no-such==1.2'"):
+        _drop_in.library("no_such_library", "no-such", "1.2", least="1.0")
 
 
 def test_what_raises_is_not_counted():

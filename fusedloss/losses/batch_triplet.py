@@ -38,7 +38,8 @@ def batch_all_triplet(
         margin: in the unit of the distance.
         distance: "euclidean" (gradient 0 at distance 0), "squared" (its square) or "cosine" (1 - cosine).
         backend: "auto", "triton", "chunked" or "reference".
-        workspace_bytes: the most that the workspace for one chunk of distances may take; see `info_nce`.
+        workspace_bytes: the most that one chunk of distances may take; see `info_nce`. Sorting a chunk takes two to
+            three times that beside it.
 
     Returns:
         A 0-dim tensor, float32, or float64 for float64 inputs.

@@ -51,6 +51,7 @@ def focal(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
+        IndexError: a class out of range, on a CPU. On a GPU, where values are not read, the loss is NaN.
         UnsupportedError: the backend asked for cannot run this.
 
     Example:

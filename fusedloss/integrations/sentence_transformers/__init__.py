@@ -8,7 +8,7 @@
 Constructors, attributes, configuration and citation are the library's; embedding, gradient caching and the checks of
 columns and labels run its code. Results are float32 scalars (float64 for float64 embeddings) where it returns those
 of the embeddings' dtype. Losses of sparse encoders are in `.sparse_encoder`, of cross-encoders in `.cross_encoder`,
-MaxSim losses in `.multi_vector_encoder`. Tested with 6.2.0.
+MaxSim losses in `.multi_vector_encoder`. Tested with 6.2.0; 6.0 or newer is needed.
 """
 
 from __future__ import annotations
