@@ -54,6 +54,7 @@ OTHERS = (
     "FUSEDLOSS_CALLS",  # a file, of integrations.pytest_patch
     "FUSEDLOSS_CUDA",  # of setup.py
     "FUSEDLOSS_CUDA_ARCHS",
+    "FUSEDLOSS_TEST_PATIENCE",  # of the tests
     "TRITON_INTERPRET",  # of Triton
 )
 
