@@ -78,7 +78,7 @@ def library(name: str, distribution: str, tested: str, least: str = "") -> Modul
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        least = f"{distribution} {least} or later" if least else distribution
+        least = f"{distribution} {least} or newer" if least else distribution
         raise ImportError(
             f"fusedloss.integrations.{name.split('.')[0]} needs {least}, tested with {tested}: "
             f"pip install '{distribution}=={tested}' ({error})"
