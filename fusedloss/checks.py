@@ -328,10 +328,10 @@ def untransformed(backend: str) -> None:
     """Before what torch.func, vmap and forward-mode derivatives cannot look into, or look into and get NaN from."""
     if torch.compiler.is_compiling():
         return
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        raise UnsupportedError(
-            f"torch.func transforms, torch.vmap and forward-mode derivatives need backend='reference', got {backend!r}"
-        )
+    functional = torch._C._are_functorch_transforms_active()
+    if functional or torch.autograd.forward_ad._current_level >= 0:
+        what = "torch.func transforms and torch.vmap" if functional else "forward-mode derivatives"
+        raise UnsupportedError(f"{what} need backend='reference', got {backend!r}")
 
 
 def options(module: nn.Module, **defaults: object) -> str:

@@ -364,22 +364,22 @@ MISTAKES = {
     # Transforms.
     "torch.func": (
         lambda: torch.func.grad(lambda q: fusedloss.info_nce(q, X, backend="chunked"))(X),
-        RuntimeError,
+        fusedloss.UnsupportedError,
         "torch.func transforms and torch.vmap need backend='reference', got 'chunked'",
     ),
     "vmap": (
         lambda: torch.vmap(lambda q: fusedloss.info_nce(q, X, backend="chunked"))(X[None]),
-        RuntimeError,
+        fusedloss.UnsupportedError,
         "torch.func transforms and torch.vmap need backend='reference', got 'chunked'",
     ),
     "torch.func of lists": (
         lambda: torch.func.grad(lambda s: fusedloss.list_net(s, SCORES, backend="chunked"))(SCORES),
-        RuntimeError,
+        fusedloss.UnsupportedError,
         "torch.func transforms and torch.vmap need backend='reference', got 'chunked'",
     ),
     "torch.func of ordered pairs": (
         lambda: torch.func.grad(lambda a: fusedloss.cosent(a, X, X[:, 0], backend="chunked"))(X),
-        RuntimeError,
+        fusedloss.UnsupportedError,
         "torch.func transforms and torch.vmap need backend='reference', got 'chunked'",
     ),
 }
