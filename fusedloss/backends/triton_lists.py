@@ -71,11 +71,10 @@ def adr(
     by_score = torch.empty_like(slope) if gradient else None
     grid, scale = tuple(loss.shape), float(alpha)
     options = {"LARGEST": largest, "BLOCK_I": block, "BLOCK_J": block}
-    device, tables = scores.device, (scores, labels, mask, loss, slope)
+    device, tables, found = scores.device, (scores, labels, mask, loss, slope), (scores, mask, slope, by_score)
     launch(_lists().adr_ranks_kernel, grid, device, *tables, scale, n, stride_sq, stride_yq, stride_mq, **options)
     if by_score is not None:
-        tables = (scores, mask, slope, by_score)
-        launch(_lists().adr_gradient_kernel, grid, device, *tables, scale, n, stride_sq, stride_mq, **options)
+        launch(_lists().adr_gradient_kernel, grid, device, *found, scale, n, stride_sq, stride_mq, **options)
     return loss.sum(1, dtype=torch.float64), by_score
 
 
