@@ -1,4 +1,4 @@
-"""The fuzzer (tests/fuzz), a minute of it: a fixed number of cases of every function, and the seeds of what it found."""
+"""The fuzzer (tests/fuzz), a minute of it: so many cases of every function, and the seeds of what it found."""
 
 import functools
 
@@ -12,7 +12,7 @@ import fusedloss
 
 CASES = 8  # of each function: by number, not by time, so that every machine sees the same
 
-# What a case showed when it was first drawn. A drawer that is edited makes another case of its number: those that matter
+# What a case showed when it was first drawn. A drawer that is edited makes another case of its number: what matters
 # are tests of their own as well.
 FOUND = [
     ("contrastive_tension", 4, "a loss of 0.008 as 4.828 - 4.820"),
@@ -62,7 +62,7 @@ def test_on_the_host_build(name, host_extension):
 
 @pytest.mark.parametrize("name", sorted(DRAWERS))
 def test_forbidden(name):
-    count, wrong = complaints(name, 0)
+    _, wrong = complaints(name, 0)
     assert not wrong, "\n".join(wrong)
 
 

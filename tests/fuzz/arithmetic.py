@@ -34,7 +34,8 @@ PRODUCTS = ("mm", "bmm", "dot", "mv")
 ROUNDED = {
     *PRODUCTS,
     *"add sub rsub mul div sum mean exp log log1p expm1 logsumexp softplus sigmoid tanh sqrt rsqrt pow".split(),
-    *"logaddexp linalg_vector_norm norm cumsum logcumsumexp reciprocal exp2 log2 sin cos acos atan2 addcmul addcdiv lerp".split(),
+    *"logaddexp linalg_vector_norm norm cumsum logcumsumexp reciprocal exp2 log2 sin cos acos atan2".split(),
+    *"addcmul addcdiv lerp".split(),
     *"_log_softmax _softmax _log_softmax_backward_data _softmax_backward_data softplus_backward".split(),
     *"sigmoid_backward tanh_backward".split(),
 }
@@ -168,9 +169,9 @@ def allowed(exact: Tensor, dtype: torch.dtype, rms: Tensor | None) -> float:
 def compare(out: Tensor, exact: Tensor, deviation: Callable[[int], Tensor]) -> float:
     """The error as a share of what is allowed: at most 1 passes.
 
-    An error within eps max|fp64| alone passes without the draws, which are most of a case's time: as 0.
-    One that is beyond what few draws allow is held against many: of a single
-    number the root mean square of five is too low by half every hundredth time.
+    An error within eps max|fp64| alone passes without the draws, which are most of a case's time: as 0. One that is
+    beyond what few draws allow is held against many: of a single number the root mean square of five is too low by half
+    every hundredth time.
     """
     if not out.numel():
         return 0.0

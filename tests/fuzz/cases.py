@@ -98,7 +98,7 @@ class Case:
 
 
 class Ops:
-    """Decisions of a formula: taken once and kept for its further runs, and noted where a rounding could take another."""
+    """Decisions of a formula: taken once, kept for its further runs, noted where a rounding could take another."""
 
     def __init__(self, dtype: torch.dtype):
         self.unit, self.unclear = unit(dtype), 0
@@ -157,7 +157,7 @@ def unit_rows(x: Tensor, eps: float = 1e-12) -> Tensor:
 
 
 def products(x: Tensor, y: Tensor, cosine: bool) -> Tensor:
-    """Of all rows with all rows. Norms divide the products, not the rows: whoever computes it so has, in the gradient, the
+    """Of all rows with all rows. Norms divide the products, not the rows: whoever computes so has, in the gradient, the
     difference of two sums that were rounded apart, and the budget is to know of that."""
     found = x @ y.T
     return found / (length(x)[:, None] * length(y)) if cosine else found

@@ -168,7 +168,8 @@ def linear_cross_entropy(d: Draw) -> Case:
         tuple(n for n in ("input", "linear_weight", "linear_bias") if n in t and d.chance(0.9)), options,
         axes={"input": ("row", None), "target": ("row",), "linear_weight": ("column", None), "linear_bias": ("column",),
               "weight": ("column",)} if len(lead) == 1 else {}, points={"target": "column"}, rows_axis="row",
-        independent="row" if len(lead) == 1 else None, counted=lambda o, v: v.target != left, module="LinearCrossEntropyLoss",
+        independent="row" if len(lead) == 1 else None, counted=lambda o, v: v.target != left,
+        module="LinearCrossEntropyLoss",
         traits={"weighted": weighted, "empty_is_nan": True},
     )  # fmt: skip
 
@@ -219,7 +220,8 @@ def softmax_pair(d: Draw) -> Case:
 
     target_axes: tuple[str | None, ...] = ("row",) if kind == "classes" else ("row", None)
     return Case(
-        "softmax_pair", d.dtype, t, call, formula, tuple(n for n in ("u", "v", "weight", "bias") if n in t and d.chance(0.9)),
+        "softmax_pair", d.dtype, t, call, formula,
+        tuple(n for n in ("u", "v", "weight", "bias") if n in t and d.chance(0.9)),
         options, reductions=("mean", "sum", "none") if kind != "none" else (),
         axes={"u": ("row", None), "v": ("row", None), "target": target_axes}, rows_axis="row", module="SoftmaxLoss",
         traits={"parts": parts},

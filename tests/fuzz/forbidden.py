@@ -67,7 +67,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "last_layer_weight": FINITE,
     "kl_temperature": (-1.0, math.nan, "1"),
     "layer_weighting": CHOICE,
-    "group": ("world",),
+    "group": ("everyone", 3),
     "strategy": ("scatter",),
 }
 # What a message says that offers a way out.

@@ -11,7 +11,8 @@ ROOT = Path(__file__).absolute().parents[2]
 
 
 def use(extension: ModuleType | None = None, put: Callable[..., None] = setattr) -> None:
-    """For the whole process, unless `put` takes it back. Without an extension it is built, minutes the first time, into build/."""
+    """For the whole process, unless `put` takes it back. Without an extension it is built into build/, minutes the
+    first time."""
     from fusedloss.backends import cuda, cuda_rows
 
     if extension is None:

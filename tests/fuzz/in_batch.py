@@ -277,7 +277,8 @@ def info_nce(d: Draw) -> Case:
         takes_group=kind == "plain" and not smoothing and "dense" not in mask.kinds,
         stats=None if kind == "negatives" or d.duplicates else stats,
         module="InfoNCELoss",
-        traits={"mask": mask.kinds, "kind": kind, "explicit": explicit, "ignore": ignore, "embeddings": ("query", "key"),
+        traits={"mask": mask.kinds, "kind": kind, "explicit": explicit, "ignore": ignore,
+                "embeddings": ("query", "key"),
                 "weight": "weight" in t, "smoothing": smoothing},
     )  # fmt: skip
 
@@ -339,7 +340,8 @@ def clip(d: Draw, name: str) -> Case:
     return Case(
         name, d.dtype, t, call, formula, tuple(grads), options,
         axes={names[0]: ("row", None), names[1]: ("row", None), **(mask.axes if mask else {})}, rows_axis="row",
-        takes_group=plain and "dense" not in mask.kinds, stats=stats if plain and not d.duplicates and float(torch.as_tensor(scale)) > 0 else None,
+        takes_group=plain and "dense" not in mask.kinds,
+        stats=stats if plain and not d.duplicates and float(torch.as_tensor(scale)) > 0 else None,
         module="ClipLoss" if plain else "ContrastiveTensionInBatchLoss",
         traits={"embeddings": names, "mask": mask.kinds if mask else ()},
     )  # fmt: skip
@@ -506,7 +508,8 @@ def multiple_negatives_ranking(d: Draw) -> Case:
         if mask is None and all(k == B for k in sizes) else {}, rows_axis="row",
         takes_group=mask is None and N == B and all(k == B for k in sizes),
         stats=None if d.duplicates or len(directions) > 1 or strength else stats, module="MultipleNegativesRankingLoss",
-        traits={"embeddings": ("anchor", "positive", *names), "mask": mask.kinds if mask else (), "directions": directions,
+        traits={"embeddings": ("anchor", "positive", *names), "mask": mask.kinds if mask else (),
+                "directions": directions,
                 "partition": partition, "hardness": hardness if strength else None},
     )  # fmt: skip
 

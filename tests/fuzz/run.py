@@ -156,7 +156,8 @@ def permuted(case: Case, base: Form, d: Draw) -> Form | None:
         return {n: turn(n, x) if n != "value" else x if order is None else x[order] for n, x in found.items()}
 
     return Form(
-        f"permuted {' and '.join(orders)}", base.function, {n: d.lay(x) for n, x in tensors.items()}, base.options, value,
+        f"permuted {' and '.join(orders)}", base.function, {n: d.lay(x) for n, x in tensors.items()}, base.options,
+        value,
         turned(base.gradients), lambda draws: turned(base.deviations(draws)), upstream,
     )  # fmt: skip
 
@@ -182,7 +183,7 @@ def doubled(case: Case, base: Form, reduction: str) -> Form | None:
 
     return Form("doubled", base.function, tensors, base.options, base.value * factor,
                 {n: grad(n, x) for n, x in base.gradients.items()},
-                lambda draws: {n: x * factor if n == "value" else grad(n, x) for n, x in base.deviations(draws).items()},
+                lambda k: {n: x * factor if n == "value" else grad(n, x) for n, x in base.deviations(k).items()},
                 None)  # fmt: skip
 
 
@@ -201,7 +202,8 @@ def left_out(case: Case, base: Form) -> Form | None:
     return Form("without the rows that are left out", base.function,
                 _rowwise(case, base, lambda x, i: x.index_select(i, kept)), base.options, base.value,
                 {n: grad(n, x) for n, x in base.gradients.items()},
-                lambda draws: {n: x if n == "value" else grad(n, x) for n, x in base.deviations(draws).items()}, None)  # fmt: skip
+                lambda k: {n: x if n == "value" else grad(n, x) for n, x in base.deviations(k).items()},
+                None)  # fmt: skip
 
 
 def banked(base: Form) -> Form:
