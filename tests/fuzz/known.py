@@ -30,6 +30,9 @@ KNOWN = [
     Known("D15", "a proxy of zeros", lambda c, form, what: c.name == "proxy_nca" and c.traits["zero_vector"]),
     Known("D15", "a projection in 16 bits", lambda c, form, what: (
         c.name == "embed_distill" and c.traits["projected"] and c.dtype.itemsize == 2)),
+    Known("D16", "in 16 bits the sum of two gradients that were rounded apart", lambda c, form, what: (
+        "of what is allowed" in what and c.dtype.itemsize == 2
+        and {c.name, c.traits.get("inner")} & {"sup_con", "decoupled_contrastive"} != set())),
 ]  # fmt: skip
 
 
