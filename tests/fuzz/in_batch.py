@@ -819,7 +819,7 @@ def adaptive_layer(d: Draw, name: str) -> Case:
                 own = torch.cat([getattr(v, n)[i] for n in names]) / T
                 last = torch.cat([getattr(v, n)[layers - 1] for n in names]).detach() / T
                 log_q, log_p = own - lse(own)[:, None], last - lse(last)[:, None]
-                total = total + given["kl_div_weight"] * T * (log_p.exp() * (log_p - log_q)).sum(1).mean()
+                total = total + given["kl_div_weight"] * T * (log_p.exp() * (log_p - log_q)).sum() / max(len(own), 1)
         return total
 
     def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:

@@ -33,6 +33,8 @@ KNOWN = [
     Known("D16", "in 16 bits the sum of two gradients that were rounded apart", lambda c, form, what: (
         "of what is allowed" in what and c.dtype.itemsize == 2
         and {c.name, c.traits.get("inner")} & {"sup_con", "decoupled_contrastive"} != set())),
+    Known("B6", "a prefix of zeros in fp16", lambda c, form, what: (
+        c.name.startswith("matryoshka") and c.dtype == torch.float16 and what.endswith("is NaN"))),
 ]  # fmt: skip
 
 

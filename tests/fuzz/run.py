@@ -267,7 +267,8 @@ def forms(case: Case, d: Draw, shape: torch.Size, rows_shape: torch.Size, cuda: 
     if case.name == "info_nce" and "bank" in case.tensors and d.chance(0.5):
         yield banked(chosen)
     if "weight" in case.tensors and reduction == "mean" and d.chance(0.3):
-        if case.name in ("info_nce", "linear_cross_entropy", "cross_entropy"):
+        # A mean over class probabilities is one over rows.
+        if case.name in ("info_nce", "linear_cross_entropy") or case.traits.get("probabilities") is False:
             yield like("weights doubled", chosen, tensors={**case.tensors, "weight": case.tensors["weight"] * 2})
     if case.stats and d.chance(0.3):
         yield like("statistics", options={**options, **backend, "return_stats": True})
