@@ -207,7 +207,7 @@ def _selected(by_rank: Ranked, weighting: Weighting, k: int) -> tuple[Tensor, Te
         rest = rest.clamp(min=0) if isinstance(rest, Tensor) else rest
         count = count - _unequal(by_rank.label[:, k:].contiguous(), rest)[0]
     if weighting == "ndcg_loss1":  # every two documents, and each with itself
-        length = torch.as_tensor(by_rank.length, device=count.device).expand_as(count)
+        length = by_rank.length if isinstance(by_rank.length, Tensor) else torch.full_like(count, by_rank.length)
         count = length**2 - (length - k).clamp(min=0) ** 2
     return count, ascending
 
@@ -300,8 +300,8 @@ def _lambda_formula(
     z, y = by_rank.score, by_rank.label
     n = z.shape[1]
     place = torch.arange(n, device=z.device)
-    length = torch.as_tensor(by_rank.length, device=z.device).reshape(-1, 1)
-    real = place < length
+    length = by_rank.length.reshape(-1, 1) if isinstance(by_rank.length, Tensor) else by_rank.length
+    real = (place < length).reshape(-1, n)
     counts = real[:, :, None] & real[:, None, :] & ((place < top)[:, None] | (place < top))
     if weighting != "ndcg_loss1":
         counts = counts & ~(y[:, :, None] <= y[:, None, :])
