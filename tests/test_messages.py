@@ -185,7 +185,7 @@ MISTAKES = {
     "huber of a number": (lambda: fusedloss.huber(0.5, X), TypeError, "input is 0.5, a float: needs a tensor"),
     "bce of long labels": (
         lambda: fusedloss.binary_cross_entropy_with_logits(X, torch.ones(6, 4, dtype=torch.long)),
-        TypeError,
+        RuntimeError,  # torch's kind
         "target is torch.int64: needs a floating tensor of 0 and 1; call .float()",
     ),
     "no dimension": (

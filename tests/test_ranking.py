@@ -735,7 +735,7 @@ def test_a_module_is_its_function(name, group_of_one):
 @pytest.mark.parametrize("name", list(MODULES))
 def test_a_module_refuses_what_it_does_not_know(name):
     module = MODULES[name]
-    with pytest.raises(TypeError, match=f"{name}: .*'colour'.*it takes"):
+    with pytest.raises(TypeError, match=f"{name} got 'colour'.*it takes"):
         module(colour=3)
     with pytest.raises(TypeError, match=rf"{name}: too many positional arguments"):
         module(*(p.default for p in module.signature.parameters.values()), 1)

@@ -57,9 +57,13 @@ def binary_cross_entropy_with_logits(
     if not ordinary(input, target):
         checks.backend(backend)
         tensors(input, target)
-        if input.dtype.is_floating_point and not target.dtype.is_floating_point:
-            raise TypeError(f"target is {target.dtype}: needs a floating tensor of 0 and 1; call .float()")
-        return F.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
+        try:
+            return F.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
+        except RuntimeError as error:  # torch's kind, with the remedy that it does not name
+            if target.dtype.is_floating_point or not input.dtype.is_floating_point:
+                raise
+            message = f"target is {target.dtype}: needs a floating tensor of 0 and 1; call .float()"
+            raise RuntimeError(message) from error
     if input.shape != target.shape:
         raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")
     for name, w in (("weight", weight), ("pos_weight", pos_weight)):
