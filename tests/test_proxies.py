@@ -310,8 +310,10 @@ CASES = [(loss, options) for loss, found in OPTIONS.items() for options in found
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_inside_the_error_budget(device, backend, dtype, loss, options, shape):
     found, baseline, exact = [], [], []
-    # One row's rounding is one factor of all of its gradient, 2e-7 or 9e-7: of eager's, too, which is the budget.
-    for seed in range(5 if shape == "one row" else 1):
+    # One row's rounding is one factor of all of its gradient, 2e-7 or 9e-7: of eager's, too, which is the budget. On
+    # "cuda" one draw is luck on either side as well: 1.03 of the budget on a CPU whose own products round less.
+    draws = 5 if shape == "one row" or backend == "cuda" else 1
+    for seed in range(draws):
         x, target, proxies = (t.to(device) for t in inputs(*SHAPES[shape], dtype, seed))
         skip_if_unsupported(backend, x)
         with chunks(16, 32):
