@@ -49,7 +49,7 @@ class _OrderedPairs(torch.autograd.Function):
         if rows and levels.is_floating_point():
             one = one.masked_fill(levels[-1:].isnan(), torch.nan)  # NaN is sorted to the end
         up, down = x + higher, lower - x
-        loss = torch.cat([one, up]).logsumexp(0)
+        loss = torch.logaddexp(up.logsumexp(0), one[0])
         gradient = torch.empty_like(z)
         gradient[order] = ((up - loss).exp_() - (down - loss).exp_()).to(z.dtype)
         ctx.save_for_backward(gradient, z, label)

@@ -153,16 +153,23 @@ class Budget:
             self._draws += 1
             value, gradients = self._run(Rounding(u, backward, self._draws))
             for name, x in {"value": value, **gradients}.items():
-                square = (x - exact[name]).square().nan_to_num(0, 0, 0)
+                square = ((x - exact[name]) / self._size(exact[name])).square().nan_to_num(0, 0, 0)
                 self._squares[name] = self._squares.get(name, 0) + square
-        return {name: (x / self._draws).sqrt() for name, x in self._squares.items()}
+        return {name: (x / self._draws).sqrt() * self._size(exact[name]) for name, x in self._squares.items()}
+
+    @staticmethod
+    def _size(x: Tensor) -> float:
+        """Squares of 1e-250 are 0."""
+        size = x.abs().nan_to_num(0, 0, 0).max().item() if x.numel() else 0.0
+        return size if 0 < size < 1e-100 else 1.0
 
 
 def allowed(exact: Tensor, dtype: torch.dtype, rms: Tensor | None) -> float:
     finite = exact.abs().nan_to_num(0, 0, 0)
     eps = torch.finfo(dtype).eps if dtype != torch.float64 else unit(dtype)
-    # Rounding to a denormal, and in fp32 probabilities under exp(-80), which are 0 beside a share of 1 / N.
-    least = max(torch.finfo(dtype).smallest_normal * eps, 1e-300 if dtype == torch.float64 else 1e-33)
+    # Rounding to a denormal, and in fp32 probabilities under exp(-80) = 2e-35, which are 0 beside a share of 1 / N:
+    # times a scale of 100 and the inverse of a norm of 1e-3.
+    least = max(torch.finfo(dtype).smallest_normal * eps, 1e-300 if dtype == torch.float64 else 2e-30)
     own = 0.0 if rms is None else 2 * SPREAD * rms.max().item()
     return own + eps * finite.max().item() + least
 

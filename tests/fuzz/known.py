@@ -35,6 +35,8 @@ KNOWN = [
         and {c.name, c.traits.get("inner")} & {"sup_con", "decoupled_contrastive"} != set())),
     Known("B6", "a prefix of zeros in fp16", lambda c, form, what: (
         c.name.startswith("matryoshka") and c.dtype == torch.float16 and what.endswith("is NaN"))),
+    Known("T1", "triton, 16 bits: the gradient of a bias in fp32 or fp64 is a sum of entries rounded to 16 bits", (
+        lambda c, form, what: "triton" in form and c.dtype.itemsize == 2 and what.startswith(("linear_bias", "key_bias")))),
 ]  # fmt: skip
 
 

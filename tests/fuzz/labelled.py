@@ -47,7 +47,11 @@ def labelled(d: Draw, name: str) -> Case:
             total = lse(z.masked_fill(~(positive | negative), -torch.inf))[:, None]
             log_p = torch.where(positive, z - torch.where(total.isfinite(), total, 0.0), 0.0)
             if options["form"] == "out":
-                losses = -log_p.sum(1) / count
+                # The positives' part by itself, as in the formula: it and the logarithm are rounded apart.
+                again = products(v.embeddings, v.embeddings, True)
+                again = again / (v.temperature.reshape(()) if isinstance(temperature, Tensor) else temperature)
+                own = torch.where(positive, again, 0.0).sum(1) / count
+                losses = torch.where(counted, total[:, 0], 0.0) - own
             else:
                 losses = count.log() - lse(log_p.masked_fill(~positive, -torch.inf))
             return mean_over_counted(torch.where(counted, losses, 0.0), counted)
@@ -124,6 +128,8 @@ def triplets(d: Draw, name: str) -> Case:
             lost = o.kink(difference + margin, largest, where=negative.any(1))
             return Rows(lost)
         largest = size.max() if size.numel() else torch.zeros(())
+        if distance == "cosine" and D == 1 and N > 1 and name == "batch_semi_hard_triplet":
+            o.unclear += 1  # every distance is 0 or 2, and roundings of these decide which is the larger
         if name == "batch_all_triplet":
             valid = positive[:, :, None] & negative[:, None, :]
             lost = apart[:, :, None] - apart[:, None, :] + margin
