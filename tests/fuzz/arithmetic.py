@@ -112,8 +112,9 @@ def evaluate(
     """The value and the gradients of `grads`, in fp64; of the sum with `upstream` where the value has rows."""
     wide = {n: x.detach().double() if x.dtype.is_floating_point else x for n, x in tensors.items()}
     if mode is not None:
+        # Whole numbers, labels above all, are exact in every dtype.
         wide = {
-            n: moved(x, mode.u, mode.phase + i) if x.dtype == torch.float64 else x
+            n: torch.where(x == x.round(), x, moved(x, mode.u, mode.phase + i)) if x.dtype == torch.float64 else x
             for i, (n, x) in enumerate(wide.items())
         }
     leaves = {n: x.clone().requires_grad_() if n in grads else x for n, x in wide.items()}

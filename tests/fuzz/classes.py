@@ -89,7 +89,10 @@ def cross_entropy(d: Draw) -> Case:
         z_loss, smoothing = options.get("z_loss", 0.0), options.get("label_smoothing", 0.0)
         losses, squares, over = cross_entropies(z, target, getattr(v, "weight", None), ignore, smoothing, z_loss)
         counted = len(losses) if probabilities else int((target != ignore).sum())
-        mean = losses.sum() / over + (squares.sum() / counted if z_loss else 0.0)
+        # Of nothing NaN, with a gradient of 0.
+        empty = float(over) == 0
+        mean = losses.sum() / (1.0 if empty else over) + (squares.sum() / max(counted, 1) if z_loss else 0.0)
+        mean = mean + float("nan") if empty else mean
         return Rows((losses + squares).reshape(rows), mean=mean)
 
     def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:

@@ -16,6 +16,10 @@ class Known(NamedTuple):
     holds: Callable[[Case, str, str], bool]  # (case, form, what is wrong)
 
 
+def zero_row(case: Case) -> bool:
+    return any(x.dim() > 1 and x.numel() and bool((x == 0).all(-1).any()) for x in case.tensors.values())
+
+
 KNOWN = [
     Known("A2", "distances of rows that are close together", lambda c, form, what: (
         c.name.startswith("batch_") and c.traits["distance"] != "cosine" and c.traits["close"] < 0.05)),
@@ -33,10 +37,12 @@ KNOWN = [
     Known("D16", "in 16 bits the sum of two gradients that were rounded apart", lambda c, form, what: (
         "of what is allowed" in what and c.dtype.itemsize == 2
         and {c.name, c.traits.get("inner")} & {"sup_con", "decoupled_contrastive"} != set())),
-    Known("B6", "a prefix of zeros in fp16", lambda c, form, what: (
-        c.name.startswith("matryoshka") and c.dtype == torch.float16 and what.endswith("is NaN"))),
+    Known("B6", "a row of zeros, or a prefix of one, in fp16", lambda c, form, what: (
+        c.dtype == torch.float16 and not what.startswith("value")
+        and (zero_row(c) or c.name.startswith("matryoshka") and what.endswith("is NaN")))),
     Known("T1", "triton, 16 bits: the gradient of a bias in fp32 or fp64 is a sum of entries rounded to 16 bits", (
-        lambda c, form, what: "triton" in form and c.dtype.itemsize == 2 and what.startswith(("linear_bias", "key_bias")))),
+        lambda c, form, what: "triton" in form and c.dtype.itemsize == 2
+        and what.startswith(("linear_bias", "key_bias")))),
 ]  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def labelled(d: Draw, name: str) -> Case:
         lambda f, v, o: f(v["embeddings"], labels=v["labels"], **({"temperature": v.get("temperature", temperature)}
                                                                  if name == "sup_con" else {}), **o),
         formula, grads, options, axes={"embeddings": ("row", None), "labels": ("row",)}, rows_axis="row",
-        takes_group=name == "sup_con", traits={"embeddings": ("embeddings",), "form": options.get("form")},
+        takes_group=name == "sup_con", traits={"embeddings": ("embeddings",), "ring": options.get("form") != "in"},
         module={"sup_con": "SupConLoss", "multi_similarity": "MultiSimilarityLoss", "circle": "CircleLoss"}[name],
     )  # fmt: skip
 
@@ -112,7 +112,7 @@ def triplets(d: Draw, name: str) -> Case:
             apart = squared if distance == "squared" else root(squared)
             n = x.detach().square().sum(1)
             size = n[:, None] + n if distance == "squared" else (n[:, None] + n).sqrt()
-        if distance != "squared":
+        if distance == "euclidean":
             apart = apart.masked_fill(torch.eye(N, dtype=torch.bool), 0.0)
         positive, negative = both(v.labels)
         if hard:

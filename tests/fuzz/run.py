@@ -249,7 +249,7 @@ def forms(case: Case, d: Draw, shape: torch.Size, rows_shape: torch.Size, cuda: 
     if case.module and d.chance(0.4):
         yield like(f"{case.module}", function=module(case), options={**options, **backend})
     if case.takes_group and d.chance(0.35):
-        strategy = d.pick("gather", "ring") if case.traits.get("form") != "in" else "gather"
+        strategy = d.pick("gather", "ring") if case.traits.get("ring", True) else "gather"
         given = {**options, "group": group(), "strategy": strategy}
         if d.chance(0.3):
             given["grad_scale"] = "sum"
