@@ -277,7 +277,8 @@ def info_nce(d: Draw) -> Case:
         takes_group=kind == "plain" and not smoothing and "dense" not in mask.kinds,
         stats=None if kind == "negatives" or d.duplicates else stats,
         module="InfoNCELoss",
-        traits={"mask": mask.kinds, "kind": kind, "ring": not explicit or not {"guide", "score_margin"} & set(mask.kinds), "ignore": ignore,
+        traits={"mask": mask.kinds, "kind": kind, "explicit": explicit, "ignore": ignore,
+                "ring": not explicit or not {"guide", "score_margin"} & set(mask.kinds),
                 "embeddings": ("query", "key"),
                 "weight": "weight" in t, "smoothing": smoothing},
     )  # fmt: skip
