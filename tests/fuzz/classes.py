@@ -92,7 +92,7 @@ def cross_entropy(d: Draw) -> Case:
         # Of nothing NaN, with a gradient of 0.
         empty = float(over) == 0
         mean = losses.sum() / (1.0 if empty else over) + (squares.sum() / max(counted, 1) if z_loss else 0.0)
-        mean = mean + float("nan") if empty else mean
+        mean = 0.0 * mean + float("nan") if empty else mean
         return Rows((losses + squares).reshape(rows), mean=mean)
 
     def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
