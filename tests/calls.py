@@ -25,12 +25,17 @@ class Call(NamedTuple):
         return self.function(*self.arguments, **self.options, **more)
 
     def as_module(self) -> tuple[nn.Module, dict[str, Any]] | None:
-        """The loss's module, made with the options that are not its tensors, and those for `forward`."""
+        """The loss's module, made with the options that are not its tensors, and those for `forward`.
+
+        A module that is compiled once keeps its parameters: what is learnt is a number here.
+        """
         cls = MODULES.get(self.function)
         if cls is None:
             return None
         taken = inspect.signature(cls).parameters
-        made = cls(**{name: value for name, value in self.options.items() if name in taken})
+        options = {name: value for name, value in self.options.items() if name in taken}
+        learnt = {name: value.item() for name, value in options.items() if getattr(value, "requires_grad", False)}
+        made = cls(**options | learnt)
         return made, {name: value for name, value in self.options.items() if name not in taken}
 
 
