@@ -202,8 +202,10 @@ def test_extreme_values_stay_finite(name, dtype):
     part = labelled(values, torch.randint(0, 3, (12,)), teacher=values.flip(0))
     one = tuple(torch.ones((), dtype=dtype) for _ in CASES[name][0])
     found, slope = run(name, values, part, one)
-    for tensor in (found.loss, slope, *found.scalars):
+    for tensor in (found.loss, slope):
         assert tensor.isfinite().all() and tensor.dtype == dtype
+    for tensor in found.scalars:  # rows' parts, which cancel, are added in fp64
+        assert tensor.isfinite() and tensor.dtype == torch.float64
     if dtype == torch.float64:
         # Autograd's exp(z - lse) loses the digits of z, up to 1e9 in circle. Equal negatives are semi_hard's to choose.
         same(name, values, part, one, gradient=name != "semi_hard", rtol=1e-7)

@@ -419,6 +419,14 @@ def test_orthogonal_regularization_survives_its_cancellation_in_fp32():
     assert abs(found.double() - exact) <= 1e-3 * exact
 
 
+def test_orthogonal_regularization_at_its_hinge():
+    """Where M2 is 1/D, as of rows of +-1, relu has slope 0: the first moment alone has a gradient."""
+    x = torch.tensor([[1.0], [-1.0], [1.0]], requires_grad=True)
+    fusedloss.global_orthogonal_regularization(x, similarity="dot").backward()
+    # M1 = (s_01 + s_02 + s_12) / 3 = -1/3, and dM1/dx_0 = (x_1 + x_2) / 3 = 0.
+    torch.testing.assert_close(x.grad, 2 * -1 / 3 * torch.tensor([[0.0], [2 / 3], [0.0]]))
+
+
 @pytest.mark.parametrize("similarity", ["cos", "dot"])
 @pytest.mark.parametrize("longer", [1.0, 100.0, 1e4])
 @pytest.mark.parametrize("rows, dim", [(40, 64), (600, 24)])  # one block, and three

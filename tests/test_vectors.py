@@ -412,7 +412,9 @@ CASES = {
         sweep=False,
     ),
     "focal": Case(F.focal, {"input": normal(M, K)}, {**CLASSES, "alpha": (uniform(K), FLOATS)}, sweep=False),
-    "focal, labels": Case(F.focal, {"input": normal(M, K)}, {"target": (uniform(M, K).clamp(max=1), FLOATS)}, sweep=False),
+    "focal, labels": Case(
+        F.focal, {"input": normal(M, K)}, {"target": (uniform(M, K).clamp(max=1), FLOATS)}, sweep=False
+    ),
     "binary_cross_entropy_with_logits": Case(
         F.binary_cross_entropy_with_logits,
         {"input": normal(M, K)},

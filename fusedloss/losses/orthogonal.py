@@ -71,7 +71,8 @@ def moments(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
             return zero, zero
         total, squares = _off_diagonal(rows)
         mean, second = total / pairs, squares / pairs
-        return mean.square(), (second - 1 / x.shape[1]).clamp(min=0)
+        # Not clamp, whose slope is 1 where M2 is 1/D, as of rows of +-1.
+        return mean.square(), torch.relu(second - 1 / x.shape[1])
 
 
 def _off_diagonal(rows: Tensor) -> tuple[Tensor, Tensor]:

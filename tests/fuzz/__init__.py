@@ -10,7 +10,7 @@ in_batch.py, labelled.py, pairs.py, lists.py, classes.py      a drawer and a for
 arithmetic.py    what a result may be off by
 run.py       a case in all its forms: backends, workspaces, the module, a group of one, permuted, doubled, rows left out
 forbidden.py     calls that must raise
-known.py     faults that are known, which a run reports apart
+known.py     what differs and is left so, which a run reports apart
 
 Formulas are written from the docstrings and the papers in plain torch. None calls the package, so that no error is on
 both sides. A case is named by its function and a number, and drawn from these alone: `info_nce:417` is the same call on

@@ -1,4 +1,4 @@
-"""Faults that are known and being mended. A run reports them apart; a mended one leaves the list."""
+"""What differs from the formula and is left so, each with its reason. A run reports it apart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .cases import Case
 
 class Known(NamedTuple):
     row: str
-    what: str
+    what: str  # and why it is left
     holds: Callable[[Case, str, str], bool]  # (case, form, what is wrong)
 
 
@@ -21,28 +21,14 @@ def zero_row(case: Case) -> bool:
 
 
 KNOWN = [
-    Known("A2", "distances of rows that are close together", lambda c, form, what: (
-        c.name.startswith("batch_") and c.traits["distance"] != "cosine" and c.traits["close"] < 0.05)),
-    Known("A2", "which of two duplicates is farther is decided by a rounding", lambda c, form, what: (
-        c.name == "batch_semi_hard_triplet" and c.traits["close"] == 0)),
-    Known("D2", "list_net's labels of bool and small integers on triton", lambda c, form, what: (
-        c.name == "list_net" and "triton" in form
-        and c.traits["labels"] in (torch.bool, torch.uint8, torch.int8, torch.int16))),
-    Known("D3", "a guide beside other directions", lambda c, form, what: (
-        c.traits.get("partition") is not None and "guide" in c.traits["mask"] and len(c.traits["directions"]) > 1
-        and "AssertionError" in what)),
-    Known("D7", "similarity='dot' in fp32", lambda c, form, what: (
-        c.name == "global_orthogonal_regularization" and c.traits["similarity"] == "dot")),
-    Known("D15", "a proxy of zeros", lambda c, form, what: c.name == "proxy_nca" and c.traits["zero_vector"]),
-    Known("D15", "a projection in 16 bits", lambda c, form, what: (
-        c.name == "embed_distill" and c.traits["projected"] and c.dtype.itemsize == 2)),
-    Known("D16", "in 16 bits the sum of two gradients that were rounded apart", lambda c, form, what: (
-        "of what is allowed" in what and c.dtype.itemsize == 2
-        and {c.name, c.traits.get("inner")} & {"sup_con", "decoupled_contrastive"} != set())),
-    Known("B6", "a row of zeros, or a prefix of one, in fp16", lambda c, form, what: (
+    Known("ties", "of rows that are duplicates a rounding decides which is farther, and in one dimension their "
+          "directions cancel to 0", lambda c, form, what: (
+        c.name in ("batch_semi_hard_triplet", "batch_all_triplet") and c.traits["close"] < 0.05)),
+    Known("fp16", "the gradient of a row of zeros, or of a prefix of one, is 1e12 times another: beyond "
+          "fp16, where two infinities add up to NaN", lambda c, form, what: (
         c.dtype == torch.float16 and not what.startswith("value")
         and (zero_row(c) or (c.name.startswith("matryoshka") and what.endswith("is NaN"))))),
-    Known("T1", "triton, 16 bits: the gradient of a bias in fp32 or fp64 is a sum of entries rounded to 16 bits", (
+    Known("bias", "triton, 16 bits: the gradient of a bias in fp32 or fp64 is a sum of entries rounded to 16 bits", (
         lambda c, form, what: "triton" in form and c.dtype.itemsize == 2
         and what.startswith(("linear_bias", "key_bias")))),
 ]  # fmt: skip
