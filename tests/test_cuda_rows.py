@@ -369,9 +369,3 @@ def test_nothing_to_do(device):
     assert cuda_rows.settle(RowSums(none.T, none.T), empty.double(), empty, scaled=[none]).scaled[0].shape == (0, 7)
     cuda_rows.weigh(Patch(none, index, None, None), empty, none[0:0, 0], empty)
     cuda_rows.finish(none, None, scale, None, none, None, none)
-
-
-def test_operand():
-    x = torch.randn(5, 6)
-    assert cuda_rows.operand(x) is x and cuda_rows.operand(x[:, ::2]).is_contiguous()
-    assert all(cuda_rows.operand(y) is y for y in (x.T, x[:, :1], x[1:, 2:]))

@@ -198,7 +198,6 @@ def test_the_vocabulary_head_of_a_denoising_auto_encoder(backend, pad):
 # Precision ------------------------------------------------------------------------------------------------------------
 
 SHAPES = {"ragged": (37, 53, 29), "one row": (1, 167, 64), "two classes": (5, 2, 8), "one dimension": (33, 40, 1)}
-FEW_ROWS = ("one row", "two classes")
 OPTIONS = {
     "plain": {},
     "softcap that bounds": {"softcap": 6.0},
@@ -225,9 +224,9 @@ def skip_if_unsupported(backend, x):
 def test_inside_the_error_budget(device, backend, dtype, options, shape):
     given = dict(OPTIONS[options])
     found, baseline, exact = [], [], []
-    # One row's rounding is one factor of all of its gradient. chunked multiplies as eager does and has eager's; a
-    # kernel's is its own, and one draw of each says little.
-    for seed in range(5 if shape in FEW_ROWS and backend == "cuda" else 1):
+    # One row's rounding is one factor of all of its gradient. One draw of ours and of eager's
+    # says little: of 30, chunked and cuda were each over twice, by up to 1.85. Triton's interpreter is slow: one draw.
+    for seed in range(1 if backend == "triton" else 5):
         x, y, bias, target = (t.to(device) for t in inputs(*SHAPES[shape], dtype, ignored=0.2, seed=seed))
         skip_if_unsupported(backend, x)
         target[0] = 0

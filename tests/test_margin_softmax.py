@@ -300,7 +300,6 @@ def test_zero_rows_have_no_direction():
 # Precision ------------------------------------------------------------------------------------------------------------
 
 SHAPES = {"ragged": (37, 53, 29), "one row": (1, 167, 64), "two classes": (5, 2, 8), "two dimensions": (33, 40, 2)}
-FEW_ROWS = ("one row", "two classes", "two dimensions")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -312,8 +311,8 @@ FEW_ROWS = ("one row", "two classes", "two dimensions")
 def test_inside_the_error_budget(device, backend, dtype, loss, margin, scale, shape):
     found, baseline, exact = [], [], []
     # A row's rounding is one factor of all of its gradient, and in two dimensions a single row is most of the error.
-    # chunked multiplies as eager does and has eager's; a kernel's is its own, and one draw of each says little.
-    for seed in range(5 if shape in FEW_ROWS and backend == "cuda" else 1):
+    # One draw of ours and of eager's says little. Triton's interpreter is slow: one draw.
+    for seed in range(1 if backend == "triton" else 5):
         x, weight, target = (t.to(device) for t in inputs(*SHAPES[shape], dtype, seed))
         skip_if_unsupported(backend, x)
         ours = lambda x, w, t=target: LOSSES[loss](x, t, w, margin=margin, scale=scale, backend=backend)

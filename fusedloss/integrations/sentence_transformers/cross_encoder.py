@@ -256,10 +256,10 @@ class _OfLists(nn.Module):
     model: Any
     _largest_label: ClassVar[float] = LARGEST
 
+    @counted
     def forward(self, inputs: Any, labels: Any, prompt: str | None = None, task: str | None = None) -> Tensor:
         activation = self.activation_fn
 
-        @counted
         def at_scores(logits: Tensor) -> Tensor:
             scores = activation(logits)
             if not fused(self, first(self._why_not(), self._lists_fit(scores, labels))):
