@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import seconds
 
 from fusedloss import bench, check, checks, environment, measure, show, sweep, testing
 from fusedloss.__main__ import main
@@ -251,11 +252,13 @@ def interrupted(command, tmp_path, **environment):
     """Starts it, waits for its first line on stdout, and presses Ctrl-C."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])} | environment
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell starts what it puts into the background with SIGINT ignored, and children would inherit that.
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     child = subprocess.Popen([sys.executable, "-m", "fusedloss", *command], env=environment, cwd=tmp_path, **pipes)
     try:
         assert child.stdout.readline() == "ready\n"
         child.send_signal(signal.SIGINT)
-        shown, errors = child.communicate()
+        shown, errors = child.communicate(timeout=seconds(300))
     finally:
         child.kill()
         child.wait()
