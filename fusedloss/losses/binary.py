@@ -38,7 +38,7 @@ def binary_cross_entropy_with_logits(
         size_average, reduce: deprecated in torch, as there.
         reduction: "mean" (NaN of nothing, as in torch), "sum" or "none".
         pos_weight: of the positive labels, broadcasts to `input`'s shape: `[C]` by class.
-        backend: "auto", "triton", "chunked" or "reference"; needed as "reference" for second derivatives.
+        backend: "auto", "triton", "chunked" or "reference"; second derivatives need "reference".
 
     All four tensors receive gradients. Tensor subclasses are left to torch.
 

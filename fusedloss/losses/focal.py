@@ -44,7 +44,7 @@ def focal(
         reduction: "mean" (labels: over all elements, 0 if there are none; classes: over the rows that are not
             ignored), "sum" or "none".
         ignore_index: classes only: rows with this target are left out.
-        backend: "auto", "triton", "chunked" or "reference"; needed as "reference" for second derivatives.
+        backend: "auto", "triton", "chunked" or "reference"; second derivatives need "reference".
 
     Returns:
         0-dim, or for "none" of the target's shape; float32, or float64 for float64 inputs.

@@ -66,8 +66,8 @@ def lambda_loss(
         reduction_log: "binary" (bits) or "natural".
         mu: of "ndcg_loss2pp".
         reduction: "mean" over all pairs that count (0 without one), "sum", or "none": `[Q]`, sums over each query.
-        backend: "auto", "triton" (not with a function), "chunked" or "reference"; needed as "reference" for second
-            derivatives, as nothing but the gradient is kept.
+        backend: "auto", "triton" (not with a function), "chunked" or "reference"; second
+            derivatives need "reference", as nothing but the gradient is kept.
 
     Returns:
         A 0-dim tensor (`[Q]` for "none"), float32, or float64 for float64 scores.
@@ -146,7 +146,7 @@ def list_net(
     Args:
         scores, labels, mask: see `lambda_loss`. Labels that require grad receive it.
         reduction: "mean" over queries, "sum" or "none" (`[Q]`).
-        backend: "auto", "triton", "chunked" or "reference"; needed as "reference" for second derivatives.
+        backend: "auto", "triton", "chunked" or "reference"; second derivatives need "reference".
 
     Returns, Raises: see `lambda_loss`.
 
@@ -215,8 +215,8 @@ def plist_mle(
             sorted by label, the highest first and equal ones as they came (in sentence-transformers, where their
             order is the sort's choice, the loss of equal labels depends on it from 17 documents on).
         reduction: "mean" over queries, "sum" or "none" (`[Q]`).
-        backend: "auto", "triton" (up to 4096 documents), "chunked" or "reference"; needed as "reference" for second
-            derivatives.
+        backend: "auto", "triton" (up to 4096 documents), "chunked" or "reference"; second
+            derivatives need "reference".
 
     Returns, Raises: see `lambda_loss`.
 
@@ -260,7 +260,7 @@ def adr_mse(
         scores, labels, mask: see `lambda_loss`; clamping and NaN likewise.
         alpha: above 0; the higher, the closer is R to the rank.
         reduction: "mean" over documents (0 without one), "sum", or "none": `[Q]`, sums over each query.
-        backend: "auto", "triton", "chunked" or "reference"; needed as "reference" for second derivatives.
+        backend: "auto", "triton", "chunked" or "reference"; second derivatives need "reference".
 
     Returns, Raises: see `lambda_loss`.
 

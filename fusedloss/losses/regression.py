@@ -43,7 +43,7 @@ def mse(
         weight: of the elements. Torch needs `input`'s shape; here anything that broadcasts to the loss does, such as
             `[C]` by column or `[M, 1]` by row. A weighted mean is `sum(weight * loss) / sum(weight)`, as in torch.
         under, over: what the losses of predictions below and above their target are multiplied by.
-        backend: "auto", "triton", "chunked" or "reference"; needed as "reference" for second derivatives.
+        backend: "auto", "triton", "chunked" or "reference"; second derivatives need "reference".
 
     `input`, `target` and `weight` receive gradients. Integers, complex numbers and tensor subclasses are left to torch.
 

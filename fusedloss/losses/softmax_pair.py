@@ -43,7 +43,7 @@ def softmax_pair(
         ignore_index: rows whose target is this are left out.
         label_smoothing: from 0 to 1, the share of the target that is spread evenly over the classes.
         reduction: "mean" (0 if no row counts), "sum", or "none" (`[B]`, 0 for left-out rows).
-        backend: "auto", "triton", "chunked" or "reference"; needed as "reference" for second derivatives.
+        backend: "auto", "triton", "chunked" or "reference"; second derivatives need "reference".
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 where an input is.
