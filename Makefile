@@ -5,7 +5,7 @@ GPU := PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/gpu" $(PYTHON)
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-upstream lint gpu gpu-build gpu-tune gpu-full gpu-sanitize has-sanitizer clean
+.PHONY: help demo quick test test-all fuzz test-upstream lint gpu gpu-build gpu-tune gpu-full gpu-sanitize has-sanitizer clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,8 +17,19 @@ demo: $(READY) ## search code by meaning: train a small encoder on a CPU
 # A process for each core, of one thread: most tensors here are too small to share, and a second thread's start costs
 # more than it brings. The tests of four thousand rows and more are the exception. Each process has files from first to
 # last while it can, so that what a file builds, compiles or starts for its tests is not made in both.
-test: $(READY) ## the test suite, on a CPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n auto --dist worksteal
+# pyproject.toml lists the markers, tests/conftest.py sets most of them.
+FOR := tests
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(FOR) -m
+SLOW_KINDS := interpreter or host or processes or memory or upstream or grid or slow
+
+quick: $(READY) ## after each change: the torch code, and a small run of each kernel; make quick FOR=tests/test_lists.py
+	$(PYTEST) 'smoke or not (gpu or $(SLOW_KINDS))'
+
+test: $(READY) ## before a push: whatever guards a user, of products a part with every pair; FOR= as in quick
+	$(PYTEST) 'not (gpu or grid or slow)'
+
+test-all: $(READY) ## what `make test` leaves: whole products, what nvcc and Triton's compiler make, slow ones
+	$(PYTEST) '(grid or slow) and not gpu'
 
 # `make test` runs a fixed minute of it. SEED is the first case's number; tests/fuzz/__init__.py says how to replay one.
 SECONDS := 3600

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from grids import cover
 
 GPU = torch.cuda.is_available()
 
@@ -25,13 +26,35 @@ with contextlib.suppress(ImportError):  # a machine with a GPU may have none; te
     hypothesis.settings.load_profile("suite")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if GPU:
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False")
+    """Marks what a test's parameters say of it; `make quick`, `make test` and `make test-all` choose by the marks."""
+    products: dict[str, list[pytest.Function]] = {}
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        for name in kinds(item):
+            item.add_marker(name)
+        if not GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False"))
+        if isinstance(item, pytest.Function) and item.get_closest_marker("pairwise"):
+            products.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for product in products.values():
+        # By identity: parameters need not be hashable, nor comparable.
+        taken = cover([tuple(map(id, item.callspec.params.values())) for item in product])
+        for place, item in enumerate(product):
+            if place not in taken:
+                item.add_marker("grid")
+
+
+def kinds(item: pytest.Item) -> set[str]:
+    """On a CPU, backend "triton" is Triton's interpreter and "cuda" the host's build of csrc/."""
+    if GPU:
+        return set()
+    callspec = getattr(item, "callspec", None)
+    values = [value for name, value in callspec.params.items() if name != "device"] if callspec else []
+    backends = {value for value in values if isinstance(value, str)}
+    fixtures = getattr(item, "fixturenames", ())
+    found = {"interpreter"} if "triton" in backends else set()
+    return found | ({"host"} if "cuda" in backends or "host_extension" in fixtures else set())
 
 
 @pytest.fixture

@@ -20,7 +20,11 @@ MIB = 2**20
 # One heap, and what is freed goes back at once: else a peak has what the allocator keeps, up to 32 MiB a block.
 ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="a CPU's peak can be reset on Linux only")
+
+def measured(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test of peaks; a CPU's can be reset on Linux only."""
+    skip = pytest.mark.skipif(sys.platform != "linux", reason="a CPU's peak can be reset on Linux only")
+    return pytest.mark.memory(skip(test))
 
 
 def growth(peak: Callable[..., int], *arguments: object, sizes: tuple[int, int]) -> int:

@@ -18,6 +18,8 @@ from ranks import COLLECTIVE, Ranks, on_ranks
 import fusedloss
 from fusedloss import distributed, masks
 
+pytestmark = pytest.mark.processes
+
 if torch.cuda.is_available():
     pytest.skip("processes are forked here, which CUDA does not survive", allow_module_level=True)
 if not dist.is_available() or not dist.is_gloo_available():

@@ -137,6 +137,7 @@ def check(shape, variant, reduction, dtype, way, device="cpu", seed=0):
 # The value and its gradient -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
 @pytest.mark.parametrize("variant", VARIANTS)

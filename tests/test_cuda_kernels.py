@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from grids import DEVICES
 from strips import (
     assert_lse,
     assert_near,
@@ -30,6 +31,8 @@ from torch import Tensor
 from fusedloss.backends import cuda, cuda_rows
 from fusedloss.folds import FOLDS, Part
 from fusedloss.problem import Block, Compare, Fold, GuideRule, Problem, Strip, StripMask, Tally
+
+pytestmark = pytest.mark.host
 
 SCALE = 3.0
 FENCE = -777.0  # around what a kernel may write
@@ -63,7 +66,7 @@ SHAPES = {  # M, N, D
 EPILOGUES_ON = ["inside one tile", "one more row and column than a tile has", "whole tiles"]
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
     if request.param == "cpu":
         on_the_host(request.getfixturevalue("host_extension"), monkeypatch)
@@ -298,6 +301,7 @@ def problem_of(strip: Strip, scale_bound: float | None = SCALE, fold: Fold | Non
 # Products -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products(device, shape, layout, number):
@@ -347,6 +351,7 @@ def test_stats_of_several_strips(device, one_of_each):
     assert_lse(cuda.stats_rows([first, second]), z)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shape", EPILOGUES_ON)
 def test_stats_of_what_is_masked(device, shape, given, one_of_each):
     strip = strip_of(shape, one_of_each, device, "rows", *given)
@@ -357,6 +362,7 @@ def test_stats_of_what_is_masked(device, shape, given, one_of_each):
     assert_lse(by_column, z.T)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("shape", EPILOGUES_ON)
 @pytest.mark.parametrize("names", [(), ("bias",), ALL_AT_ONCE], ids=["nothing else", "bias", "all at once"])
@@ -393,6 +399,7 @@ def test_exp(device, shape, names, aligned, one_of_each):
     check_exp(strip_of(shape, one_of_each, device, "rows", *names), aligned)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shape", EPILOGUES_ON)
 def test_exp_of_what_is_masked(device, shape, given, one_of_each):
     check_exp(strip_of(shape, one_of_each, device, "rows", *given))
@@ -419,6 +426,7 @@ def bend(z, strip):
     return (1 - (z / strip.softcap) ** 2).masked_fill(z == -torch.inf, 1) if strip.softcap else 1.0
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("with_q", [False, True], ids=["no q", "q"])
 @pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "both"])
@@ -431,12 +439,14 @@ def test_grad(device, shape, aligned, by_columns, with_q, number):
     check_grad(strip, by_columns, with_q, aligned=aligned)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shape", EPILOGUES_ON)
 @pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "both"])
 def test_grad_of_what_is_masked(device, shape, by_columns, given, one_of_each):
     check_grad(strip_of(shape, one_of_each, device, "rows", *given), by_columns, True)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shape", EPILOGUES_ON)
 @pytest.mark.parametrize("names", [(), ("bias",), ALL_AT_ONCE], ids=["nothing else", "bias", "all at once"])
 @pytest.mark.parametrize("with_q", [False, True], ids=["no q", "q"])
@@ -534,6 +544,7 @@ KINDS = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("labelled", [False, True], ids=["targets", "labels"])

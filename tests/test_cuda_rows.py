@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+from grids import DEVICES
 
 from fusedloss import rows as plain
 from fusedloss.backends import cuda_rows
 from fusedloss.problem import Margin, Patch, RowSums
+
+pytestmark = pytest.mark.host
 
 EPS = 2.0**-23
 INF = math.inf
@@ -15,7 +18,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 1), (33, 8), (9, 264), (40, 100), (33, 515)]
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
     if request.param == "cpu":
         host = request.getfixturevalue("host_extension")
@@ -69,6 +72,7 @@ def factors(count, device, present=True):
 # prepare --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)
 @pytest.mark.parametrize("M, D", SHAPES)
@@ -198,6 +202,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("n_tiles, R", [(1, 1), (5, 33), (64, 40), (7, 100)])
 @pytest.mark.parametrize("one_shift", [False, True], ids=["maxima", "one shift"])
 @pytest.mark.parametrize("bent", [False, True], ids=["", "smooth and slope"])
@@ -298,6 +303,7 @@ def test_extreme_and_undefined_scores(device, options):
 # weigh, finish and scaled rows ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("layout", ROWS, ids=name)
 @pytest.mark.parametrize("R, N", [(1, 1), (33, 8), (6, 515), (3, 2056)])
@@ -320,6 +326,7 @@ def test_weigh(device, dtype, layout, R, N, cosine):
     assert (around[outside] == 7).all()  # nothing is written between the rows
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)
 @pytest.mark.parametrize("R, D", SHAPES)
@@ -346,6 +353,7 @@ def test_finish(device, dtype, layout, R, D, given):
         close(out, wanted, rounding(out.dtype))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)

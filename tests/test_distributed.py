@@ -22,6 +22,8 @@ from fusedloss import masks, measure
 from fusedloss.distributed import MATCH
 from fusedloss.grad_cache import GradCache
 
+pytestmark = pytest.mark.processes
+
 if torch.cuda.is_available():
     pytest.skip("processes are forked here, which CUDA does not survive", allow_module_level=True)
 

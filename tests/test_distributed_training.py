@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 import fusedloss
 from fusedloss import masks
 
+pytestmark = pytest.mark.processes
+
 if torch.cuda.is_available():
     pytest.skip("processes are forked here, which CUDA does not survive", allow_module_level=True)
 if not dist.is_available() or not dist.is_gloo_available():

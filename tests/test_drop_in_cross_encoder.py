@@ -25,6 +25,8 @@ from fusedloss.integrations import calls
 from fusedloss.integrations import sentence_transformers as package
 from fusedloss.integrations.sentence_transformers import cross_encoder as fused
 
+pytestmark = pytest.mark.upstream
+
 B = 6
 LENGTHS = (4, 1, 7, 3, 0, 5)
 

@@ -35,9 +35,13 @@ MNRL, GIST, SPARSE = "MultipleNegativesRankingLoss", "GISTEmbedLoss", "SparseMul
 SYMMETRIC = "MultipleNegativesSymmetricRankingLoss"
 Q2D, Q2Q, D2Q, D2D = ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the processes are forked, which autograd refuses where it has threads for GPUs"
-)
+pytestmark = [
+    pytest.mark.upstream,
+    pytest.mark.skipif(
+        torch.cuda.is_available(),
+        reason="the processes are forked, which autograd refuses where it has threads for GPUs",
+    ),
+]
 
 
 class Tokenizer(PreTrainedTokenizerBase):

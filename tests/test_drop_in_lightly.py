@@ -15,7 +15,7 @@ from lightly.loss.dcl_loss import negative_mises_fisher_weights
 from fusedloss.integrations import _drop_in, calls
 from fusedloss.integrations import lightly as fused
 
-pytestmark = pytest.mark.filterwarnings("ignore:To copy construct")  # lightly's weights
+pytestmark = [pytest.mark.upstream, pytest.mark.filterwarnings("ignore:To copy construct")]  # lightly's weights
 NAMES = ("NTXentLoss", "DCLLoss", "DCLWLoss")
 
 

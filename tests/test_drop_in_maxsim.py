@@ -19,6 +19,8 @@ from fusedloss.integrations import calls
 from fusedloss.integrations.sentence_transformers import multi_vector_encoder as fused
 from fusedloss.integrations.sentence_transformers import patch
 
+pytestmark = pytest.mark.upstream
+
 B, T, D = 4, 5, 8
 PACKAGES = ["late_interaction_kernels", "flash_maxsim"]
 used = []

@@ -14,6 +14,8 @@ from pytorch_metric_learning import distances, losses, miners, reducers, regular
 from fusedloss.integrations import _drop_in, calls
 from fusedloss.integrations import pytorch_metric_learning as fused
 
+pytestmark = pytest.mark.upstream
+
 PAIRS = ("NTXentLoss", "SupConLoss", "MultiSimilarityLoss", "CircleLoss", "ContrastiveLoss", "TripletMarginLoss")
 CLASSES = ("ArcFaceLoss", "CosFaceLoss", "ProxyAnchorLoss", "ProxyNCALoss")
 ROWS, DIM, KINDS = 33, 6, 5

@@ -23,6 +23,8 @@ from sentence_transformers.util import mine_hard_negatives as stock  # noqa: E40
 from fusedloss.integrations import Patch, calls  # noqa: E402
 from fusedloss.integrations.sentence_transformers import mining  # noqa: E402
 
+pytestmark = pytest.mark.upstream
+
 NAME = mining.NAME
 QUERIES, PASSAGES, D = 90, 240, 24
 

@@ -17,6 +17,8 @@ from open_clip import loss as upstream
 from fusedloss.integrations import _drop_in, calls
 from fusedloss.integrations import open_clip as fused
 
+pytestmark = pytest.mark.upstream
+
 ROWS, DIM = 11, 6
 NAMES = ("ClipLoss", "SigLipLoss", "CoCaLoss", "DistillClipLoss")
 

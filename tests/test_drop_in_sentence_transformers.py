@@ -38,7 +38,7 @@ from fusedloss.integrations import sentence_transformers as fused  # noqa: E402
 from fusedloss.integrations.sentence_transformers import sparse_encoder as fused_sparse  # noqa: E402
 
 B, F, D = 7, 5, 8
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [pytest.mark.upstream, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
 class Tokenizer(PreTrainedTokenizerBase):

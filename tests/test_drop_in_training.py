@@ -33,6 +33,8 @@ from sentence_transformers.sentence_transformer import losses  # noqa: E402
 from fusedloss.integrations import calls  # noqa: E402
 from fusedloss.integrations import sentence_transformers as fused  # noqa: E402
 
+pytestmark = pytest.mark.upstream
+
 STEPS, BATCH = 4, 8
 TEXTS = STEPS * BATCH
 MODULES = ["statistics", "textwrap", "shutil", "random", "heapq", "bisect", "difflib", "inspect", "os", "calendar"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from calls import CALLS, Batch, Call, missing
+from condition import exact_and_moves, within
 
 import fusedloss
 
@@ -19,6 +20,86 @@ def test_every_public_loss_has_a_call():
 def value_and_gradients(call, batch):
     value = call.result()
     return [value.detach(), *torch.autograd.grad(value.sum(), batch.leaves, materialize_grads=True)]
+
+
+# Kernels --------------------------------------------------------------------------------------------------------------
+
+# The parts of the sweep (statistics, stored exponentials, gradients, folds, masks, the highest), and each of Triton's
+# kernels outside of it.
+SWEEPS = [
+    "arcface",
+    "batch_all_triplet",
+    "batch_hard_triplet",
+    "batch_semi_hard_triplet",
+    "circle",
+    "clip",
+    "clip_distill",
+    "decoupled_contrastive",
+    "in_batch_margin_ranking",
+    "info_nce",
+    "info_nce, guide",
+    "info_nce, normalize",
+    "info_nce, same_id",
+    "info_nce, score_margin",
+    "info_nce, target, bias, weight",
+    "linear_cross_entropy",
+    "mega_batch_margin",
+    "multi_similarity",
+    "multiple_negatives_ranking",
+    "multiple_negatives_ranking, directions",
+    "nt_xent",
+    "proxy_anchor",
+    "proxy_nca",
+    "siglip",
+    "sup_con",
+    "sup_con, in",
+]
+OUTSIDE = [
+    "binary_cross_entropy_with_logits",
+    "contrastive",
+    "cosent",
+    "cosine_similarity",
+    "cross_entropy",
+    "distill_kl_div",
+    "focal",
+    "huber",
+    "lambda_loss",
+    "list_mle",
+    "margin_mse",
+    "softmax_pair",
+    "triplet",
+]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    "backend, name", [*(("cuda", n) for n in SWEEPS), *(("triton", n) for n in (*SWEEPS, *OUTSIDE))]
+)
+def test_each_kernel_on_a_small_batch(backend, name, monkeypatch):
+    from fusedloss.rowwise import pair_logits, pairs
+
+    for module in (pairs, pair_logits):  # small inputs run as the formula: here they stand for large ones
+        monkeypatch.setattr(module, "SMALL", 0)
+
+    def run(dtype, backend, move=lambda x: x):
+        batch = Batch(37, dtype, lambda place, x: moved(x, move))
+        call = CALLS[name](batch)
+        value = call.result(backend=backend)
+        gradients = torch.autograd.grad(value.sum(), batch.leaves, materialize_grads=True)
+        return {place: x.detach() for place, x in enumerate((value, *gradients))}
+
+    found, eager = run(torch.float32, backend), run(torch.float32, "reference")
+    exact, moves = exact_and_moves(lambda move: run(torch.float64, "reference", move), torch.float32)
+    for place, out in found.items():
+        within(out, eager[place], exact[place], moves[place], f"output {place}")
+
+
+def moved(x, move):
+    """Numbers that fp32 has, and what receives a gradient moved."""
+    if not x.is_floating_point():
+        return x
+    held = x.detach().float().to(x.dtype)
+    return move(held).requires_grad_() if x.requires_grad else held
 
 
 # torch.compile --------------------------------------------------------------------------------------------------------

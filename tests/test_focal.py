@@ -125,6 +125,7 @@ def check(kind, shape, dtype, gamma, alpha, reduction, backend, device="cpu", se
 # The value and its gradient -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
 @pytest.mark.parametrize("gamma", GAMMAS)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from grids import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -509,12 +510,13 @@ def in_budget(fold, leaves, backend, dtype, upstream=None):
     return found
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("labelled", [False, True], ids=["targets", "labels"])
 @pytest.mark.parametrize("backend", ["chunked", "cuda"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_sweep_with_a_fold(device, backend, labelled, options, size, dtype):
     """Labels and targets, both sides and both scalars, weights of 0."""
     fold, leaves = swept(options, size, dtype, device, labelled)
@@ -527,12 +529,13 @@ def skip_unless_it_runs(backend, leaves):
         pytest.skip(f"{backend}: {reason}")
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("labelled", [False, True], ids=["targets", "labels"])
 @pytest.mark.parametrize("cosine", [False, True], ids=["dot", "cosine"])
 @pytest.mark.parametrize("itself", [False, True], ids=["two", "itself"])
 @pytest.mark.parametrize("backend", ["chunked", "cuda"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_sweep_with_a_fold_in_chunks_and_by_row(device, backend, itself, cosine, labelled, options, monkeypatch):
     """By the weights of an upstream gradient; rows that are their own columns; what is counted; without gradients."""
     monkeypatch.setattr(sweep, "chunk_rows", lambda M, *_: min(M, 16))
@@ -556,7 +559,7 @@ def test_a_sweep_with_a_fold_in_chunks_and_by_row(device, backend, itself, cosin
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("trained", range(4))
 @pytest.mark.parametrize("backend", ["chunked", "cuda"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_sweep_with_a_fold_of_which_one_leaf_is_trained(device, backend, trained, options):
     """The others' gradients are not computed, and do not matter."""
     fold, leaves = swept(options, "one tile", torch.float32, device)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from peaks import MIB, growth, on_linux
+from peaks import MIB, growth, measured
 from torch import nn
 from torch.nn import functional as F
 
@@ -556,7 +556,7 @@ def encoder_memory(rows: int | None, batch: int) -> int:
     return measure.peak_memory(lambda: step(x, y))
 
 
-@on_linux
+@measured
 def test_activations_are_those_of_a_chunk():
     """Four matrices of 128 MiB and more of the whole batch; of 128 rows some of 8 MiB, and the loss's workspace."""
     whole, chunked = (growth(encoder_memory, rows, sizes=(8, 2048)) for rows in (None, 128))

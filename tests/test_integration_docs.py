@@ -12,6 +12,8 @@ import torch
 
 from fusedloss.integrations import _drop_in, calls
 
+pytestmark = pytest.mark.processes
+
 PAGES = sorted((Path(__file__).parents[1] / "docs" / "integrations").glob("*.md"))
 SCRIPTS = [
     pytest.param(page.stem, diff, id=f"{page.stem}-{number}")

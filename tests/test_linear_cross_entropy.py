@@ -11,9 +11,10 @@ import types
 
 import pytest
 import torch
+from grids import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peaks import MIB, growth, on_linux
+from peaks import MIB, growth, measured
 from torch.nn import functional as F
 
 import fusedloss
@@ -216,11 +217,12 @@ def skip_if_unsupported(backend, x):
         pytest.skip(f"{backend}: {reason}")
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shape", list(SHAPES))
 @pytest.mark.parametrize("options", list(OPTIONS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_inside_the_error_budget(device, backend, dtype, options, shape):
     given = dict(OPTIONS[options])
     found, baseline, exact = [], [], []
@@ -313,7 +315,7 @@ def test_a_bias_of_minus_infinity_removes_a_class(backend, softcap):
     assert fusedloss.linear_cross_entropy(x, y, target, linear_bias=removed, backend=backend) == torch.inf
 
 
-@on_linux
+@measured
 def test_no_bigger_tensors_than_the_workspace():
     """64 rows of 32768 logits, 8 MiB, where torch has three matrices of 512; beyond inputs and their gradients."""
     assert growth(peak, 8 * MIB, sizes=(64, 4096)) < 48 * MIB

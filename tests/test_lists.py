@@ -11,9 +11,10 @@ import math
 
 import pytest
 import torch
+from grids import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peaks import MIB, growth, on_linux
+from peaks import MIB, growth, measured
 from torch import nn
 
 import fusedloss
@@ -349,10 +350,11 @@ def of_eager(case, dtype):
     return scores, torch.stack(labels), exact, [max(e) for e in zip(*errors, strict=True)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "chunked", "triton"])
 @pytest.mark.parametrize("case", list(CASES))
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_inside_the_error_budget(case, backend, dtype, device):
     """fp32 arithmetic whatever the scores' dtype, whose own the gradient has; two tiles of documents."""
     ours, (scores, labels, exact, errors) = CASES[case][0], of_eager(case, dtype)
@@ -399,6 +401,7 @@ def test_scores_far_apart(case, backend):
 # Edges ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 @pytest.mark.parametrize("case", list(CASES))
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)], ids=str)
@@ -434,6 +437,7 @@ def test_lists_that_say_nothing(case, backend):
     assert nowhere.item() == 0 and scores.grad.eq(0).all()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 @pytest.mark.parametrize(
     "case, where",
@@ -649,7 +653,7 @@ def highest(documents: int) -> int:
     return max(peak(case, 2, documents) for case in FEW)
 
 
-@on_linux
+@measured
 def test_pairs_are_not_kept():
     """64 queries of 1024 documents have 256 MiB of pairs in fp32, 2 queries of 4096 have 128 MiB."""
     pytest.importorskip("sentence_transformers")

@@ -139,6 +139,7 @@ def test_a_zero_row_stays_finite_under_normalize(backend):
 ALL = ["chunked", "reference", "triton", "cuda"]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("normalize", [False, True])
@@ -757,6 +758,7 @@ OF_A_ROW = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("name", OF_A_ROW)
 def test_a_diverged_row_shows_in_every_mean(name, backend):

@@ -10,9 +10,10 @@ import math
 
 import pytest
 import torch
+from grids import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peaks import MIB, growth, on_linux
+from peaks import MIB, growth, measured
 from torch.nn import functional as F
 
 import fusedloss
@@ -302,12 +303,13 @@ def test_zero_rows_have_no_direction():
 SHAPES = {"ragged": (37, 53, 29), "one row": (1, 167, 64), "two classes": (5, 2, 8), "two dimensions": (33, 40, 2)}
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("margin, scale", [(0.5, 64.0), (0.2, 8.0), (1.5, 30.0)])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_inside_the_error_budget(device, backend, dtype, loss, margin, scale, shape):
     found, baseline, exact = [], [], []
     # A row's rounding is one factor of all of its gradient, and in two dimensions a single row is most of the error.
@@ -367,7 +369,7 @@ def test_nan_in_nan_out_but_for_ignored_rows(loss, backend):
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-@on_linux
+@measured
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_matrix_of_rows_and_classes(loss):
     """[2048, 8192] fp32 are 64 MiB, of which eager keeps three; here a workspace of 4, unit copies of 2, and tiles."""

@@ -255,6 +255,7 @@ def test_info_nce_over_what_competes(backend, names, data):
     same(lambda *t: ours(*t, backend=backend), formula, leaves)
 
 
+@pytest.mark.pairwise
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)

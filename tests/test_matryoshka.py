@@ -58,6 +58,7 @@ CASES = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("case", list(CASES))
 @pytest.mark.parametrize("backend", ["chunked", "reference", "triton", "cuda"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])

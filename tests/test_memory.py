@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peaks import MIB, at_sizes, growth, on_linux
+from peaks import MIB, at_sizes, growth, measured
 
 from fusedloss import measure, testing
 from fusedloss.bench import Point, memory
@@ -14,7 +14,7 @@ def peak_of(racer: str, loss: str, n: int) -> int:
     return memory(Point(loss=loss, n=n, d=32), racer)
 
 
-@on_linux
+@measured
 @pytest.mark.parametrize("loss", ["info_nce", "clip", "multiple_negatives_ranking"])
 def test_sixteen_times_the_logits_fit_the_same_bound(loss):
     """Logits of 64 MiB and of 1 GiB: the workspace of 64 MiB and its tiles, and what has a number for each row."""
@@ -22,7 +22,7 @@ def test_sixteen_times_the_logits_fit_the_same_bound(loss):
     assert many - some < 64 * MIB and many - few < 128 * MIB, (few, some, many)
 
 
-@on_linux
+@measured
 def test_the_yardstick_sees_the_logits_of_eager():
     """The same measurement on eager must find its three [N, N] matrices, or the test above could not fail."""
     assert growth(peak_of, "eager", "info_nce", sizes=(64, 4096)) > 0.6 * Point(n=4096, d=32).eager_bytes
@@ -76,7 +76,7 @@ def family_memory(loss: str, n: int) -> int:
     return measure.peak_memory(lambda: step(x, y))
 
 
-@on_linux
+@measured
 @pytest.mark.parametrize(
     "loss",
     [
@@ -125,7 +125,7 @@ def beside_a_small_workspace(loss: str, n: int) -> int:
     return taken - sum(t.grad.nbytes for t in (x, y, z) if t.grad is not None)
 
 
-@on_linux
+@measured
 @pytest.mark.parametrize("loss", BESIDE)
 def test_what_stands_beside_a_small_workspace(loss):
     """Never more than one and a half times what a loss is given, and of most nothing that grows with N x D."""

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from peaks import MIB, growth, on_linux
+from peaks import MIB, growth, measured
 from torch.nn import functional as F
 
 import fusedloss
@@ -218,7 +218,7 @@ def bank_memory(normalize: bool, joined: bool, rows: int) -> int:
     return measure.peak_memory(step)
 
 
-@on_linux
+@measured
 def test_a_bank_takes_no_memory_of_its_own():
     assert growth(bank_memory, False, True, sizes=(64, 65536)) > 256 * MIB  # or the next could not fail
     for normalize in (False, True):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peaks import MIB, growth, on_linux
+from peaks import MIB, growth, measured
 from torch.nn import functional as F
 
 import fusedloss
@@ -271,6 +271,7 @@ OF_16_BITS = [(torch.bfloat16, backend) for backend in (*BACKENDS, "cuda")]
 OF_64_BITS = [(torch.float64, backend) for backend in BACKENDS]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     "dtype, backend", [*((torch.float32, b) for b in (*BACKENDS, *KERNELS)), *OF_16_BITS, *OF_64_BITS], ids=str
 )
@@ -330,6 +331,7 @@ def model():
     return encoder
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("classes", [1, 2, 6, 40])
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -411,6 +413,7 @@ SETS = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", SETS)
 @pytest.mark.parametrize("name, distance", WITH_DISTANCE)
@@ -658,7 +661,7 @@ def peak_of_the_hardest(name: str, n: int) -> int:
     return measure.peak_memory(step)
 
 
-@on_linux
+@measured
 @pytest.mark.parametrize("name", ["hard", "soft", "mega-batch"])
 def test_the_hardest_are_found_in_tiles(name):
     """[N, N] would be 256 MiB."""
@@ -670,7 +673,7 @@ def peak_of_triplets(name: str, classes: int | None, n: int) -> int:
     return measure.peak_memory(lambda: TRIPLETS[name][0](x, labels, backend="chunked").backward())
 
 
-@on_linux
+@measured
 @pytest.mark.parametrize("name", ["all", "semi-hard"])
 @pytest.mark.parametrize("classes", [None, 2])  # a label for two rows, or two labels
 def test_triplets_are_never_listed(name, classes):

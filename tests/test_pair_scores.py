@@ -161,6 +161,7 @@ def test_no_rows(kind, backend):
 # Precision ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dim", [1, 7, 384])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])

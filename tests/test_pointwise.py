@@ -114,6 +114,7 @@ def test_the_long_names_are_the_same_objects():
         assert getattr(fusedloss, f"{name}_loss") is getattr(fusedloss, name) is TWINS[name][0]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -154,6 +155,7 @@ def test_values_gradients_dtypes_and_shapes_are_torchs(name, options, reduction,
                 close(a, b, dtype)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=identify)
 @pytest.mark.parametrize("name, options", CASES, ids=identify)
@@ -330,6 +332,7 @@ def formula(name, x, t, *, weight=None, reduction="mean", under=1.0, over=1.0, d
     return {"none": weight * rows, "sum": total, "mean": total / by}[reduction]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", WEIGHTS, ids=str)
 @pytest.mark.parametrize("name", DIFFERENCES)
@@ -350,6 +353,7 @@ def test_a_weight_may_broadcast(name, shape, backend):
             close(a, b, torch.float32)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("second", [None, *WEIGHTS], ids=str)
 @pytest.mark.parametrize("first", [None, *WEIGHTS[:6]], ids=str)
@@ -548,6 +552,7 @@ def saved_bytes(function):
     return sum(t.numel() * t.itemsize for t in saved.values())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=identify)

@@ -111,6 +111,7 @@ def chunk(request, monkeypatch):
     return 7
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("scale", [3.0, 100.0, -7.0])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_loop(name, scale, chunk):

@@ -10,9 +10,10 @@ import math
 
 import pytest
 import torch
+from grids import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peaks import MIB, growth, on_linux
+from peaks import MIB, growth, measured
 from torch.nn import functional as F
 
 import fusedloss
@@ -303,11 +304,12 @@ OPTIONS = {
 CASES = [(loss, options) for loss, found in OPTIONS.items() for options in found]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("loss, options", CASES, ids=lambda value: str(value) if isinstance(value, dict) else value)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_inside_the_error_budget(device, backend, dtype, loss, options, shape):
     found, baseline, exact = [], [], []
     # One row's rounding is one factor of all of its gradient, 2e-7 or 9e-7: of eager's, too, which is the budget. On
@@ -379,7 +381,7 @@ def test_nan_in_nan_out(backend):
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-@on_linux
+@measured
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_matrix_of_rows_and_classes(loss):
     """[2048, 8192] fp32 are 64 MiB, of which eager keeps three; here a workspace of 8, unit copies of 2, and tiles."""

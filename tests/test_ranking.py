@@ -100,6 +100,7 @@ def ranking_rows(anchor, positive, *negatives, scale, similarity, directions, pa
     return torch.stack(rows)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("directions, partition_mode", ACCEPTED, ids=lambda x: x if isinstance(x, str) else "+".join(x))
 @pytest.mark.parametrize("mode", HARDNESS)
 @pytest.mark.parametrize("columns", [0, 1, 2])
@@ -136,6 +137,7 @@ def test_ranking_is_sentence_transformers(directions, partition_mode, mode, colu
             same(ours, lambda *t: theirs.compute_loss_from_embeddings(list(t), None), tensors)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("directions, partition_mode", ACCEPTED, ids=lambda x: x if isinstance(x, str) else "+".join(x))
 @pytest.mark.parametrize("mode", HARDNESS)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -256,6 +258,7 @@ def gist_case(columns, rows=8, dtype=torch.float64):
     return texts, guides
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind, columns", [("GISTEmbedLoss", 0), ("GISTEmbedLoss", 1), ("CachedGISTEmbedLoss", 2)])
 @pytest.mark.parametrize("margin", MARGINS)
 @pytest.mark.parametrize("margin_strategy", ["absolute", "relative"])
@@ -275,6 +278,7 @@ def test_gist_is_sentence_transformers(kind, columns, margin, margin_strategy, c
         same(ours, theirs, texts)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("margin", MARGINS)
 @pytest.mark.parametrize("strategy", ["absolute", "relative"])
 @pytest.mark.parametrize("columns", [0, 1, 2])
@@ -571,6 +575,7 @@ COMPILED = [
 CHUNKED = [(*case, "chunked", dtype) for case in JUDGED for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("name, kind, backend, dtype", CHUNKED + INTERPRETED + COMPILED, ids=str)
 def test_inside_the_error_budget(name, kind, backend, dtype):
     """At most twice the error that a careful user's eager code has, beside an eps of the largest.

@@ -13,6 +13,8 @@ import torch
 
 import fusedloss
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 import fusedloss
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "scaling.md"
 

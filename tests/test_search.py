@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peaks import MIB, at_sizes, on_linux
+from peaks import MIB, at_sizes, measured
 from torch.nn import functional as F
 
 from fusedloss import measure, search
@@ -175,7 +175,7 @@ def memory(n: int) -> int:
     return measure.peak_memory(lambda: top_k(query, corpus, 10))
 
 
-@on_linux
+@measured
 def test_memory_does_not_grow_with_the_corpus():
     """Matrices of 64 and of 512 MiB."""
     few, some, many = at_sizes(memory, sizes=(64, 8192, 65536))

@@ -357,6 +357,7 @@ def saved_bytes(function):
     return sum(t.numel() * t.itemsize for t in saved.values())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "reference"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=identify)
 @pytest.mark.parametrize("parts", SUBSETS, ids=identify)

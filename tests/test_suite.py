@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import patience
@@ -10,6 +11,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from condition import exact_and_moves, within
+from grids import cover
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked here, which CUDA does not survive")
@@ -64,3 +66,15 @@ def test_a_bound_is_as_wide_as_the_condition_and_no_wider():
     within(other + 1e4 * eps, other, exact["difference"], moves["difference"], "near")
     with pytest.raises(AssertionError, match="far: off by"):
         within(other + 1e6 * eps, other, exact["difference"], moves["difference"], "far")
+
+
+def test_a_part_of_a_product_has_every_pair():
+    def pairs(cases):
+        return {pair for case in cases for pair in itertools.combinations(enumerate(case), 2)}
+
+    product = list(itertools.product(range(4), range(7), range(3), range(2)))
+    ragged = [case for case in product if case[0] != 3 or case[1] > 4]
+    for cases in (product, ragged):
+        part = [cases[place] for place in cover(cases)]
+        assert pairs(part) == pairs(cases) and len(part) < 4 * 7 * 1.5
+    assert cover([(5,), (6,)]) == {0, 1} and cover([(), ()]) == {0, 1} and cover([]) == set()

@@ -15,6 +15,8 @@ import pytest
 import torch
 from patience import seconds, until
 
+pytestmark = pytest.mark.processes
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_distributed.py"
 SMALL = ("--device", "cpu", "--batch", "64", "--megabytes", "2")
 

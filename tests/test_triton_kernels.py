@@ -19,6 +19,8 @@ from fusedloss.kernels.config import Config, pick_config, pick_rows
 
 from fusedloss.backends import triton as backend
 
+pytestmark = pytest.mark.interpreter
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
 SCALE = 3.0
@@ -142,6 +144,7 @@ def assert_stored(outs: list[Tensor], expected: list[Tensor], buffer: Tensor) ->
     assert buffer.isnan().all()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_stats(case, dtype, tile):
     strips = make(case, dtype)
@@ -149,6 +152,7 @@ def test_stats(case, dtype, tile):
     assert_lse(backend.stats_rows(strips), z)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_stats_with_columns(case, dtype, tile):
     strip = make(case, dtype)[0]
@@ -158,6 +162,7 @@ def test_stats_with_columns(case, dtype, tile):
     assert_lse(columns, z.T)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exp(case, dtype, tile):
     strips = make(case, dtype)
@@ -169,6 +174,7 @@ def test_exp(case, dtype, tile):
     assert_stored(outs, [factored(e, s) for e, s in zip(exps, strips, strict=True)], buffer)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exp_with_columns(case, dtype, tile):
     strips = make(case, dtype)[:1]
@@ -180,6 +186,7 @@ def test_exp_with_columns(case, dtype, tile):
     assert_stored(outs, [factored(e, strips[0])], buffer)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("with_q", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_grad(case, dtype, with_q, tile):
@@ -200,6 +207,7 @@ def test_grad(case, dtype, with_q, tile):
     assert_stored(outs, stored, buffer)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("with_q", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_grad_with_columns(case, dtype, with_q, tile):
