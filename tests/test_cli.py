@@ -21,6 +21,8 @@ from fusedloss.__main__ import main
 from fusedloss.backends import BACKENDS
 from fusedloss.integrations._drop_in import disabled
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -43,11 +45,17 @@ def test_check_passes_here_and_fails_when_a_backend_is_wrong(capsys, monkeypatch
         return sums._replace(total=sums.total * 1.05), q
 
     monkeypatch.setattr(BACKENDS["chunked"], "exp_rows", wrong)
+    monkeypatch.setattr(check, "DTYPES", (torch.float32,))
     assert main(["check"]) == 1
     assert "FAILED" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("loss", ["info_nce", "clip", "multiple_negatives_ranking"])
+GRID = pytest.mark.grid  # a race compiles eager by inductor: 20 seconds each
+
+
+@pytest.mark.parametrize(
+    "loss", ["info_nce", *(pytest.param(name, marks=GRID) for name in ("clip", "multiple_negatives_ranking"))]
+)
 def test_bench_races_and_writes_its_results(loss, tmp_path, capsys):
     arguments = ["bench", "--loss", loss, "--n", "128", "256", "--d", "32", "--rounds", "1", "--device", "cpu"]
     arguments += [] if loss == "info_nce" else ["--no-memory"]  # each memory run is a fresh process: seconds
@@ -153,6 +161,7 @@ def test_backends_race_by_name():
     assert [row["racer"] for row in rows] == ["floor", "fusedloss:reference"]
 
 
+@pytest.mark.slow
 def test_every_size_is_compiled():
     """Dynamo stops compiling a function after so many sizes and runs it eagerly: that would race under a false name."""
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
