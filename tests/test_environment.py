@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from patience import seconds
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "torchvision_beside_cpu_torch.py"
 LIBRARIES = ("sentence_transformers", "open_clip", "pytorch_metric_learning", "lightly")

@@ -13,7 +13,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 GXX = shutil.which("g++")
 
-pytestmark = pytest.mark.skipif(GXX is None, reason="needs g++ for the host's build of the CUDA kernels")
+pytestmark = [
+    pytest.mark.host,
+    pytest.mark.skipif(GXX is None, reason="needs g++ for the host's build of the CUDA kernels"),
+]
 
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-DFUSEDLOSS_HOST"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]

@@ -17,6 +17,8 @@ from fusedloss import bench, measure, peers, results, testing
 from fusedloss.backends import BACKENDS
 from fusedloss.peers import PEERS, Peer, Point
 
+pytestmark = pytest.mark.processes
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ON_A_CPU = [name for name, peer in PEERS.items() if peer.module in ("", "sentence_transformers")]
 

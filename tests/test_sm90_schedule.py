@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+pytestmark = pytest.mark.host
+
 ROOT = Path(__file__).parent.parent
 CXX = shutil.which("g++")
 
