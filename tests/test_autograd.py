@@ -425,6 +425,7 @@ def test_transforms_of_the_reference(case):
 # torch.compile --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.compiler
 def test_compiles_in_one_graph_without_recompiling_for_another_batch():
     scale = torch.tensor(3.0, requires_grad=True)
 
