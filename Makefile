@@ -20,7 +20,7 @@ demo: $(READY) ## search code by meaning: train a small encoder on a CPU
 # pyproject.toml lists the markers, tests/conftest.py sets most of them.
 FOR := tests
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(FOR) -m
-SLOW_KINDS := interpreter or host or compiler or processes or memory or upstream or grid or slow
+SLOW_KINDS := interpreter or host or lengthy or processes or memory or upstream or grid or slow
 
 quick: $(READY) ## after each change: the torch code, and a small run of each kernel; make quick FOR=tests/test_lists.py
 	$(PYTEST) 'smoke or not (gpu or $(SLOW_KINDS))'

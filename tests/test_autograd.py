@@ -88,6 +88,7 @@ def test_gradcheck(backend, case):
     assert torch.autograd.gradcheck(function, inputs)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("case", list(all_options("chunked")))
 @pytest.mark.parametrize("backend", PLAIN)
 def test_second_derivatives(backend, case):
@@ -425,7 +426,7 @@ def test_transforms_of_the_reference(case):
 # torch.compile --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.compiler
+@pytest.mark.lengthy
 def test_compiles_in_one_graph_without_recompiling_for_another_batch():
     scale = torch.tensor(3.0, requires_grad=True)
 

@@ -115,7 +115,7 @@ def assert_as_eager(compiled, make, rows):
         torch.testing.assert_close(a, b, **NEAR)
 
 
-@pytest.mark.compiler
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.grid] if "," in name else []) for name in CALLS]
 )
@@ -130,7 +130,7 @@ def test_compiles_in_one_graph_for_every_batch_size(name):
     assert graphs["unique_graphs"] == 1
 
 
-@pytest.mark.compiler
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", [name for name in CALLS if "," not in name])
 def test_the_last_batch_may_be_smaller(name):
     """Without dynamic=True: the first size has a graph, and all others have the second. Of modules, where there are."""

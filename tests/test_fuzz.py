@@ -44,6 +44,7 @@ def passes(outcome: Outcome) -> None:
     )
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", sorted(DRAWERS))
 def test_cases(name):
     for seed in range(CASES):
