@@ -1,17 +1,24 @@
 # Every target but those named gpu works in .venv, which it makes itself; what it installs is pinned by constraints.txt.
+# Another torch or Python has an environment of its own.
 PYTHON ?= python3
-BIN := .venv/bin
+EXTRAS ?= dev
+VENV := .venv$(if $(TORCH),-torch-$(TORCH))$(if $(filter-out python3,$(notdir $(PYTHON))),-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
 GPU := PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/gpu" $(PYTHON)
-READY := .venv/.ready
+INSTALLED := $(VENV)/.installed
+READY := $(VENV)/.ready-$(EXTRAS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo quick test test-all fuzz test-upstream lint gpu gpu-build gpu-tune gpu-full gpu-sanitize has-sanitizer clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
-	@echo 'PYTHON=python3 names the interpreter: the one .venv is made with, or the one that gpu and gpu-full run.'
+	@echo 'PYTHON=python3.14 names the interpreter: of an environment of its own, or of gpu and gpu-full.'
+	@echo 'TORCH=2.15.0 takes that torch and its Triton, in an environment of its own: make test TORCH=2.15.0. On Linux'
+	@echo '  PyPI has builds for CUDA, which need 5 GB of disk and run on a CPU as well; with PIP_EXTRA_INDEX_URL=https://'
+	@echo '  download.pytorch.org/whl/cpu it is one for a CPU. EXTRAS=test leaves out the libraries that tests compare with.'
 
-demo: $(READY) ## search code by meaning: train a small encoder on a CPU
+demo: $(INSTALLED) ## search code by meaning: train a small encoder on a CPU
 	$(BIN)/python examples/code_search.py
 
 # A process for each core, of one thread: most tensors here are too small to share, and a second thread's start costs
@@ -46,7 +53,7 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# Installs nothing: machines with a GPU often have a torch of their own and no network. The package is laid out in
+# Installs nothing, and compiles csrc/ for the GPUs that are here: machines with a GPU often have a torch of their own and no network. The package is laid out in
 # build/gpu as a wheel would hold it, so that fusedloss.kernels and _C are found. PYTHONSAFEPATH keeps Python from
 # looking in the current folder first, where there is a fusedloss without either.
 gpu-build:
@@ -88,18 +95,26 @@ has-sanitizer:
 	@command -v compute-sanitizer > /dev/null || { echo 'compute-sanitizer is not on the PATH: the CUDA toolkit has it'; exit 2; }
 
 clean: ## remove what the other targets made
-	rm -rf .venv build dist *.egg-info fusedloss/_C.*.so
+	rm -rf .venv .venv-* build dist *.egg-info fusedloss/_C.*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # An editable install maps kernels/ to fusedloss.kernels. Without build isolation, so that the pins hold for the
-# build as well.
+# build as well. csrc/ is compiled where there is a GPU alone (setup.py). Without --no-compile pip would compile every
+# file of every package, most of which nobody imports, for a minute.
 # Of torchvision PyPI alone may be at hand, whose build for CUDA does not import beside a torch for a CPU: the last line
-# mends that where it is so.
+# but one mends that where it is so.
 BESIDE := tools/torchvision_beside_cpu_torch.py
+PINS := $(VENV)/constraints.txt
+PIP := $(BIN)/pip install --no-compile -c $(PINS)
 
-$(READY): pyproject.toml setup.py constraints.txt $(BESIDE) $(wildcard csrc/*)
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt setuptools pybind11 ninja
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+# What the demo needs is a small part of what the tests do.
+$(INSTALLED): WITH := bench
+$(READY): WITH := $(EXTRAS)
+$(INSTALLED) $(READY): pyproject.toml setup.py constraints.txt $(BESIDE) $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	grep -Ev '$(if $(TORCH),^(torch|torchvision|triton)==,^$$)' constraints.txt > $(PINS)
+	$(if $(TORCH),echo 'torch==$(TORCH)' >> $(PINS))
+	$(PIP) setuptools pybind11 ninja
+	$(PIP) --no-build-isolation -e '.[$(WITH)]'
 	$(BIN)/python $(BESIDE)
-	@touch $@
+	@touch $(INSTALLED) $@
