@@ -1,14 +1,18 @@
-"""Builds fusedloss._C from csrc/ where nvcc is found; elsewhere the wheel is pure Python. Metadata: pyproject.toml.
+"""Builds fusedloss._C from csrc/ for the GPUs of this machine; without one the wheel is pure Python. Metadata:
+pyproject.toml.
 
-FUSEDLOSS_CUDA=auto|0|1         auto: build if nvcc is found; 0, false, no: never; 1, true, yes: fail without nvcc
-FUSEDLOSS_CUDA_ARCHS="80;90a"   compute capabilities; by default those of DEFAULT_ARCHS that nvcc knows
+FUSEDLOSS_CUDA=auto|0|1         auto: for the GPUs that are here, if nvcc is found; 0, false, no: never;
+                                1, true, yes: for those of DEFAULT_ARCHS that nvcc knows, and fail without nvcc
+FUSEDLOSS_CUDA_ARCHS="80;90a"   for these compute capabilities, GPU or none
 
-nvcc decides, never a visible GPU: machines that build often have none. csrc/ knows nothing of torch, so one build
-serves every torch.
+A wheel for other machines takes FUSEDLOSS_CUDA=1: what builds often has no GPU. csrc/ knows nothing of torch, so one
+build serves every torch.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import re
 import runpy
@@ -59,23 +63,67 @@ def find_nvcc() -> str | None:
     return next((nvcc for place in places if (nvcc := shutil.which("nvcc", path=place))), None)
 
 
-def choose_nvcc() -> str | None:
-    """nvcc, or None for a pure-Python wheel, having said why."""
+def wanted() -> bool | None:
+    """FUSEDLOSS_CUDA; None: auto."""
     value = os.environ.get("FUSEDLOSS_CUDA", "")
     chosen = value.strip().lower() or "auto"
     switch = runpy.run_path(str(ROOT / "fusedloss" / "environment.py"))["SWITCH"]  # by path: the package needs torch
     if chosen != "auto" and chosen not in switch:
         sys.exit(f"FUSEDLOSS_CUDA must be auto, 1, true, yes, 0, false or no, got {value!r}; unset it for auto")
-    wanted = None if chosen == "auto" else switch[chosen]
-    nvcc = find_nvcc() if sys.platform == "linux" else None
-    if wanted is False or nvcc is None:
-        why = f"FUSEDLOSS_CUDA={value}" if wanted is False else "nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)"
-        if wanted and BUILDING:
+    return None if chosen == "auto" else switch[chosen]
+
+
+def named() -> str | None:
+    return os.environ.get("FUSEDLOSS_CUDA_ARCHS") or None
+
+
+def choose_nvcc() -> str | None:
+    """nvcc, or None for a pure-Python wheel, having said why."""
+    value, asked = os.environ.get("FUSEDLOSS_CUDA", ""), wanted()
+    nvcc, why = find_nvcc() if sys.platform == "linux" else None, None
+    if asked is False:
+        why = f"FUSEDLOSS_CUDA={value}"
+    elif nvcc is None:
+        why = "nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)"
+        if asked and BUILDING:
             sys.exit(f"fusedloss: FUSEDLOSS_CUDA={value}, but {why}")
-        if BUILDING:
-            print(f"fusedloss: csrc/ is skipped, fusedloss._C will be missing: {why}", flush=True)
-        return None
-    return nvcc
+    elif asked is None and named() is None and not usable(visible_gpus()[0]):
+        gpus, reason = visible_gpus()
+        why = f"{f'the GPUs here are older than sm_{OLDEST}' if gpus else f'no GPU is visible here ({reason})'}; "
+        why += "FUSEDLOSS_CUDA=1 builds it all the same, for every architecture"
+    if why and BUILDING:
+        print(f"fusedloss: csrc/ is skipped, fusedloss._C will be missing: {why}", flush=True)
+    return None if why else nvcc
+
+
+@functools.cache
+def visible_gpus() -> tuple[list[int], str]:
+    """90 for a GPU of compute capability 9.0; and why there is none. By the driver: an isolated build has no torch."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return [], "the driver's libcuda.so.1 is not installed"
+    if error := driver.cuInit(0):
+        return [], f"the driver's cuInit returns {error}"
+    number, found = ctypes.c_int(), []
+    driver.cuDeviceGetCount(ctypes.byref(number))
+    for index in range(number.value):
+        device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        driver.cuDeviceGet(ctypes.byref(device), index)
+        driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
+        driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
+        found.append(10 * major.value + minor.value)
+    return found, "" if found else "the driver knows of none"
+
+
+def usable(gpus: Collection[int]) -> list[int]:
+    return sorted({gpu for gpu in gpus if gpu >= OLDEST})
+
+
+def archs_of(gpus: Collection[int], defaults: Collection[str], known: Collection[str]) -> list[str]:
+    """What `auto` builds: of each GPU its own architecture. One that nvcc does not know compiles the PTX."""
+    own = {number(arch): arch for arch in defaults}
+    return [own.get(gpu, str(gpu)) for gpu in usable(gpus) if gpu in own or f"sm_{gpu}" in known]
 
 
 def pick_archs(override: str | None, known: Collection[str]) -> list[str]:
@@ -147,7 +195,9 @@ class BuildExt(build_ext):
         nvcc = choose_nvcc()
         assert nvcc
         known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
-        archs = pick_archs(os.environ.get("FUSEDLOSS_CUDA_ARCHS") or None, known)
+        archs = pick_archs(named(), known)
+        if wanted() is None and named() is None:
+            archs = archs_of(visible_gpus()[0], archs, known)
         # An editable install gives a folder that it deletes: every change would be minutes of compiling everything.
         kept = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         work = kept if self.editable_mode else Path(self.build_temp).absolute()

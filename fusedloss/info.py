@@ -53,7 +53,7 @@ def extension() -> str:
     """What fusedloss._C was built for, and the GPUs here that it runs on."""
     built = cuda.build_info()
     if built is None:
-        return "not built (nvcc not found at installation)"
+        return cuda.NOT_BUILT
     archs = built["archs"]
     assert isinstance(archs, list)
     how = f"CUDA {built['cuda_version']}: {' '.join(archs)}"

@@ -1,6 +1,6 @@
 """What the kernels in a built fusedloss._C take, read from the library itself: nothing is compiled again.
 
-    python tests/cuda_resources.py --table > docs/cuda-resources.md     # of the installed fusedloss._C
+    python tests/cuda_resources.py --table > docs/cuda-resources.md     # installed or not
 
 Registers, spills and shared memory are of every architecture. Disassembly takes a second a megabyte, and machine code
 of all architectures comes from the same PTX: instructions are counted where it is the oldest's, the newest's or
@@ -295,6 +295,6 @@ def shared(name: str) -> str:
 if __name__ == "__main__":
     if sys.argv[1:] != ["--table"]:
         sys.exit(__doc__)
-    from fusedloss import _C
+    import cuda_build
 
-    sys.stdout.write(table(*disassemble(Path(_C.__file__))))
+    sys.stdout.write(table(*disassemble(Path(str(cuda_build.load("").__file__)))))

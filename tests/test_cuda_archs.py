@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -33,6 +37,64 @@ def build() -> ModuleType:
 def test_what_nvcc_knows_of_the_defaults(build):
     assert build.pick_archs(None, CUDA_13) == ["80", "86", "89", "90a", "100", "120"]
     assert build.pick_archs(None, CUDA_12_0) == ["80", "86", "89", "90a"]
+
+
+@pytest.mark.parametrize(
+    "gpus, known, archs",
+    [
+        ([90], CUDA_13, ["90a"]),
+        ([120, 89, 89], CUDA_13, ["89", "120"]),
+        ([87, 103], CUDA_13, ["87", "103"]),  # no default's code runs on 8.7; 10.3's own is at hand
+        ([75, 80], CUDA_13, ["80"]),
+        ([100, 90], CUDA_12_0, ["90a"]),  # 10.0 compiles the PTX
+        ([130], CUDA_13, []),
+    ],
+)
+def test_of_each_gpu_its_own_architecture(build, gpus, known, archs):
+    assert build.archs_of(gpus, build.pick_archs(None, known), known) == archs
+    assert build.codes(archs, SOURCES)[-1] == "compute_80"
+
+
+DRIVER = """
+int cuInit(unsigned flags) { return RESULT; }
+int cuDeviceGetCount(int* count) { *count = COUNT; return 0; }
+int cuDeviceGet(int* device, int index) { *device = 10 + index; return 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+    int of[2][2] = {{9, 0}, {7, 5}};
+    *value = of[device - 10][attribute - 75];  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and MINOR
+    return 0;
+}
+"""
+BUILDS = "import runpy, sys; sys.argv = ['setup.py', 'build']; made = runpy.run_path('setup.py')"
+BUILDS += "; made['find_nvcc'].__globals__['find_nvcc'] = lambda: 'nvcc'; print(made['choose_nvcc']())"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="needs Linux and gcc")
+@pytest.mark.parametrize(
+    "result, count, variables, says",
+    [
+        (0, 1, {}, "nvcc"),
+        (0, 2, {}, "nvcc"),
+        (0, 1, {"FUSEDLOSS_CUDA": "0"}, "FUSEDLOSS_CUDA=0"),
+        (0, 0, {}, "no GPU is visible here (the driver knows of none); FUSEDLOSS_CUDA=1 builds it all the same"),
+        (803, 1, {}, "no GPU is visible here (the driver's cuInit returns 803); FUSEDLOSS_CUDA=1"),
+        (0, 0, {"FUSEDLOSS_CUDA": "1"}, "nvcc"),
+        (0, 0, {"FUSEDLOSS_CUDA_ARCHS": "80"}, "nvcc"),
+    ],
+)
+def test_auto_asks_the_driver(tmp_path, result, count, variables, says):
+    code = tmp_path / "driver.c"
+    code.write_text(DRIVER.replace("RESULT", str(result)).replace("COUNT", str(count)))
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", code], check=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FUSEDLOSS_")}
+    environment |= {"LD_LIBRARY_PATH": str(tmp_path), **variables}
+    done = subprocess.run([sys.executable, "-c", BUILDS], cwd=ROOT, env=environment, capture_output=True, text=True)
+    *skipped, found = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    if says == "nvcc":
+        assert found == "nvcc" and not skipped
+    else:
+        assert found == "None" and len(skipped) == 1 and says in skipped[0]
 
 
 @pytest.mark.parametrize("override, archs", [("80;90a", ["80", "90a"]), ("86,120f", ["86", "120f"]), ("121", ["121"])])
@@ -124,4 +186,4 @@ def test_info_says_what_was_built_in_and_where_it_runs(monkeypatch, capabilities
     assert ("; runs on cuda:0 (sm_90)" in line) == (capabilities == [(9, 0)])
     assert ("; runs on cuda:0 (sm_120); does not run on cuda:1 (sm_75)" in line) == (len(capabilities) == 2)
     monkeypatch.setattr(info.cuda, "build_info", lambda: None)
-    assert info.extension() == "not built (nvcc not found at installation)"
+    assert info.extension().startswith("not built") and "FUSEDLOSS_CUDA=1" in info.extension()

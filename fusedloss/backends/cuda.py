@@ -1,4 +1,4 @@
-"""The sweep's primitives as CUDA C++ kernels: launchers for `fusedloss._C`, which is built from csrc/ where nvcc is.
+"""The sweep's primitives as CUDA C++ kernels: launchers for `fusedloss._C`, which is built from csrc/ by nvcc.
 
 The extension knows nothing of torch: what it is handed are pointers, sizes, strides and a stream.
 """
@@ -29,6 +29,9 @@ from .shared import can_exp, exp_shift, tf32
 
 __all__ = ["can_exp", "finish", "inverse_norms", "merge", "prepare", "settle", "weigh"]
 
+NOT_BUILT = (
+    "not built: there was no nvcc or no GPU at installation; install with FUSEDLOSS_CUDA=1, which takes nvcc alone"
+)
 ALIGNMENT = 16  # bytes: what one cp.async moves, and where TMA wants rows to start
 MAX_COMPARES, MAX_EXEMPT = 4, 8  # csrc/similarity.h
 LARGEST = 2**31 - 256  # a tile beyond the last row, column or feature is counted in 32 bits
@@ -85,7 +88,7 @@ def _why_not(dtype: torch.dtype, device: torch.device, load: Any) -> str | None:
     """Once per dtype, device and extension."""
     info = build_info()
     if info is None:
-        return "the extension fusedloss._C was not built (nvcc not found at installation)"
+        return f"the extension fusedloss._C was {NOT_BUILT}"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"no kernel for {dtype}"
     archs = info["archs"]

@@ -1,0 +1,76 @@
+"""fusedloss._C as nvcc builds it, for tests that read it, or call it without a GPU: the installed one, or our own."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import os
+import runpy
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).absolute().parent.parent
+
+
+def load(archs: str, optimised: bool = True) -> ModuleType:
+    """`archs`: FUSEDLOSS_CUDA_ARCHS, "" for all. What is installed was built for the GPUs that are here, or by name."""
+    try:
+        from fusedloss import _C
+    except ImportError:
+        if reason := why_not():
+            pytest.skip(f"fusedloss._C was not built, and cannot be: {reason}")
+        return _load(build(archs, optimised))
+    return _C
+
+
+def why_not() -> str | None:
+    for name in ("setuptools", "pybind11", "ninja"):
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return f"needs {name}: pip install -e .[dev]"
+    if nvcc() is None:
+        return "nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda)"
+    return None if (Path(sysconfig.get_path("include")) / "Python.h").exists() else "needs Python.h"
+
+
+def nvcc() -> str | None:
+    return runpy.run_path(str(ROOT / "setup.py"), run_name="fusedloss_setup")["find_nvcc"]()
+
+
+def unoptimised(nvcc: str) -> dict[str, str]:
+    """Variables for a build in a fifth of the time, where this nvcc can; ptxas spills and serialises then."""
+    options = subprocess.run([nvcc, "--help"], check=True, capture_output=True, text=True).stdout
+    return {"NVCC_APPEND_FLAGS": "--Ofast-compile=max -Xcompiler=-O0"} if "--Ofast-compile" in options else {}
+
+
+def build(archs: str, optimised: bool = True) -> Path:
+    """In build/nvcc, which keeps objects for the next time; several processes may ask at once."""
+    name = f"{sys.implementation.cache_tag}-{archs.replace(';', '-') or 'all'}{'' if optimised else '-unoptimised'}"
+    folder = ROOT / "build" / "nvcc" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"FUSEDLOSS_CUDA": "1", "FUSEDLOSS_CUDA_ARCHS": archs}
+    environment |= {} if optimised else unoptimised(str(nvcc()))
+    # --force: setuptools looks at the sources' times alone, ninja at those of the headers as well.
+    command = ["setup.py", "build_ext", "--force", "--build-lib", str(folder), "--build-temp", str(folder / "objects")]
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return next((folder / "fusedloss").glob("_C.*.so"))
+
+
+def _load(library: Path) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader("fusedloss._C", str(library))
+    specification = importlib.util.spec_from_file_location("fusedloss._C", library, loader=loader)
+    assert specification is not None
+    module = importlib.util.module_from_spec(specification)
+    loader.exec_module(module)
+    return module
