@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready-$(EXTRAS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-all fuzz test-upstream lint gpu gpu-build gpu-tune gpu-full gpu-sanitize has-sanitizer clean
+.PHONY: help demo quick test test-all fuzz test-upstream versions lint gpu gpu-build gpu-tune gpu-full gpu-sanitize has-sanitizer clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,14 +48,20 @@ test-upstream: $(READY) ## a library's own loss tests without and with patch(): 
 	@test -d '$(CHECKOUT)' || { echo "CHECKOUT='$(CHECKOUT)' is no folder: give a clone of the library's repository"; exit 2; }
 	$(BIN)/python tests/upstream.py '$(CHECKOUT)'
 
+RUN := $(VENV)/run.xml
+versions: $(READY) ## `make test` under TORCH= and PYTHON=, and its outcome as a row of docs/versions.md
+	@rm -f $(RUN)
+	-PYTEST_ADDOPTS='--junitxml=$(CURDIR)/$(RUN)' $(MAKE) test
+	$(BIN)/python tests/versions.py $(RUN)
+
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# Installs nothing, and compiles csrc/ for the GPUs that are here: machines with a GPU often have a torch of their own and no network. The package is laid out in
-# build/gpu as a wheel would hold it, so that fusedloss.kernels and _C are found. PYTHONSAFEPATH keeps Python from
-# looking in the current folder first, where there is a fusedloss without either.
+# Installs nothing, and compiles csrc/ for the GPUs that are here: machines with a GPU often have a torch of their own
+# and no network. The package is laid out in build/gpu as a wheel would hold it, so that fusedloss.kernels and _C are
+# found. PYTHONSAFEPATH keeps Python from looking in the current folder first, where there is a fusedloss without either.
 gpu-build:
 	rm -rf build/gpu
 	$(PYTHON) setup.py --quiet build --build-lib build/gpu

@@ -14,6 +14,10 @@ the same.
 
 from __future__ import annotations
 
+# On the screen before torch is imported, which takes seconds, and at first many.
+if __name__ == "__main__":
+    print("Code search, trained on the Python source of this machine; importing torch", flush=True)
+
 import argparse
 import ast
 import functools
@@ -259,6 +263,8 @@ def compare(batches: list[int], budget: float, device: str, bf16: bool, results:
 def shown(items, label: str, total: int, note: Sequence[str] = ("",)):
     """`items`, with a progress bar on a terminal and a line now and then elsewhere; `note[0]` is what to say beside."""
     start = time.perf_counter()
+    if not console.is_terminal:
+        console.print(f"{label} 0/{total}")
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=total)
         for done, item in enumerate(items, 1):
