@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 import fusedloss
 
+pytest.importorskip("tabulate")
+
 pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[1]
