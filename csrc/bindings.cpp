@@ -240,7 +240,8 @@ void def_similarities(py::module_& m) {
       .def_readonly("capability", &Plan::capability)
       .def_readonly("BLOCK_M", &Plan::BLOCK_M)
       .def_readonly("BLOCK_N", &Plan::BLOCK_N)
-      .def_readwrite("cluster", &Plan::cluster);  // for benchmarks
+      .def_readwrite("cluster", &Plan::cluster)  // for benchmarks
+      .def_readwrite("blocks", &Plan::blocks);   // and tests
   m.def("plan", &plan, py::arg("capability"), py::arg("tensor_cores"), py::arg("aligned"), py::arg("narrow"),
         "which kernel, and the tiles that its tables are of");
 }

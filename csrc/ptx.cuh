@@ -1,6 +1,6 @@
 // Every instruction that C++ has no word for, a function each, named after the PTX ISA. Nothing else in csrc/ holds
-// assembly or an intrinsic, so that a second implementation of this one header, tests/host/ptx_host.h, lets the sm_80
-// kernels run on a CPU.
+// assembly or an intrinsic, so that a second implementation of this one header, tests/host/ptx_host.h, lets the kernels
+// run on a CPU.
 #pragma once
 
 #include <cstdint>

@@ -125,6 +125,7 @@ struct Plan {
   int capability;  // 80 or 90: the kernel's, at most the device's
   int BLOCK_M, BLOCK_N;
   int cluster;  // 90: blocks along M that share what they load of y; 2 for bf16 and epilogues that are not narrow
+  int blocks;   // 90: at most so many, which leaves multiprocessors to others; 0: one on each
 };
 
 // A pure function of what is asked: the device's capability (86, 90, ...; 0 on the host); whether products are the

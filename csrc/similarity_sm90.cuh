@@ -7,10 +7,6 @@
 // (sm90::consume).
 #pragma once
 
-#ifdef FUSEDLOSS_HOST
-#error "tests/host/ has no tensor memory accelerator: it runs the sm_80 kernel"
-#endif
-
 #include <cuda.h>
 #include <cudaTypedefs.h>
 

@@ -1,6 +1,8 @@
 // run_sm90 of all epilogues. similarity_sm90_*.cu compile one number format each.
 #pragma once
 
+#include <algorithm>
+
 #include "similarity.cuh"
 #include "similarity_sm90.cuh"
 
@@ -18,6 +20,7 @@ cudaError_t run_sm90(const Strip& strip, const typename Epilogue::Args& args, co
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error != cudaSuccess) return error;
+  if (plan.blocks > 0) multiprocessors = std::min(multiprocessors, plan.blocks);
   // Which of the two is faster no GPU has said yet: docs/performance-notes.md.
   if constexpr (std::is_same_v<T, bf16> && !Epilogue::NARROW) {
     if (plan.cluster == 2) return launch_sm90<T, Epilogue, BLOCK_N, 2>(strip, args, multiprocessors, stream);

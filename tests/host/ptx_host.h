@@ -3,8 +3,13 @@
 //
 // cp.async copies at the last moment, in the wait for its group (or never), or with FUSEDLOSS_HOST_COPIES=early at
 // once: the first shows a wait that is missing, the second a barrier before the memory is used again.
+//
+// Numbers are by default the best that a GPU could give: products are exact and their sum is rounded once, exp2 and the
+// reciprocal are rounded to nearest. FUSEDLOSS_HOST_SUMS=truncate adds as the tensor cores of sm_90 do, and
+// FUSEDLOSS_HOST_ULPS=SEED moves each exp2 and reciprocal by up to 2 ulp, the same number always by the same.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -18,8 +23,8 @@ namespace fusedloss::ptx {
 
 // Threads -------------------------------------------------------------------------------------------------------------
 
-FUSEDLOSS_INLINE int thread() { return host::machine.current; }
-FUSEDLOSS_INLINE int block_x() { return int(host::machine.x); }
+FUSEDLOSS_INLINE int thread() { return host::machine.thread(); }
+FUSEDLOSS_INLINE int block_x() { return int(host::machine.x) + host::machine.rank(); }
 FUSEDLOSS_INLINE int block_y() { return int(host::machine.y); }
 FUSEDLOSS_INLINE int blocks_x() { return int(host::machine.blocks_x); }
 FUSEDLOSS_INLINE int blocks_y() { return int(host::machine.blocks_y); }
@@ -63,11 +68,11 @@ FUSEDLOSS_INLINE bool all(bool value) {
   return self.out;
 }
 
-FUSEDLOSS_INLINE unsigned char* shared_memory() { return host::machine.shared; }
+FUSEDLOSS_INLINE unsigned char* shared_memory() { return host::machine.block().shared; }
 FUSEDLOSS_INLINE uint32_t shared_address(const void* pointer) {
-  const size_t offset = uintptr_t(pointer) - uintptr_t(host::machine.shared);
+  const size_t offset = uintptr_t(pointer) - uintptr_t(shared_memory());
   if (offset > host::machine.shared_bytes) host::fail("shared_address: %p is not in shared memory", pointer);
-  return uint32_t(offset);
+  return uint32_t(offset) | uint32_t(host::machine.rank()) << host::kRankShift;
 }
 
 // Numbers -------------------------------------------------------------------------------------------------------------
@@ -83,12 +88,21 @@ FUSEDLOSS_INLINE uint32_t float_to_bits(float x) {
   return bits;
 }
 
+// y = f(x), up to 2 ulp aside.
+inline float about(float y, float x) {
+  if (!host::machine.ulps || !std::isnormal(y)) return y;
+  uint32_t hash = (float_to_bits(x) ^ host::machine.ulps) * 0x9e3779b1u;  // of x: the same number has the same result
+  hash = (hash ^ hash >> 15) * 0x85ebca6bu;
+  const float moved = bits_to_float(float_to_bits(y) + (hash >> 16) % 5 - 2);
+  return std::isnormal(moved) ? moved : y;
+}
+
 FUSEDLOSS_INLINE float exp2(float x) {
-  const float y = std::exp2(x);
+  const float y = about(std::exp2(x), x);
   return y < 0x1p-126f ? 0.0f : y;
 }
 
-FUSEDLOSS_INLINE float reciprocal(float x) { return 1 / x; }
+FUSEDLOSS_INLINE float reciprocal(float x) { return about(1 / x, x); }
 
 // NaN becomes 0x7fff, without a sign.
 FUSEDLOSS_INLINE uint16_t round_to(bf16, float x) {
@@ -214,12 +228,64 @@ FUSEDLOSS_INLINE float element(bf16, uint32_t r, int i) { return to_float(bf16{u
 FUSEDLOSS_INLINE float element(fp16, uint32_t r, int i) { return to_float(fp16{uint16_t(r >> 16 * i)}); }
 FUSEDLOSS_INLINE float element(float, uint32_t r, int) { return bits_to_float(r & ~0x1fffu); }
 
+typedef double Eight __attribute__((vector_size(64)));
+
+// c += a b, of ROWS x K and K x 8. The products are exact, and the sum is rounded once.
+template <int ROWS, int K>
+inline void multiply_add(const double (&a)[ROWS][K], const Eight (&b)[K], Eight (&c)[ROWS]) {
+  for (int m = 0; m < ROWS; m++) {
+    for (int k = 0; k < K; k++) c[m] += a[m][k] * b[k];
+    for (int n = 0; n < 8; n++) c[m][n] = float(c[m][n]);
+  }
+}
+
+// As sm_90 does (arXiv 2512.07004): the products and c are aligned to the largest exponent, of which a product's is the
+// sum of its factors', cut off behind 2 bits more than fp32 has, and so is their sum behind fp32's.
+template <int ROWS, int K>
+inline void multiply_add_truncated(const double (&a)[ROWS][K], const Eight (&b)[K], Eight (&c)[ROWS]) {
+  constexpr int kZero = -2000;
+  const auto exponent = [](double x) {
+    uint64_t bits;
+    std::memcpy(&bits, &x, 8);
+    return x == 0 ? kZero : int(bits >> 52 & 0x7ff) - 1023;  // no number here is denormal in fp64
+  };
+  const auto power = [](int e) {
+    const uint64_t bits = uint64_t(e + 1023) << 52;
+    double x;
+    std::memcpy(&x, &bits, 8);
+    return x;
+  };
+  const auto truncated = [](double x) {
+    const float y = float(x);
+    return double(std::isfinite(x) && std::fabs(y) > std::fabs(x) ? std::nextafter(y, 0.0f) : y);
+  };
+  int of_b[K][8];
+  for (int k = 0; k < K; k++) {
+    for (int n = 0; n < 8; n++) of_b[k][n] = exponent(b[k][n]);
+  }
+  for (int m = 0; m < ROWS; m++) {
+    int of_a[K];
+    for (int k = 0; k < K; k++) of_a[k] = exponent(a[m][k]);
+    for (int n = 0; n < 8; n++) {
+      int largest = exponent(c[m][n]);
+      for (int k = 0; k < K; k++) largest = std::max(largest, of_a[k] + of_b[k][n]);
+      if (largest >= 128 || largest <= kZero / 2) {  // infinities, NaN, or nothing but zeros
+        for (int k = 0; k < K; k++) c[m][n] += a[m][k] * b[k][n];
+        continue;
+      }
+      const double up = power(25 - largest);  // 23 bits behind the point, and 2
+      int64_t sum = int64_t(c[m][n] * up);
+      for (int k = 0; k < K; k++) sum += int64_t(a[m][k] * b[k][n] * up);
+      c[m][n] = truncated(double(sum) / up);
+    }
+  }
+}
+
 template <class T>
 inline void mma_warp(void* const (&lanes)[32]) {
   constexpr int PER = 4 / sizeof(T), K = 8 * PER;
-  typedef double Row __attribute__((vector_size(64)));
   double a[16][K];
-  Row b[K], c[16];
+  Eight b[K], c[16];
   for (int l = 0; l < 32; l++) {
     const MmaLane& lane = *static_cast<MmaLane*>(lanes[l]);
     const int group = l / 4, member = l % 4;
@@ -230,9 +296,7 @@ inline void mma_warp(void* const (&lanes)[32]) {
     }
     for (int r = 0; r < 4; r++) c[group + r / 2 * 8][2 * member + r % 2] = lane.c[r];
   }
-  for (int m = 0; m < 16; m++) {
-    for (int k = 0; k < K; k++) c[m] += a[m][k] * b[k];  // the products are exact, and the sum is rounded once
-  }
+  host::machine.truncate ? multiply_add_truncated(a, b, c) : multiply_add(a, b, c);
   for (int l = 0; l < 32; l++) {
     for (int r = 0; r < 4; r++) {
       static_cast<MmaLane*>(lanes[l])->c[r] = float(c[l / 4 + r / 2 * 8][2 * (l % 4) + r % 2]);
@@ -246,3 +310,5 @@ FUSEDLOSS_INLINE void mma(T, float (&c)[4], const uint32_t (&a)[4], const uint32
 }
 
 }  // namespace fusedloss::ptx
+
+#include "ptx_host90.h"
