@@ -7,8 +7,14 @@ marker `grid` has every case with every one of them.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import itertools
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,6 +23,7 @@ import torch
 
 from fusedloss.backends import cuda
 
+ROOT = Path(__file__).absolute().parents[1]
 NUMBERS = ("bf16", "fp16", "tf32")
 # Instances for clusters of two are those of bf16 that are not narrow: similarity_sm90_run.cuh.
 CLUSTERS = {
@@ -29,6 +36,18 @@ PLAIN = ("nothing else", "factors", "bias", "strange targets", "no target")
 LOADS, PRODUCTS = ("early", "late"), ("issue", "wait")
 MODES = tuple(itertools.product(LOADS, PRODUCTS))
 EVERY = 9  # of the table, which share runs in `make test`
+
+
+@pytest.fixture(scope="module")
+def host_build():
+    """tests/host/build.py."""
+    spec = importlib.util.spec_from_file_location("host_build", ROOT / "tests" / "host" / "build.py")
+    assert spec is not None and spec.loader is not None
+    host = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(host)
+    if why := host.why_not():
+        pytest.skip(why)
+    return host
 
 
 class Case(NamedTuple):
@@ -100,22 +119,21 @@ def use(monkeypatch, load, cluster: int, blocks: int, capability: int = 90) -> l
     return plans
 
 
-def check(case: Case, device: torch.device, plans: list[Any]) -> None:
-    del plans[:]
+def check(case: Case, device: torch.device, plans: list[Any], capability: int = 90) -> None:
     case.run(device)
     used = {(plan.capability, plan.cluster) for plan in plans}
-    assert (90, case.cluster) in used, used
+    assert (capability, case.cluster if capability == 90 else 1) in used, used
 
 
-def on_the_host(monkeypatch, extension, case: Case, loads: str, products: str) -> None:
+def on_the_host(monkeypatch, extension, case: Case, loads: str, products: str, capability: int = 90) -> None:
     kernels.on_the_host(extension, monkeypatch)
-    plans = use(monkeypatch, lambda: extension, case.cluster, case.cluster * (1 + case.index % 2))
+    plans = use(monkeypatch, lambda: extension, case.cluster, case.cluster * (1 + case.index % 2), capability)
     settings = {"ORDER": case.order, "COPIES": loads, "PRODUCTS": products}
     for name, value in settings.items():
         monkeypatch.setenv(f"FUSEDLOSS_HOST_{name}", value)
     torch.manual_seed(0)
     try:
-        check(case, torch.device("cpu"), plans)
+        check(case, torch.device("cpu"), plans, capability)
     except AssertionError as error:
         error.add_note(f"with {settings}")
         raise
@@ -133,6 +151,115 @@ def test_the_whole_table_in_every_mode(case, host_extension, monkeypatch):
         on_the_host(monkeypatch, host_extension, case, loads, products)
 
 
+# Faults that must be found --------------------------------------------------------------------------------------------
+
+WRONG = r"[1-9]\d* of 120000 are wrong"
+DEADLOCK = r"lanes 0 to 31 wait for the mbarrier at \d+, parity \d(.|\n)*deadlock"
+
+
+class Fault(NamedTuple):
+    """What is another line of csrc/, and what is then said, in this mode."""
+
+    file: str
+    line: str
+    instead: str
+    found: str
+    cluster: int = 1
+    order: str = "forward"
+    loads: str = "early"
+    products: str = "issue"
+
+
+EXPECT = "ptx::mbarrier_expect(full, Config::kStageBytes"
+FAULTS = {
+    "a stage is let go before its product is over": Fault(
+        "sm90.h",
+        "ops.all_but_one_done();\n    ops.release(held.stage);",
+        "ops.release(held.stage);\n    ops.all_but_one_done();",
+        WRONG,
+        products="wait",
+    ),
+    "consumers start with the producer's parity": Fault(
+        "sm90.h", "consumer() { return {0, 0}; }", "consumer() { return {0, 1}; }", DEADLOCK
+    ),
+    "y's bytes are not expected": Fault(
+        "similarity_sm90.cuh", EXPECT, EXPECT + " - Config::kYBytes", r"32768 bytes more than were expected"
+    ),
+    "y is sent to one block of two": Fault(
+        "similarity_sm90.cuh", "(1 << Config::CLUSTER) - 1", "1", DEADLOCK, cluster=2, loads="late"
+    ),
+}
+MORE_FAULTS = {
+    "more bytes are expected than come": Fault("similarity_sm90.cuh", EXPECT, EXPECT + " + 16", DEADLOCK),
+    "both parts of y lie in one place": Fault(
+        "similarity_sm90.cuh", "y + rank * kPart * kRowBytes", "y", WRONG, cluster=2, order="3"
+    ),
+    "half of the consumers empty a stage": Fault(
+        "similarity_sm90.cuh", "kReleases = 2 *", "kReleases =", "deadlock", order="backward"
+    ),
+    "the fold does not wait": Fault(
+        "similarity_sm90.cuh", "ptx::wgmma_wait<0>()", "ptx::wgmma_wait<1>()", "without a wait", products="wait"
+    ),
+    "no fence between fold and product": Fault("similarity_sm90.cuh", "ptx::wgmma_fence();", "", r"no wgmma\.fence"),
+    "no fence behind mbarrier.init": Fault(
+        "similarity_sm90.cuh", "ptx::fence_barrier_init();", "", r"no fence followed mbarrier\.init"
+    ),
+    "a cluster starts without a barrier": Fault(
+        "similarity_sm90.cuh", "ptx::cluster_sync();  // nobody", "ptx::sync();  // nobody", "no mbarrier at", cluster=2
+    ),
+    "a cluster ends without a barrier": Fault(
+        *(
+            "similarity_sm90.cuh",
+            "if constexpr (CLUSTER > 1) ptx::cluster_sync();",
+            "",
+            r"block \d of the cluster has ended",
+        ),
+        cluster=2,
+    ),
+    "consumers want more registers than there are": Fault(
+        "similarity_sm90.cuh",
+        "240;\n  static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168);",
+        "248;",
+        r"lanes \d+ to 31 wait for registers(.|\n)*deadlock",
+    ),
+}
+
+
+def products90(folder, *, file="", line="", instead=""):
+    """tests/host/products90.cpp with csrc/ as it is, or with another line."""
+    host, csrc = ROOT / "tests" / "host", folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    if file:
+        text = (csrc / file).read_text()
+        assert text.count(line) == 1
+        (csrc / file).write_text(text.replace(line, instead))
+    flags = ["-std=c++17", "-O1", "-Wno-psabi", "-DFUSEDLOSS_HOST", f"-I{host}", f"-I{csrc}"]
+    subprocess.run(["g++", *flags, host / "products90.cpp", "-o", folder / "products90"], check=True)
+
+    def run(cluster, order, loads, products):
+        given = {"ORDER": order, "COPIES": loads, "PRODUCTS": products}
+        env = os.environ | {f"FUSEDLOSS_HOST_{name}": value for name, value in given.items()}
+        done = subprocess.run([folder / "products90", str(cluster)], env=env, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+def test_products_of_whole_numbers(tmp_path, host_build):
+    run = products90(tmp_path)
+    for cluster, order, (loads, products) in itertools.product((1, 2), ("forward", "backward", "7"), MODES):
+        assert run(cluster, order, loads, products) == (0, "0 of 120000 are wrong\n"), (cluster, order, loads, products)
+
+
+@pytest.mark.parametrize("name", [*FAULTS, *(pytest.param(name, marks=pytest.mark.grid) for name in MORE_FAULTS)])
+def test_a_fault_is_found(name, tmp_path, host_build):
+    fault = (FAULTS | MORE_FAULTS)[name]
+    run = products90(tmp_path, file=fault.file, line=fault.line, instead=fault.instead)
+    code, said = run(fault.cluster, fault.order, fault.loads, fault.products)
+    assert code != 0
+    assert re.search(fault.found, said), said[-3000:]
+
+
 # Arithmetic: what a GPU may do to the last bits -----------------------------------------------------------------------
 
 
@@ -147,3 +274,11 @@ def fused_extension(host_build):
 def as_a_gpu_rounds(monkeypatch, seed: int) -> None:
     monkeypatch.setenv("FUSEDLOSS_HOST_SUMS", "truncate")
     monkeypatch.setenv("FUSEDLOSS_HOST_ULPS", str(seed))
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_whole_table_as_a_gpu_rounds(case, capability, fused_extension, monkeypatch):
+    as_a_gpu_rounds(monkeypatch, case.index + 1)
+    on_the_host(monkeypatch, fused_extension, case, "late", "issue", capability)

@@ -68,7 +68,9 @@ def test_copies(selftest, order, copies, name):
     passes(selftest(name, order=order, copies=copies))
 
 
-@pytest.mark.parametrize("name", ["ldmatrix", "ldmatrix_trans", "mma_bf16", "mma_fp16", "mma_tf32", "matmul"])
+@pytest.mark.parametrize(
+    "name", ["ldmatrix", "ldmatrix_trans", "mma_bf16", "mma_fp16", "mma_tf32", "truncated_sums", "matmul"]
+)
 def test_matrices(selftest, order, name):
     passes(selftest(name, order=order))
 

@@ -5,7 +5,7 @@
 // once: the first shows a wait that is missing, the second a barrier before the memory is used again.
 //
 // Numbers are by default the best that a GPU could give: products are exact and their sum is rounded once, exp2 and the
-// reciprocal are rounded to nearest. FUSEDLOSS_HOST_SUMS=truncate adds as the tensor cores of sm_90 do, and
+// reciprocal are rounded to nearest. FUSEDLOSS_HOST_SUMS=truncate adds as tensor cores do, and
 // FUSEDLOSS_HOST_ULPS=SEED moves each exp2 and reciprocal by up to 2 ulp, the same number always by the same.
 #pragma once
 
@@ -239,9 +239,9 @@ inline void multiply_add(const double (&a)[ROWS][K], const Eight (&b)[K], Eight 
   }
 }
 
-// As sm_90 does (arXiv 2512.07004): the products and c are aligned to the largest exponent, of which a product's is the
-// sum of its factors', cut off behind 2 bits more than fp32 has, and so is their sum behind fp32's.
-template <int ROWS, int K>
+// As tensor cores do (arXiv 2512.07004): TOGETHER products and c are aligned to the largest exponent, of which a
+// product's is the sum of its factors', and cut off BITS bits behind fp32's last; so is their sum behind fp32's.
+template <int TOGETHER, int BITS, int ROWS, int K>
 inline void multiply_add_truncated(const double (&a)[ROWS][K], const Eight (&b)[K], Eight (&c)[ROWS]) {
   constexpr int kZero = -2000;
   const auto exponent = [](double x) {
@@ -267,16 +267,19 @@ inline void multiply_add_truncated(const double (&a)[ROWS][K], const Eight (&b)[
     int of_a[K];
     for (int k = 0; k < K; k++) of_a[k] = exponent(a[m][k]);
     for (int n = 0; n < 8; n++) {
-      int largest = exponent(c[m][n]);
-      for (int k = 0; k < K; k++) largest = std::max(largest, of_a[k] + of_b[k][n]);
-      if (largest >= 128 || largest <= kZero / 2) {  // infinities, NaN, or nothing but zeros
-        for (int k = 0; k < K; k++) c[m][n] += a[m][k] * b[k][n];
-        continue;
+      for (int first = 0; first < K; first += TOGETHER) {
+        const int end = first + TOGETHER;
+        int largest = exponent(c[m][n]);
+        for (int k = first; k < end; k++) largest = std::max(largest, of_a[k] + of_b[k][n]);
+        if (largest >= 128 || largest <= kZero / 2) {  // infinities, NaN, or nothing but zeros
+          for (int k = first; k < end; k++) c[m][n] += a[m][k] * b[k][n];
+          continue;
+        }
+        const double up = power(23 + BITS - largest);
+        int64_t sum = int64_t(c[m][n] * up);
+        for (int k = first; k < end; k++) sum += int64_t(a[m][k] * b[k][n] * up);
+        c[m][n] = truncated(double(sum) / up);
       }
-      const double up = power(25 - largest);  // 23 bits behind the point, and 2
-      int64_t sum = int64_t(c[m][n] * up);
-      for (int k = 0; k < K; k++) sum += int64_t(a[m][k] * b[k][n] * up);
-      c[m][n] = truncated(double(sum) / up);
     }
   }
 }
@@ -296,7 +299,7 @@ inline void mma_warp(void* const (&lanes)[32]) {
     }
     for (int r = 0; r < 4; r++) c[group + r / 2 * 8][2 * member + r % 2] = lane.c[r];
   }
-  host::machine.truncate ? multiply_add_truncated(a, b, c) : multiply_add(a, b, c);
+  host::machine.truncate ? multiply_add_truncated<K / 2, 1>(a, b, c) : multiply_add(a, b, c);  // an A100's
   for (int l = 0; l < 32; l++) {
     for (int r = 0; r < 4; r++) {
       static_cast<MmaLane*>(lanes[l])->c[r] = float(c[l / 4 + r / 2 * 8][2 * (l % 4) + r % 2]);

@@ -152,7 +152,7 @@ void multiply(const Product& p) {
     for (int m = 0; m < 16; m++) {
       for (int n = 0; n < 8; n++) c[m][n] = p.first ? 0 : place(m, n);
     }
-    machine.truncate ? ptx::multiply_add_truncated(a, b, c) : ptx::multiply_add(a, b, c);
+    machine.truncate ? ptx::multiply_add_truncated<K, 2>(a, b, c) : ptx::multiply_add(a, b, c);
     for (int m = 0; m < 16; m++) {
       for (int n = 0; n < 8; n++) place(m, n) = float(c[m][n]);
     }

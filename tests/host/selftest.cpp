@@ -347,6 +347,27 @@ void mma_bf16() { check_mma<bf16, 16>(); }
 void mma_fp16() { check_mma<fp16, 16>(); }
 void mma_tf32() { check_mma<float, 8>(); }
 
+// 1, or another c, and 16 equal products.
+template <int TOGETHER, int BITS>
+float truncated_sum(double c, double product) {
+  const double a[1][16] = {{1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}};
+  ptx::Eight b[16], sum[1] = {ptx::Eight{} + c};
+  for (ptx::Eight& each : b) each = ptx::Eight{} + product;
+  ptx::multiply_add_truncated<TOGETHER, BITS>(a, b, sum);
+  for (int n = 0; n < 8; n++) CHECK(sum[0][n] == sum[0][0]);
+  return float(sum[0][0]);
+}
+
+void truncated_sums() {
+  CHECK((truncated_sum<8, 1>(1, 0x1p-24) == 1 + 0x1p-20f) && (truncated_sum<16, 2>(1, 0x1p-24) == 1 + 0x1p-20f));
+  CHECK((truncated_sum<8, 1>(1, 0x1p-25) == 1) && (truncated_sum<16, 2>(1, 0x1p-25) == 1 + 0x1p-21f));
+  CHECK((truncated_sum<8, 1>(1, 0x1p-26) == 1) && (truncated_sum<16, 2>(1, 0x1p-26) == 1));
+  CHECK((truncated_sum<16, 2>(-1, 3 * 0x1p-28) == -1) && (truncated_sum<16, 2>(-1, -3 * 0x1p-26) == -1 - 0x1p-21f));
+  CHECK((truncated_sum<16, 2>(1, 7 * 0x1p-28) == 1 + 0x1p-21f));  // each 1.75 of the last bit: 1
+  CHECK((truncated_sum<16, 2>(0x1p30, 1) == 0x1p30f) && (truncated_sum<8, 1>(0, 3) == 48));
+  CHECK(std::isnan(truncated_sum<8, 1>(1, std::nan(""))) && std::isinf(truncated_sum<8, 1>(INFINITY, 1)));
+}
+
 // The usual way from memory to a product, which the layouts are made for: A [16, 16] by ldmatrix, B [16, 16] row by row
 // along N by ldmatrix_trans.
 __global__ void tile(const fp16* A, const fp16* B, float* C) {
@@ -497,6 +518,7 @@ const struct {
     {"mma_bf16", mma_bf16},
     {"mma_fp16", mma_fp16},
     {"mma_tf32", mma_tf32},
+    {"truncated_sums", truncated_sums},
     {"matmul", matmul},
     {"pack_bf16", [] { convert<Pair>([](Pair x) { return ptx::pack(bf16{}, x.low, x.high); }); }},
     {"pack_fp16", [] { convert<Pair>([](Pair x) { return ptx::pack(fp16{}, x.low, x.high); }); }},
