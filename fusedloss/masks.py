@@ -78,7 +78,7 @@ def score_margin(margin: float, exempt: Tensor | None = None) -> Mask:
     """Drops negatives whose similarity, before temperature and bias, exceeds the target's by more than `margin`.
 
     exempt: int64 `[M, E]`, columns that it does not concern (curated hard negatives); -1 for none. Scores within
-    (4 + D / 16) eps of both lengths of the threshold are ties, which stay.
+    (4 + D / 4) eps of both lengths of the threshold are ties, which stay.
     """
     checks.number("margin", margin)
     return Mask(margin=float(margin), exempt=exempt)
@@ -91,7 +91,7 @@ def guide(guide_query: Tensor, guide_key: Tensor, *, margin: float = 0.0, strate
                       cos(gq_i, gk_j) > t_i - |t_i| * margin  (relative);    t_i = cos(gq_i, gk_target_i)
 
     guide_query: `[M, G]` and guide_key: `[N, G]`, of any dimension and floating dtype; they receive no gradient.
-    Ties within (4 + G / 16) eps count as not dropped.
+    Ties within (4 + G / 4) eps count as not dropped.
     """
     checks.embeddings(guide_query=guide_query, guide_key=guide_key)
     checks.number("margin", margin)

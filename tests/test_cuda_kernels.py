@@ -7,6 +7,7 @@ Tiles are 128 x 128 (128 x 256 with sm_90's), a stage is 128 bytes of D.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from typing import NamedTuple
 
@@ -28,8 +29,10 @@ from strips import (
 )
 from torch import Tensor
 
+import fusedloss
 from fusedloss.backends import cuda, cuda_rows
 from fusedloss.folds import FOLDS, Part
+from fusedloss.masks import score_margin
 from fusedloss.problem import Block, Compare, Fold, GuideRule, Problem, Strip, StripMask, Tally
 
 pytestmark = pytest.mark.host
@@ -702,6 +705,25 @@ def test_bits_do_not_depend_on_who_is_first(name, layout, host_extension, monkey
     for run in runs[1:]:
         for a, b in zip(runs[0], run, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", ["bf16", "fp16", "tf32"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_duplicate_is_a_tie_where_tensor_cores_cut_off(normalize, name, sign, host_extension, monkeypatch):
+    """Sums of one sign lose most: a negative similarity comes out larger than the target's, which is summed in fp64."""
+    on_the_host(host_extension, monkeypatch)
+    monkeypatch.setenv("FUSEDLOSS_HOST_SUMS", "truncate")
+    number, rows, dim = NUMBERS[name], 20, 1024
+    key = rounded(1 + torch.rand(dim) / 4, number).to(number.dtype) / 32
+    query = sign * rounded(1 + torch.rand(rows, dim) / 4, number).to(number.dtype) / 32
+    keys = key.expand(rows + 30, dim).contiguous()
+    with products(number):
+        call = functools.partial(fusedloss.info_nce, query, keys, temperature=1e3, normalize=normalize, backend="cuda")
+        stats = call(return_stats=True)[1]
+        kept = call(mask=score_margin(0.0), reduction="none")
+    assert stats.accuracy == 1 and stats.mean_reciprocal_rank == 1
+    assert torch.allclose(kept, torch.tensor(rows + 30).log(), rtol=1e-5)
 
 
 def test_what_the_sanitizers_run_has_every_kernel(host_extension, monkeypatch):

@@ -44,7 +44,7 @@ def gist_embed(
     upstream, nothing else drops the pair of a row with itself in the second and third set than the guide's own 1:
     where th_i reaches that (a guide that takes both for the same, a negative margin), it stays.
 
-    A guide's cosine within (4 + G / 16) eps of the threshold is a tie, which stays, as an exact duplicate of the
+    A guide's cosine within (4 + G / 4) eps of the threshold is a tie, which stays, as an exact duplicate of the
     positive does. No [B, B] matrix is stored: the guide's products are computed beside the model's, and their outcome
     kept as a mask of one row chunk.
 
