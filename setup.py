@@ -126,10 +126,21 @@ def archs_of(gpus: Collection[int], defaults: Collection[str], known: Collection
     return [own.get(gpu, str(gpu)) for gpu in usable(gpus) if gpu in own or f"sm_{gpu}" in known]
 
 
-def pick_archs(override: str | None, known: Collection[str]) -> list[str]:
-    """`known`: what nvcc --list-gpu-code prints: no names with letters, which are there where their number is."""
+def letters(version: str) -> str:
+    """What `nvcc --version` knows beside numbers: "a" came with CUDA 12.0, after sm_90 itself (11.8); "f" with 12.9."""
+    found = re.search(r"release (\d+)\.(\d+)", version)
+    release = tuple(map(int, found.groups())) if found else (0, 0)
+    return "a" * (release >= (12, 0)) + "f" * (release >= (12, 9))
+
+
+def pick_archs(override: str | None, known: Collection[str], letters: str = "af") -> list[str]:
+    """`known`: what nvcc --list-gpu-code prints: numbers alone."""
     if override is None:
-        return [arch for arch in DEFAULT_ARCHS if f"sm_{number(arch)}" in known]
+        archs = [arch for arch in DEFAULT_ARCHS if f"sm_{number(arch)}" in known]
+        plain = [arch if arch[-1].isdigit() or arch[-1] in letters else f"{number(arch)}" for arch in archs]
+        for arch in sorted(set(archs) - set(plain)):
+            print(f"fusedloss: this nvcc has no sm_{arch}, its kernels are skipped: CUDA 12.0 has it", flush=True)
+        return plain
     archs = override.replace(",", ";").split(";")
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?", arch):
@@ -139,6 +150,10 @@ def pick_archs(override: str | None, known: Collection[str]) -> list[str]:
         if f"sm_{number(arch)}" not in known:
             there = " ".join(code.removeprefix("sm_") for code in known if code.startswith("sm_"))
             sys.exit(f"FUSEDLOSS_CUDA_ARCHS={override!r}: this nvcc does not know {arch}; it knows {there}")
+        if not arch[-1].isdigit() and arch[-1] not in letters:
+            needs = {"a": "12.0", "f": "12.9"}[arch[-1]]
+            plain = f"CUDA {needs} has it; {number(arch)} is built without it"
+            sys.exit(f"FUSEDLOSS_CUDA_ARCHS={override!r}: this nvcc knows {number(arch)}, but not {arch}: {plain}")
     return archs
 
 
@@ -195,7 +210,8 @@ class BuildExt(build_ext):
         nvcc = choose_nvcc()
         assert nvcc
         known = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout.split()
-        archs = pick_archs(named(), known)
+        version = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+        archs = pick_archs(named(), known, letters(version))
         if wanted() is None and named() is None:
             archs = archs_of(visible_gpus()[0], archs, known)
         # An editable install gives a folder that it deletes: every change would be minutes of compiling everything.

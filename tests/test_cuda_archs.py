@@ -97,6 +97,46 @@ def test_auto_asks_the_driver(tmp_path, result, count, variables, says):
         assert found == "None" and len(skipped) == 1 and says in skipped[0]
 
 
+VERSION = "nvcc: NVIDIA (R) Cuda compiler driver\nCuda compilation tools, release {0}, V{0}.89\n"
+
+
+@pytest.mark.parametrize(
+    "release, letters", [("11.8", ""), ("12.0", "a"), ("12.8", "a"), ("12.9", "af"), ("13.0", "af"), ("13.10", "af")]
+)
+def test_letters_came_with_releases(build, release, letters):
+    assert build.letters(VERSION.format(release)) == letters
+
+
+def test_letters_of_a_version_that_does_not_read(build):
+    assert build.letters("nvcc from somewhere else") == ""
+
+
+def test_an_nvcc_that_lists_90_without_90a_skips_it_and_says_so(build, capsys):
+    """CUDA 11.8: sm_90 is listed, compute_90a came with 12.0."""
+    picked = build.pick_archs(None, CUDA_12_0, letters="")
+    assert picked == ["80", "86", "89", "90"]
+    assert capsys.readouterr().out == (
+        "fusedloss: this nvcc has no sm_90a, its kernels are skipped: CUDA 12.0 has it\n"
+    )
+    assert "sm_90a" not in build.codes(picked, [*SOURCES, SM90])
+    made = build.ninja_file("nvcc", picked, [*SOURCES, SM90], [], Path("out.so"))
+    assert "90a" not in made and "-DFUSEDLOSS_SM90A=0" in made
+    build.pick_archs(None, CUDA_12_0, letters="a")
+    assert capsys.readouterr().out == ""
+    assert build.archs_of([90], picked, CUDA_12_0) == ["90"]  # where auto asks which GPUs there are
+
+
+@pytest.mark.parametrize("arch, letters, needs", [("90a", "", "12.0"), ("120f", "a", "12.9")])
+def test_a_letter_asked_for_by_name_that_nvcc_has_not_is_an_error(build, arch, letters, needs):
+    plain = arch[:-1]
+    with pytest.raises(SystemExit) as refused:
+        build.pick_archs(f"80;{arch}", CUDA_13, letters)
+    assert str(refused.value) == (
+        f"FUSEDLOSS_CUDA_ARCHS='80;{arch}': this nvcc knows {plain}, but not {arch}: "
+        f"CUDA {needs} has it; {plain} is built without it"
+    )
+
+
 @pytest.mark.parametrize("override, archs", [("80;90a", ["80", "90a"]), ("86,120f", ["86", "120f"]), ("121", ["121"])])
 def test_archs_by_name(build, override, archs):
     assert build.pick_archs(override, CUDA_13) == archs
