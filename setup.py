@@ -41,8 +41,12 @@ nvcc = {nvcc}
 flags = -O3 -std=c++17 --threads 0 -Xfatbin -compress-all -Xcompiler -fPIC,-fvisibility=hidden,-Wall $
   -DFUSEDLOSS_SM90A={sm90a}
 
+# C75xx: ptxas put waits between products of a warpgroup, or serialised them. It says so and succeeds.
 rule compile
-  command = $nvcc -c $in -o $out -MD -MF $out.d $flags $options
+  command = $nvcc -c $in -o $out -MD -MF $out.d $flags $options > $out.log 2>&1; made=$$?; cat $out.log; $
+    [ $$made = 0 ] || exit $$made; if grep -q '(C75[0-9][0-9])' $out.log; then rm -f $out; $
+    echo "fusedloss: this nvcc serialises the products of $in (C75.. above)."; $
+    echo "FUSEDLOSS_CUDA_ARCHS without 90a builds without them, e.g. 80;90."; exit 1; fi
   depfile = $out.d
   deps = gcc
   description = compile $in

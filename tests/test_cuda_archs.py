@@ -120,7 +120,7 @@ def test_an_nvcc_that_lists_90_without_90a_skips_it_and_says_so(build, capsys):
     )
     assert "sm_90a" not in build.codes(picked, [*SOURCES, SM90])
     made = build.ninja_file("nvcc", picked, [*SOURCES, SM90], [], Path("out.so"))
-    assert "90a" not in made and "-DFUSEDLOSS_SM90A=0" in made
+    assert Path(SM90).name not in made and "-DFUSEDLOSS_SM90A=0" in made
     build.pick_archs(None, CUDA_12_0, letters="a")
     assert capsys.readouterr().out == ""
     assert build.archs_of([90], picked, CUDA_12_0) == ["90"]  # where auto asks which GPUs there are
@@ -181,6 +181,45 @@ def test_one_front_end_for_all_architectures(build):
     codes = build.codes(["80", "90a"], [*SOURCES, SM90])
     assert build.gencode("csrc/rows.cu", codes) == "'-gencode=arch=compute_80,code=[sm_80,sm_90,compute_80]'"
     assert build.gencode(SM90, codes) == "-gencode=arch=compute_90a,code=sm_90a"
+
+
+NOTE = "ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized in 'f'"
+
+
+@pytest.mark.parametrize(
+    "says, code, built",
+    [
+        ("", 0, True),
+        ("ptxas info    : 0 bytes gmem", 0, True),
+        (NOTE, 0, False),
+        ("x\nptxas info    : (C7519) warpgroup.arrive is injected in around line 69\nx", 0, False),
+        ("error: no such thing", 2, False),
+    ],
+    ids=["silent", "harmless", "serialised", "injected", "failed"],
+)
+def test_the_build_fails_where_ptxas_serialises_products(build, tmp_path, says, code, built):
+    """By the rule itself, with a compiler that says what nvcc does, on the stream that it does."""
+    ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
+    if ninja[0] == sys.executable and importlib.util.find_spec("ninja") is None:
+        pytest.skip("needs ninja")
+    (tmp_path / "says").write_text(says)
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"""#!/bin/sh
+cat {tmp_path}/says >&2
+while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; [ "$1" = -MF ] && : > "$2"; shift; done
+exit {code}
+""")
+    nvcc.chmod(0o755)
+    made = build.ninja_file(str(nvcc), ["90a"], [SM90], [], tmp_path / "out.so")
+    (tmp_path / "build.ninja").write_text(made)
+    for _ in range(2):  # what failed is not taken for built the next time
+        done = subprocess.run([*ninja, "-C", str(tmp_path)], capture_output=True, text=True)
+        assert (done.returncode == 0) == built, done.stdout
+        assert (tmp_path / "similarity_sm90_bf16.cu.o").exists() == (built or code != 0)
+    if says and not built:
+        assert says.splitlines()[0] in done.stdout
+    remedy = "FUSEDLOSS_CUDA_ARCHS without 90a builds without them, e.g. 80;90."  # a line: ninja shows commands, too
+    assert (remedy in done.stdout.splitlines()) == (not built and code == 0)
 
 
 # By CUDA's rules, of capabilities 8.0 and newer.
