@@ -45,6 +45,19 @@ INSTRUCTIONS = {
     "STG.64": r"STG\.E\.(?:\w+\.)*64\b.*",
     "local": r"(?:LDL|STL)\b.*",
 }
+# Of similarity_sm90, by schedule(): the two products' fences, their waits, and nothing that serialises them.
+PRODUCER_REGISTERS = 24  # kProducerRegisters of csrc/similarity_sm90.cuh
+SCHEDULE = {
+    "HGMMA": 8,  # 4 of the first step, 4 in the loop
+    "WARPGROUP.ARRIVE": 2,
+    "WARPGROUP.DEPBAR": 2,
+    "waits for all but one, then for all": 1,
+    "commits": 2,
+    "MEMBAR in a loop": 0,
+    "barriers are fenced": 1,
+    "producer calls": 0,
+    "producer products": 0,
+}
 OPCODE = re.compile(r"^ +/\*[0-9a-f]+\*/ +(?:@!?U?P\w+ +)?([\w.]+)", re.MULTILINE)
 
 # Which instances there are: the table of csrc/similarity.cuh, written a second time so that none is lost there.
@@ -155,11 +168,86 @@ def instructions(cubin: Path) -> dict[str, Entry]:
     for section in run("nvdisasm", "--print-code", "--no-dataflow", str(cubin)).split("\n//-----")[1:]:
         if match := re.match(r"-+ \.text\.(\w+) ", section):
             opcodes = Counter(OPCODE.findall(section))
-            counts[kernel(match[1])] = {
-                name: sum(count for opcode, count in opcodes.items() if re.fullmatch(pattern, opcode))
-                for name, pattern in INSTRUCTIONS.items()
+            name = kernel(match[1])
+            counts[name] = {
+                what: sum(count for opcode, count in opcodes.items() if re.fullmatch(pattern, opcode))
+                for what, pattern in INSTRUCTIONS.items()
             }
+            if name.startswith("similarity_sm90"):
+                counts[name] |= schedule(section)
     return counts
+
+
+LINE = re.compile(r"^(?:(\.L_\w+):| +/\*[0-9a-f]+\*/ +(@\S+ +)?([\w.]+)(.*);)", re.MULTILINE)
+
+
+def schedule(text: str) -> Entry:
+    """What `SCHEDULE` asks of a kernel with producers: by its control flow, with barriers and fences in their order."""
+    code, labels = [], {}
+    for label, predicate, opcode, operands in LINE.findall(text):
+        if label:
+            labels[label] = len(code)
+        else:
+            code.append((bool(predicate), opcode, operands))
+    opcodes = [opcode for _, opcode, _ in code]
+    follow = [_follow(place, line, labels, len(code)) for place, line in enumerate(code)]
+    waits = [operands.strip() for _, opcode, operands in code if opcode.startswith("WARPGROUP.DEPBAR")]
+    membars = [place for place, opcode in enumerate(opcodes) if opcode.startswith("MEMBAR")]
+    start = [place for place, opcode in enumerate(opcodes) if opcode.startswith("USETMAXREG.DEALLOC")]
+    producers = _reached(start, follow) if start else set()
+    return {
+        "WARPGROUP.ARRIVE": sum(opcode == "WARPGROUP.ARRIVE" for opcode in opcodes),
+        "WARPGROUP.DEPBAR": len(waits),
+        "waits for all but one, then for all": int(waits == ["gsb0, 0x1", "gsb0, 0x0"]),
+        "commits": sum(opcode.startswith("HGMMA") and "gsb0" in operands for _, opcode, operands in code),
+        "MEMBAR in a loop": sum(place in _reached(follow[place], follow) for place in membars),
+        "barriers are fenced": int(_fenced(opcodes)),
+        "producer registers": max((_registers(code[place]) for place in producers), default=0),
+        "producer calls": sum(opcodes[place].startswith("CALL") for place in producers),
+        "producer loads": sum(opcodes[place].startswith("UTMALDG") for place in producers),
+        "producer products": sum(opcodes[place].startswith("HGMMA") for place in producers),
+    }
+
+
+def _follow(place: int, line: tuple[bool, str, str], labels: dict[str, int], end: int) -> list[int]:
+    """Where a thread may be next. A BSSY's target is where its threads meet, at the latest."""
+    conditional, opcode, operands = line
+    targets = [labels[label] for label in re.findall(r"`\((\.L_\w+)\)", operands) if label in labels]
+    base = opcode.partition(".")[0]
+    if (base == "BRA" and not targets) or base in ("BRX", "JMX", "JMP", "BREAK"):
+        raise ValueError(f"a jump without a label: {opcode}{operands}")
+    leaves = base in ("BRA", "EXIT", "RET") and not conditional
+    if base == "BRA" and re.match(r" *(?:!?U?P\w+ *,|\w+ *,)", operands):
+        leaves = False  # BRA P0, `(.L_x_1), or BRA.DIV UR4, `(.L_x_1)
+    return targets + ([place + 1] if not leaves and place + 1 < end else [])
+
+
+def _reached(start: list[int], follow: list[list[int]]) -> set[int]:
+    seen, left = set(start), list(start)
+    while left:
+        for place in follow[left.pop()]:
+            if place not in seen:
+                seen.add(place)
+                left.append(place)
+    return seen
+
+
+def _fenced(opcodes: list[str]) -> bool:
+    """After the last mbarrier is made: a MEMBAR, then a fence of the asynchronous proxy, then the block's barrier."""
+    made = [place for place, opcode in enumerate(opcodes) if opcode.startswith("SYNCS.EXCH")]
+    if not made:
+        return False
+    after = [opcode.partition(".")[0] for opcode in opcodes[made[-1] + 1 :]]
+    meets = next((place for place, base in enumerate(after) if base in ("BAR", "UCGABAR_ARV")), 0)
+    fences = [base for base in after[:meets] if base in ("MEMBAR", "FENCE")]
+    return fences[:2] == ["MEMBAR", "FENCE"]
+
+
+def _registers(line: tuple[bool, str, str]) -> int:
+    """The highest register's number, plus one; of a wide operand, its last one's."""
+    _, opcode, operands = line
+    wide = 3 if ".128" in opcode else 1 if ".64" in opcode or ".64" in operands else 0
+    return max((int(number) + 1 for number in re.findall(r"\bR(\d+)\b", operands)), default=-wide) + wide
 
 
 def version(cubin: bytes) -> str | None:
@@ -227,7 +315,14 @@ def wrong(arch: str, name: str, entry: Entry) -> list[str]:
         found.append(f"shared memory: {entry['static']} + {dynamic_shared(name)}")
     if "local" not in entry:
         return found
-    return found + [f"{what} {entry[what]}" for what, wanted in uses(name).items() if bool(entry[what]) != wanted]
+    found += [f"{what} {entry[what]}" for what, wanted in uses(name).items() if bool(entry[what]) != wanted]
+    if name.startswith("similarity_sm90"):
+        found += [f"{what}: {entry[what]}, not {wanted}" for what, wanted in SCHEDULE.items() if entry[what] != wanted]
+        if not 0 < entry["producer registers"] <= PRODUCER_REGISTERS:
+            found.append(f"producer registers: {entry['producer registers']}")
+        if not 0 < entry["producer loads"] == entry["UTMALDG"]:
+            found.append(f"producer loads: {entry['producer loads']} of {entry['UTMALDG']}")
+    return found
 
 
 def uses(name: str) -> dict[str, bool]:
