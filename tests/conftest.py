@@ -35,7 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(name)
         if not GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False"))
-        if isinstance(item, pytest.Function) and item.get_closest_marker("pairwise"):
+        if item.get_closest_marker("pairwise") and not item.get_closest_marker("grid"):
+            assert isinstance(item, pytest.Function)
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for product in products.values():
         # By identity: parameters need not be hashable, nor comparable.
