@@ -69,6 +69,7 @@ BUILDS = "import runpy, sys; sys.argv = ['setup.py', 'build']; made = runpy.run_
 BUILDS += "; made['find_nvcc'].__globals__['find_nvcc'] = lambda: 'nvcc'; print(made['choose_nvcc']())"
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="needs Linux and gcc")
 @pytest.mark.parametrize(
     "result, count, variables, says",

@@ -18,12 +18,14 @@ def _C() -> ModuleType:
     return cuda_build.load("80", optimised=False)
 
 
+@pytest.mark.slow
 def test_build_info(_C):
     info = _C.build_info()
     assert int(info["cuda_version"].split(".")[0]) >= 12
     assert info["archs"] and all(arch.startswith(("sm_", "compute_")) for arch in info["archs"])
 
 
+@pytest.mark.slow
 def test_launch_without_a_gpu_names_the_cuda_error(_C, tmp_path):
     code = (
         "import importlib.util, sys\n"
@@ -40,6 +42,7 @@ def test_launch_without_a_gpu_names_the_cuda_error(_C, tmp_path):
     assert "RuntimeError: scale_rows: cudaError" in done.stderr
 
 
+@pytest.mark.slow
 def test_nothing_to_do_needs_no_gpu(_C):
     _C.scale_rows(_C.ScaleRowsParams(M=0, D=5, in_stride=5, out_stride=5), stream=0)
     _C.scale_rows(_C.ScaleRowsParams(M=5, D=0), stream=0)
@@ -50,6 +53,7 @@ def test_nothing_to_do_needs_no_gpu(_C):
     _C.finish(_C.FinishParams(R=3), stream=0)
 
 
+@pytest.mark.slow
 def test_negative_sizes(_C):
     with pytest.raises(ValueError, match="scale_rows: negative M"):
         _C.scale_rows(_C.ScaleRowsParams(M=-1, D=5, in_stride=5, out_stride=5), stream=0)
@@ -57,6 +61,7 @@ def test_negative_sizes(_C):
         _C.settle(_C.SettleParams(n_tiles=1, R=-1), stream=0)
 
 
+@pytest.mark.slow
 def test_fields(_C):
     with pytest.raises(TypeError, match=r"MergeParams\.tiles: no such field"):
         _C.MergeParams(R=1, tiles=3)

@@ -38,6 +38,7 @@ def test_counts_are_pytests(tmp_path):
         versions.outcome(tmp_path / "run.xml")
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_another_torch_has_an_environment_of_its_own():
     command = ["make", "--dry-run", "test", "TORCH=9.8.7", "PYTHON=/opt/bin/python3.14"]
