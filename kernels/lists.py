@@ -17,7 +17,7 @@ def log1p(x):
     return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top"])
 def lambda_kernel(
     Z,  # [Q, n], scores times sigma, the highest first and padding last
     Value,  # [Q, n]: gains, labels for RankNet, or gain / discount for NDCG-Loss1 (OWN)

@@ -24,11 +24,10 @@ class MaskArgs(NamedTuple):
     OwnScale: Any  # [] multiplies instead
     stride_dm: Any
     stride_dn: Any
-    stride_bm: Any
 
 
 @triton.jit
-def admitted(sim, mask_m, mask_n, offs_m, offs_n, pid_n, masks, BLOCK_N: tl.constexpr):
+def admitted(sim, mask_m, mask_n, offs_m, offs_n, pid_n, N, masks, BLOCK_N: tl.constexpr):
     """True where a column may compete; the target is not asked for."""
     admit = mask_m[:, None] & mask_n[None, :]
     for number in tl.static_range(len(masks.DropRows)):
@@ -43,7 +42,7 @@ def admitted(sim, mask_m, mask_n, offs_m, offs_n, pid_n, masks, BLOCK_N: tl.cons
         place = masks.Dense + offs_m[:, None] * masks.stride_dm + offs_n[None, :] * masks.stride_dn
         admit &= tl.load(place, mask=mask_m[:, None] & mask_n[None, :], other=0) != 0
     if masks.Bits is not None:
-        place = masks.Bits + offs_m[:, None] * masks.stride_bm + offs_n[None, :] // 32
+        place = masks.Bits + offs_m[:, None] * tl.cdiv(N, 32) + offs_n[None, :] // 32
         word = tl.load(place, mask=mask_m[:, None] & mask_n[None, :], other=0)
         admit &= ((word >> (offs_n % 32).to(tl.int32)[None, :]) & 1) == 0
     if masks.Threshold is not None:
@@ -71,8 +70,7 @@ def pick(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args):
 
 class BitsArgs(NamedTuple):
     Threshold: Any  # [M]
-    Bits: Any  # int32 [M, words]
-    words: Any
+    Bits: Any  # int32 [M, cdiv(N, 32)]
 
 
 @triton.jit
@@ -84,8 +82,8 @@ def bits(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args):
     shifted = above.to(tl.int32) << (tl.arange(0, z.shape[1]) % 32)[None, :]
     words = tl.sum(tl.reshape(shifted, (BLOCK_M, BLOCK_W, 32)), axis=2)
     offs_w = pid_n * BLOCK_W + tl.arange(0, BLOCK_W)
-    place = args.Bits + offs_m[:, None] * args.words + offs_w[None, :]
-    tl.store(place, words, mask=(offs_m < M)[:, None] & (offs_w < args.words)[None, :])
+    place = args.Bits + offs_m[:, None] * tl.cdiv(N, 32) + offs_w[None, :]
+    tl.store(place, words, mask=(offs_m < M)[:, None] & (offs_w < tl.cdiv(N, 32))[None, :])
     return z
 
 

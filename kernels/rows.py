@@ -14,7 +14,7 @@ NORM_EPS = tl.constexpr(1e-12)
 FP32_EPS = tl.constexpr(2.0**-23)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N"])
 def prepare_kernel(
     X,  # [M, D] or None
     Y,  # [N, D]
@@ -95,7 +95,7 @@ def prepare_kernel(
         tl.store(ColFactor + offs, _inverse_norm(y_squared, Y), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tiles"])
 def merge_kernel(
     Max,  # [n_tiles, R]
     Sum,
@@ -119,7 +119,7 @@ def merge_kernel(
     tl.store(RunningSum + offs, total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tiles"])
 def settle_kernel(
     Max,  # [n_tiles, R], or None: all sums are relative to exp(shift)
     Sum,  # [n_tiles, R]
@@ -224,7 +224,7 @@ def settle_kernel(
             _store(scaled[number], offs, strides[2 * number + 1], start, D, mask, x, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def weigh_kernel(
     Out,  # [R, N]: exponentials times both factors, made the gradient in place
     RowWeight,  # [R]
@@ -256,7 +256,7 @@ def weigh_kernel(
         _store(Out, offs, stride_om, start, N, mask, dz, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def finish_kernel(
     Sum,  # [R, D] fp32
     OverL,  # [R] or None

@@ -8,6 +8,9 @@ Two kernels, one fold, one table of epilogues (`softmax.py`):
                         and up) or through pointers (cp.async below)
     panel_kernel        the similarities of a panel of columns were written in fp32 by the vendor's GEMM
 
+No vector's width hangs on M, so no kernel is specialised by it: a new batch size would wait for the
+compiler. Stores need to know N's divisibility, loads that of D and of the strides.
+
 Logits stay in fp32 from the accumulator to the exponential. The target, columns out of range and
 removed columns (bias = -inf) have z = -inf.
 """
@@ -19,7 +22,7 @@ from .masks import admitted
 from .softmax import hits, tanh
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def similarity_kernel(
     X,  # [M, D]: a descriptor of BLOCK_M x BLOCK_D, or a pointer to rows of unit stride
     Y,  # [N, D], likewise
@@ -90,7 +93,7 @@ def similarity_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "first_tile"])
 def panel_kernel(
     Sim,  # [M, columns of the panel] fp32
     Out,
@@ -165,7 +168,7 @@ def _fold(
     else:
         z = tl.where(mask_n[None, :], _bent(z, softcap), float("-inf"))
     if masks is not None:
-        admit = admitted(sim, mask_m, mask_n, offs_m, offs_n, pid_n, masks, BLOCK_N)
+        admit = admitted(sim, mask_m, mask_n, offs_m, offs_n, pid_n, N, masks, BLOCK_N)
         z = tl.where(admit, z, float("-inf"))
     if Target is not None:
         z = tl.where(hits(Target, offs_m, mask_m, pid_n, BLOCK_N), float("-inf"), z)

@@ -316,7 +316,7 @@ class Recorder:
     """Stands in for a kernel: compiles its arguments instead of launching them."""
 
     def __init__(self, kernel: Any, capability: int):
-        self.kernel, self.capability = kernel, capability
+        self.kernel, self.fn, self.capability = kernel, kernel.fn, capability
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return self.compile
@@ -337,8 +337,9 @@ class Recorder:
                 return "*" + TYPES[value.dtype]
             if isinstance(value, float):
                 return "fp32"
-            if isinstance(value, int) and value != 1:
-                if value % 16 == 0:
+            specialized = self.kernel.arg_names[path[0]] not in self.kernel.do_not_specialize
+            if isinstance(value, int) and not (specialized and value == 1):
+                if specialized and value % 16 == 0:
                     attributes[path] = [["tt.divisibility", 16]]
                 return "i32"
             values[path] = value

@@ -177,9 +177,8 @@ def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor, own: Tensor |
     threshold = guide_threshold(guide_scores(strips[0], room) if own is None else own, rule, strips[0].x.shape[1])
     dropped = []
     for strip in strips:
-        words = _cdiv(strip.y.shape[0], 32)
-        bits = torch.empty((strip.x.shape[0], words), dtype=torch.int32, device=strip.x.device)
-        args = _masks().BitsArgs(threshold, bits, words)
+        bits = torch.empty((strip.x.shape[0], _cdiv(strip.y.shape[0], 32)), dtype=torch.int32, device=strip.x.device)
+        args = _masks().BitsArgs(threshold, bits)
         _similarities(_masks().bits, strip, None, args, _config(strip, "guide"))
         dropped.append(bits)
     return dropped
@@ -378,7 +377,6 @@ def _mask_args(strip: Strip) -> Any:
         strip.own,
         strip.own_scale,
         *((0, 0) if dense is None else dense.stride()),
-        0 if bits is None else bits.stride(0),
     )
 
 
