@@ -586,7 +586,43 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
     """Every launch of every kernel."""
     _check(args)
     with _on(device):
-        kernel[grid](*args, **constants, enable_fp_fusion=True)  # the default changes in Triton 3.10
+        try:
+            kernel[grid](*args, **constants, enable_fp_fusion=True)  # the default changes in Triton 3.10
+        except Exception as error:
+            raise RuntimeError(_failed(kernel.fn.__name__, device, error)) from error
+
+
+# What a failed compile or launch asks for, by words of its error.
+REMEDIES = {
+    "C compiler": "install gcc, or name a C compiler in CC",
+    "'-shared', '-fPIC'": "Python.h and a C compiler must be there: install gcc and python3-dev",  # the command's words
+    "libcuda": "install NVIDIA's driver, or name the folder of libcuda.so.1 in TRITON_LIBCUDA_PATH",
+    "ptxas": "install triton again, or name a ptxas in TRITON_PTXAS_PATH (TRITON_PTXAS_BLACKWELL_PATH from sm_100 on)",
+    "no kernel image": "update the driver: it knows no such cubin",
+    "kernel image is invalid": "update the driver: it knows no such cubin",
+    "Permission denied": "name a folder that can be written in TRITON_CACHE_DIR",
+    "No space left": "make room, or name another folder in TRITON_CACHE_DIR",
+    # These are found by whoever asks next, and no later call succeeds.
+    "illegal memory access": "a kernel before this one failed: start again with CUDA_LAUNCH_BLOCKING=1 to see which",
+    "launch failure": "a kernel before this one failed: start again with CUDA_LAUNCH_BLOCKING=1 to see which",
+}
+
+
+def _failed(name: str, device: torch.device, error: Exception) -> str:
+    import triton
+
+    what = str(device)
+    if device.type == "cuda":
+        arch = "".join(map(str, torch.cuda.get_device_capability(device)))
+        what = f"{device} ({torch.cuda.get_device_name(device)}, sm_{arch})"
+    said = str(error)
+    remedy = next((f"{remedy}; " for words, remedy in REMEDIES.items() if words in said), "")
+    first = next((line.strip() for line in said.splitlines() if line.strip()), "no message")
+    return (
+        f"backend 'triton': kernel {name!r} was not launched on {what} by Triton {triton.__version__}. "
+        f"{type(error).__name__}: {first}. Remedy: {remedy}`python -m fusedloss check` says what runs here, and "
+        "backend='chunked' needs none of it"
+    )
 
 
 def _check(args: tuple[Any, ...]) -> None:
