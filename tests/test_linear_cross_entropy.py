@@ -404,6 +404,7 @@ def test_strides_and_inputs_that_stay_as_they_are():
     assert all(torch.equal(a, b) for a, b in zip(wide, before, strict=True))
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("options", [{"softcap": 5.0, "z_loss": 0.01}, {"label_smoothing": 0.1, "weight": True}])
 def test_compiled_it_is_one_op_with_the_same_numbers(options):
     x, y, bias, target = inputs(9, 11, 4, torch.float32, ignored=0.3)

@@ -109,6 +109,7 @@ def test_learnable_scale_and_bias(backend):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.lengthy
 def test_inside_torch_compile():
     x, y = (randn(B, D).requires_grad_() for _ in range(2))
     step = lambda x, y: fusedloss.matryoshka(fusedloss.info_nce, x, y, dims=(9, 4))

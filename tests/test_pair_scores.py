@@ -297,6 +297,7 @@ def test_inputs_are_not_written_to_and_a_second_backward_gives_the_same():
 # Derivatives and memory -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_second_derivatives(kind, backend):

@@ -608,6 +608,7 @@ def test_inside_the_error_budget(name, kind, backend, dtype):
 # torch.compile --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lengthy
 def test_masks_and_guides_compile_into_one_graph():
     """Nothing in a mask breaks a graph; values, gradients and statistics are eager's."""
     ids = torch.arange(12) % 5
