@@ -66,6 +66,7 @@ def no_nvcc(tmp_path):
     return {"CUDA_HOME": tmp_path / "no-cuda"}  # when it is set, nvcc is looked for there only
 
 
+@pytest.mark.processes
 def test_sdist_and_the_wheel_made_from_it(source, no_nvcc, tmp_path):
     _, output = run("-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", cwd=source, **no_nvcc)
     assert SKIPPED in output and "nvcc was not found" in output
@@ -104,6 +105,7 @@ def test_sdist_and_the_wheel_made_from_it(source, no_nvcc, tmp_path):
         assert "Description-Content-Type: text/markdown" in metadata, 'pyproject.toml lacks readme = "README.md"'
 
 
+@pytest.mark.processes
 def test_pure_wheel_away_from_the_checkout(source, tmp_path):
     _, output, wheel = build_wheel(source, tmp_path, FUSEDLOSS_CUDA=0)
     assert SKIPPED in output and "FUSEDLOSS_CUDA=0" in output
@@ -119,12 +121,14 @@ def test_pure_wheel_away_from_the_checkout(source, tmp_path):
     assert output.split() == [str(site / "__init__.py"), str(site / "kernels/__init__.py"), fusedloss.__version__]
 
 
+@pytest.mark.processes
 def test_cuda_required_without_nvcc_fails(source, no_nvcc, tmp_path):
     status, output, wheel = build_wheel(source, tmp_path, check=False, FUSEDLOSS_CUDA=1, **no_nvcc)
     assert status != 0 and wheel is None
     assert "FUSEDLOSS_CUDA=1, but nvcc was not found" in output
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not NVCC, reason="needs nvcc")
 def test_without_a_gpu_nothing_is_compiled(source, tmp_path):
     _, output, wheel = build_wheel(source, tmp_path, CUDA_VISIBLE_DEVICES="")
@@ -132,6 +136,7 @@ def test_without_a_gpu_nothing_is_compiled(source, tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name, value", [("FUSEDLOSS_CUDA", "maybe"), ("FUSEDLOSS_CUDA_ARCHS", "sm_80")])
 def test_bad_switches_are_named(source, tmp_path, name, value):
     if name == "FUSEDLOSS_CUDA_ARCHS" and not NVCC:
@@ -180,6 +185,7 @@ def test_cuda_wheel(source, tmp_path):
     assert list((source / "fusedloss").glob("_C.*.so"))
 
 
+@pytest.mark.processes
 def test_without_triton(tmp_path):
     code = """
         import sys
