@@ -1,8 +1,8 @@
 """The sm_90 kernel: every test of test_cuda_kernels.py once more, on a CPU as tests/host/ runs it, and on an H100.
 
 Blocks get several tiles and rings wrap: there is one block, or cluster, or two for all tiles. What the host's threads
-do first, when loads land and when products take place (tests/host/machine.h, ptx_host90.h) differs from case to case;
-marker `grid` has every case with every one of them.
+do first, when loads land and when products take place (tests/host/machine.h, ptx_host90.h) differs from case to case.
+`make test` has a share of the cases; marker `grid` has all, with loads and products of both kinds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ PLAIN = ("nothing else", "factors", "bias", "strange targets", "no target")
 
 LOADS, PRODUCTS = ("early", "late"), ("issue", "wait")
 MODES = tuple(itertools.product(LOADS, PRODUCTS))
-EVERY = 9  # of the table, which share runs in `make test`
+RING = "twice around"
+EVERY = 7  # of the table, which share runs in `make test`
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +147,22 @@ def test_table(case, host_extension, monkeypatch):
 
 @pytest.mark.grid
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_whole_table_in_every_mode(case, host_extension, monkeypatch):
-    for loads, products in MODES:
-        on_the_host(monkeypatch, host_extension, case, loads, products)
+def test_the_whole_table(case, host_extension, monkeypatch):
+    """In one mode, and with the other loads and the other products."""
+    for mode in (MODES[case.index % 4], MODES[3 - case.index % 4]):
+        on_the_host(monkeypatch, host_extension, case, *mode)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in CASES if case.cluster == 2 or RING in str(case)], ids=str)
+def test_an_h100(case, monkeypatch):
+    """What test_cuda_kernels.py does not have there: clusters of two, and several tiles a block."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    if reason := cuda._why_not(torch.float32, device, cuda.extension):
+        pytest.skip(reason)
+    check(case, device, use(monkeypatch, cuda.extension, case.cluster, case.cluster * (1 + case.index % 2)))
 
 
 # Faults that must be found --------------------------------------------------------------------------------------------
@@ -277,8 +291,9 @@ def as_a_gpu_rounds(monkeypatch, seed: int) -> None:
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_whole_table_as_a_gpu_rounds(case, capability, fused_extension, monkeypatch):
+def test_the_whole_table_as_a_gpu_rounds(case, fused_extension, monkeypatch):
+    """Of either kernel half."""
+    capability = 90 if case.cluster == 2 or case.index % 2 else 80
     as_a_gpu_rounds(monkeypatch, case.index + 1)
     on_the_host(monkeypatch, fused_extension, case, "late", "issue", capability)
