@@ -88,7 +88,8 @@ def table() -> list[Case]:
         axes: dict[str, Any] = {"number": NUMBERS, "one_of_each": ("bf16", "tf32"), "given": kernels.SETS}
         axes = {axis: list(values) for axis, values in axes.items() if axis in parameters}
         for mark in getattr(function, "pytestmark", ()):
-            axes[mark.args[0]] = [getattr(value, "values", (value,))[0] for value in mark.args[1]]
+            if mark.name == "parametrize":
+                axes[mark.args[0]] = [getattr(value, "values", (value,))[0] for value in mark.args[1]]
         if "layout" in axes:
             axes["layout"] = ["rows"]
         for values in itertools.product(*axes.values()):
@@ -259,12 +260,14 @@ def products90(folder, *, file="", line="", instead=""):
     return run
 
 
+@pytest.mark.host
 def test_products_of_whole_numbers(tmp_path, host_build):
     run = products90(tmp_path)
     for cluster, order, (loads, products) in itertools.product((1, 2), ("forward", "backward", "7"), MODES):
         assert run(cluster, order, loads, products) == (0, "0 of 120000 are wrong\n"), (cluster, order, loads, products)
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("name", [*FAULTS, *(pytest.param(name, marks=pytest.mark.grid) for name in MORE_FAULTS)])
 def test_a_fault_is_found(name, tmp_path, host_build):
     fault = (FAULTS | MORE_FAULTS)[name]
@@ -291,6 +294,7 @@ def as_a_gpu_rounds(monkeypatch, seed: int) -> None:
 
 
 @pytest.mark.grid
+@pytest.mark.host
 @pytest.mark.parametrize("case", CASES[::2], ids=str)
 def test_half_of_the_table_as_a_gpu_rounds(case, fused_extension, monkeypatch):
     """By the kernels in turn."""
