@@ -113,13 +113,17 @@ BESIDE := tools/torchvision_beside_cpu_torch.py
 PINS := $(VENV)/constraints.txt
 PIP := $(BIN)/pip install --no-compile -c $(PINS)
 
+# Triton 3.6, of torch 2.10 and 2.11, has an interpreter that numpy 2.4 breaks.
+OLD := $(filter 2.10.% 2.11.%,$(TORCH))
+REPINNED := torch|torchvision|triton$(if $(OLD),|numpy)
+
 # What the demo needs is a small part of what the tests do.
 $(INSTALLED): WITH := bench
 $(READY): WITH := $(EXTRAS)
 $(INSTALLED) $(READY): pyproject.toml setup.py constraints.txt $(BESIDE) $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	grep -Ev '$(if $(TORCH),^(torch|torchvision|triton)==,^$$)' constraints.txt > $(PINS)
-	$(if $(TORCH),echo 'torch==$(TORCH)' >> $(PINS))
+	grep -Ev '$(if $(TORCH),^($(REPINNED))==,^$$)' constraints.txt > $(PINS)
+	$(if $(TORCH),printf '%s\n' 'torch==$(TORCH)' $(if $(OLD),'numpy<2.4') >> $(PINS))
 	$(PIP) setuptools pybind11 ninja
 	$(PIP) --no-build-isolation -e '.[$(WITH)]'
 	$(BIN)/python $(BESIDE)

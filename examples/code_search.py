@@ -343,7 +343,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a small run: 20 MB of source, batch 2048")
     parser.add_argument("--batch", type=int, default=16384, help="pairs in a batch")
     parser.add_argument("--steps", type=int, default=20, help="training steps")
-    parser.add_argument("--megabytes", type=float, default=120, help="of Python source to read, at most")
+    parser.add_argument("--megabytes", type=float, default=80, help="of Python source to read, at most")
     parser.add_argument("--budget", type=float, default=4, help="GiB that eager torch may take in the comparison")
     parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--bf16", action="store_true", help="give the loss bfloat16 embeddings")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 
@@ -40,15 +41,19 @@ def test_counts_are_pytests(tmp_path):
 
 @pytest.mark.processes
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_another_torch_has_an_environment_of_its_own():
-    command = ["make", "--dry-run", "test", "TORCH=9.8.7", "PYTHON=/opt/bin/python3.14"]
+@pytest.mark.parametrize("torch, more", [("9.8.7", []), ("2.10.0", ["numpy<2.4"])])
+def test_another_torch_has_an_environment_of_its_own(torch, more):
+    command = ["make", "--dry-run", "test", f"TORCH={torch}", "PYTHON=/opt/bin/python3.14"]
     shown = subprocess.run(command, cwd=versions.ROOT, check=True, capture_output=True, text=True).stdout
-    assert "/opt/bin/python3.14 -m venv .venv-torch-9.8.7-python3.14" in shown
-    assert ".venv-torch-9.8.7-python3.14/bin/python -m pytest" in shown
-    assert "torch==9.8.7" in shown and " .venv/" not in shown
+    assert f"/opt/bin/python3.14 -m venv .venv-torch-{torch}-python3.14" in shown
+    assert f".venv-torch-{torch}-python3.14/bin/python -m pytest" in shown and " .venv/" not in shown
+    assert shlex.split(next(line for line in shown.splitlines() if "printf" in line))[2:-2] == [
+        f"torch=={torch}",
+        *more,
+    ]
     pins = subprocess.run(
         shown[(start := shown.index("grep ")) : shown.index(" >", start)],
         shell=True, cwd=versions.ROOT, check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
     names = {line.partition("==")[0] for line in pins.splitlines()}
-    assert "numpy" in names and not names & {"torch", "torchvision", "triton"}
+    assert "pytest" in names and ("numpy" in names) == (not more) and not names & {"torch", "torchvision", "triton"}
