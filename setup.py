@@ -189,7 +189,7 @@ def ninja_file(nvcc: str, archs: Collection[str], sources: list[str], includes: 
     holds = codes(archs, sources)
     sm90a = "sm_90a" in holds
     lines = [NINJA_FILE.format(nvcc=shlex.quote(nvcc).replace("$", "$$"), sm90a=int(sm90a))]
-    # Only bindings.cpp asks for these. An isolated build has pybind11 elsewhere each time.
+    # Only what is no kernel asks for these. An isolated build has pybind11 elsewhere each time.
     host = f"-DFUSEDLOSS_ARCHS={':'.join(holds)} {' '.join(shlex.quote(f'-I{folder}') for folder in includes)}"
     # The long ones first: minutes on one core, while the rest take seconds.
     used = sorted((s for s in sources if sm90a or not is_sm90(s)), key=lambda s: ("similarity" not in s, s))

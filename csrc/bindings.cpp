@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "build_info.h"
 #include "rows.h"
 #include "similarity.h"
 
@@ -20,19 +21,16 @@ using namespace fusedloss;
 
 namespace {
 
-#define STRING_OF(x) #x
-#define STRING(x) STRING_OF(x)
-
 void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
-  }
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + error_text(error));
 }
 
-py::dict build_info() {
+py::dict info() {
+  const BuildInfo built = build_info();
   py::dict info;
-  info["cuda_version"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
-  info["archs"] = py::str(STRING(FUSEDLOSS_ARCHS)).attr("split")(":");
+  info["cuda_version"] = built.cuda_version;
+  info["driver_version"] = built.driver_version;
+  info["archs"] = py::str(built.archs).attr("split")(":");
   return info;
 }
 
@@ -249,7 +247,8 @@ void def_similarities(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.def("build_info", &build_info, "cuda_version, and archs: what the kernels were compiled for");
+  m.def("build_info", &info, "cuda_version, of the runtime inside; driver_version: the newest that the driver here runs, or ''; "
+        "archs: what the kernels were compiled for");
 
   py::enum_<DType>(m, "DType", py::module_local())
       .value("float32", DType::float32)

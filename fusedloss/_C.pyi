@@ -3,7 +3,8 @@ import enum
 from typing import TypedDict
 
 class BuildInfo(TypedDict):
-    cuda_version: str
+    cuda_version: str  # of the runtime, which is linked statically
+    driver_version: str  # the newest CUDA that the driver here runs; "" without one
     archs: list[str]
 
 class DType(enum.Enum):

@@ -57,10 +57,12 @@ def extension() -> str:
     archs = built["archs"]
     assert isinstance(archs, list)
     how = f"CUDA {built['cuda_version']}: {' '.join(archs)}"
+    if driver := built.get("driver_version"):
+        how += f"; the driver runs CUDA up to {driver}"
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
-        runs = "runs" if cuda.runs_on(archs, (major, minor)) else "does not run"
-        how += f"; {runs} on cuda:{i} (sm_{major}{minor})"
+        runs = cuda.runs_on(archs, (major, minor)) and not cuda.old_driver(built, (major, minor))
+        how += f"; {'runs' if runs else 'does not run'} on cuda:{i} (sm_{major}{minor})"
     return how
 
 

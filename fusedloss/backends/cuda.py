@@ -102,6 +102,31 @@ def _why_not(dtype: torch.dtype, device: torch.device, load: Any) -> str | None:
         return f"needs compute capability 8.0 or newer, not {'.'.join(map(str, capability))}"
     if not runs_on(archs, capability):
         return f"fusedloss._C was built for {', '.join(archs)}, the GPU is sm_{capability[0]}{capability[1]}"
+    return old_driver(info, capability)
+
+
+def old_driver(info: Mapping[str, object], capability: tuple[int, int]) -> str | None:
+    """Why the driver runs nothing of fusedloss._C, by CUDA's rules of compatibility.
+
+    A runtime needs a driver of its major version, whatever the minor one; the driver compiles PTX of its own version or
+    of an older one.
+    """
+    built, driver, archs = info["cuda_version"], info.get("driver_version"), info["archs"]
+    assert isinstance(built, str) and isinstance(archs, list)
+    if not isinstance(driver, str) or not driver:
+        return None
+    here, needed = (tuple(map(int, version.split("."))) for version in (driver, built))
+    gpu = f"{capability[0]}{capability[1]}"
+    if here[0] < needed[0]:
+        return (
+            f"the driver runs CUDA up to {driver}, and fusedloss._C was built with {built}: update the driver to one of "
+            f"CUDA {needed[0]}.0 or newer, or install fusedloss again with an nvcc of CUDA {here[0]} (CUDA_HOME)"
+        )
+    if here < needed and not runs_on([arch for arch in archs if arch.startswith("sm_")], capability):
+        return (
+            f"fusedloss._C has no machine code for the GPU, an sm_{gpu}, but PTX of CUDA {built}, and the driver compiles "
+            f"PTX up to {driver}: update the driver, or install fusedloss again with FUSEDLOSS_CUDA_ARCHS={gpu}"
+        )
     return None
 
 

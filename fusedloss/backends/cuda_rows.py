@@ -205,10 +205,45 @@ def launch(name: str, device: torch.device, **fields: Any) -> None:
 def call(name: str, device: torch.device, *arguments: Any) -> None:
     """Kernels are launched on the current device, wherever the tensors are."""
     run = getattr(extension(), name)
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return run(*arguments, stream(device))
-    with torch.cuda.device(device):
-        run(*arguments, stream(device))
+    try:
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return run(*arguments, stream(device))
+        with torch.cuda.device(device):
+            run(*arguments, stream(device))
+    except RuntimeError as error:
+        raise RuntimeError(_failed(name, device, str(error))) from None
+
+
+# What CUDA's errors ask for, by a part of their names.
+REMEDIES = {
+    "InsufficientDriver": "update the driver, or install fusedloss again with an nvcc of the driver's CUDA or older",
+    "NoKernelImage": "install fusedloss again with FUSEDLOSS_CUDA_ARCHS={arch}",
+    "UnsupportedPtx": "update the driver, or install fusedloss again with FUSEDLOSS_CUDA_ARCHS={arch}",
+    "InvalidPtx": "install fusedloss again with FUSEDLOSS_CUDA_ARCHS={arch}",
+    "MemoryAllocation": "free memory on {device}, or reduce the batch",
+    # These are found by whoever asks next, and no later call succeeds.
+    "IllegalAddress": "a kernel before this one failed: start again with CUDA_LAUNCH_BLOCKING=1 to see which",
+    "LaunchFailure": "a kernel before this one failed: start again with CUDA_LAUNCH_BLOCKING=1 to see which",
+    "Assert": "a kernel before this one failed: start again with CUDA_LAUNCH_BLOCKING=1 to see which",
+}
+
+
+def _failed(name: str, device: torch.device, error: str) -> str:
+    """error: "name: cudaErrorName: what CUDA says of it", of csrc/bindings.cpp."""
+    what, arch = str(device), ""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        arch = f"{major}{minor}"
+        what = f"{device} (sm_{arch})"
+    remedies = [remedy for part, remedy in REMEDIES.items() if f"cudaError{part}" in error]
+    remedy = "".join(f"{one.format(arch=arch, device=device)}; " for one in remedies[:1])
+    info = extension().build_info()
+    driver = f", the driver runs up to {info['driver_version']}" if info["driver_version"] else ""
+    return (
+        f"backend 'cuda': kernel {name!r} was not launched on {what}. {error}. fusedloss._C was built with CUDA "
+        f"{info['cuda_version']} for {', '.join(info['archs'])}{driver}. Remedy: {remedy}`python -m fusedloss info` says "
+        "what runs here, and backend='chunked' needs none of it"
+    )
 
 
 def struct(name: str, **fields: Any) -> Any:

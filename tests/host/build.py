@@ -37,17 +37,10 @@ def build(sanitize: bool = False, fused: bool = False) -> Path:
 
     Sanitized it has the sm_80 kernels alone.
     """
-    import pybind11
-
-    folder = ROOT / "build" / "host" / ("sanitized" if sanitize else "fused" if fused else "plain")
-    folder.mkdir(parents=True, exist_ok=True)
-    includes = [f"-I{path}" for path in (HOST, CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
-    extra = [*(SANITIZE if sanitize else ["-DFUSEDLOSS_SM90A=1"]), *(FUSED if fused else [])]
-    flags = [*FLAGS, *WARNINGS, *DEFINES, *includes, *extra]
-    headers = [file for where in (CSRC, HOST) for file in sorted(where.iterdir()) if file.suffix in (".h", ".cuh")]
-    common = _digest([sys.version, _run("g++", "--version"), *flags], headers)
-    sources = [file for file in sorted(CSRC.glob("*.cu")) if not (sanitize and "sm90" in file.name)]
-    sources.insert(0, CSRC / "bindings.cpp")  # the longest first
+    folder, flags, common = _settings(sanitize, fused)
+    sources = [CSRC / "bindings.cpp"]  # the longest first
+    sources += [file for file in sorted(CSRC.glob("*.cpp")) if file not in sources]
+    sources += [file for file in sorted(CSRC.glob("*.cu")) if not (sanitize and "sm90" in file.name)]
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with ThreadPoolExecutor(JOBS) as pool:
@@ -56,6 +49,27 @@ def build(sanitize: bool = False, fused: bool = False) -> Path:
         digest = _digest([], objects)
         _make(library, digest, lambda out: _run("g++", "-shared", *map(str, objects), *extra, "-o", out))
     return library
+
+
+def bindings() -> Path:
+    """Its object of bindings.cpp, half a minute's work, which knows nothing of kernels: tests/stub/ links it, too."""
+    folder, flags, common = _settings()
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _compile(CSRC / "bindings.cpp", folder, flags, common)
+
+
+def _settings(sanitize: bool = False, fused: bool = False) -> tuple[Path, list[str], str]:
+    """The folder, g++'s flags, and a digest of what all sources hang on."""
+    import pybind11
+
+    folder = ROOT / "build" / "host" / ("sanitized" if sanitize else "fused" if fused else "plain")
+    folder.mkdir(parents=True, exist_ok=True)
+    includes = [f"-I{path}" for path in (HOST, CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
+    extra = [*(SANITIZE if sanitize else ["-DFUSEDLOSS_SM90A=1"]), *(FUSED if fused else [])]
+    flags = [*FLAGS, *WARNINGS, *DEFINES, *includes, *extra]
+    headers = [file for where in (CSRC, HOST) for file in sorted(where.iterdir()) if file.suffix in (".h", ".cuh")]
+    return folder, flags, _digest([sys.version, _run("g++", "--version"), *flags], headers)
 
 
 def load(library: Path, name: str = "_C") -> ModuleType:
