@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fusedloss import info
-from fusedloss.backends.cuda import runs_on
+from fusedloss.backends.cuda import old_driver, runs_on
 
 ROOT = Path(__file__).parent.parent
 CUDA_13 = [f"sm_{number}" for number in (75, 80, 86, 87, 88, 89, 90, 100, 110, 103, 120, 121)] + ["compute_75"]
@@ -255,6 +255,40 @@ def test_where_several_run():
     assert not runs_on([], (9, 0))
 
 
+BUILT = {"cuda_version": "12.6", "archs": ["sm_80", "sm_90", "sm_90a", "compute_80"]}
+
+
+# By CUDA's rules: a runtime needs a driver of its major version, PTX one that is as new.
+@pytest.mark.parametrize(
+    "driver, capability, reason",
+    [
+        ("12.6", (9, 0), None),
+        ("12.0", (9, 0), None),  # machine code: any minor version
+        ("12.0", (8, 6), None),
+        ("13.1", (9, 0), None),
+        (
+            "11.8",
+            (9, 0),
+            "the driver runs CUDA up to 11.8, and fusedloss._C was built with 12.6: update the driver to ",
+        ),
+        ("12.6", (12, 0), None),  # PTX
+        ("12.8", (12, 0), None),
+        ("12.4", (12, 0), "fusedloss._C has no machine code for the GPU, an sm_120, but PTX of CUDA 12.6, and the "),
+        ("11.8", (12, 0), "the driver runs CUDA up to 11.8"),
+        ("12.10", (12, 0), None),  # numbers, not text
+        ("", (9, 0), None),  # nobody knows
+    ],
+)
+def test_which_drivers_run_a_build(driver, capability, reason):
+    found = old_driver(BUILT | {"driver_version": driver}, capability)
+    if reason is None:
+        assert found is None
+        return
+    assert found.startswith(reason)
+    cuda = driver.partition(".")[0]
+    assert found.endswith((f"with an nvcc of CUDA {cuda} (CUDA_HOME)", "again with FUSEDLOSS_CUDA_ARCHS=120"))
+
+
 @pytest.mark.parametrize("capabilities", [[], [(9, 0)], [(12, 0), (7, 5)]])
 def test_info_says_what_was_built_in_and_where_it_runs(monkeypatch, capabilities):
     built = {"cuda_version": "13.0", "archs": ["sm_80", "sm_90", "sm_90a", "compute_80"]}
@@ -265,5 +299,10 @@ def test_info_says_what_was_built_in_and_where_it_runs(monkeypatch, capabilities
     assert line.startswith("CUDA 13.0: sm_80 sm_90 sm_90a compute_80")
     assert ("; runs on cuda:0 (sm_90)" in line) == (capabilities == [(9, 0)])
     assert ("; runs on cuda:0 (sm_120); does not run on cuda:1 (sm_75)" in line) == (len(capabilities) == 2)
+    monkeypatch.setattr(info.cuda, "build_info", lambda: built | {"driver_version": "12.4"})
+    line = info.extension()
+    assert "; the driver runs CUDA up to 12.4" in line
+    assert "; runs on" not in line
+    assert line.count("; does not run on") == len(capabilities)
     monkeypatch.setattr(info.cuda, "build_info", lambda: None)
     assert info.extension().startswith("not built") and "FUSEDLOSS_CUDA=1" in info.extension()

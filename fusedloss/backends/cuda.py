@@ -119,13 +119,13 @@ def old_driver(info: Mapping[str, object], capability: tuple[int, int]) -> str |
     gpu = f"{capability[0]}{capability[1]}"
     if here[0] < needed[0]:
         return (
-            f"the driver runs CUDA up to {driver}, and fusedloss._C was built with {built}: update the driver to one of "
-            f"CUDA {needed[0]}.0 or newer, or install fusedloss again with an nvcc of CUDA {here[0]} (CUDA_HOME)"
+            f"the driver runs CUDA up to {driver}, and fusedloss._C was built with {built}: update the driver to one "
+            f"of CUDA {needed[0]}.0 or newer, or install fusedloss again with an nvcc of CUDA {here[0]} (CUDA_HOME)"
         )
     if here < needed and not runs_on([arch for arch in archs if arch.startswith("sm_")], capability):
         return (
-            f"fusedloss._C has no machine code for the GPU, an sm_{gpu}, but PTX of CUDA {built}, and the driver compiles "
-            f"PTX up to {driver}: update the driver, or install fusedloss again with FUSEDLOSS_CUDA_ARCHS={gpu}"
+            f"fusedloss._C has no machine code for the GPU, an sm_{gpu}, but PTX of CUDA {built}, and the driver "
+            f"compiles PTX up to {driver}: update it, or install fusedloss again with FUSEDLOSS_CUDA_ARCHS={gpu}"
         )
     return None
 

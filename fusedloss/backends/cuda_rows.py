@@ -241,8 +241,8 @@ def _failed(name: str, device: torch.device, error: str) -> str:
     driver = f", the driver runs up to {info['driver_version']}" if info["driver_version"] else ""
     return (
         f"backend 'cuda': kernel {name!r} was not launched on {what}. {error}. fusedloss._C was built with CUDA "
-        f"{info['cuda_version']} for {', '.join(info['archs'])}{driver}. Remedy: {remedy}`python -m fusedloss info` says "
-        "what runs here, and backend='chunked' needs none of it"
+        f"{info['cuda_version']} for {', '.join(info['archs'])}{driver}. Remedy: {remedy}`python -m fusedloss info` "
+        "says what runs here, and backend='chunked' needs none of it"
     )
 
 
