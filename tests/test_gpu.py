@@ -14,17 +14,41 @@ pytestmark = pytest.mark.gpu
 
 BACKEND = pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
 KERNELS = pytest.mark.parametrize("backend", ["triton", "cuda"])
-LOSSES = {
+SWEEPS = {
     "info_nce": lambda q, k, s, b: fusedloss.info_nce(q, k, temperature=1 / s, normalize=True, backend=b),
     "info_nce, scale known": lambda q, k, s, b: fusedloss.info_nce(q, k, temperature=0.05, normalize=True, backend=b),
     "clip": lambda q, k, s, b: fusedloss.clip(q, k, s, backend=b),
     "siglip": lambda q, k, s, b: fusedloss.siglip(q, k, s, -4.0, backend=b),
     "ranking": lambda q, k, s, b: fusedloss.multiple_negatives_ranking(q, k, k * 2, scale=s, backend=b),
 }
+# One of each family without a sweep; backend "cuda" has no kernels for them.
+ROWWISE = {
+    "list": lambda q, k, s, b: fusedloss.rank_net(*lists(q, k), backend=b),
+    "class": lambda q, k, s, b: fusedloss.cross_entropy(
+        q, torch.arange(len(q), device=q.device) % q.shape[1], backend=b
+    ),
+    "pair": lambda q, k, s, b: fusedloss.cosine_similarity(q, k, k.detach().float()[:, 0], backend=b),
+    "pointwise": lambda q, k, s, b: fusedloss.mse(q, k.detach(), backend=b),
+}
+LOSSES = SWEEPS | ROWWISE
 
 
-def batch(backend, dtype=torch.float32, rows=300, dim=72):
+def lists(query, key):
+    """Three queries' documents, whose lengths the host knows."""
+    n = len(query)
+    scores = (query * key.detach()).sum(1)
+    lengths = [n // 3, n // 2, n - n // 3 - n // 2]
+    return scores.split(lengths), (numbers(query) % 3).split(lengths)
+
+
+def numbers(x):
+    return torch.arange(len(x), device=x.device)
+
+
+def batch(backend, dtype=torch.float32, rows=300, dim=72, loss="info_nce"):
     reason = BACKENDS[backend].why_not(probe("cuda", dtype))
+    if backend == "cuda" and loss in ROWWISE:
+        reason = "fusedloss._C has no kernel for this loss"
     if reason:
         pytest.skip(f"{backend}: {reason}")
     query, key = (x.cuda().requires_grad_() for x in testing.inputs("random", rows, rows, dim, dtype))
@@ -42,7 +66,7 @@ def step(loss, backend, leaves):
 @BACKEND
 @pytest.mark.parametrize("loss", list(LOSSES))
 def test_nothing_synchronises(backend, loss):
-    leaves = batch(backend)
+    leaves = batch(backend, loss=loss)
     step(loss, backend, leaves)  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -55,7 +79,7 @@ def test_nothing_synchronises(backend, loss):
 @BACKEND
 @pytest.mark.parametrize("loss", list(LOSSES))
 def test_a_captured_graph_follows_its_inputs(backend, loss):
-    leaves = batch(backend, torch.bfloat16)
+    leaves = batch(backend, torch.bfloat16, loss=loss)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -71,10 +95,28 @@ def test_a_captured_graph_follows_its_inputs(backend, loss):
     with torch.no_grad():
         leaves[0].copy_(leaves[0].flip(0) * 0.7)
     graph.replay()
-    found = [value.clone(), leaves[0].grad.clone(), leaves[1].grad.clone()]
+    found = [value.clone(), *(leaf.grad for leaf in leaves[:2])]
     wanted = testing.value_and_gradients(lambda *t: LOSSES[loss](*t, backend), leaves)
     for a, b in zip(found, wanted, strict=False):
-        assert torch.equal(a, b)
+        assert torch.equal(torch.zeros_like(b) if a is None else a, b)  # a target has no gradient
+
+
+@BACKEND
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_a_second_device_while_the_first_is_current(backend, loss):
+    """tests/test_cuda_host.py asks the same of backend "cuda" without a GPU; here the numbers are compared, too."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    here = batch(backend, loss=loss)
+    if reason := BACKENDS[backend].why_not(probe("cuda:1", torch.float32)):
+        pytest.skip(f"{backend}: {reason}")
+    assert torch.cuda.current_device() == 0
+    wanted = testing.value_and_gradients(lambda *t: LOSSES[loss](*t, backend), here)
+    found = testing.value_and_gradients(lambda *t: LOSSES[loss](*t, backend), [x.detach().to("cuda:1") for x in here])
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(found, wanted, strict=True):
+        assert a.device.index == 1
+        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-5, atol=1e-6)  # the GPUs need not be alike
 
 
 @BACKEND
@@ -92,7 +134,7 @@ def test_an_out_of_range_target_gives_nan_and_the_environment_checks_it(backend,
 @pytest.mark.parametrize("loss", list(LOSSES))
 @pytest.mark.parametrize("rows, dim", [(2048, 768), (6000, 100)])
 def test_several_chunks_at_real_sizes_in_bf16(backend, loss, rows, dim):
-    leaves = batch(backend, torch.bfloat16, rows, dim)
+    leaves = batch(backend, torch.bfloat16, rows, dim, loss)
     found = testing.value_and_gradients(lambda *t: LOSSES[loss](*t, backend), leaves)
     exact = [t.detach().double() for t in leaves]
     wanted = testing.value_and_gradients(lambda *t: LOSSES[loss](*t, "reference"), exact)
@@ -123,14 +165,14 @@ def test_second_derivatives_are_refused_by_the_kernels(backend):
 @pytest.mark.parametrize("dim", [256, 100])
 @KERNELS
 def test_runs_are_equal_bit_for_bit(backend, loss, dtype, dim):
-    leaves = batch(backend, dtype, 3000, dim)
+    leaves = batch(backend, dtype, 3000, dim, loss)
     first = testing.value_and_gradients(lambda *t: LOSSES[loss](*t, backend), leaves)
     again = testing.value_and_gradients(lambda *t: LOSSES[loss](*t, backend), leaves)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("gemm", ["descriptors", "pointers", "library"])
-@pytest.mark.parametrize("loss", list(LOSSES))
+@pytest.mark.parametrize("loss", list(SWEEPS))
 @pytest.mark.parametrize("dim", [100, 768])
 def test_every_way_to_multiply_agrees(monkeypatch, gemm, loss, dim):
     """Whatever the table picks on this device: bf16 at real tiles, several waves of them, ragged in every direction."""
