@@ -54,6 +54,7 @@ SCHEDULE = {
     "waits for all but one, then for all": 1,
     "commits": 2,
     "MEMBAR in a loop": 0,
+    "CCTL.IVALL in a loop": 0,  # what a wait of the scope .cluster makes of it
     "barriers are fenced": 1,
     "producer calls": 0,
     "producer products": 0,
@@ -192,7 +193,6 @@ def schedule(text: str) -> Entry:
     opcodes = [opcode for _, opcode, _ in code]
     follow = [_follow(place, line, labels, len(code)) for place, line in enumerate(code)]
     waits = [operands.strip() for _, opcode, operands in code if opcode.startswith("WARPGROUP.DEPBAR")]
-    membars = [place for place, opcode in enumerate(opcodes) if opcode.startswith("MEMBAR")]
     start = [place for place, opcode in enumerate(opcodes) if opcode.startswith("USETMAXREG.DEALLOC")]
     producers = _reached(start, follow) if start else set()
     return {
@@ -200,7 +200,8 @@ def schedule(text: str) -> Entry:
         "WARPGROUP.DEPBAR": len(waits),
         "waits for all but one, then for all": int(waits == ["gsb0, 0x1", "gsb0, 0x0"]),
         "commits": sum(opcode.startswith("HGMMA") and "gsb0" in operands for _, opcode, operands in code),
-        "MEMBAR in a loop": sum(place in _reached(follow[place], follow) for place in membars),
+        "MEMBAR in a loop": _in_loops("MEMBAR", opcodes, follow),
+        "CCTL.IVALL in a loop": _in_loops("CCTL.IVALL", opcodes, follow),
         "barriers are fenced": int(_fenced(opcodes)),
         "producer registers": max((_registers(code[place]) for place in producers), default=0),
         "producer calls": sum(opcodes[place].startswith("CALL") for place in producers),
@@ -230,6 +231,12 @@ def _reached(start: list[int], follow: list[list[int]]) -> set[int]:
                 seen.add(place)
                 left.append(place)
     return seen
+
+
+def _in_loops(start: str, opcodes: list[str], follow: list[list[int]]) -> int:
+    """Instructions that a thread may come back to."""
+    places = (place for place, opcode in enumerate(opcodes) if opcode.startswith(start))
+    return sum(place in _reached(follow[place], follow) for place in places)
 
 
 def _fenced(opcodes: list[str]) -> bool:

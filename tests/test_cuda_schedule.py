@@ -122,6 +122,8 @@ def test_the_schedule_of_a_sound_kernel(reader):
         ("IMAD R20, R21.reuse, R7, R3 ;", "MEMBAR.SC.CTA ;", ["MEMBAR in a loop: 1, not 0"]),
         ("FMUL R200, R201, R202 ;", "MEMBAR.ALL.CTA ;", ["MEMBAR in a loop: 1, not 0"]),  # once a tile
         ("WARPSYNC.ALL ;", "MEMBAR.ALL.CTA ;", []),  # once a block
+        ("IMAD R20, R21.reuse, R7, R3 ;", "CCTL.IVALL ;", ["CCTL.IVALL in a loop: 1, not 0"]),
+        ("WARPSYNC.ALL ;", "CCTL.IVALL ;", []),
         ("MEMBAR.ALL.CTA ;", "NOP ;", ["barriers are fenced: 0, not 1"]),
         ("FENCE.VIEW.ASYNC.S ;\n.L_x_1", "NOP ;\n.L_x_1", ["barriers are fenced: 0, not 1"]),
         ("SYNCS.EXCH.64", "SYNCS.LD.64", ["barriers are fenced: 0, not 1"]),

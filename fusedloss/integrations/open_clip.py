@@ -135,7 +135,7 @@ class CoCaLoss(_CoCaLoss, ClipLoss):
         if not runs_fused("open_clip.CoCaLoss.caption_loss", self._why_not_caption(logits, labels)):
             forward: Any = super().forward
             return forward(image_features, text_features, logits, labels, logit_scale, output_dict)
-        contrastive = torch.tensor(0, device=logits.device)
+        contrastive = torch.zeros((), dtype=torch.int64, device=logits.device)  # made there: nothing is copied
         if self.clip_loss_weight:
             # The contrastive part is that of the class above upstream's.
             contrastive = self.clip_loss_weight * super(_CoCaLoss, self).forward(
@@ -214,7 +214,11 @@ def _entropy(image: Tensor, text: Tensor, scale: Scale) -> Tensor:
     H(p) = log Z - E_p[z], and E_p[z] is the scale times the derivative of log Z by it: of CLIP's loss, whose diagonal
     cancels.
     """
-    scale = torch.as_tensor(scale, device=image.device).detach().to(stats_dtype(image.dtype)).requires_grad_()
+    dtype = stats_dtype(image.dtype)
+    if isinstance(scale, Tensor):
+        scale = scale.detach().to(image.device, dtype).requires_grad_()
+    else:
+        scale = torch.full((), scale, dtype=dtype, device=image.device, requires_grad=True)
     with torch.enable_grad():
         loss = clip(image.detach(), text.detach(), scale)
         (slope,) = torch.autograd.grad(loss, scale)

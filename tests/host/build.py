@@ -47,7 +47,7 @@ def build(sanitize: bool = False, fused: bool = False) -> Path:
             objects = list(pool.map(lambda source: _compile(source, folder, flags, common), sources))
         library = folder / "_C.so"
         digest = _digest([], objects)
-        _make(library, digest, lambda out: _run("g++", "-shared", *map(str, objects), *extra, "-o", out))
+        _make(library, digest, lambda out: _run("g++", "-shared", *map(str, objects), *flags[len(FLAGS) :], "-o", out))
     return library
 
 

@@ -413,7 +413,7 @@ class PListMLELoss(_OfLists, _PListMLELoss):
         if not torch.any(
             losses
         ):  # single documents: as there, no gradient, and not one of 0, which would decay weights
-            return torch.tensor(0.0, device=self.model.device, requires_grad=True)
+            return torch.zeros((), device=self.model.device, requires_grad=True)
         return losses.mean()
 
 
