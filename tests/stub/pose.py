@@ -159,7 +159,6 @@ def watch() -> Any:
     """A mode that counts what crosses from the host to a device or back, by the line of fusedloss that asks for it."""
     from torch import Tensor
     from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
 
     class Watch(TorchDispatchMode):
         crossings: collections.Counter[str]
@@ -170,9 +169,12 @@ def watch() -> Any:
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            tensors = [x for x in (*tree_leaves((args, kwargs)), *tree_leaves(out)) if isinstance(x, Tensor)]
-            # A kernel takes a 0-dim tensor on the host by value.
-            kinds = {x.device.type for x in tensors if x.dim() or func.overloadpacket.__name__ in COPIES}
+            copies, kinds = func.overloadpacket.__name__ in COPIES, set()
+            for given in (*args, *(kwargs or {}).values(), out):
+                for x in given if isinstance(given, list | tuple) else (given,):
+                    # A kernel takes a 0-dim tensor on the host by value.
+                    if isinstance(x, Tensor) and (copies or x.dim()):
+                        kinds.add(x.device.type)
             if len(kinds) > 1:
                 self.crossings[f"{func} {where()}"] += 1
             return out
