@@ -33,6 +33,8 @@ def build() -> ModuleType:
 
 
 # One test, and so one process for all: torch is told of the devices before it is imported, once.
+@pytest.mark.host
+@pytest.mark.processes
 def test_the_host_part(build):
     if reason := build.why_not():
         pytest.skip(reason)
