@@ -176,6 +176,14 @@ def patch_target(patch: Patch, entry: Tensor) -> None:
     out.scatter_(1, index, torch.where(none[:, None], out.gather(1, index), entry))
 
 
+def tf32() -> bool:
+    """Whether products of fp32 are: torch's switch for its own. Its old getter raises once the new setter was used."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision == "tf32"
+    return torch.get_float32_matmul_precision() != "highest"
+
+
 def tie(dim: int, dtype: torch.dtype) -> float:
     """By how much the similarities of unit rows may differ and still be equal: by the rounding of a duplicate's.
 
@@ -187,11 +195,19 @@ def tie(dim: int, dtype: torch.dtype) -> float:
     return (4 + math.ceil(dim / 4)) * torch.finfo(dtype).eps
 
 
+def tie_to_exact(x: Tensor) -> float:
+    """`tie` of a product of rows like `x` and the score of the same rows in fp64.
+
+    That is of operands as they are. In tf32 each loses up to 2^-10 of itself where it is cut off (2^-11 where it is
+    rounded), and so the product up to 2^-9 of both lengths.
+    """
+    return tie(x.shape[1], stats_dtype(x.dtype)) + (2**-9 if x.dtype == torch.float32 and tf32() else 0.0)
+
+
 def score_ties(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
-    """`tie` of `<x_i, y_index[i]>`: times the product of both lengths, not of a similarity that may be near 0."""
-    dtype = stats_dtype(x.dtype)
-    lengths = [torch.linalg.vector_norm(t, dim=1, dtype=dtype) for t in (x, y)]
-    return tie(x.shape[1], dtype) * lengths[0] * lengths[1][index]
+    """Of `<x_i, y_index[i]>`: times the product of both lengths, not of a similarity that may be near 0."""
+    lengths = [torch.linalg.vector_norm(t, dim=1, dtype=stats_dtype(t.dtype)) for t in (x, y)]
+    return tie_to_exact(x) * lengths[0] * lengths[1][index]
 
 
 def above_ties(score: Tensor, ties: Tensor | float, scale: Tensor) -> Tensor:

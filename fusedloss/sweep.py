@@ -39,7 +39,7 @@ from .problem import (
     saved_dtype,
     stats_dtype,
 )
-from .rows import above_ties, fold_part, fold_scalars, fresh, row_chunks, score_ties, squared_distances, tie
+from .rows import above_ties, fold_part, fold_scalars, fresh, row_chunks, score_ties, squared_distances, tie_to_exact
 from .waves import wave_rows
 
 MIB = 1 << 20
@@ -340,7 +340,7 @@ class _Sweep:
         """By how much a similarity may exceed the row's target's and still be a tie, `[M]` or a number."""
         first = self.problem.blocks[0]
         if self.problem.cosine:
-            return tie(self.operands[first.query].shape[1], self.dtype)
+            return tie_to_exact(self.operands[first.query])
         x, y = self.operands[first.query][: self.problem.rows], self.operands[first.key]
         return score_ties(x, y, self.problem.target.clamp(min=0))
 

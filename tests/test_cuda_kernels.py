@@ -739,6 +739,28 @@ def test_a_duplicate_is_a_tie_where_tensor_cores_cut_off(normalize, name, sign, 
     assert torch.allclose(kept, torch.tensor(rows + 30).log(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_duplicate_is_a_tie_where_products_are_of_tf32(normalize, host_extension, monkeypatch):
+    """The target's score is of operands as they are, its duplicates' of rounded ones."""
+    on_the_host(host_extension, monkeypatch)
+    rows = 40
+    query, key = torch.randn(rows, 24), 5 * torch.nn.functional.normalize(torch.randn(rows, 24), dim=1)
+    query = query + 2 * key  # so that a target is its row's best, beside its duplicate
+    keys = torch.cat([key, key])
+    with products(NUMBERS["tf32"]):
+        call = functools.partial(fusedloss.info_nce, query, keys, temperature=1.0, normalize=normalize, backend="cuda")
+        stats = call(return_stats=True)[1]
+        kept = call(mask=score_margin(0.0), reduction="none")
+    best = torch.nn.functional.normalize if normalize else lambda x, dim: x
+    z = best(query, dim=1).double() @ best(key, dim=1).double().T
+    own = z.diagonal()[:, None]
+    assert (z <= own).all(), "the draw"
+    assert stats.accuracy == 1 and stats.mean_reciprocal_rank == 1
+    room = 2**-8 if normalize else 2**-8 * query.norm(dim=1) * key.norm(dim=1).max()
+    wanted = torch.cat([z, z], dim=1).logsumexp(1) - own[:, 0]
+    assert ((kept - wanted).abs() <= room).all()
+
+
 def test_what_the_sanitizers_run_has_every_kernel(host_extension, monkeypatch):
     """tests/sanitize.py, here without compute-sanitizer."""
     import sanitize

@@ -23,9 +23,9 @@ from ..folds import (
     sup_con_in_row,
 )
 from ..problem import Fold, GuideRule, Mask, Patch, Problem, RowSums, Softmax, Strip, StripMask, Tally, stats_dtype
-from ..rows import fold_scalars, guide_threshold, patch_target
+from ..rows import fold_scalars, guide_threshold, patch_target, tf32
 from .cuda_rows import call, extension, finish, inverse_norms, merge, number_format, prepare, settle, struct, weigh
-from .shared import can_exp, exp_shift, tf32
+from .shared import can_exp, exp_shift
 
 __all__ = ["can_exp", "finish", "inverse_norms", "merge", "prepare", "settle", "weigh"]
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from ..problem import Problem
-from .shared import can_exp, tf32
+from ..rows import tf32
+from .shared import can_exp
 
 KERNELS = ("cuda", "triton")
 KINDS = (("one direction", "one direction, bounded"), ("both directions", "both directions, bounded"))

@@ -1,4 +1,4 @@
-"""What both sets of hand-written kernels are told: a shift that is safe beforehand, and whether fp32 is rounded."""
+"""What both sets of hand-written kernels are told: a shift that is safe beforehand, and how vectors must lie."""
 
 from __future__ import annotations
 
@@ -24,14 +24,6 @@ def exp_shift(problem: Problem) -> float:
     if bound is None:
         raise ValueError("exp_rows needs scale_bound or a softcap: see can_exp")
     return min(abs(bound), LOWEST_EXPONENT - abs(bound))
-
-
-def tf32() -> bool:
-    """Whether products of fp32 are: torch's switch for its own. Its old getter raises once the new setter was used."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):
-        return matmul.fp32_precision == "tf32"
-    return torch.get_float32_matmul_precision() != "highest"
 
 
 def check_vector(name: str, x: Tensor) -> None:

@@ -32,9 +32,9 @@ from ..problem import (
     Tally,
     stats_dtype,
 )
-from ..rows import guide_threshold
+from ..rows import guide_threshold, tf32
 from ..waves import wave_rows
-from .shared import can_exp, check_vector, exp_shift, tf32
+from .shared import can_exp, check_vector, exp_shift
 
 if TYPE_CHECKING:
     from ..kernels.config import Config
