@@ -35,7 +35,7 @@ def pick_sizes(C: int, S: int, *, interpreted: bool) -> Sizes:
     return Sizes(rows, width, 8 if width == 4096 else 4)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit
 def class_rows_kernel(
     X,  # logits
     Target,  # [R] int64, within the classes
@@ -149,7 +149,7 @@ def class_rows_kernel(
             _store(Grad, grad_base, offs_c, stride_gc, inside, tl.where(left_out[:, None], 0.0, dz / gain[:, None]))
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit
 def share_rows_kernel(
     X,  # logits
     Share,  # of each class, or the logits of a softmax that gives them
@@ -260,7 +260,7 @@ def share_rows_kernel(
     tl.store(Loss + offs, loss, mask=mask)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit
 def pair_logits_kernel(
     U,  # [B, D]
     V,

@@ -10,7 +10,7 @@ import triton.language as tl
 from .rows import _load, _store
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def score_kernel(
     Query,  # [M, D]
     others,  # K matrices [M, D]
@@ -62,7 +62,7 @@ def score_kernel(
         tl.store(Value + _place(k, M, offs), value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "stride_um", "stride_uk"])
+@triton.jit
 def score_backward_kernel(
     Upstream,  # [M, K]
     Query,

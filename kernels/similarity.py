@@ -8,8 +8,8 @@ Two kernels, one fold, one table of epilogues (`softmax.py`):
                         and up) or through pointers (cp.async below)
     panel_kernel        the similarities of a panel of columns were written in fp32 by the vendor's GEMM
 
-No vector's width hangs on M, so no kernel is specialised by it: a new batch size would wait for the
-compiler. Stores need to know N's divisibility, loads that of D and of the strides.
+N's divisibility by 16 gives the stores their width, M's saves predicates: where it was not specialised, "exp" took 237
+registers on sm_90 for 210, "grad" 255 for 231.
 
 Logits stay in fp32 from the accumulator to the exponential. The target, columns out of range and
 removed columns (bias = -inf) have z = -inf.
@@ -22,7 +22,7 @@ from .masks import admitted
 from .softmax import hits, tanh
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def similarity_kernel(
     X,  # [M, D]: a descriptor of BLOCK_M x BLOCK_D, or a pointer to rows of unit stride
     Y,  # [N, D], likewise
@@ -93,7 +93,7 @@ def similarity_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "first_tile"])
+@triton.jit(do_not_specialize=["first_tile"])
 def panel_kernel(
     Sim,  # [M, columns of the panel] fp32
     Out,
