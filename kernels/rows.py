@@ -14,7 +14,7 @@ NORM_EPS = tl.constexpr(1e-12)
 FP32_EPS = tl.constexpr(2.0**-23)
 
 
-@triton.jit(do_not_specialize=["M", "N"])
+@triton.jit
 def prepare_kernel(
     X,  # [M, D] or None
     Y,  # [N, D]
@@ -224,7 +224,7 @@ def settle_kernel(
             _store(scaled[number], offs, strides[2 * number + 1], start, D, mask, x, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit
 def weigh_kernel(
     Out,  # [R, N]: exponentials times both factors, made the gradient in place
     RowWeight,  # [R]
