@@ -78,7 +78,8 @@ def score_margin(margin: float, exempt: Tensor | None = None) -> Mask:
     """Drops negatives whose similarity, before temperature and bias, exceeds the target's by more than `margin`.
 
     exempt: int64 `[M, E]`, columns that it does not concern (curated hard negatives); -1 for none. Scores within
-    (4 + D / 4) eps of both lengths of the threshold are ties, which stay.
+    (4 + D / 4) eps of both lengths of the threshold are ties, which stay; within 2^-9 more where torch's switch lets
+    fp32 products be of tf32.
     """
     checks.number("margin", margin)
     return Mask(margin=float(margin), exempt=exempt)
