@@ -48,7 +48,7 @@ def nvcc() -> str | None:
 def unoptimised(nvcc: str) -> dict[str, str]:
     """Variables for a build in a fifth of the time, where this nvcc can; ptxas spills and serialises then."""
     options = subprocess.run([nvcc, "--help"], check=True, capture_output=True, text=True).stdout
-    return {"NVCC_APPEND_FLAGS": "--Ofast-compile=max -Xcompiler=-O0"} if "--Ofast-compile" in options else {}
+    return {"NVCC_APPEND_FLAGS": "--Ofast-compile=max"} if "--Ofast-compile" in options else {}
 
 
 def build(archs: str, optimised: bool = True) -> Path:
