@@ -343,6 +343,7 @@ def test_softplus_keeps_its_digits():
             assert ((found.detach().double() - wanted).abs() <= bound).all(), (dtype, found, wanted)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("partition_mode", ["joint", "per_direction"])
 @pytest.mark.parametrize("backend", PLAIN)
 def test_second_derivatives_of_directions_with_hard_negatives(backend, partition_mode):
@@ -450,6 +451,7 @@ def test_compiles_in_one_graph_without_recompiling_for_another_batch():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])

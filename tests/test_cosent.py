@@ -233,6 +233,7 @@ def test_nothing_is_read_back_from_a_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.lengthy
 def test_under_the_compiler():
     a, b, score = randn(8, 4), randn(8, 4), torch.rand(8)
     function = torch.compile(lambda a, b: fusedloss.cosent(a, b, score), backend="aot_eager")

@@ -112,6 +112,7 @@ def problems(draw, grid=False):
 # Every fold -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", FOLDS)
 @given(problem=problems())
 @settings(max_examples=60, deadline=None)
@@ -119,6 +120,7 @@ def test_fold_is_its_formula(name, problem):
     same(name, *problem)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", FOLDS)
 @given(problem=problems(grid=True))
 @settings(max_examples=40, deadline=None)

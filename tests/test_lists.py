@@ -633,6 +633,7 @@ def test_a_gradient_is_all_that_is_saved(case, dtype):
     assert sum(saved) <= 8 * 40 * 4 + 8  # fp32, and what multiplies it
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("case", FEW)
 def test_under_a_compiler(case):
     ours, _ = CASES[case]

@@ -411,6 +411,7 @@ def test_what_is_kept_for_backward(loss):
 # Autograd and its surroundings ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_second_backward_and_second_derivatives(reduction, loss):

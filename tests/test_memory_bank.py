@@ -177,6 +177,7 @@ def test_a_graph_that_was_freed_still_says_so():
         loss.backward()
 
 
+@pytest.mark.lengthy
 def test_compiled_the_queue_may_be_overwritten_too():
     query, key, bank = batch(dtype=torch.float32)
 

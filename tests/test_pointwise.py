@@ -695,6 +695,7 @@ def test_transforms_see_the_formula(name):
     close(found, wanted)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", TWINS)
 def test_it_compiles_without_a_break(name):
     x, t = example(name, (4, 3), torch.float32)

@@ -424,6 +424,7 @@ def test_what_is_kept_for_backward(loss):
 # Autograd and its surroundings ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_second_backward_and_second_derivatives(reduction, loss):
@@ -472,6 +473,7 @@ def test_strides_and_inputs_that_stay_as_they_are(loss):
     assert all(torch.equal(a, b) for a, b in zip(wide, before, strict=True))
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("loss", LOSSES)
 def test_compiled_it_is_one_op_with_the_same_numbers(loss):
     x, target, proxies = inputs(9, 11, 4, torch.float32)

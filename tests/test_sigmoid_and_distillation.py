@@ -651,6 +651,7 @@ def test_second_derivatives_by_scale_and_bias():
     assert torch.autograd.gradgradcheck(function, (scalar(0.7).requires_grad_(), scalar(-0.2).requires_grad_()))
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", ["siglip", "batch_hard_triplet", "batch_all_triplet", "clip_distill"])
 def test_compiles_in_one_graph(name):
     """Labels, scale and bias are the graph's inputs."""

@@ -147,6 +147,7 @@ def failures(device) -> dict[str, list[str]]:
     return child(device, "front", "failures.py")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("what", "said"),
     {
@@ -170,6 +171,7 @@ def test_a_kernel_that_fails_says_what_to_run(failures, what, said):
         assert words in message
 
 
+@pytest.mark.processes
 def test_the_stub_and_the_watch_refuse_what_a_gpu_would(failures):
     assert "gridDimY and gridDimZ must be at most 65535, got 65536, 1" in failures["grid"][1]
     assert "cannot be accessed from Triton (cpu tensor?)" in failures["host"][1]
