@@ -105,13 +105,12 @@ clean: ## remove what the other targets made
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # An editable install maps kernels/ to fusedloss.kernels. Without build isolation, so that the pins hold for the
-# build as well. csrc/ is compiled where there is a GPU alone (setup.py). Without --no-compile pip would compile every
-# file of every package, most of which nobody imports, for a minute.
+# build as well. csrc/ is compiled where there is a GPU alone (setup.py).
 # Of torchvision PyPI alone may be at hand, whose build for CUDA does not import beside a torch for a CPU: the last line
 # but one mends that where it is so.
 BESIDE := tools/torchvision_beside_cpu_torch.py
 PINS := $(VENV)/constraints.txt
-PIP := $(BIN)/pip install --no-compile -c $(PINS)
+PIP := $(BIN)/pip install -c $(PINS)
 
 # Triton 3.6, of torch 2.10 and 2.11, has an interpreter that numpy 2.4 breaks.
 OLD := $(filter 2.10.% 2.11.%,$(TORCH))
