@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
 
 # Without CUDA there are no parameters of "cuda" that a run would only skip: 5,800 of 23,000 tests.
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
+
+
+def one_of(values: Iterable[Any]) -> list[Any]:
+    """The first; the others are of the grid."""
+    value, *others = values
+    return [value, *(pytest.param(other, marks=pytest.mark.grid) for other in others)]
 
 
 def cover(cases: Sequence[tuple[int, ...]]) -> set[int]:

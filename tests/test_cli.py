@@ -50,12 +50,8 @@ def test_check_passes_here_and_fails_when_a_backend_is_wrong(capsys, monkeypatch
     assert "FAILED" in capsys.readouterr().out
 
 
-GRID = pytest.mark.grid  # a race compiles eager by inductor: 20 seconds each
-
-
-@pytest.mark.parametrize(
-    "loss", ["info_nce", *(pytest.param(name, marks=GRID) for name in ("clip", "multiple_negatives_ranking"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["info_nce", "clip", "multiple_negatives_ranking"])
 def test_bench_races_and_writes_its_results(loss, tmp_path, capsys):
     arguments = ["bench", "--loss", loss, "--n", "128", "256", "--d", "32", "--rounds", "1", "--device", "cpu"]
     arguments += [] if loss == "info_nce" else ["--no-memory"]  # each memory run is a fresh process: seconds

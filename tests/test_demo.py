@@ -14,6 +14,7 @@ pytestmark = pytest.mark.processes
 EXAMPLE = Path(__file__).parents[1] / "examples" / "code_search.py"
 
 
+@pytest.mark.slow
 def test_code_search_learns_and_draws(tmp_path):
     picture = tmp_path / "plot.png"
     command = [sys.executable, str(EXAMPLE), "--quick", "--device", "cpu", "--out", str(picture)]

@@ -428,6 +428,7 @@ def measured(rank):
     return outcome
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a CPU's peak can be reset on Linux only")
 def test_a_ring_takes_half_of_what_gathering_takes():
     """Of four ranks with 8 MiB of keys each, beside what 64 rows take: the gradients that both return, 16 MiB."""

@@ -319,6 +319,7 @@ def test_a_group_of_one(ranks, name):
         assert_as_alone([one], trained_alone(name, "SGD", [(5,), (2,)], first=rank))
 
 
+@pytest.mark.slow
 def test_a_compiled_loss(ranks):
     found = ranks("compiled")
     for step, rows in enumerate((3, 4)):

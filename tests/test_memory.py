@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from grids import one_of
 from peaks import MIB, at_sizes, growth, measured
 
 from fusedloss import measure, testing
@@ -15,7 +16,7 @@ def peak_of(racer: str, loss: str, n: int) -> int:
 
 
 @measured
-@pytest.mark.parametrize("loss", ["info_nce", "clip", "multiple_negatives_ranking"])
+@pytest.mark.parametrize("loss", one_of(["info_nce", "clip", "multiple_negatives_ranking"]))
 def test_sixteen_times_the_logits_fit_the_same_bound(loss):
     """Logits of 64 MiB and of 1 GiB: the workspace of 64 MiB and its tiles, and what has a number for each row."""
     few, some, many = at_sizes(peak_of, "fusedloss", loss, sizes=(64, 4096, 16384))
@@ -79,17 +80,19 @@ def family_memory(loss: str, n: int) -> int:
 @measured
 @pytest.mark.parametrize(
     "loss",
-    [
-        "gist_embed",
-        "nt_xent",
-        "sup_con",
-        "siglip",
-        "clip_distill",
-        "batch_hard_triplet",
-        "batch_all_triplet",
-        "mega_batch_margin",
-        "matryoshka",
-    ],
+    one_of(
+        [
+            "gist_embed",
+            "nt_xent",
+            "sup_con",
+            "siglip",
+            "clip_distill",
+            "batch_hard_triplet",
+            "batch_all_triplet",
+            "mega_batch_margin",
+            "matryoshka",
+        ]
+    ),
 )
 def test_the_family_stays_under_one_matrix_of_logits(loss):
     """At N = 8192 a matrix of logits is 256 MiB."""
@@ -126,7 +129,7 @@ def beside_a_small_workspace(loss: str, n: int) -> int:
 
 
 @measured
-@pytest.mark.parametrize("loss", BESIDE)
+@pytest.mark.parametrize("loss", one_of(BESIDE))
 def test_what_stands_beside_a_small_workspace(loss):
     """Never more than one and a half times what a loss is given, and of most nothing that grows with N x D."""
     sizes = (2048, 4096)  # a tile has 2048 columns at most

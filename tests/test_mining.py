@@ -12,6 +12,7 @@ import math
 
 import pytest
 import torch
+from grids import one_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peaks import MIB, growth, measured
@@ -662,7 +663,7 @@ def peak_of_the_hardest(name: str, n: int) -> int:
 
 
 @measured
-@pytest.mark.parametrize("name", ["hard", "soft", "mega-batch"])
+@pytest.mark.parametrize("name", one_of(["hard", "soft", "mega-batch"]))
 def test_the_hardest_are_found_in_tiles(name):
     """[N, N] would be 256 MiB."""
     assert growth(peak_of_the_hardest, name, sizes=(64, 8192)) < 24 * MIB
@@ -674,7 +675,7 @@ def peak_of_triplets(name: str, classes: int | None, n: int) -> int:
 
 
 @measured
-@pytest.mark.parametrize("name", ["all", "semi-hard"])
+@pytest.mark.parametrize("name", one_of(["all", "semi-hard"]))
 @pytest.mark.parametrize("classes", [None, 2])  # a label for two rows, or two labels
 def test_triplets_are_never_listed(name, classes):
     """[N, N, N] would be 32 GiB, and a row of negatives for each pair of two labels 16; the workspace has 64 MiB."""
