@@ -998,7 +998,8 @@ def test_the_plugin_patches_and_counts(tmp_path):
     )
     (tmp_path / "conftest.py").write_text(Path(__file__).with_name("conftest.py").read_text())
     command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "fusedloss.integrations.pytest_patch"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(fusedloss.__file__).parents[1])}
+    paths = (Path(fusedloss.__file__).parents[1], Path(__file__).parent)  # the package, and what conftest.py imports
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     found = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "     1 sentence_transformers.TripletLoss" in found.stdout
