@@ -50,13 +50,15 @@ def test_a_plan_is_made_in_place_of_the_usual_one(tune):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("backend", ["cuda"])
 def test_every_mode_runs_what_this_build_has(tune, monkeypatch, backend, capsys):
-    """On a CPU: the kernel of sm_80 alone."""
+    """On a CPU: both kernels, since tests/host/ has that of sm_90 as well."""
     monkeypatch.setattr(tune, "N", 160)
     for mode in tune.MODES:
         case = tune.Case(BACKENDS[backend], mode, 48, 40, torch.device("cpu"))
-        seconds = tune.times(case, tune.plans((9, 0), mode), 1)
-        assert set(seconds) == {None, tune.Plan(80)} and all(s > 0 for s in seconds.values())
-    assert "Plan(capability=90, cluster=2): LookupError" in capsys.readouterr().err
+        plans = tune.plans((9, 0), mode)
+        seconds = tune.times(case, plans, 1)
+        assert set(seconds) == {None, *plans} and all(s > 0 for s in seconds.values())
+    assert set(tune.times(case, [tune.Plan(100)], 1)) == {None}
+    assert "Plan(capability=100, cluster=1): LookupError" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
