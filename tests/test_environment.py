@@ -64,6 +64,7 @@ for script in sorted(Path("examples").glob("*.py")) + sorted(Path("benchmarks").
 """
 
 
+@pytest.mark.slow
 def test_all_of_it_starts_in_a_plain_interpreter():
     installed = [library for library in LIBRARIES if importlib.util.find_spec(library)]
     if installed != list(LIBRARIES):

@@ -130,6 +130,7 @@ def test_compiles_in_one_graph_for_every_batch_size(name):
     assert graphs["unique_graphs"] == 1
 
 
+@pytest.mark.grid
 @pytest.mark.lengthy
 @pytest.mark.parametrize("name", [name for name in CALLS if "," not in name])
 def test_the_last_batch_may_be_smaller(name):
@@ -166,7 +167,7 @@ def made_under_inference(x):
         return x.detach().clone()
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["chunked", "reference", pytest.param("triton", marks=pytest.mark.grid)])
 @pytest.mark.parametrize("name", CALLS)
 def test_what_has_no_gradient_may_be_an_inference_tensor(name, backend):
     """Each argument in turn, a frozen side's embeddings included: what `encode(convert_to_tensor=True)` returns."""

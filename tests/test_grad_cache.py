@@ -556,6 +556,7 @@ def encoder_memory(rows: int | None, batch: int) -> int:
     return measure.peak_memory(lambda: step(x, y))
 
 
+@pytest.mark.slow
 @measured
 def test_activations_are_those_of_a_chunk():
     """Four matrices of 128 MiB and more of the whole batch; of 128 rows some of 8 MiB, and the loss's workspace."""

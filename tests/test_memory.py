@@ -23,6 +23,7 @@ def test_sixteen_times_the_logits_fit_the_same_bound(loss):
     assert many - some < 64 * MIB and many - few < 128 * MIB, (few, some, many)
 
 
+@pytest.mark.slow
 @measured
 def test_the_yardstick_sees_the_logits_of_eager():
     """The same measurement on eager must find its three [N, N] matrices, or the test above could not fail."""

@@ -219,6 +219,7 @@ def bank_memory(normalize: bool, joined: bool, rows: int) -> int:
     return measure.peak_memory(step)
 
 
+@pytest.mark.slow
 @measured
 def test_a_bank_takes_no_memory_of_its_own():
     assert growth(bank_memory, False, True, sizes=(64, 65536)) > 256 * MIB  # or the next could not fail

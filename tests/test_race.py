@@ -395,6 +395,7 @@ def test_who_ends_the_racing_process_is_left_out_of_the_next_try(end, why, monke
     assert len(jobs) == 1 and why in next(row["note"] for row in rows if row["racer"] == "memeff")
 
 
+@pytest.mark.slow
 def test_points_run_in_a_process_that_may_die(tmp_path, monkeypatch):
     """A real one: the stand-in ends its process, the others are raced without it."""
     monkeypatch.syspath_prepend(str(tmp_path))

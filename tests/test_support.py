@@ -645,6 +645,7 @@ def test_every_loss_is_probed():
     assert set(F.__all__) == set(LOSSES) | ALIASES
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_page_says_what_works(name, kernels, group, found):
     first = first_row(name)

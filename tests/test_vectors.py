@@ -554,6 +554,9 @@ def backends(case: Case) -> tuple[str, ...]:
 
 
 RUNS = [(name, backend) for name, case in CASES.items() for backend in backends(case)]
+# The interpreter takes a second a case: `make test` has the names above.
+SLOW = {run for run in RUNS if run[1] == "triton" and run[0] not in EVERY_LAYOUT}
+PARTED = {run: pytest.param(*run, marks=[pytest.mark.grid] if run in SLOW else []) for run in RUNS}
 
 
 def arranged(case: Case, layout: Callable[[Tensor], Tensor], number: int = 0) -> dict[str, Tensor]:
@@ -565,7 +568,7 @@ def arranged(case: Case, layout: Callable[[Tensor], Tensor], number: int = 0) ->
     return tensors
 
 
-@pytest.mark.parametrize(("name", "backend"), [run for run in RUNS if CASES[run[0]].vectors])
+@pytest.mark.parametrize(("name", "backend"), [PARTED[run] for run in RUNS if CASES[run[0]].vectors])
 def test_vectors_of_any_layout_and_dtype(name, backend):
     """Bit by bit what their contiguous copies give: it is the same computation. Those of all arguments at once."""
     case, wrong = CASES[name], []
