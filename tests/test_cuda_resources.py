@@ -1,7 +1,7 @@
 """Every CUDA kernel in the built extension, on all of its architectures: what it takes, and with what it works.
 
 Read from the library; no GPU is needed. Where none is installed nvcc compiles it for all architectures, which takes
-7 minutes of one core the first time: these are tests of the grid.
+20 minutes of one core the first time: these are tests of the grid.
 """
 
 from __future__ import annotations
