@@ -247,8 +247,9 @@ void def_similarities(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.def("build_info", &info, "cuda_version, of the runtime inside; driver_version: the newest that the driver here runs, or ''; "
-        "archs: what the kernels were compiled for");
+  m.def("build_info", &info,
+        "cuda_version, of the runtime inside; driver_version: the newest that the driver here runs, or ''; archs: what "
+        "the kernels were compiled for");
 
   py::enum_<DType>(m, "DType", py::module_local())
       .value("float32", DType::float32)

@@ -342,7 +342,7 @@ def parse_arguments() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser.add_argument("--quick", action="store_true", help="a small run: 20 MB of source, batch 2048")
     parser.add_argument("--batch", type=int, default=16384, help="pairs in a batch")
-    # On two CPU cores a step takes 9 seconds, and 32768 rows as long as all of the other sizes: four minutes in all.
+    # A CPU gets fewer steps and no race of 32768 rows: these take most of the time.
     parser.add_argument("--steps", type=int, default=20 if cuda else 12, help="training steps")
     parser.add_argument("--megabytes", type=float, default=60, help="of Python source to read, at most")
     parser.add_argument("--budget", type=float, default=4, help="GiB that eager torch may take in the comparison")

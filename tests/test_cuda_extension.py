@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(scope="module")
 def _C() -> ModuleType:
-    """Nothing here depends on what it was optimised for: 40 seconds of one core, once."""
+    """Nothing here depends on what it was optimised for."""
     return cuda_build.load("80", optimised=False)
 
 

@@ -22,7 +22,7 @@ class Stats(NamedTuple):
     Scores are logits divided by the scale: similarities, where there is no bias.
     """
 
-    accuracy: Tensor  # share of rows whose target has the largest logit; ties, to (4 + D / 4) eps, count for it
+    accuracy: Tensor  # share of rows whose target has the largest logit; ties count for it: `masks.score_margin`
     mean_reciprocal_rank: Tensor  # of the target among the row's admissible columns
     positive_score: Tensor  # mean of the targets'
     hardest_negative_score: Tensor  # mean of each row's largest, over the rows that have a negative
