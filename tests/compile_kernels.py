@@ -1,7 +1,10 @@
 """Compiles what the launchers launch, for one architecture and without a GPU.
 
     python tests/compile_kernels.py 90               # JSON on stdout
-    python tests/compile_kernels.py --table          # docs/kernel-resources.md, for all four
+    python tests/compile_kernels.py --table          # docs/kernel-resources.md, for all four; fails by the rules
+
+The table names a digest of what was compiled. While it is that of the sources, tests compile for one architecture
+alone: what the table says of the others held when it was written.
 
 The launchers run on meta tensors with the kernels replaced by recorders, so that tiles, flags and signatures are
 theirs. Run it in a process without TRITON_INTERPRET.
@@ -25,6 +28,7 @@ import torch
 import triton
 from fusedloss.kernels import rows, similarity
 from patience import seconds
+from sources import digest
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -45,7 +49,14 @@ from fusedloss.problem import (
     Tally,
 )
 
+SOURCES = ("kernels/*", "fusedloss/backends/triton*.py", "fusedloss/problem.py", "fusedloss/rowwise/*.py")
+SOURCES += ("tests/compile_kernels.py",)
 CAPABILITIES = (80, 90, 100, 120)
+# Shared memory a block may have, in KiB; a multiprocessor's; the instruction of its tensor cores.
+LIMITS = {80: (163, 164, "HMMA"), 90: (227, 228, "HGMMA"), 100: (227, 228, "UTCMMA"), 120: (99, 100, "HMMA")}
+REGISTERS = 65536  # a multiprocessor's
+# Under which Triton a kernel spills, and where: (mode, dtype) by architecture. Under any other nothing does.
+SPILLS: dict[str, dict[int, set[tuple[str, str]]]] = {}
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 MODES = (
     "stats",
@@ -425,8 +436,58 @@ def row_options(name: str) -> dict[str, int]:
     return pick_rows(name, interpreted=False)
 
 
-def in_processes() -> dict[int, list[dict[str, Any]]]:
-    """All architectures, two at a time."""
+def wrong(capability: int, entry: dict[str, Any]) -> list[str]:
+    """What an entry breaks of the rules."""
+    block, multiprocessor, tensor_cores = LIMITS[capability]
+    found = []
+    if entry["shared"] > block << 10:
+        found.append("shared memory")
+    if "config" not in entry:
+        whole_rows = ("prepare", "prepare, softcap, margin", "norms", "settle, patch", "weigh", "finish")
+        if entry["mode"] in whole_rows and not entry["LDG.128"]:
+            found.append("narrow loads")
+        return found
+    config = entry["config"]
+    programs = config["programs"]
+    if programs * entry["registers"] * 32 * config["num_warps"] > REGISTERS:
+        found.append("registers of all programs")
+    if programs * (entry["shared"] + 1024) > multiprocessor << 10:
+        found.append("shared memory of all programs")
+    stores = not entry["mode"].startswith(("stats", "top", "guide"))
+    multiplies = config["GEMM"] != "library" and (entry["dtype"] != "float32" or entry["precision"] == "high")
+    if bool(entry[tensor_cores]) != multiplies:
+        found.append(f"{tensor_cores} {entry[tensor_cores]}")
+    if bool(entry["UTMALDG"]) != (config["GEMM"] == "descriptors"):
+        found.append(f"UTMALDG {entry['UTMALDG']}")
+    if bool(entry["UTMASTG"]) != (config["GEMM"] == "descriptors" and stores):
+        found.append(f"UTMASTG {entry['UTMASTG']}")
+    if bool(entry["LDGSTS"]) != (config["GEMM"] == "pointers"):
+        found.append(f"LDGSTS {entry['LDGSTS']}")
+    if stores and config["GEMM"] != "descriptors" and multiplies and not entry["STG.128"]:
+        found.append("narrow stores")
+    return found
+
+
+def faults(found: dict[int, list[dict[str, Any]]]) -> list[str]:
+    """A line for each kernel that breaks a rule or was passed over."""
+    lines = []
+    for capability, entries in found.items():
+        spilled = {(e["mode"], e["dtype"]) for e in entries if e["spilled"] or e["local"]}
+        known = SPILLS.get(triton.__version__, {}).get(capability, set())
+        lines += [f"sm_{capability}: {one}: spills" for one in sorted(spilled - known)]
+        lines += [f"sm_{capability}: {one}: no longer spills" for one in sorted(known - spilled)]
+        lines += [f"sm_{capability}: {broken}: {e}" for e in entries if (broken := wrong(capability, e))]
+        there = {(e["mode"], e["dtype"], e["precision"] == "high") for e in entries if e["kernel"] == "similarities"}
+        asked = {(m, d, d == "float32") for m in MODES for d in ("bfloat16", "float16", "float32")}
+        asked |= {(mode, "bfloat16", True) for mode in (*MASKED, *SOFTCAP)}
+        lines += [f"sm_{capability}: {one}: not compiled" for one in sorted(asked - there)]
+        rows_there = {e["mode"] for e in entries if e["kernel"] == "rows"}
+        lines += [f"sm_{capability}: {one}: not compiled" for one in sorted({*BY_ROW, *ROWWISE} - rows_there)]
+    return lines
+
+
+def in_processes(capabilities: tuple[int, ...] = CAPABILITIES) -> dict[int, list[dict[str, Any]]]:
+    """Two at a time."""
 
     def one(capability: int) -> list[dict[str, Any]]:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -438,18 +499,18 @@ def in_processes() -> dict[int, list[dict[str, Any]]]:
         return json.loads(done.stdout)
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(CAPABILITIES, pool.map(one, CAPABILITIES), strict=True))
+        return dict(zip(capabilities, pool.map(one, capabilities), strict=True))
 
 
 def table(found: dict[int, list[dict[str, Any]]]) -> str:
     lines = [
         "# What the kernels take",
         "",
-        f"Compiled by Triton {triton.__version__} without a GPU, with every optional operand present; written by "
-        "`python tests/compile_kernels.py --table` and compared with the compiler in `tests/test_compile.py`. Tile: "
-        "BLOCK_M x BLOCK_N x BLOCK_D, over 2 where the epilogue folds halves, warps, stages. MMA: HGMMA on sm_90, "
-        "UTCMMA on sm_100, HMMA elsewhere. TMA: loads and stores; cp.async: LDGSTS. Registers are per thread, shared "
-        "memory in KiB, spills in bytes a thread.",
+        f"Compiled by Triton {triton.__version__} from sources {digest(*SOURCES)} without a GPU, with every optional "
+        "operand present; written by `python tests/compile_kernels.py --table` and compared with the compiler in "
+        "`tests/test_compile.py`. Tile: BLOCK_M x BLOCK_N x BLOCK_D, over 2 where the epilogue folds halves, warps, "
+        "stages. MMA: HGMMA on sm_90, UTCMMA on sm_100, HMMA elsewhere. TMA: loads and stores; cp.async: LDGSTS. "
+        "Registers are per thread, shared memory in KiB, spills in bytes a thread.",
     ]
     for capability, entries in found.items():
         lines += ["", f"## sm_{capability}", ""]
@@ -478,6 +539,9 @@ def table(found: dict[int, list[dict[str, Any]]]) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--table"]:
-        sys.stdout.write(table(in_processes()))
+        found = in_processes()
+        if broken := faults(found):
+            sys.exit("\n".join(broken))
+        sys.stdout.write(table(found))
     else:
         json.dump(compile_all(int(sys.argv[1])), sys.stdout)

@@ -7,6 +7,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -43,6 +44,14 @@ def why_not() -> str | None:
 
 def nvcc() -> str | None:
     return runpy.run_path(str(ROOT / "setup.py"), run_name="fusedloss_setup")["find_nvcc"]()
+
+
+def nvcc_version() -> str | None:
+    """13.0.88, or None where there is none."""
+    if (compiler := nvcc()) is None:
+        return None
+    said = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    return found[1] if (found := re.search(r"\bV([\d.]+)", said)) else None
 
 
 def unoptimised(nvcc: str) -> dict[str, str]:

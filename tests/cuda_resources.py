@@ -1,6 +1,9 @@
 """What the kernels in a built fusedloss._C take, read from the library itself: nothing is compiled again.
 
-    python tests/cuda_resources.py --table > docs/cuda-resources.md     # installed or not
+    python tests/cuda_resources.py --table > docs/cuda-resources.md     # 20 minutes of one core; fails by the rules
+
+The table names a digest of what was compiled. While it is that of the sources, tests compile for the oldest GPUs and
+for sm_90a alone: what the table says of the others held when it was written.
 
 Registers, spills and shared memory are of every architecture. Disassembly takes a second a megabyte, and machine code
 of all architectures comes from the same PTX: instructions are counted where it is the oldest's, the newest's or
@@ -25,6 +28,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from sources import digest
+
+SOURCES = ("csrc/*", "setup.py", "tests/cuda_resources.py")
 Entry = dict[str, int]  # a kernel's
 Found = dict[str, dict[str, Entry]]  # architecture, kernel
 
@@ -332,6 +338,17 @@ def wrong(arch: str, name: str, entry: Entry) -> list[str]:
     return found
 
 
+def faults(found: Found) -> list[str]:
+    """A line for each kernel that breaks a rule, or is not there."""
+    lines = []
+    for arch, kernels in found.items():
+        lines += [f"{arch}: {name} is missing, or is not known here" for name in sorted(missing(arch, kernels))]
+        for name, entry in kernels.items():
+            if broken := wrong(arch, name, entry):
+                lines.append(f"{arch}: {name}: {', '.join(broken)}")
+    return lines
+
+
 def uses(name: str) -> dict[str, bool]:
     """Which instructions a kernel has and which not."""
     wanted = {"local": False}
@@ -360,10 +377,11 @@ def table(compiler: str, found: Found) -> str:
     lines = [
         "# What the CUDA kernels take",
         "",
-        f"csrc/ as compiled by nvcc {compiler}; written by `python tests/cuda_resources.py --table` and compared with "
-        "the built extension in `tests/test_cuda_resources.py`. Under an architecture: registers a thread, and the "
-        "bytes that it spills where it does. Shared: what the launch asks for, KiB. Instructions are counted in the "
-        f"code of {' / '.join(counted)}, once where both have as many.",
+        f"csrc/ as compiled by nvcc {compiler} from sources {digest(*SOURCES)}; written by `python "
+        "tests/cuda_resources.py --table` and compared with the built extension in `tests/test_cuda_resources.py`. "
+        "Under an architecture: registers a thread, and the bytes that it spills where it does. Shared: what the "
+        f"launch asks for, KiB. Instructions are counted in the code of {' / '.join(counted)}, once where both have "
+        "as many.",
         "",
         head := f"| kernel | {' | '.join(portable)} | shared | {' | '.join(columns)} |",
         "|---" * (head.count("|") - 1) + "|",
@@ -399,4 +417,7 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     import cuda_build
 
-    sys.stdout.write(table(*disassemble(Path(str(cuda_build.load("").__file__)))))
+    found = disassemble(cuda_build.build(""))
+    if broken := faults(found[1]):
+        sys.exit("\n".join(broken))
+    sys.stdout.write(table(*found))
