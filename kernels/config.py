@@ -33,6 +33,8 @@ class Config(NamedTuple):
         return {name: getattr(self, name) for name in names}
 
 
+# Not a compute capability: a GPU that is not NVIDIA's.
+ELSEWHERE = (0, 0)
 # Under half a wave of 128 x 128 tiles on 132 SMs, smaller tiles keep more SMs busy.
 FEW_TILES = 66
 # From here on cuBLAS and a pass over fp32 panels should beat the fused GEMM, on paper: a kernel at
@@ -43,10 +45,10 @@ LIBRARY_D = 2304
 def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] | None, mode: str) -> Config:
     """The config for M x N similarities over D features.
 
-    `dtype` is "bf16", "fp16", "tf32" or "fp32" (full precision, no tensor cores); `capability` is
-    the GPU's, None in the interpreter; `mode` is the epilogue and its options: "stats", "exp",
-    "grad, columns, q, masked" and so on. A measured config of the same GPU, dtype and mode is taken where
-    measured.json has one, at the nearest D.
+    `dtype` is "bf16", "fp16", "tf32" or "fp32" (full precision, no tensor cores); `capability` is the GPU's,
+    ELSEWHERE for one that is not NVIDIA's, None in the interpreter; `mode` is the epilogue and its options:
+    "stats", "exp", "grad, columns, q, masked" and so on. A measured config of the same GPU, dtype and mode is
+    taken where measured.json has one, at the nearest D.
     """
     if capability is None:
         return Config("pointers", 64, 64, 64)
@@ -55,6 +57,10 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
         return found
     if dtype == "fp32":
         return Config("pointers", 128, 64, 16, num_stages=2)
+    if capability == ELSEWHERE:
+        # Within the 64 KiB that a workgroup has on gfx942 and gfx1100, and within gfx1100's 256 registers.
+        small = few or "masked" in mode or mode == "guide"
+        return Config("pointers", 64 if small else 128, 64, 32, num_stages=2)
     narrow = dtype in ("bf16", "fp16")
     BLOCK_D = 64 if narrow else 32  # one 128-byte line of each row
     if capability[0] in (9, 10):

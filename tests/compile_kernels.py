@@ -1,7 +1,7 @@
 """Compiles what the launchers launch, for one architecture and without a GPU.
 
-    python tests/compile_kernels.py 90               # JSON on stdout
-    python tests/compile_kernels.py --table          # docs/kernel-resources.md, for all four; fails by the rules
+    python tests/compile_kernels.py sm_90            # JSON on stdout
+    python tests/compile_kernels.py --table          # docs/kernel-resources.md, for all of them; fails by the rules
 
 The table names a digest of what was compiled. While it is that of the sources, tests compile for one architecture
 alone: what the table says of the others held when it was written.
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import triton
 from fusedloss.kernels import rows, similarity
+from fusedloss.kernels.config import ELSEWHERE
 from patience import seconds
 from sources import digest
 from triton.backends.compiler import GPUTarget
@@ -34,7 +35,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedloss.backends import triton as backend
-from fusedloss.backends import triton_pairs
+from fusedloss.backends import triton_classes, triton_pairs
 from fusedloss.problem import (
     Block,
     Compare,
@@ -51,12 +52,20 @@ from fusedloss.problem import (
 
 SOURCES = ("kernels/*", "fusedloss/backends/triton*.py", "fusedloss/problem.py", "fusedloss/rowwise/*.py")
 SOURCES += ("tests/compile_kernels.py",)
-CAPABILITIES = (80, 90, 100, 120)
-# Shared memory a block may have, in KiB; a multiprocessor's; the instruction of its tensor cores.
-LIMITS = {80: (163, 164, "HMMA"), 90: (227, 228, "HGMMA"), 100: (227, 228, "UTCMMA"), 120: (99, 100, "HMMA")}
+# Shared memory that a block may have, in KiB; a multiprocessor's; the instruction of its matrix products.
+LIMITS = {
+    "sm_80": (163, 164, "HMMA"),
+    "sm_90": (227, 228, "HGMMA"),
+    "sm_100": (227, 228, "UTCMMA"),
+    "sm_120": (99, 100, "HMMA"),
+    "gfx942": (64, 64, "MFMA"),
+    "gfx950": (160, 160, "MFMA"),
+    "gfx1100": (64, 128, "WMMA"),
+}
+TARGETS = tuple(LIMITS)
 REGISTERS = 65536  # a multiprocessor's
 # Under which Triton a kernel spills, and where: (mode, dtype) by architecture. Under any other nothing does.
-SPILLS: dict[str, dict[int, set[tuple[str, str]]]] = {}
+SPILLS: dict[str, dict[str, set[tuple[str, str]]]] = {}
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 MODES = (
     "stats",
@@ -103,6 +112,7 @@ INSTRUCTIONS = {
     "STG.128": r"\bSTG\.E\.(?:\w+\.)*128\b",
     "local": r"\b(?:LDL|STL)\b",
 }
+AMD = {"MFMA": r"\bv_mfma_", "WMMA": r"\bv_wmma_", "EX2": r"\bv_exp_f32"}  # in AMD's
 
 
 def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
@@ -326,8 +336,10 @@ BY_ROW = (
 class Recorder:
     """Stands in for a kernel: compiles its arguments instead of launching them."""
 
-    def __init__(self, kernel: Any, capability: int):
-        self.kernel, self.fn, self.capability = kernel, kernel.fn, capability
+    def __init__(self, kernel: Any, target: str):
+        self.kernel, self.fn = kernel, kernel.fn
+        warp = 64 if target.startswith("gfx9") else 32
+        self.target = GPUTarget("hip", target, warp) if amd(target) else GPUTarget("cuda", number(target), warp)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return self.compile
@@ -363,13 +375,29 @@ class Recorder:
                 signature[name], values[index,] = "constexpr", constants[name]
         Recorder.compiled = triton.compile(
             ASTSource(self.kernel, signature, values, attributes),
-            target=GPUTarget("cuda", self.capability, 32),
+            target=self.target,
             options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion},
         )
         Recorder.warps = num_warps
 
 
+def amd(target: str) -> bool:
+    return target.startswith("gfx")
+
+
+def number(target: str) -> int:
+    return int(target.removeprefix("sm_"))
+
+
 def resources(compiled: Any) -> dict[str, int]:
+    """Registers a thread, spilled bytes, shared memory, and counts of instructions."""
+    counts = dict.fromkeys((*INSTRUCTIONS, *AMD), 0)
+    if "amdgcn" in compiled.asm:
+        code = compiled.asm["amdgcn"]
+        found = {name: int(n) for name, n in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", code)}
+        counts |= {name: len(re.findall(pattern, code)) for name, pattern in AMD.items()}
+        spilled, registers = 4 * found["vgpr_spill_count"], found["vgpr_count"]
+        return {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared, **counts}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -378,7 +406,7 @@ def resources(compiled: Any) -> dict[str, int]:
         )
         usage, code = dump("--dump-resource-usage"), dump("-sass")
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    counts = {name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()}
+    counts |= {name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()}
     shared = compiled.metadata.shared
     return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "shared": shared, **counts}
 
@@ -401,17 +429,20 @@ def cases() -> list[tuple[str, str, str, str, int, int]]:
     ]
 
 
-def compile_all(capability: int) -> list[dict[str, Any]]:
-    backend._capability = lambda device: divmod(capability, 10)
+def compile_all(target: str) -> list[dict[str, Any]]:
+    backend._capability = lambda device: ELSEWHERE if amd(target) else divmod(number(target), 10)
+    backend.on_nvidia = triton_classes.on_nvidia = lambda device: not amd(target)
     backend._multiprocessors = lambda device: 132
     backend._multiply = lambda sim, x, y: None
     backend._row_options = lambda name, interpreted: {**row_options(name)}
     for module in (rows, similarity, *ROWWISE_KERNELS):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            setattr(module, name, Recorder(getattr(module, name), capability))
+            setattr(module, name, Recorder(getattr(module, name), target))
     results, seen = [], set()
     for kernel, mode, dtype, precision, size, dim in cases():
         kind = getattr(torch, dtype)
+        if amd(target) and dtype == "float32" and precision:
+            precision = "highest"  # fp32 is fp32 there
         entry = {"kernel": kernel, "mode": mode, "dtype": dtype, "precision": precision, "size": size, "D": dim}
         if mode in ROWWISE:
             ROWWISE[mode](kind)
@@ -436,27 +467,32 @@ def row_options(name: str) -> dict[str, int]:
     return pick_rows(name, interpreted=False)
 
 
-def wrong(capability: int, entry: dict[str, Any]) -> list[str]:
+def wrong(target: str, entry: dict[str, Any]) -> list[str]:
     """What an entry breaks of the rules."""
-    block, multiprocessor, tensor_cores = LIMITS[capability]
+    block, multiprocessor, products = LIMITS[target]
     found = []
     if entry["shared"] > block << 10:
         found.append("shared memory")
     if "config" not in entry:
         whole_rows = ("prepare", "prepare, softcap, margin", "norms", "settle, patch", "weigh", "finish")
-        if entry["mode"] in whole_rows and not entry["LDG.128"]:
+        if entry["mode"] in whole_rows and not entry["LDG.128"] and not amd(target):
             found.append("narrow loads")
         return found
     config = entry["config"]
+    narrow = entry["dtype"] != "float32"
+    if amd(target):
+        if bool(entry[products]) != (narrow or products == "MFMA"):  # which multiplies fp32 as well
+            found.append(f"{products} {entry[products]}")
+        return found
     programs = config["programs"]
     if programs * entry["registers"] * 32 * config["num_warps"] > REGISTERS:
         found.append("registers of all programs")
     if programs * (entry["shared"] + 1024) > multiprocessor << 10:
         found.append("shared memory of all programs")
     stores = not entry["mode"].startswith(("stats", "top", "guide"))
-    multiplies = config["GEMM"] != "library" and (entry["dtype"] != "float32" or entry["precision"] == "high")
-    if bool(entry[tensor_cores]) != multiplies:
-        found.append(f"{tensor_cores} {entry[tensor_cores]}")
+    multiplies = config["GEMM"] != "library" and (narrow or entry["precision"] == "high")
+    if bool(entry[products]) != multiplies:
+        found.append(f"{products} {entry[products]}")
     if bool(entry["UTMALDG"]) != (config["GEMM"] == "descriptors"):
         found.append(f"UTMALDG {entry['UTMALDG']}")
     if bool(entry["UTMASTG"]) != (config["GEMM"] == "descriptors" and stores):
@@ -468,52 +504,53 @@ def wrong(capability: int, entry: dict[str, Any]) -> list[str]:
     return found
 
 
-def faults(found: dict[int, list[dict[str, Any]]]) -> list[str]:
+def faults(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     """A line for each kernel that breaks a rule or was passed over."""
     lines = []
-    for capability, entries in found.items():
+    for target, entries in found.items():
         spilled = {(e["mode"], e["dtype"]) for e in entries if e["spilled"] or e["local"]}
-        known = SPILLS.get(triton.__version__, {}).get(capability, set())
-        lines += [f"sm_{capability}: {one}: spills" for one in sorted(spilled - known)]
-        lines += [f"sm_{capability}: {one}: no longer spills" for one in sorted(known - spilled)]
-        lines += [f"sm_{capability}: {broken}: {e}" for e in entries if (broken := wrong(capability, e))]
+        known = SPILLS.get(triton.__version__, {}).get(target, set())
+        lines += [f"{target}: {one}: spills" for one in sorted(spilled - known)]
+        lines += [f"{target}: {one}: no longer spills" for one in sorted(known - spilled)]
+        lines += [f"{target}: {broken}: {e}" for e in entries if (broken := wrong(target, e))]
         there = {(e["mode"], e["dtype"], e["precision"] == "high") for e in entries if e["kernel"] == "similarities"}
-        asked = {(m, d, d == "float32") for m in MODES for d in ("bfloat16", "float16", "float32")}
+        tf32 = ("float32", not amd(target))
+        asked = {(mode, *kind) for mode in MODES for kind in (("bfloat16", False), ("float16", False), tf32)}
         asked |= {(mode, "bfloat16", True) for mode in (*MASKED, *SOFTCAP)}
-        lines += [f"sm_{capability}: {one}: not compiled" for one in sorted(asked - there)]
+        lines += [f"{target}: {one}: not compiled" for one in sorted(asked - there)]
         rows_there = {e["mode"] for e in entries if e["kernel"] == "rows"}
-        lines += [f"sm_{capability}: {one}: not compiled" for one in sorted({*BY_ROW, *ROWWISE} - rows_there)]
+        lines += [f"{target}: {one}: not compiled" for one in sorted({*BY_ROW, *ROWWISE} - rows_there)]
     return lines
 
 
-def in_processes(capabilities: tuple[int, ...] = CAPABILITIES) -> dict[int, list[dict[str, Any]]]:
+def in_processes(targets: tuple[str, ...] = TARGETS) -> dict[str, list[dict[str, Any]]]:
     """Two at a time."""
 
-    def one(capability: int) -> list[dict[str, Any]]:
+    def one(target: str) -> list[dict[str, Any]]:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        command = [sys.executable, __file__, str(capability)]
+        command = [sys.executable, __file__, target]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds(7200))
         if done.returncode:
             raise RuntimeError(done.stderr)
         return json.loads(done.stdout)
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(capabilities, pool.map(one, capabilities), strict=True))
+        return dict(zip(targets, pool.map(one, targets), strict=True))
 
 
-def table(found: dict[int, list[dict[str, Any]]]) -> str:
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
     lines = [
         "# What the kernels take",
         "",
         f"Compiled by Triton {triton.__version__} from sources {digest(*SOURCES)} without a GPU, with every optional "
         "operand present; written by `python tests/compile_kernels.py --table` and compared with the compiler in "
         "`tests/test_compile.py`. Tile: BLOCK_M x BLOCK_N x BLOCK_D, over 2 where the epilogue folds halves, warps, "
-        "stages. MMA: HGMMA on sm_90, UTCMMA on sm_100, HMMA elsewhere. TMA: loads and stores; cp.async: LDGSTS. "
-        "Registers are per thread, shared memory in KiB, spills in bytes a thread.",
+        "stages. MMA: HGMMA on sm_90, UTCMMA on sm_100, MFMA and WMMA on AMD's, HMMA elsewhere. TMA: loads and "
+        "stores; cp.async: LDGSTS. Registers are per thread, shared memory in KiB, spills in bytes a thread.",
     ]
-    for capability, entries in found.items():
-        lines += ["", f"## sm_{capability}", ""]
+    for target, entries in found.items():
+        lines += ["", f"## {target}", ""]
         lines += [
             "| kernel | dtype | tile | registers | shared | spills | MMA | TMA | cp.async | ex2 |",
             "|---" * 10 + "|",
@@ -530,7 +567,7 @@ def table(found: dict[int, list[dict[str, Any]]]) -> str:
             precision = (
                 {"high": " (tf32)", "highest": " (ieee)"}[e["precision"]] if e["dtype"] == "float32" and config else ""
             )
-            mma = e["HGMMA"] or e["UTCMMA"] or e["HMMA"] or ""
+            mma = next((e[name] for name in ("HGMMA", "UTCMMA", "HMMA", "MFMA", "WMMA") if e[name]), "")
             tma = f"{e['UTMALDG']} + {e['UTMASTG']}" if e["UTMALDG"] else ""
             cells = (e["mode"], e["dtype"] + precision, tile, e["registers"], f"{e['shared'] / 1024:.0f}", e["spilled"])
             lines.append("| " + " | ".join(map(str, (*cells, mma, tma, e["LDGSTS"] or "", e["EX2"] or ""))) + " |")
@@ -544,4 +581,4 @@ if __name__ == "__main__":
             sys.exit("\n".join(broken))
         sys.stdout.write(table(found))
     else:
-        json.dump(compile_all(int(sys.argv[1])), sys.stdout)
+        json.dump(compile_all(sys.argv[1]), sys.stdout)

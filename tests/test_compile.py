@@ -1,7 +1,7 @@
 """Every kernel x mode x dtype, compiled without a GPU: what it takes, and with what it works.
 
 For sm_90 while docs/kernel-resources.md is of this Triton and these sources, since its writer held the others to the
-rules, for four architectures otherwise. The compiler needs a process without the interpreter: one per architecture.
+rules, for all seven architectures otherwise. The compiler needs a process without the interpreter: one for each.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def compiler() -> ModuleType:
     return module
 
 
-ONE = 90  # of which nothing is taken on credit: descriptors, and the tightest registers
+ONE = "sm_90"  # of which nothing is taken on credit: descriptors, and the tightest registers
 
 
 @pytest.fixture(scope="module")
-def compiled(compiler) -> dict[int, list[dict[str, Any]]]:
+def compiled(compiler) -> dict[str, list[dict[str, Any]]]:
     known = f"Triton {triton.__version__} from sources {compiler.digest(*compiler.SOURCES)} " in TABLE.read_text()
-    return compiler.in_processes((ONE,) if known else compiler.CAPABILITIES)
+    return compiler.in_processes((ONE,) if known else compiler.TARGETS)
 
 
 @pytest.mark.slow
@@ -59,21 +59,21 @@ def test_the_committed_table_is_what_the_compiler_says(compiled, compiler):
     if f"Triton {triton.__version__} " not in written:
         pytest.skip(f"{TABLE.name} is of another Triton than {triton.__version__}")
     now, then = sections(compiler.table(compiled)), sections(written)
-    assert set(then) == {f"sm_{capability}" for capability in compiler.CAPABILITIES}
+    assert set(then) == set(compiler.TARGETS)
     for name, lines in now.items():
         assert lines == then[name], "run python tests/compile_kernels.py --table > docs/kernel-resources.md"
 
 
 def test_the_rules_miss_no_kernel_and_see_a_spill(compiler, monkeypatch):
-    none = compiler.faults({90: []})
+    none = compiler.faults({ONE: []})
     assert len(none) == 3 * len(compiler.MODES) + len({*compiler.MASKED, *compiler.SOFTCAP}) + len(
         {*compiler.BY_ROW, *compiler.ROWWISE}
     )
-    counts = dict.fromkeys(("registers", "shared", "spilled", *compiler.INSTRUCTIONS), 0)
+    counts = dict.fromkeys(("registers", "shared", "spilled", *compiler.INSTRUCTIONS, *compiler.AMD), 0)
     entry = counts | {"kernel": "rows", "mode": "times", "dtype": "float32", "precision": "", "spilled": 8}
-    assert set(compiler.faults({90: [entry]})) - set(none) == {"sm_90: ('times', 'float32'): spills"}
-    monkeypatch.setattr(compiler, "SPILLS", {triton.__version__: {90: {("times", "float32")}}})
-    assert set(compiler.faults({90: [entry]})) < set(none)
+    assert set(compiler.faults({ONE: [entry]})) - set(none) == {"sm_90: ('times', 'float32'): spills"}
+    monkeypatch.setattr(compiler, "SPILLS", {triton.__version__: {ONE: {("times", "float32")}}})
+    assert set(compiler.faults({ONE: [entry]})) < set(none)
 
 
 def test_a_digest_is_of_code_and_not_of_comments(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from fusedloss.backends.shared import exp_shift
 from fusedloss.problem import Block, Patch, Problem, RowSums, Strip
 
 pytest.importorskip("triton")
-from fusedloss.kernels.config import Config, pick_config, pick_rows
+from fusedloss.kernels.config import ELSEWHERE, Config, pick_config, pick_rows
 
 from fusedloss.backends import triton as backend
 
@@ -520,7 +520,7 @@ def test_why_not(monkeypatch, nothing_known):
         assert "cpu" in backend.why_not(problem)
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0), ELSEWHERE])
 @pytest.mark.parametrize("mode", ["stats", "exp", "grad, columns, q"])
 def test_small_problems_get_small_tiles(capability, mode):
     few, many = (pick_config(n, n, 768, "bf16", capability, mode) for n in (256, 65536))
@@ -533,6 +533,35 @@ def test_the_way_to_multiply_follows_the_device_and_the_width():
     assert way(768, (8, 0)) == way(4096, (8, 0)) == way(768, (12, 0)) == "pointers"
     assert way(4096, (9, 0)) == "library"
     assert way(768, (9, 0), "fp32") == "pointers"
+
+
+@pytest.mark.parametrize("device, hip", [("xpu", None), ("xpu:1", None), ("cuda", "7.0")])
+def test_a_gpu_of_amd_or_intel_is_tried_without_what_is_nvidias(monkeypatch, device, hip):
+    import triton
+
+    device = torch.device(device)
+    nothing_known = lambda: [f.cache_clear() for f in (backend._why_not, backend._capability)]
+    nothing_known()
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))  # ROCm's word for gfx942
+    monkeypatch.setattr(backend, "tf32", lambda: True)
+    assert backend.why_not_on(torch.bfloat16, device) is None
+    assert "float64" in backend.why_not_on(torch.float64, device)
+    assert backend._capability(device) == ELSEWHERE and backend._precision(torch.float32, device) == "ieee"
+    monkeypatch.setattr(torch.version, "hip", None)
+    nothing_known()
+    if device.type == "cuda":
+        assert backend._capability(device) == (9, 4) and backend._precision(torch.float32, device) == "tf32"
+    nothing_known()
+
+
+def test_no_config_for_amd_or_intel_has_tensor_maps():
+    for mode in ("stats", "exp, columns", "grad, columns, q", "guide", "top, masked", "stats, softcap"):
+        for dtype in ("bf16", "fp16", "fp32"):
+            for n, D in ((256, 768), (65536, 768), (65536, 8192)):
+                config = pick_config(n, n, D, dtype, ELSEWHERE, mode)
+                assert config.GEMM == "pointers" and config.SUBTILES == 1
 
 
 def test_a_measured_config_is_taken_at_the_nearest_width(monkeypatch):

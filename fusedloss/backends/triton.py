@@ -78,8 +78,10 @@ def _why_not(dtype: torch.dtype, device: torch.device, interpret: str | None) ->
         return "Triton's interpreter multiplies the bit patterns of bfloat16"
     if interpreted:
         return None
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"needs an NVIDIA GPU, or TRITON_INTERPRET=1; the operands are on {device}"
+    if device.type not in ("cuda", "xpu"):
+        return f"needs a GPU (CUDA, ROCm or XPU), or TRITON_INTERPRET=1; the operands are on {device}"
+    if not on_nvidia(device):
+        return None  # its proof says what runs there
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"needs compute capability 8.0 or newer, not {'.'.join(map(str, capability))}"
@@ -299,7 +301,7 @@ def _similarities(epilogue: Callable[..., None], strip: Strip, out: Tensor | Non
         y.stride(0),
         stride_om,
         EPILOGUE=epilogue,
-        INPUT_PRECISION=_precision(x.dtype),
+        INPUT_PRECISION=_precision(x.dtype, x.device),
         DESCRIPTORS=descriptors,
         **config.options(),
     )
@@ -613,8 +615,7 @@ def _failed(name: str, device: torch.device, error: Exception) -> str:
 
     what = str(device)
     if device.type == "cuda":
-        arch = "".join(map(str, torch.cuda.get_device_capability(device)))
-        what = f"{device} ({torch.cuda.get_device_name(device)}, sm_{arch})"
+        what = f"{device} ({torch.cuda.get_device_name(device)}, {_architecture(device)})"
     said = str(error)
     remedy = next((f"{remedy}; " for words, remedy in REMEDIES.items() if words in said), "")
     first = next((line.strip() for line in said.splitlines() if line.strip()), "no message")
@@ -623,6 +624,12 @@ def _failed(name: str, device: torch.device, error: Exception) -> str:
         f"{type(error).__name__}: {first}. Remedy: {remedy}`python -m fusedloss check` says what runs here, and "
         "backend='chunked' needs none of it"
     )
+
+
+def _architecture(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName
+    return "sm_" + "".join(map(str, torch.cuda.get_device_capability(device)))
 
 
 def _check(args: tuple[Any, ...]) -> None:
@@ -635,6 +642,8 @@ def _check(args: tuple[Any, ...]) -> None:
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, wherever the tensors are."""
+    if device.type == "xpu":
+        return torch.xpu.device(device)
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
@@ -642,17 +651,34 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    """Of an NVIDIA GPU; config.ELSEWHERE of one of ROCm or XPU; None in the interpreter."""
+    if device.type not in ("cuda", "xpu"):
+        return None
+    if on_nvidia(device):
+        return torch.cuda.get_device_capability(device)
+    from ..kernels.config import ELSEWHERE
+
+    return ELSEWHERE
+
+
+def on_nvidia(device: torch.device) -> bool:
+    """Or in the interpreter, on a CPU; ROCm's devices are called cuda, too."""
+    return device.type != "xpu" and torch.version.hip is None
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).max_compute_units
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """fp32 follows torch's switch for its own matmuls. Products of 16-bit numbers are exact."""
-    if dtype == torch.float32 and tf32():
+def _precision(dtype: torch.dtype, device: torch.device) -> str:
+    """fp32 follows torch's switch for its own matmuls. Products of 16-bit numbers are exact.
+
+    Of other GPUs Triton 3.7 multiplies tf32 on gfx942 alone: there fp32 is fp32.
+    """
+    if dtype == torch.float32 and tf32() and on_nvidia(device):
         return "tf32"
     return "ieee"
 
@@ -662,8 +688,8 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 def _config(strip: Strip, mode: str) -> Config:
     (M, D), N = strip.x.shape, strip.y.shape[0]
-    tf32 = strip.x.dtype == torch.float32 and _precision(strip.x.dtype) == "tf32"
-    dtype = "tf32" if tf32 else NAMES[strip.x.dtype]
+    precision = _precision(strip.x.dtype, strip.x.device)
+    dtype = "tf32" if precision == "tf32" else NAMES[strip.x.dtype]
     return _picked(M, N, D, dtype, _capability(strip.x.device), mode)
 
 

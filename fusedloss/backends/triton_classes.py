@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton import _cdiv, _precision, launch
+from ..rows import tf32
+from .triton import _cdiv, launch, on_nvidia
 
 Found = tuple[Tensor, Tensor | None, Tensor | None]  # losses of rows, their gradient, and what that is multiplied by
 
@@ -123,8 +124,8 @@ def pair_logits(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, parts
     out = torch.empty((B, C), dtype=torch.float32, device=u.device)
     if not B or not C:
         return out
-    interpreted = u.device.type == "cpu"
-    block_b, block_c = (16 if interpreted else 64), (16 if C <= 16 else 32)
+    interpreted, nvidia = u.device.type == "cpu", on_nvidia(u.device)
+    block_b, block_c = (16 if interpreted else 64 if nvidia else 32), (16 if C <= 16 else 32)
     launch(
         _kernels().pair_logits_kernel,
         (_cdiv(B, block_b), _cdiv(C, block_c)),
@@ -144,11 +145,12 @@ def pair_logits(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, parts
         REP="rep" in parts,
         DIFFERENCE="difference" in parts,
         MULTIPLICATION="multiplication" in parts,
-        # Three products on tensor cores, fp32 but for a few bits: without them 64 x 64 tiles spilled 750 bytes.
-        INPUT_PRECISION="tf32" if _precision(torch.float32) == "tf32" else "tf32x3",
+        # Three products on tensor cores, fp32 but for a few bits: without them 64 x 64 tiles spilled 750 bytes. AMD's
+        # have no tf32x3; with bf16x6 a tile spills 217 registers on gfx1100, of 32 rows in fp32 none.
+        INPUT_PRECISION="ieee" if not nvidia else "tf32" if tf32() else "tf32x3",
         BLOCK_B=block_b,
         BLOCK_C=block_c,
-        BLOCK_D=16 if interpreted else 32,
+        BLOCK_D=32 if nvidia and not interpreted else 16,
         num_warps=4,
     )
     return out
