@@ -654,6 +654,7 @@ def highest(documents: int) -> int:
     return max(peak(case, 2, documents) for case in FEW)
 
 
+@pytest.mark.slow  # half a minute of the library's pairs
 @measured
 def test_pairs_are_not_kept():
     """64 queries of 1024 documents have 256 MiB of pairs in fp32, 2 queries of 4096 have 128 MiB."""
