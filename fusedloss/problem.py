@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 NORM_EPS = 1e-12  # F.normalize's: a zero row stays zero instead of turning into NaN
+SAFE_SCALE = 59.0  # up to here exponents lie within [-69, 49]: see `exp_shift` of backends/shared.py
 
 
 class Compare(NamedTuple):
@@ -172,6 +173,7 @@ class Problem:
     z_loss: of the squared log-normaliser, added to each row's loss.
     ranks: the columns are those of all these processes, this one's first; where `symmetric`, each column's normaliser
         is over the rows of all of them.
+    top: no loss is asked for, but each row's largest logit (`op.top_rows`).
     """
 
     operands: tuple[Tensor, ...]
@@ -195,6 +197,7 @@ class Problem:
     margin: Margin = NO_MARGIN
     z_loss: float = 0.0
     ranks: Ranks | None = None
+    top: bool = False
 
     def __post_init__(self) -> None:
         _set(self, target=self.target.contiguous(), weight=self.weight.contiguous())
@@ -217,6 +220,12 @@ class Problem:
         if not self.cosine or self.scale_bound is None or any([block.bias is not None for block in self.blocks]):
             return None
         return abs(self.scale_bound)
+
+    @property
+    def has_safe_shift(self) -> bool:
+        """Whether the host knows a shift that keeps every exponential and every row's sum normal, in the workspace."""
+        bound = self.bound
+        return bound is not None and bound <= SAFE_SCALE and self.dtype != torch.float16 and not self.smooths_by_row
 
     @property
     def rows(self) -> int:

@@ -9,13 +9,10 @@ from ..problem import Problem
 
 # exp(-69) = 1e-30 is the smallest row sum whose inverse, and products with x, stay normal numbers.
 LOWEST_EXPONENT = 69.0
-SAFE_SCALE = 59.0  # up to here exponents lie within [-69, 49]
 
 
 def can_exp(problem: Problem) -> bool:
-    """Whether the host knows a shift that keeps every exponential and every row's sum normal."""
-    bound = problem.bound
-    return bound is not None and bound <= SAFE_SCALE and problem.dtype != torch.float16 and not problem.smooths_by_row
+    return problem.has_safe_shift
 
 
 def exp_shift(problem: Problem) -> float:

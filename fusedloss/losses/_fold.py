@@ -78,5 +78,6 @@ def top(
         torch.ones(rows, dtype=multiplier.dtype, device=device),
         cosine,
         workspace_bytes=workspace_bytes,
+        top=True,
     )
     return op.top_rows(problem, select(problem, backend))[1]

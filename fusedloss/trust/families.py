@@ -1,0 +1,140 @@
+"""Families of kernels: what can be right or wrong on its own, and which of it a loss takes.
+
+A verdict is of a family on one backend in one precision. A sweep takes several, all of which must be good; a loss
+without a sweep takes one. `cases.py` proves each.
+
+    rows            what happens once per row: prepare, inverse_norms, merge, settle, finish; under every sweep
+    stats           stats_rows                      stats+columns   stats_rows_and_columns
+    exp             exp_rows                        stored          exp_rows_and_columns, weigh
+    grad            grad_rows of rows               grad+columns    grad_rows of rows and columns
+    masks           whatever drops columns, or scales a row's own: a branch of all of the above
+    softcap, tally  branches of theirs, too; under tally also smoothing whose share differs from row to row
+    top             top_rows                        guide           guide_rows, guide_scores
+    similarities    similarities, for folds in torch
+    fold:NAME       fold_rows, of the folds that `cuda` has in its tile
+
+    classes         rows of logits                  pair_logits     logits of pairs of embeddings
+    pairs           rows of embeddings              lists           scores of documents
+    pointwise       elements
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..problem import Block, Problem
+from ..rows import tf32
+
+FOLDS = ("sigmoid", "margin_ranking", "pair_hinge", "multi_similarity", "proxy_anchor", "circle", "sup_con_in")
+SWEEP = (
+    "rows",
+    "stats",
+    "stats+columns",
+    "exp",
+    "stored",
+    "grad",
+    "grad+columns",
+    "masks",
+    "softcap",
+    "tally",
+    "top",
+    "guide",
+    "similarities",
+    *(f"fold:{name}" for name in FOLDS),
+)
+ROWWISE = ("classes", "pair_logits", "pairs", "lists", "pointwise")
+BACKENDS = ("cuda", "triton")  # those that have kernels
+PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_NO_MASK = Block.__dataclass_fields__["mask"].default
+
+
+def precision(dtype: torch.dtype) -> str | None:
+    """How products of such numbers are computed: one of PRECISIONS, None for fp64, which no kernel takes."""
+    if dtype == torch.float32:
+        return "tf32" if tf32() else "fp32"
+    return _NAMES.get(dtype)
+
+
+@functools.cache
+def of_backend(backend: str, precision: str | None = None) -> tuple[str, ...]:
+    """Every family that "cuda" or "triton" has; with a precision, those that are ever launched in it.
+
+    fp16 stores no exponentials, and `cuda` folds it in torch: derivatives of a fold may be under its range.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; no other has kernels")
+    known = [name for name in SWEEP if backend == "cuda" or not name.startswith("fold:")]
+    if precision == "fp16":
+        known = [name for name in known if name not in ("exp", "stored") and not name.startswith("fold:")]
+    return (*known, *(ROWWISE if backend == "triton" else ()))
+
+
+def of_problem(problem: Problem, backend: str) -> tuple[str, ...]:
+    """What a forward and a backward of `problem` may launch on "cuda" or "triton", in the precision of its operands.
+
+    Never too few; which gradients are wanted is not known, nor whether a row's columns come from several ranks.
+    Guides may be of another dtype: see `guide_dtypes`.
+    """
+    masked = guided = False
+    for block in problem.blocks:
+        mask = block.mask
+        if mask is not _NO_MASK:
+            masked, guided = masked or mask.given, guided or mask.guide is not None
+        masked = masked or block.own_penalty != block.penalty
+    fold, softcap = problem.fold, problem.softcap != 0
+    return _families(
+        backend,
+        None if fold is None else (fold.name, fold.distance),
+        problem.symmetric,
+        problem.top,
+        masked,
+        guided,
+        softcap,
+        problem.wants_tally,
+        problem.label_smoothing != 0,
+        (softcap or problem.scale_bound is not None) and problem.has_safe_shift,
+        problem.operands[0].dtype is torch.float16,
+    )
+
+
+def guide_dtypes(problem: Problem) -> tuple[torch.dtype, ...]:
+    """Dtypes of guides other than the operands': in their precision a sweep takes `rows` and `guide`, too."""
+    found = {x.dtype: None for block in problem.blocks for x in block.mask.guide or ()}  # in order
+    return tuple(dtype for dtype in found if dtype != problem.dtype)
+
+
+@functools.cache
+def _families(
+    backend: str,
+    fold: tuple[str, str] | None,
+    symmetric: bool,
+    top: bool,
+    masked: bool,
+    guided: bool,
+    softcap: bool,
+    tally: bool,
+    smoothing: bool,
+    safe: bool,
+    fp16: bool,
+) -> tuple[str, ...]:
+    taken = {"rows"}
+    if fold is not None:
+        name, distance = fold
+        if backend == "cuda" and name in FOLDS and not distance and not fp16:
+            taken.add(f"fold:{name}")
+        elif distance in ("", "cosine"):  # other distances are found in torch
+            taken.add("similarities")
+    elif top:
+        taken.add("top")
+    elif symmetric:
+        taken |= {"stats+columns", "grad+columns", *(["stored"] if safe else [])}
+    else:
+        taken |= {"stats", "grad", *(["exp"] if safe else [])}
+    tally = tally or (smoothing and (masked or softcap))  # `Problem.smooths_by_row`
+    options = {"masks": masked, "guide": guided, "softcap": softcap, "tally": tally}
+    taken |= {name for name, given in options.items() if given}
+    return tuple(name for name in of_backend(backend) if name in taken)
