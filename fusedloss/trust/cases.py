@@ -25,6 +25,17 @@ from .zones import Zones
 
 Make = Callable[[Draw], Run]
 CASES: dict[str, dict[str, Make]] = sweeps.CASES | rowwise.CASES
+# What `check` shows on every backend: one of each kind of loss.
+CHECKED: dict[str, Make] = {
+    "info_nce": CASES["grad"]["ragged"],
+    "clip": CASES["grad+columns"]["ragged"],
+    "multiple_negatives_ranking": CASES["exp"]["two blocks"],
+    "siglip": CASES["fold:sigmoid"]["ragged"],
+    "cosine_similarity": CASES["pairs"]["cos, ragged"],
+    "list_net": CASES["classes"]["soft targets"],
+    "cross_entropy": CASES["classes"]["ragged"],
+    "mse": CASES["pointwise"]["squares"],
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 
 
@@ -90,6 +101,13 @@ def products(precision: str) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def errors(name: str, backend: str, precision: str, device: torch.device) -> dict[str, float]:
+    """Of one of CHECKED, each output's error as a share of its budget: the losses' first, then the gradients'."""
+    make = CHECKED[name]
+    found = make(Draw(name, DTYPES[precision], device))(backend)
+    return shares_of(found, name, make, precision, device)
 
 
 # One case -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,83 @@
+"""Which families of kernels a backend was asked for, found by wrapping what a sweep and the row-wise losses call."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from fusedloss.backends import BACKENDS, triton, triton_classes, triton_lists, triton_pointwise
+
+PLAIN = {
+    "prepare": "rows",
+    "inverse_norms": "rows",
+    "merge": "rows",
+    "settle": "rows",
+    "finish": "rows",
+    "weigh": "stored",
+    "exp_rows_and_columns": "stored",
+    "top_rows": "top",
+    "similarities": "similarities",
+    "guide_rows": "guide",
+    "guide_scores": "guide",
+    "stats_rows": "stats",
+    "stats_rows_and_columns": "stats+columns",
+    "exp_rows": "exp",
+}
+
+
+def record(backend: str, monkeypatch) -> set[str]:
+    """The families, as they are asked for from now on."""
+    module, found = BACKENDS[backend], set()
+    for name in (*PLAIN, "grad_rows", "fold_rows"):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, _recorded(name, getattr(module, name), found))
+    if backend == "triton":
+        _record_launches(found, monkeypatch)
+    return found
+
+
+def _recorded(name: str, function: Any, found: set[str]) -> Any:
+    @functools.wraps(function)
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        found.update(_families(name, args, kwargs))
+        return function(*args, **kwargs)
+
+    return recorded
+
+
+def _families(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+    given = [*args, *kwargs.values()]
+    strips = [x for arg in given for x in (arg if isinstance(arg, list) else [arg]) if type(x).__name__ == "Strip"]
+    found = set()
+    if name in PLAIN:
+        found.add(PLAIN[name])
+    elif name == "fold_rows":
+        found.add(f"fold:{args[0].fold.name}")
+    else:
+        _strips, _outs, _rows, columns, *rest = args
+        found.add("grad" if columns is None else "grad+columns")
+        if len(rest) > 2 and rest[2] is not None:  # a share of smoothing for each row
+            found.add("tally")
+    if any(type(arg).__name__ == "Tally" for arg in given):
+        found.add("tally")
+    if name in ("fold_rows", "similarities"):
+        return found
+    if any(strip.mask is not None or strip.own_scale is not None for strip in strips):
+        found.add("masks")
+    if any(strip.softcap for strip in strips):
+        found.add("softcap")
+    return found
+
+
+def _record_launches(found: set[str], monkeypatch) -> None:
+    """Of kernels outside of the sweep, by the module that they stand in."""
+    launch = triton.launch
+
+    def launched(kernel: Any, *args: Any, **constants: Any) -> None:
+        name, family = kernel.fn.__name__, kernel.fn.__module__.rpartition(".")[2]
+        if family in ("classes", "pairs", "lists", "pointwise"):
+            found.add("pair_logits" if name == "pair_logits_kernel" else family)
+        launch(kernel, *args, **constants)
+
+    for module in (triton, triton_classes, triton_lists, triton_pointwise):
+        monkeypatch.setattr(module, "launch", launched)

@@ -1,0 +1,105 @@
+"""Families of kernels: what a loss names is no less than what it launches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from calls import CALLS, Batch
+from primitives import record
+
+from fusedloss.backends import BACKENDS
+from fusedloss.info import probe
+from fusedloss.problem import Mask
+from fusedloss.trust import families
+
+BACKEND = pytest.mark.parametrize("backend", families.BACKENDS)
+NO_BACKEND = {"global_orthogonal_regularization"}
+
+
+@BACKEND
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in NO_BACKEND])
+def test_no_loss_launches_what_it_does_not_name(name, backend, monkeypatch):
+    module, named = BACKENDS[backend], []
+    why_not = module.why_not
+
+    def asked(problem):  # by `select`, which will ask for the verdicts of these
+        named.append(families.of_problem(problem, backend))
+        return why_not(problem)
+
+    monkeypatch.setattr(module, "why_not", asked)
+    launched = record(backend, monkeypatch)
+    batch = Batch(5, torch.float32)
+    try:
+        value = CALLS[name](batch).result(backend=backend)
+    except NotImplementedError as error:  # a loss without a sweep, which `cuda` has no kernel for
+        assert backend == "cuda" and "has no kernel" in str(error)
+        return
+    if batch.leaves:
+        torch.autograd.grad(value.sum(), batch.leaves, materialize_grads=True)
+    of_sweeps = launched & set(families.SWEEP)
+    assert bool(of_sweeps) == bool(named)
+    assert of_sweeps <= set().union(*named)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_families_of_common_problems(backend):
+    x = probe("cpu")
+    assert families.of_problem(x, backend) == ("rows", "stats", "grad")
+    assert families.of_problem(probe("cpu", cosine=True, scale_bound=20.0), backend) == ("rows", "stats", "exp", "grad")
+    # What the host does not know to be safe, or fp16 cannot hold, is no stored exponential.
+    for options in ({"cosine": True, "scale_bound": 60.0}, {"scale_bound": 20.0}):
+        assert "exp" not in families.of_problem(probe("cpu", **options), backend)
+    assert "exp" not in families.of_problem(probe("cpu", torch.float16, cosine=True, scale_bound=20.0), backend)
+    both = families.of_problem(probe("cpu", symmetric=True, cosine=True, scale_bound=20.0), backend)
+    assert both == ("rows", "stats+columns", "stored", "grad+columns")
+    assert families.of_problem(probe("cpu", top=True), backend) == ("rows", "top")
+    # Smoothing is a rank-one correction, but under a softcap each row has its own.
+    assert families.of_problem(probe("cpu", label_smoothing=0.1), backend) == ("rows", "stats", "grad")
+    assert "tally" in families.of_problem(probe("cpu", label_smoothing=0.1, softcap=5.0), backend)
+
+
+def test_a_guide_of_another_dtype_is_named():
+    import dataclasses
+
+    from fusedloss.problem import Guide
+
+    problem, half = probe("cpu"), torch.ones(2, 3, dtype=torch.float16)
+    block = dataclasses.replace(problem.blocks[0], mask=Mask(guide=Guide(half, half)))
+    guided = dataclasses.replace(problem, blocks=(block,))
+    assert {"rows", "guide", "masks"} <= set(families.of_problem(guided, "cuda"))
+    assert families.guide_dtypes(guided) == (torch.float16,)
+    assert families.guide_dtypes(problem) == ()
+
+
+def test_families_of_backends():
+    cuda, triton = families.of_backend("cuda"), families.of_backend("triton")
+    assert set(cuda) == set(families.SWEEP)
+    assert set(triton) - set(cuda) == set(families.ROWWISE)
+    assert {name for name in cuda if name not in triton} == {f"fold:{name}" for name in families.FOLDS}
+    assert not {"exp", "stored", "fold:circle"} & set(families.of_backend("cuda", "fp16"))
+    with pytest.raises(ValueError, match="backend must be one of cuda, triton, got 'chunked'"):
+        families.of_backend("chunked")
+
+
+def test_the_folds_are_those_of_the_backend():
+    from fusedloss.backends import cuda
+
+    assert set(families.FOLDS) == {*cuda.FOLDS, *cuda.SIDES}
+
+
+@pytest.mark.parametrize(
+    "dtype, tf32, wanted",
+    [
+        (torch.bfloat16, True, "bf16"),
+        (torch.float16, False, "fp16"),
+        (torch.float32, True, "tf32"),
+        (torch.float32, False, "fp32"),
+        (torch.float64, True, None),
+    ],
+)
+def test_precision(dtype, tf32, wanted):
+    from fusedloss.trust.cases import products
+
+    with products("tf32" if tf32 else "fp32"):
+        assert families.precision(dtype) == wanted
+    assert families.precision(torch.float32) == "fp32"  # as it was
