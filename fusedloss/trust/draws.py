@@ -17,6 +17,8 @@ FAR = 1 << 31  # elements, which 32 bits do not count
 ALIGNMENT = 16  # bytes: see `operand` of the backends
 EMULATED = 128  # rows and columns from here on are halved where kernels are emulated: a tile has 64 or 128 there
 
+STEP = 2 * torch.finfo(torch.float32).eps  # four roundings: of a product, its scale, exp and the sum after it
+
 Outputs = dict[str, Tensor]
 Run = Callable[[str], Outputs]  # by the backend's name
 
@@ -25,7 +27,8 @@ class Draw:
     """What `make` of a case takes its tensors from.
 
     wide: everything in fp64, from the same rounded numbers. cut: operands rounded as tf32 rounds them, where the
-    device has no tensor cores that would. zones: what all tensors lie between, and in the layout that is asked for.
+    device has no tensor cores that would. nudged: the number of a draw in which each operand is off by a few roundings.
+    zones: what all tensors lie between, and in the layout that is asked for.
     """
 
     def __init__(
@@ -36,12 +39,14 @@ class Draw:
         *,
         wide: bool = False,
         cut: bool = False,
+        nudged: int | None = None,
         zones: Zones | None = None,
     ):
         self.seed = zlib.crc32(name.encode())
         self.generator = torch.Generator().manual_seed(self.seed)
         self.given, self.device, self.wide, self.cut, self.zones = dtype, device, wide, cut, zones
         self.dtype = torch.float64 if wide else dtype
+        self.nudges = None if nudged is None else torch.Generator().manual_seed(nudged)
         self.emulated = device.type == "cpu"
 
     # Sizes ------------------------------------------------------------------------------------------------------------
@@ -91,12 +96,15 @@ class Draw:
 
     # Tensors ----------------------------------------------------------------------------------------------------------
 
-    def matrix(self, x: Tensor, layout: str = "rows") -> Tensor:
-        """In the dtype of the operands."""
+    def matrix(self, x: Tensor, layout: str = "rows", *, exact: bool = False) -> Tensor:
+        """In the dtype of the operands. exact: whoever moves it changes which columns compete."""
         x = x.to(self.given)
         if self.cut and x.dtype == torch.float32:
             x = _as_tf32(x)
-        x = x.to(self.device, self.dtype)
+        x = x.to(self.dtype)
+        if self.nudges is not None and not exact:
+            x = x * (1 + STEP * (2 * torch.randint(2, x.shape, generator=self.nudges) - 1))
+        x = x.to(self.device)
         return x if self.zones is None else LAYOUTS[layout](x, self.zones)
 
     def vector(self, x: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from ..sweep import Partial, Wants
 from .draws import Draw, Outputs, Run
 
 Make = Callable[[Draw], Run]
-EPS = torch.finfo(torch.float32).eps  # of statistics
 Masking = Callable[[Draw, int, int], Mask]  # rows and columns of the first block
 
 
@@ -55,10 +54,12 @@ def softmax(
     x, y = draw.pair(kind, M, N, dim)
     if spoilt:
         x[M // 2, dim // 2] = torch.nan
-    operands = [draw.matrix(x, layout), draw.matrix(y, keys or layout)]
+    exact = kind == "lattice"
+    operands = [draw.matrix(x, layout, exact=exact), draw.matrix(y, keys or layout, exact=exact)]
     if blocks > 1:
-        operands.append(draw.matrix(draw.pair(kind, N, M, dim)[0][:, :dim].flip(0), layout))
-    target = (torch.arange(M) if symmetric or kind == "pairs" else 5 * torch.arange(M) + 3) % N
+        operands.append(draw.matrix(draw.pair(kind, N, M, dim)[0].flip(0), layout, exact=exact))
+    own = symmetric or kind == "pairs" or any(penalty)
+    target = (torch.arange(M) if own else 5 * torch.arange(M) + 3) % N
     weight = draw.normal(M).abs() + 0.1 if weighted else torch.ones(M)
     if weighted and not symmetric:
         weight[:: max(2, M // 3)] = 0
@@ -71,7 +72,7 @@ def softmax(
     first = Mask() if mask is None else mask(draw, M, N)
     if guide is not None:
         first = first._replace(guide=_guide(draw, M, N))
-    made = [Block(0, 1, _maybe(draw, biases[0]), first, penalty[0], penalty[0])]
+    made = [Block(0, 1, _maybe(draw, biases[0]), first, penalty[0])]  # but for the target
     for number in range(1, blocks):
         other = Mask() if guide is None else Mask(guide=_guide(draw, M, len(operands[1 + number])))
         made.append(Block(0, 1 + number, _maybe(draw, biases[number]), other, *penalty))
@@ -125,7 +126,7 @@ def fold(
     x, y = draw.pair(kind, M, N, dim)
     if spoilt:
         x[M // 2, dim // 2] = torch.nan
-    operands = [draw.matrix(x, layout)] if same else [draw.matrix(x, layout), draw.matrix(y, layout)]
+    operands = [draw.matrix(t, layout, exact=kind == "lattice") for t in ((x,) if same else (x, y))]
     if same:
         N = M
     # The last label is the last row's or column's alone.
@@ -164,7 +165,7 @@ def fold(
 def top(draw: Draw, rows: int, columns: int, dim: int, *, mask: Masking | None = None, layout: str = "rows") -> Run:
     """Each row's largest logit and its column, exact on the lattice: the first of those that tie."""
     M, N = draw.size(rows), draw.size(columns)
-    operands = tuple(draw.matrix(t, layout) for t in draw.pair("lattice", M, N, dim))
+    operands = tuple(draw.matrix(t, layout, exact=True) for t in draw.pair("lattice", M, N, dim))
     problem = Problem(
         operands,
         (Block(0, 1, mask=Mask() if mask is None else mask(draw, M, N)),),
@@ -221,7 +222,7 @@ def _run(problem: Problem, wants: Wants) -> Run:
         named |= {f"gradient of bias {number}": g for number, g in enumerate(found.biases)}
         named |= {"scale's gradient": found.scale}
         named |= {f"scalar {number}'s gradient": g for number, g in enumerate(found.scalars)}
-        named |= {f"counted {number}": g for number, g in enumerate(found.counted)}
+        named |= {f"counted {number}": g for number, g in enumerate(_of_rows_left_in(problem, found.counted))}
         return {name: x for name, x in named.items() if x is not None}
 
     return run
@@ -257,10 +258,13 @@ def _by_formula(problem: Problem, wants: Wants) -> Outputs:
         found |= dict(zip(leaves, torch.autograd.grad(rows.sum(), list(leaves.values())), strict=True))
     for name in [name for name, x in leaves.items() if x.dim() == 2 and name.endswith("'s gradient")]:
         found[f"{name}: terms"], found[name] = found[name], found[name].sum()
-    bound = _largest(problem)
-    # Of a logit: its product, its scale, exp and the sum after it.
-    found |= {"bound": bound, "losses: rounding": 4 * EPS * bound * problem.weight.double().abs().amax()}
-    return found | {f"counted {number}": x for number, x in enumerate(counted)}
+    found["bound"] = _largest(problem)
+    return found | {f"counted {number}": x for number, x in enumerate(_of_rows_left_in(problem, counted))}
+
+
+def _of_rows_left_in(problem: Problem, counted: list[Tensor]) -> list[Tensor]:
+    """Nobody asks what was counted of the others."""
+    return [x.masked_fill(problem.weight == 0, 0) for x in counted]
 
 
 def _largest(problem: Problem) -> Tensor:
@@ -296,7 +300,8 @@ def _guide(draw: Draw, M: int, N: int) -> Guide:
         x[place, (place * first) % 5], x[place, 5 + place % 29] = 2, 1
         return 4 * x
 
-    return Guide(draw.matrix(embeddings(M, 1)), draw.matrix(embeddings(N, 3), "anywhere"))
+    query, key = embeddings(M, 1), embeddings(N, 3)
+    return Guide(draw.matrix(query, exact=True), draw.matrix(key, "anywhere", exact=True))
 
 
 def drops(draw: Draw, M: int, N: int) -> Mask:
