@@ -77,6 +77,7 @@ class Draw:
         large: of length 1e4. lattice: products are multiples of 1/16 in every precision, and exact. short: lengths
         from 1e-3 to 1, and a row of zeros on either side.
         """
+        self.seed += 1  # the next ones are others
         if kind == "lattice":
             x, y = ((self.below(5, count, dim) - 2).double() / 4 for count in (rows, columns))
             y[:: max(1, columns // 5)] = y[0].clone()  # ties

@@ -378,7 +378,10 @@ def _one_way(**options: Any) -> dict[str, Make]:
         f"duplicates, scale {sharp:g}": _case(
             softmax, 66, 200, 64, **{**options, "kind": "duplicates", "scale": sharp}
         ),
-        f"pairs, scale {sharper:g}": _case(softmax, 130, 130, 96, **{**options, "kind": "pairs", "scale": sharper}),
+        f"clusters, scale {sharper:g}": _case(
+            softmax, 130, 130, 96, **{**options, "kind": "clustered", "scale": sharper}
+        ),
+        f"pairs, scale {sharp:g}": _case(softmax, 130, 130, 96, **{**options, "kind": "pairs", "scale": sharp}),
         "two blocks": _case(softmax, 67, 131, 24, blocks=2, **{**options, "learns": False}),
         "a row of NaN": _case(softmax, 70, 131, 40, spoilt=True, **{**options, "learns": False}),
         "more than a wave": _case(_wave, 40, **options),
@@ -472,7 +475,7 @@ CASES: dict[str, dict[str, Make]] = {
         **{f"{name}, exp": make for name, make in _masked(cosine=True).items()},
         "both ways": _case(softmax, 131, 131, 40, symmetric=True, mask=dense, learns=True),
         "both ways, stored": _case(softmax, 131, 131, 40, symmetric=True, mask=drops, cosine=True),
-        "hardness": _case(softmax, 70, 131, 40, blocks=2, penalty=(3.0, -2.0)),
+        "hardness": _case(softmax, 60, 131, 40, blocks=2, penalty=(3.0, -2.0)),
         "several chunks": _case(softmax, 130, 131, 40, kind="lattice", scale=1.0, mask=everything, chunk=30),
     },
     "softcap": {
