@@ -15,7 +15,9 @@ from .zones import Zones
 
 FAR = 1 << 31  # elements, which 32 bits do not count
 ALIGNMENT = 16  # bytes: see `operand` of the backends
-EMULATED = 128  # rows and columns from here on are halved where kernels are emulated: a tile has 64 or 128 there
+# Where kernels are emulated, an interpreted tile takes milliseconds. More rows and columns than EMULATED are halved: a
+# tile has 64 or 128 of them. What is longer than LONG is quartered: a step has 16 to 128 of it.
+EMULATED, LONG = 128, 1024
 
 STEP = 2 * torch.finfo(torch.float32).eps  # four roundings: of a product, its scale, exp and the sum after it
 
@@ -52,14 +54,19 @@ class Draw:
     # Sizes ------------------------------------------------------------------------------------------------------------
 
     def size(self, count: int) -> int:
-        """Of rows and columns. An interpreted tile takes milliseconds: half of them are as ragged, and several."""
+        """Of rows and columns: as ragged, and several tiles."""
         return count // 2 + 1 if self.emulated and count > EMULATED else count
+
+    def length(self, count: int) -> int:
+        """Of what is walked in steps: features, classes, documents."""
+        return count // 4 + 1 if self.emulated and count > LONG else count
 
     def wave(self) -> int:
         """Rows and columns of more tiles of 128 x 128 than the device's multiprocessors take at once, two each."""
         if self.emulated:
             return 193
-        tiles = 2 * torch.cuda.get_device_properties(self.device).multi_processor_count
+        found = torch.get_device_module(self.device).get_device_properties(self.device)
+        tiles = 2 * (found.max_compute_units if self.device.type == "xpu" else found.multi_processor_count)
         return 128 * int(tiles**0.5 + 1) + 3
 
     # Numbers ----------------------------------------------------------------------------------------------------------

@@ -36,11 +36,11 @@ def differentiated(draw: Draw, leaves: Sequence[Tensor], function: Callable[...,
 
 
 def _cross_entropy(draw: Draw, rows: int, columns: int, *, places: int = 0, spread: float = 3.0, **options: Any) -> Run:
-    R, C = draw.size(rows), columns
+    R, C = draw.size(rows), draw.length(columns)
     shape = (R, C, places) if places else (R, C)
     z = spread * draw.normal(*shape)
     target = draw.below(C, *shape[:1], *shape[2:])
-    target.view(-1)[:: max(2, R // 3)] = -100
+    target.view(-1)[1 :: max(2, R // 3)] = -100
     if options.pop("spoilt", False):
         z[R // 2] = torch.nan
     weight = options.pop("weight", False)
@@ -93,7 +93,7 @@ def _pair_logits(draw: Draw, rows: int, dim: int, columns: int, parts: tuple[str
 def _pairs(
     draw: Draw, rows: int, dim: int, kind: str, others: int = 1, layout: str = "rows", spoilt: bool = False
 ) -> Run:
-    M = draw.size(rows)
+    M, dim = draw.size(rows), draw.length(dim)
     made = [draw.normal(M, dim) for _ in range(1 + others)]
     if spoilt:
         made[0][M // 2] = torch.nan
@@ -105,7 +105,7 @@ def _lists(
     draw: Draw, queries: int, documents: int, loss: Callable[..., Tensor], masked: bool = True, **options: Any
 ) -> Run:
     """Scores that differ by more than any rounding: an order of theirs is the same in all precisions."""
-    Q = draw.size(queries)
+    Q, documents = draw.size(queries), draw.length(documents)
     order = torch.rand(Q, documents, generator=draw.generator).argsort(1)
     x = draw.matrix((order - documents / 2) * (8 / max(documents, 8)) if documents < 200 else (order - 1000) / 128)
     labels = draw.fixed(draw.below(5, Q, documents))
@@ -170,9 +170,9 @@ CASES: dict[str, dict[str, Make]] = {
     },
     "pairs": {
         **{f"{kind}, ragged": _case(_pairs, 257, 96, kind) for kind in pairs.KINDS},
-        **{f"{kind}, three others, D = 771": _case(_pairs, 33, 771, kind, 3, "anywhere") for kind in pairs.KINDS},
+        **{f"{kind}, three others, 771 features": _case(_pairs, 33, 771, kind, 3, "anywhere") for kind in pairs.KINDS},
         "one row": _case(_pairs, 1, 3, "cos"),
-        "D = 4097, by column": _case(_pairs, 20, 4097, "cos", 2, "columns"),
+        "4097 features, by column": _case(_pairs, 20, 4097, "cos", 2, "columns"),
         "a row of NaN": _case(_pairs, 70, 40, "euclidean", spoilt=True),
         "rows beyond 2^31 elements": _case(_pairs, 20, 72, "dot", 1, "far"),
     },

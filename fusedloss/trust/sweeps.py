@@ -50,7 +50,7 @@ def softmax(
     keys: the keys' layout, where it is another. learns: the scale is a tensor with a gradient, else a number. chunk:
     rows a chunk. spoilt: a NaN in a row of the queries, whose gradient alone is wanted. more: of Problem.
     """
-    M, N = draw.size(rows), draw.size(columns)
+    M, N, dim = draw.size(rows), draw.size(columns), draw.length(dim)
     x, y = draw.pair(kind, M, N, dim)
     if spoilt:
         x[M // 2, dim // 2] = torch.nan
@@ -62,7 +62,7 @@ def softmax(
     target = (torch.arange(M) if own else 5 * torch.arange(M) + 3) % N
     weight = draw.normal(M).abs() + 0.1 if weighted else torch.ones(M)
     if weighted and not symmetric:
-        weight[:: max(2, M // 3)] = 0
+        weight[1 :: max(2, M // 3)] = 0  # the first row counts: of one row there is no other
     biases: list[Tensor | None] = [None] * blocks
     if bias:
         for number, count in enumerate((N, *(len(y) for y in operands[2:]))):
@@ -122,7 +122,7 @@ def fold(
     learns: bool = True,
 ) -> Run:
     """A fold. same: one matrix on both sides; scale: of the folds that have one, with a gradient where it learns."""
-    M, N = draw.size(rows), draw.size(columns)
+    M, N, dim = draw.size(rows), draw.size(columns), draw.length(dim)
     x, y = draw.pair(kind, M, N, dim)
     if spoilt:
         x[M // 2, dim // 2] = torch.nan
@@ -133,7 +133,7 @@ def fold(
     ids = [torch.where(torch.arange(count) == count - 1, 6, draw.below(6, count)) for count in (M, N)]
     given = (draw.fixed(ids[0]), draw.fixed(ids[0] if same else ids[1])) if labels else None
     weight = draw.normal(M).abs() + 0.1
-    weight[:: max(2, M // 3)] = 0
+    weight[1 :: max(2, M // 3)] = 0  # the first row counts: of one row there is no other
     made = Fold(
         name,
         options,
@@ -372,7 +372,7 @@ def _one_way(**options: Any) -> dict[str, Make]:
     return {
         "ragged": _case(softmax, *RAGGED, **options),
         "one row": _case(softmax, *ONE_ROW, **options),
-        "D = 771, rows anywhere": _case(softmax, 65, 130, 771, layout="anywhere", **options),
+        "771 features, rows anywhere": _case(softmax, 65, 130, 771, layout="anywhere", **options),
         "by column": _case(softmax, 130, 200, 40, layout="columns", **options),
         "queries by column": _case(softmax, 70, 130, 33, layout="columns", keys="anywhere", **options),
         f"duplicates, scale {sharp:g}": _case(
@@ -394,7 +394,7 @@ def _both_ways(**options: Any) -> dict[str, Make]:
     return {
         "ragged": _case(softmax, 257, 257, 96, **options),
         "one row": _case(softmax, 1, 1, 3, **options),
-        "D = 771, rows anywhere": _case(softmax, 131, 131, 771, layout="anywhere", **options),
+        "771 features, rows anywhere": _case(softmax, 131, 131, 771, layout="anywhere", **options),
         "by column": _case(softmax, 130, 130, 40, layout="columns", **options),
         "pairs, sharp": _case(
             softmax, 129, 129, 96, **{**options, "kind": "pairs", "scale": 59.0 if cosine else 100.0}
@@ -441,7 +441,7 @@ CASES: dict[str, dict[str, Make]] = {
     "rows": {
         "cosine": _case(softmax, *RAGGED, cosine=True, learns=True),
         "cosine, one row": _case(softmax, *ONE_ROW, cosine=True, learns=True),
-        "cosine, D = 4097": _case(softmax, 20, 45, 4097, cosine=True, layout="anywhere"),
+        "cosine, 4097 features": _case(softmax, 20, 45, 4097, cosine=True, layout="anywhere"),
         "cosine, by column": _case(softmax, 70, 131, 72, cosine=True, layout="columns", learns=True),
         "cosine, rows of 1e4": _case(softmax, 70, 131, 771, cosine=True, kind="large"),
         "cosine, short rows": _case(softmax, 70, 131, 40, cosine=True, kind="short"),
@@ -466,7 +466,7 @@ CASES: dict[str, dict[str, Make]] = {
     | _FAR
     | {
         "without a gradient of the scale": _case(softmax, *RAGGED, scale=100.0),
-        "D = 4097": _case(softmax, 20, 45, 4097, learns=True),
+        "4097 features": _case(softmax, 20, 45, 4097, learns=True),
     },
     "grad+columns": _both_ways(learns=True)
     | {"without a gradient of the scale": _case(softmax, 257, 257, 96, symmetric=True)},
@@ -500,7 +500,7 @@ CASES: dict[str, dict[str, Make]] = {
     "top": {
         "ties": _case(top, *RAGGED),
         "one row": _case(top, *ONE_ROW),
-        "D = 771, rows anywhere": _case(top, 65, 130, 771, layout="anywhere"),
+        "771 features, rows anywhere": _case(top, 65, 130, 771, layout="anywhere"),
         "masks": _case(top, 130, 200, 40, mask=dense),
         "nothing competes": _case(top, 33, 70, 24, mask=nothing),
     },
@@ -519,7 +519,9 @@ CASES: dict[str, dict[str, Make]] = {
         "cosine distances": _case(
             fold, 70, 131, 40, "distill", scale=9.0, teacher=True, cosine=True, distance="cosine"
         ),
-        "D = 771, rows anywhere": _case(fold, 65, 130, 771, "distill", scale=20.0, teacher=True, layout="anywhere"),
+        "771 features, rows anywhere": _case(
+            fold, 65, 130, 771, "distill", scale=20.0, teacher=True, layout="anywhere"
+        ),
         "by column": _case(fold, 130, 200, 40, "sigmoid", scale=20.0, scalars=(-9.0,), layout="columns"),
         "itself": _case(fold, 131, 131, 40, "sup_con_in", scale=9.0, labels=True, same=True, cosine=True),
         "a row of NaN": _case(fold, 70, 131, 40, "sigmoid", scale=20.0, scalars=(-9.0,), spoilt=True),
@@ -544,7 +546,7 @@ def _of_fold(name: str, options: dict[str, Any]) -> dict[str, Make]:
     return {
         "ragged": _case(fold, *RAGGED, name, **options),
         "one row": _case(fold, *ONE_ROW, name, **options),
-        "D = 771, rows anywhere": _case(fold, 65, 130, 771, name, layout="anywhere", **options),
+        "771 features, rows anywhere": _case(fold, 65, 130, 771, name, layout="anywhere", **options),
         "by column": _case(fold, 130, 200, 40, name, layout="columns", **options),
         "forward": _case(fold, 70, 131, 40, name, backward=False, **options),
         "several chunks, sharp": _case(fold, 130, 131, 40, name, chunk=30, **sharp),
