@@ -29,7 +29,7 @@ from torch import Tensor
 
 import fusedloss
 
-from . import measure, results, show, sweep, testing
+from . import measure, products, results, show, sweep, testing
 from .backends import BACKENDS, fastest
 from .info import picked, probe
 from .peers import DTYPES, PEERS, SIGLIP_BIAS, Loss, Point
@@ -181,7 +181,7 @@ def floor(point: Point) -> Step:
             for _ in range(2 if point.loss == "clip" else 1):
                 torch.mm(query[chunk], key.T, out=s)
             torch.mm(s, key, out=dx[chunk])
-            sweep.add_mm(dy, s.T, query[chunk])
+            products.add_mm(dy, s.T, query[chunk])
 
     return step
 

@@ -12,6 +12,9 @@ With segments [d_{k-1}, d_k) of the columns, and |x|_k, |y|_k the norms of the p
 and dy alike, with the transpose and column sums. The three products of the longest prefix serve all of them: 6 MND,
 against 6 MN sum_k d_k for a loop. Two passes over a row chunk: the first stores the logits of all prefixes and sums
 their exponentials; the second turns a tile of them into dz, its suffix sums and products while it is in cache.
+
+Where the device multiplies 16-bit matrices into fp32, all three products are of the embeddings as they are, and the
+suffix sums are rounded once for each of the two that they enter.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import products
 from .problem import NORM_EPS, RowSums, stats_dtype
-from .rows import fresh, row_chunks, settle
+from .rows import fresh, largest_finite, power_of_two, row_chunks, settle
 
 LOG2E = math.log2(math.e)
 # A tile [384, 1536] of one prefix is 2.25 MiB of fp32, near what two cores keep in their L2. More
@@ -93,13 +97,17 @@ def sweep_prefixes(
 
 
 class _Queries(NamedTuple):
-    """Rows of one operand in a chunk: `x` divided by its norm at the longest prefix and times scale * log2(e)."""
+    """Rows of one operand in a chunk: `x` divided by its norm at the longest prefix and times scale * log2(e).
+
+    Of 16-bit products `x` and `signed` are the rows as they are, and the tile is multiplied instead.
+    """
 
     x: list[Tensor]  # per segment [R, d_k - d_{k-1}]
     signed: list[Tensor]  # times the sign of the row's weight
     factor: Tensor  # [R]
     ratio: Tensor  # [K, R] |x|_K / |x|_k
-    ratios: list[Tensor]  # per prefix [R, 1]
+    ratios: list[Tensor]  # per prefix [R, 1], times what `x` is not
+    times: list[Tensor]  # per prefix [R, 1], what `signed` is not
     dx: list[Tensor] | None  # per segment
 
 
@@ -111,6 +119,7 @@ class _Tile(NamedTuple):
     columns: slice
     y: Tensor  # [columns, d_K], in the input dtype
     inverse: list[Tensor]  # per prefix [columns], 1 / norms
+    times: list[Tensor]  # per prefix [columns], what 16-bit keys are not; 0 where they are
     step: list[Tensor]  # |y|_k / |y|_{k+1}
     along: list[Tensor] | None
     dy: list[Tensor] | None  # per segment
@@ -166,6 +175,7 @@ class _Sweep:
         self.wide = torch.float64 if self.device.type in ("cpu", "cuda") else self.dtype  # fp64 is not everywhere
         self.operands, self.admit, self.copies = operands, admit, copies
         self.target, self.weight = target, weight.to(self.dtype)
+        self.narrow = products.narrow(operands[0].dtype, self.device)
         self.blocks = [(query, key) for query, key, _ in blocks]
         self.columns = [operands[key].shape[0] for _, key in self.blocks]
         self.biases = [None if bias is None else bias.to(self.dtype) for _, _, bias in blocks]
@@ -191,6 +201,10 @@ class _Sweep:
         # [K, rows] per operand
         self.inverse_wide = {n: self._inverse_norms(operands[n]) for n in used}
         self.inverse = {n: inverse.to(self.dtype) for n, inverse in self.inverse_wide.items()}
+        # Of what is multiplied as it is. A row of zeros leaves 0 whatever its factor, and 1e12 would not fit fp16.
+        self.times = self.inverse
+        if self.narrow:
+            self.times = {n: inverse.masked_fill(inverse >= 1 / NORM_EPS, 0) for n, inverse in self.inverse.items()}
         self.wants = [wanted and n in used for n, wanted in enumerate(wants_operands)]
         self.wants_any = any(wants_operands) or wants_scale or any(wants_biases)
         self.totals = [
@@ -204,6 +218,7 @@ class _Sweep:
             for bias, wanted in zip(self.biases, wants_biases, strict=True)
         ]
         self.keys = {key for _, key in self.blocks}
+        self.gain = self._gain() if self.narrow and operands[0].dtype == torch.float16 else None
 
     def run(self, chunk: int) -> Prefixed:
         M = self.target.shape[0]
@@ -213,9 +228,11 @@ class _Sweep:
         elements = len(self.dims) * sum(self.columns) if self.wants_any else width
         self.workspace = fresh(self.weight, (chunk * elements,))
         self.buffers = [fresh(self.weight, (chunk * width,)) for _ in range(3)]
+        self.rounded = self.operands[0].new_empty(chunk * width if self.narrow and self.wants_any else 0)
         self.y = self.weight.new_empty((width, self.dims[-1]))
         self.scores = [torch.empty((SCORE_ROWS, self.dims[-1]), dtype=self.wide, device=self.device) for _ in range(2)]
-        self.rows = {n: [self.weight.new_empty((chunk, self.dims[-1])) for _ in range(3)] for n, _ in self.blocks}
+        copies = 1 if self.narrow else 3
+        self.rows = {n: [self.weight.new_empty((chunk, self.dims[-1])) for _ in range(copies)] for n, _ in self.blocks}
         tiles = list(self._tiles(width))
         for start in range(0, M, chunk):
             part = slice(start, min(start + chunk, M))
@@ -242,17 +259,47 @@ class _Sweep:
         factor = exact[-1].to(self.dtype)
         ratio = (exact / factor.to(self.wide)).to(self.dtype)
         ratio[-1] = 1
-        x, signed, dx = (buffer[: part.stop - part.start] for buffer in self.rows[number])
-        torch.mul(self._wide(self.operands[number][part]), factor[:, None], out=x)
-        torch.mul(x, self.weight[part].sign()[:, None], out=signed)
+        dx, *copies = (buffer[: part.stop - part.start] for buffer in self.rows[number])
+        sign, column, times = self.weight[part].sign()[:, None], factor[:, None], []
+        if self.narrow:
+            x = signed = self.operands[number][part]
+            ratios = [row[:, None] * column for row in ratio]
+            gained = column * sign if self.gain is None else column * sign * self.gain
+            times = [gained * (inverse[:, None] > 0) for inverse in self.times[number][:, part]]
+        else:
+            x, signed = copies
+            torch.mul(self._wide(self.operands[number][part]), column, out=x)
+            torch.mul(x, sign, out=signed)
+            ratios = [row[:, None] for row in ratio]
         return _Queries(
             self._cut(x),
             self._cut(signed),
             factor,
             ratio,
-            [row[:, None] for row in ratio],
+            ratios,
+            times,
             self._cut(dx.zero_()) if self.wants[number] else None,
         )
+
+    def _gain(self) -> Tensor:
+        """The power of two that brings the largest possible suffix sum, with either side's factors, to fp16's top.
+
+        |dz_k| is at most c_k weight_i, and norms grow with the prefix.
+        """
+        largest = torch.zeros_like(self.scale)
+        for query, key in self.blocks:
+            if not self.weight.numel() or not len(self.operands[key]):
+                continue
+            rows = self.times[query][:, : len(self.weight)] * self.weight.abs()
+            ratios, total = rows / self.inverse[query][-1, : len(self.weight)], torch.zeros_like(largest)
+            for share, row, ratio, column in zip(self.dim_weights, rows, ratios, self.times[key], strict=True):
+                by_row, by_column = (
+                    largest_finite(row) * self.unit.abs(),
+                    largest_finite(ratio) * largest_finite(column),
+                )
+                total += abs(share) * torch.maximum(by_row, by_column)
+            largest = torch.maximum(largest, total)
+        return power_of_two(15 - torch.log2(largest))
 
     def _cut(self, x: Tensor) -> list[Tensor]:
         return [x[:, segment] for segment in self.segments]
@@ -269,6 +316,7 @@ class _Sweep:
                     tile,
                     self.operands[key][tile, : self.dims[-1]],
                     list(inverse),
+                    list(self.times[key][:, tile]),
                     list(inverse[1:] / inverse[:-1]),
                     list(self.along[key][:, tile]) if key in self.along else None,
                     None if total is None else self._cut(total[tile]),
@@ -316,7 +364,7 @@ class _Sweep:
         totals, maxima = list(total), list(maximum)
         for tile, logits, hits in parts:
             x, ratios = queries[tile.query].x, queries[tile.query].ratios
-            y = [segment.T for segment in self._cut(tile.y.to(self.dtype))]
+            y = [segment.T for segment in self._cut(tile.y if self.narrow else tile.y.to(self.dtype))]
             admitted = None if self.admit is None else self.admit(tile.block, part, tile.columns)
             apart = self.biases[tile.block] is not None or admitted is not None or hits is not None
             scratch = self._buffer(0, rows, tile)
@@ -324,11 +372,13 @@ class _Sweep:
             for k in range(last + 1):
                 # Dot products accumulate where the last prefix's logits will stand.
                 if k == 0:
-                    torch.mm(x[k], y[k], out=z_last)
+                    products.mm(z_last, x[k], y[k])
                 else:
-                    z_last.addmm_(x[k], y[k])
+                    products.add_mm(z_last, x[k], y[k])
                 if k == last:
                     z = z_last.mul_(tile.inverse[k])
+                    if self.narrow:
+                        z.mul_(ratios[k])
                 else:
                     z = self._buffer(2, rows, tile) if logits is None else logits[k]
                     torch.mul(z_last, tile.inverse[k], out=z).mul_(ratios[k])
@@ -410,7 +460,7 @@ class _Sweep:
         admitted = None if self.admit is None else self.admit(tile.block, part, tile.columns)
         flush = self.device.type == "cpu" and self.dtype == torch.float32
         y: list[Tensor] = []
-        if rows.dx is not None:
+        if rows.dx is not None and not self.narrow:
             raw, y = self._cut(tile.y.to(self.dtype)), self._cut(self.y[: tile.y.shape[0]])
             for k in range(last + 1):
                 torch.mul(raw[k], tile.inverse[k][:, None], out=y[k])
@@ -452,10 +502,18 @@ class _Sweep:
                 dz, suffix = suffix, dz
             else:
                 torch.addcmul(dz, suffix, tile.step[k], out=suffix)
-            if rows.dx is not None:
+            if rows.dx is not None and self.narrow:
+                times = tile.times[k] if self.gain is None else tile.times[k] * self.gain
+                products.add_mm(rows.dx[k], self._rounded(suffix, times, product), tile.y[:, self.segments[k]])
+            elif rows.dx is not None:
                 rows.dx[k].addmm_(suffix, y[k])
             if tile.dy is not None:
-                tile.dy[k].addmm_(suffix.T, rows.signed[k])
+                values = self._rounded(suffix, rows.times[k], product) if self.narrow else suffix
+                products.add_mm(tile.dy[k], values.T, rows.signed[k])
+
+    def _rounded(self, suffix: Tensor, factor: Tensor, scratch: Tensor) -> Tensor:
+        out = self.rounded[: suffix.numel()].view(suffix.shape)
+        return out.copy_(torch.mul(suffix, factor, out=scratch))
 
     def _end_chunk(self, number: int, part: slice, rows: _Queries) -> None:
         """dx to the units of what `_finish` multiplies: there a key's gradient and a query's are one matrix."""
@@ -482,11 +540,12 @@ class _Sweep:
             return
         total, inverse, along = total[part], self.inverse[number][:, part], self.along[number][:, part]
         x = self.operands[number][part]
+        scaled = inverse if self.gain is None else inverse / self.gain
         for r in row_chunks(x):
             pairs = [(total[r, segment], x[r, segment].to(self.dtype)) for segment in self.segments]
             along[-1, r] -= along[:-1, r].sum(0)
             for k, (dx, row) in enumerate(pairs):
-                dx.mul_(inverse[k, r, None])
+                dx.mul_(scaled[k, r, None])
                 along[-1, r] += torch.linalg.vecdot(dx, row)
             lost = along[:, r] * inverse[:, r].square().masked_fill(inverse[:, r] >= 1 / NORM_EPS, 0)
             lost = lost.flip(0).cumsum(0).flip(0)

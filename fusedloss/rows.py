@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from . import products
 from .epilogues import bent, decoupled_loss, marginal, softmax_loss
 from .folds import Part
 from .problem import (
@@ -247,8 +248,13 @@ def fold_part(problem: Problem, chunk: slice) -> Part:
     row_labels, key_labels = fold.labels or (None, None)
     teacher = None
     if fold.teacher is not None and fold.teacher_scale is not None:
-        query, key = (x.to(problem.scale.dtype) for x in fold.teacher)
-        teacher = query[chunk] @ key.T * fold.teacher_scale
+        query, key = fold.teacher
+        if products.narrow(key.dtype, key.device) and query.dtype == key.dtype:
+            teacher = problem.scale.new_empty((len(rows), len(key)))
+            products.mm(teacher, query[chunk], key.T)
+        else:
+            teacher = query.to(problem.scale.dtype)[chunk] @ key.to(problem.scale.dtype).T
+        teacher = teacher * fold.teacher_scale
     return Part(
         rows,
         problem.weight[chunk],
@@ -300,6 +306,16 @@ def row_chunks(x: Tensor) -> Iterator[slice]:
         return
     for start in range(0, x.shape[0], ROWS):
         yield slice(start, start + ROWS)
+
+
+def largest_finite(x: Tensor) -> Tensor:
+    """Of the absolute values, 0-dim."""
+    return x.nan_to_num(0, 0, 0).abs().amax()
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """The largest that is not above `2**exponent`, among fp32's normal numbers; of infinity, too."""
+    return torch.exp2(torch.floor(exponent).clamp(-126, 126))
 
 
 def fresh(like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype | None = None) -> Tensor:

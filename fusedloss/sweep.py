@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, products
 from .collectives import gather, merge_columns
 from .folds import FOLDS, Folded
 from .prefixes import sweep_prefixes
@@ -39,7 +39,19 @@ from .problem import (
     saved_dtype,
     stats_dtype,
 )
-from .rows import above_ties, fold_part, fold_scalars, fresh, row_chunks, score_ties, squared_distances, tie_to_exact
+from .products import add_mm, mm
+from .rows import (
+    above_ties,
+    fold_part,
+    fold_scalars,
+    fresh,
+    largest_finite,
+    power_of_two,
+    row_chunks,
+    score_ties,
+    squared_distances,
+    tie_to_exact,
+)
 from .waves import wave_rows
 
 MIB = 1 << 20
@@ -240,7 +252,7 @@ class _Sweep:
         self.scale_grad = torch.zeros_like(problem.scale, dtype=wide) if wants.scale else None
         self.scalar_grads = [torch.zeros_like(problem.scale, dtype=wide) if x else None for x in wants.scalars]
         self.smoothing = _Smoothing(self) if problem.label_smoothing and not self.by_row_smoothing else None
-        self.gain = self._gain() if backend.workspace_dtype(problem) == torch.float16 else None
+        self.gain = self._gain()
         self.gradients = [self._gradient(number) if wanted else None for number, wanted in enumerate(wants.operands)]
 
     def run(self) -> Result:
@@ -382,15 +394,39 @@ class _Sweep:
         elif apart is not None:
             # d |x - y|^2 = 2 (x - y) (dx - dy), and d|x - y| its half over the distance; 0 where that is 0.
             out.div_(apart).masked_fill_(apart == 0, 0) if fold.distance == "euclidean" else out.mul_(2)
-            for number, rows, sums in ((block.query, chunk, out.sum(1)), (block.key, slice(None), out.sum(0))):
-                gradient = self.gradients[number]
-                if gradient is not None:
-                    gradient.accumulator()[rows].addcmul_(self.operands[number][rows].to(self.dtype), sums[:, None])
-            out.neg_()
         if strip.row_factor is not None and strip.col_factor is not None:
             out.mul_(strip.row_factor[:, None]).mul_(strip.col_factor)
+        out = self._narrowed(out)
+        if apart is not None:  # of what is multiplied: `dx_i = sum_j dz_ij (x_i - y_j)` may cancel
+            for number, rows, dim in ((block.query, chunk, 1), (block.key, slice(None), 0)):
+                gradient = self.gradients[number]
+                if gradient is not None:
+                    own, sums = self.operands[number][rows].to(self.dtype), out.sum(dim, dtype=self.dtype)
+                    gradient.accumulator()[rows].addcmul_(own, sums[:, None])
+            out.neg_()
         self._contract(chunk, [out], self._queries(chunk), None)
         return folded.loss
+
+    def _narrowed(self, out: Tensor) -> Tensor:
+        """The gradient by the similarities in the inputs' dtype, where that is what the device multiplies fastest."""
+        dtype = self.problem.dtype
+        if not products.narrow(dtype, self.problem.device):
+            return out
+        if self.gain is not None:
+            self._fit(out, self.gain)
+        return torch.empty_strided(out.shape, out.stride(), dtype=dtype, device=out.device).copy_(out)
+
+    def _fit(self, out: Tensor, gain: Tensor) -> None:
+        """`out` times the gain, made smaller first where `out` would leave fp16.
+
+        How large a fold's derivative gets is only seen when it is there. What was accumulated in the larger gain is
+        brought to the smaller one: both are powers of two.
+        """
+        fits = torch.minimum(gain, power_of_two(15 - torch.log2(largest_finite(out))))
+        for gradient in self.gradients:
+            if gradient is not None and gradient.total is not None:
+                gradient.total.mul_(fits / gain)
+        out.mul_(gain.copy_(fits))
 
     def _add_fold(self, folded: Folded) -> None:
         if folded.count is not None:
@@ -590,21 +626,25 @@ class _Sweep:
     def _wanted_target_sim(self, chunk: slice) -> Tensor | None:
         return _part_or_none(self.prepared.target_sim, chunk) if self.wants.scale else None
 
-    def _gain(self) -> Tensor:
-        """The power of two that brings the largest possible dz to fp16's upper half: what is small would round to 0.
+    def _gain(self) -> Tensor | None:
+        """Of dz in fp16: the power of two that brings the largest possible one to its upper half.
 
-        |dz| is at most its row's weight times both factors, at the target times its slope, and times 1 + 2 z_loss lse,
-        for which there is room up to 16. Computed on the device; undone in fp32 after the GEMMs.
+        What is small would round to 0. |dz| is at most its row's weight times both factors, at the target times its
+        slope, and times 1 + 2 z_loss lse, for which there is room up to 16. A fold's is found as it goes, by `_fit`.
+        Computed on the device; undone in fp32 after the GEMMs. A row of NaN is the only one that it spoils.
         """
         one = torch.ones_like(self.problem.scale)
-        largest = [one if f is None or not len(f) else f.amax() for f in self.factors]
+        if self.backend.workspace_dtype(self.problem) != torch.float16:
+            folds = self.problem.fold is not None and not self.backend.can_fold(self.problem)
+            in_fp16 = folds and self.problem.dtype == torch.float16 and products.narrow(torch.float16, one.device)
+            return one * 2.0**126 if in_fp16 else None
+        largest = [one if f is None or not len(f) else largest_finite(f) for f in self.factors]
         factors = torch.stack([largest[block.query] * largest[block.key] for block in self.problem.blocks]).amax()
         weight = self.problem.weight.abs()
         if self.prepared.slope is not None:
             weight = weight * self.prepared.slope.abs().clamp_min(1)
-        weight = weight.amax() if self.problem.rows else one
-        exponent = torch.floor((11 if self.problem.z_loss else 15) - torch.log2(factors * weight.clamp_min(2.0**-126)))
-        return torch.exp2(exponent.clamp(-126, 126))  # a power of two also where no row counts
+        weight = largest_finite(weight) if self.problem.rows else one
+        return power_of_two((11 if self.problem.z_loss else 15) - torch.log2(factors * weight))
 
     def _strips(self, chunk: slice) -> list[Strip]:
         strips = []
@@ -918,30 +958,6 @@ def _gemm_dtype(problem: Problem, stored: torch.dtype) -> torch.dtype:
 def _cpu_multiplies_bf16() -> bool:
     capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch; AMX implies the flag
     return bool(capabilities.get("avx512_bf16", False))
-
-
-def mm(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """`out = a @ b`, accumulated in the dtype of `out`."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    elif a.device.type == "cuda":
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    elif a.dtype == torch.float16:
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)  # a CPU's fp16 product overflows under the gain
-    else:
-        out.copy_(torch.mm(a, b))
-
-
-def add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a @ b`, accumulated in the dtype of `total`."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.device.type == "cuda":
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    elif a.dtype == torch.float16:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
-    else:
-        total.add_(torch.mm(a, b))
 
 
 def _weighted_sum(x: Tensor, weight: Tensor) -> Tensor:

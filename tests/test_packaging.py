@@ -242,6 +242,7 @@ FORBIDDEN = {
     # what all of the above share
     "fusedloss.problem": (*UPPER, *DRIVERS, "fusedloss.backends"),
     "fusedloss.epilogues": (*UPPER, *DRIVERS, "fusedloss.backends"),
+    "fusedloss.products": (*UPPER, *DRIVERS, "fusedloss.backends", "fusedloss.problem"),
 }
 
 

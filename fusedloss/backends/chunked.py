@@ -2,6 +2,9 @@
 
 Exponentials are powers of two: on CPUs torch.exp2 takes a quarter of exp's time (0.08 against 0.32 ns an element, two
 Zen 5 cores). log2(e) multiplies after the maximum is subtracted, so that its rounding is not magnified by the logits.
+
+Where the device multiplies 16-bit matrices into fp32 (`products.narrow`), rows and keys are multiplied as they are, and
+norms, scale and log2(e) act on the fp32 tile. A tile's passes end with a copy into the workspace, which is 16-bit.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, products
 from ..problem import GuideRule, Patch, Problem, RowSums, Softmax, Strip, StripMask, Tally, inverse_norms, stats_dtype
 from ..rows import finish, guide_threshold, merge, operand, patch_target, prepare, settle
+from .shared import SAFE_SCALE as SHIFTED_SCALE
+from .shared import exp_shift
 
 __all__ = ["finish", "inverse_norms", "merge", "operand", "prepare", "settle"]  # torch has no faster way to these
 
@@ -44,8 +49,11 @@ def why_not(problem: Problem) -> str | None:
 
 
 def can_exp(problem: Problem) -> bool:
-    """exp_rows finds each row's maximum before it exponentiates; smoothing over what a mask leaves needs its sums."""
-    return not problem.smooths_by_row
+    """exp_rows finds each row's maximum on its own; smoothing over what a mask leaves needs its sums.
+
+    fp16 has not the range for exponentials relative to a maximum that may still grow, only for dz and its gain.
+    """
+    return not problem.smooths_by_row and workspace_dtype(problem) != torch.float16
 
 
 def can_store(problem: Problem) -> bool:
@@ -67,16 +75,20 @@ def can_fold(problem: Problem) -> bool:
 
 
 def workspace_copies(problem: Problem) -> float:
-    """How much memory a chunk needs, in matrices of its size: a guide's bounds of block 0 stand beside it."""
+    """How much memory a chunk needs, in matrices of its size: a guide's bounds of block 0 stand beside it, in fp32."""
     if problem.fold is not None:
         return FOLD_COPIES
-    if problem.blocks[0].mask.guide is None:
+    guide = problem.blocks[0].mask.guide
+    if guide is None:
         return 1
-    return 1 + problem.operands[problem.blocks[0].key].shape[0] / max(1, problem.columns)
+    share = problem.operands[problem.blocks[0].key].shape[0] / max(1, problem.columns)
+    return 1 + share * stats_dtype(guide.key.dtype).itemsize / workspace_dtype(problem).itemsize
 
 
 def workspace_dtype(problem: Problem) -> torch.dtype:
-    return stats_dtype(problem.dtype)
+    """Folds see the similarities."""
+    narrow = problem.fold is None and products.narrow(problem.dtype, problem.device)
+    return problem.dtype if narrow else stats_dtype(problem.dtype)
 
 
 def _tiles(strip: Strip, columns: int | None = None) -> Iterator[slice]:
@@ -85,13 +97,27 @@ def _tiles(strip: Strip, columns: int | None = None) -> Iterator[slice]:
         yield slice(start, min(start + columns, strip.y.shape[0]))
 
 
-def _rows(strip: Strip) -> Tensor:
+class Rows(NamedTuple):
+    """The left side of a product."""
+
+    x: Tensor  # [R, D]
+    factor: Tensor | None = None  # [R, 1], of the product: 16-bit rows are multiplied as they are
+
+
+def _narrow(strip: Strip) -> bool:
+    return products.narrow(strip.y.dtype, strip.y.device)
+
+
+def _rows(strip: Strip) -> Rows:
+    factor = None if strip.row_factor is None else strip.row_factor[:, None]
+    if _narrow(strip):
+        return Rows(strip.x, factor)
     x = strip.x.to(strip.scale.dtype)
-    return x if strip.row_factor is None else x * strip.row_factor[:, None]
+    return Rows(x if factor is None else x * factor)
 
 
 def _matmul_into(out: Tensor, x: Tensor, y: Tensor, narrow: bool) -> None:
-    """`out = x @ y.T` in fp32 arithmetic. `narrow`: the inputs of the loss are 16-bit.
+    """`out = x @ y.T` in fp32 arithmetic. `narrow`: the inputs of the loss are 16-bit, cast up.
 
     For those, oneDNN's fp32 GEMM is used where torch has it: its accumulation is fp32 like MKL's, and on CPUs where MKL
     runs at half rate it more than doubles the speed of this step (465 against 200 GFLOP/s on two Zen 5 cores). fp32
@@ -103,7 +129,15 @@ def _matmul_into(out: Tensor, x: Tensor, y: Tensor, narrow: bool) -> None:
         torch.mm(x, y.T, out=out)
 
 
-def _similarity(strip: Strip, x: Tensor, tile: slice, out: Tensor) -> None:
+def _similarity(strip: Strip, rows: Rows, tile: slice, out: Tensor) -> None:
+    x = rows.x
+    if _narrow(strip):
+        products.mm(out, x, strip.y[tile].T)
+        if rows.factor is not None:
+            out.mul_(rows.factor)
+        if strip.col_factor is not None:
+            out.mul_(strip.col_factor[tile])
+        return
     y = strip.y[tile].to(x.dtype)
     if strip.col_factor is not None:
         y = y * strip.col_factor[tile, None]
@@ -292,7 +326,7 @@ class Drops(NamedTuple):
 
     stored: Tensor | None  # block 0's, out of which the threshold was read; the others' are computed tile by tile
     strip: Strip
-    x: Tensor
+    x: Rows
     threshold: Tensor
     buffer: Tensor
 
@@ -337,7 +371,7 @@ def _at_target(values: Tensor, target: Tensor | None) -> Tensor:
 def _drops(drops: Drops, tile: slice) -> Tensor:
     if drops.stored is not None:
         return drops.stored[:, tile]
-    out = _view(drops.buffer, drops.x.shape[0], tile)
+    out = _view(drops.buffer, drops.x.x.shape[0], tile)
     _similarity(drops.strip, drops.x, tile, out)
     return out.gt_(drops.threshold)
 
@@ -373,6 +407,8 @@ def exp_rows(
 
     The shift is the row's own maximum over all strips, or 0 where the host knows that nothing can overflow.
     """
+    if outs[0].dtype != strips[0].scale.dtype:
+        return _exp_rows_narrow(problem, strips, outs, target_sim, tally, score)
     safe = problem.bound is not None and problem.bound <= SAFE_SCALE
     if problem.softcap and safe and tally is None and not problem.masked:
         return _exp_rows_bent(strips, outs), None
@@ -410,7 +446,68 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.device.type in ("cpu", "cuda") else x.dtype
 
 
-def _rows_times(strip: Strip, unit: float) -> Tensor:
+def _exp_rows_narrow(
+    problem: Problem,
+    strips: list[Strip],
+    outs: list[Tensor],
+    target_sim: Tensor | None,
+    tally: Tally | None,
+    score: Tensor | None,
+) -> tuple[RowSums, Tensor | None]:
+    """`exp_rows` where the workspace is bf16, which logits do not fit: each tile leaves its buffer as exponentials.
+
+    They are relative to a power of two, at least the row's largest so far; where that grows, what was written before is
+    multiplied by powers of two, which rounds nothing. A power that the host knows to be safe takes one pass less.
+    """
+    rows = strips[0].x.shape[0]
+    exponent, total = _empty_sums(strips[0], rows)
+    known = problem.bound is not None and problem.bound <= SHIFTED_SCALE
+    if known:
+        exponent.fill_(round(exp_shift(problem) * LOG2E))
+    q = None if target_sim is None else torch.zeros_like(total)
+    # Counts and the softcap want logits in natural units, where the exponent of 2 is a shift by ln 2.
+    unit, shift_unit = (1.0, 1 / LOG2E) if tally is not None or strips[0].softcap else (LOG2E, 1.0)
+    buffers = [_tile_buffer(strips), total if q is None else _tile_buffer(strips)]
+    buffers.append(_tile_buffer(strips) if strips[0].softcap else total)
+    written: list[tuple[Tensor, Tensor]] = []
+    for strip, out in zip(strips, outs, strict=True):
+        x = _rows(strip) if q is not None else _rows_times(strip, unit)
+        for tile in _tiles(strip):
+            e = _view(buffers[0], rows, tile)
+            _similarity(strip, x, tile, e)
+            if target_sim is not None:
+                apart = torch.sub(e, target_sim[:, None], out=_view(buffers[1], rows, tile))
+                e.mul_(strip.scale * unit)
+            _admit_(e, strip, tile, unit)
+            if tally is not None and score is not None:
+                _count_(tally, strip, e, None, score)
+            if strip.softcap:
+                slope = _slope(e, strip.softcap, _view(buffers[2], rows, tile))
+            if not known:
+                before, exponent = exponent, torch.maximum(exponent, torch.ceil(e.amax(1) / shift_unit))
+                grown = torch.exp2(before - _finite(exponent))
+                total *= grown
+                if q is not None:
+                    q *= grown
+            e.sub_((_finite(exponent) * shift_unit)[:, None])
+            _flush_(e.exp2_() if unit == LOG2E else _exp_(e))
+            total += e.sum(1)
+            if strip.softcap:
+                e.mul_(slope)
+            if q is not None:
+                q += apart.mul_(e).sum(1)
+            _factors_(e, strip, tile)
+            out[:, tile] = e
+            written.append((out[:, tile], exponent))
+    shift = _finite(exponent)
+    if not known:
+        for values, then in written[:-1]:
+            values.mul_(torch.exp2(then - shift)[:, None].to(values.dtype))
+    # As it was subtracted, see exp_rows.
+    return RowSums(shift.to(_wide(shift)) / LOG2E if unit == LOG2E else shift * shift_unit, total), q
+
+
+def _rows_times(strip: Strip, unit: float) -> Rows:
     """Rows whose products with the keys are `unit` times the logits: times log2(e), exponentials are powers of two.
 
     Rounded once: log2(e) as a factor of its own would be magnified by the logits.
@@ -419,11 +516,13 @@ def _rows_times(strip: Strip, unit: float) -> Tensor:
     factor = (strip.scale.to(wide) * unit).expand(strip.x.shape[0])
     if strip.row_factor is not None:
         factor = factor * strip.row_factor
+    if _narrow(strip):
+        return Rows(strip.x, factor.to(strip.scale.dtype)[:, None])
     out = strip.scale.new_empty(strip.x.shape)
     for start in range(0, strip.x.shape[0], BIT_ROWS):
         part = slice(start, start + BIT_ROWS)
         out[part] = strip.x[part].to(wide) * factor[part, None]
-    return out
+    return Rows(out)
 
 
 def _exp_rows_bent(strips: list[Strip], outs: list[Tensor]) -> RowSums:
@@ -465,7 +564,7 @@ def _exp_rows_in_steps(
     q = None if target_sim is None else torch.zeros_like(total)
     buffer = _tile_buffer(strips) if q is not None or strips[0].softcap else total
     for strip, out in zip(strips, outs, strict=True):
-        x = _rows(strip) if q is not None else _rows(strip) * strip.scale
+        x = _rows(strip) if q is not None else Rows(_rows(strip).x * strip.scale)
         for tile in _tiles(strip):
             z = out[:, tile]
             _similarity(strip, x, tile, z)
@@ -510,12 +609,14 @@ def grad_rows(
     """
     count = strips[0].x.shape[0]
     q = None if rows.target_sim is None else torch.zeros_like(rows.shift)
-    buffers = [_tile_buffer(strips) for _ in range(3)]
+    # A workspace of 16 bits takes finished values alone.
+    wide = outs[0].dtype == strips[0].scale.dtype
+    buffers = [_tile_buffer(strips) for _ in range(3 if wide else 4)]
     for strip, out in zip(strips, outs, strict=True):
         x = _rows(strip)
         for tile in _tiles(strip):
-            dz = out[:, tile]
-            sim, z, scratch = (_view(buffer, count, tile) for buffer in buffers)
+            sim, z, scratch, *more = (_view(buffer, count, tile) for buffer in buffers)
+            dz = out[:, tile] if wide else more[0]
             _similarity(strip, x, tile, sim)
             _logits(sim, strip, tile, out=z)
             directions = [rows.map(lambda v: v[:, None])]
@@ -536,6 +637,8 @@ def grad_rows(
             if gain is not None:
                 dz.mul_(gain)
             _factors_(dz, strip, tile)
+            if not wide:
+                out[:, tile] = dz
     if strips[0].target is not None:
         patch = Patch(outs[0], strips[0].target, strips[0].row_factor, strips[0].col_factor)
         patch_target(patch, entry if gain is None else entry * gain)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import products
 from ..problem import (
     NO_MARGIN,
     GuideRule,
@@ -348,8 +349,8 @@ def _multiply(sim: Tensor, x: Tensor, y: Tensor) -> None:
     """`sim = x @ y.T` in fp32."""
     if x.dtype == sim.dtype:
         torch.mm(x, y.T, out=sim)
-    elif x.is_cuda:
-        torch.mm(x, y.T, out_dtype=sim.dtype, out=sim)
+    elif products.narrow(x.dtype, x.device):
+        products.wide_mm(sim, x, y.T)
     else:
         torch.mm(x.to(sim.dtype), y.to(sim.dtype).T, out=sim)
 
