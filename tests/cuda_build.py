@@ -6,6 +6,7 @@ import fcntl
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -21,14 +22,34 @@ ROOT = Path(__file__).absolute().parent.parent
 
 
 def load(archs: str, optimised: bool = True) -> ModuleType:
-    """`archs`: FUSEDLOSS_CUDA_ARCHS, "" for all. What is installed was built for the GPUs that are here, or by name."""
+    """The module. A process has one of this name: pybind11 answers with the first, whatever file is asked for."""
     try:
         from fusedloss import _C
     except ImportError:
-        if reason := why_not():
-            pytest.skip(f"fusedloss._C was not built, and cannot be: {reason}")
-        return _load(build(archs, optimised))
+        file = library(archs, optimised)
+        module = _load(file)
+        assert Path(str(module.__file__)) == file, f"{module.__file__} was loaded before: {file} has no place here"
+        return module
     return _C
+
+
+def library(archs: str, optimised: bool = True) -> Path:
+    """Its file. `archs`: FUSEDLOSS_CUDA_ARCHS, "" for all; an installed one was built for the GPUs here, or by name."""
+    if (spec := importlib.util.find_spec("fusedloss._C")) and spec.origin:
+        return Path(spec.origin)
+    if reason := why_not():
+        pytest.skip(f"fusedloss._C was not built, and cannot be: {reason}")
+    return build(archs, optimised)
+
+
+def archs_of(file: Path) -> list[str]:
+    """What its build_info says, in a process of its own."""
+    code = (
+        "import json, pathlib, sys, cuda_build as b; print(json.dumps(b._load(pathlib.Path(sys.argv[1])).build_info()))"
+    )
+    command = [sys.executable, "-c", code, str(file)]
+    done = subprocess.run(command, cwd=ROOT / "tests", check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)["archs"]
 
 
 def why_not() -> str | None:

@@ -34,14 +34,14 @@ def reader() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def _C(reader) -> ModuleType:
+def library(reader) -> Path:
     known = f"nvcc {cuda_build.nvcc_version()} from sources {reader.digest(*reader.SOURCES)};" in TABLE.read_text()
-    return cuda_build.load("80;90a" if known else "")
+    return cuda_build.library("80;90a" if known else "")
 
 
 @pytest.fixture(scope="module")
-def built(_C) -> list[str]:
-    return _C.build_info()["archs"]
+def built(library) -> list[str]:
+    return cuda_build.archs_of(library)
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +50,14 @@ def codes(built) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def found(reader, _C, request):
-    return reader.read(Path(_C.__file__), request.config.cache.mkdir("cuda-resources"))
+def found(reader, library, request):
+    return reader.read(library, request.config.cache.mkdir("cuda-resources"))
 
 
 @pytest.mark.grid
-def test_build_info_says_what_is_inside(reader, found, _C, built, codes):
+def test_build_info_says_what_is_inside(reader, found, library, built, codes):
     assert set(found[1]) == set(codes)
-    listed = reader.run("cuobjdump", "--list-ptx", _C.__file__)
+    listed = reader.run("cuobjdump", "--list-ptx", str(library))
     ptx = {line.rpartition(".")[0].rpartition(".")[2] for line in listed.splitlines()}
     assert ptx == {arch.replace("compute_", "sm_") for arch in built if arch.startswith("compute_")}
 
