@@ -66,12 +66,13 @@ gpu-build:
 	rm -rf build/gpu
 	$(PYTHON) setup.py --quiet build --build-lib build/gpu
 
-# What runs as `fusedloss`: `auto` takes no kernels before their tests have passed on a device and that was committed. In
-# the race `cuda` runs beside it, by name; losses without a sweep have Triton's kernels alone.
+# What runs as `fusedloss`: Triton's kernels, whether they are proved there or not. In the race `cuda` runs beside them, by
+# name; losses without a sweep have Triton's kernels alone.
 RACES := FUSEDLOSS_BACKEND=triton $(GPU)
 
-gpu: gpu-build ## the GPU tests and a race of both kernel backends, 8 minutes, with $(PYTHON), its torch and nvcc; installs nothing
+gpu: gpu-build ## the kernels' proofs, the GPU tests and a race, with $(PYTHON), its torch and nvcc; installs nothing
 	$(GPU) -c "import torch; assert torch.cuda.is_available(), f'torch {torch.__version__} sees no GPU here'"
+	-$(GPU) -m fusedloss verify
 	$(GPU) -m pytest -m gpu
 	$(GPU) -m fusedloss check
 	$(GPU) benchmarks/overhead.py --out benchmarks/results/gpu-overhead.json

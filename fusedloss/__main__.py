@@ -1,4 +1,4 @@
-"""python -m fusedloss info | check | bench. Light imports only: torch and the rest come where they are caught."""
+"""python -m fusedloss info | check | verify | bench. Light imports only: torch comes where its import is caught."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from . import __version__, _ctrl_c
 
 EXIT_CODES = """exit codes:
   0    all is well
-  1    of check: a backend is out of budget; of bench: our own racer failed, a claim does not hold, the device is lost
+  1    of check: a backend is out of budget; of verify: a family of kernels has failed; of bench: our own racer failed,
+       a claim does not hold, the device is lost
   2    an argument is wrong, or the machine has not what it asks for
   130  Ctrl-C, after what was done until then is shown
 """
@@ -29,9 +30,17 @@ def parser() -> argparse.ArgumentParser:
     for name, text in (
         ("info", "versions, devices, variables, and every backend: available, or why not"),
         ("check", "each backend against fp64 on this machine; exit code 1 if one is out of budget"),
+        ("verify", "prove the kernels on this machine and keep the verdicts, which `auto` goes by"),
         ("bench", "time, memory and error beside torch's own and the bare matrix products"),
     ):
-        bench = commands.add_parser(name, help=text, description=text, **form)
+        commands.add_parser(name, help=text, description=text, **form)
+    verify, bench = commands.choices["verify"], commands.choices["bench"]
+    verify.add_argument("--device", type=device, help="cpu, cuda or cuda:INDEX; default: each kind of GPU that is here")
+    verify.add_argument("--backend", choices=("cuda", "triton"), help="default: both")
+    verify.add_argument("--family", help="only this one, by its name in the table")
+    verify.add_argument("--again", action="store_true", help="also what is proved already")
+    verify.add_argument("--json", action="store_true", help="the verdicts as JSON, in the place of a table")
+    verify.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     bench.add_argument("--loss", choices=("info_nce", "clip", "multiple_negatives_ranking"), default="info_nce")
     bench.add_argument("--n", type=count, nargs="+", default=[2048, 4096, 8192], metavar="N", help="batch sizes")
     bench.add_argument("--d", type=count, default=384, help="embedding dimension")
@@ -112,6 +121,8 @@ def run(arguments: argparse.Namespace) -> int:
         from .check import main as check
 
         return check()
+    if arguments.command == "verify":
+        return verify(arguments)
     _ctrl_c.importing()
     import torch
 
@@ -119,10 +130,34 @@ def run(arguments: argparse.Namespace) -> int:
 
     _ctrl_c.imported()
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        print(f"--device {arguments.device}: torch {torch.__version__} sees no GPU here; --device cpu", file=sys.stderr)
+    return bench(arguments) if has(arguments.device) else 2
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    if arguments.child is not None:
+        from .trust.child import main as child
+
+        return child(arguments.child)
+    from .trust import families
+    from .verify import main as verify
+
+    known = dict.fromkeys(family for backend in families.BACKENDS for family in families.of_backend(backend))
+    if arguments.family not in (None, *known):
+        print(f"--family {arguments.family}: needs one of {', '.join(known)}", file=sys.stderr)
         return 2
-    return bench(arguments)
+    return verify(arguments) if has(arguments.device or "cpu") else 2
+
+
+def has(device: str) -> bool:
+    """Whether it is there; says so if not."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not device.startswith("cuda") or int(device.partition(":")[2] or 0) < count:
+        return True
+    found = f"{count} GPU{'s' * (count > 1)}" if count else "no GPU"
+    print(f"--device {device}: torch {torch.__version__} sees {found} here; --device cpu", file=sys.stderr)
+    return False
 
 
 if __name__ == "__main__":

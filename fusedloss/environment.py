@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 BACKENDS = ("cuda", "triton", "chunked", "reference")
+VERIFY = ("first", "off", "inline", "trust")
 SWITCH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
 
 
@@ -44,11 +46,36 @@ def workspace_bytes() -> int | None:
     return int(digits)
 
 
+def verify() -> str:
+    """When a kernel is proved that `auto` would take: see `trust.ask`."""
+    value = os.environ.get("FUSEDLOSS_VERIFY", "")
+    chosen = value.strip().lower() or "first"
+    if chosen not in VERIFY:
+        raise ValueError(f"FUSEDLOSS_VERIFY must be {', '.join(VERIFY)}, got {value!r}; set one, or unset it for first")
+    return chosen
+
+
+def cache_dir() -> Path:
+    """Where verdicts are kept: FUSEDLOSS_CACHE_DIR, else $XDG_CACHE_HOME/fusedloss, else ~/.cache/fusedloss."""
+    value = os.environ.get("FUSEDLOSS_CACHE_DIR", "").strip()
+    if not value:
+        base, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
+        if os.path.isabs(base):  # others are to be ignored, says the standard
+            return Path(base, "fusedloss")
+        return Path(home if os.path.isabs(home) else os.sep, ".cache", "fusedloss")  # who has no home keeps nothing
+    folder = Path(os.path.expanduser(value))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"FUSEDLOSS_CACHE_DIR must be a folder, got the file {value!r}; name a folder, or unset it")
+    return folder
+
+
 VARIABLES: dict[str, Callable[[], object]] = {
     "FUSEDLOSS_BACKEND": backend,
     "FUSEDLOSS_WORKSPACE_BYTES": workspace_bytes,
     "FUSEDLOSS_DISABLE": lambda: switch("FUSEDLOSS_DISABLE"),
     "FUSEDLOSS_CHECK": lambda: switch("FUSEDLOSS_CHECK"),
+    "FUSEDLOSS_VERIFY": verify,
+    "FUSEDLOSS_CACHE_DIR": cache_dir,
 }
 OTHERS = (
     "FUSEDLOSS_CALLS",  # a file, of integrations.pytest_patch

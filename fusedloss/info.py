@@ -12,9 +12,10 @@ import torch
 import fusedloss
 
 from . import environment
-from .backends import BACKENDS, cuda, select
+from .backends import BACKENDS, KERNELS, cuda, select
 from .errors import UnsupportedError
 from .problem import Block, Problem
+from .trust import ask, families, verdicts
 
 
 def probe(device: str, dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (2, 4), **options: Any) -> Problem:
@@ -43,10 +44,36 @@ def lines() -> list[str]:
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for device in devices:
         problem = probe(device)
-        found.append(f"{device}: {describe(device)}; auto picks {picked(problem)}")
+        with ask.unasked():
+            found.append(f"{device}: {describe(device)}; auto picks {picked(problem)}")
         for name, module in BACKENDS.items():
             found.append(f"  {name:10} {module.why_not(problem) or 'available'}")
+        if any(BACKENDS[name].why_not(problem) is None for name in KERNELS):
+            found += [f"  {line}" for line in proved(problem.device)]
     return found
+
+
+def proved(device: torch.device) -> list[str]:
+    """What is known of the kernels there, and where that is kept."""
+    try:
+        known, kept = ask.known(device), f"verdicts in {verdicts.path(device)}"
+    except ValueError as error:  # of FUSEDLOSS_CACHE_DIR
+        return [f"verdicts   {error}"]
+    found = []
+    for backend in KERNELS:
+        every = [
+            verdicts.name_of(backend, family, precision)
+            for precision in families.PRECISIONS
+            for family in families.of_backend(backend, precision)
+        ]
+        by_state = {state: [n for n in every if n in known and known[n].state == state] for state in verdicts.STATES}
+        unknown = len(every) - sum(len(by_state[state]) for state in (verdicts.PROVED, verdicts.FAILED))
+        failed = [name.removeprefix(f"{backend} ") for name in by_state[verdicts.FAILED]]
+        found.append(
+            f"{backend:10} {len(by_state[verdicts.PROVED])} families proved, {len(failed)} failed, {unknown} unknown"
+            + (f"; failed: {', '.join(failed)}" if failed else "")
+        )
+    return [*found, kept]
 
 
 def extension() -> str:

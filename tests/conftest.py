@@ -75,6 +75,12 @@ def host_extension() -> ModuleType:
     return host.load(host.build(sanitize="FUSEDLOSS_HOST_SANITIZE" in os.environ))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_verdicts(tmp_path_factory) -> None:
+    """Empty, and not the user's; processes that tests start have it, too."""
+    os.environ["FUSEDLOSS_CACHE_DIR"] = str(tmp_path_factory.mktemp("verdicts"))
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

@@ -204,7 +204,7 @@ def test_check_reports_what_cannot_run(monkeypatch):
 
 def test_the_module_runs_and_explains_itself():
     shown = subprocess.run([sys.executable, "-m", "fusedloss", "-h"], capture_output=True, text=True, check=True).stdout
-    assert all(word in shown for word in ("info", "check", "bench"))
+    assert all(word in shown for word in ("info", "check", "verify", "bench"))
     wrong = subprocess.run([sys.executable, "-m", "fusedloss", "bench", "--n", "0"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "needs a positive whole number" in wrong.stderr
 
@@ -272,7 +272,7 @@ def interrupted(command, tmp_path, **environment):
     return shown
 
 
-@pytest.mark.parametrize("command", [["info"], ["check"], ["bench"]])
+@pytest.mark.parametrize("command", [["info"], ["check"], ["verify"], ["bench"]])
 def test_ctrl_c_while_torch_is_imported(command, tmp_path):
     (tmp_path / "torch.py").write_text(WAITS)
     assert interrupted(command, tmp_path) == ""
@@ -311,7 +311,7 @@ def test_ctrl_c_elsewhere(monkeypatch, capsys):
     assert main(["info"]) == 130 and capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["check"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["info"], ["check"], ["verify"], ["bench"]])
 def test_help_tells_the_exit_codes(command, capsys):
     with pytest.raises(SystemExit):
         main([*command, "--help"])

@@ -19,7 +19,7 @@ def point(N, D, backend, kind="one direction", dtype="fp32", capability=(9, 0)):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """A device on which `auto` has both and both run, and what was raced there."""
+    """A device on which `auto` has both, both run and all is proved, and what was raced there."""
 
     def raced(*table, names=BOTH):
         fastest._order.cache_clear()
@@ -28,6 +28,7 @@ def measured(monkeypatch):
         monkeypatch.setitem(backends.AUTO, "cpu", names)
         for module in (backends.cuda, backends.triton):
             monkeypatch.setattr(module, "why_not", lambda problem: None)
+        monkeypatch.setattr(backends.ask, "admits", lambda *asked: True)
         monkeypatch.delenv("FUSEDLOSS_BACKEND", raising=False)
 
     yield raced
@@ -106,6 +107,6 @@ def test_while_compiling_the_order_is_auto_s_own(measured):
 
 def test_without_a_sweep_auto_goes_past_who_has_no_kernel(measured):
     measured()
-    assert select_rowwise("auto", torch.ones(2, device="meta")) == "chunked"
-    assert select_rowwise("auto", torch.ones(2, dtype=torch.float64)) == "chunked"
-    assert select_rowwise("auto", torch.ones(2), unsupported="too long") == "chunked"
+    assert select_rowwise("auto", torch.ones(2, device="meta"), "pairs") == "chunked"
+    assert select_rowwise("auto", torch.ones(2, dtype=torch.float64), "pairs") == "chunked"
+    assert select_rowwise("auto", torch.ones(2), "pairs", unsupported="too long") == "chunked"

@@ -239,11 +239,18 @@ FORBIDDEN = {
     "fusedloss.sweep": (*UPPER, "fusedloss.rowwise"),
     "fusedloss.rowwise": (*UPPER, "fusedloss.sweep"),
     "fusedloss.backends": (*UPPER, *DRIVERS),
+    # whether a backend may be taken
+    "fusedloss.trust.ask": (*UPPER, *DRIVERS, "fusedloss.backends"),
+    "fusedloss.trust.verdicts": (*UPPER, *DRIVERS, "fusedloss.backends"),
+    "fusedloss.trust.families": (*UPPER, *DRIVERS, "fusedloss.backends"),
     # what all of the above share
-    "fusedloss.problem": (*UPPER, *DRIVERS, "fusedloss.backends"),
-    "fusedloss.epilogues": (*UPPER, *DRIVERS, "fusedloss.backends"),
-    "fusedloss.products": (*UPPER, *DRIVERS, "fusedloss.backends", "fusedloss.problem"),
+    "fusedloss.problem": (*UPPER, *DRIVERS, "fusedloss.backends", "fusedloss.trust"),
+    "fusedloss.epilogues": (*UPPER, *DRIVERS, "fusedloss.backends", "fusedloss.trust"),
+    "fusedloss.products": (*UPPER, *DRIVERS, "fusedloss.backends", "fusedloss.trust", "fusedloss.problem"),
 }
+# What the child runs stands on all of the library, of which only the command line knows it.
+ON_TOP = tuple(f"fusedloss.trust.{name}" for name in ("cases", "child", "draws", "rowwise", "sweeps", "zones"))
+ABOVE = (*ON_TOP, "fusedloss.__main__", "fusedloss.check", "fusedloss.verify")
 
 
 @pytest.mark.parametrize("module, file", list(modules()), ids=lambda value: value if isinstance(value, str) else "")
@@ -253,6 +260,8 @@ def test_imports_point_one_way(module, file):
     for layer, forbidden in FORBIDDEN.items():
         if within(module, layer):
             bad |= {name for name in names if within(name, *forbidden)}
+    if not within(module, *ABOVE):
+        bad |= {name for name in names if within(name, *ON_TOP)}
     if within(module, "fusedloss.kernels"):
         allowed = (*sys.stdlib_module_names, "triton", "fusedloss.kernels")
         bad |= {name for name in names if not within(name, *allowed)}

@@ -41,29 +41,54 @@ from torch import Tensor
 from .. import checks, environment
 from ..errors import UnsupportedError
 from ..problem import Problem
+from ..trust import ask, families
 from . import chunked, cuda, fastest, reference, triton
 
 BACKENDS: dict[str, ModuleType] = dict(zip(checks.BACKENDS, (cuda, triton, chunked, reference), strict=True))
 
-# A backend joins once the whole GPU test-suite has passed on such a device. Until then it is there by name.
-AUTO: dict[str, tuple[str, ...]] = {"cpu": ("chunked", "reference"), "cuda": ("chunked", "reference")}
+KERNELS = families.BACKENDS  # `auto` takes these where they are proved
+
+AUTO: dict[str, tuple[str, ...]] = {"cpu": ("chunked", "reference"), "cuda": ("cuda", "triton", "chunked", "reference")}
+# csrc/ has no tcgen05 kernel: on paper the vendor's products are faster there.
+AUTO_FROM_SM_100 = ("triton", "chunked", "cuda", "reference")
 AUTOMATIC = "backend='auto'"  # who named the backend, in a message
+UNPROVED = "not proved on this device, which `python -m fusedloss verify` does"
 
 
 def select(problem: Problem, backend: str) -> str:
-    """The name of the backend that runs `problem`: the one asked for, or the first of `auto` that can.
+    """The name of the backend that runs `problem`: the one asked for, or the first of `auto` that can and is proved.
 
     Where `auto` has both `cuda` and `triton`, the one that was faster at such a size is before the other.
     """
     checks.backend(backend)
-    names, asked = _candidates(backend, problem.device, ("cuda", "triton"))
+    names, asked = _candidates(backend, problem.device, KERNELS)
     if asked == AUTOMATIC and "cuda" in names and "triton" in names:
         names = fastest.order(names, problem)
     for name in names:
-        if BACKENDS[name].why_not(problem) is None:
+        if BACKENDS[name].why_not(problem) is None and (_named(name, names, asked) or _proved(name, problem)):
             return name
-    reasons = "; ".join(f"{name}: {module.why_not(problem) or 'can run it'}" for name, module in BACKENDS.items())
+    reasons = "; ".join(f"{name}: {_why_not(name, problem, asked)}" for name in BACKENDS)
     raise UnsupportedError(f"{asked} cannot run this problem. {reasons}{_remedy(asked)}")
+
+
+def _named(name: str, names: tuple[str, ...], asked: str) -> bool:
+    """Whether it needs no proof: somebody asked for it, or there is no kernel in it."""
+    return name not in KERNELS or (asked != AUTOMATIC and name == names[0])
+
+
+def _proved(name: str, problem: Problem) -> bool:
+    needed = families.of_problem(problem, name)
+    if not ask.admits(name, needed, problem.dtype, problem.device):
+        return False
+    # A guide may be of another dtype.
+    if "guide" not in needed:
+        return True
+    dtypes = families.guide_dtypes(problem)
+    return all(ask.admits(name, ("rows", "guide"), dtype, problem.device) for dtype in dtypes)
+
+
+def _why_not(name: str, problem: Problem, asked: str) -> str:
+    return BACKENDS[name].why_not(problem) or (UNPROVED if asked == AUTOMATIC and name in KERNELS else "can run it")
 
 
 def _candidates(backend: str, device: torch.device, kernels: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
@@ -74,28 +99,40 @@ def _candidates(backend: str, device: torch.device, kernels: tuple[str, ...]) ->
     """
     if backend != "auto":
         return (backend,), f"backend={backend!r}"
-    auto, named = AUTO.get(device.type, ("chunked", "reference")), environment.backend()
+    auto, named = _auto(device), environment.backend()
     if named == "auto":
         return auto, AUTOMATIC
     absent = named in kernels and BACKENDS[named].why_not_on(torch.float32, device)  # float32: what all of them take
     return (named,) if absent else (named, *auto), f"FUSEDLOSS_BACKEND={named}"
 
 
+def _auto(device: torch.device) -> tuple[str, ...]:
+    """In the order in which `auto` takes them where nothing was raced."""
+    if device.type == "cuda" and torch.version.hip is None and cuda.capability_of(device) >= 100:
+        return AUTO_FROM_SM_100
+    return AUTO.get(device.type, ("chunked", "reference"))
+
+
 def _remedy(asked: str) -> str:
     return "; unset FUSEDLOSS_BACKEND or pass backend='chunked'" if asked.startswith("FUSEDLOSS") else ""
 
 
-def select_rowwise(backend: str, x: Tensor, *, multiplies: bool = False, unsupported: str | None = None) -> str:
-    """Of a loss without a sweep: "reference", "chunked" or "triton"; of `auto` the first that can.
+def select_rowwise(
+    backend: str, x: Tensor, family: str | None, *, multiplies: bool = False, unsupported: str | None = None
+) -> str:
+    """Of a loss without a sweep: "reference", "chunked" or "triton"; of `auto` the first that can and is proved.
 
+    family: of the kernels that would run, one of `families.ROWWISE`; None: there are none, and nothing to prove.
     multiplies: the kernel has products of tiles. unsupported: why no kernel takes these arguments.
     """
     checks.backend(backend)
     names, asked = _candidates(backend, x.device, ("triton",))
     for name in names:
-        if _why_not_rowwise(name, x, multiplies, unsupported) is None:
+        if _why_not_rowwise(name, x, multiplies, unsupported) is None and (
+            family is None or _named(name, names, asked) or ask.admits(name, (family,), x.dtype, x.device)
+        ):
             return name
-    reason = _why_not_rowwise(names[0], x, multiplies, unsupported)
+    reason = _why_not_rowwise(names[0], x, multiplies, unsupported) or UNPROVED
     raise UnsupportedError(f"{asked} cannot run this loss. {names[0]}: {reason}; chunked: can run it{_remedy(asked)}")
 
 

@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,25 @@ def _why_not(dtype: torch.dtype, device: torch.device, interpret: str | None) ->
     if capability < (8, 0):
         return f"needs compute capability 8.0 or newer, not {'.'.join(map(str, capability))}"
     return None
+
+
+@contextlib.contextmanager
+def compiling(tell: Callable[[float], None]) -> Iterator[None]:
+    """Within, `tell` is told of each kernel that was compiled, and in how many seconds."""
+    if importlib.util.find_spec("triton") is None:
+        yield
+        return
+    import triton
+
+    def listen(*, times: Any, **_: Any) -> None:
+        tell(times.total / 1e6)
+
+    knobs = triton.knobs.compilation
+    before, knobs.listener = knobs.listener, listen
+    try:
+        yield
+    finally:
+        knobs.listener = before
 
 
 def takes_units(problem: Problem) -> bool:

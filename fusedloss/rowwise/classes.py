@@ -168,7 +168,7 @@ def soft_cross_entropy_rows(
 
     A row without any gives 0. The gradient is the logits' alone; nothing but it, `[Q, n]`, is kept.
     """
-    backend = select_rowwise(backend, logits)
+    backend = select_rowwise(backend, logits, "classes")
     target_logits, mask = savable(target_logits.detach()), None if mask is None else savable(mask)
     if backend == "reference" or transformed():
         return soft_formula(logits, target_logits, mask)
@@ -210,7 +210,7 @@ def _nan_outside(hard: PerRow, outside: Tensor | None, dtype: torch.dtype) -> Pe
 
 def loss(x: Tensor, terms: Terms, *, reduced: bool, backend: str) -> Tensor:
     """The rows' losses, or their sum, in the statistics dtype."""
-    backend = select_rowwise(backend, x)
+    backend = select_rowwise(backend, x, "classes")
     if (
         backend == "reference"
         or not x.numel()

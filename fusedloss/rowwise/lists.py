@@ -244,7 +244,7 @@ def lambda_loss(
 ) -> Tensor:
     """`-sum w_ij log sigmoid(sigma (s_i - s_j))` over the pairs that count, / their number under "mean"."""
     reason = "a function as weighting gives weights that no kernel knows" if callable(weighting) else None
-    name = select_rowwise(backend, scores, unsupported=reason)
+    name = select_rowwise(backend, scores, "lists", unsupported=reason)
     top = min(k or scores.shape[1], scores.shape[1])
     if name == "reference" or torch.compiler.is_compiling() or labels.requires_grad or _trains(weighting):
         by_rank = ranked(scores, labels, mask, sigma)
@@ -458,7 +458,7 @@ def adr_mse(
     scores: Tensor, labels: Tensor, mask: Tensor | None, *, alpha: float, reduction: str, backend: str
 ) -> Tensor:
     """(true rank - soft rank)^2 / log2(1 + true rank), soft rank 1 + sum_j sigmoid(alpha (s_j - s_i))."""
-    name = select_rowwise(backend, scores)
+    name = select_rowwise(backend, scores, "lists")
     count = scores.numel() if mask is None else mask.sum()
     if name == "reference" or torch.compiler.is_compiling() or labels.requires_grad:
         sums = _adr_formula(*_entered(scores, labels, mask, alpha / 2))
@@ -520,7 +520,7 @@ def _adr(z: Tensor, y: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None
 
 def list_net(scores: Tensor, labels: Tensor, mask: Tensor | None, *, reduction: str, backend: str) -> Tensor:
     """Cross-entropy of softmax(scores) from softmax(labels), a query a row; 0 for one without documents."""
-    name = select_rowwise(backend, scores)
+    name = select_rowwise(backend, scores, "lists")
     Q = scores.shape[0]
     if name == "reference" or torch.compiler.is_compiling() or labels.requires_grad:
         sums = _list_net_terms(scores, labels, mask)[0]
@@ -573,9 +573,9 @@ def list_mle(
 ) -> Tensor:
     """`sum_i w_i (logsumexp_{j >= i} s_j - s_i)`, in the input's order or the labels'."""
     Q, n = scores.shape
-    name = select_rowwise(backend, scores)
+    name = select_rowwise(backend, scores, "lists")
     if name == "triton" and n > 4096:
-        name = select_rowwise(backend, scores, unsupported="its lists have more than 4096 documents")
+        name = select_rowwise(backend, scores, "lists", unsupported="its lists have more than 4096 documents")
     order = None if respect_input_order else _by_label(labels, mask, stats_dtype(scores.dtype))
     listed = mask if mask is None or order is None else mask.gather(1, order)
     weight = _rank_weights(lambda_weight, listed, scores)

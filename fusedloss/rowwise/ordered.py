@@ -19,7 +19,7 @@ def ordered_pairs(z: Tensor, label: Tensor, backend: str = "auto") -> Tensor:
     The formula takes B^2 memory; sorted by label it takes O(B), and O(B log B) time. A NaN anywhere makes it NaN.
     """
     label = savable(label)
-    name = select_rowwise(backend, z)
+    name = select_rowwise(backend, z, None)
     if name == "reference":
         return _formula(z, label)
     checks.untransformed(name)

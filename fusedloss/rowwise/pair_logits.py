@@ -27,7 +27,7 @@ def pair_logits(
     """`[B, C]`, fp32 or fp64; weight `[C, k D]`."""
     u, v, weight = savable(u), savable(v), savable(weight)
     widest = torch.promote_types(u.dtype, weight.dtype)
-    backend = select_rowwise(backend, weight if weight.dtype == widest else u)
+    backend = select_rowwise(backend, weight if weight.dtype == widest else u, "pair_logits")
     # In 16 bits the formula keeps all in fp32, which is more than is given up for its speed.
     small = u.numel() <= SMALL and u.device.type == "cpu" and u.dtype == weight.dtype == stats_dtype(widest)
     if backend == "reference" or transformed() or (small and backend == "chunked"):

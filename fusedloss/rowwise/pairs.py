@@ -115,7 +115,7 @@ def columns(
     """
     if eps is None:
         eps = KINDS[kind].eps
-    name = select_rowwise(backend, query)
+    name = select_rowwise(backend, query, "pairs")
     query, others = savable(query), tuple(map(savable, others))
     if name == "reference" or transformed() or (name == "chunked" and _plain(kind, query, others)):
         return _formula(kind, eps, query, others)

@@ -238,7 +238,7 @@ def loss(
 
     A mean is divided by `weight_sum`, or else by the number of elements; that of none is NaN, as in torch.
     """
-    task = Task(formula, weight, pos_weight, reduction, dtype, weight_sum, select_rowwise(backend, x))
+    task = Task(formula, weight, pos_weight, reduction, dtype, weight_sum, select_rowwise(backend, x, "pointwise"))
     if (
         task.backend == "reference"
         or (weight is not None and weight.requires_grad)

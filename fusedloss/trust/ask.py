@@ -1,0 +1,349 @@
+"""Whether `auto` may take a backend: by what is known of the families that a problem takes, or after asking a child.
+
+FUSEDLOSS_VERIFY = first    what is unknown is proved before its first use, by a child process; the call waits for it
+                   off      nothing is proved; what is known counts, the rest runs elsewhere
+                   inline   as first, in this process (for a debugger; a hang hangs, an illegal access ends it)
+                   trust    what is unknown counts as proved
+
+The child is a fresh interpreter with a time limit. An illegal access or a hang takes it, and not the training. It says
+which family it tries; the one in which it dies has failed, and a new child goes on with the next. Where it cannot work
+at all (no memory, no second context on the card) families stay unknown: that is said once and not kept.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import importlib
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .. import environment
+from . import families as families_
+from . import verdicts
+from .verdicts import FAILED, PROVED, UNKNOWN, Verdict
+
+COMMAND = [sys.executable, "-m", "fusedloss", "verify", "--child"]
+SILENCE = 120.0  # seconds that one kernel may compile, or a family's cases run, without a word
+TOTAL = 300.0  # of all that one call waits for: less than what other ranks wait for it in a collective
+AHEAD = "`python -m fusedloss verify` does it ahead of time"
+# Who ends processes sends these, or the host without memory; no kernel does.
+FROM_OUTSIDE = [-getattr(signal, name) for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+logger = logging.getLogger("fusedloss")
+
+_known: dict[torch.device, dict[str, Verdict]] = {}  # of this process: the file's, and what it has seen itself
+_settled: dict[tuple[str, tuple[str, ...], str | None, torch.device], bool] = {}  # what `admits` says in any mode
+_said: set[str] = set()
+_asks = True  # not within `unasked`
+_one_at_a_time = threading.RLock()
+
+
+def admits(backend: str, families: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `auto` may run these families of a backend there."""
+    if torch.compiler.is_compiling():
+        return _while_tracing(backend, families, dtype, device)
+    precision = families_.precision(dtype)
+    settled = _settled.get((backend, families, precision, device))
+    return _decide(backend, families, precision, device) if settled is None else settled
+
+
+def _while_tracing(backend: str, families: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    precision, mode = families_.precision(dtype), environment.verify()
+    if precision is None:
+        return False
+    with _one_at_a_time:
+        names = [verdicts.name_of(backend, family, precision) for family in families]
+        if mode in ("first", "inline") and any(name not in known(device) for name in names):
+            _say_once(
+                f"nothing is verified while torch.compile traces: of backend {backend!r} on {_called(device)} some is "
+                f"unknown, and another one runs. {AHEAD}"
+            )
+        return _all_hold(names, device, mode)
+
+
+# What torch.compiler.assume_constant_result sets: the compiler calls it, and does not trace a log line or a file.
+_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _decide(backend: str, families: tuple[str, ...], precision: str | None, device: torch.device) -> bool:
+    mode = environment.verify()
+    if precision is None:
+        return False
+    with _one_at_a_time:
+        names = [verdicts.name_of(backend, family, precision) for family in families]
+        unknown = [name for name in names if name not in known(device)]
+        if unknown and mode in ("first", "inline") and _asks:
+            if _capturing(device):
+                _say_once(
+                    f"nothing is verified while a CUDA graph is captured: of backend {backend!r} on {_called(device)} "
+                    f"some is unknown, and another one runs. {AHEAD}"
+                )
+                return False
+            _verify(device, unknown, mode)
+        admitted = _all_hold(names, device, mode)
+        # What hangs on the mode is decided anew at each call.
+        if all(_state(device, name) != UNKNOWN for name in names):
+            _settled[backend, families, precision, device] = admitted
+        return admitted
+
+
+def _all_hold(names: Sequence[str], device: torch.device, mode: str) -> bool:
+    good = (PROVED, UNKNOWN) if mode == "trust" else (PROVED,)
+    return all(_state(device, name) in good for name in names)
+
+
+def _state(device: torch.device, name: str) -> str:
+    verdict = known(device).get(name)
+    return UNKNOWN if verdict is None else verdict.state
+
+
+def known(device: torch.device) -> dict[str, Verdict]:
+    """By name, what this process knows of a device; of state UNKNOWN is what a child could not tell."""
+    if device not in _known:
+        _known[device] = verdicts.read(device).verdicts
+    return _known[device]
+
+
+def learn(device: torch.device, found: dict[str, Verdict]) -> str:
+    """From now on these hold, here and in the file; "" or why the file cannot be written."""
+    known(device).update(found)
+    _settled.clear()
+    return verdicts.keep(device, found)
+
+
+def forget() -> None:
+    """What this process knows: files are read anew."""
+    for memo in (_known, _settled, _said):
+        memo.clear()
+    verdicts.key.cache_clear()
+
+
+@contextlib.contextmanager
+def unasked() -> Iterator[None]:
+    """Within, nothing is proved: what `auto` would take by what is known."""
+    global _asks
+    before, _asks = _asks, False
+    try:
+        yield
+    finally:
+        _asks = before
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _called(device: torch.device) -> str:
+    return str(verdicts.key(device)["device"])
+
+
+def _say_once(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        _say(text)
+
+
+def _say(text: str) -> None:
+    """A warning: where logging was not set up it is all that is shown."""
+    logger.warning("fusedloss: %s", text)
+
+
+# Verifying ------------------------------------------------------------------------------------------------------------
+
+
+def _verify(device: torch.device, names: list[str], mode: str) -> None:
+    """A verdict of each name, or UNKNOWN for this process; one line before and one after."""
+
+    def left() -> list[str]:
+        kept = verdicts.read(device).verdicts
+        known(device).update({name: kept[name] for name in names if name in kept})
+        return [name for name in names if name not in known(device)]
+
+    try:
+        with verdicts.locked(device, TOTAL, lambda: not left()) as held:
+            names = left()
+            if names and held:
+                _prove(device, names, mode)
+            elif names:
+                _say_once(f"another process verifies {_called(device)} since {TOTAL:.0f} s: {_elsewhere(names)}")
+    finally:
+        for name in names:
+            known(device).setdefault(name, Verdict(UNKNOWN))
+
+
+def _prove(device: torch.device, names: list[str], mode: str) -> None:
+    _say(
+        f"verifying {_summed(names)} on {_called(device)} before first use: this call waits for it. {AHEAD}, "
+        "FUSEDLOSS_VERIFY=off leaves it out"
+    )
+    found: dict[str, Verdict] = {}
+    start, unkept = time.monotonic(), ""
+
+    def note(name: str, verdict: Verdict) -> None:
+        nonlocal unkept
+        found[name] = verdict
+        unkept = learn(device, {name: verdict})
+
+    prove = prove_inline if mode == "inline" else prove_in_child
+    why = prove(device, names, note)
+    good = sum(verdict.state == PROVED for verdict in found.values())
+    said = f"verified on {_called(device)}: {good} of {len(names)} families, {time.monotonic() - start:.0f} s"
+    if found:
+        said += f"; kept in {verdicts.path(device)}" if not unkept else f"; kept in memory alone ({unkept})"
+    bad = [f"{name} ({verdict.reason})" for name, verdict in found.items() if verdict.state == FAILED]
+    if bad:
+        said += f"; another backend runs instead of what failed: {', '.join(bad)}"
+    unknown = [name for name in names if name not in found]
+    if unknown:
+        said += f"; {_elsewhere(unknown)}: {why}"
+    _say(said)
+
+
+def _elsewhere(names: Sequence[str]) -> str:
+    return f"unknown, so another backend runs instead: {', '.join(names)}"
+
+
+def _summed(names: Sequence[str]) -> str:
+    """ "triton stats bf16", "triton grad bf16" -> "triton (stats, grad; bf16)"."""
+    backend, _, precision = verdicts.parts_of(names[0])
+    return f"{backend} ({', '.join(verdicts.parts_of(name)[1] for name in names)}; {precision})"
+
+
+def prove_inline(device: torch.device, names: Sequence[str], found: Callable[[str, Verdict], None]) -> str:
+    """In this process; "" or why some are unknown."""
+    why: list[str] = []
+
+    def say(kind: str, **fields: Any) -> None:
+        if kind == "verdict":
+            found(fields.pop("name"), verdicts.verdict_of(fields))
+        elif kind == "unknown":
+            why.append(fields["reason"])
+
+    # By name: the library does not stand on what proves it.
+    importlib.import_module(f"{__package__}.child").prove(device, names, say)
+    return "; ".join(why)
+
+
+def prove_in_child(
+    device: torch.device,
+    names: Sequence[str],
+    found: Callable[[str, Verdict], None],
+    begin: Callable[[str], None] = lambda name: None,
+    total: float | None = None,
+) -> str:
+    """In one child after another; "" or why some are unknown. begin: is told what is tried."""
+    left, why = list(names), ""
+    deadline = time.monotonic() + (TOTAL if total is None else total)
+    while left:
+        before = len(left)
+        try:
+            child = _Child(device, left)
+        except OSError as error:
+            return f"no child process could be started ({error})"
+        with child:
+            trying: str | None = None
+            while True:
+                message = child.hears(min(SILENCE, deadline - time.monotonic()))
+                kind = message.pop("kind")
+                if kind == "trying":
+                    trying = message["name"]
+                    begin(trying)
+                elif kind in ("verdict", "unknown"):
+                    name, trying = message.pop("name"), None
+                    left.remove(name)
+                    if kind == "verdict":
+                        found(name, verdicts.verdict_of(message))
+                    else:
+                        why = message["reason"]
+                elif kind in ("silent", "ended"):
+                    break
+            if kind == "silent" and time.monotonic() >= deadline:
+                return f"not done within {total or TOTAL:.0f} s"
+            ending = f"no sign of life for {SILENCE:.0f} s" if kind == "silent" else child.ending()
+            from_outside = kind == "ended" and child.code in FROM_OUTSIDE
+            if from_outside or (trying is None and len(left) == before):
+                return f"the child that verifies: {ending}"
+            if trying is not None:
+                left.remove(trying)
+                found(trying, Verdict(FAILED, reason=f"the child that verifies: {ending}"))
+    return why
+
+
+class _Child:
+    """A process that proves families, one after another; what it says, a JSON object a line."""
+
+    def __init__(self, device: torch.device, names: Sequence[str]):
+        variables = {name: value for name, value in os.environ.items() if name not in environment.VARIABLES}
+        # What this process imports, the child shall import, and not what lies in the current folder.
+        variables |= {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path), "PYTHONSAFEPATH": "1"}
+        self.process = subprocess.Popen(
+            [*COMMAND, str(device), *names],
+            env=variables | {"FUSEDLOSS_VERIFY": "off"},
+            stdin=subprocess.PIPE,  # whose end it sees, should this process be gone
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # a terminal's Ctrl-C is this process's affair
+        )
+        self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.errors: collections.deque[str] = collections.deque(maxlen=20)
+        self.readers = [threading.Thread(target=read, daemon=True) for read in (self._read, self._read_errors)]
+        for reader in self.readers:
+            reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.put(line)
+        self.lines.put(None)
+
+    def _read_errors(self) -> None:
+        assert self.process.stderr is not None
+        self.errors.extend(line.strip() for line in self.process.stderr if line.strip())
+
+    def __enter__(self) -> _Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs may not let it go
+            self.process.wait(10)
+        for reader in self.readers:
+            reader.join(5)  # longer only where a grandchild holds the pipe
+        if not any(reader.is_alive() for reader in self.readers):
+            for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+                assert pipe is not None
+                pipe.close()
+
+    def hears(self, limit: float) -> dict[str, Any]:
+        try:
+            line = self.lines.get(timeout=max(limit, 0))
+        except queue.Empty:
+            return {"kind": "silent"}
+        return {"kind": "ended"} if line is None else json.loads(line)
+
+    @functools.cached_property
+    def code(self) -> int:
+        """Of its end: it has closed its pipe."""
+        try:
+            return self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            return 0
+
+    def ending(self) -> str:
+        how = f"exit code {self.code}" if self.code >= 0 else f"ended by {signal.Signals(-self.code).name}"
+        self.readers[1].join(5)
+        return how + (f", {self.errors[-1][:200]}" if self.errors else "")

@@ -1,0 +1,80 @@
+"""`python -m fusedloss verify --child DEVICE NAME...`: proves families one after another and says what it finds.
+
+Each message is a JSON object in a line of its own:
+
+    {"kind": "trying", "name": "triton stats bf16"}
+    {"kind": "alive"}                                       a kernel was compiled
+    {"kind": "verdict", "name": ..., "state": ..., ...}     the fields of a `verdicts.Verdict`
+    {"kind": "unknown", "name": ..., "reason": ...}         there was no memory for it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..backends import triton
+from ..errors import UnsupportedError
+from . import cases
+from .verdicts import FAILED, Verdict, fields_of, parts_of
+
+Say = Callable[..., None]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """arguments: the device, and the families by name."""
+    device, *names = arguments
+    # What anybody prints goes to stderr: the parent reads this pipe.
+    messages = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def say(kind: str, **fields: Any) -> None:
+        print(json.dumps({"kind": kind, **fields}), file=messages, flush=True)
+
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    torch.empty(1, device=device)  # a card that takes no second context says so before a family is tried
+    prove(torch.device(device), names, say)
+    return 0
+
+
+def _end_with_the_parent() -> None:
+    """Who holds the other end of stdin."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdin.buffer.read()
+    os._exit(1)
+
+
+def prove(device: torch.device, names: Sequence[str], say: Say) -> None:
+    for name in names:
+        say("trying", name=name)
+        backend, family, precision = parts_of(name)
+        compiled: list[float] = []
+
+        def note(seconds: float, compiled: list[float] = compiled) -> None:
+            compiled.append(seconds)
+            say("alive")
+
+        with triton.compiling(note):
+            try:
+                proof = cases.prove(backend, family, precision, device)
+                verdict = Verdict(*proof)
+            except (torch.OutOfMemoryError, UnsupportedError, ValueError) as error:  # says nothing of a kernel
+                say("unknown", name=name, reason=_line(error))
+                continue
+            except Exception as error:  # a kernel that raises has failed, whatever it raises
+                verdict = Verdict(FAILED, reason=f"{type(error).__name__}: {_line(error)}")
+        seconds = max(0.0, verdict.seconds - sum(compiled))
+        say("verdict", name=name, **fields_of(verdict._replace(seconds=seconds)))
+        if verdict.state == FAILED and device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)  # raises where no later kernel would run: a new child
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or "no reason given").splitlines()[0][:300]

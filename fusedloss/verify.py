@@ -1,0 +1,137 @@
+"""`python -m fusedloss verify`: proves every family of every backend with kernels, ahead of its first use."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from . import _ctrl_c, show
+from .backends import BACKENDS, KERNELS
+from .trust import ask, families, verdicts
+from .trust.verdicts import FAILED, PROVED, Verdict
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+COLUMNS = ("backend", "family", "precision", "state", "cases", "seconds", "of the budget", "")
+
+
+def devices(asked: str | None) -> list[torch.device]:
+    """The one asked for, or one of each kind that is here: all that a verdict hangs on is alike on them."""
+    if asked is not None:
+        return [torch.device("cuda:0" if asked == "cuda" else asked)]
+    kinds = {}
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        kinds.setdefault(str(verdicts.key(device)), device)
+    return list(kinds.values()) or [torch.device("cpu")]
+
+
+def names(device: torch.device, backend: str | None, family: str | None) -> tuple[list[str], list[str]]:
+    """Those that run there; and why others do not, a line each."""
+    found: list[str] = []
+    reasons: dict[str, list[str]] = {}
+    for name in KERNELS if backend is None else (backend,):
+        for precision, dtype in DTYPES.items():
+            reason = BACKENDS[name].why_not_on(dtype, device)
+            if reason is None:
+                known = families.of_backend(name, precision)
+                found += [verdicts.name_of(name, each, precision) for each in known if family in (None, each)]
+            else:
+                reasons.setdefault(f"{name}: {reason}", []).append(precision)
+    return found, [f"{reason} ({', '.join(precisions)})" for reason, precisions in reasons.items()]
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Ctrl-C stops it; what was proved until then is kept and shown."""
+    rows: list[dict[str, Any]] = []
+    why: list[str] = []
+    unfit: list[str] = []
+    interrupted, start = False, time.monotonic()
+    try:
+        for device in devices(arguments.device):
+            wanted, reasons = names(device, arguments.backend, arguments.family)
+            unfit += [f"{device}: {reason}" for reason in reasons]
+            rows += [{"device": str(device), "name": name} for name in wanted]
+            with show.progress(len(wanted)) as tick, _shown(device, wanted, rows):
+                why.append(_proved(device, wanted, arguments.again, tick))
+    except KeyboardInterrupt:
+        interrupted = True
+    if arguments.json:
+        print(json.dumps([_plain(row) for row in rows], indent=1))
+    else:
+        _tables(rows, time.monotonic() - start)
+    said = [reason for reason in why if reason]
+    if not rows:
+        said += ["nothing to verify here", *unfit]
+    for line in said:
+        print(line, file=sys.stderr)
+    if interrupted:
+        print("interrupted: this is what was verified until then", file=sys.stderr)
+        return _ctrl_c.CODE
+    states = [row["verdict"].state for row in rows]
+    if FAILED in states:
+        return 1
+    asked = arguments.device or arguments.backend or arguments.family
+    return 2 if states.count(PROVED) < len(states) or (not rows and asked) else 0
+
+
+def _proved(device: torch.device, wanted: list[str], again: bool, tick: show.Tick) -> str:
+    """Proves what is not; what failed before has another chance. "" or why some is unknown."""
+
+    def left() -> list[str]:
+        known = verdicts.read(device).verdicts
+        return [name for name in wanted if again or name not in known or known[name].state == FAILED]
+
+    unkept: dict[str, None] = {}
+
+    def found(name: str, verdict: Verdict) -> None:
+        unkept[ask.learn(device, {name: verdict})] = None
+
+    with verdicts.locked(device, ask.TOTAL, lambda: False):  # if another process is at it still, both are
+        todo = left()
+        for name in wanted:
+            if name not in todo:
+                tick(f"{device} {name}: kept")
+        why = ask.prove_in_child(device, todo, found, lambda name: tick(f"{device} {name}"), total=float("inf"))
+    lines = [f"{device}: some are unknown: {why}"] if why else []
+    lines += [f"{device}: kept nowhere: {reason}; set FUSEDLOSS_CACHE_DIR to a folder" for reason in unkept if reason]
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _shown(device: torch.device, wanted: list[str], rows: list[dict[str, Any]]) -> Iterator[None]:
+    """Adds the verdicts to the device's rows, however it ends."""
+    try:
+        yield
+    finally:
+        known = ask.known(device)
+        for row in rows:
+            if row["device"] == str(device):
+                row["verdict"] = known.get(row["name"], Verdict(verdicts.UNKNOWN))
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    backend, family, precision = verdicts.parts_of(row["name"])
+    named = {"device": row["device"], "backend": backend, "family": family, "precision": precision}
+    return named | verdicts.fields_of(row["verdict"]) | {"kept": str(verdicts.path(torch.device(row["device"])))}
+
+
+def _tables(rows: list[dict[str, Any]], seconds: float) -> None:
+    for device in dict.fromkeys(row["device"] for row in rows):
+        own = [row for row in rows if row["device"] == device]
+        table = []
+        for row in own:
+            verdict = row["verdict"]
+            ran = verdict.cases > 0
+            cells = [str(verdict.cases), f"{verdict.seconds:.1f}", f"{verdict.worst:.2f}"] if ran else [""] * 3
+            table.append([*verdicts.parts_of(row["name"]), verdict.state, *cells, verdict.reason])
+        called = verdicts.key(torch.device(device))["device"]
+        good = sum(row["verdict"].state == PROVED for row in own)
+        show.table(f"{device}, {called}: {good} of {len(own)} families proved, {seconds:.0f} s", COLUMNS, table)
+        print(f"kept in {verdicts.path(torch.device(device))}")

@@ -1,0 +1,584 @@
+"""Whether `auto` takes a kernel: by its verdict, or after a child has found one. Here "the device" is the CPU."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from patience import seconds
+
+import fusedloss
+from fusedloss import UnsupportedError, backends
+from fusedloss.backends import select, select_rowwise
+from fusedloss.problem import Block, Problem
+from fusedloss.trust import ask, families, verdicts
+from fusedloss.trust.verdicts import FAILED, PROVED, UNKNOWN, Verdict
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there the device is a GPU, and Triton compiles")
+
+CPU = torch.device("cpu")
+PLANTED = Path(__file__).with_name("planted.py")
+ORDER = ("triton", "chunked", "reference")
+
+
+@pytest.fixture(autouse=True)
+def empty(tmp_path, monkeypatch):
+    """A cache of its own, and no memory of others; `auto` has Triton's kernels first, as on a GPU."""
+    monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", str(tmp_path / "kept"))
+    monkeypatch.setenv("FUSEDLOSS_VERIFY", "first")
+    monkeypatch.delenv("FUSEDLOSS_BACKEND", raising=False)
+    monkeypatch.setitem(backends.AUTO, "cpu", ORDER)
+    monkeypatch.setattr(verdicts, "_ignored", set())
+    ask.forget()
+    yield
+    ask.forget()
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    def planted(fault):
+        monkeypatch.setattr(ask, "COMMAND", [sys.executable, "-S", "-E", str(PLANTED), fault])
+
+    return planted
+
+
+def problem(dtype=torch.float32, **options):
+    x, ones = torch.ones(8, 4, dtype=dtype), torch.ones(8)
+    return Problem((x, x), (Block(0, 1),), ones[0], torch.arange(8), ones, **options)
+
+
+NAMES = [verdicts.name_of("triton", family, "fp32") for family in families.of_problem(problem(), "triton")]
+
+
+def learn(state, *names, **fields):
+    ask.learn(CPU, {name: Verdict(state, 1, **fields) for name in names or NAMES})
+
+
+def states():
+    return {name: verdict.state for name, verdict in verdicts.read(CPU).verdicts.items()}
+
+
+def correct():
+    """The loss of `auto` is right, whichever backend it takes."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(9, 5, generator=generator).requires_grad_() for _ in range(2))
+    found = []
+    for backend in ("auto", "reference"):
+        loss = fusedloss.info_nce(query, key, temperature=torch.tensor(0.1), backend=backend)
+        found.append([loss, *torch.autograd.grad(loss, (query, key))])
+    torch.testing.assert_close(*found)
+
+
+# By what is known -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_proved_is_taken():
+    learn(PROVED)
+    assert select(problem(), "auto") == "triton"
+    correct()
+
+
+def test_one_family_that_failed_is_enough(monkeypatch):
+    monkeypatch.setenv("FUSEDLOSS_VERIFY", "off")
+    for name in NAMES:
+        learn(PROVED)
+        assert select(problem(), "auto") == "triton"
+        learn(FAILED, name)
+        assert select(problem(), "auto") == "chunked"
+    correct()
+
+
+def test_another_family_does_not_matter():
+    learn(PROVED)
+    learn(FAILED, "triton masks fp32", "triton stats bf16", "cuda stats fp32")
+    assert select(problem(), "auto") == "triton"
+
+
+def test_by_name_nothing_is_proved(plant, monkeypatch):
+    plant("raises")
+    learn(FAILED)
+    assert select(problem(), "triton") == "triton"
+    monkeypatch.setenv("FUSEDLOSS_BACKEND", "triton")
+    assert select(problem(), "auto") == "triton"
+    assert select_rowwise("auto", torch.ones(2, 2), "pairs") == "triton"
+
+
+def test_what_a_named_backend_has_not_goes_to_a_proved_one(monkeypatch, plant):
+    """FUSEDLOSS_BACKEND=cuda, of a loss that has no kernel there."""
+    plant("fails")
+    monkeypatch.setenv("FUSEDLOSS_BACKEND", "cuda")
+    monkeypatch.setattr(backends.cuda, "why_not_on", lambda dtype, device: None)
+    assert select_rowwise("auto", torch.ones(2, 2), "pairs") == "chunked"
+    learn(PROVED, "triton pairs fp32")
+    assert select_rowwise("auto", torch.ones(2, 2), "pairs") == "triton"
+
+
+def test_a_loss_without_a_kernel_proves_nothing(plant):
+    plant("raises")
+    select_rowwise("auto", torch.ones(2), None)
+    assert states() == {}
+
+
+def test_the_first_proved_in_the_order(monkeypatch):
+    monkeypatch.setenv("FUSEDLOSS_VERIFY", "off")
+    monkeypatch.setitem(backends.AUTO, "cpu", ("cuda", *ORDER))
+    for module in (backends.cuda, backends.triton):
+        monkeypatch.setattr(module, "why_not", lambda problem: None)
+    cuda = [name.replace("triton", "cuda") for name in NAMES]
+    assert select(problem(), "auto") == "chunked"
+    learn(PROVED)
+    assert select(problem(), "auto") == "triton"
+    learn(PROVED, *cuda)
+    assert select(problem(), "auto") == "cuda"
+    learn(FAILED, cuda[0])
+    assert select(problem(), "auto") == "triton"
+
+
+def test_the_order_on_a_gpu(monkeypatch):
+    """csrc/ has nothing for the tensor cores of sm_100 and later."""
+    device = torch.device("cuda", 0)
+    for capability in (80, 90, 100, 120):
+        monkeypatch.setattr(backends.cuda, "capability_of", lambda device, capability=capability: capability)
+        old = ("cuda", "triton", "chunked", "reference")
+        assert backends._auto(device) == (old if capability < 100 else ("triton", "chunked", "cuda", "reference"))
+    assert backends._auto(torch.device("meta")) == ("chunked", "reference")
+
+
+def test_a_guide_of_another_dtype_is_proved_in_its_own(monkeypatch):
+    from fusedloss.problem import Guide, Mask
+
+    monkeypatch.setenv("FUSEDLOSS_VERIFY", "off")
+    guide = torch.ones(8, 3, dtype=torch.float16)
+    x, ones = torch.ones(8, 4), torch.ones(8)
+    guided = Problem((x, x), (Block(0, 1, mask=Mask(guide=Guide(guide, guide))),), ones[0], torch.arange(8), ones)
+    names = [verdicts.name_of("triton", family, "fp32") for family in families.of_problem(guided, "triton")]
+    learn(PROVED, *names)
+    assert select(guided, "auto") == "chunked"
+    learn(PROVED, "triton rows fp16", "triton guide fp16")
+    assert select(guided, "auto") == "triton"
+
+
+def test_fp64_has_no_kernel_and_no_proof(plant):
+    plant("raises")
+    assert select(problem(torch.float64), "auto") == "chunked"
+    assert not ask.admits("triton", ("stats",), torch.float64, CPU) and states() == {}
+
+
+def test_tf32_is_a_precision_of_its_own(monkeypatch):
+    from fusedloss import rows
+
+    monkeypatch.setenv("FUSEDLOSS_VERIFY", "off")
+    learn(PROVED)
+    monkeypatch.setattr(families, "tf32", lambda: True)
+    assert select(problem(), "auto") == "chunked"
+    assert rows.tf32() is False
+
+
+def test_no_kernel_proved_and_nothing_else_allowed(monkeypatch):
+    monkeypatch.setenv("FUSEDLOSS_VERIFY", "off")
+    monkeypatch.setitem(backends.AUTO, "cpu", ("triton",))
+    with pytest.raises(
+        UnsupportedError, match=r"triton: not proved on this device, which `python -m fusedloss verify`"
+    ):
+        select(problem(), "auto")
+
+
+# FUSEDLOSS_VERIFY -----------------------------------------------------------------------------------------------------
+
+
+def test_off_asks_nobody(monkeypatch, plant, caplog):
+    plant("proves")
+    monkeypatch.setenv("FUSEDLOSS_VERIFY", "off")
+    assert select(problem(), "auto") == "chunked" and caplog.messages == [] and states() == {}
+    monkeypatch.setenv("FUSEDLOSS_VERIFY", "first")  # read at each call
+    assert select(problem(), "auto") == "triton"
+
+
+def test_trust_asks_nobody_and_goes_by_what_failed(monkeypatch, plant, caplog):
+    plant("raises")
+    monkeypatch.setenv("FUSEDLOSS_VERIFY", "trust")
+    assert select(problem(), "auto") == "triton" and caplog.messages == [] and states() == {}
+    learn(FAILED, NAMES[0])
+    assert select(problem(), "auto") == "chunked"
+
+
+def test_an_unknown_mode_is_an_error(monkeypatch):
+    monkeypatch.setenv("FUSEDLOSS_VERIFY", "yes")
+    with pytest.raises(ValueError, match="FUSEDLOSS_VERIFY must be first, off, inline, trust, got 'yes'"):
+        select(problem(), "auto")
+
+
+def test_first_use_waits_for_the_child_once(plant, caplog, capfd):
+    plant("proves")
+    for _ in range(2):
+        assert select(problem(), "auto") == "triton"
+    before, after = caplog.messages
+    name = verdicts.key(CPU)["device"]
+    assert before.startswith(f"fusedloss: verifying triton ({', '.join(n.split()[1] for n in NAMES)}; fp32) on {name}")
+    assert "python -m fusedloss verify" in before and "FUSEDLOSS_VERIFY=off" in before
+    assert after.startswith(f"fusedloss: verified on {name}: {len(NAMES)} of {len(NAMES)} families, ")
+    assert after.endswith(f"kept in {verdicts.path(CPU)}")
+    assert states() == dict.fromkeys(NAMES, PROVED)
+    ask.forget()  # as another process
+    plant("raises")
+    assert select(problem(), "auto") == "triton" and len(caplog.messages) == 2
+    correct()
+    assert capfd.readouterr().out == ""
+
+
+def test_only_what_is_asked_for_is_proved(plant, tmp_path):
+    count = tmp_path / "count"
+    plant(f"counts:{count}")
+    select_rowwise("auto", torch.ones(2, 2), "pairs")
+    assert list(states()) == ["triton pairs fp32"]
+    learn(PROVED, *NAMES[1:])
+    assert select(problem(), "auto") == "triton"
+    assert count.read_text() == "1\n1\n"
+
+
+def test_the_lines_are_seen_without_a_configuration(caplog, capsys, monkeypatch):
+    """By logging's last resort, which shows warnings and their text alone."""
+    for logger in (logging.getLogger(), ask.logger):
+        monkeypatch.setattr(logger, "handlers", [])
+    ask._say("once")
+    assert capsys.readouterr().err == "fusedloss: once\n"
+
+
+def test_threads_ask_once(plant, tmp_path):
+    count = tmp_path / "count"
+    plant(f"counts:{count}")
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(select(problem(), "auto"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["triton"] * 4 and count.read_text().count("\n") == 1
+
+
+def test_what_is_unasked_is_not_proved(plant, monkeypatch):
+    plant("raises")
+    with ask.unasked():
+        assert select(problem(), "auto") == "chunked" and states() == {}
+        monkeypatch.setenv("FUSEDLOSS_VERIFY", "trust")
+        assert select(problem(), "auto") == "triton"
+    plant("proves")
+    monkeypatch.setenv("FUSEDLOSS_VERIFY", "first")
+    assert select(problem(), "auto") == "triton"
+
+
+def test_while_a_graph_is_captured_nothing_is_verified(plant, monkeypatch, caplog):
+    plant("proves")
+    monkeypatch.setattr(ask, "_capturing", lambda device: True)
+    for _ in range(2):
+        assert select(problem(), "auto") == "chunked"
+    (line,) = caplog.messages
+    assert "while a CUDA graph is captured" in line and "`python -m fusedloss verify`" in line and states() == {}
+    monkeypatch.setattr(ask, "_capturing", lambda device: False)
+    assert select(problem(), "auto") == "triton"
+
+
+# What a child does not survive ----------------------------------------------------------------------------------------
+
+# The fault, its family's verdict, what of it is said. The others are proved, also those after it.
+IN_A_FAMILY = [
+    ("fails", FAILED, r"triton stats fp32 \(257 x 391 x 96: 3.1 of the budget\)"),
+    ("raises", FAILED, r"exit code 1, RuntimeError: an illegal memory access was encountered\)"),
+    ("exits", FAILED, r"triton stats fp32 \(the child that verifies: exit code 3\)"),
+    ("crashes", FAILED, r"triton stats fp32 \(the child that verifies: ended by SIGSEGV\)"),
+    ("hangs", FAILED, r"triton stats fp32 \(the child that verifies: no sign of life"),
+    ("poisoned", FAILED, r"triton stats fp32 \(3.1 of the budget\)"),
+    ("no memory", UNKNOWN, r"unknown, so another backend runs instead: triton stats fp32: CUDA out of memory"),
+    ("killed", UNKNOWN, r"triton stats fp32.*: the child that verifies: ended by SIGKILL"),
+]
+
+
+@pytest.mark.parametrize("fault, state, said", IN_A_FAMILY, ids=[fault for fault, *_ in IN_A_FAMILY])
+def test_a_fault_is_its_family_s_alone(fault, state, said, plant, monkeypatch, caplog, capfd):
+    hears = ask._Child.hears
+
+    def hears_of_a_try(child, limit):
+        """Once a family is tried, silence is short; before, a busy machine starts a process when it does."""
+        message = hears(child, 0.3 if getattr(child, "tries", False) and fault == "hangs" else seconds(120))
+        child.tries = message["kind"] == "trying"
+        return message
+
+    monkeypatch.setattr(ask._Child, "hears", hears_of_a_try)
+    plant(f"{fault}:stats")
+    names = ["triton rows fp32", "triton stats fp32", "triton grad fp32"]
+    assert not ask.admits("triton", ("rows", "stats", "grad"), torch.float32, CPU)
+    rest = {"triton rows fp32": PROVED, "triton grad fp32": PROVED}
+    if fault == "killed":  # who kills processes may kill the next one, too
+        del rest["triton grad fp32"]
+    assert states() == rest | ({} if state == UNKNOWN else {"triton stats fp32": state})
+    assert [verdict.state for verdict in map(ask.known(CPU).get, names)].count(PROVED) == len(rest)
+    assert not ask.admits("triton", ("rows", "stats", "grad"), torch.float32, CPU)  # and nobody is asked again
+    _, after = caplog.messages
+    assert f"{len(rest)} of 3 families" in after
+    assert re.search(said, after), after
+    assert ask.admits("triton", ("rows",), torch.float32, CPU)
+    correct()
+    assert "Traceback" not in "".join([*capfd.readouterr(), *caplog.messages])
+
+
+@pytest.mark.parametrize("fault", ["no context", "nowhere"])
+def test_a_child_that_cannot_work_leaves_all_unknown(fault, plant, monkeypatch, caplog, capfd):
+    plant(fault)
+    if fault == "nowhere":
+        monkeypatch.setattr(ask, "COMMAND", ["/nowhere/python"])
+    for _ in range(3):
+        assert select(problem(), "auto") == "chunked"
+    _, after = caplog.messages
+    assert f"0 of {len(NAMES)} families" in after and states() == {}
+    assert ("busy or unavailable" if fault == "no context" else "no child process could be started") in after
+    correct()
+    assert "Traceback" not in capfd.readouterr().err
+    ask.forget()  # another process may have more luck
+    plant("proves")
+    assert select(problem(), "auto") == "triton"
+
+
+def test_the_call_waits_no_longer_than_it_says(plant, monkeypatch, caplog):
+    plant("hangs")
+    monkeypatch.setattr(ask, "TOTAL", 0.0)
+    assert select(problem(), "auto") == "chunked" and states() == {}
+    assert "not done within 0 s" in caplog.messages[1]
+
+
+def test_ctrl_c_takes_the_child_along(plant, monkeypatch):
+    plant("hangs")
+    children = []
+
+    def interrupted(child, limit):
+        children.append(child.process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ask._Child, "hears", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        select(problem(), "auto")
+    assert children[0].returncode is not None
+    with verdicts.locked(CPU, 0, lambda: False) as held:
+        assert held
+
+
+@pytest.mark.parametrize("content", ["", '{"schema": 1, "key"', "another"])
+def test_a_cache_that_is_not_read_is_found_anew(content, plant, caplog):
+    plant("proves")
+    learn(FAILED)
+    file = verdicts.path(CPU)
+    file.write_text(content)
+    ask.forget()
+    assert select(problem(), "auto") == "triton" and states() == dict.fromkeys(NAMES, PROVED)
+    ignored, _, _ = caplog.messages
+    assert f"the verdicts in {file} are ignored" in ignored
+    correct()
+
+
+def test_a_changed_source_is_verified_anew(plant, monkeypatch, tmp_path, caplog):
+    source = tmp_path / "kernel.py"
+    source.write_text("right")
+    monkeypatch.setattr(verdicts, "sources", lambda: [source])
+    ask.forget()
+    learn(PROVED)
+    plant("fails")
+    assert select(problem(), "auto") == "triton" and caplog.messages == []
+    source.write_text("wrong")
+    ask.forget()
+    assert select(problem(), "auto") == "chunked" and len(caplog.messages) == 2
+    correct()
+
+
+def test_a_folder_that_cannot_be_written_is_a_verdict_in_memory(plant, monkeypatch, caplog):
+    plant("proves")
+    monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", "/proc/fusedloss")  # read-only for root as well
+    for _ in range(2):
+        assert select(problem(), "auto") == "triton"
+    _, after = caplog.messages
+    assert "kept in memory alone (" in after
+    correct()
+
+
+# Several processes ----------------------------------------------------------------------------------------------------
+
+
+def in_processes(count, run):
+    """[run(number)] of forked ones that start together."""
+    context = torch.multiprocessing.get_context("fork")
+    gate, answers = context.Barrier(count), context.SimpleQueue()
+
+    def work(number):
+        ask.forget()
+        gate.wait(seconds(120))
+        answers.put((number, run(number)))
+
+    processes = [context.Process(target=work, args=(number,)) for number in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(seconds(240))
+    assert [process.exitcode for process in processes] == [0] * count
+    found = dict(answers.get() for _ in processes)
+    return [found[number] for number in range(count)]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("fcntl", [verdicts.fcntl, None], ids=["fcntl", "without"])
+def test_eight_processes_verify_once(fcntl, plant, tmp_path, monkeypatch):
+    monkeypatch.setattr(verdicts, "fcntl", fcntl)
+    monkeypatch.setattr(ask, "TOTAL", seconds(120))
+    count = tmp_path / "count"
+    plant(f"counts:{count}")
+    assert in_processes(8, lambda number: select(problem(), "auto")) == ["triton"] * 8
+    assert count.read_text() == f"{len(NAMES)}\n"
+
+
+@pytest.mark.processes
+def test_two_processes_that_ask_for_different_families_keep_both(plant, tmp_path, monkeypatch):
+    monkeypatch.setattr(ask, "TOTAL", seconds(120))
+    plant(f"counts:{tmp_path / 'count'}")
+    taken = in_processes(2, lambda n: select_rowwise("auto", torch.ones(2, 2), ("pairs", "lists")[n]))
+    assert taken == ["triton"] * 2
+    assert states() == {"triton pairs fp32": PROVED, "triton lists fp32": PROVED}
+
+
+def test_who_waits_too_long_goes_on_without(plant, monkeypatch, caplog):
+    plant("raises")
+    monkeypatch.setattr(ask, "TOTAL", 0.0)
+    with verdicts.locked(CPU, 0, lambda: False):
+        for _ in range(2):
+            assert select(problem(), "auto") == "chunked"
+    (line,) = caplog.messages
+    assert "another process verifies" in line and states() == {}
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    from fusedloss.__main__ import main
+
+    return main(["verify", "--device", "cpu", "--backend", "triton", *arguments])
+
+
+def of_pairs():
+    return [f"triton pairs {precision}" for precision in ("fp16", "tf32", "fp32")]
+
+
+def test_verify_shows_a_table_and_keeps_it(plant, capsys):
+    plant("proves")
+    assert run("--family", "pairs") == 0
+    shown = capsys.readouterr()
+    assert "3 of 3 families proved" in shown.out and f"kept in {verdicts.path(CPU)}" in shown.out
+    assert states() == dict.fromkeys(of_pairs(), PROVED)
+    assert all(f"cpu {name}" in shown.err for name in of_pairs())  # the progress
+    plant("fails")  # what is proved stays so
+    assert run("--family", "pairs") == 0
+    assert run("--family", "pairs", "--again") == 1
+    assert "257 x 391 x 96: 3.1 of the budget" in capsys.readouterr().out
+    assert states() == dict.fromkeys(of_pairs(), FAILED)
+    plant("proves")  # and what failed has another chance
+    assert run("--family", "pairs") == 0
+
+
+def test_verify_takes_every_family(plant, capsys):
+    plant("proves")
+    assert run("--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    every = [
+        ("triton", family, precision)
+        for precision in ("fp16", "tf32", "fp32")  # Triton's interpreter multiplies no bf16
+        for family in families.of_backend("triton", precision)
+    ]
+    assert [(row["backend"], row["family"], row["precision"]) for row in rows] == every
+    wanted = {"device": "cpu", "state": PROVED, "cases": 1, "worst": 0.5, "kept": str(verdicts.path(CPU))}
+    assert all(row.items() >= wanted.items() for row in rows)
+
+
+def test_verify_says_what_stays_unknown(plant, capsys):
+    plant("no context")
+    assert run("--family", "pairs") == 2
+    shown = capsys.readouterr()
+    assert "busy or unavailable" in shown.err and "0 of 3 families" in shown.out and "unknown" in shown.out
+
+
+def test_verify_says_why_nothing_runs(capsys, monkeypatch):
+    from fusedloss.__main__ import main
+
+    for module in (backends.cuda, backends.triton):
+        monkeypatch.setattr(module, "why_not_on", lambda dtype, device: "needs an NVIDIA GPU")
+    assert main(["verify"]) == 0
+    assert "nothing to verify here\ncpu: cuda: needs an NVIDIA GPU (bf16, fp16, tf32, fp32)" in capsys.readouterr().err
+    assert run() == 2
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (["--backend", "chunked"], "invalid choice: 'chunked'"),
+        (["--family", "statistics"], "--family statistics: needs one of rows, stats"),
+        (["--device", "tpu"], "tpu: needs cpu, cuda or cuda:INDEX"),
+        (["--device", "cuda:7"], "--device cuda:7: torch .* sees no GPU here"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_verify_refuses(wrong, message, capsys):
+    from fusedloss.__main__ import main
+
+    try:
+        code = main(["verify", *wrong])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2 and re.search(message, capsys.readouterr().err)
+
+
+def test_ctrl_c_shows_what_was_verified(plant, capsys, monkeypatch):
+    plant("hangs:pairs")
+    hears = ask._Child.hears
+
+    def interrupted(child, limit):
+        message = hears(child, seconds(120))
+        if message.get("name") == "triton pairs fp16":
+            raise KeyboardInterrupt
+        return message
+
+    monkeypatch.setattr(ask._Child, "hears", interrupted)
+    assert run() == 130
+    shown = capsys.readouterr()
+    before = families.of_backend("triton", "fp16").index("pairs")
+    assert "interrupted" in shown.err and "Traceback" not in shown.err
+    assert f"{before} of " in shown.out and list(states().values()) == [PROVED] * before
+
+
+def test_verify_says_that_nothing_can_be_kept(plant, capsys, monkeypatch):
+    plant("proves")
+    monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", "/proc/fusedloss")
+    assert run("--family", "pairs") == 0
+    assert "kept nowhere" in capsys.readouterr().err
+
+
+def test_info_shows_verdicts(capsys):
+    from fusedloss.__main__ import main
+
+    learn(FAILED, "triton stats fp32", "triton pairs fp16")
+    learn(PROVED, "triton rows fp32")
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    every = sum(len(families.of_backend("triton", precision)) for precision in families.PRECISIONS)
+    counts = f"1 families proved, 2 failed, {every - 3} unknown; failed: pairs fp16, stats fp32"
+    assert f"  triton     {counts}\n" in shown.replace("stats fp32, pairs fp16", "pairs fp16, stats fp32")
+    assert f"verdicts in {verdicts.path(CPU)}" in shown and "auto picks chunked" in shown
+
+
+def test_info_proves_nothing(plant, capsys):
+    from fusedloss.__main__ import main
+
+    plant("proves")
+    assert main(["info"]) == 0 and states() == {}
+    assert "0 families proved" in capsys.readouterr().out
