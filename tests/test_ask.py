@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -14,7 +15,7 @@ import torch
 from patience import seconds
 
 import fusedloss
-from fusedloss import UnsupportedError, backends
+from fusedloss import UnsupportedError, backends, op
 from fusedloss.backends import select, select_rowwise
 from fusedloss.problem import Block, Problem
 from fusedloss.trust import ask, families, verdicts
@@ -285,6 +286,28 @@ def test_while_a_graph_is_captured_nothing_is_verified(plant, monkeypatch, caplo
     assert select(problem(), "auto") == "triton"
 
 
+def test_while_torch_compile_traces_nothing_is_verified(plant, monkeypatch, caplog):
+    plant("proves")
+    ran = []
+    execute = op.execute
+    monkeypatch.setattr(op, "execute", lambda plan, *rest: ran.append(plan.backend) or execute(plan, *rest))
+    query, key = torch.randn(2, 9, 5)
+    wanted = [fusedloss.info_nce(query, key, backend="reference"), fusedloss.mse(query, key, backend="reference")]
+    for known in ("chunked", "triton"):
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda q, k: [fusedloss.info_nce(q, k), fusedloss.mse(q, k)], fullgraph=True, backend="eager"
+        )
+        torch.testing.assert_close(compiled(query, key), wanted)
+        assert ran == [known]
+        if known == "chunked":
+            assert states() == {} and len(caplog.messages) == 1
+            assert "while torch.compile traces" in caplog.messages[0] and "fusedloss verify" in caplog.messages[0]
+            learn(PROVED, *NAMES, "triton exp fp32", "triton pointwise fp32")
+            ran.clear()
+    assert len(caplog.messages) == 1
+
+
 # What a child does not survive ----------------------------------------------------------------------------------------
 
 # The fault, its family's verdict, what of it is said. The others are proved, also those after it.
@@ -403,6 +426,83 @@ def test_a_folder_that_cannot_be_written_is_a_verdict_in_memory(plant, monkeypat
     _, after = caplog.messages
     assert "kept in memory alone (" in after
     correct()
+
+
+# A kernel that is wrong -----------------------------------------------------------------------------------------------
+
+
+def beyond(table):
+    """A number behind its last one."""
+    table.as_strided((1,), (1,), table.storage_offset() + table.numel()).fill_(1)
+
+
+def without_the_last_column(run, epilogue, strip, *rest):
+    run(epilogue, strip._replace(y=strip.y[:-1]), *rest)
+
+
+def without_its_mask(run, epilogue, strip, *rest):
+    run(epilogue, strip._replace(mask=None), *rest)
+
+
+def past_its_output(run, epilogue, strip, out, args, config):
+    run(epilogue, strip, out, args, config)
+    beyond(args[0])
+
+
+def with_a_nan(run, epilogue, strip, out, args, config):
+    run(epilogue, strip, out, args, config)
+    args[1][0, 0] = torch.nan
+
+
+times = itertools.count()
+
+
+def from_run_to_run(run, epilogue, strip, out, args, config):
+    run(epilogue, strip, out, args, config)
+    args[1].mul_(1 + 2**-23 * (next(times) % 2))
+
+
+def that_raises(run, *rest):
+    raise RuntimeError("no such kernel")
+
+
+WRONG = [
+    (without_the_last_column, "stats", r"off by [\d.e+inf]+ of the budget"),
+    (without_its_mask, "masks", r"off by [\d.e+inf]+ of the budget"),
+    (past_its_output, "stats", "written behind the end of float32"),
+    (with_a_nan, "stats", "off by inf of the budget"),
+    (from_run_to_run, "stats", "differs from run to run"),
+    (that_raises, "stats", "RuntimeError: no such kernel"),
+]
+
+
+@pytest.mark.parametrize("fault, family, said", WRONG, ids=[fault.__name__ for fault, *_ in WRONG])
+def test_a_kernel_that_is_wrong_is_not_taken(fault, family, said, monkeypatch, caplog, capfd):
+    monkeypatch.setenv("FUSEDLOSS_VERIFY", "inline")  # the proof is the child's, and a process costs seconds
+    run = backends.triton._similarities
+    monkeypatch.setattr(backends.triton, "_similarities", lambda *arguments: fault(run, *arguments))
+    learn(PROVED, *[name for name in (*NAMES, "triton masks fp32") if name != f"triton {family} fp32"])
+    ids = torch.arange(9) % 4
+    options = {"temperature": 0.1, "mask": fusedloss.masks.same_id(ids, ids) if family == "masks" else None}
+    query, key = torch.randn(2, 9, 5)
+    query.requires_grad_()
+    losses = [fusedloss.info_nce(query, key, backend=backend, **options) for backend in ("auto", "reference")]
+    torch.testing.assert_close(*[[loss, *torch.autograd.grad(loss, query)] for loss in losses])
+    verdict = verdicts.read(CPU).verdicts[f"triton {family} fp32"]
+    assert verdict.state == FAILED and verdict.cases > 0 and re.search(said, verdict.reason), verdict
+    _, after = caplog.messages
+    assert f"another backend runs instead of what failed: triton {family} fp32 ({verdict.reason})" in after
+    assert "Traceback" not in "".join([*capfd.readouterr(), *caplog.messages])
+
+
+@pytest.mark.processes
+def test_the_child_proves_what_is_right(monkeypatch, caplog):
+    """The real one; of the cheapest family."""
+    monkeypatch.setattr(ask, "SILENCE", seconds(600))
+    monkeypatch.setattr(ask, "TOTAL", seconds(600))
+    assert ask.admits("triton", ("pointwise",), torch.float32, CPU), caplog.messages
+    verdict = verdicts.read(CPU).verdicts["triton pointwise fp32"]
+    assert verdict.state == PROVED and verdict.cases > 1 and 0 < verdict.worst <= 1 and verdict.seconds > 0
 
 
 # Several processes ----------------------------------------------------------------------------------------------------
