@@ -8,10 +8,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 BACKENDS = ("cuda", "triton", "chunked", "reference")
 VERIFY = ("first", "off", "inline", "trust")
 SWITCH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant(function: Function) -> Function:
+    """What torch.compile calls and does not trace: for the graph, which arguments that are no tensors decide.
+
+    As torch.compiler.assume_constant_result, which imports the compiler, seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def switch(name: str) -> bool:

@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -292,20 +293,25 @@ def test_while_torch_compile_traces_nothing_is_verified(plant, monkeypatch, capl
     execute = op.execute
     monkeypatch.setattr(op, "execute", lambda plan, *rest: ran.append(plan.backend) or execute(plan, *rest))
     query, key = torch.randn(2, 9, 5)
-    wanted = [fusedloss.info_nce(query, key, backend="reference"), fusedloss.mse(query, key, backend="reference")]
+    logged = lambda: [record.getMessage() for record in caplog.records if record.name == "fusedloss"]
+
+    def losses(query, key, temperature, backend="auto"):
+        free = fusedloss.info_nce(query, key, temperature=temperature, normalize=True, backend=backend)
+        return [free, fusedloss.mse(query, key, backend=backend)]
+
     for known in ("chunked", "triton"):
         torch._dynamo.reset()
-        compiled = torch.compile(
-            lambda q, k: [fusedloss.info_nce(q, k), fusedloss.mse(q, k)], fullgraph=True, backend="eager"
-        )
-        torch.testing.assert_close(compiled(query, key), wanted)
-        assert ran == [known]
+        with warnings.catch_warnings(action="error"):
+            compiled = torch.compile(losses, fullgraph=True, dynamic=True, backend="eager")
+            wanted = losses(query, key, 0.1, backend="reference")
+            torch.testing.assert_close(compiled(query, key, 0.1), wanted)
+        assert set(ran) == {known}
         if known == "chunked":
-            assert states() == {} and len(caplog.messages) == 1
-            assert "while torch.compile traces" in caplog.messages[0] and "fusedloss verify" in caplog.messages[0]
+            (line,) = logged()
+            assert "while torch.compile traces" in line and "`python -m fusedloss verify`" in line and states() == {}
             learn(PROVED, *NAMES, "triton exp fp32", "triton pointwise fp32")
             ran.clear()
-    assert len(caplog.messages) == 1
+    assert len(logged()) == 1
 
 
 # What a child does not survive ----------------------------------------------------------------------------------------
@@ -479,8 +485,12 @@ WRONG = [
 @pytest.mark.parametrize("fault, family, said", WRONG, ids=[fault.__name__ for fault, *_ in WRONG])
 def test_a_kernel_that_is_wrong_is_not_taken(fault, family, said, monkeypatch, caplog, capfd):
     monkeypatch.setenv("FUSEDLOSS_VERIFY", "inline")  # the proof is the child's, and a process costs seconds
-    run = backends.triton._similarities
-    monkeypatch.setattr(backends.triton, "_similarities", lambda *arguments: fault(run, *arguments))
+    run, stats = backends.triton._similarities, backends.triton._softmax().stats
+
+    def wrong(epilogue, *rest):
+        return fault(run, epilogue, *rest) if epilogue is stats else run(epilogue, *rest)
+
+    monkeypatch.setattr(backends.triton, "_similarities", wrong)
     learn(PROVED, *[name for name in (*NAMES, "triton masks fp32") if name != f"triton {family} fp32"])
     ids = torch.arange(9) % 4
     options = {"temperature": 0.1, "mask": fusedloss.masks.same_id(ids, ids) if family == "masks" else None}

@@ -106,6 +106,7 @@ def _candidates(backend: str, device: torch.device, kernels: tuple[str, ...]) ->
     return (named,) if absent else (named, *auto), f"FUSEDLOSS_BACKEND={named}"
 
 
+@environment.constant
 def _auto(device: torch.device) -> tuple[str, ...]:
     """In the order in which `auto` takes them where nothing was raced."""
     if device.type == "cuda" and torch.version.hip is None and cuda.capability_of(device) >= 100:

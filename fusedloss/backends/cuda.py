@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import environment
 from ..folds import (
     Folded,
     LogSum,
@@ -68,6 +69,7 @@ def why_not(problem: Problem) -> str | None:
     return next((reason for reason in reasons if reason), None)
 
 
+@environment.constant
 def why_not_on(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why no kernel runs for tensors like that."""
     return _why_not(dtype, device, extension)

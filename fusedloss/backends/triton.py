@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import products
+from .. import environment, products
 from ..problem import (
     NO_MARGIN,
     GuideRule,
@@ -56,6 +56,7 @@ def why_not(problem: Problem) -> str | None:
     return next((reason for reason in reasons if reason), None)
 
 
+@environment.constant
 def why_not_on(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why no kernel runs for tensors like that."""
     return _why_not(dtype, device, os.environ.get("TRITON_INTERPRET"))

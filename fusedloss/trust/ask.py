@@ -59,6 +59,7 @@ def admits(backend: str, families: tuple[str, ...], dtype: torch.dtype, device: 
     return _decide(backend, families, precision, device) if settled is None else settled
 
 
+@environment.constant
 def _while_tracing(backend: str, families: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> bool:
     precision, mode = families_.precision(dtype), environment.verify()
     if precision is None:
@@ -71,10 +72,6 @@ def _while_tracing(backend: str, families: tuple[str, ...], dtype: torch.dtype, 
                 f"unknown, and another one runs. {AHEAD}"
             )
         return _all_hold(names, device, mode)
-
-
-# What torch.compiler.assume_constant_result sets: the compiler calls it, and does not trace a log line or a file.
-_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _decide(backend: str, families: tuple[str, ...], precision: str | None, device: torch.device) -> bool:

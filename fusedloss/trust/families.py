@@ -86,7 +86,8 @@ def of_problem(problem: Problem, backend: str) -> tuple[str, ...]:
             masked, guided = masked or mask.given, guided or mask.guide is not None
         masked = masked or block.own_penalty != block.penalty
     fold, softcap = problem.fold, problem.softcap != 0
-    return _families(
+    found = _found if torch.compiler.is_compiling() else _families  # a compiler warns of a cache
+    return found(
         backend,
         None if fold is None else (fold.name, fold.distance),
         problem.symmetric,
@@ -107,8 +108,7 @@ def guide_dtypes(problem: Problem) -> tuple[torch.dtype, ...]:
     return tuple(dtype for dtype in found if dtype != problem.dtype)
 
 
-@functools.cache
-def _families(
+def _found(
     backend: str,
     fold: tuple[str, str] | None,
     symmetric: bool,
@@ -137,4 +137,7 @@ def _families(
     tally = tally or (smoothing and (masked or softcap))  # `Problem.smooths_by_row`
     options = {"masks": masked, "guide": guided, "softcap": softcap, "tally": tally}
     taken |= {name for name, given in options.items() if given}
-    return tuple(name for name in of_backend(backend) if name in taken)
+    return tuple(name for name in SWEEP if name in taken)
+
+
+_families = functools.cache(_found)
