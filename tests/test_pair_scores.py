@@ -308,10 +308,13 @@ def test_second_derivatives(kind, backend):
         assert torch.autograd.gradgradcheck(lambda x, y: scores(kind, x, y, y, backend=backend).square(), (x, y))
 
 
-def test_triton_has_no_second_derivatives():
+def test_triton_s_second_derivatives_are_the_formula_s():
     x, y = (randn(3, 5).float().requires_grad_() for _ in range(2))
-    with pytest.raises(UnsupportedError, match="Pass backend='reference'"):
-        torch.autograd.grad(scores("cos", x, y, backend="triton").sum(), x, create_graph=True)
+    found = []
+    for backend in ("triton", "reference"):
+        (gradient,) = torch.autograd.grad(scores("cos", x, y, backend=backend).sum(), x, create_graph=True)
+        found.append([gradient, *torch.autograd.grad(gradient.square().sum(), (x, y))])
+    torch.testing.assert_close(*found)
 
 
 def saved_bytes(function, *tensors):

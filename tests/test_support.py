@@ -564,8 +564,9 @@ loss has no such option. Nothing is promised beyond this page.
 * *reference, chunked, triton, cuda*: `backend=`. The kernels ran without a GPU: Triton's in its interpreter, those of
   `csrc/` compiled for a CPU.
 * *second derivatives* (`create_graph=True`), *torch.func.grad*, *vmap*, *forward mode* (`torch.func.jvp`): yes is on
-  `reference` and on `chunked`; a name is the backend that has it; the kernels have none. Where only `reference` has
-  second derivatives, one tensor, the gradient, is kept for backward, and there is nothing left to differentiate. vmap
+  `reference` and on `chunked`; a name is the backend that has it. Kernels have second derivatives where `chunked`
+  has them, by the formula that it reruns, and none of the others. Where only `reference` has second derivatives, one
+  tensor, the gradient, is kept for backward, and there is nothing left to differentiate. vmap
   is over any of the arguments, targets, labels and temperatures too; inside of it, and of the other transforms,
   values are not looked at: a target out of range is a NaN loss. With `group=` there are none of the four.
 * *compile*: `torch.compile(fullgraph=True)` on `chunked`, forward and backward.

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..backends import select_rowwise, triton_pairs
-from ..errors import UnsupportedError
 from ..problem import NORM_EPS, savable, stats_dtype
 from .pointwise import transformed
 
@@ -154,11 +153,6 @@ class _Scores(torch.autograd.Function):
             backward = triton_pairs.backward if ctx.backend == "triton" else _backward
             return None, None, None, *backward(ctx.kind, ctx.eps, upstream, matrices, value, norm, wanted)
         # create_graph=True: once more, as a formula.
-        if ctx.backend == "triton":
-            raise UnsupportedError(
-                "second derivatives (create_graph=True): backend 'triton' has none. "
-                "Pass backend='reference' or 'chunked'."
-            )
         with torch.enable_grad():
             # Apart, where several are one tensor: else each would get the gradient of all.
             query, *others = (x.view_as(x) for x in matrices)
