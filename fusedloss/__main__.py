@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     ):
         commands.add_parser(name, help=text, description=text, **form)
     verify, bench = commands.choices["verify"], commands.choices["bench"]
-    verify.add_argument("--device", type=device, help="cpu, cuda or cuda:INDEX; default: each kind of GPU that is here")
+    verify.add_argument("--device", type=place, help="cpu, cuda, xpu or cuda:INDEX; default: each kind of GPU here")
     verify.add_argument("--backend", choices=("cuda", "triton"), help="default: both")
     verify.add_argument("--family", help="only this one, by its name in the table")
     verify.add_argument("--again", action="store_true", help="also what is proved already")
@@ -83,6 +83,13 @@ def device(text: str) -> str:
     kind, _, index = text.partition(":")
     if text not in ("cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text}: needs cpu, cuda or cuda:INDEX")
+    return text
+
+
+def place(text: str) -> str:
+    kind, _, index = text.partition(":")
+    if text not in ("cpu", "cuda", "xpu") and not (kind in ("cuda", "xpu") and index.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text}: needs cpu, cuda, xpu, cuda:INDEX or xpu:INDEX")
     return text
 
 
@@ -152,8 +159,9 @@ def has(device: str) -> bool:
     """Whether it is there; says so if not."""
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not device.startswith("cuda") or int(device.partition(":")[2] or 0) < count:
+    kind, _, index = device.partition(":")
+    count = 1 if kind == "cpu" else torch.get_device_module(kind).device_count()
+    if int(index or 0) < count:
         return True
     found = f"{count} GPU{'s' * (count > 1)}" if count else "no GPU"
     print(f"--device {device}: torch {torch.__version__} sees {found} here; --device cpu", file=sys.stderr)

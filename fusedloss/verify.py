@@ -24,11 +24,12 @@ COLUMNS = ("backend", "family", "precision", "state", "cases", "seconds", "of th
 def devices(asked: str | None) -> list[torch.device]:
     """The one asked for, or one of each kind that is here: all that a verdict hangs on is alike on them."""
     if asked is not None:
-        return [torch.device("cuda:0" if asked == "cuda" else asked)]
+        return [torch.device(asked) if ":" in asked or asked == "cpu" else torch.device(asked, 0)]
     kinds = {}
-    for index in range(torch.cuda.device_count()):
-        device = torch.device("cuda", index)
-        kinds.setdefault(str(verdicts.key(device)), device)
+    for kind in ("cuda", "xpu"):
+        for index in range(torch.get_device_module(kind).device_count()):
+            device = torch.device(kind, index)
+            kinds.setdefault(str(verdicts.key(device)), device)
     return list(kinds.values()) or [torch.device("cpu")]
 
 

@@ -633,8 +633,9 @@ def test_verify_says_why_nothing_runs(capsys, monkeypatch):
     [
         (["--backend", "chunked"], "invalid choice: 'chunked'"),
         (["--family", "statistics"], "--family statistics: needs one of rows, stats"),
-        (["--device", "tpu"], "tpu: needs cpu, cuda or cuda:INDEX"),
+        (["--device", "tpu"], "tpu: needs cpu, cuda, xpu, cuda:INDEX or xpu:INDEX"),
         (["--device", "cuda:7"], "--device cuda:7: torch .* sees no GPU here"),
+        (["--device", "xpu"], "--device xpu: torch .* sees no GPU here"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -48,7 +48,11 @@ BACKENDS: dict[str, ModuleType] = dict(zip(checks.BACKENDS, (cuda, triton, chunk
 
 KERNELS = families.BACKENDS  # `auto` takes these where they are proved
 
-AUTO: dict[str, tuple[str, ...]] = {"cpu": ("chunked", "reference"), "cuda": ("cuda", "triton", "chunked", "reference")}
+AUTO: dict[str, tuple[str, ...]] = {
+    "cpu": ("chunked", "reference"),
+    "cuda": ("cuda", "triton", "chunked", "reference"),
+    "xpu": ("triton", "chunked", "reference"),
+}
 # csrc/ has no tcgen05 kernel: on paper the vendor's products are faster there.
 AUTO_FROM_SM_100 = ("triton", "chunked", "cuda", "reference")
 AUTOMATIC = "backend='auto'"  # who named the backend, in a message

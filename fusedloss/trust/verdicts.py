@@ -90,9 +90,13 @@ def _hardware(device: torch.device) -> dict[str, Any]:
         vectors = torch.backends.cpu.get_cpu_capability()
         return {"device": f"{platform.machine()} {vectors}", "capability": [], "multiprocessors": 0}
     found = torch.get_device_module(device).get_device_properties(device)
-    capability = [getattr(found, part, 0) for part in ("major", "minor")]
-    units = getattr(found, "multi_processor_count", 0)
-    return {"device": found.name, "capability": capability, "multiprocessors": units}
+    if device.type == "xpu":
+        return {"device": found.name, "capability": [], "multiprocessors": found.max_compute_units}
+    return {
+        "device": found.name,
+        "capability": [found.major, found.minor],
+        "multiprocessors": found.multi_processor_count,
+    }
 
 
 def _driver() -> str:
