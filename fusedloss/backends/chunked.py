@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from .. import checks, products
+from ..problem import SAFE_SCALE as SHIFTED_SCALE
 from ..problem import GuideRule, Patch, Problem, RowSums, Softmax, Strip, StripMask, Tally, inverse_norms, stats_dtype
 from ..rows import finish, guide_threshold, merge, operand, patch_target, prepare, settle
-from .shared import SAFE_SCALE as SHIFTED_SCALE
 from .shared import exp_shift
 
 __all__ = ["finish", "inverse_norms", "merge", "operand", "prepare", "settle"]  # torch has no faster way to these
