@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from . import _ctrl_c, show
-from .backends import BACKENDS, KERNELS
-from .trust import ask, families, verdicts
+from .backends import KERNELS
+from .trust import ask, cases, families, verdicts
 from .trust.verdicts import FAILED, PROVED, Verdict
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 COLUMNS = ("backend", "family", "precision", "state", "cases", "seconds", "of the budget", "")
 
 
@@ -38,12 +37,11 @@ def names(device: torch.device, backend: str | None, family: str | None) -> tupl
     found: list[str] = []
     reasons: dict[str, list[str]] = {}
     for name in KERNELS if backend is None else (backend,):
-        for precision, dtype in DTYPES.items():
-            reason = BACKENDS[name].why_not_on(dtype, device)
-            if reason is None:
-                known = families.of_backend(name, precision)
-                found += [verdicts.name_of(name, each, precision) for each in known if family in (None, each)]
-            else:
+        for precision, dtype in cases.DTYPES.items():
+            known = families.of_backend(name, precision)
+            why = {each: cases.why_not(name, each, dtype, device) for each in known if family in (None, each)}
+            found += [verdicts.name_of(name, each, precision) for each, reason in why.items() if reason is None]
+            for reason in {reason: None for reason in why.values() if reason}:
                 reasons.setdefault(f"{name}: {reason}", []).append(precision)
     return found, [f"{reason} ({', '.join(precisions)})" for reason, precisions in reasons.items()]
 

@@ -31,6 +31,7 @@ def main(fault: str, device: str, *names: str) -> None:
         sys.exit("RuntimeError: CUDA-capable device(s) is/are busy or unavailable")
     for name in names:
         say("trying", name=name)
+        say("alive", case="257 x 391 x 96")
         if of not in ("", name.split(" ")[1]) and fault != "counts":
             prove(name)
         elif fault in ("proves", "counts"):

@@ -251,12 +251,15 @@ def prove_in_child(
             return f"no child process could be started ({error})"
         with child:
             trying: str | None = None
+            case = ""
             while True:
                 message = child.hears(min(SILENCE, deadline - time.monotonic()))
                 kind = message.pop("kind")
                 if kind == "trying":
-                    trying = message["name"]
+                    trying, case = message["name"], ""
                     begin(trying)
+                elif kind == "alive":
+                    case = f"{message['case']}: "
                 elif kind in ("verdict", "unknown"):
                     name, trying = message.pop("name"), None
                     left.remove(name)
@@ -274,7 +277,7 @@ def prove_in_child(
                 return f"the child that verifies: {ending}"
             if trying is not None:
                 left.remove(trying)
-                found(trying, Verdict(FAILED, reason=f"the child that verifies: {ending}"))
+                found(trying, Verdict(FAILED, reason=f"{case}the child that verifies: {ending}"))
     return why
 
 

@@ -53,8 +53,10 @@ class Proof(NamedTuple):
     reason: str
 
 
-def prove(backend: str, family: str, precision: str, device: torch.device) -> Proof:
-    """Runs the cases of a family until one fails.
+def prove(
+    backend: str, family: str, precision: str, device: torch.device, begins: Callable[[str], None] = lambda case: None
+) -> Proof:
+    """Runs the cases of a family until one fails. begins: is told which.
 
     Raises ValueError for a family that `backend` has not, or not in this precision; UnsupportedError where the backend
     runs nothing of this precision on `device`; and torch.OutOfMemoryError, which says nothing of a kernel. Whatever
@@ -63,7 +65,7 @@ def prove(backend: str, family: str, precision: str, device: torch.device) -> Pr
     known = families.of_backend(backend, precision)
     if family not in known:
         raise ValueError(f"family must be one of {', '.join(known)} for {backend} in {precision}, got {family!r}")
-    if reason := _why_not(backend, family, DTYPES[precision], device):
+    if reason := why_not(backend, family, DTYPES[precision], device):
         raise UnsupportedError(f"backend={backend!r} proves nothing of {family} in {precision} on {device}: {reason}")
     start, worst, left_out = time.perf_counter(), 0.0, ""
     with products(precision):
@@ -71,6 +73,7 @@ def prove(backend: str, family: str, precision: str, device: torch.device) -> Pr
             if absent := _absent(name, DTYPES[precision], device):
                 left_out = f"{name}: {absent}"
                 continue
+            begins(name)
             share, reason = _proved(name, make, backend, precision, device)
             worst = max(worst, share)
             if reason:
@@ -78,7 +81,8 @@ def prove(backend: str, family: str, precision: str, device: torch.device) -> Pr
     return Proof("proved", len(CASES[family]) - bool(left_out), time.perf_counter() - start, worst, left_out)
 
 
-def _why_not(backend: str, family: str, dtype: torch.dtype, device: torch.device) -> str | None:
+def why_not(backend: str, family: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a family has no proof there."""
     if family == "pair_logits" or family not in families.ROWWISE:
         return BACKENDS[backend].why_not_on(dtype, device)
     # What the interpreter cannot do with bfloat16 is to multiply tiles.

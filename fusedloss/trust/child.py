@@ -3,7 +3,7 @@
 Each message is a JSON object in a line of its own:
 
     {"kind": "trying", "name": "triton stats bf16"}
-    {"kind": "alive"}                                       a kernel was compiled
+    {"kind": "alive", "case": "random, 257 x 391 x 96"}     what it is at; also when a kernel was compiled for it
     {"kind": "verdict", "name": ..., "state": ..., ...}     the fields of a `verdicts.Verdict`
     {"kind": "unknown", "name": ..., "reason": ...}         there was no memory for it
 """
@@ -55,16 +55,19 @@ def prove(device: torch.device, names: Sequence[str], say: Say) -> None:
     for name in names:
         say("trying", name=name)
         backend, family, precision = parts_of(name)
-        compiled: list[float] = []
+        compiled, at = [0.0], [""]
 
-        def note(seconds: float, compiled: list[float] = compiled) -> None:
+        def begins(case: str, at: list[str] = at) -> None:
+            at.append(case)
+            say("alive", case=case)
+
+        def compiles(seconds: float, compiled: list[float] = compiled, at: list[str] = at) -> None:
             compiled.append(seconds)
-            say("alive")
+            say("alive", case=at[-1])
 
-        with triton.compiling(note):
+        with triton.compiling(compiles):
             try:
-                proof = cases.prove(backend, family, precision, device)
-                verdict = Verdict(*proof)
+                verdict = Verdict(*cases.prove(backend, family, precision, device, begins))
             except (torch.OutOfMemoryError, UnsupportedError, ValueError) as error:  # says nothing of a kernel
                 say("unknown", name=name, reason=_line(error))
                 continue
