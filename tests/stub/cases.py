@@ -33,6 +33,9 @@ from fusedloss import functional as F  # noqa: E402
 from fusedloss import info, masks  # noqa: E402
 from fusedloss.losses._fold import fold_loss  # noqa: E402
 from fusedloss.problem import Fold, Strip  # noqa: E402
+from fusedloss.trust import ask  # noqa: E402
+
+ask.admits = lambda *asked: False  # what runs nothing proves nothing: `auto` is `chunked`
 
 DEVICE = torch.device("cuda", 1)
 Case = tuple[str, Callable[[], None]]
