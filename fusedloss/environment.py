@@ -37,7 +37,9 @@ def switch(name: str) -> bool:
 
 def backend() -> str:
     """What backend="auto" means by FUSEDLOSS_BACKEND, or "auto"."""
-    value = os.environ.get("FUSEDLOSS_BACKEND", "")
+    value = os.environ.get("FUSEDLOSS_BACKEND")
+    if value is None:
+        return "auto"
     chosen = value.strip().lower() or "auto"
     if chosen != "auto" and chosen not in BACKENDS:
         raise ValueError(f"FUSEDLOSS_BACKEND must be auto, {', '.join(BACKENDS)}, got {value!r}; set one, or unset it")

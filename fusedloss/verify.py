@@ -24,7 +24,7 @@ def devices(asked: str | None) -> list[torch.device]:
     """The one asked for, or one of each kind that is here: all that a verdict hangs on is alike on them."""
     if asked is not None:
         return [torch.device(asked) if ":" in asked or asked == "cpu" else torch.device(asked, 0)]
-    kinds = {}
+    kinds: dict[str, torch.device] = {}
     for kind in ("cuda", "xpu"):
         for index in range(torch.get_device_module(kind).device_count()):
             device = torch.device(kind, index)
@@ -97,7 +97,7 @@ def _proved(device: torch.device, wanted: list[str], again: bool, tick: show.Tic
         for name in wanted:
             if name not in todo:
                 tick(f"{device} {name}: kept")
-        why = ask.prove_in_child(device, todo, found, lambda name: tick(f"{device} {name}"), total=float("inf"))
+        why = ask.prove_in_child(device, todo, found, lambda name: tick(f"{device} {name}"))
     lines = [f"{device}: some are unknown: {why}"] if why else []
     lines += [f"{device}: kept nowhere: {reason}; set FUSEDLOSS_CACHE_DIR to a folder" for reason in unkept if reason]
     return "\n".join(lines)

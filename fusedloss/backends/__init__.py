@@ -68,27 +68,22 @@ def select(problem: Problem, backend: str) -> str:
     names, asked = _candidates(backend, problem.device, KERNELS)
     if asked == AUTOMATIC and "cuda" in names and "triton" in names:
         names = fastest.order(names, problem)
+    named = "" if asked == AUTOMATIC else names[0]  # needs no proof
     for name in names:
-        if BACKENDS[name].why_not(problem) is None and (_named(name, names, asked) or _proved(name, problem)):
+        if BACKENDS[name].why_not(problem) is None and (name == named or name not in KERNELS or _proved(name, problem)):
             return name
     reasons = "; ".join(f"{name}: {_why_not(name, problem, asked)}" for name in BACKENDS)
     raise UnsupportedError(f"{asked} cannot run this problem. {reasons}{_remedy(asked)}")
 
 
-def _named(name: str, names: tuple[str, ...], asked: str) -> bool:
-    """Whether it needs no proof: somebody asked for it, or there is no kernel in it."""
-    return name not in KERNELS or (asked != AUTOMATIC and name == names[0])
-
-
 def _proved(name: str, problem: Problem) -> bool:
-    needed = families.of_problem(problem, name)
-    if not ask.admits(name, needed, problem.dtype, problem.device):
+    needed, x = families.of_problem(problem, name), problem.operands[0]
+    if not ask.admits(name, needed, x.dtype, x.device):
         return False
     # A guide may be of another dtype.
     if "guide" not in needed:
         return True
-    dtypes = families.guide_dtypes(problem)
-    return all(ask.admits(name, ("rows", "guide"), dtype, problem.device) for dtype in dtypes)
+    return all(ask.admits(name, ("rows", "guide"), dtype, x.device) for dtype in families.guide_dtypes(problem))
 
 
 def _why_not(name: str, problem: Problem, asked: str) -> str:
@@ -113,9 +108,10 @@ def _candidates(backend: str, device: torch.device, kernels: tuple[str, ...]) ->
 @environment.constant
 def _auto(device: torch.device) -> tuple[str, ...]:
     """In the order in which `auto` takes them where nothing was raced."""
-    if device.type == "cuda" and torch.version.hip is None and cuda.capability_of(device) >= 100:
+    kind = device.type
+    if kind == "cuda" and torch.version.hip is None and cuda.capability_of(device) >= 100:
         return AUTO_FROM_SM_100
-    return AUTO.get(device.type, ("chunked", "reference"))
+    return AUTO.get(kind, ("chunked", "reference"))
 
 
 def _remedy(asked: str) -> str:
@@ -132,9 +128,10 @@ def select_rowwise(
     """
     checks.backend(backend)
     names, asked = _candidates(backend, x.device, ("triton",))
+    named = "" if asked == AUTOMATIC else names[0]  # needs no proof
     for name in names:
         if _why_not_rowwise(name, x, multiplies, unsupported) is None and (
-            family is None or _named(name, names, asked) or ask.admits(name, (family,), x.dtype, x.device)
+            family is None or name == named or name not in KERNELS or ask.admits(name, (family,), x.dtype, x.device)
         ):
             return name
     reason = _why_not_rowwise(names[0], x, multiplies, unsupported) or UNPROVED

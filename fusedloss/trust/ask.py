@@ -18,6 +18,7 @@ import functools
 import importlib
 import json
 import logging
+import math
 import os
 import queue
 import signal
@@ -168,11 +169,12 @@ def _verify(device: torch.device, names: list[str], mode: str) -> None:
         known(device).update({name: kept[name] for name in names if name in kept})
         return [name for name in names if name not in known(device)]
 
+    start = time.monotonic()
     try:
         with verdicts.locked(device, TOTAL, lambda: not left()) as held:
             names = left()
             if names and held:
-                _prove(device, names, mode)
+                _prove(device, names, mode, TOTAL - (time.monotonic() - start))
             elif names:
                 _say_once(f"another process verifies {_called(device)} since {TOTAL:.0f} s: {_elsewhere(names)}")
     finally:
@@ -180,7 +182,7 @@ def _verify(device: torch.device, names: list[str], mode: str) -> None:
             known(device).setdefault(name, Verdict(UNKNOWN))
 
 
-def _prove(device: torch.device, names: list[str], mode: str) -> None:
+def _prove(device: torch.device, names: list[str], mode: str, limit: float) -> None:
     _say(
         f"verifying {_summed(names)} on {_called(device)} before first use: this call waits for it. {AHEAD}, "
         "FUSEDLOSS_VERIFY=off leaves it out"
@@ -193,8 +195,10 @@ def _prove(device: torch.device, names: list[str], mode: str) -> None:
         found[name] = verdict
         unkept = learn(device, {name: verdict})
 
-    prove = prove_inline if mode == "inline" else prove_in_child
-    why = prove(device, names, note)
+    if mode == "inline":
+        why = prove_inline(device, names, note)
+    else:
+        why = prove_in_child(device, names, note, limit=limit)
     good = sum(verdict.state == PROVED for verdict in found.values())
     said = f"verified on {_called(device)}: {good} of {len(names)} families, {time.monotonic() - start:.0f} s"
     if found:
@@ -238,11 +242,11 @@ def prove_in_child(
     names: Sequence[str],
     found: Callable[[str, Verdict], None],
     begin: Callable[[str], None] = lambda name: None,
-    total: float | None = None,
+    limit: float = math.inf,
 ) -> str:
-    """In one child after another; "" or why some are unknown. begin: is told what is tried."""
+    """In one child after another; "" or why some are unknown. begin: is told what is tried. limit: seconds, of all."""
     left, why = list(names), ""
-    deadline = time.monotonic() + (TOTAL if total is None else total)
+    deadline = time.monotonic() + limit
     while left:
         before = len(left)
         try:
@@ -270,7 +274,7 @@ def prove_in_child(
                 elif kind in ("silent", "ended"):
                     break
             if kind == "silent" and time.monotonic() >= deadline:
-                return f"not done within {total or TOTAL:.0f} s"
+                return f"not done within {limit:.0f} s"
             ending = f"no sign of life for {SILENCE:.0f} s" if kind == "silent" else child.ending()
             from_outside = kind == "ended" and child.code in FROM_OUTSIDE
             if from_outside or (trying is None and len(left) == before):
