@@ -11,12 +11,14 @@ from torch import Tensor
 def narrow(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether 16-bit matrices are multiplied as they are, accumulated in fp32 and returned in fp32.
 
-    That is `out_dtype`, which torch has on CUDA, for bf16 from compute capability 8.0 on; on ROCm it raises for some
-    shapes. Elsewhere they are cast up, and a CPU's bf16 product returns bf16.
+    That is `out_dtype`, which torch 2.10 has on CUDA and ROCm: for bf16 from compute capability 8.0 on, and for fp16
+    unless sums in fp16 are allowed, where it raises. Elsewhere they are cast up, and a CPU's bf16 product returns bf16.
     """
-    if device.type != "cuda" or dtype.itemsize != 2 or torch.version.hip is not None:
+    if device.type != "cuda" or dtype.itemsize != 2:
         return False
-    return dtype == torch.float16 or _multiplies_bf16(device)
+    if dtype == torch.float16:
+        return not torch.backends.cuda.matmul.allow_fp16_accumulation
+    return _multiplies_bf16(device)
 
 
 @functools.cache

@@ -97,6 +97,25 @@ def test_a_means_gradients_in_bf16_are_rounded_twice(name, monkeypatch):
     budgets.test_a_means_gradients_in_bf16_are_rounded_once(name, True, monkeypatch)
 
 
+def test_where_out_dtype_raises_inputs_are_cast_up(monkeypatch):
+    """bf16 before sm_80, and fp16 where torch may add in fp16: both are checked by its CUDA code."""
+    monkeypatch.undo()
+    device = torch.device("cuda", 0)
+    for capability in ((7, 5), (8, 0), (10, 0)):
+        products._multiplies_bf16.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert products.narrow(torch.bfloat16, device) == (capability >= (8, 0))
+        assert products.narrow(torch.float16, device)
+    products._multiplies_bf16.cache_clear()
+    assert not products.narrow(torch.float32, device) and not products.narrow(torch.bfloat16, torch.device("cpu"))
+    before = torch.backends.cuda.matmul.allow_fp16_accumulation
+    try:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = True
+        assert not products.narrow(torch.float16, device)
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = before
+
+
 # Every loss -----------------------------------------------------------------------------------------------------------
 
 # Those without a matrix of similarities.

@@ -64,8 +64,8 @@ def sound(machine: pose.Machine) -> None:
         assert (found["device"], found["stream"]) == (1, stream), found
 
 
-def step(machine: pose.Machine, run: Callable[[], Tensor], **reset: int) -> None:
-    """A loss and its backward."""
+def step(machine: pose.Machine, run: Callable[[], Tensor], **reset: int) -> set[tuple[object, str]]:
+    """A loss and its backward: which matrices were multiplied, and where."""
     machine.reset(**reset)
     with pose.watch() as watched:
         value = run()
@@ -73,6 +73,7 @@ def step(machine: pose.Machine, run: Callable[[], Tensor], **reset: int) -> None
         value.sum().backward()
     assert not watched.crossings, watched.crossings
     sound(machine)
+    return watched.products
 
 
 # Losses ---------------------------------------------------------------------------------------------------------------
@@ -141,16 +142,23 @@ def every_kernel(machine: pose.Machine) -> Iterator[Case]:
 
 @group
 def every_loss_in_torch(machine: pose.Machine) -> Iterator[Case]:
-    """backend="chunked" where the kernels had been asked: nothing is read back, nothing copied from the host."""
+    """backend="chunked" where the kernels had been asked: nothing is read back, nothing copied from the host.
 
-    def run(name: str) -> None:
+    And 16-bit embeddings are multiplied as they are, in each of the products but those of distances, in fp64.
+    """
+
+    def run(name: str, dtype: torch.dtype) -> None:
         os.environ["FUSEDLOSS_BACKEND"] = "chunked"
-        if name in SWEPT:
-            step(machine, calls.CALLS[name](calls.Batch(8, torch.float32, there)).result)
+        if name in SWEPT or name.startswith("matryoshka"):
+            found = step(machine, calls.CALLS[name](calls.Batch(8, dtype, there)).result)
             assert not machine.launches
+            own = {where for taken, where in found if taken == dtype}
+            if dtype != torch.float32 and name != "matryoshka, cosent":
+                assert own and not [x for x in found if x[0] == torch.float32], found
 
     for name in calls.CALLS:
-        yield name, lambda name=name: run(name)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            yield f"{name}, {dtype}", lambda name=name, dtype=dtype: run(name, dtype)
 
 
 @group

@@ -156,7 +156,10 @@ class Machine:
 
 
 def watch() -> Any:
-    """A mode that counts what crosses from the host to a device or back, by the line of fusedloss that asks for it."""
+    """A mode that counts what crosses from the host to a device or back, and notes which matrices are multiplied.
+
+    Both by the line of fusedloss that asks for it.
+    """
     from torch import Tensor
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -166,9 +169,14 @@ def watch() -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.crossings = collections.Counter()
+            self.products: set[tuple[object, str]] = set()
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
+            if func.overloadpacket.__name__.rstrip("_") in PRODUCTS:
+                factor = next(x for x, about in zip(args, func._schema.arguments, strict=False) if about.name in RIGHT)
+                if 1 not in (*factor.shape, *out.shape):  # no vector
+                    self.products.add((factor.dtype, where()))
             copies, kinds = func.overloadpacket.__name__ in COPIES, set()
             for given in (*args, *(kwargs or {}).values(), out):
                 for x in given if isinstance(given, list | tuple) else (given,):
@@ -182,6 +190,7 @@ def watch() -> Any:
     return Watch()
 
 
+PRODUCTS, RIGHT = ("mm", "addmm", "bmm", "baddbmm"), ("mat2", "batch2")
 COPIES = ("_to_copy", "copy_", "_copy_from", "_local_scalar_dense")
 
 
