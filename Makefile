@@ -83,7 +83,7 @@ gpu-tune: gpu-build ## every tile of Triton's similarity kernels, every plan of 
 	$(GPU) benchmarks/tune.py --out benchmarks/results/gpu-tune.json --write
 	$(GPU) benchmarks/tune.py --backend cuda --seconds 120 --out benchmarks/results/gpu-tune-cuda.json
 
-gpu-full: gpu-build ## the race at every point, hours; goes on where the last one ended; fills fusedloss/backends/fastest.json
+gpu-full: gpu-build ## the race at every point, hours; goes on where the last one ended; fills fusedloss/trust/fastest.json
 	$(RACES) benchmarks/race.py full --device cuda --out benchmarks/results --name gpu-full
 	$(GPU) benchmarks/fastest.py benchmarks/results/gpu-full.json
 

@@ -2,8 +2,8 @@
 
     python benchmarks/fastest.py benchmarks/results/gpu-full.json
 
-Points of earlier races stay where this one has none. `auto` reads the table where it has both backends: AUTO in
-fusedloss/backends/__init__.py.
+Points of earlier races stay where this one has none. `auto` reads the table where it has kernels and nothing was raced
+on the machine itself: fusedloss/trust/order.py, which has the form of an entry.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
-from fusedloss.backends.fastest import KERNELS
+from fusedloss.backends import KERNELS
+from fusedloss.trust.order import merged
 
-TABLE = Path(__file__).parents[1] / "fusedloss" / "backends" / "fastest.json"
+TABLE = Path(__file__).parents[1] / "fusedloss" / "trust" / "fastest.json"
+RACED = (*KERNELS, "chunked")
 PLACE = ("capability", "dtype", "kind", "N", "D")
 
 
@@ -25,25 +26,19 @@ def points(found: dict) -> list[dict]:
     seconds: dict[tuple, dict[str, float]] = {}
     for row in found["rows"]:
         plain = (row["temperature"], row["kind"]) == (0.05, "random")
-        if plain and row.get("ranked") and row.get("sweep") and row.get("backend") in KERNELS:
+        if plain and row.get("ranked") and row.get("sweep") and row.get("backend") in RACED:
             place = (*found["environment"]["capability"], row["dtype"], row["sweep"], row["n"], row["d"])
             at = seconds.setdefault(place, {})
             at[row["backend"]] = min(row["seconds"], at.get(row["backend"], row["seconds"]))
     return [
         {
             **dict(zip(PLACE, ([major, minor], *place), strict=True)),
-            "backend": (faster := min(at, key=at.__getitem__)),
-            "ms": round(at[faster] * 1e3, 4),
-            "other_ms": round(max(at.values()) * 1e3, 4),
+            "backend": min(at, key=at.__getitem__),
+            "seconds": dict(sorted(at.items(), key=lambda item: item[1])),
         }
         for (major, minor, *place), at in seconds.items()
-        if len(at) == len(KERNELS)
+        if set(KERNELS) <= set(at)
     ]
-
-
-def merged(old: Iterable[dict], new: Iterable[dict]) -> list[dict]:
-    by_place = {json.dumps([entry[key] for key in PLACE]): entry for entry in (*old, *new)}
-    return sorted(by_place.values(), key=lambda entry: [entry[key] for key in PLACE])
 
 
 def main(argv: list[str] | None = None, table: Path = TABLE) -> int:
@@ -55,7 +50,7 @@ def main(argv: list[str] | None = None, table: Path = TABLE) -> int:
     new = points(found)
     entries = merged(json.loads(table.read_text()), new)
     table.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n" if entries else "[]\n")
-    wins = {backend: sum(entry["backend"] == backend for entry in new) for backend in KERNELS}
+    wins = {backend: sum(entry["backend"] == backend for entry in new) for backend in RACED}
     print(f"{table}: {len(entries)} points, {len(new)} of this race; " + ", ".join(f"{k} {n}" for k, n in wins.items()))
     return 0
 

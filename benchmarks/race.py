@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedloss import bench, results, show
-from fusedloss.backends.fastest import KERNELS
+from fusedloss.backends import KERNELS
 from fusedloss.peers import Point
 
 SIZES = {"cuda": (4096, 16384, 65536, 131072), "cpu": (512, 1024, 2048)}

@@ -29,11 +29,12 @@ from torch import Tensor
 
 import fusedloss
 
-from . import measure, products, results, show, sweep, testing
-from .backends import BACKENDS, fastest
+from . import backends, measure, products, results, show, sweep, testing
+from .backends import BACKENDS
 from .info import picked, probe
 from .peers import DTYPES, PEERS, SIGLIP_BIAS, Loss, Point
 from .show import Tick
+from .trust import order
 
 MARKED_ERROR = 1e-2
 TRIED_ERROR = 0.5  # a gradient so wrong on a tiny batch is not rounding
@@ -44,7 +45,7 @@ MATERIALISING = ("eager", "torch.compile", "fusedloss:reference")
 NORMALIZE = ", normalize=True"
 NORMALIZED = f"fusedloss{NORMALIZE}"
 GRAPHED = "fusedloss, CUDA graph"
-KERNELS = tuple(f"fusedloss:{backend}{how}" for backend in fastest.KERNELS for how in ("", NORMALIZE))
+KERNELS = tuple(f"fusedloss:{backend}{how}" for backend in backends.KERNELS for how in ("", NORMALIZE))
 OWN = frozenset(("fusedloss", NORMALIZED, GRAPHED, *KERNELS))
 GRAPHED_ROWS = 8192  # up to here a step is short enough for its launches to show
 FORWARD = " forward"
@@ -63,7 +64,7 @@ class Racer:
     computes: str = "info_nce"  # whose exact gradient it is held against
     cosine: bool = False
     backend: str = ""  # of fusedloss
-    sweep: str | None = None  # and its kind, as fastest.json knows them
+    sweep: str | None = None  # and its kind, as trust/order.py knows them
 
 
 def fused(point: Point, backend: str, **options: Any) -> Loss:
@@ -103,7 +104,7 @@ def racers(point: Point, only: Collection[str] | None = None, excluded: Mapping[
         known = {"symmetric": point.loss == "clip", "cosine": unit, "scale_bound": point.scale}
         problem = probe(point.device, DTYPES[point.dtype], (point.n, point.d), **known)
         runs = picked(problem) if backend == "auto" else backend
-        return Racer(loss, computes=computes, cosine=unit, backend=runs, sweep=fastest.kind(problem))
+        return Racer(loss, computes=computes, cosine=unit, backend=runs, sweep=order.kind(problem))
 
     found = {"fusedloss": own("auto")}
     if not cosine:
@@ -112,7 +113,7 @@ def racers(point: Point, only: Collection[str] | None = None, excluded: Mapping[
             captured = graphed(fused(point, "auto", normalize=True))
             found[GRAPHED] = replace(found[NORMALIZED], loss=captured, sweep=None)
     for backend, module in BACKENDS.items():
-        why_not, kernels = module.why_not(probe(point.device, DTYPES[point.dtype])), backend in fastest.KERNELS
+        why_not, kernels = module.why_not(probe(point.device, DTYPES[point.dtype])), backend in backends.KERNELS
         if why_not is None:
             found[f"fusedloss:{backend}"] = own(backend)
             if on_a_gpu and kernels and not cosine:

@@ -28,6 +28,7 @@ SIMILARITIES = ("cos", "dot")
 DISTANCES = ("euclidean", "squared", "cosine")
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = environment.BACKENDS
+WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 896 << 20}  # by default
 
 
 def embeddings(**tensors: Tensor) -> None:

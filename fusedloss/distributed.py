@@ -310,7 +310,7 @@ def _check_workspaces(
             pairs = zip(problem.operands, sizes, strict=True)
             most = (x.new_empty(1, x.shape[1]).expand(_most(ranks, around), -1) for x, ranks in pairs)
             whole = replace(problem, operands=tuple(most))
-            backend = BACKENDS[select(problem, call.backend)]
+            backend = BACKENDS[select(problem, call.backend, plain=False)]
             if backend is not BACKENDS["reference"]:
                 sweep.workspace_shape(whole, backend)
     except (UnsupportedError, ValueError) as refusal:
@@ -506,7 +506,7 @@ def _refuse(call: Call, around: World) -> None:
                 raise ValueError(f"{name} with group=: it has no form across ranks; leave one of them out")
         if problem.symmetric and around.strategy == "gather":
             problem = replace(problem, ranks=Ranks(around.group.group_name, around.rank, (0,) * around.size))
-        if select(problem, call.backend) == "reference" and around.strategy == "ring":
+        if select(problem, call.backend, plain=False) == "reference" and around.strategy == "ring":
             raise UnsupportedError("backend='reference' has no ring; take 'chunked' or 'triton', or strategy='gather'")
     first = call.problems[0]
     blocks = first.blocks
@@ -635,11 +635,11 @@ def part_across(agreed: Agreed, part: Part) -> Tensor:
     each, ignore_index = call.reduction == "none", call.ignore_index
     if around.strategy == "ring":
         found = shards(part, around, ignore_index)
-        loss = ring.loss_rows_or_sum(found, select(found.problem, call.backend), each)
+        loss = ring.loss_rows_or_sum(found, select(found.problem, call.backend, plain=False), each)
         weight = found.problem.weight
     else:
         problem = spread(part, around, ignore_index)
-        loss, _ = op.loss_rows_or_sum(problem, select(problem, call.backend), each)
+        loss, _ = op.loss_rows_or_sum(problem, select(problem, call.backend, plain=False), each)
         weight = problem.weight
     return loss if each else averaged(loss, weight.sum(), part.rows, call.reduction)
 

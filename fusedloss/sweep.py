@@ -57,11 +57,11 @@ from .waves import wave_rows
 MIB = 1 << 20
 GIB = 1 << 30
 # The workspace holds one row chunk. CPU: 256 rows at N = 65536, 1024 at 16384.
-CPU_BYTES, CPU_ROWS = 64 * MIB, 1024
+CPU_BYTES, CPU_ROWS = checks.WORKSPACE_BYTES["cpu"], 1024
 MIN_ROWS = 64  # fewer make dy's rank-k update memory-bound
 # On a GPU dy's accumulation costs 244 / rows of the products' time on an H200 (6 % at 4096), at any N and D: a chunk of
 # 4096 rows is worth 1 GiB at N = 131072, 8 GiB at N = 2**20, where the card has it.
-CUDA_BYTES, CUDA_ROWS = 896 * MIB, 8448
+CUDA_BYTES, CUDA_ROWS = checks.WORKSPACE_BYTES["cuda"], 8448
 CUDA_LEAST_ROWS, CUDA_SHARE = 3840, 16  # rows that the default may exceed CUDA_BYTES for; at most this part of the card
 STATS_ROWS = {"cpu": 1024, "cuda": CUDA_ROWS}  # a sweep that stores nothing has partial sums only
 DISTANCE_COLUMNS = 512  # whose distances stand in fp64: 4 MiB at 1024 rows, a few times

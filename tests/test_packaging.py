@@ -89,7 +89,7 @@ def test_sdist_and_the_wheel_made_from_it(source, no_nvcc, tmp_path):
         metadata = archive.read(f"fusedloss-{fusedloss.__version__}.dist-info/METADATA").decode()
     ours = {str(file.relative_to(source)) for file in source.glob("fusedloss/**/*.py")}
     kernels = {f"fusedloss/{file.relative_to(source)}" for file in source.glob("kernels/**/*.py")}
-    data = {"fusedloss/py.typed", "fusedloss/_C.pyi", "fusedloss/backends/fastest.json"}
+    data = {"fusedloss/py.typed", "fusedloss/_C.pyi", "fusedloss/trust/fastest.json"}
     assert kernels and ours | kernels | data <= names
     # Nothing else: no top-level kernels, no tests, no csrc.
     assert {name.split("/")[0] for name in names} == {"fusedloss", f"fusedloss-{fusedloss.__version__}.dist-info"}
@@ -243,13 +243,14 @@ FORBIDDEN = {
     "fusedloss.trust.ask": (*UPPER, *DRIVERS, "fusedloss.backends"),
     "fusedloss.trust.verdicts": (*UPPER, *DRIVERS, "fusedloss.backends"),
     "fusedloss.trust.families": (*UPPER, *DRIVERS, "fusedloss.backends"),
+    "fusedloss.trust.order": (*UPPER, *DRIVERS, "fusedloss.backends"),
     # what all of the above share
     "fusedloss.problem": (*UPPER, *DRIVERS, "fusedloss.backends", "fusedloss.trust"),
     "fusedloss.epilogues": (*UPPER, *DRIVERS, "fusedloss.backends", "fusedloss.trust"),
     "fusedloss.products": (*UPPER, *DRIVERS, "fusedloss.backends", "fusedloss.trust", "fusedloss.problem"),
 }
 # What the child runs stands on all of the library, of which only the command line knows it.
-ON_TOP = tuple(f"fusedloss.trust.{name}" for name in ("cases", "child", "draws", "rowwise", "sweeps", "zones"))
+ON_TOP = tuple(f"fusedloss.trust.{name}" for name in ("cases", "child", "draws", "race", "rowwise", "sweeps", "zones"))
 ABOVE = (*ON_TOP, "fusedloss.__main__", "fusedloss.check", "fusedloss.verify")
 
 

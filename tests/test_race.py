@@ -196,18 +196,19 @@ def test_a_kernel_backend_that_cannot_run_says_why_on_a_gpu(monkeypatch):
 
 def test_a_row_names_the_backend_that_auto_picks_at_its_size(monkeypatch):
     from fusedloss import backends
-    from fusedloss.backends import fastest
+    from fusedloss.trust import order
 
     where = {"capability": [9, 0], "dtype": "fp32", "kind": "one direction, bounded", "D": 8}
-    table = [{**where, "N": 64, "backend": "triton"}, {**where, "N": 4096, "backend": "cuda"}]
+    winners = ((64, "triton"), (4096, "cuda"))
+    table = [{**where, "N": n, "backend": name, "seconds": {name: 1e-3}} for n, name in winners]
     on_a_gpu(monkeypatch, "cuda", "triton")
-    monkeypatch.setattr(fastest, "_table", lambda: table)
-    monkeypatch.setattr(fastest, "_capability", lambda device: [9, 0])
+    monkeypatch.setattr(order, "_shipped", lambda: table)
+    monkeypatch.setattr(order, "_capability", lambda device: [9, 0])
     monkeypatch.setitem(backends.AUTO, "cpu", ("cuda", "triton"))
     monkeypatch.setattr(backends.ask, "admits", lambda *asked: True)
-    fastest._order.cache_clear()
+    order.forget()
     picks = {n: bench.racers(Point(n=n, d=8), bench.OWN)[bench.NORMALIZED].backend for n in (64, 8192)}
-    fastest._order.cache_clear()
+    order.forget()
     assert picks == {64: "triton", 8192: "cuda"}
 
 
@@ -500,8 +501,9 @@ def test_the_race_says_which_backend_is_faster_where(tmp_path, capsys):
     raced.write_text(json.dumps(two_backends()))
     assert fastest.main([str(raced)], table) == 0
     place = {"capability": [9, 0], "dtype": "bf16", "N": 65536, "D": 768}
-    here = {"kind": "one direction", "backend": "cuda", "ms": 31.0, "other_ms": 33.0}
-    unit = {"kind": "one direction, bounded", "backend": "triton", "ms": 32.0, "other_ms": 32.01}
+    times = {"cuda": 0.031, "triton": 0.033, "chunked": 0.05}
+    here = {"kind": "one direction", "backend": "cuda", "seconds": times}
+    unit = {"kind": "one direction, bounded", "backend": "triton", "seconds": {"triton": 0.032, "cuda": 0.03201}}
     assert json.loads(table.read_text()) == [{**place, **here}, {**place, **unit}]
     assert "2 points, 2 of this race; cuda 1, triton 1" in capsys.readouterr().out
 
@@ -511,7 +513,7 @@ def test_the_race_says_which_backend_is_faster_where(tmp_path, capsys):
     next(r for r in later["rows"] if r["racer"] == "fusedloss:cuda")["seconds"] = 0.04
     raced.write_text(json.dumps(later))
     fastest.main([str(raced)], table)
-    again = {"kind": "one direction", "backend": "triton", "ms": 33.0, "other_ms": 40.0}
+    again = {"kind": "one direction", "backend": "triton", "seconds": {**times, "cuda": 0.04}}
     assert json.loads(table.read_text()) == [{**place, **again}, {**place, **unit}]
 
     later["environment"]["capability"] = None

@@ -42,7 +42,8 @@ from .. import checks, environment
 from ..errors import UnsupportedError
 from ..problem import Problem
 from ..trust import ask, families
-from . import chunked, cuda, fastest, reference, triton
+from ..trust import order as order_
+from . import chunked, cuda, reference, triton
 
 BACKENDS: dict[str, ModuleType] = dict(zip(checks.BACKENDS, (cuda, triton, chunked, reference), strict=True))
 
@@ -59,15 +60,16 @@ AUTOMATIC = "backend='auto'"  # who named the backend, in a message
 UNPROVED = "not proved on this device, which `python -m fusedloss verify` does"
 
 
-def select(problem: Problem, backend: str) -> str:
+def select(problem: Problem, backend: str, *, plain: bool = True) -> str:
     """The name of the backend that runs `problem`: the one asked for, or the first of `auto` that can and is proved.
 
-    Where `auto` has both `cuda` and `triton`, the one that was faster at such a size is before the other.
+    Where `auto` has kernels, what was faster at such a size is before the others. plain: whether that may be plain
+    torch, which knows no ranks.
     """
     checks.backend(backend)
     names, asked = _candidates(backend, problem.device, KERNELS)
-    if asked == AUTOMATIC and "cuda" in names and "triton" in names:
-        names = fastest.order(names, problem)
+    if asked == AUTOMATIC and names[0] in KERNELS:
+        names = order_.order(names, problem, plain)
     named = "" if asked == AUTOMATIC else names[0]  # needs no proof
     for name in names:
         if BACKENDS[name].why_not(problem) is None and (name == named or name not in KERNELS or _proved(name, problem)):

@@ -26,14 +26,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .. import environment
 from . import families as families_
-from . import verdicts
+from . import order, verdicts
 from .verdicts import FAILED, PROVED, UNKNOWN, Verdict
 
 COMMAND = [sys.executable, "-m", "fusedloss", "verify", "--child"]
@@ -126,6 +126,7 @@ def forget() -> None:
     for memo in (_known, _settled, _said):
         memo.clear()
     verdicts.key.cache_clear()
+    order.forget()
 
 
 @contextlib.contextmanager
@@ -283,6 +284,28 @@ def prove_in_child(
                 left.remove(trying)
                 found(trying, Verdict(FAILED, reason=f"{case}the child that verifies: {ending}"))
     return why
+
+
+def race_in_child(
+    device: torch.device,
+    backends: Mapping[str, Sequence[str]],
+    points: Sequence[tuple[int, int]],
+    found: Callable[[dict[str, Any]], None],
+) -> str:
+    """Times, by precision, of these backends; "" or why the child ended before its last point."""
+    try:
+        child = _Child(device, ["race", json.dumps({"backends": backends, "points": points})])
+    except OSError as error:
+        return f"no child process could be started ({error})"
+    with child:
+        while True:
+            message = child.hears(SILENCE)
+            if message["kind"] == "entry":
+                found(message["entry"])
+            elif message["kind"] == "silent":
+                return f"no sign of life for {SILENCE:.0f} s"
+            elif message["kind"] == "ended":
+                return "" if child.code == 0 else child.ending()
 
 
 class _Child:

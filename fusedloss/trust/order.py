@@ -1,0 +1,130 @@
+"""In which order `auto` tries backends: by what was timed at the nearest point, else as it was.
+
+Asked are the races of this machine, which its verdict file holds, and then the table that ships, `fastest.json`, which
+benchmarks/fastest.py writes from a race on a GPU. Both hold entries of one form:
+
+    {"capability": [9, 0], "dtype": "bf16", "kind": "one direction", "N": 4096, "D": 768,
+     "backend": "triton", "seconds": {"triton": 1.1e-3, "chunked": 2.4e-3, "reference": 3.0e-3}}
+
+dtype: how products are computed, `families.PRECISIONS`. kind: `kind`. backend: the first in seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import checks
+from ..problem import Problem, stats_dtype
+from ..rows import tf32
+from . import verdicts
+
+KINDS = (("one direction", "one direction, bounded"), ("both directions", "both directions, bounded"))
+FORM = {"capability": list, "dtype": str, "kind": str, "N": int, "D": int, "backend": str, "seconds": dict}
+PRECISIONS = {torch.bfloat16: ("bf16", "bf16"), torch.float16: ("fp16", "fp16"), torch.float32: ("fp32", "tf32")}
+REFERENCE = "reference"
+# Matrices of [M, N] in fp32 that plain torch holds at once: similarities, logits, probabilities and their gradient.
+MATERIALISED = 4
+
+Entry = dict[str, Any]
+
+
+def order(names: tuple[str, ...], problem: Problem, plain: bool = True) -> tuple[str, ...]:
+    """`names`, the fastest first. Plain torch goes first only where its matrices fit what a workspace may take.
+
+    plain: whether it may at all.
+    """
+    # Under torch.compile sizes may be symbols, and every comparison of one would be a guard.
+    if torch.compiler.is_compiling():
+        return names
+    y = problem.operands[problem.blocks[0].key]  # a block is a launch
+    found, in_tf32 = _orders(names, y.device, y.dtype, kind(problem), y.shape)
+    if found != in_tf32 and tf32():  # to ask takes half as long as all else here
+        found = in_tf32
+    if found[0] == REFERENCE and not (plain and materialises(problem)):
+        return (*found[1:], REFERENCE)
+    return found
+
+
+def kind(problem: Problem) -> str | None:
+    """What the race tells apart. Masks and further blocks were not raced: they go with their kind; a fold has none."""
+    if problem.fold is not None:
+        return None
+    return KINDS[problem.symmetric][problem.has_safe_shift]
+
+
+def materialises(problem: Problem) -> bool:
+    """Whether plain torch was raced on such a problem, and has room for it."""
+    if problem.top or problem.masked or problem.wants_tally or problem.prefixes or len(problem.blocks) > 1:
+        return False
+    _, budget = checks.budget(problem.workspace_bytes)
+    budget = budget or checks.WORKSPACE_BYTES.get(problem.device.type, checks.WORKSPACE_BYTES["cpu"])
+    return MATERIALISED * problem.rows * problem.columns * stats_dtype(problem.dtype).itemsize <= budget
+
+
+def forget() -> None:
+    """Races are read anew."""
+    _orders.cache_clear()
+    _raced.cache_clear()
+
+
+@functools.lru_cache(maxsize=1024)
+def _orders(
+    names: tuple[str, ...], device: torch.device, dtype: torch.dtype, kind: str | None, shape: torch.Size
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Where torch multiplies fp32 as it is, and where in tf32."""
+
+    def of(precision: str | None) -> tuple[str, ...]:
+        nearest = _nearest(_capability(device), device, precision, kind, *shape)
+        seconds = {} if nearest is None else nearest["seconds"]
+        return tuple(sorted(names, key=lambda name: seconds.get(name, math.inf)))
+
+    ieee, in_tf32 = PRECISIONS.get(dtype, (None, None))
+    found = of(ieee)
+    return found, found if ieee == in_tf32 else of(in_tf32)
+
+
+def _nearest(
+    capability: list[int], device: torch.device, dtype: str | None, kind: str | None, N: int, D: int
+) -> Entry | None:
+    """The entry nearest by ratio, in the first table that has one of the same device, precision and kind."""
+    off = lambda entry: abs(math.log(entry["N"] / max(N, 1))) + abs(math.log(entry["D"] / D))
+    for table in (_raced(device), _shipped()):
+        found = [e for e in table if (e["capability"], e["dtype"], e["kind"]) == (capability, dtype, kind)]
+        if found:
+            return min(found, key=off)
+    return None
+
+
+def _capability(device: torch.device) -> list[int]:
+    return [*torch.cuda.get_device_capability(device)] if device.type == "cuda" else []
+
+
+@functools.cache
+def _raced(device: torch.device) -> list[Entry]:
+    return [entry for entry in verdicts.read(device).races if is_entry(entry)]
+
+
+@functools.cache
+def _shipped() -> list[Entry]:
+    return json.loads((Path(__file__).parent / "fastest.json").read_text())
+
+
+def is_entry(found: Any) -> bool:
+    """A file may hold anything."""
+    if not isinstance(found, dict) or any(type(found.get(name)) is not form for name, form in FORM.items()):
+        return False
+    times = found["seconds"]
+    return min(found["N"], found["D"]) > 0 and all(type(s) in (int, float) and s > 0 for s in times.values())
+
+
+def merged(old: list[Entry], new: list[Entry]) -> list[Entry]:
+    """One entry for each point: what is new stands in the place of what was there."""
+    places = ("capability", "dtype", "kind", "N", "D")
+    by_place = {json.dumps([entry[name] for name in places]): entry for entry in (*old, *new)}
+    return sorted(by_place.values(), key=lambda entry: [entry[name] for name in places])
