@@ -8,12 +8,14 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from fusedloss.backends.fastest import KERNELS
+from fusedloss.backends import KERNELS
 from fusedloss.results import summary
+from fusedloss.trust.order import is_entry
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LARGE = 1 << 20  # elements: see rowwise.py
+RACED = {"dtype": "bf16", "D": 768}  # of what users' GPUs report
 GPU_RESULTS = ("gpu-full", "gpu")  # the first that is there
 
 
@@ -209,6 +211,30 @@ def gpu(folder: Path) -> str:
     return text
 
 
+def gpus(folder: Path) -> str:
+    """What users' machines reported: a line for each machine, kind and size; or that none has."""
+    rows = []
+    for path in sorted((folder / "reports").glob("*.json")):
+        found = json.loads(path.read_text())
+        about = found["versions"]
+        for device in found["devices"]:
+            machine = f"{device['name']}; torch {about['torch']}, fusedloss {about['fusedloss']}"
+            for entry in sorted(filter(is_entry, device["races"]), key=lambda e: (e["kind"], e["N"])):
+                loss, _, bounded = entry["kind"].partition(", ")
+                if bounded and all(entry[name] == value for name, value in RACED.items()):
+                    times = [number(entry["seconds"], name, "{:.3g}", 1e-3) for name in ("chunked", "reference")]
+                    fastest = number(entry["seconds"], entry["backend"], "{:.3g}", 1e-3)
+                    rows.append([machine, loss, str(entry["N"]), entry["backend"], fastest, *times])
+                    machine = ""
+    if not rows:
+        return (
+            "**No report of a GPU has come in yet.** After `python -m fusedloss verify`, `python -m fusedloss report` "
+            "prints a block to paste into an issue."
+        )
+    headers = ["machine", "loss", "N", "fastest", "ms", "`chunked`, ms", "plain torch, ms"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
 def harder(lines: list[dict]) -> str:
     """The worst of the places at scale 100 or on clustered inputs; each of them is in the results."""
     ran = [line for line in lines if line.get("ratio") is not None]
@@ -224,7 +250,7 @@ def number(row: dict, key: str, form: str, unit: float = 1) -> str:
 
 
 def written(text: str, folder: Path = RESULTS) -> str:
-    for table in (claims, race, drop_in, upstream, in_batch, classes, rowwise, gpu):
+    for table in (claims, race, drop_in, upstream, in_batch, classes, rowwise, gpu, gpus):
         start, end = f"<!-- {table.__name__}:start -->", f"<!-- {table.__name__}:end -->"
         before, rest = text.split(start)
         text = before + start + "\n" + table(folder) + "\n" + end + rest.split(end)[1]

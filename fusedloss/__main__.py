@@ -1,4 +1,4 @@
-"""python -m fusedloss info | check | verify | bench. Light imports only: torch comes where its import is caught."""
+"""python -m fusedloss info | check | verify | report | bench: light imports only, torch where its import is caught."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
         ("info", "versions, devices, variables, and every backend: available, or why not"),
         ("check", "each backend against fp64 on this machine; exit code 1 if one is out of budget"),
         ("verify", "prove the kernels on this machine and keep the verdicts, which `auto` goes by"),
+        ("report", "versions, verdicts and races as one block to paste into an issue"),
         ("bench", "time, memory and error beside torch's own and the bare matrix products"),
     ):
         commands.add_parser(name, help=text, description=text, **form)
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--backend", choices=("cuda", "triton"), help="default: both")
     verify.add_argument("--family", help="only this one, by its name in the table")
     verify.add_argument("--again", action="store_true", help="also what is proved already")
+    verify.add_argument("--no-race", action="store_true", help="only the proof: no times of what is proved")
     verify.add_argument("--json", action="store_true", help="the verdicts as JSON, in the place of a table")
     verify.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     bench.add_argument("--loss", choices=("info_nce", "clip", "multiple_negatives_ranking"), default="info_nce")
@@ -130,6 +132,10 @@ def run(arguments: argparse.Namespace) -> int:
         return check()
     if arguments.command == "verify":
         return verify(arguments)
+    if arguments.command == "report":
+        from .report import main as report
+
+        return report()
     _ctrl_c.importing()
     import torch
 

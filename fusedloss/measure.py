@@ -26,14 +26,16 @@ from typing import Any
 import torch
 
 
-def time_interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1) -> dict[str, float]:
-    """Median seconds of each call.
+def time_interleaved(
+    calls: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1, **options: Any
+) -> dict[str, float]:
+    """Median seconds of each call; options are those of `samples_interleaved`.
 
     Every round runs every call once, each round starting with another one, so that a machine that slows down or heats
     up does so for all of them.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for name, taken in samples_interleaved(calls, rounds, warmup):
+    for name, taken in samples_interleaved(calls, rounds, warmup, **options):
         samples[name].append(taken)
     return {name: statistics.median(taken) for name, taken in samples.items()}
 

@@ -1,22 +1,28 @@
-"""`python -m fusedloss verify`: proves every family of every backend with kernels, ahead of its first use."""
+"""`python -m fusedloss verify`: proves every family of every backend with kernels ahead of its first use, then races.
+
+The times are of a GPU; on a CPU `auto` has no kernels.
+"""
 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from . import _ctrl_c, show
 from .backends import KERNELS
-from .trust import ask, cases, families, verdicts
+from .trust import ask, cases, families, order, race, verdicts
 from .trust.verdicts import FAILED, PROVED, Verdict
 
+# Of one and of both directions, bounded and not.
+RACED = ("rows", "stats", "exp", "grad", "stats+columns", "grad+columns", "stored")
 COLUMNS = ("backend", "family", "precision", "state", "cases", "seconds", "of the budget", "")
 
 
@@ -59,6 +65,9 @@ def main(arguments: argparse.Namespace) -> int:
             rows += [{"device": str(device), "name": name} for name in wanted]
             with show.progress(len(wanted)) as tick, _shown(device, wanted, rows):
                 why.append(_proved(device, wanted, arguments.again, tick))
+            if device.type != "cpu" and not arguments.no_race:
+                with show.progress() as tick:
+                    why.append(raced(device, race.VERIFIED, arguments.again, tick))
     except KeyboardInterrupt:
         interrupted = True
     if arguments.json:
@@ -103,6 +112,35 @@ def _proved(device: torch.device, wanted: list[str], again: bool, tick: show.Tic
     return "\n".join(lines)
 
 
+def raced(device: torch.device, points: Sequence[tuple[int, int]], again: bool, tick: show.Tick) -> str:
+    """Times what is proved, where that is not done, and keeps each entry as it comes; "" or why there are no more."""
+    known = [entry for entry in verdicts.read(device).races if order.is_entry(entry)]
+    todo = {}
+    for precision in families.PRECISIONS:
+        backends = [name for name in KERNELS if _proves_the_sweep(device, name, precision)]
+        timed = [set(backends) <= set(entry["seconds"]) for entry in known if entry["dtype"] == precision]
+        if backends and (again or not any(timed)):
+            todo[precision] = backends
+
+    def found(entry: dict[str, Any]) -> None:
+        nonlocal known
+        known = order.merged(known, [entry])
+        verdicts.keep(device, {}, known)
+        tick("{device} {dtype}, {kind}, {N} x {D}: {backend}".format(device=device, **entry))
+
+    why = ask.race_in_child(device, todo, points, found) if todo else ""
+    order.forget()
+    return f"{device}: the race ended early: {why}" if why else ""
+
+
+def _proves_the_sweep(device: torch.device, backend: str, precision: str) -> bool:
+    """All that a race launches."""
+    needed = set(RACED) & set(families.of_backend(backend, precision))
+    known = ask.known(device)
+    names = [verdicts.name_of(backend, family, precision) for family in needed]
+    return all(name in known and known[name].state == PROVED for name in names)
+
+
 @contextlib.contextmanager
 def _shown(device: torch.device, wanted: list[str], rows: list[dict[str, Any]]) -> Iterator[None]:
     """Adds the verdicts to the device's rows, however it ends."""
@@ -133,4 +171,10 @@ def _tables(rows: list[dict[str, Any]], seconds: float) -> None:
         called = verdicts.key(torch.device(device))["device"]
         good = sum(row["verdict"].state == PROVED for row in own)
         show.table(f"{device}, {called}: {good} of {len(own)} families proved, {seconds:.0f} s", COLUMNS, table)
+        entries = [entry for entry in verdicts.read(torch.device(device)).races if order.is_entry(entry)]
+        for precision in families.PRECISIONS:
+            wins = collections.Counter(entry["backend"] for entry in entries if entry["dtype"] == precision)
+            if wins:
+                shares = ", ".join(f"{name} {count}" for name, count in wins.most_common())
+                print(f"fastest at {wins.total()} points in {precision}: {shares}")
         print(f"kept in {verdicts.path(torch.device(device))}")

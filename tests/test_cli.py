@@ -272,7 +272,7 @@ def interrupted(command, tmp_path, **environment):
     return shown
 
 
-@pytest.mark.parametrize("command", [["info"], ["check"], ["verify"], ["bench"]])
+@pytest.mark.parametrize("command", [["info"], ["check"], ["verify"], ["report"], ["bench"]])
 def test_ctrl_c_while_torch_is_imported(command, tmp_path):
     (tmp_path / "torch.py").write_text(WAITS)
     assert interrupted(command, tmp_path) == ""
@@ -311,7 +311,7 @@ def test_ctrl_c_elsewhere(monkeypatch, capsys):
     assert main(["info"]) == 130 and capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["check"], ["verify"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["info"], ["check"], ["verify"], ["report"], ["bench"]])
 def test_help_tells_the_exit_codes(command, capsys):
     with pytest.raises(SystemExit):
         main([*command, "--help"])

@@ -6,6 +6,10 @@ Each message is a JSON object in a line of its own:
     {"kind": "alive", "case": "random, 257 x 391 x 96"}     what it is at; also when a kernel was compiled for it
     {"kind": "verdict", "name": ..., "state": ..., ...}     the fields of a `verdicts.Verdict`
     {"kind": "unknown", "name": ..., "reason": ...}         there was no memory for it
+
+`--child DEVICE race {"backends": {"bf16": ["triton"]}, "points": [[4096, 768]]}` times what is proved:
+
+    {"kind": "entry", "entry": {...}}                       of the table in order.py
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,13 +27,14 @@ import torch
 from ..backends import triton
 from ..errors import UnsupportedError
 from . import cases
+from . import race as races
 from .verdicts import FAILED, Verdict, fields_of, parts_of
 
 Say = Callable[..., None]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """arguments: the device, and the families by name."""
+    """arguments: the device, and the families by name; or what to race."""
     device, *names = arguments
     # What anybody prints goes to stderr: the parent reads this pipe.
     messages = os.fdopen(os.dup(1), "w")
@@ -40,7 +45,10 @@ def main(arguments: Sequence[str]) -> int:
 
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     torch.empty(1, device=device)  # a card that takes no second context says so before a family is tried
-    prove(torch.device(device), names, say)
+    if names[0] == "race":
+        race(torch.device(device), **json.loads(names[1]), say=say)
+    else:
+        prove(torch.device(device), names, say)
     return 0
 
 
@@ -49,6 +57,15 @@ def _end_with_the_parent() -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stdin.buffer.read()
     os._exit(1)
+
+
+def race(
+    device: torch.device, backends: Mapping[str, Sequence[str]], points: Sequence[tuple[int, int]], say: Say
+) -> None:
+    with triton.compiling(lambda seconds: say("alive")):
+        for precision, names in backends.items():
+            for entry in races.raced(device, names, precision, points):
+                say("entry", entry=entry)
 
 
 def prove(device: torch.device, names: Sequence[str], say: Say) -> None:

@@ -1,0 +1,148 @@
+"""The race of what is proved, at small points of a CPU: Triton in its interpreter, csrc/ on the host's build."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from fusedloss import UnsupportedError, backends, measure, verify
+from fusedloss.trust import ask, child, families, order, race, verdicts
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("backend, precision", [("triton", "fp32"), ("triton", "fp16"), ("cuda", "bf16")])
+def test_entries_are_of_every_kind_and_point(backend, precision):
+    if reason := backends.BACKENDS[backend].why_not_on(race.cases.DTYPES[precision], CPU):
+        pytest.skip(reason)
+    points = [(20, 8), (33, 5)] if precision == "fp16" else [(20, 8)]
+    found = race.race(CPU, [backend], precision, points, rounds=1)
+    kinds = [kind for kind in race.ALL_KINDS if precision != "fp16" or not kind.endswith("bounded")]
+    assert [(e["N"], e["D"], e["kind"]) for e in found] == [(*at, kind) for at in points for kind in kinds]
+    for entry in found:
+        assert order.is_entry(entry) and entry == json.loads(json.dumps(entry))
+        assert (entry["capability"], entry["dtype"]) == ([], precision)
+        assert set(entry["seconds"]) == {backend, "chunked", "reference"}
+        assert entry["backend"] == min(entry["seconds"], key=entry["seconds"].get)
+
+
+def test_a_backend_that_raises_has_no_time(monkeypatch):
+    step = race._step
+
+    def one_fails(kind, name, query, key):
+        def fails():
+            raise (UnsupportedError("none") if kind.startswith("one") else torch.OutOfMemoryError("CUDA out of memory"))
+
+        return fails if name == "triton" else step(kind, name, query, key)
+
+    monkeypatch.setattr(race, "_step", one_fails)
+    found = race.race(CPU, ["triton"], "fp32", [(16, 4)], ("one direction", "both directions"), rounds=1)
+    assert [set(entry["seconds"]) for entry in found] == 2 * [{"chunked", "reference"}]
+    monkeypatch.setattr(race, "_materialises", lambda device, N: False)
+    assert race.race(CPU, ["triton"], "fp32", [(16, 4)], rounds=1) == []  # of one alone nothing is learnt
+
+
+def test_each_step_is_what_auto_would_ask_for(monkeypatch):
+    """The problem of each kind is of that kind, and goes to the backend that is timed."""
+    asked = []
+    for name in ("chunked", "reference"):
+        module = backends.BACKENDS[name]
+        why_not = lambda problem, name=name: asked.append((name, order.kind(problem), problem.symmetric))
+        monkeypatch.setattr(module, "why_not", why_not)
+    for kind in race.ALL_KINDS:
+        asked.clear()
+        race.race(CPU, [], "bf16", [(16, 4)], (kind,), rounds=1)
+        assert set(asked) == {(name, kind, kind.startswith("both")) for name in ("chunked", "reference")}
+
+
+def test_the_switch_of_products_is_that_of_the_precision(monkeypatch):
+    before = torch.backends.cuda.matmul.fp32_precision
+    seen = set()
+    step = race._step
+    monkeypatch.setattr(
+        race, "_step", lambda *a: seen.add(torch.backends.cuda.matmul.fp32_precision == "tf32") or step(*a)
+    )
+    for precision, tf32 in (("tf32", True), ("fp32", False)):
+        seen.clear()
+        race.race(CPU, [], precision, [(16, 4)], rounds=1)
+        assert seen == {tf32}
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+def test_sizes():
+    assert race.around(4096, 768) == [(1024, 768), (4096, 768), (16384, 768)] and race.around(2, 8)[0] == (1, 8)
+    assert len(race.VERIFIED) == 20 and {D for _, D in race.VERIFIED} == {128, 384, 768, 1024, 4096}
+
+
+def test_steps_run_one_after_another(monkeypatch):
+    """So that a machine that slows down does so for all."""
+    ran = []
+    monkeypatch.setattr(measure, "seconds", lambda call, repeats=1: ran.append(call) or 1e-3)
+    race.race(CPU, [], "fp32", [(16, 4)], ("one direction",), rounds=2)
+    first, second = ran[:2]
+    assert ran == [first, second, first, second, second, first]
+
+
+# In a child, and kept -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", str(tmp_path / "kept"))
+    ask.forget()
+    yield lambda: verdicts.read(CPU).races
+    ask.forget()
+
+
+def test_the_child_says_each_entry_as_it_comes():
+    said = []
+    child.race(CPU, {"fp32": ["triton"]}, [(16, 4)], lambda kind, **fields: said.append((kind, fields)))
+    entries = [fields["entry"] for kind, fields in said if kind == "entry"]
+    assert [entry["kind"] for entry in entries] == list(race.ALL_KINDS) and all(map(order.is_entry, entries))
+
+
+ENTRY = {"capability": [], "dtype": "fp32", "kind": "one direction", "N": 64, "D": 8}
+ENTRY |= {"backend": "triton", "seconds": {"triton": 1e-3, "chunked": 2e-3}}
+
+
+def plant(monkeypatch, *lines, then="0"):
+    """A child that says these."""
+    script = f"import json, sys; [print(json.dumps(line), flush=True) for line in {list(lines)!r}]; {then}"
+    monkeypatch.setattr(ask, "COMMAND", [sys.executable, "-S", "-E", "-c", script])
+
+
+def prove(*except_for):
+    names = [verdicts.name_of("triton", family, "fp32") for family in verify.RACED if family not in except_for]
+    ask.learn(CPU, {name: verdicts.Verdict(verdicts.PROVED, 1) for name in names})
+
+
+def test_what_is_proved_is_raced_once_and_kept(kept, monkeypatch):
+    ticks = []
+    prove("grad")
+    assert verify.raced(CPU, [(64, 8)], False, ticks.append) == "" and kept() == []  # a part of the sweep is unknown
+    prove()
+    plant(monkeypatch, {"kind": "alive"}, {"kind": "entry", "entry": ENTRY})
+    assert verify.raced(CPU, [(64, 8)], False, ticks.append) == ""
+    assert kept() == [ENTRY] and ticks == ["cpu fp32, one direction, 64 x 8: triton"]
+    assert order.is_entry(kept()[0]) and set(ask.known(CPU)) and verdicts.read(CPU).verdicts  # beside the verdicts
+
+    plant(monkeypatch, {"kind": "entry", "entry": ENTRY | {"N": 128}})
+    assert verify.raced(CPU, [(64, 8)], False, ticks.append) == "" and kept() == [ENTRY]
+    assert verify.raced(CPU, [(64, 8)], True, ticks.append) == "" and kept() == [ENTRY, ENTRY | {"N": 128}]
+
+
+def test_what_was_raced_before_the_child_died_is_kept(kept, monkeypatch):
+    prove()
+    plant(monkeypatch, {"kind": "entry", "entry": ENTRY}, then="sys.exit('lost')")
+    assert verify.raced(CPU, [(64, 8)], False, lambda text: None) == "cpu: the race ended early: exit code 1, lost"
+    assert kept() == [ENTRY]
+    monkeypatch.setattr(ask, "COMMAND", ["/nonexistent"])
+    assert "no child process could be started" in verify.raced(CPU, [(64, 8)], True, lambda text: None)
+
+
+def test_a_sweep_of_the_race_is_of_families_that_are_known():
+    every = {family for backend in families.BACKENDS for family in families.of_backend(backend)}
+    assert set(verify.RACED) <= every
