@@ -127,8 +127,18 @@ ROWWISE = {
 }
 
 
-@of_dtypes
-@pytest.mark.parametrize("name", [name for name in CALLS if not {name, name.split(",")[0]} & ROWWISE])
+OF_SIMILARITIES = [name for name in CALLS if not {name, name.split(",")[0]} & ROWWISE]
+
+
+@pytest.mark.parametrize("name", OF_SIMILARITIES[::2])
+def test_every_other_loss_of_similarities_in_fp16(asked, name):
+    test_every_loss_of_similarities(asked, name, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.grid)], ids=["bfloat16", "float16"]
+)
+@pytest.mark.parametrize("name", OF_SIMILARITIES)
 def test_every_loss_of_similarities(asked, name, dtype):
     """Guides, masks, bends, margins, counts, smoothing, private negatives, prefixes, folds."""
 
