@@ -151,9 +151,15 @@ def verify(arguments: argparse.Namespace) -> int:
         from .trust.child import main as child
 
         return child(arguments.child)
+    from .environment import cache_dir
     from .trust import families
     from .verify import main as verify
 
+    try:
+        cache_dir()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     known = dict.fromkeys(family for backend in families.BACKENDS for family in families.of_backend(backend))
     if arguments.family not in (None, *known):
         print(f"--family {arguments.family}: needs one of {', '.join(known)}", file=sys.stderr)

@@ -63,6 +63,8 @@ def main(arguments: argparse.Namespace) -> int:
             wanted, reasons = names(device, arguments.backend, arguments.family)
             unfit += [f"{device}: {reason}" for reason in reasons]
             rows += [{"device": str(device), "name": name} for name in wanted]
+            if not wanted:
+                continue
             with show.progress(len(wanted)) as tick, _shown(device, wanted, rows):
                 why.append(_proved(device, wanted, arguments.again, tick))
             if device.type != "cpu" and not arguments.no_race:

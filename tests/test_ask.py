@@ -652,6 +652,12 @@ def test_verify_refuses(wrong, message, capsys):
     assert code == 2 and re.search(message, capsys.readouterr().err)
 
 
+def test_verify_refuses_a_folder_that_is_a_file(monkeypatch, capsys):
+    monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", __file__)
+    assert run() == 2
+    assert "FUSEDLOSS_CACHE_DIR must be a folder, got the file" in capsys.readouterr().err
+
+
 def test_ctrl_c_shows_what_was_verified(plant, capsys, monkeypatch):
     plant("hangs:pairs")
     hears = ask._Child.hears
