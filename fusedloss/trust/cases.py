@@ -37,6 +37,9 @@ CHECKED: dict[str, Make] = {
     "mse": CASES["pointwise"]["squares"],
 }
 DRAWS = 3
+# What operands are moved by: four roundings of fp32 (a product, its scale, exp and the sum after it), one of tf32.
+STEPS = {"tf32": 2.0**-11}
+STEP = 2 * torch.finfo(torch.float32).eps
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 
 
@@ -166,13 +169,14 @@ def shares_of(found: Outputs, name: str, make: Make, precision: str, device: tor
 
     Eager is the formula in the same precision, by torch's own switches on a GPU; where a CPU stands in for tensor cores
     its operands are rounded instead. The condition's part is by how much the output moves, in fp64, with the last bits
-    of fp32 operands: of few rows eager may be as lucky as ours is not. What is NaN or infinite in fp64 must be so, and
+    of the operands: of few rows eager may be as lucky as ours is not. What is NaN or infinite in fp64 must be so, and
     nothing else.
     """
     dtype, cut = DTYPES[precision], precision == "tf32" and device.type == "cpu"
     exact = make(Draw(name, dtype, device, wide=True))("reference")
     eager = make(Draw(name, dtype, device, cut=cut))("reference")
-    nudged = [make(Draw(name, dtype, device, wide=True, nudged=number))("reference") for number in range(DRAWS)]
+    step = STEPS.get(precision, STEP)
+    nudged = [make(Draw(name, dtype, device, wide=True, nudged=k, step=step))("reference") for k in range(DRAWS)]
     return {
         what: _share(what, x, eager[what], exact, [other[what] for other in nudged], precision)
         for what, x in found.items()

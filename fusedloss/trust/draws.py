@@ -19,8 +19,6 @@ ALIGNMENT = 16  # bytes: see `operand` of the backends
 # tile has 64 or 128 of them. What is longer than LONG is quartered: a step has 16 to 128 of it.
 EMULATED, LONG = 128, 1024
 
-STEP = 2 * torch.finfo(torch.float32).eps  # four roundings: of a product, its scale, exp and the sum after it
-
 Outputs = dict[str, Tensor]
 Run = Callable[[str], Outputs]  # by the backend's name
 
@@ -29,7 +27,7 @@ class Draw:
     """What `make` of a case takes its tensors from.
 
     wide: everything in fp64, from the same rounded numbers. cut: operands rounded as tf32 rounds them, where the
-    device has no tensor cores that would. nudged: the number of a draw in which each operand is off by a few roundings.
+    device has no tensor cores that would. nudged: a number, of a draw in which each operand is off by a share `step`.
     zones: what all tensors lie between, and in the layout that is asked for.
     """
 
@@ -42,6 +40,7 @@ class Draw:
         wide: bool = False,
         cut: bool = False,
         nudged: int | None = None,
+        step: float = 0.0,
         zones: Zones | None = None,
     ):
         self.seed = zlib.crc32(name.encode())
@@ -49,6 +48,7 @@ class Draw:
         self.given, self.device, self.wide, self.cut, self.zones = dtype, device, wide, cut, zones
         self.dtype = torch.float64 if wide else dtype
         self.nudges = None if nudged is None else torch.Generator().manual_seed(nudged)
+        self.step = step
         self.emulated = device.type == "cpu"
 
     # Sizes ------------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ class Draw:
             x = _as_tf32(x)
         x = x.to(self.dtype)
         if self.nudges is not None and not exact:
-            x = x * (1 + STEP * (2 * torch.randint(2, x.shape, generator=self.nudges) - 1))
+            x = x * (1 + self.step * (2 * torch.randint(2, x.shape, generator=self.nudges) - 1))
         x = x.to(self.device)
         return x if self.zones is None else LAYOUTS[layout](x, self.zones)
 
