@@ -178,16 +178,16 @@ CASES: dict[str, dict[str, Make]] = {
     },
     "lists": {
         **{
-            f"lambda loss, {weighting}": _case(_lists, 33, 45, F.lambda_loss, weighting=weighting)
+            f"lambda loss, {weighting}": _case(_lists, 9, 45, F.lambda_loss, weighting=weighting)
             for weighting in ("ndcg_loss2pp", "ndcg_loss2", "ndcg_loss1", "lambda_rank", None)
         },
-        "lambda loss, k": _case(_lists, 20, 131, F.lambda_loss, k=10),
-        "one query": _case(_lists, 1, 2, F.lambda_loss, masked=False),
-        "ranks": _case(_lists, 33, 45, F.adr_mse, alpha=2.0),
-        "ranks, more than a tile": _case(_lists, 5, 131, F.adr_mse),
-        "likelihood": _case(_lists, 33, 45, F.list_mle),
-        "likelihood, by label": _case(_lists, 20, 131, F.list_mle, respect_input_order=False),
-        "position-aware likelihood": _case(_lists, 20, 70, F.plist_mle),
+        "lambda loss, k": _case(_lists, 5, 131, F.lambda_loss, k=10),
+        "one query": _case(_lists, 1, 5, F.lambda_loss, masked=False),
+        "ranks": _case(_lists, 9, 45, F.adr_mse, alpha=2.0),
+        "ranks, more than a tile": _case(_lists, 4, 131, F.adr_mse),
+        "likelihood": _case(_lists, 9, 45, F.list_mle),
+        "likelihood, by label": _case(_lists, 5, 131, F.list_mle, respect_input_order=False),
+        "position-aware likelihood": _case(_lists, 9, 70, F.plist_mle),
         "likelihood, long lists": _case(_lists, 3, 2047, F.list_mle, masked=False),
     },
     "pointwise": {
