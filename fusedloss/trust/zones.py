@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ZONE = 16384  # bytes on either side: 20 rows of a workspace of 391 columns in 16 bits; whole units of any alignment
-# The bytes FE FF FF FF: NaN in bf16, fp16 and fp32, so that what is read there shows, and what no kernel writes.
-PATTERN = -2
-WORD = 4
+# Halves of zones: NaN in bf16, fp16 and, two by two, fp32, so that what is read there shows. Each zone starts elsewhere
+# in them: arithmetic on a CPU keeps a NaN's payload, and what was read of one zone would be written to another unseen.
+LOWEST, HIGHEST, STARTS = -63, -1, 512  # 0xFFC1 to 0xFFFE
 
 _aten = torch.ops.aten
 EMPTY = frozenset(
@@ -50,9 +50,9 @@ FILLED = frozenset(
 
 
 class _Zoned(NamedTuple):
-    before: Tensor  # int32
-    behind: Tensor  # uint8
-    phase: int  # of the pattern where `behind` starts
+    before: Tensor  # bytes
+    behind: Tensor
+    expected: Tensor  # of both
     what: str
 
 
@@ -81,25 +81,19 @@ class Zones(TorchDispatchMode):
     def between(self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A poisoned tensor between zones."""
         span = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-        bytes_ = span * dtype.itemsize
-        words = torch.full((2 * ZONE // WORD + -(-bytes_ // WORD),), PATTERN, dtype=torch.int32, device=self.device)
-        memory = words.view(torch.uint8)
-        own = memory[ZONE : ZONE + bytes_].view(dtype)
-        own.fill_(_poison(dtype))
-        behind = memory[ZONE + bytes_ : 2 * ZONE + bytes_]
-        what = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
-        self.zoned.append(_Zoned(words[: ZONE // WORD], behind, bytes_ % WORD, what))
-        return own.as_strided(shape, stride)
+        end = ZONE + span * dtype.itemsize
+        memory = torch.empty(end + ZONE, dtype=torch.uint8, device=self.device)
+        start = 2 * (181 * len(self.zoned) % STARTS)
+        expected = _pattern(self.device)[start : start + ZONE]
+        before, behind = memory[:ZONE].copy_(expected), memory[end:].copy_(expected)
+        self.zoned.append(_Zoned(before, behind, expected, f"{str(dtype).removeprefix('torch.')} {list(shape)}"))
+        return memory[ZONE:end].view(dtype).fill_(_poison(dtype)).as_strided(shape, stride)
 
     def written(self) -> str | None:
         """Where a zone was written to. Reads values back: it waits for the device."""
         if not self.zoned:
             return None
-        expected = _expected(self.device)
-        touched = [
-            torch.stack([(z.before != PATTERN).any(), (z.behind != expected[z.phase :][:ZONE]).any()])
-            for z in self.zoned
-        ]
+        touched = [torch.stack([(z.before != z.expected).any(), (z.behind != z.expected).any()]) for z in self.zoned]
         for zoned, (before, behind) in zip(self.zoned, torch.stack(touched).tolist(), strict=True):
             if before or behind:
                 return f"written {'before the start' if before else 'behind the end'} of {zoned.what}"
@@ -113,5 +107,8 @@ def _poison(dtype: torch.dtype) -> float | int | bool:
 
 
 @functools.cache
-def _expected(device: torch.device) -> Tensor:
-    return torch.full((ZONE // WORD + 1,), PATTERN, dtype=torch.int32, device=device).view(torch.uint8)
+def _pattern(device: torch.device) -> Tensor:
+    """Bytes: enough for a zone that starts at any of STARTS halves."""
+    generator = torch.Generator().manual_seed(0)
+    halves = torch.randint(LOWEST, HIGHEST, (ZONE // 2 + STARTS,), generator=generator, dtype=torch.int16)
+    return halves.view(torch.uint8).to(device)
