@@ -87,7 +87,7 @@ class Draw:
         self.seed += 1  # the next ones are others
         if kind == "lattice":
             x, y = ((self.below(5, count, dim) - 2).double() / 4 for count in (rows, columns))
-            y[:: max(1, columns // 5)] = y[0].clone()  # ties
+            y[1 :: max(1, columns // 5)] = y[0].clone()  # ties, none of them in the last column
             return x, y
         if kind == "duplicates":
             _, y = inputs("random", rows, columns, dim, torch.float64, self.seed)

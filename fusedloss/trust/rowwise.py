@@ -131,7 +131,8 @@ def _elements(
     if spoilt:
         made[R // 2] = torch.nan
     x = draw.matrix(made)
-    t = draw.matrix((draw.normal(R, columns) > 0).double() if shares else draw.normal(R, columns))
+    drawn = draw.normal(R, columns)
+    t = draw.matrix((drawn > 0).double() if shares else drawn, exact=shares)
     options |= {name: draw.vector(draw.normal(columns).abs() + 0.1) for name in weights}
     return differentiated(draw, [x], lambda x, b: loss(x, t, reduction=reduction, backend=b, **options))
 
@@ -184,11 +185,11 @@ CASES: dict[str, dict[str, Make]] = {
         "lambda loss, k": _case(_lists, 5, 131, F.lambda_loss, k=10),
         "one query": _case(_lists, 1, 5, F.lambda_loss, masked=False),
         "ranks": _case(_lists, 9, 45, F.adr_mse, alpha=2.0),
-        "ranks, more than a tile": _case(_lists, 4, 131, F.adr_mse),
-        "likelihood": _case(_lists, 9, 45, F.list_mle),
-        "likelihood, by label": _case(_lists, 5, 131, F.list_mle, respect_input_order=False),
-        "position-aware likelihood": _case(_lists, 9, 70, F.plist_mle),
-        "likelihood, long lists": _case(_lists, 3, 2047, F.list_mle, masked=False),
+        "ranks, more than a tile": _case(_lists, 2, 70, F.adr_mse),
+        "likelihood": _case(_lists, 5, 45, F.list_mle),
+        "likelihood, by label": _case(_lists, 3, 70, F.list_mle, respect_input_order=False),
+        "position-aware likelihood": _case(_lists, 3, 45, F.plist_mle),
+        "likelihood, long lists": _case(_lists, 1, 2047, F.list_mle, masked=False),
     },
     "pointwise": {
         "squares": _case(_elements, 257, 391, F.mse, under=2.0),

@@ -163,9 +163,14 @@ def fold(
 
 
 def top(draw: Draw, rows: int, columns: int, dim: int, *, mask: Masking | None = None, layout: str = "rows") -> Run:
-    """Each row's largest logit and its column, exact on the lattice: the first of those that tie."""
+    """Each row's largest logit and its column, exact on the lattice: the first of those that tie.
+
+    The first rows' are the last columns.
+    """
     M, N = draw.size(rows), draw.size(columns)
-    operands = tuple(draw.matrix(t, layout, exact=True) for t in draw.pair("lattice", M, N, dim))
+    _, y = draw.pair("lattice", M, N, dim)
+    x = y.flip(0)[torch.arange(M) % N]
+    operands = tuple(draw.matrix(t, layout, exact=True) for t in (x, y))
     problem = Problem(
         operands,
         (Block(0, 1, mask=Mask() if mask is None else mask(draw, M, N)),),
@@ -296,8 +301,8 @@ def _guide(draw: Draw, M: int, N: int) -> Guide:
 
     def embeddings(count: int, first: int) -> Tensor:
         place = torch.arange(count)
-        x = torch.zeros(count, 37, dtype=torch.float64)
-        x[place, (place * first) % 5], x[place, 5 + place % 29] = 2, 1
+        x = torch.zeros(count, 19, dtype=torch.float64)
+        x[place, (place * first) % 5], x[place, 5 + place % 14] = 2, 1
         return 4 * x
 
     query, key = embeddings(M, 1), embeddings(N, 3)
