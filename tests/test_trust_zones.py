@@ -188,7 +188,7 @@ def test_what_a_kernel_raises_is_its_failure(backend, monkeypatch):
     monkeypatch.setattr(BACKENDS[backend], "finish", broken)
     found = proof(backend)
     assert found.state == "failed" and found.reason.endswith(": RuntimeError: no such kernel")
-    assert proof(backend, "stats").state == "proved"  # it finishes nothing
+    assert proof(backend, "top").state == "proved"  # it finishes nothing
 
     def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
