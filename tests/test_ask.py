@@ -520,6 +520,18 @@ def test_the_child_proves_what_is_right(monkeypatch, caplog):
     assert verdict.state == PROVED and verdict.cases > 1 and 0 < verdict.worst <= 1 and verdict.seconds > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fault, state", [("none", PROVED), ("without the last column", FAILED)])
+def test_the_child_proves_cuda_s_kernels(fault, state, host_extension, monkeypatch):
+    """Those of csrc/, compiled for a CPU."""
+    monkeypatch.setattr(ask, "COMMAND", [sys.executable, str(PLANTED.with_name("planted_cuda.py")), fault])
+    monkeypatch.setattr(ask, "SILENCE", seconds(600))
+    monkeypatch.setattr(ask, "TOTAL", seconds(1200))
+    assert ask.admits("cuda", ("top",), torch.float32, CPU) is (state == PROVED)
+    verdict = verdicts.read(CPU).verdicts["cuda top fp32"]
+    assert verdict.state == state and verdict.cases > 0 and not verdict.reason.startswith("the child"), verdict
+
+
 # Several processes ----------------------------------------------------------------------------------------------------
 
 
