@@ -107,3 +107,13 @@ def test_precision(dtype, tf32, wanted):
     with products("tf32" if tf32 else "fp32"):
         assert families.precision(dtype) == wanted
     assert families.precision(torch.float32) == "fp32"  # as it was
+
+
+def test_a_list_net_asks_for_the_kernel_that_it_launches(monkeypatch):
+    """Its rows are those of soft cross-entropy."""
+    from fusedloss.rowwise import lists
+
+    asked = []
+    monkeypatch.setattr(lists, "select_rowwise", lambda backend, x, family, **_: asked.append(family) or "reference")
+    CALLS["list_net"](Batch(5, torch.float32)).result()
+    assert asked == ["classes"]

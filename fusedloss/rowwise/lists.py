@@ -520,7 +520,7 @@ def _adr(z: Tensor, y: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None
 
 def list_net(scores: Tensor, labels: Tensor, mask: Tensor | None, *, reduction: str, backend: str) -> Tensor:
     """Cross-entropy of softmax(scores) from softmax(labels), a query a row; 0 for one without documents."""
-    name = select_rowwise(backend, scores, "lists")
+    name = select_rowwise(backend, scores, "classes")
     Q = scores.shape[0]
     if name == "reference" or torch.compiler.is_compiling() or labels.requires_grad:
         sums = _list_net_terms(scores, labels, mask)[0]
