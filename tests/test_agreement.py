@@ -307,6 +307,8 @@ def without_values(rank, store):
 def test_beside_a_cpu_backend_nothing_is_read_from_the_device(tmp_path):
     for rank, found in enumerate(on_ranks(2, without_values, str(tmp_path / "store"))):
         assert found.pop("where") == "cpu"
+        if any(isinstance(value, NotImplementedError) for value in found.values()):
+            pytest.skip(f"torch {torch.__version__} has no collectives of meta tensors")
         assert found == {name: [3 + rank, 4] for name in found} and len(found) == 7
 
 

@@ -306,7 +306,8 @@ def test_while_torch_compile_traces_nothing_is_verified(plant, monkeypatch, capl
 
     for known in ("chunked", "triton"):
         torch._dynamo.reset()
-        with warnings.catch_warnings(action="error"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # the compiler's; Triton 3.6's interpreter has others
             compiled = torch.compile(losses, fullgraph=True, dynamic=True, backend="eager")
             wanted = losses(query, key, 0.1, backend="reference")
             torch.testing.assert_close(compiled(query, key, 0.1), wanted)

@@ -636,6 +636,7 @@ def test_a_gradient_is_all_that_is_saved(case, dtype):
 @pytest.mark.lengthy
 @pytest.mark.parametrize("case", FEW)
 def test_under_a_compiler(case):
+    torch._dynamo.reset()  # torch 2.10 takes one lambda for another that differs in a default: findings/ has it
     ours, _ = CASES[case]
     scores, labels = torch.randn(3, 8), torch.randint(0, 3, (3, 8)).float()
     compiled = torch.compile(lambda s: ours(s, labels), backend="eager", fullgraph=True)
