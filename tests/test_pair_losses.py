@@ -10,7 +10,7 @@ import functools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -109,6 +109,7 @@ def test_contrastive(distance, backend, data):
 @settings(max_examples=25, deadline=None)
 def test_online_contrastive(distance, backend, data):
     a, b = data.draw(batches(2))
+    assume(distance != "cosine" or a.shape[1] > 1)  # of one feature all are 1 or -1: rounding says which is hard
     labels = data.draw(st.sampled_from([(0, 1), (0,), (1,), (0, 1, 2), (2,), (0, 2)]))
     label = torch.tensor(labels)[torch.randint(0, len(labels), (len(a),))]
     margin = data.draw(st.sampled_from([0.5, 2.0, 5.0]))

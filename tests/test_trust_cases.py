@@ -45,7 +45,8 @@ def test_proved_here(backend, precision, family, monkeypatch):
     before = torch.backends.cuda.matmul.fp32_precision
     found = cases.prove(backend, family, precision, CPU)
     assert (found.state, found.reason) == ("proved", "")
-    assert found.cases == len(cases.CASES[family]) and 0 < found.worst <= 1
+    assert found.cases == len(cases.CASES[family]) and found.worst <= 1
+    assert found.worst > 0 or family == "top"  # which is exact
     assert family in launched
     assert torch.backends.cuda.matmul.fp32_precision == before
 
@@ -172,7 +173,8 @@ PLANTED = [
     for backend in families.BACKENDS
     for precision in ("fp32", "fp16")
     for fault in FAULTS
-    if fault[0] in families.of_backend(backend, precision)  # fp16 stores no exponentials
+    # fp16 stores no exponentials.
+    if fault[0] in families.of_backend(backend, precision) and not (precision == "fp16" and fault[1] == EXP)
 ]
 
 
