@@ -198,7 +198,8 @@ def test_dtypes_that_differ_do_what_they_do_in_torch(name, reduction):
                 warnings.simplefilter("ignore")
                 found, wanted = (outcome(function, first, second) for function in TWINS[name])
             if isinstance(wanted, type) or isinstance(found, type):
-                assert found == wanted, (first, second)
+                # Of bool torch raises a RuntimeError, since 2.15 that kind of it which is a NotImplementedError.
+                assert found == wanted or {found, wanted} == {RuntimeError, NotImplementedError}, (first, second)
                 continue
             assert found[0] == wanted[0] and len(found) == len(wanted), (first, second)
             for a, b in zip(found[1:], wanted[1:], strict=True):
