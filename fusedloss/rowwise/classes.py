@@ -37,6 +37,11 @@ FP16_LARGEST = 2.0**14  # of a row's gradient as it is kept: down to 2^-38 of th
 PerRow = float | Tensor
 
 
+def _counts(factor: Tensor | float) -> bool:
+    """Whether a factor of all rows, or one of each, may be other than 0."""
+    return isinstance(factor, Tensor) or factor != 0
+
+
 class Terms(NamedTuple):
     """What the loss of a row of logits `[M, C]` or `[N, C, S]` is made of; rows are `[M]` or `[N, S]`."""
 
@@ -66,11 +71,11 @@ class Terms(NamedTuple):
 
     @property
     def smooths(self) -> bool:
-        return isinstance(self.smooth, Tensor) or self.smooth != 0
+        return _counts(self.smooth)
 
     @property
     def squares(self) -> bool:
-        return isinstance(self.square, Tensor) or self.square != 0
+        return _counts(self.square)
 
     def at(self, where: tuple[slice, ...]) -> Terms:
         """Those of a block of rows."""
@@ -253,9 +258,9 @@ def formula(x: Tensor, terms: Terms) -> Tensor:
             s = -torch.expm1(-first)
             first = s.masked_fill(s == 0, 1) ** terms.gamma * first  # 0^(gamma - 1) has no gradient, and 0 counts 0
     rows = terms.hard * first.reshape(shape)
-    if terms.smooths:
+    if _counts(terms.smooth):  # torch 2.10's compiler knows no properties of a NamedTuple
         rows = rows - terms.smooth * (weight * z.log_softmax(1)).sum(1).reshape(shape)
-    if terms.squares:
+    if _counts(terms.square):
         rows = rows + terms.square * _logsumexp(z).square().reshape(shape)
     return rows if terms.left_out is None else rows.masked_fill(terms.left_out, 0)
 
