@@ -2,8 +2,8 @@
 
     python tests/cuda_resources.py --table > docs/cuda-resources.md     # 20 minutes of one core; fails by the rules
 
-The table names a digest of what was compiled. While it is that of the sources, tests compile for the oldest GPUs and
-for sm_90a alone: what the table says of the others held when it was written.
+The table names a digest of what was compiled. While it is that of the sources, tests compile for sm_80, sm_90 and
+sm_90a alone: what the table says of the others held when it was written.
 
 Registers, spills and shared memory are of every architecture. Disassembly takes a second a megabyte, and machine code
 of all architectures comes from the same PTX: instructions are counted where it is the oldest's, the newest's or

@@ -20,7 +20,7 @@ def test_entries_are_of_every_kind_and_point(backend, precision):
         pytest.skip(reason)
     points = [(20, 8), (33, 5)] if backend == "cuda" else [(20, 8)]
     asked = race.ALL_KINDS if precision == "fp16" else race.ALL_KINDS[1::2]
-    found = race.race(CPU, [backend], precision, points, asked, rounds=1)
+    found = list(race.race(CPU, [backend], precision, points, asked, rounds=1))
     kinds = [kind for kind in asked if precision != "fp16" or not kind.endswith("bounded")]
     assert [(e["N"], e["D"], e["kind"]) for e in found] == [(*at, kind) for at in points for kind in kinds]
     for entry in found:
@@ -42,11 +42,11 @@ def test_a_backend_that_raises_has_no_time(monkeypatch):
     monkeypatch.setattr(race, "_step", one_fails)
     freed = []
     monkeypatch.setattr(measure, "free_memory", lambda: freed.append(1))
-    found = race.race(CPU, ["triton"], "fp32", [(16, 4)], ("one direction", "both directions"), rounds=1)
+    found = list(race.race(CPU, ["triton"], "fp32", [(16, 4)], ("one direction", "both directions"), rounds=1))
     assert [set(entry["seconds"]) for entry in found] == 2 * [{"chunked", "reference"}]
     assert len(freed) == 2
     monkeypatch.setattr(race, "_materialises", lambda device, N: False)
-    assert race.race(CPU, ["triton"], "fp32", [(16, 4)], rounds=1) == []  # of one alone nothing is learnt
+    assert list(race.race(CPU, ["triton"], "fp32", [(16, 4)], rounds=1)) == []  # of one alone nothing is learnt
 
 
 def test_each_step_is_what_auto_would_ask_for(monkeypatch):
@@ -58,7 +58,7 @@ def test_each_step_is_what_auto_would_ask_for(monkeypatch):
         monkeypatch.setattr(module, "why_not", why_not)
     for kind in race.ALL_KINDS:
         asked.clear()
-        race.race(CPU, [], "bf16", [(16, 4)], (kind,), rounds=1)
+        list(race.race(CPU, [], "bf16", [(16, 4)], (kind,), rounds=1))
         assert set(asked) == {(name, kind, kind.startswith("both")) for name in ("chunked", "reference")}
 
 
@@ -71,7 +71,7 @@ def test_the_switch_of_products_is_that_of_the_precision(monkeypatch):
     )
     for precision, tf32 in (("tf32", True), ("fp32", False)):
         seen.clear()
-        race.race(CPU, [], precision, [(16, 4)], rounds=1)
+        list(race.race(CPU, [], precision, [(16, 4)], rounds=1))
         assert seen == {tf32}
     assert torch.backends.cuda.matmul.fp32_precision == before
 
@@ -85,7 +85,7 @@ def test_steps_run_one_after_another(monkeypatch):
     """So that a machine that slows down does so for all."""
     ran = []
     monkeypatch.setattr(measure, "seconds", lambda call, repeats=1: ran.append(call) or 1e-3)
-    race.race(CPU, [], "fp32", [(16, 4)], ("one direction",), rounds=2)
+    list(race.race(CPU, [], "fp32", [(16, 4)], ("one direction",), rounds=2))
     first, second = ran[:2]
     assert ran == [first, second, first, second, second, first]
 

@@ -64,7 +64,7 @@ def race(
 ) -> None:
     with triton.compiling(lambda seconds: say("alive")):
         for precision, names in backends.items():
-            for entry in races.raced(device, names, precision, points):
+            for entry in races.race(device, names, precision, points):
                 say("entry", entry=entry)
 
 

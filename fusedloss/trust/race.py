@@ -38,34 +38,20 @@ def race(
     *,
     rounds: int = 5,
     limit: float = 1.0,
-) -> list[Entry]:
+) -> Iterator[Entry]:
     """Forward and backward of a loss of each kind at each point (N, D), of N rows and N columns.
 
     Args:
         backends: those of "cuda" and "triton" that are proved there in this precision
         limit: seconds after which a backend runs no further round at a point
 
-    Returns:
+    Yields:
         an entry for each kind and point that two backends or more ran; one that raised has no time there
 
     Example:
-        >>> race(torch.device("cuda:0"), ["triton"], "bf16", [(4096, 768)])[0]["backend"]
+        >>> next(race(torch.device("cuda:0"), ["triton"], "bf16", [(4096, 768)]))["backend"]
         'triton'
     """
-    return list(raced(device, backends, precision, points, kinds, rounds=rounds, limit=limit))
-
-
-def raced(
-    device: torch.device,
-    backends: Sequence[str],
-    precision: str,
-    points: Iterable[tuple[int, int]],
-    kinds: Sequence[str] = ALL_KINDS,
-    *,
-    rounds: int = 5,
-    limit: float = 1.0,
-) -> Iterator[Entry]:
-    """Each entry as it is there."""
     capability = [*torch.cuda.get_device_capability(device)] if device.type == "cuda" else []
     dtype = cases.DTYPES[precision]
     if dtype == torch.float16:  # no shift is safe there: whatever is bounded runs as what is not
