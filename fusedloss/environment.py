@@ -83,6 +83,22 @@ def cache_dir() -> Path:
     return folder
 
 
+def audit() -> float:
+    """The share of calls that `trust.audit` looks at; 0: none."""
+    value = os.environ.get("FUSEDLOSS_AUDIT")
+    if not value or not value.strip():
+        return 0.0
+    try:
+        share = float(value)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:  # nor NaN
+        raise ValueError(
+            f"FUSEDLOSS_AUDIT must be a number from 0 to 1, the share of calls, got {value!r}; set 1e-3, or unset it"
+        )
+    return share
+
+
 VARIABLES: dict[str, Callable[[], object]] = {
     "FUSEDLOSS_BACKEND": backend,
     "FUSEDLOSS_WORKSPACE_BYTES": workspace_bytes,
@@ -90,6 +106,7 @@ VARIABLES: dict[str, Callable[[], object]] = {
     "FUSEDLOSS_CHECK": lambda: switch("FUSEDLOSS_CHECK"),
     "FUSEDLOSS_VERIFY": verify,
     "FUSEDLOSS_CACHE_DIR": cache_dir,
+    "FUSEDLOSS_AUDIT": audit,
 }
 OTHERS = (
     "FUSEDLOSS_CALLS",  # a file, of integrations.pytest_patch

@@ -31,6 +31,7 @@ from .problem import (
     stats_dtype,
 )
 from .sweep import Wants
+from .trust import audit
 
 COUNTED = 4  # most vectors that `Result.counted` may hold
 
@@ -258,10 +259,17 @@ def execute(
     weight: Tensor,
     tensors: Sequence[Tensor],
     constants: Sequence[Tensor],
+    *,
+    traced: bool = False,
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-    """The weighted losses or their sum, what was counted, and the sum's gradients by (scale, *tensors), or None."""
+    """The weighted losses or their sum, what was counted, and the sum's gradients by (scale, *tensors), or None.
+
+    traced: it runs inside an op of a compiled graph, where autograd is out of reach and nothing is audited.
+    """
     problem = unflatten(plan, scale, target, weight, tensors, constants)
     result = sweep.run(problem, BACKENDS[plan.backend], _wants(plan, wanted))
+    if not traced and audit.due():
+        audit.look(problem, plan.backend, result.rows, result.operands)
     biases = [g for g, block in zip(result.biases, problem.blocks, strict=True) if block.bias is not None]
     value = result.rows if plan.per_row else result.rows.sum()
     return value, result.counted, [result.scale, *result.operands, *biases, *result.scalars]
@@ -385,7 +393,8 @@ def _sweep(
 ) -> list[Tensor]:
     """[value, counted [COUNTED, M], then the wanted gradients of the sum by (scale, *tensors)]; `per_row`: none."""
     plan = Plan(backend, fold, group, shape, numbers, per_row)
-    value, counted, gradients = execute(plan, _in_forward(plan, wanted), scale, target, weight, tensors, constants)
+    arguments = (scale, target, weight, tensors, constants)
+    value, counted, gradients = execute(plan, _in_forward(plan, wanted), *arguments, traced=True)
     kept = weight.new_zeros(COUNTED, weight.shape[0])
     for row, vector in enumerate(counted):
         kept[row] = vector

@@ -283,12 +283,12 @@ def test_what_is_unasked_is_not_proved(plant, monkeypatch):
 
 def test_while_a_graph_is_captured_nothing_is_verified(plant, monkeypatch, caplog):
     plant("proves")
-    monkeypatch.setattr(ask, "_capturing", lambda device: True)
+    monkeypatch.setattr(ask, "capturing", lambda device: True)
     for _ in range(2):
         assert select(problem(), "auto") == "chunked"
     (line,) = caplog.messages
     assert "while a CUDA graph is captured" in line and "`python -m fusedloss verify`" in line and states() == {}
-    monkeypatch.setattr(ask, "_capturing", lambda device: False)
+    monkeypatch.setattr(ask, "capturing", lambda device: False)
     assert select(problem(), "auto") == "triton"
 
 

@@ -244,6 +244,7 @@ FORBIDDEN = {
     "fusedloss.trust.verdicts": (*UPPER, *DRIVERS, "fusedloss.backends"),
     "fusedloss.trust.families": (*UPPER, *DRIVERS, "fusedloss.backends"),
     "fusedloss.trust.order": (*UPPER, *DRIVERS, "fusedloss.backends"),
+    "fusedloss.trust.audit": (*UPPER, *DRIVERS),  # whom the op asks
     # what all of the above share
     "fusedloss.problem": (*UPPER, *DRIVERS, "fusedloss.backends", "fusedloss.trust"),
     "fusedloss.epilogues": (*UPPER, *DRIVERS, "fusedloss.backends", "fusedloss.trust"),

@@ -55,6 +55,21 @@ def _loss_rows(problem: Problem) -> tuple[Tensor, list[Tensor]]:
     z = _logits(problem, rows)
     with torch.no_grad():
         counted = _counted(problem, rows, z) if problem.wants_tally else []
+    return _losses(problem, z), counted
+
+
+def losses_of(problem: Problem, similarities: list[Tensor]) -> Tensor:
+    """The weighted losses [M], with each block's similarities [M, N] at hand instead of embeddings.
+
+    For masks and folds that read no embeddings, and no distances but those of cosines.
+    """
+    if problem.fold is not None:
+        values = 1 - similarities[0] if problem.fold.distance else similarities[0]
+        return _folded(problem, values)[0]
+    return _losses(problem, _logits(problem, [], similarities))
+
+
+def _losses(problem: Problem, z: Tensor) -> Tensor:
     if not problem.symmetric:
         # Before the formula: 0 times the NaN gradient of a row without admissible columns is NaN.
         z = z.masked_fill((problem.weight == 0)[:, None], 0)
@@ -65,7 +80,7 @@ def _loss_rows(problem: Problem) -> tuple[Tensor, list[Tensor]]:
         diagonal = torch.arange(problem.rows, device=z.device)
         loss = (loss + epilogues.softmax_rows(z.T, diagonal)) / 2
     # Rows that are left out are exactly 0, also where their own logits are not finite.
-    return torch.where(problem.weight == 0, 0, problem.weight * loss), counted
+    return torch.where(problem.weight == 0, 0, problem.weight * loss)
 
 
 def _rows(problem: Problem) -> list[Tensor]:
@@ -73,14 +88,14 @@ def _rows(problem: Problem) -> list[Tensor]:
     return [unit_rows(x.to(dtype)) if problem.cosine else x.to(dtype) for x in problem.operands]
 
 
-def _logits(problem: Problem, rows: list[Tensor]) -> Tensor:
+def _logits(problem: Problem, rows: list[Tensor], similarities: list[Tensor] | None = None) -> Tensor:
     """[M, all columns], -inf where a mask drops; the target is exempt from all but `skip`."""
     M, parts = problem.rows, []
     with torch.no_grad():
         thresholds = _thresholds(problem, rows)
     own = torch.arange(M, device=problem.device)
     for number, block in enumerate(problem.blocks):
-        sim = rows[block.query][:M] @ rows[block.key].T
+        sim = rows[block.query][:M] @ rows[block.key].T if similarities is None else similarities[number]
         z = sim * problem.scale
         if block.penalty or block.own_penalty:
             columns = torch.arange(sim.shape[1], device=sim.device)
@@ -185,5 +200,11 @@ def _fold_rows(problem: Problem, rows: list[Tensor]) -> tuple[Tensor, list[Tenso
         # The root of 0 has gradient 0 here, not infinity.
         root = torch.where(zero, 1, squared).sqrt() if fold.distance == "euclidean" else squared
         values = root.masked_fill(zero, 0).to(x.dtype)
-    loss, count = FOLDS[fold.name][1](values, fold_part(problem, slice(0, len(x))), fold_scalars(problem), fold.options)
+    return _folded(problem, values)
+
+
+def _folded(problem: Problem, values: Tensor) -> tuple[Tensor, list[Tensor]]:
+    fold, part = problem.fold, fold_part(problem, slice(0, len(values)))
+    assert fold is not None
+    loss, count = FOLDS[fold.name][1](values, part, fold_scalars(problem), fold.options)
     return loss, [] if count is None else [count.detach()]

@@ -83,7 +83,7 @@ def _decide(backend: str, families: tuple[str, ...], precision: str | None, devi
         names = [verdicts.name_of(backend, family, precision) for family in families]
         unknown = [name for name in names if name not in known(device)]
         if unknown and mode in ("first", "inline") and _asks:
-            if _capturing(device):
+            if capturing(device):
                 _say_once(
                     f"nothing is verified while a CUDA graph is captured: of backend {backend!r} on {_called(device)} "
                     f"some is unknown, and another one runs. {AHEAD}"
@@ -116,9 +116,10 @@ def known(device: torch.device) -> dict[str, Verdict]:
 
 def learn(device: torch.device, found: dict[str, Verdict]) -> str:
     """From now on these hold, here and in the file; "" or why the file cannot be written."""
-    known(device).update(found)
-    _settled.clear()
-    return verdicts.keep(device, found)
+    with _one_at_a_time:
+        known(device).update(found)
+        _settled.clear()
+        return verdicts.keep(device, found)
 
 
 def forget() -> None:
@@ -140,7 +141,7 @@ def unasked() -> Iterator[None]:
         _asks = before
 
 
-def _capturing(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
