@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import re
+import sys
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss
-from fusedloss import backends, environment, op, sweep
+from fusedloss import backends, op, sweep
+from fusedloss.backends import reference
 from fusedloss.problem import Block, Compare, Fold, Guide, Margin, Mask, Problem, Ranks
 from fusedloss.trust import ask, audit, families, verdicts
 from fusedloss.trust.verdicts import FAILED, PROVED, Verdict
@@ -187,13 +190,43 @@ def largest(seeds):
 
 
 def test_honest_runs_do_not_miss():
-    assert largest(range(60)) < audit.MISS / 2
+    assert largest(range(60)) < 1
+
+
+def test_honest_bent_logits_do_not_miss():
+    """Where tanh is flat no derivative is left, and a logit of 20 is rounded all the same."""
+    assert largest([756, 1548]) < 1
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize("part", range(10))
 def test_thousands_of_honest_runs_do_not_miss(part):
-    assert largest(range(400 * part, 400 * (part + 1))) < audit.MISS
+    assert largest(range(400 * part, 400 * (part + 1))) < audit.MISS / 2
+
+
+def added_as_tensor_cores_do(x, y):
+    """x @ y.T of 16-bit numbers: 8 features a step, and what fp32 cannot hold of the sum is cut, not rounded."""
+    total = torch.zeros(len(x), len(y))
+    for part in range(0, x.shape[1], 8):
+        exact = total.double() + x[:, part : part + 8].double() @ y[:, part : part + 8].double().T
+        total = exact.float()
+        total = torch.where(total.double().abs() > exact.abs(), torch.nextafter(total, torch.zeros(())), total)
+    return total
+
+
+@pytest.mark.parametrize("D", [768, 4096])
+def test_honest_tensor_cores_do_not_miss(D):
+    """Sums that grow, as those of a fitted pair, lose a little at each step, and always on the same side."""
+    rows = torch.arange(64)
+    y = draws(64, D)
+    x, y = (y + draws(64, D, seed=1)).bfloat16(), y.bfloat16()
+    weight = torch.full((64,), 1 / 64)
+    problem = Problem((x, y), (Block(0, 1),), torch.tensor(20.0), rows, weight, cosine=True)
+    norms = x.float().norm(dim=1)[:, None] * y.float().norm(dim=1)
+    losses = reference.losses_of(audit._cut(problem, rows, torch.float32), [added_as_tensor_cores_do(x, y) / norms])
+    assert 1e-6 < losses.sum() < 1e-2
+    assert audit.shares(problem, losses, [None, None], rows).max() < 1
+    assert audit.shares(problem, losses * 1.01, [None, None], rows).max() > audit.MISS
 
 
 @pytest.mark.parametrize("options", [{}, {"normalize": True}, {"loss": fusedloss.clip}, {"loss": fusedloss.siglip}])
@@ -326,23 +359,22 @@ def test_what_is_held_at_once_is_bounded(monkeypatch):
     assert whole.max() < 1
 
 
-def test_off_it_is_one_look_at_the_environment(monkeypatch):
+def test_off_it_is_one_look_at_a_dictionary(monkeypatch):
+    """0.2 us: `os.environ.get` would take 1.2, with calls of its own."""
     monkeypatch.delenv("FUSEDLOSS_AUDIT")
-    monkeypatch.setattr(audit, "look", None)
-    looks = []
-    monkeypatch.setattr(environment.os, "environ", Counting(looks))
-    assert not audit.due() and looks == ["FUSEDLOSS_AUDIT"]
-    monkeypatch.undo()
+    calls = []
+    sys.setprofile(lambda frame, event, argument: calls.append(frame.f_code.co_name) if event == "call" else None)
+    found = audit.due()
+    sys.setprofile(None)
+    assert not found and calls == ["due", "audit"]
 
 
-class Counting(dict):
-    def __init__(self, looks):
-        super().__init__()
-        self.looks = looks
-
-    def get(self, name, default=None):
-        self.looks.append(name)
-        return default
+@pytest.mark.parametrize("given", [{}, {"FUSEDLOSS_AUDIT": "1"}], ids=["not set", "set"])
+def test_an_environment_that_is_a_dictionary(given, monkeypatch):
+    with monkeypatch.context() as context:
+        context.setattr(os, "environ", given)
+        found = audit.due()
+    assert found == bool(given)
 
 
 @pytest.mark.parametrize("value", ["0", "", " "])

@@ -1,12 +1,12 @@
-"""Rows of a run, computed once more in fp64: FUSEDLOSS_AUDIT=1e-3 does it at one call in a thousand.
+"""Rows of a run, computed once more in fp64: with FUSEDLOSS_AUDIT=1e-3 at one call in a thousand.
 
-A row of a loss can be computed alone, given the keys: its loss out of its own logits, and its query's gradient,
-`sum_j dz_j scale y_j`, through its norm where the loss is one of cosines. An audited call does it for some random rows,
-and leaves on the device by how much of its budget the kernels missed. The next audited call of that device reads this.
-A miss marks the families of that problem failed, so that `auto` runs elsewhere, and says so once.
+Given the keys, a row of a loss can be computed alone. Its similarities give its loss, and the derivatives dz_j of the
+loss by its logits give its query's gradient, `sum_j dz_j scale y_j`. An audited call does this for up to 64 random
+rows and compares. What it finds stays on the device: the next audited call reads it, so that none waits for its own.
+A miss marks the families of that call as failed, so that `auto` runs elsewhere, and warns once.
 
     audited             loss    gradient of the query
-    one direction       yes     yes; no where the same matrix is a key, too, whose gradient needs all rows
+    one direction       yes     yes; not where the same matrix is a key, too, whose gradient needs all rows
     both directions     yes     no: it needs the normaliser of every column
     the sigmoid fold    yes     as in one direction
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import environment
 from ..backends import KERNELS, reference
-from ..problem import NORM_EPS, Block, Compare, Mask, Problem, stats_dtype, unit_rows, without_autocast
+from ..problem import NORM_EPS, Block, Compare, Problem, unit_rows, without_autocast
 from . import ask, families, verdicts
 from .verdicts import FAILED, Verdict
 
@@ -36,12 +36,14 @@ ROWS = 64
 # The formula and its gradient hold up to 16 numbers of 8 bytes for each similarity: 64 MiB up to 524288 columns.
 SIMILARITIES = (64 << 20) // (16 * 8)
 TILE = 1 << 20  # numbers of a tile of keys: 8 MiB
-# A miss is an error of more than 4 budgets. Of 64 rows eager's largest error is as much luck as ours, and it may be one
-# row alone: 2100 honest calls, as tests/test_audit.py draws them, had 1.6 at most. There a loss off by 1e-3 of itself
-# is a miss, and so is a gradient's row.
+# A miss is an error of more than 4 budgets. The budget is of the sampled rows alone, where eager may be lucky: the
+# largest error of 4000 honest calls (tests/test_audit.py draws them) was 0.7 budgets.
 MISS = 4.0
 # Four roundings of fp32 (a product, its scale, exp, the sum after it), one of tf32: as STEP and STEPS of cases.py.
 STEP, TF32_STEP = 2 * torch.finfo(torch.float32).eps, 2.0**-11
+# Tensor cores add 16-bit products in steps of 8 or more features, and cut what is below 2^-23 of the sum so far. Of a
+# sum that grows evenly this is D / 8 * 2^-23 / 2.
+CUT = 2.0**-27
 FLUSHED = 2.0**-100  # of an exponential, a weight and a sum: what fp32 may lose where fp64 has it
 
 logger = logging.getLogger("fusedloss")
@@ -61,7 +63,7 @@ class _Held(NamedTuple):
 
 
 def due() -> bool:
-    """Whether this call is one to look at. By chance, for a model with two losses has every other call."""
+    """Whether this call is to be audited: by chance, since a model with two losses has every other call."""
     share = environment.audit()
     return share > 0 and _draws.random() < share
 
@@ -69,17 +71,15 @@ def due() -> bool:
 def look(problem: Problem, backend: str, losses: Tensor, gradients: Sequence[Tensor | None]) -> None:
     """Read what the last audited call left, and compare some rows of this one.
 
-    losses: [M], weighted. gradients: of their sum, by the operands, None where not wanted. Nothing waits for the device
-    but the reading, for work of a call long past.
+    losses: [M], weighted. gradients: of their sum, by the operands, None where not wanted. Only the reading waits for
+    the device, for work of an earlier call.
     """
     precision, device = families.precision(problem.dtype), problem.device
     if backend not in KERNELS or precision is None or not auditable(problem) or ask.capturing(device):
         return
     _read(device)
-    room = SIMILARITIES // max(problem.columns, 1)
-    rows = _sample(problem.rows, max(1, min(ROWS, room)), device)
-    found = shares(problem, losses, gradients, rows)
-    done = None
+    rows = _sample(problem.rows, max(1, min(ROWS, SIMILARITIES // problem.columns)), device)
+    found, done = shares(problem, losses, gradients, rows), None
     if device.type != "cpu":
         found = found.to("cpu", non_blocking=True)  # into pinned memory
         done = torch.Event(device)
@@ -89,13 +89,15 @@ def look(problem: Problem, backend: str, losses: Tensor, gradients: Sequence[Ten
 
 
 def auditable(problem: Problem) -> bool:
-    """Whether a row's loss hangs on nothing but its own similarities, and smoothly so."""
-    fold, blocks = problem.fold, problem.blocks
-    if problem.prefixes or problem.ranks is not None or any(problem.margin) or not (problem.rows and problem.columns):
+    """Whether a row's loss depends on nothing but its own similarities, and smoothly."""
+    fold = problem.fold
+    if problem.prefixes or problem.ranks is not None or any(problem.margin):
+        return False
+    if not (problem.rows and problem.columns and problem.operands[0].shape[1]):
         return False
     if fold is not None and (fold.name != "sigmoid" or fold.distance not in ("", "cosine") or fold.itself):
         return False
-    for block in blocks:
+    for block in problem.blocks:
         mask = block.mask
         if mask.margin is not None or mask.guide is not None or block.penalty or block.own_penalty:
             return False
@@ -117,39 +119,37 @@ def forget() -> None:
 def shares(problem: Problem, losses: Tensor, gradients: Sequence[Tensor | None], rows: Tensor) -> Tensor:
     """[2]: the largest error of these rows' losses, and of their queries' gradient, as a share of the budget.
 
-    It is that of `testing.budget_share`, with what the condition of each row allows: see `_Rows`.
+    The budget is that of `testing.budget_share`, 2 x eager's error and a rounding, and for each row what its condition
+    allows: `_Rows.loss_moves`, `_Rows.gradient_moves`.
     """
     query = problem.blocks[0].query
     gradient = None if problem.symmetric or query in [block.key for block in problem.blocks] else gradients[query]
     with torch.inference_mode(False), torch.enable_grad(), without_autocast(losses):
-        wide, narrow = torch.float64, stats_dtype(problem.dtype)
-        exact, eager = _formula(problem, rows, wide), _formula(problem, rows, narrow)
-        tf32 = families.precision(problem.dtype) == "tf32"
-        logit = (TF32_STEP if tf32 else STEP) * exact.largest
-        flushed = problem.columns * FLUSHED
-        moves = logit * exact.terms + flushed
-        found = [_share(losses[rows], eager.losses, exact.losses, torch.float32, moves)]
-        if gradient is not None:
-            moves = (torch.finfo(problem.dtype).eps + logit) * exact.gradient_terms + flushed * exact.unit
-            if problem.softcap:  # 1 - tanh^2, of which only roundings are left where it is flat
-                moves = moves + 2 * torch.finfo(narrow).eps * problem.weight.detach()[rows].abs() * exact.unit
-            found.append(_share(gradient[rows], eager.gradient, exact.gradient, problem.dtype, moves[:, None]))
-        return torch.stack([*found, *[torch.zeros_like(found[0])] * (2 - len(found))])
+        exact, eager = (_formula(problem, rows, dtype) for dtype in (torch.float64, torch.float32))
+        loss = _share(losses[rows], eager.losses, exact.losses, torch.float32, exact.loss_moves)
+        if gradient is None:
+            return torch.stack([loss, torch.zeros_like(loss)])
+        moves = exact.gradient_moves[:, None]
+        return torch.stack([loss, _share(gradient[rows], eager.gradient, exact.gradient, problem.dtype, moves)])
+
+
+def _share(out: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype, moves: Tensor) -> Tensor:
+    """As `testing.budget_share`, without reading anything. Where eager is not finite, nothing is asked."""
+    out, eager = out.double(), eager.double()
+    counts = exact.isfinite() & eager.isfinite()
+    error = torch.where(counts, (out - exact).abs(), 0).nan_to_num(torch.inf)
+    eager_error, largest = (torch.where(counts, x.abs(), 0).amax() for x in (eager - exact, exact))
+    budget = 2 * eager_error + torch.finfo(dtype).eps * largest + moves.nan_to_num(0)
+    return torch.where(error == 0, 0, error / budget).amax()
 
 
 class _Rows(NamedTuple):
-    """What the formula says of some rows, and by how much roundings may move it.
-
-    A logit is off by `step * largest`, which moves a loss by that times `terms`, the sum of its derivatives' absolute
-    values. The gradient is a sum of as many terms times keys, of which each is rounded to the embeddings' dtype.
-    """
+    """What the formula says of some rows, and by how much roundings may move it."""
 
     losses: Tensor  # [R]
-    gradient: Tensor  # [R, D]
-    largest: Tensor  # [R], that a logit may be
-    terms: Tensor  # [R], sum of |dz|
-    gradient_terms: Tensor  # [R]
-    unit: Tensor  # [R], what a logit's derivative of 1 is in the gradient, at most
+    gradient: Tensor  # [R, D], of the queries
+    loss_moves: Tensor  # [R]
+    gradient_moves: Tensor  # [R], each element of a row
 
 
 def _formula(problem: Problem, rows: Tensor, dtype: torch.dtype) -> _Rows:
@@ -157,55 +157,74 @@ def _formula(problem: Problem, rows: Tensor, dtype: torch.dtype) -> _Rows:
     if not problem.symmetric:
         return found
     other = _one_way(_transposed(problem), rows, dtype)
-    losses, terms = (found.losses + other.losses) / 2, (found.terms + other.terms) / 2
-    largest = torch.maximum(found.largest, other.largest)
-    return found._replace(losses=losses, terms=terms, largest=largest)
+    losses, moves = (found.losses + other.losses) / 2, (found.loss_moves + other.loss_moves) / 2
+    return found._replace(losses=losses, loss_moves=moves)
 
 
 def _one_way(problem: Problem, rows: Tensor, dtype: torch.dtype) -> _Rows:
-    cut = _cut(problem, rows, dtype)
-    own = problem.blocks[0].query
+    cut, own = _cut(problem, rows, dtype), problem.blocks[0].query
     queries = {block.query: problem.operands[block.query].detach()[rows].to(dtype) for block in problem.blocks}
     similarities = []
     lengths = torch.zeros(len(rows), dtype=dtype, device=rows.device)  # |x_i| |y_j|, at most
-    largest_entry = lengths.new_zeros(())
+    entry = lengths.new_zeros(())  # of a key, the largest
     for block in problem.blocks:
-        x, key = queries[block.query], problem.operands[block.key].detach()
+        x = queries[block.query]
         x = unit_rows(x) if problem.cosine else x
-        sim = x.new_empty((len(rows), len(key)))
-        for tile in _tiles(key):
-            y = _keys(problem, key[tile], dtype)
-            torch.mm(x, y.T, out=sim[:, tile])
-            if len(y):
-                lengths = torch.maximum(lengths, x.norm(dim=1) * y.norm(dim=1).amax())
-                largest_entry = torch.maximum(largest_entry, y.abs().amax())
+        sim = x.new_empty((len(rows), len(problem.operands[block.key])))
+        for part, y in _tiles(problem, block, dtype):
+            torch.mm(x, y.T, out=sim[:, part])
+            lengths = torch.maximum(lengths, x.norm(dim=1) * y.norm(dim=1).amax())
+            entry = torch.maximum(entry, y.abs().amax())
         similarities.append(sim.requires_grad_())
     losses = reference.losses_of(cut, similarities)
     derivatives = torch.autograd.grad(losses.sum(), similarities)
+
     x = queries[own].requires_grad_()
-    gradient, terms = torch.zeros_like(x), torch.zeros_like(lengths)
+    gradient = torch.zeros_like(x)
     for block, by_sim in zip(problem.blocks, derivatives, strict=True):
-        terms = terms + by_sim.abs().sum(1)
-        key = problem.operands[block.key].detach()
-        for tile in _tiles(key) if block.query == own else ():
-            gradient = gradient + by_sim[:, tile] @ _keys(problem, key[tile], dtype)
-    by_similarity = largest_entry.expand_as(terms)
+        for part, y in _tiles(problem, block, dtype) if block.query == own else ():
+            gradient = gradient + by_sim[:, part] @ y
+    moved = cut.scale.abs() * entry  # of the gradient, by a logit's derivative of 1
     if problem.cosine:
         (gradient,) = torch.autograd.grad(unit_rows(x), x, gradient)
-        by_similarity = by_similarity / x.detach().norm(dim=1).clamp_min(NORM_EPS)
+        moved = moved / x.detach().norm(dim=1).clamp_min(NORM_EPS)
+
+    # A logit is off by a step of the largest that it may be, which moves the loss by as much times the derivative. It
+    # moves the derivative by as large a part of it, and that is rounded to the embeddings' dtype besides.
     scale = cut.scale.abs()
-    added = [block.bias.detach() for block in problem.blocks if block.bias is not None]
-    added += problem.fold.scalars if problem.fold is not None else ()
     largest = scale * lengths
-    for bias in added:
-        if bias.numel():
-            largest = largest + bias.detach().to(dtype).abs().nan_to_num(0, 0, 0).amax()
-    by_logit = terms / scale.clamp_min(torch.finfo(dtype).tiny)
-    return _Rows(losses.detach(), gradient, largest, by_logit, terms * by_similarity, scale * by_similarity)
+    for bias in [b.bias for b in cut.blocks if b.bias is not None] + list(cut.fold.scalars if cut.fold else ()):
+        largest = largest + bias.abs().nan_to_num(0, 0, 0).amax() if bias.numel() else largest
+    terms = sum(by_sim.abs().sum(1) for by_sim in derivatives) / scale.clamp_min(torch.finfo(dtype).tiny)  # sum |dz|
+    moves = _step(problem) * largest * terms + problem.columns * FLUSHED
+    # Of a bent logit roundings are left where its derivative is 0: its own, and that of 1 - tanh^2.
+    bent = STEP * cut.weight.abs() if problem.softcap else torch.zeros_like(moves)
+    gradient_moves = (moves + torch.finfo(problem.dtype).eps * terms + bent) * moved
+    return _Rows(losses.detach(), gradient, moves + problem.softcap * bent, gradient_moves)
+
+
+def _step(problem: Problem) -> float:
+    precision = families.precision(problem.dtype)
+    if precision in ("bf16", "fp16"):
+        return STEP + CUT * problem.operands[0].shape[1]
+    return TF32_STEP if precision == "tf32" else STEP
+
+
+def _tiles(problem: Problem, block: Block, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """A block's keys as they enter the similarities, some at a time, and which."""
+    key = problem.operands[block.key].detach()
+    size = max(1, TILE // key.shape[1])
+    for start in range(0, len(key), size):
+        part = slice(start, start + size)
+        y = key[part].to(dtype)
+        yield part, unit_rows(y) if problem.cosine else y
+
+
+# Some rows as a problem -----------------------------------------------------------------------------------------------
 
 
 def _cut(problem: Problem, rows: Tensor, dtype: torch.dtype) -> Problem:
-    """Of these rows alone, whose similarities come from elsewhere."""
+    """These rows alone, for `reference.losses_of`, which reads no embeddings."""
 
     def up(x: Tensor) -> Tensor:
         return x.detach().to(dtype, copy=True)  # autograd saves it, and cannot save what inference_mode made
@@ -214,33 +233,24 @@ def _cut(problem: Problem, rows: Tensor, dtype: torch.dtype) -> Problem:
     if fold is not None:
         labels = None if fold.labels is None else (fold.labels[0][rows], fold.labels[1])
         fold = dataclasses.replace(fold, labels=labels, scalars=tuple(up(x) for x in fold.scalars))
+    blocks = []
+    for block in problem.blocks:
+        mask = block.mask._replace(
+            compare=tuple(Compare(c.rows[rows], c.keys, c.keep) for c in block.mask.compare),
+            dense=None if block.mask.dense is None else block.mask.dense[rows],
+            skip=None if block.mask.skip is None else block.mask.skip[rows],
+        )
+        blocks.append(Block(0, 0, None if block.bias is None else up(block.bias), mask))
     return dataclasses.replace(
         problem,
         operands=(problem.operands[problem.blocks[0].query].detach()[rows],),
-        blocks=tuple(
-            dataclasses.replace(
-                block,
-                query=0,
-                key=0,
-                bias=None if block.bias is None else up(block.bias),
-                mask=_cut_mask(block.mask, rows),
-            )
-            for block in problem.blocks
-        ),
+        blocks=tuple(blocks),
         scale=up(problem.scale),
         target=problem.target[rows],
         weight=up(problem.weight[rows]),
         symmetric=False,
         wants_tally=False,
         fold=fold,
-    )
-
-
-def _cut_mask(mask: Mask, rows: Tensor) -> Mask:
-    return mask._replace(
-        compare=tuple(Compare(c.rows[rows], c.keys, c.keep) for c in mask.compare),
-        dense=None if mask.dense is None else mask.dense[rows],
-        skip=None if mask.skip is None else mask.skip[rows],
     )
 
 
@@ -263,30 +273,11 @@ def _transposed(problem: Problem) -> Problem:
     )
 
 
-def _tiles(key: Tensor) -> list[slice]:
-    size = max(1, TILE // max(key.shape[1], 1))
-    return [slice(start, start + size) for start in range(0, len(key), size)]
-
-
-def _keys(problem: Problem, key: Tensor, dtype: torch.dtype) -> Tensor:
-    return unit_rows(key.to(dtype)) if problem.cosine else key.to(dtype)
-
-
 def _sample(count: int, most: int, device: torch.device) -> Tensor:
     if count <= most:
         return torch.arange(count, device=device)
     generator = torch.Generator(device).manual_seed(_draws.getrandbits(63))
     return torch.randint(count, (most,), generator=generator, device=device)
-
-
-def _share(out: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype, moves: Tensor) -> Tensor:
-    """As `testing.budget_share`, without reading anything. Where eager is not finite, nothing is asked."""
-    out, eager = out.double(), eager.double()
-    counts = exact.isfinite() & eager.isfinite()
-    error = torch.where(counts, (out - exact).abs(), 0).nan_to_num(torch.inf)
-    eager_error, largest = (torch.where(counts, x.abs(), 0).amax() for x in (eager - exact, exact))
-    budget = 2 * eager_error + torch.finfo(dtype).eps * largest + moves.nan_to_num(0)
-    return torch.where(error == 0, 0, error / budget).amax()
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
