@@ -59,7 +59,7 @@ class _Held(NamedTuple):
     shares: Tensor  # [2], of the budget: the losses' and the gradient's; on the host once `done`
     done: torch.Event | None
     names: tuple[str, ...]  # of the families that a miss concerns
-    about: str
+    about: list[str]
 
 
 def due() -> bool:
@@ -79,7 +79,13 @@ def look(problem: Problem, backend: str, losses: Tensor, gradients: Sequence[Ten
         return
     _read(device)
     rows = _sample(problem.rows, max(1, min(ROWS, SIMILARITIES // problem.columns)), device)
-    found, done = shares(problem, losses, gradients, rows), None
+    try:
+        found, done = shares(problem, losses, gradients, rows), None
+    except torch.OutOfMemoryError:  # 100 MiB, where a step may have left none
+        if (device, ()) not in _said:
+            _said.add((device, ()))
+            logger.warning("fusedloss: no memory is left on %s for an audit (FUSEDLOSS_AUDIT): it is left out", device)
+        return
     if device.type != "cpu":
         found = found.to("cpu", non_blocking=True)  # into pinned memory
         done = torch.Event(device)
@@ -296,33 +302,36 @@ def _read(device: torch.device) -> None:
     _said.add((device, held.names))
     reason = f"audit of a run: {'a loss' if loss > MISS else 'a gradient'} is off by {worst:.3g} of the budget"
     ask.learn(device, {name: Verdict(FAILED, 1, worst=worst, reason=reason) for name in held.names})
-    about = "\n".join(f"    {name}: {value}" for name, value in verdicts.key(device).items())
+    lines = [
+        *(f"{name}: {value}" for name, value in verdicts.key(device).items()),
+        *held.about,
+        f"off by, in budgets: loss {loss:.3g}, gradient {gradient:.3g} (more than {MISS:g} is a miss)",
+        f"marked failed: {', '.join(held.names)}",
+    ]
     logger.warning(
-        "fusedloss: kernels gave a wrong result in this run, and `auto` runs elsewhere from now on. Earlier steps may "
-        "be wrong, too. Please report it with this block:\n%s\n%s\n    off by, in budgets: loss "
-        "%.3g, gradient %.3g (more than %g is a miss)\n    marked failed: %s",
-        about,
-        held.about,
-        loss,
-        gradient,
-        MISS,
-        ", ".join(held.names),
+        "fusedloss: kernels gave a wrong result in this run, and `auto` runs elsewhere until "
+        "`python -m fusedloss verify` has proved them again. Earlier steps may be wrong, too. "
+        "Please report it with this block:\n%s",
+        "\n".join("    " + line for line in lines),
     )
 
 
-def _described(problem: Problem, backend: str, precision: str) -> str:
+def _described(problem: Problem, backend: str, precision: str) -> list[str]:
     options = [
         f"{field.name}={value!r}"
         for field in dataclasses.fields(problem)
         if isinstance(value := getattr(problem, field.name), (bool, int, float)) and value != field.default
     ]
     for number, block in enumerate(problem.blocks):
-        given = [name for name in ("compare", "dense", "skip") if getattr(block.mask, name) not in (None, ())]
-        given += ["bias"] if block.bias is not None else []
+        mask = block.mask
+        parts = {"compare": mask.compare or None, "dense": mask.dense, "skip": mask.skip, "bias": block.bias}
+        given = [name for name, part in parts.items() if part is not None]
         options.append(f"block {number}: {', '.join(given) or 'plain'}")
     if problem.fold is not None:
         options.append(f"fold {problem.fold.name}")
     shape = (problem.rows, problem.columns, problem.operands[0].shape[1])
-    return (
-        f"    backend: {backend}, {precision}\n    M, N, D: {shape}, {problem.dtype}\n    options: {'; '.join(options)}"
-    )
+    return [
+        f"backend: {backend}, {precision}",
+        f"M, N, D: {shape}, {problem.dtype}",
+        f"options: {'; '.join(options)}",
+    ]
