@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import random
@@ -13,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss
-from fusedloss import backends, op, sweep
+from fusedloss import backends, op, sweep, testing
 from fusedloss.backends import reference
 from fusedloss.problem import Block, Compare, Fold, Guide, Margin, Mask, Problem, Ranks
 from fusedloss.trust import ask, audit, families, verdicts
@@ -137,7 +138,13 @@ def honest(seed):
     bound = scale if draw.random() < 0.5 else None
     options = {"cosine": cosine, "scale_bound": bound}
     weight = torch.where(normal(M) > 1.5, 0, torch.rand(M, generator=g) / M)
-    operands, blocks, target = (x, y), (Block(0, 1),), whole(N, M)
+    masks = (
+        Mask(dense=torch.rand(M, N, generator=g) < 0.5),
+        Mask(compare=(Compare(whole(4, M), whole(4, N), False),)),
+        Mask(compare=(Compare(whole(3, M), whole(3, N), True),)),
+    )
+    mask = draw.choice(masks) if kind == "masks" or (kind == "symmetric" and seed % 4) else Mask()
+    operands, blocks, target = (x, y), (Block(0, 1, mask=mask),), whole(N, M)
     if kind == "symmetric":
         target, options["symmetric"] = torch.arange(M), True
     elif kind == "itself":
@@ -146,20 +153,6 @@ def honest(seed):
     elif kind == "blocks":
         blocks = (Block(0, 1, bias=normal(N) * 3), Block(0, 2))
         operands = (x, y, normal(draw.choice([1, 33]), D).to(dtype))
-    elif kind == "masks":
-        blocks = (
-            Block(
-                0,
-                1,
-                mask=draw.choice(
-                    [
-                        Mask(dense=torch.rand(M, N, generator=g) < 0.5),
-                        Mask(compare=(Compare(whole(4, M), whole(4, N), False),)),
-                        Mask(compare=(Compare(whole(3, M), whole(3, N), True),)),
-                    ]
-                ),
-            ),
-        )
     elif kind == "sigmoid":
         labels = draw.choice([None, (whole(5, M), whole(5, N))])
         options["fold"] = Fold("sigmoid", labels=labels, scalars=(torch.tensor(-10.0),))
@@ -178,15 +171,15 @@ def swept(problem):
     return result.rows, list(result.operands)
 
 
-def largest(seeds):
+def largest(seeds, rows=None):
     """The largest share of the budget among honest runs."""
     found = 0.0
     for seed in seeds:
         problem, kind = honest(seed)
         assert audit.auditable(problem), kind
         count, g = random.Random(seed).choice([1, 2, 64]), torch.Generator().manual_seed(seed)
-        rows = torch.randint(problem.rows, (count,), generator=g)  # not in order: each part of a row is found by it
-        found = max(found, *audit.shares(problem, *swept(problem), rows).tolist())
+        some = torch.randint(problem.rows, (count,), generator=g)  # not in order: whatever is of a row is looked up
+        found = max(found, *audit.shares(problem, *swept(problem), some if rows is None else rows).tolist())
     return found
 
 
@@ -195,8 +188,30 @@ def test_honest_runs_do_not_miss():
 
 
 def test_honest_bent_logits_do_not_miss():
-    """Where tanh is flat no derivative is left, and a logit of 20 is rounded all the same."""
-    assert largest([756, 1548]) < 1
+    """Where tanh is flat no derivative is left, and a logit of 20 is rounded all the same, as is `1 - tanh^2`."""
+    rows, eps = torch.arange(40), torch.finfo(torch.float32).eps
+    x, weight = draws(40, 1).sign(), torch.full((40,), 1 / 40)
+    problem = Problem((x, x.clone()), (Block(0, 1),), torch.tensor(1000.0), rows, weight, softcap=20.0)
+    losses, (gradient, _) = swept(problem)
+    rounded = losses + 20 * eps / 40, [gradient + eps / 2 * 1000 / 40, None]
+    assert audit.shares(problem, *rounded, rows).max() < 1
+
+
+def test_the_budget():
+    """That of `testing.budget_share`, but for what the condition of each row adds, and what eager does not have."""
+    exact = draws(8, 3).double()
+    eager, out = exact + 1e-3 * draws(8, 3, seed=1), exact + 5e-3 * draws(8, 3, seed=2)
+    share = functools.partial(audit._share, exact=exact, dtype=torch.bfloat16)
+    none, nan = torch.zeros(8, 1), torch.where(exact == exact[2, 1], torch.nan, 0)
+    wanted = testing.budget_share(out, eager, exact, torch.bfloat16)
+    assert share(out, eager, moves=none).item() == pytest.approx(wanted) and 0.1 < wanted < 1
+    third = (torch.arange(8) == 2)[:, None]
+    wrong = exact + 100.0 * third
+    assert share(wrong, exact, moves=none) > 1000
+    assert share(wrong, exact, moves=100.0 * third) < 1
+    assert share(wrong, exact, moves=100.0 * third.roll(1, 0)) > 1000
+    assert share(exact + nan, eager, moves=none) == torch.inf
+    assert share(exact + nan, exact + nan, moves=none) == 0
 
 
 @pytest.mark.grid
@@ -290,6 +305,7 @@ def test_what_cannot_be_audited_alone_is_left_out():
         problem(prefixes=(2, 4), prefix_weights=(1.0, 1.0), cosine=True),
         problem(margin=Margin(0.5), cosine=True),
         problem(ranks=Ranks("group", 0, (8,)), symmetric=True),
+        problem(label_smoothing=0.1, symmetric=True),
         problem(fold=Fold("margin_ranking", (1.0, 1.0))),
         problem(fold=Fold("sup_con_in", labels=(labels, labels), itself=True)),
     ):
@@ -422,6 +438,14 @@ def test_without_memory_the_run_goes_on(monkeypatch, caplog):
     torch.testing.assert_close(found, run("reference"))
     (line,) = caplog.messages
     assert "no memory is left on cpu for an audit" in line and not audit._held
+
+
+def test_autocast_narrows_no_formula():
+    problem, rows = moderate("plain"), torch.arange(70)
+    found = swept(problem)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = audit.shares(problem, *found, rows)
+    assert torch.equal(within, audit.shares(problem, *found, rows))
 
 
 def test_under_inference_mode():

@@ -107,9 +107,11 @@ def auditable(problem: Problem) -> bool:
         mask = block.mask
         if mask.margin is not None or mask.guide is not None or block.penalty or block.own_penalty:
             return False
-        if problem.symmetric and (mask.skip is not None or block.bias is not None):  # no loss has these
+        if problem.symmetric and (mask.skip is not None or block.bias is not None):
             return False
-    return True
+    # No loss has these, and those above, in both directions.
+    rest = problem.label_smoothing or problem.decoupled or problem.z_loss or problem.copies != 1
+    return not (problem.symmetric and rest)
 
 
 def forget() -> None:
@@ -272,10 +274,6 @@ def _transposed(problem: Problem) -> Problem:
         problem,
         blocks=(Block(block.key, block.query, mask=turned),),
         target=torch.arange(problem.rows, device=problem.device),
-        label_smoothing=0.0,
-        decoupled=False,
-        z_loss=0.0,
-        copies=1,
     )
 
 
