@@ -296,7 +296,9 @@ def test_while_torch_compile_traces_nothing_is_verified(plant, monkeypatch, capl
     plant("proves")
     ran = []
     execute = op.execute
-    monkeypatch.setattr(op, "execute", lambda plan, *rest: ran.append(plan.backend) or execute(plan, *rest))
+    monkeypatch.setattr(
+        op, "execute", lambda plan, *rest, **how: ran.append(plan.backend) or execute(plan, *rest, **how)
+    )
     query, key = torch.randn(2, 9, 5)
     logged = lambda: [record.getMessage() for record in caplog.records if record.name == "fusedloss"]
 
