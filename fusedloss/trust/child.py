@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -53,9 +52,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _end_with_the_parent() -> None:
-    """Who holds the other end of stdin."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdin.buffer.read()
+    """Who holds the other end of stdin. Not by sys.stdin: a thread that holds its lock aborts the interpreter's end."""
+    with contextlib.suppress(OSError):
+        while os.read(0, 1 << 10):
+            pass
     os._exit(1)
 
 
