@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from fusedloss.backends import KERNELS
 from fusedloss.results import summary
-from fusedloss.trust.order import is_entry
+from fusedloss.trust.order import is_entry, rows_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -221,7 +221,8 @@ def gpus(folder: Path) -> str:
             machine = f"{device['name']}; torch {about['torch']}, fusedloss {about['fusedloss']}"
             for entry in sorted(filter(is_entry, device["races"]), key=lambda e: (e["kind"], e["N"])):
                 loss, _, bounded = entry["kind"].partition(", ")
-                if bounded and all(entry[name] == value for name, value in RACED.items()):
+                square = rows_of(entry) == entry["N"]
+                if bounded and square and all(entry[name] == value for name, value in RACED.items()):
                     times = [number(entry["seconds"], name, "{:.3g}", 1e-3) for name in ("chunked", "reference")]
                     fastest = number(entry["seconds"], entry["backend"], "{:.3g}", 1e-3)
                     rows.append([machine, loss, str(entry["N"]), entry["backend"], fastest, *times])

@@ -114,24 +114,23 @@ def _proved(device: torch.device, wanted: list[str], again: bool, tick: show.Tic
     return "\n".join(lines)
 
 
-def raced(device: torch.device, points: Sequence[tuple[int, int]], again: bool, tick: show.Tick) -> str:
+def raced(device: torch.device, points: Sequence[race.Point], again: bool, tick: show.Tick) -> str:
     """Times what is proved, where that is not done, and keeps each entry as it comes; "" or why there are no more."""
-    known = [entry for entry in verdicts.read(device).races if order.is_entry(entry)]
+    known = order.kept(device)
     todo = {}
     for precision in families.PRECISIONS:
         backends = [name for name in KERNELS if _proves_the_sweep(device, name, precision)]
-        timed = [set(backends) <= set(entry["seconds"]) for entry in known if entry["dtype"] == precision]
-        if backends and (again or not any(timed)):
+        full = [e for e in known if e["dtype"] == precision and set(backends) <= set(e["seconds"])]
+        timed = {(order.rows_of(entry), entry["N"], entry["D"]) for entry in full}.intersection(points)
+        # A first use times a few of them, and not all of them run on every card.
+        if backends and (again or 2 * len(timed) < len(points)):
             todo[precision] = backends
 
     def found(entry: dict[str, Any]) -> None:
-        nonlocal known
-        known = order.merged(known, [entry])
-        verdicts.keep(device, {}, known)
-        tick("{device} {dtype}, {kind}, {N} x {D}: {backend}".format(device=device, **entry))
+        order.learn(device, entry)
+        tick(f"{device} {entry['dtype']}, {entry['kind']}, {order.size_of(entry)}: {entry['backend']}")
 
     why = ask.race_in_child(device, todo, points, found) if todo else ""
-    order.forget()
     return f"{device}: the race ended early: {why}" if why else ""
 
 
@@ -173,7 +172,7 @@ def _tables(rows: list[dict[str, Any]], seconds: float) -> None:
         called = verdicts.key(torch.device(device))["device"]
         good = sum(row["verdict"].state == PROVED for row in own)
         show.table(f"{device}, {called}: {good} of {len(own)} families proved, {seconds:.0f} s", COLUMNS, table)
-        entries = [entry for entry in verdicts.read(torch.device(device)).races if order.is_entry(entry)]
+        entries = order.kept(torch.device(device))
         for precision in families.PRECISIONS:
             wins = collections.Counter(entry["backend"] for entry in entries if entry["dtype"] == precision)
             if wins:

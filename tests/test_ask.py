@@ -18,8 +18,8 @@ from patience import seconds
 import fusedloss
 from fusedloss import UnsupportedError, backends, op, rows
 from fusedloss.backends import select, select_rowwise
-from fusedloss.problem import Block, Problem
-from fusedloss.trust import ask, cases, families, verdicts
+from fusedloss.problem import Block, Fold, Problem
+from fusedloss.trust import ask, cases, families, order, verdicts
 from fusedloss.trust.verdicts import FAILED, PROVED, UNKNOWN, Verdict
 
 pytest.importorskip("triton")
@@ -59,6 +59,7 @@ def problem(dtype=torch.float32, **options):
     return Problem((x, x), (Block(0, 1),), ones[0], torch.arange(8), ones, **options)
 
 
+SIZE = ("one direction", 8, 8, 4)
 NAMES = [verdicts.name_of("triton", family, "fp32") for family in families.of_problem(problem(), "triton")]
 
 
@@ -440,6 +441,157 @@ def test_a_folder_that_cannot_be_written_is_a_verdict_in_memory(plant, monkeypat
     _, after = caplog.messages
     assert "kept in memory alone (" in after
     correct()
+
+
+# The race after the proof --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """As if work on a CPU could be timed as that of a GPU is."""
+    monkeypatch.setattr(ask, "TIMED", ("cpu",))
+    monkeypatch.setattr(ask, "RACE", seconds(120))
+    return lambda: order.kept(CPU)
+
+
+def test_the_first_use_races_around_its_size(plant, timed, caplog, tmp_path):
+    asked = tmp_path / "asked"
+    plant(f"races:{asked}")
+    assert select(problem(), "auto") == "triton"
+    assert json.loads(asked.read_text()) == [{"fp32": ["triton"]}, [8, 8, 4], ["one direction"]]
+    assert [order.size_of(entry) for entry in timed()] == ["8 x 8 x 4", "32 x 32 x 4", "128 x 128 x 4"]
+    _, after = caplog.messages
+    assert f"{len(NAMES)} of {len(NAMES)} families" in after and states() == dict.fromkeys(NAMES, PROVED)
+    assert "; fastest: chunked at 8 x 8 x 4, chunked at 32 x 32 x 4, chunked at 128 x 128 x 4" in after
+    plant("raises")
+    assert select(problem(), "auto") == "chunked"
+    ask.forget()  # as another process
+    assert select(problem(), "auto") == "chunked" and len(caplog.messages) == 2
+    correct()
+
+
+RACES = [
+    ("race raises", 1, "; the race ended early: exit code 1, RuntimeError: an illegal memory access was encountered"),
+    ("race crashes", 1, "; the race ended early: ended by SIGSEGV"),
+    ("race killed", 1, "; the race ended early: ended by SIGKILL"),
+    ("race hangs", 0, "; the race ended early: not done within 0 s"),
+    ("race says nonsense", 1, None),
+]
+
+
+@pytest.mark.parametrize("fault, entries, said", RACES, ids=[fault for fault, *_ in RACES])
+def test_a_race_that_fails_takes_no_verdict_along(fault, entries, said, plant, timed, monkeypatch, caplog, capfd):
+    plant(fault)
+    if fault == "race hangs":
+        monkeypatch.setattr(ask, "RACE", 0.3)
+    assert select(problem(), "auto") == "triton"
+    assert states() == dict.fromkeys(NAMES, PROVED) and len(timed()) == entries
+    _, after = caplog.messages
+    assert f"{len(NAMES)} of {len(NAMES)} families" in after and "unknown" not in after
+    assert said in after if said else "ended early" not in after
+    plant("raises")
+    assert select(problem(), "auto") == ("chunked" if entries else "triton")
+    correct()
+    assert "Traceback" not in "".join([*capfd.readouterr(), *caplog.messages])
+
+
+@pytest.mark.parametrize("fault", ["fails", "exits", "no memory"])
+def test_what_is_not_proved_is_not_raced(fault, plant, timed, monkeypatch, caplog):
+    """The child does not begin with it (`test_trust_race.py`), and no other child is asked to."""
+    plant(f"{fault}:stats")
+    asked = []
+    monkeypatch.setattr(ask._Child, "__init__", given(ask._Child.__init__, asked))
+    assert select(problem(), "auto") == "chunked"
+    assert ["race" in names for names in asked] == [True] + [False] * (fault == "exits")
+    assert "race" not in "".join(caplog.messages)
+
+
+def given(start, asked):
+    def started(child, device, names):
+        asked.append(names)
+        start(child, device, [name for name in names if " " in name and name[0] != "{"])
+
+    return started
+
+
+def test_a_race_is_of_all_that_is_proved_and_of_the_call_s_kind(plant, timed, monkeypatch, tmp_path):
+    asked = tmp_path / "asked"
+    plant(f"races:{asked}")
+    monkeypatch.setattr(backends.triton, "why_not", lambda problem: None)
+    learn(PROVED, *(name.replace("triton", "cuda") for name in NAMES))
+    x, ones = torch.ones(9, 4), torch.ones(9)
+    bounded = {"cosine": True, "scale_bound": 20.0}
+    select(Problem((x, x[:5]), (Block(0, 1),), ones[0], torch.zeros(9, dtype=torch.int64), ones), "auto")
+    select(problem(symmetric=True, **bounded), "auto")
+    assert [json.loads(line) for line in asked.read_text().splitlines()] == [
+        [{"fp32": ["cuda", "triton"]}, [9, 5, 4], ["one direction"]],
+        [{"fp32": ["triton"]}, [8, 8, 4], ["both directions, bounded"]],
+    ]
+    # what was timed is not timed again for a family more
+    ask.admits("triton", (*families.of_problem(problem(), "triton"), "masks"), torch.float32, CPU, SIZE)
+    assert states()["triton masks fp32"] == PROVED and len(asked.read_text().splitlines()) == 2
+
+
+def test_what_has_no_place_in_a_table_is_not_raced(plant, timed, tmp_path):
+    asked = tmp_path / "asked"
+    plant(f"races:{asked}")
+    for options in ({"fold": Fold("sigmoid")}, {"top": True}):
+        assert select(problem(**options), "auto") == "triton"
+    empty = Problem((torch.ones(0, 4),) * 2, (Block(0, 1),), torch.ones(()), torch.arange(0), torch.ones(0))
+    assert select(empty, "auto") == "triton"
+    assert select_rowwise("auto", torch.ones(2, 2), "pairs") == "triton"
+    assert not asked.exists() and len(states()) > len(NAMES)
+
+
+@pytest.mark.parametrize("mode", ["off", "trust", "inline"])
+def test_in_other_modes_nothing_is_raced(mode, plant, timed, monkeypatch):
+    plant("raises")
+    monkeypatch.setenv("FUSEDLOSS_VERIFY", mode)
+    monkeypatch.setattr(
+        ask, "prove_inline", lambda device, names, found: [found(name, Verdict(PROVED, 1)) for name in names]
+    )
+    assert select(problem(), "auto") == ("chunked" if mode == "off" else "triton") and timed() == []
+
+
+def test_on_a_device_that_is_not_timed_nothing_is_raced(plant, tmp_path):
+    asked = tmp_path / "asked"
+    plant(f"races:{asked}")
+    assert select(problem(), "auto") == "triton" and not asked.exists() and order.kept(CPU) == []
+
+
+def test_times_that_cannot_be_kept_count_in_this_process(plant, timed, monkeypatch):
+    plant("races")
+    monkeypatch.setenv("FUSEDLOSS_CACHE_DIR", "/proc/fusedloss")
+    assert [select(problem(), "auto") for _ in range(2)] == ["triton", "chunked"]
+
+
+def test_who_waits_for_a_proof_waits_for_its_times(plant, timed, monkeypatch):
+    monkeypatch.setattr(ask, "TOTAL", seconds(120))
+    plant("races")
+    assert in_processes(2, lambda number: [select(problem(), "auto") for _ in range(2)][1]) == ["chunked"] * 2
+
+
+IN_A_CHILD = """
+import sys
+from fusedloss.trust import child, race
+race.LEAST = 64
+child.cases.prove = lambda *asked: ("proved", 1, 0.1, 0.5, "")
+sys.exit(child.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.interpreter
+def test_the_child_races_after_its_proofs(timed, monkeypatch, caplog):
+    """The real race, of Triton in its interpreter."""
+    monkeypatch.setattr(ask, "COMMAND", [sys.executable, "-c", IN_A_CHILD])
+    monkeypatch.setattr(ask, "SILENCE", seconds(600))
+    monkeypatch.setattr(ask, "TOTAL", seconds(600))
+    monkeypatch.setattr(ask, "RACE", seconds(600))
+    assert select(problem(), "auto") == "triton"
+    assert sorted(map(order.size_of, timed())) == ["16 x 16 x 4", "4 x 4 x 4", "64 x 64 x 4"], caplog.messages
+    assert "ended early" not in caplog.messages[1], caplog.messages
+    assert all(set(entry["seconds"]) == {"triton", "chunked", "reference"} for entry in timed())
+    assert select(problem(), "auto") != "triton"  # the interpreter is never the fastest
 
 
 # A kernel that is wrong -----------------------------------------------------------------------------------------------

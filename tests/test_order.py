@@ -12,7 +12,7 @@ import fusedloss
 from fusedloss import backends, checks
 from fusedloss.backends import select, select_rowwise
 from fusedloss.problem import Block, Fold, Problem
-from fusedloss.trust import order, verdicts
+from fusedloss.trust import families, order, verdicts
 
 BOTH = ("cuda", "triton", "chunked", "reference")
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def measured(monkeypatch, tmp_path):
 
     def raced(*table, own=(), names=BOTH):
         monkeypatch.setattr(order, "_shipped", lambda: list(table))
-        monkeypatch.setattr(order, "_capability", lambda device: [9, 0])
+        monkeypatch.setattr(order, "capability", lambda device: [9, 0])
         monkeypatch.setitem(backends.AUTO, "cpu", names)
         for module in (backends.cuda, backends.triton):
             monkeypatch.setattr(module, "why_not", lambda problem: None)
@@ -87,6 +87,32 @@ def test_points_are_of_the_same_device_precision_and_kind(measured, monkeypatch)
     assert select(problem(4096, 768), "auto") == "chunked"
 
 
+def test_rows_count_as_much_as_columns(measured):
+    square, wide = point(4096, 768, "triton"), point(65536, 768, "chunked") | {"M": 128}
+    measured(square, wide)
+    x, y = (torch.empty(1).expand(rows, 768) for rows in (128, 65536))
+    row = torch.empty(1).expand(128)
+    turned = torch.empty(1).expand(65536)
+    assert select(Problem((x, y), (Block(0, 1),), torch.ones(()), row, row), "auto") == "chunked"
+    assert select(Problem((y, x), (Block(0, 1),), torch.ones(()), turned, turned), "auto") == "triton"
+    assert select(problem(65536, 768), "auto") == "triton"  # a factor of 16 away, and of 512 in rows alone
+    assert not order.is_entry(wide | {"M": 0}) and not order.is_entry(wide | {"M": "256"})
+    assert order.merged([square, wide], [wide | {"M": 512}]) == [square, wide, wide | {"M": 512}]
+
+
+def test_the_families_of_a_kind_are_those_of_its_problem():
+    for kinds, symmetric in zip(order.KINDS, (False, True), strict=True):
+        for kind, options in zip(kinds, ({}, {"cosine": True, "scale_bound": 20.0}), strict=True):
+            for dtype, precision in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+                asked = problem(64, 8, dtype, symmetric=symmetric, **options)
+                if precision != "fp16":
+                    assert order.raced_as(asked) == (kind, 64, 64, 8)
+                for backend in families.BACKENDS:
+                    needed = order.needs(backend, precision, kind)
+                    assert needed == families.of_problem(asked, backend)
+                    assert set(needed) <= set(families.of_backend(backend, precision))
+
+
 def test_what_was_raced_here_comes_before_what_ships(measured):
     shipped, own = point(4096, 768, "triton", "cuda"), point(65536, 64, "chunked", "triton", "cuda")
     measured(shipped, own=[own])
@@ -111,7 +137,7 @@ def test_what_was_raced_here_comes_before_what_ships(measured):
 )
 def test_what_is_no_entry_is_left_out(measured, entry):
     measured(own=[entry, point(64, 8, "chunked")])
-    assert order._raced(CPU) == [point(64, 8, "chunked")]
+    assert order.raced(CPU) == [point(64, 8, "chunked")]
     assert select(problem(64, 8), "auto") == "chunked"
 
 

@@ -80,7 +80,8 @@ def select(problem: Problem, backend: str, *, plain: bool = True) -> str:
 
 def _proved(name: str, problem: Problem) -> bool:
     needed, x = families.of_problem(problem, name), problem.operands[0]
-    if not ask.admits(name, needed, x.dtype, x.device):
+    size = None if torch.compiler.is_compiling() else order_.raced_as(problem)  # there sizes may be symbols
+    if not ask.admits(name, needed, x.dtype, x.device, size):
         return False
     # A guide may be of another dtype.
     if "guide" not in needed:

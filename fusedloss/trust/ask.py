@@ -7,13 +7,15 @@ FUSEDLOSS_VERIFY = first    what is unknown is proved before its first use, by a
 
 The child is a fresh interpreter with a time limit. An illegal access or a hang takes it, and not the training. It says
 which family it tries; the one in which it dies has failed, and a new child goes on with the next. Where it cannot work
-at all (no memory, no second context on the card) families stay unknown: that is said once and not kept.
+at all (no memory, no second context on the card) families stay unknown: that is said once and not kept. After the
+proofs it times what is proved at three sizes around the call's, for `order.py`; no verdict hangs on that.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import importlib
 import json
@@ -38,10 +40,13 @@ from .verdicts import FAILED, PROVED, UNKNOWN, Verdict
 
 COMMAND = [sys.executable, "-m", "fusedloss", "verify", "--child"]
 SILENCE = 120.0  # seconds that one kernel may compile, or a family's cases run, without a word
+RACE = 60.0  # that the race after a proof may take, within TOTAL
 TOTAL = 300.0  # of all that one call waits for: less than what other ranks wait for it in a collective
+TIMED = ("cuda",)  # ROCm's is called so, too; of others `measure` does not wait for the work
 AHEAD = "`python -m fusedloss verify` does it ahead of time"
 # Who ends processes sends these, or the host without memory; no kernel does.
 FROM_OUTSIDE = [-getattr(signal, name) for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+Size = tuple[str, int, int, int]  # of a call: its kind in the tables of `order.py`, M, N and D
 logger = logging.getLogger("fusedloss")
 
 _known: dict[torch.device, dict[str, Verdict]] = {}  # of this process: the file's, and what it has seen itself
@@ -51,13 +56,18 @@ _asks = True  # not within `unasked`
 _one_at_a_time = threading.RLock()
 
 
-def admits(backend: str, families: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `auto` may run these families of a backend there."""
+def admits(
+    backend: str, families: tuple[str, ...], dtype: torch.dtype, device: torch.device, size: Size | None = None
+) -> bool:
+    """Whether `auto` may run these families of a backend there.
+
+    size: around which they are timed once they are proved; None: nowhere.
+    """
     if torch.compiler.is_compiling():
         return _while_tracing(backend, families, dtype, device)
     precision = families_.precision(dtype)
     settled = _settled.get((backend, families, precision, device))
-    return _decide(backend, families, precision, device) if settled is None else settled
+    return _decide(backend, families, precision, device, size) if settled is None else settled
 
 
 @environment.constant
@@ -75,7 +85,9 @@ def _while_tracing(backend: str, families: tuple[str, ...], dtype: torch.dtype, 
         return _all_hold(names, device, mode)
 
 
-def _decide(backend: str, families: tuple[str, ...], precision: str | None, device: torch.device) -> bool:
+def _decide(
+    backend: str, families: tuple[str, ...], precision: str | None, device: torch.device, size: Size | None
+) -> bool:
     mode = environment.verify()
     if precision is None:
         return False
@@ -89,7 +101,7 @@ def _decide(backend: str, families: tuple[str, ...], precision: str | None, devi
                     f"some is unknown, and another one runs. {AHEAD}"
                 )
                 return False
-            _verify(device, unknown, mode)
+            _verify(device, unknown, mode, size if mode == "first" and device.type in TIMED else None)
         admitted = _all_hold(names, device, mode)
         # What hangs on the mode is decided anew at each call.
         if all(_state(device, name) != UNKNOWN for name in names):
@@ -163,8 +175,8 @@ def _say(text: str) -> None:
 # Verifying ------------------------------------------------------------------------------------------------------------
 
 
-def _verify(device: torch.device, names: list[str], mode: str) -> None:
-    """A verdict of each name, or UNKNOWN for this process; one line before and one after."""
+def _verify(device: torch.device, names: list[str], mode: str, size: Size | None) -> None:
+    """A verdict of each name, or UNKNOWN for this process, and times around a size; one line before and one after."""
 
     def left() -> list[str]:
         kept = verdicts.read(device).verdicts
@@ -173,18 +185,21 @@ def _verify(device: torch.device, names: list[str], mode: str) -> None:
 
     start = time.monotonic()
     try:
-        with verdicts.locked(device, TOTAL, lambda: not left()) as held:
+        # Who is to have the times waits until whoever takes them is done.
+        with verdicts.locked(device, TOTAL, lambda: size is None and not left()) as held:
             names = left()
             if names and held:
-                _prove(device, names, mode, TOTAL - (time.monotonic() - start))
+                _prove(device, names, mode, size, TOTAL - (time.monotonic() - start))
             elif names:
                 _say_once(f"another process verifies {_called(device)} since {TOTAL:.0f} s: {_elsewhere(names)}")
     finally:
         for name in names:
             known(device).setdefault(name, Verdict(UNKNOWN))
+        if size is not None:
+            order.read_again(device)
 
 
-def _prove(device: torch.device, names: list[str], mode: str, limit: float) -> None:
+def _prove(device: torch.device, names: list[str], mode: str, size: Size | None, limit: float) -> None:
     _say(
         f"verifying {_summed(names)} on {_called(device)} before first use: this call waits for it. {AHEAD}, "
         "FUSEDLOSS_VERIFY=off leaves it out"
@@ -197,14 +212,20 @@ def _prove(device: torch.device, names: list[str], mode: str, limit: float) -> N
         found[name] = verdict
         unkept = learn(device, {name: verdict})
 
+    race = None if size is None else _race(device, names, size)
     if mode == "inline":
         why = prove_inline(device, names, note)
     else:
-        why = prove_in_child(device, names, note, limit=limit)
+        why = prove_in_child(device, names, note, limit=limit, race=race)
     good = sum(verdict.state == PROVED for verdict in found.values())
     said = f"verified on {_called(device)}: {good} of {len(names)} families, {time.monotonic() - start:.0f} s"
     if found:
         said += f"; kept in {verdicts.path(device)}" if not unkept else f"; kept in memory alone ({unkept})"
+    if race is not None and race.entries:
+        fastest = ", ".join(f"{entry['backend']} at {order.size_of(entry)}" for entry in race.entries)
+        said += f"; fastest: {fastest}"
+    if race is not None and race.why and good == len(names):
+        said += f"; the race ended early: {race.why}"
     bad = [f"{name} ({verdict.reason})" for name, verdict in found.items() if verdict.state == FAILED]
     if bad:
         said += f"; another backend runs instead of what failed: {', '.join(bad)}"
@@ -212,6 +233,36 @@ def _prove(device: torch.device, names: list[str], mode: str, limit: float) -> N
     if unknown:
         said += f"; {_elsewhere(unknown)}: {why}"
     _say(said)
+
+
+@dataclasses.dataclass
+class _Race:
+    """What a child times once all is proved that it was asked for, what it said of that, and why it said no more."""
+
+    device: torch.device
+    asked: dict[str, Any]  # options of `child.race`
+    entries: list[order.Entry] = dataclasses.field(default_factory=list)
+    why: str = ""
+
+    def note(self, entry: order.Entry) -> None:
+        self.entries.append(entry)
+        order.learn(self.device, entry)
+
+
+def _race(device: torch.device, names: Sequence[str], size: Size) -> _Race | None:
+    """Of the backends that are proved in what such a race launches once these names are; None: nothing new is timed."""
+    asked, _, precision = verdicts.parts_of(names[0])
+    kind, *around = size
+
+    def proved(backend: str) -> bool:
+        needed = {verdicts.name_of(backend, family, precision) for family in order.needs(backend, precision, kind)}
+        return all(name in names or _state(device, name) == PROVED for name in needed)
+
+    timed = [e for e in order.raced(device) if (e["dtype"], e["kind"]) == (precision, kind) and asked in e["seconds"]]
+    if timed or not proved(asked):
+        return None
+    backends = [backend for backend in families_.BACKENDS if proved(backend)]
+    return _Race(device, {"backends": {precision: backends}, "around": around, "kinds": [kind]})
 
 
 def _elsewhere(names: Sequence[str]) -> str:
@@ -245,14 +296,18 @@ def prove_in_child(
     found: Callable[[str, Verdict], None],
     begin: Callable[[str], None] = lambda name: None,
     limit: float = math.inf,
+    race: _Race | None = None,
 ) -> str:
-    """In one child after another; "" or why some are unknown. begin: is told what is tried. limit: seconds, of all."""
+    """In one child after another; "" or why some are unknown. begin: is told what is tried. limit: seconds, of all.
+
+    race: runs in the first child, if that proves all of them.
+    """
     left, why = list(names), ""
     deadline = time.monotonic() + limit
     while left:
         before = len(left)
         try:
-            child = _Child(device, left)
+            child = _Child(device, [*left, *(_to_race(race.asked) if race is not None else [])])
         except OSError as error:
             return f"no child process could be started ({error})"
         with child:
@@ -273,8 +328,19 @@ def prove_in_child(
                         found(name, verdicts.verdict_of(message))
                     else:
                         why = message["reason"]
+                    if not left:
+                        deadline = min(deadline, time.monotonic() + RACE)
+                elif kind == "entry" and race is not None and order.is_entry(message.get("entry")):
+                    race.note(message["entry"])
                 elif kind in ("silent", "ended"):
                     break
+            if not left:
+                if race is not None and kind == "silent":
+                    race.why = f"not done within {RACE:.0f} s"
+                elif race is not None and child.code != 0:
+                    race.why = child.ending()
+                return why
+            race = None
             if kind == "silent" and time.monotonic() >= deadline:
                 return f"not done within {limit:.0f} s"
             ending = f"no sign of life for {SILENCE:.0f} s" if kind == "silent" else child.ending()
@@ -290,12 +356,12 @@ def prove_in_child(
 def race_in_child(
     device: torch.device,
     backends: Mapping[str, Sequence[str]],
-    points: Sequence[tuple[int, int]],
+    points: Sequence[tuple[int, int, int]],
     found: Callable[[dict[str, Any]], None],
 ) -> str:
     """Times, by precision, of these backends; "" or why the child ended before its last point."""
     try:
-        child = _Child(device, ["race", json.dumps({"backends": backends, "points": points})])
+        child = _Child(device, _to_race({"backends": backends, "points": points}))
     except OSError as error:
         return f"no child process could be started ({error})"
     with child:
@@ -307,6 +373,10 @@ def race_in_child(
                 return f"no sign of life for {SILENCE:.0f} s"
             elif message["kind"] == "ended":
                 return "" if child.code == 0 else child.ending()
+
+
+def _to_race(asked: Mapping[str, Any]) -> list[str]:
+    return ["race", json.dumps(asked)]
 
 
 class _Child:

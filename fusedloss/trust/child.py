@@ -7,7 +7,8 @@ Each message is a JSON object in a line of its own:
     {"kind": "verdict", "name": ..., "state": ..., ...}     the fields of a `verdicts.Verdict`
     {"kind": "unknown", "name": ..., "reason": ...}         there was no memory for it
 
-`--child DEVICE race {"backends": {"bf16": ["triton"]}, "points": [[4096, 768]]}` times what is proved:
+`--child DEVICE NAME... race {"backends": {"bf16": ["triton"]}, "points": [[4096, 4096, 768]]}`, with names or without,
+then times what is proved, if all the names are:
 
     {"kind": "entry", "entry": {...}}                       of the table in order.py
 """
@@ -27,14 +28,15 @@ from ..backends import triton
 from ..errors import UnsupportedError
 from . import cases
 from . import race as races
-from .verdicts import FAILED, Verdict, fields_of, parts_of
+from .verdicts import FAILED, PROVED, Verdict, fields_of, parts_of
 
 Say = Callable[..., None]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """arguments: the device, and the families by name; or what to race."""
+    """arguments: the device, the families by name, and maybe what to race."""
     device, *names = arguments
+    names, raced = (names[:-2], json.loads(names[-1])) if "race" in names else (names, None)
     # What anybody prints goes to stderr: the parent reads this pipe.
     messages = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -44,10 +46,8 @@ def main(arguments: Sequence[str]) -> int:
 
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     torch.empty(1, device=device)  # a card that takes no second context says so before a family is tried
-    if names[0] == "race":
-        race(torch.device(device), **json.loads(names[1]), say=say)
-    else:
-        prove(torch.device(device), names, say)
+    if prove(torch.device(device), names, say) and raced is not None:
+        race(torch.device(device), **raced, say=say)
     return 0
 
 
@@ -60,15 +60,23 @@ def _end_with_the_parent() -> None:
 
 
 def race(
-    device: torch.device, backends: Mapping[str, Sequence[str]], points: Sequence[tuple[int, int]], say: Say
+    device: torch.device,
+    backends: Mapping[str, Sequence[str]],
+    say: Say,
+    points: Sequence[races.Point] = (),
+    around: races.Point | None = None,
+    kinds: Sequence[str] = races.ALL_KINDS,
 ) -> None:
-    with triton.compiling(lambda seconds: say("alive")):
+    """around: of the points, instead of them all, those that `race.around` finds."""
+    with triton.compiling(lambda seconds: say("alive", case="the race")):
         for precision, names in backends.items():
-            for entry in races.race(device, names, precision, points):
+            for entry in races.race(device, names, precision, races.around(*around) if around else points, kinds):
                 say("entry", entry=entry)
 
 
-def prove(device: torch.device, names: Sequence[str], say: Say) -> None:
+def prove(device: torch.device, names: Sequence[str], say: Say) -> bool:
+    """Whether all are proved."""
+    good = True
     for name in names:
         say("trying", name=name)
         backend, family, precision = parts_of(name)
@@ -87,13 +95,16 @@ def prove(device: torch.device, names: Sequence[str], say: Say) -> None:
                 verdict = Verdict(*cases.prove(backend, family, precision, device, begins))
             except (torch.OutOfMemoryError, UnsupportedError, ValueError) as error:  # says nothing of a kernel
                 say("unknown", name=name, reason=_line(error))
+                good = False
                 continue
             except Exception as error:  # a kernel that raises has failed, whatever it raises
                 verdict = Verdict(FAILED, reason=f"{type(error).__name__}: {_line(error)}")
         seconds = max(0.0, verdict.seconds - sum(compiled))
         say("verdict", name=name, **fields_of(verdict._replace(seconds=seconds)))
+        good = good and verdict.state == PROVED
         if verdict.state == FAILED and device.type != "cpu":
             torch.get_device_module(device).synchronize(device)  # raises where no later kernel would run: a new child
+    return good
 
 
 def _line(error: Exception) -> str:

@@ -141,3 +141,9 @@ def _found(
 
 
 _families = functools.cache(_found)
+
+
+def plain(backend: str, *, symmetric: bool, safe: bool, fp16: bool) -> tuple[str, ...]:
+    """Of a softmax loss without further options."""
+    options = dict.fromkeys(("top", "masked", "guided", "softcap", "tally", "smoothing"), False)
+    return _found(backend, None, symmetric=symmetric, safe=safe and not fp16, fp16=fp16, **options)

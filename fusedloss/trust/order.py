@@ -6,7 +6,8 @@ benchmarks/fastest.py writes from a race on a GPU. Both hold entries of one form
     {"capability": [9, 0], "dtype": "bf16", "kind": "one direction", "N": 4096, "D": 768,
      "backend": "triton", "seconds": {"triton": 1.1e-3, "chunked": 2.4e-3, "reference": 3.0e-3}}
 
-dtype: how products are computed, `families.PRECISIONS`. kind: `kind`. backend: the first in seconds.
+dtype: how products are computed, `families.PRECISIONS`. kind: `kind`. backend: the first in seconds. "M" stands beside
+them where there were not N rows, too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from .. import checks
 from ..problem import Problem, stats_dtype
 from ..rows import tf32
-from . import verdicts
+from . import families, verdicts
 
 KINDS = (("one direction", "one direction, bounded"), ("both directions", "both directions, bounded"))
 FORM = {"capability": list, "dtype": str, "kind": str, "N": int, "D": int, "backend": str, "seconds": dict}
@@ -32,6 +33,8 @@ REFERENCE = "reference"
 MATERIALISED = 4
 
 Entry = dict[str, Any]
+
+_races: dict[torch.device, list[Entry]] = {}
 
 
 def order(names: tuple[str, ...], problem: Problem, plain: bool = True) -> tuple[str, ...]:
@@ -43,7 +46,7 @@ def order(names: tuple[str, ...], problem: Problem, plain: bool = True) -> tuple
     if torch.compiler.is_compiling():
         return names
     y = problem.operands[problem.blocks[0].key]  # a block is a launch
-    found, in_tf32 = _orders(names, y.device, y.dtype, kind(problem), y.shape)
+    found, in_tf32 = _orders(names, y.device, y.dtype, kind(problem), problem.rows, *y.shape)
     if found != in_tf32 and tf32():  # to ask takes half as long as all else here
         found = in_tf32
     if found[0] == REFERENCE and not (plain and materialises(problem)):
@@ -58,6 +61,22 @@ def kind(problem: Problem) -> str | None:
     return KINDS[problem.symmetric][problem.has_safe_shift]
 
 
+def raced_as(problem: Problem) -> tuple[str, int, int, int] | None:
+    """The kind that tells its place in a table, and M, N, D; None: of such a problem nothing is raced."""
+    of, (N, D), M = kind(problem), problem.operands[problem.blocks[0].key].shape, problem.rows
+    if of is None or M * N == 0:
+        return None
+    if problem.symmetric:  # across ranks a block of some rows; the race has squares
+        M = N = math.isqrt(M * N)
+    return of, M, N, D
+
+
+def needs(backend: str, precision: str, kind: str) -> tuple[str, ...]:
+    """The families that a loss of this kind takes, of those that are raced: without masks."""
+    both = kind in KINDS[True]
+    return families.plain(backend, symmetric=both, safe=kind == KINDS[both][True], fp16=precision == "fp16")
+
+
 def materialises(problem: Problem) -> bool:
     """Whether plain torch was raced on such a problem, and has room for it."""
     if problem.top or problem.masked or problem.wants_tally or problem.prefixes or len(problem.blocks) > 1:
@@ -70,17 +89,30 @@ def materialises(problem: Problem) -> bool:
 def forget() -> None:
     """Races are read anew."""
     _orders.cache_clear()
-    _raced.cache_clear()
+    _races.clear()
+
+
+def read_again(device: torch.device) -> None:
+    """What other processes raced since is known, too."""
+    _races[device] = merged(raced(device), kept(device))
+    _orders.cache_clear()
+
+
+def learn(device: torch.device, entry: Entry) -> str:
+    """From now on it counts, here and in the file; "" or why the file cannot be written."""
+    _races[device] = merged(merged(raced(device), kept(device)), [entry])
+    _orders.cache_clear()
+    return verdicts.keep(device, {}, _races[device])
 
 
 @functools.lru_cache(maxsize=1024)
 def _orders(
-    names: tuple[str, ...], device: torch.device, dtype: torch.dtype, kind: str | None, shape: torch.Size
+    names: tuple[str, ...], device: torch.device, dtype: torch.dtype, kind: str | None, M: int, N: int, D: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Where torch multiplies fp32 as it is, and where in tf32."""
 
     def of(precision: str | None) -> tuple[str, ...]:
-        nearest = _nearest(_capability(device), device, precision, kind, *shape)
+        nearest = _nearest(capability(device), device, precision, kind, M, N, D)
         seconds = {} if nearest is None else nearest["seconds"]
         return tuple(sorted(names, key=lambda name: seconds.get(name, math.inf)))
 
@@ -90,23 +122,42 @@ def _orders(
 
 
 def _nearest(
-    capability: list[int], device: torch.device, dtype: str | None, kind: str | None, N: int, D: int
+    capability: list[int], device: torch.device, dtype: str | None, kind: str | None, M: int, N: int, D: int
 ) -> Entry | None:
     """The entry nearest by ratio, in the first table that has one of the same device, precision and kind."""
-    off = lambda entry: abs(math.log(entry["N"] / max(N, 1))) + abs(math.log(entry["D"] / D))
-    for table in (_raced(device), _shipped()):
+
+    def off(entry: Entry) -> float:
+        by_rows, by_columns = math.log(rows_of(entry) / max(M, 1)), math.log(entry["N"] / max(N, 1))
+        return (abs(by_rows) + abs(by_columns)) / 2 + abs(math.log(entry["D"] / D))
+
+    for table in (raced(device), _shipped()):
         found = [e for e in table if (e["capability"], e["dtype"], e["kind"]) == (capability, dtype, kind)]
         if found:
             return min(found, key=off)
     return None
 
 
-def _capability(device: torch.device) -> list[int]:
+def rows_of(entry: Entry) -> int:
+    return entry.get("M", entry["N"])
+
+
+def size_of(entry: Entry) -> str:
+    return f"{rows_of(entry)} x {entry['N']} x {entry['D']}"
+
+
+def capability(device: torch.device) -> list[int]:
     return [*torch.cuda.get_device_capability(device)] if device.type == "cuda" else []
 
 
-@functools.cache
-def _raced(device: torch.device) -> list[Entry]:
+def raced(device: torch.device) -> list[Entry]:
+    """What this process knows: the file's when it was first asked, and what was raced since."""
+    if device not in _races:
+        _races[device] = kept(device)
+    return _races[device]
+
+
+def kept(device: torch.device) -> list[Entry]:
+    """What the file has now."""
     return [entry for entry in verdicts.read(device).races if is_entry(entry)]
 
 
@@ -119,12 +170,16 @@ def is_entry(found: Any) -> bool:
     """A file may hold anything."""
     if not isinstance(found, dict) or any(type(found.get(name)) is not form for name, form in FORM.items()):
         return False
-    times = found["seconds"]
-    return min(found["N"], found["D"]) > 0 and all(type(s) in (int, float) and s > 0 for s in times.values())
+    times, rows = found["seconds"], rows_of(found)
+    return (
+        type(rows) is int
+        and min(rows, found["N"], found["D"]) > 0
+        and all(type(s) in (int, float) and s > 0 for s in times.values())
+    )
 
 
 def merged(old: list[Entry], new: list[Entry]) -> list[Entry]:
     """One entry for each point: what is new stands in the place of what was there."""
-    places = ("capability", "dtype", "kind", "N", "D")
-    by_place = {json.dumps([entry[name] for name in places]): entry for entry in (*old, *new)}
-    return sorted(by_place.values(), key=lambda entry: [entry[name] for name in places])
+    place = lambda entry: [*(entry[name] for name in ("capability", "dtype", "kind", "N", "D")), rows_of(entry)]
+    by_place = {json.dumps(place(entry)): entry for entry in (*old, *new)}
+    return sorted(by_place.values(), key=place)

@@ -12,34 +12,46 @@ import fusedloss
 
 from .. import measure
 from ..errors import UnsupportedError
-from . import cases
-from .order import KINDS, MATERIALISED, REFERENCE, Entry
+from . import cases, order
+from .order import KINDS, Entry
 
 ALL_KINDS = (*KINDS[0], *KINDS[1])
-VERIFIED = tuple((N, D) for N in (1024, 4096, 16384, 65536) for D in (128, 384, 768, 1024, 4096))
+VERIFIED = tuple((N, N, D) for N in (1024, 4096, 16384, 65536) for D in (128, 384, 768, 1024, 4096))
 SAMPLE = 2e-3  # seconds that a sample takes at least: several steps where they are shorter
 SCALE = 20.0
 CPU_ROOM = 1 << 30  # of plain torch's matrices
+LEAST = 16384  # rows and columns of the largest size around a loss
+MOST = 1 << 42  # M N D of it: a bf16 step takes 50 ms of an H200's tensor cores, an fp32 one a second of most others
+ROOM = 1 << 28  # elements of its embeddings: 1 GiB in fp32
 
 Step = Callable[[], object]
+Point = tuple[int, int, int]
 
 
-def around(N: int, D: int) -> list[tuple[int, int]]:
-    """Three sizes, the one asked for in their middle."""
-    return [(max(1, N // 4), D), (N, D), (4 * N, D)]
+def around(M: int, N: int, D: int) -> list[Point]:
+    """Three sizes, by equal factors of rows and columns: a fourth, itself and four times that.
+
+    The largest counts for all sizes beyond: of a small loss it is LEAST. Where it would take too long, or too much
+    memory, all three are smaller. The one nearest to what was asked for is first.
+    """
+    fits = min(math.sqrt(MOST / (M * N * D)), ROOM / ((M + N) * D))
+    top = min(max(4.0, LEAST / math.sqrt(M * N)), fits)
+    bottom = min(1.0, top / 16)
+    factors = sorted((bottom, math.sqrt(bottom * top), top), key=lambda factor: round(abs(math.log(factor)), 6))
+    return [(max(1, round(M * factor)), max(1, round(N * factor)), D) for factor in factors]
 
 
 def race(
     device: torch.device,
     backends: Sequence[str],
     precision: str,
-    points: Iterable[tuple[int, int]],
+    points: Iterable[Point],
     kinds: Sequence[str] = ALL_KINDS,
     *,
     rounds: int = 5,
     limit: float = 1.0,
 ) -> Iterator[Entry]:
-    """Forward and backward of a loss of each kind at each point (N, D), of N rows and N columns.
+    """Forward and backward of a loss of each kind at each point (M, N, D): M rows, N columns.
 
     Args:
         backends: those of "cuda" and "triton" that are proved there in this precision
@@ -49,19 +61,20 @@ def race(
         an entry for each kind and point that two backends or more ran; one that raised has no time there
 
     Example:
-        >>> next(race(torch.device("cuda:0"), ["triton"], "bf16", [(4096, 768)]))["backend"]
+        >>> next(race(torch.device("cuda:0"), ["triton"], "bf16", [(4096, 4096, 768)]))["backend"]
         'triton'
     """
-    capability = [*torch.cuda.get_device_capability(device)] if device.type == "cuda" else []
+    capability = order.capability(device)
     dtype = cases.DTYPES[precision]
     if dtype == torch.float16:  # no shift is safe there: whatever is bounded runs as what is not
         kinds = [kind for kind in kinds if not kind.endswith("bounded")]
-    for N, D in points:
+    for M, N, D in points:
         for kind in kinds:
             with cases.products(precision):
-                seconds = _times(device, backends, dtype, N, D, kind, rounds, limit)
+                seconds = _times(device, backends, dtype, (M, N, D), kind, rounds, limit)
             if len(seconds) > 1:
                 place = {"capability": capability, "dtype": precision, "kind": kind, "N": N, "D": D}
+                place |= {"M": M} if M != N else {}
                 yield {**place, "backend": next(iter(seconds)), "seconds": seconds}
 
 
@@ -69,17 +82,17 @@ def _times(
     device: torch.device,
     backends: Sequence[str],
     dtype: torch.dtype,
-    N: int,
-    D: int,
+    point: Point,
     kind: str,
     rounds: int,
     limit: float,
 ) -> dict[str, float]:
     """By backend, the fastest first."""
-    names = [*backends, "chunked", *([REFERENCE] if _materialises(device, N) else [])]
+    M, N, D = point
+    names = [*backends, "chunked", *([order.REFERENCE] if _materialises(device, M, N) else [])]
     calls, repeats = {}, {}
     try:
-        query, key = (_embeddings(device, dtype, N, D, seed) for seed in range(2))
+        query, key = (_embeddings(device, dtype, rows, D, seed) for seed, rows in enumerate((M, N)))
         for name in names:
             call = _step(kind, name, query, key)
             try:
@@ -96,9 +109,9 @@ def _times(
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
 
-def _materialises(device: torch.device, N: int) -> bool:
+def _materialises(device: torch.device, M: int, N: int) -> bool:
     room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CPU_ROOM
-    return MATERIALISED * 4 * N * N <= room
+    return order.MATERIALISED * 4 * M * N <= room
 
 
 def _embeddings(device: torch.device, dtype: torch.dtype, N: int, D: int, seed: int) -> Tensor:
@@ -109,12 +122,13 @@ def _embeddings(device: torch.device, dtype: torch.dtype, N: int, D: int, seed: 
 
 def _step(kind: str, backend: str, query: Tensor, key: Tensor) -> Step:
     bounded = kind.endswith("bounded")
+    target = None if len(query) <= len(key) else torch.arange(len(query), device=query.device) % len(key)
 
     def step() -> tuple[Tensor, ...]:
         if kind.startswith("both"):
             loss = fusedloss.clip(query, key, SCALE, normalize=bounded, backend=backend)
         else:
-            loss = fusedloss.info_nce(query, key, temperature=1 / SCALE, normalize=bounded, backend=backend)
+            loss = fusedloss.info_nce(query, key, target, temperature=1 / SCALE, normalize=bounded, backend=backend)
         return torch.autograd.grad(loss, (query, key))
 
     return step
