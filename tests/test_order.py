@@ -79,11 +79,11 @@ def test_points_are_of_the_same_device_precision_and_kind(measured, monkeypatch)
     assert select(problem(4096, 768, **bounded), "auto") == "triton"
     assert select(problem(4096, 768, symmetric=True, **bounded), "auto") == "cuda"
     assert select(problem(4096, 768, torch.bfloat16, fold=Fold("sigmoid")), "auto") == "cuda"
-    monkeypatch.setattr(order, "tf32", lambda: True)
+    monkeypatch.setattr(families, "tf32", lambda: True)
     assert select(problem(4096, 768, symmetric=True), "auto") == "cuda"  # tf32 was not raced
     measured(point(4096, 768, "triton", dtype="tf32"), point(4096, 768, "chunked", dtype="fp32"))
     assert select(problem(4096, 768), "auto") == "triton"
-    monkeypatch.setattr(order, "tf32", lambda: False)
+    monkeypatch.setattr(families, "tf32", lambda: False)
     assert select(problem(4096, 768), "auto") == "chunked"
 
 

@@ -33,7 +33,9 @@ A backend that takes `problem.prefixes` also has `admitted(mask, tile)`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +49,8 @@ from . import chunked, cuda, reference, triton
 
 BACKENDS: dict[str, ModuleType] = dict(zip(checks.BACKENDS, (cuda, triton, chunked, reference), strict=True))
 
+Candidates = Sequence[tuple[str, bool]]  # in order, and whether it is settled that its kernels may run
+
 KERNELS = families.BACKENDS  # `auto` takes these where they are proved
 
 AUTO: dict[str, tuple[str, ...]] = {
@@ -56,7 +60,9 @@ AUTO: dict[str, tuple[str, ...]] = {
 }
 # csrc/ has no tcgen05 kernel: on paper the vendor's products are faster there.
 AUTO_FROM_SM_100 = ("triton", "chunked", "cuda", "reference")
-AUTOMATIC = "backend='auto'"  # who named the backend, in a message
+WITHOUT_KERNELS = ("chunked", "reference")  # of other devices
+MOST_CHOSEN = 1024  # sizes, mostly
+AUTOMATIC = "backend='auto'"
 UNPROVED = "not proved on this device, which `python -m fusedloss verify` does"
 
 
@@ -67,20 +73,58 @@ def select(problem: Problem, backend: str, *, plain: bool = True) -> str:
     torch, which knows no ranks.
     """
     checks.backend(backend)
-    names, asked = _candidates(backend, problem.device, KERNELS)
-    if asked == AUTOMATIC and names[0] in KERNELS:
-        names = order_.order(names, problem, plain)
-    named = "" if asked == AUTOMATIC else names[0]  # needs no proof
-    for name in names:
-        if BACKENDS[name].why_not(problem) is None and (name == named or name not in KERNELS or _proved(name, problem)):
+    named = environment.backend() if backend == "auto" else backend
+    if named == "auto":
+        found = _automatic(problem, plain)
+    else:
+        found = _named(named, backend, problem.device, KERNELS)
+    for name, settled in found:
+        if BACKENDS[name].why_not(problem) is None and (settled or _proved(name, problem)):
             return name
+    asked = _asked(named, backend)
     reasons = "; ".join(f"{name}: {_why_not(name, problem, asked)}" for name in BACKENDS)
     raise UnsupportedError(f"{asked} cannot run this problem. {reasons}{_remedy(asked)}")
 
 
+def _automatic(problem: Problem, plain: bool) -> Candidates:
+    """Of `auto`. What the calls before have settled is looked up: 2 us, which are to stay so."""
+    x, device = problem.operands[0], problem.device
+    if AUTO.get(device.type, WITHOUT_KERNELS)[0] not in KERNELS:
+        return [(name, True) for name in _auto(device)]
+    if torch.compiler.is_compiling():  # sizes may be symbols, and every comparison of one would be a guard
+        return [(name, name not in KERNELS) for name in _auto(device)]
+    first, chosen = problem.blocks[0], order_.chosen
+    rows, columns = problem.operands[first.query].shape, problem.operands[first.key].shape
+    flags = families.flags(problem)
+    key = (flags, x.dtype, device, rows, columns, x.dtype is torch.float32 and families.tf32())
+    found = chosen.get(key)
+    if found is None:
+        names = order_.order(_auto(device), problem)
+        needed = {name: families.of_flags(name, flags) for name in KERNELS}
+        found = _remembered(chosen, key, names, needed, x)
+    if found[0][0] == order_.REFERENCE and not (plain and order_.materialises(problem)):
+        return (*found[1:], found[0])
+    return found
+
+
+def _remembered(
+    chosen: dict[Any, Candidates], key: Any, names: Sequence[str], needed: Mapping[str, tuple[str, ...]], x: Tensor
+) -> Candidates:
+    """Without those that are settled and not proved. Of a guide, which may be of another dtype, nothing is."""
+    known = {
+        name: None if "guide" in families else ask.settled(name, families, x.dtype, x.device)
+        for name, families in needed.items()
+    }
+    found = tuple((name, bool(known.get(name, True))) for name in names if known.get(name) is not False)
+    if len(chosen) >= MOST_CHOSEN:
+        chosen.clear()
+    chosen[key] = found
+    return found
+
+
 def _proved(name: str, problem: Problem) -> bool:
     needed, x = families.of_problem(problem, name), problem.operands[0]
-    size = None if torch.compiler.is_compiling() else order_.raced_as(problem)  # there sizes may be symbols
+    size = None if torch.compiler.is_compiling() else order_.raced_as(problem)
     if not ask.admits(name, needed, x.dtype, x.device, size):
         return False
     # A guide may be of another dtype.
@@ -93,19 +137,24 @@ def _why_not(name: str, problem: Problem, asked: str) -> str:
     return BACKENDS[name].why_not(problem) or (UNPROVED if asked == AUTOMATIC and name in KERNELS else "can run it")
 
 
-def _candidates(backend: str, device: torch.device, kernels: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
-    """The backends to ask, in order, and who named the first. kernels: those that have some for such losses.
+def _asked(named: str, backend: str) -> str:
+    """Who named the backend, in a message."""
+    if named == "auto":
+        return AUTOMATIC
+    return f"backend={backend!r}" if backend != "auto" else f"FUSEDLOSS_BACKEND={named}"
 
-    An argument is an order. FUSEDLOSS_BACKEND is a whole script's preference: what has no kernel there goes to `auto`.
-    But a backend that runs nothing on this device is not passed over in silence.
+
+def _named(named: str, backend: str, device: torch.device, kernels: tuple[str, ...]) -> Candidates:
+    """The backends to ask, in order. kernels: those that have some for such losses.
+
+    An argument is an order, and needs no proof. FUSEDLOSS_BACKEND is a whole script's preference: what has no kernel
+    there goes to `auto`. But a backend that runs nothing on this device is not passed over in silence.
     """
     if backend != "auto":
-        return (backend,), f"backend={backend!r}"
-    auto, named = _auto(device), environment.backend()
-    if named == "auto":
-        return auto, AUTOMATIC
+        return ((named, True),)
     absent = named in kernels and BACKENDS[named].why_not_on(torch.float32, device)  # float32: what all of them take
-    return (named,) if absent else (named, *auto), f"FUSEDLOSS_BACKEND={named}"
+    others = () if absent else _auto(device)
+    return [(named, True), *((name, name not in KERNELS) for name in others if name != named)]
 
 
 @environment.constant
@@ -114,7 +163,7 @@ def _auto(device: torch.device) -> tuple[str, ...]:
     kind = device.type
     if kind == "cuda" and torch.version.hip is None and cuda.capability_of(device) >= 100:
         return AUTO_FROM_SM_100
-    return AUTO.get(kind, ("chunked", "reference"))
+    return AUTO.get(kind, WITHOUT_KERNELS)
 
 
 def _remedy(asked: str) -> str:
@@ -130,15 +179,30 @@ def select_rowwise(
     multiplies: the kernel has products of tiles. unsupported: why no kernel takes these arguments.
     """
     checks.backend(backend)
-    names, asked = _candidates(backend, x.device, ("triton",))
-    named = "" if asked == AUTOMATIC else names[0]  # needs no proof
-    for name in names:
+    named = environment.backend() if backend == "auto" else backend
+    if named == "auto":
+        found = _automatic_rowwise(x, family)
+    else:
+        found = _named(named, backend, x.device, ("triton",))
+    for name, settled in found:
         if _why_not_rowwise(name, x, multiplies, unsupported) is None and (
-            family is None or name == named or name not in KERNELS or ask.admits(name, (family,), x.dtype, x.device)
+            settled or family is None or ask.admits(name, (family,), x.dtype, x.device)
         ):
             return name
-    reason = _why_not_rowwise(names[0], x, multiplies, unsupported) or UNPROVED
-    raise UnsupportedError(f"{asked} cannot run this loss. {names[0]}: {reason}; chunked: can run it{_remedy(asked)}")
+    asked, name = _asked(named, backend), found[0][0] if found else "triton"
+    reason = _why_not_rowwise(name, x, multiplies, unsupported) or UNPROVED
+    raise UnsupportedError(f"{asked} cannot run this loss. {name}: {reason}; chunked: can run it{_remedy(asked)}")
+
+
+def _automatic_rowwise(x: Tensor, family: str | None) -> Candidates:
+    device = x.device
+    if family is None or AUTO.get(device.type, WITHOUT_KERNELS)[0] not in KERNELS:
+        return [(name, True) for name in _auto(device)]
+    if torch.compiler.is_compiling():
+        return [(name, name not in KERNELS) for name in _auto(device)]
+    chosen, key = order_.chosen, (family, x.dtype, device, x.dtype is torch.float32 and families.tf32())
+    found = chosen.get(key)
+    return _remembered(chosen, key, _auto(device), {"triton": (family,)}, x) if found is None else found
 
 
 def _why_not_rowwise(backend: str, x: Tensor, multiplies: bool, unsupported: str | None) -> str | None:

@@ -70,6 +70,11 @@ def admits(
     return _decide(backend, families, precision, device, size) if settled is None else settled
 
 
+def settled(backend: str, families: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> bool | None:
+    """What `admits` says in any mode, or None: it has to be asked."""
+    return _settled.get((backend, families, families_.precision(dtype), device))
+
+
 @environment.constant
 def _while_tracing(backend: str, families: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> bool:
     precision, mode = families_.precision(dtype), environment.verify()
@@ -106,6 +111,7 @@ def _decide(
         # What hangs on the mode is decided anew at each call.
         if all(_state(device, name) != UNKNOWN for name in names):
             _settled[backend, families, precision, device] = admitted
+            order.choose_anew()
         return admitted
 
 
@@ -131,6 +137,7 @@ def learn(device: torch.device, found: dict[str, Verdict]) -> str:
     with _one_at_a_time:
         known(device).update(found)
         _settled.clear()
+        order.choose_anew()
         return verdicts.keep(device, found)
 
 

@@ -48,6 +48,8 @@ ROWWISE = ("classes", "pair_logits", "pairs", "lists", "pointwise")
 BACKENDS = ("cuda", "triton")  # those that have kernels
 PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
 
+Flags = tuple[tuple[str, str] | None, bool, bool, bool, bool, bool, bool, bool, bool, bool]
+
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _NO_MASK = Block.__dataclass_fields__["mask"].default
 
@@ -79,6 +81,16 @@ def of_problem(problem: Problem, backend: str) -> tuple[str, ...]:
     Never too few; which gradients are wanted is not known, nor whether a row's columns come from several ranks.
     Guides may be of another dtype: see `guide_dtypes`.
     """
+    return of_flags(backend, flags(problem))
+
+
+def of_flags(backend: str, flags: Flags) -> tuple[str, ...]:
+    found = _found if torch.compiler.is_compiling() else _families  # a compiler warns of a cache
+    return found(backend, *flags)
+
+
+def flags(problem: Problem) -> Flags:
+    """What decides of a problem which families it takes: the arguments of `_found`."""
     masked = guided = False
     for block in problem.blocks:
         mask = block.mask
@@ -86,9 +98,7 @@ def of_problem(problem: Problem, backend: str) -> tuple[str, ...]:
             masked, guided = masked or mask.given, guided or mask.guide is not None
         masked = masked or block.own_penalty != block.penalty
     fold, softcap = problem.fold, problem.softcap != 0
-    found = _found if torch.compiler.is_compiling() else _families  # a compiler warns of a cache
-    return found(
-        backend,
+    return (
         None if fold is None else (fold.name, fold.distance),
         problem.symmetric,
         problem.top,

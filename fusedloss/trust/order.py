@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,10 @@ import torch
 
 from .. import checks
 from ..problem import Problem, stats_dtype
-from ..rows import tf32
 from . import families, verdicts
 
 KINDS = (("one direction", "one direction, bounded"), ("both directions", "both directions, bounded"))
 FORM = {"capability": list, "dtype": str, "kind": str, "N": int, "D": int, "backend": str, "seconds": dict}
-PRECISIONS = {torch.bfloat16: ("bf16", "bf16"), torch.float16: ("fp16", "fp16"), torch.float32: ("fp32", "tf32")}
 REFERENCE = "reference"
 # Matrices of [M, N] in fp32 that plain torch holds at once: similarities, logits, probabilities and their gradient.
 MATERIALISED = 4
@@ -35,23 +34,16 @@ MATERIALISED = 4
 Entry = dict[str, Any]
 
 _races: dict[torch.device, list[Entry]] = {}
+chosen: dict[Any, Sequence[tuple[str, bool]]] = {}  # by `backends`, of a problem's flags, dtype, device and sizes
 
 
-def order(names: tuple[str, ...], problem: Problem, plain: bool = True) -> tuple[str, ...]:
-    """`names`, the fastest first. Plain torch goes first only where its matrices fit what a workspace may take.
-
-    plain: whether it may at all.
-    """
-    # Under torch.compile sizes may be symbols, and every comparison of one would be a guard.
-    if torch.compiler.is_compiling():
-        return names
-    y = problem.operands[problem.blocks[0].key]  # a block is a launch
-    found, in_tf32 = _orders(names, y.device, y.dtype, kind(problem), problem.rows, *y.shape)
-    if found != in_tf32 and tf32():  # to ask takes half as long as all else here
-        found = in_tf32
-    if found[0] == REFERENCE and not (plain and materialises(problem)):
-        return (*found[1:], REFERENCE)
-    return found
+def order(names: tuple[str, ...], problem: Problem) -> tuple[str, ...]:
+    """`names`, the fastest first."""
+    M, (N, D) = problem.rows, problem.operands[problem.blocks[0].key].shape  # a block is a launch
+    place = (capability(problem.device), families.precision(problem.dtype), kind(problem))
+    nearest = _nearest(problem.device, place, M, N, D)
+    seconds = {} if nearest is None else nearest["seconds"]
+    return tuple(sorted(names, key=lambda name: seconds.get(name, math.inf)))
 
 
 def kind(problem: Problem) -> str | None:
@@ -88,50 +80,38 @@ def materialises(problem: Problem) -> bool:
 
 def forget() -> None:
     """Races are read anew."""
-    _orders.cache_clear()
     _races.clear()
+    choose_anew()
+
+
+def choose_anew() -> None:
+    """Something has changed on which a choice of `auto` hangs: a verdict, a time."""
+    global chosen
+    chosen = {}  # and not cleared: who chooses in this moment, by what was before, writes into the old one
 
 
 def read_again(device: torch.device) -> None:
     """What other processes raced since is known, too."""
     _races[device] = merged(raced(device), kept(device))
-    _orders.cache_clear()
+    choose_anew()
 
 
 def learn(device: torch.device, entry: Entry) -> str:
     """From now on it counts, here and in the file; "" or why the file cannot be written."""
     _races[device] = merged(merged(raced(device), kept(device)), [entry])
-    _orders.cache_clear()
+    choose_anew()
     return verdicts.keep(device, {}, _races[device])
 
 
-@functools.lru_cache(maxsize=1024)
-def _orders(
-    names: tuple[str, ...], device: torch.device, dtype: torch.dtype, kind: str | None, M: int, N: int, D: int
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Where torch multiplies fp32 as it is, and where in tf32."""
-
-    def of(precision: str | None) -> tuple[str, ...]:
-        nearest = _nearest(capability(device), device, precision, kind, M, N, D)
-        seconds = {} if nearest is None else nearest["seconds"]
-        return tuple(sorted(names, key=lambda name: seconds.get(name, math.inf)))
-
-    ieee, in_tf32 = PRECISIONS.get(dtype, (None, None))
-    found = of(ieee)
-    return found, found if ieee == in_tf32 else of(in_tf32)
-
-
-def _nearest(
-    capability: list[int], device: torch.device, dtype: str | None, kind: str | None, M: int, N: int, D: int
-) -> Entry | None:
-    """The entry nearest by ratio, in the first table that has one of the same device, precision and kind."""
+def _nearest(device: torch.device, place: tuple[object, ...], M: int, N: int, D: int) -> Entry | None:
+    """The entry nearest by ratio, in the first table that has one of the same capability, precision and kind."""
 
     def off(entry: Entry) -> float:
         by_rows, by_columns = math.log(rows_of(entry) / max(M, 1)), math.log(entry["N"] / max(N, 1))
         return (abs(by_rows) + abs(by_columns)) / 2 + abs(math.log(entry["D"] / D))
 
     for table in (raced(device), _shipped()):
-        found = [e for e in table if (e["capability"], e["dtype"], e["kind"]) == (capability, dtype, kind)]
+        found = [e for e in table if (e["capability"], e["dtype"], e["kind"]) == place]
         if found:
             return min(found, key=off)
     return None
