@@ -27,9 +27,15 @@ def constant(function: Function) -> Function:
     return function
 
 
+def get(name: str) -> str | None:
+    """os.environ.get in 0.2 us: that one raises and catches two errors where a variable is not set, 1 us."""
+    known = getattr(os.environ, "_data", None)  # the dictionary in it
+    return None if known is not None and ENCODED[name] not in known else os.environ.get(name)
+
+
 def switch(name: str) -> bool:
     """Whether a variable that is on or off is on."""
-    value = os.environ.get(name, "")
+    value = get(name) or ""
     on = SWITCH.get(value.strip().lower())
     if on is None:
         raise ValueError(f"{name} must be 1, true, yes, 0, false or no, got {value!r}; set {name}=1, or unset it")
@@ -38,7 +44,7 @@ def switch(name: str) -> bool:
 
 def backend() -> str:
     """What backend="auto" means by FUSEDLOSS_BACKEND, or "auto"."""
-    value = os.environ.get("FUSEDLOSS_BACKEND")
+    value = get("FUSEDLOSS_BACKEND")
     if value is None:
         return "auto"
     chosen = value.strip().lower() or "auto"
@@ -49,7 +55,7 @@ def backend() -> str:
 
 def workspace_bytes() -> int | None:
     """What workspace_bytes=None means by FUSEDLOSS_WORKSPACE_BYTES; None: the device's default."""
-    value = os.environ.get("FUSEDLOSS_WORKSPACE_BYTES", "")
+    value = get("FUSEDLOSS_WORKSPACE_BYTES") or ""
     digits = value.strip()
     if not digits:
         return None
@@ -63,7 +69,7 @@ def workspace_bytes() -> int | None:
 
 def verify() -> str:
     """When a kernel is proved that `auto` would take: see `trust.ask`."""
-    value = os.environ.get("FUSEDLOSS_VERIFY", "")
+    value = get("FUSEDLOSS_VERIFY") or ""
     chosen = value.strip().lower() or "first"
     if chosen not in VERIFY:
         raise ValueError(f"FUSEDLOSS_VERIFY must be {', '.join(VERIFY)}, got {value!r}; set one, or unset it for first")
@@ -119,6 +125,7 @@ OTHERS = (
     "FUSEDLOSS_TEST_PATIENCE",  # of the tests
     "TRITON_INTERPRET",  # of Triton
 )
+ENCODED = {name: os.environ.encodekey(name) for name in (*VARIABLES, *OTHERS)}
 
 
 def lines() -> list[str]:

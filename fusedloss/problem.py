@@ -75,7 +75,8 @@ class Mask(NamedTuple):
 
     @property
     def given(self) -> bool:
-        return bool(self.compare) or any(part is not None for part in (self.dense, self.margin, self.guide, self.skip))
+        none = self.dense is None and self.margin is None and self.guide is None and self.skip is None
+        return bool(self.compare) or not none
 
     def contiguous(self) -> Mask:
         compare = tuple(Compare(c.rows.contiguous(), c.keys.contiguous(), c.keep) for c in self.compare)
@@ -210,22 +211,27 @@ class Problem:
     @property
     def smooths_by_row(self) -> bool:
         """Whether smoothing needs each row's own sum of logits: otherwise it is a rank-one correction."""
-        return bool(self.label_smoothing) and (self.masked or bool(self.softcap))
+        return self.label_smoothing != 0 and (self.masked or self.softcap != 0)
 
     @property
     def bound(self) -> float | None:
         """What no logit but a target's exceeds, as far as the host knows."""
         if self.softcap:
             return self.softcap
-        if not self.cosine or self.scale_bound is None or any([block.bias is not None for block in self.blocks]):
+        if not self.cosine or self.scale_bound is None:
             return None
+        for block in self.blocks:
+            if block.bias is not None:
+                return None
         return abs(self.scale_bound)
 
     @property
     def has_safe_shift(self) -> bool:
         """Whether the host knows a shift that keeps every exponential and every row's sum normal, in the workspace."""
         bound = self.bound
-        return bound is not None and bound <= SAFE_SCALE and self.dtype != torch.float16 and not self.smooths_by_row
+        if bound is None or bound > SAFE_SCALE or self.operands[0].dtype is torch.float16:
+            return False
+        return self.label_smoothing == 0 or not self.smooths_by_row
 
     @property
     def rows(self) -> int:

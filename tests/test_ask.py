@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import re
 import sys
 import threading
@@ -16,9 +17,9 @@ import torch
 from patience import seconds
 
 import fusedloss
-from fusedloss import UnsupportedError, backends, op, rows
+from fusedloss import UnsupportedError, backends, environment, op, rows
 from fusedloss.backends import select, select_rowwise
-from fusedloss.problem import Block, Fold, Problem
+from fusedloss.problem import Block, Fold, Mask, Problem
 from fusedloss.trust import ask, cases, families, order, verdicts
 from fusedloss.trust.verdicts import FAILED, PROVED, UNKNOWN, Verdict
 
@@ -196,6 +197,133 @@ def test_no_kernel_proved_and_nothing_else_allowed(monkeypatch):
         UnsupportedError, match=r"triton: not proved on this device, which `python -m fusedloss verify`"
     ):
         select(problem(), "auto")
+
+
+# What calls before have settled ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """What is proved was asked for twice, so that nothing more is asked."""
+    monkeypatch.setenv("FUSEDLOSS_VERIFY", "off")
+    learn(PROVED, *NAMES, "triton pairs fp32")
+    pick = lambda: (select(problem(), "auto"), select_rowwise("auto", torch.ones(2, 2), "pairs"))
+    assert [pick(), pick()] == [("triton", "triton")] * 2
+    return pick
+
+
+def test_what_is_settled_is_looked_up(settled, monkeypatch):
+    for module, name in ((ask, "admits"), (ask, "settled"), (order, "order"), (families, "of_flags")):
+        monkeypatch.setattr(module, name, None)
+    assert settled() == ("triton", "triton")
+    with pytest.raises(TypeError):  # another size is not
+        select(problem(torch.float16), "auto")
+
+
+def test_a_verdict_that_changes_changes_what_is_looked_up(settled):
+    for name in NAMES:
+        learn(FAILED, name)
+        assert [settled(), settled()] == [("chunked", "triton")] * 2
+        learn(PROVED, name)
+        assert [settled(), settled()] == [("triton", "triton")] * 2
+    learn(FAILED, "triton pairs fp32")
+    assert [settled(), settled()] == [("triton", "chunked")] * 2
+    ask.forget()
+    verdicts.path(CPU).unlink()
+    assert [settled(), settled()] == [("chunked", "chunked")] * 2  # unknown
+
+
+def test_a_time_that_is_found_changes_what_is_looked_up(settled):
+    place = {"capability": [], "dtype": "fp32", "kind": "one direction", "N": 8, "D": 4}
+    order.learn(CPU, place | {"backend": "chunked", "seconds": {"chunked": 1e-3, "triton": 2e-3}})
+    assert [settled(), settled()] == [("chunked", "triton")] * 2
+    order.learn(CPU, place | {"backend": "triton", "seconds": {"triton": 1e-3, "chunked": 2e-3}})
+    assert [settled(), settled()] == [("triton", "triton")] * 2
+
+
+def test_variables_are_read_at_each_call(settled, monkeypatch):
+    for named in ("chunked", "reference", "auto", " Chunked "):
+        monkeypatch.setenv("FUSEDLOSS_BACKEND", named)
+        taken = "triton" if named == "auto" else named.strip().lower()
+        assert settled() == (taken, taken)
+        monkeypatch.delenv("FUSEDLOSS_BACKEND")
+        assert settled() == ("triton", "triton")
+    monkeypatch.setenv("FUSEDLOSS_BACKEND", "none")
+    with pytest.raises(ValueError, match="FUSEDLOSS_BACKEND must be"):
+        settled()
+    monkeypatch.delenv("FUSEDLOSS_BACKEND")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(backends.triton, "_why_not", lambda dtype, device, interpret: None if interpret else "no GPU")
+    assert settled() == ("chunked", "chunked")
+
+
+def test_a_variable_is_what_os_environ_says(monkeypatch):
+    for name in environment.ENCODED:
+        for value in ("1", "", " ü "):
+            monkeypatch.setenv(name, value)
+            assert environment.get(name) == value
+        monkeypatch.delenv(name)
+        assert environment.get(name) is None
+    monkeypatch.setattr(os, "environ", {"FUSEDLOSS_BACKEND": "triton"})  # some put another mapping there
+    assert environment.get("FUSEDLOSS_BACKEND") == "triton" and environment.get("FUSEDLOSS_VERIFY") is None
+
+
+def test_what_hangs_on_the_mode_is_not_looked_up(monkeypatch):
+    for mode, taken in 2 * [("off", "chunked"), ("trust", "triton")]:
+        monkeypatch.setenv("FUSEDLOSS_VERIFY", mode)
+        assert [select(problem(), "auto") for _ in range(3)] == [taken] * 3
+        assert [select_rowwise("auto", torch.ones(2, 2), "pairs") for _ in range(3)] == [taken] * 3
+
+
+def test_plain_torch_is_taken_only_where_it_fits_whatever_was_looked_up(settled, monkeypatch):
+    seconds = {"reference": 1e-3, "triton": 2e-3, "chunked": 3e-3}
+    place = {"capability": [], "dtype": "fp32", "kind": "one direction", "N": 8, "D": 4}
+    order.learn(CPU, place | {"backend": "reference", "seconds": seconds})
+    for _ in range(2):
+        assert select(problem(), "auto") == "reference" and select(problem(), "auto", plain=False) == "triton"
+        assert select(problem(workspace_bytes=100), "auto") == "triton"
+        monkeypatch.setenv("FUSEDLOSS_WORKSPACE_BYTES", "100")
+        assert select(problem(), "auto") == "triton"
+        monkeypatch.delenv("FUSEDLOSS_WORKSPACE_BYTES")
+
+
+def test_problems_that_differ_are_looked_up_apart(settled):
+    x, ones = torch.ones(8, 4), torch.ones(8)
+    masked = (Block(0, 1, mask=Mask(skip=torch.arange(8))),)
+    for _ in range(2):
+        assert select(Problem((x, x), masked, ones[0], torch.arange(8), ones), "auto") == "chunked"
+        for options in ({"symmetric": True}, {"top": True}, {"softcap": 3.0}, {"wants_tally": True}):
+            assert select(problem(**options), "auto") == "chunked"
+        assert select(problem(cosine=True, scale_bound=20.0), "auto") == "chunked"
+        assert select(problem(torch.float16), "auto") == "chunked"
+        assert select(problem(fold=Fold("sigmoid")), "auto") == "chunked"
+        assert settled() == ("triton", "triton")
+
+
+def test_who_chose_by_a_verdict_of_before_is_not_looked_up(settled, monkeypatch):
+    """Another thread's verdict comes while this one chooses."""
+    choose = order.order
+
+    def overtaken(names, asked):
+        learn(FAILED)
+        return choose(names, asked)
+
+    seen = ask.settled
+    monkeypatch.setattr(ask, "settled", lambda *asked: True)
+    monkeypatch.setattr(order, "order", overtaken)
+    order.choose_anew()
+    assert select(problem(), "auto") == "triton"
+    monkeypatch.setattr(ask, "settled", seen)
+    monkeypatch.setattr(order, "order", choose)
+    assert select(problem(), "auto") == "chunked"
+
+
+def test_no_more_is_kept_than_a_few_sizes(settled, monkeypatch):
+    monkeypatch.setattr(backends, "MOST_CHOSEN", 8)
+    for count in range(1, 40):
+        ones = torch.ones(count)
+        asked = Problem((torch.ones(count, 4),) * 2, (Block(0, 1),), ones[0], torch.arange(count), ones)
+        assert [select(asked, "auto") for _ in range(2)] == ["triton"] * 2 and len(order.chosen) <= 8
 
 
 # FUSEDLOSS_VERIFY -----------------------------------------------------------------------------------------------------

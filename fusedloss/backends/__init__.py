@@ -61,6 +61,7 @@ AUTO: dict[str, tuple[str, ...]] = {
 # csrc/ has no tcgen05 kernel: on paper the vendor's products are faster there.
 AUTO_FROM_SM_100 = ("triton", "chunked", "cuda", "reference")
 WITHOUT_KERNELS = ("chunked", "reference")  # of other devices
+PLAIN = (order_.REFERENCE, True)
 MOST_CHOSEN = 1024  # sizes, mostly
 AUTOMATIC = "backend='auto'"
 UNPROVED = "not proved on this device, which `python -m fusedloss verify` does"
@@ -87,23 +88,23 @@ def select(problem: Problem, backend: str, *, plain: bool = True) -> str:
 
 
 def _automatic(problem: Problem, plain: bool) -> Candidates:
-    """Of `auto`. What the calls before have settled is looked up: 2 us, which are to stay so."""
-    x, device = problem.operands[0], problem.device
-    if AUTO.get(device.type, WITHOUT_KERNELS)[0] not in KERNELS:
-        return [(name, True) for name in _auto(device)]
+    """Of `auto`. What calls before have settled is looked up, in 2 us."""
     if torch.compiler.is_compiling():  # sizes may be symbols, and every comparison of one would be a guard
-        return [(name, name not in KERNELS) for name in _auto(device)]
-    first, chosen = problem.blocks[0], order_.chosen
-    rows, columns = problem.operands[first.query].shape, problem.operands[first.key].shape
-    flags = families.flags(problem)
-    key = (flags, x.dtype, device, rows, columns, x.dtype is torch.float32 and families.tf32())
+        return [(name, name not in KERNELS) for name in _auto(problem.device)]
+    operands, first, chosen = problem.operands, problem.blocks[0], order_.chosen
+    x, flags = operands[0], families.flags(problem)
+    dtype, device = x.dtype, x.device
+    in_tf32 = dtype is torch.float32 and families.tf32()
+    key = (flags, dtype, device, in_tf32, operands[first.query].shape, operands[first.key].shape)
     found = chosen.get(key)
     if found is None:
-        names = order_.order(_auto(device), problem)
+        names = _auto(device)
+        if names[0] in KERNELS:
+            names = order_.order(names, problem)
         needed = {name: families.of_flags(name, flags) for name in KERNELS}
         found = _remembered(chosen, key, names, needed, x)
-    if found[0][0] == order_.REFERENCE and not (plain and order_.materialises(problem)):
-        return (*found[1:], found[0])
+    if found[0] == PLAIN and not (plain and order_.materialises(problem)):
+        return (*found[1:], PLAIN)
     return found
 
 
@@ -195,12 +196,10 @@ def select_rowwise(
 
 
 def _automatic_rowwise(x: Tensor, family: str | None) -> Candidates:
-    device = x.device
-    if family is None or AUTO.get(device.type, WITHOUT_KERNELS)[0] not in KERNELS:
-        return [(name, True) for name in _auto(device)]
-    if torch.compiler.is_compiling():
-        return [(name, name not in KERNELS) for name in _auto(device)]
-    chosen, key = order_.chosen, (family, x.dtype, device, x.dtype is torch.float32 and families.tf32())
+    if torch.compiler.is_compiling() or family is None:
+        return [(name, family is None or name not in KERNELS) for name in _auto(x.device)]
+    chosen, dtype, device = order_.chosen, x.dtype, x.device
+    key = (family, dtype, device, dtype is torch.float32 and families.tf32())
     found = chosen.get(key)
     return _remembered(chosen, key, _auto(device), {"triton": (family,)}, x) if found is None else found
 

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import importlib.util
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -59,7 +58,7 @@ def why_not(problem: Problem) -> str | None:
 @environment.constant
 def why_not_on(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why no kernel runs for tensors like that."""
-    return _why_not(dtype, device, os.environ.get("TRITON_INTERPRET"))
+    return _why_not(dtype, device, environment.get("TRITON_INTERPRET"))
 
 
 @functools.cache

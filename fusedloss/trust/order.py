@@ -118,7 +118,7 @@ def _nearest(device: torch.device, place: tuple[object, ...], M: int, N: int, D:
 
 
 def rows_of(entry: Entry) -> int:
-    return entry.get("M", entry["N"])
+    return entry["M"] if "M" in entry else entry["N"]
 
 
 def size_of(entry: Entry) -> str:
