@@ -602,7 +602,7 @@ RACES = [
     ("race raises", 1, "; the race ended early: exit code 1, RuntimeError: an illegal memory access was encountered"),
     ("race crashes", 1, "; the race ended early: ended by SIGSEGV"),
     ("race killed", 1, "; the race ended early: ended by SIGKILL"),
-    ("race hangs", 0, "; the race ended early: not done within 0 s"),
+    ("race hangs", 0, "; the race ended early: out of time"),
     ("race says nonsense", 1, None),
 ]
 

@@ -343,7 +343,7 @@ def prove_in_child(
                     break
             if not left:
                 if race is not None and kind == "silent":
-                    race.why = f"not done within {RACE:.0f} s"
+                    race.why = "out of time"
                 elif race is not None and child.code != 0:
                     race.why = child.ending()
                 return why
