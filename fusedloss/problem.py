@@ -14,13 +14,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 NORM_EPS = 1e-12  # F.normalize's: a zero row stays zero instead of turning into NaN
 SAFE_SCALE = 59.0  # up to here exponents lie within [-69, 49]: see `exp_shift` of backends/shared.py
+
+
+Learned = Annotated[Tensor, "may receive a gradient"]  # as a field's type; other tensors receive none
 
 
 class Compare(NamedTuple):
@@ -111,7 +114,7 @@ class Block:
 
     query: int
     key: int
-    bias: Tensor | None = None
+    bias: Learned | None = None
     mask: Mask = Mask()  # noqa: RUF009  # immutable
     penalty: float = 0.0
     own_penalty: float = 0.0
@@ -135,7 +138,7 @@ class Fold:
     labels: tuple[Tensor, Tensor] | None = None
     itself: bool = False
     distance: str = ""
-    scalars: tuple[Tensor, ...] = ()
+    scalars: tuple[Learned, ...] = ()
     teacher: Guide | None = None
     teacher_scale: Tensor | None = None
 
@@ -177,9 +180,9 @@ class Problem:
     top: no loss is asked for, but each row's largest logit (`op.top_rows`).
     """
 
-    operands: tuple[Tensor, ...]
+    operands: tuple[Learned, ...]
     blocks: tuple[Block, ...]
-    scale: Tensor
+    scale: Learned
     target: Tensor
     weight: Tensor
     cosine: bool = False

@@ -426,7 +426,9 @@ def test_while_torch_compile_traces_nothing_is_verified(plant, monkeypatch, capl
     ran = []
     execute = op.execute
     monkeypatch.setattr(
-        op, "execute", lambda plan, *rest, **how: ran.append(plan.backend) or execute(plan, *rest, **how)
+        op,
+        "execute",
+        lambda problem, how, *rest, **more: ran.append(how.backend) or execute(problem, how, *rest, **more),
     )
     query, key = torch.randn(2, 9, 5)
     logged = lambda: [record.getMessage() for record in caplog.records if record.name == "fusedloss"]

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import fusedloss
 from fusedloss.backends import BACKENDS
 from fusedloss.info import probe
-from fusedloss.op import flatten
+from fusedloss.packing import pack
 from fusedloss.problem import Block, Problem
 
 PLAIN = ["chunked", "reference"]
@@ -474,6 +474,4 @@ def test_the_op_meets_torch_librarys_own_checks(backend, per_row, symmetric):
         symmetric=symmetric,
         wants_tally=True,
     )
-    plan, tensors, constants = flatten(problem, backend, per_row)
-    arguments = (scale, problem.target, problem.weight, tensors, constants, *plan)
-    torch.library.opcheck(torch.ops.fusedloss.sweep, (*arguments, [True] * 3))
+    torch.library.opcheck(torch.ops.fusedloss.sweep, (*pack(problem), backend, per_row, [True] * 3))

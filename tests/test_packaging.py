@@ -246,6 +246,7 @@ FORBIDDEN = {
     "fusedloss.trust.order": (*UPPER, *DRIVERS, "fusedloss.backends"),
     "fusedloss.trust.audit": (*UPPER, *DRIVERS),  # whom the op asks
     # what all of the above share
+    "fusedloss.packing": (*UPPER, *DRIVERS, "fusedloss.backends", "fusedloss.trust"),
     "fusedloss.problem": (*UPPER, *DRIVERS, "fusedloss.backends", "fusedloss.trust"),
     "fusedloss.epilogues": (*UPPER, *DRIVERS, "fusedloss.backends", "fusedloss.trust"),
     "fusedloss.products": (*UPPER, *DRIVERS, "fusedloss.backends", "fusedloss.trust", "fusedloss.problem"),
