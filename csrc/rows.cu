@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads)
         if (p.softcap != 0) {
           const double bent = tanh(score / p.softcap);
           score = bent * p.softcap;
-          slope = 1 - bent * bent;
+          slope *= 1 - bent * bent;
         }
         p.score[row] = score;
         if (p.slope) p.slope[row] = float(slope);

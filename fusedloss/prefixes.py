@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import products
-from .problem import NORM_EPS, RowSums, stats_dtype
+from .problem import NORM_EPS, RowRule, RowSums, stats_dtype
 from .rows import fresh, largest_finite, power_of_two, row_chunks, settle
 
 LOG2E = math.log2(math.e)
@@ -423,7 +423,7 @@ class _Sweep:
         if bias is not None:
             score = score + bias[self.target[part]]
         rows = [
-            settle(RowSums(natural[k], total[k]), score[k], c * weight, copies=self.copies)
+            settle(RowSums(natural[k], total[k]), score[k], c * weight, RowRule(copies=self.copies))
             for k, c in enumerate(self.dim_weights)
         ]
         over_l = torch.stack([row.weight for row in rows])

@@ -58,6 +58,23 @@ class Margin(NamedTuple):
 NO_MARGIN = Margin()
 
 
+class RowRule(NamedTuple):
+    """What becomes of a row's logits beside its weight: `Problem` explains each. Columns' losses have no rule.
+
+    It travels whole, so that no sweep, ring or backend can leave out one of them.
+    """
+
+    label_smoothing: float = 0.0
+    decoupled: bool = False
+    copies: int = 1
+    softcap: float = 0.0
+    margin: Margin = NO_MARGIN
+    z_loss: float = 0.0
+
+
+NO_RULE = RowRule()
+
+
 class Mask(NamedTuple):
     """Which columns of a block may compete; all that is given must agree. The target always may, but for `skip`.
 
@@ -205,6 +222,10 @@ class Problem:
 
     def __post_init__(self) -> None:
         _set(self, target=self.target.contiguous(), weight=self.weight.contiguous())
+
+    @property
+    def rule(self) -> RowRule:
+        return RowRule(self.label_smoothing, self.decoupled, self.copies, self.softcap, self.margin, self.z_loss)
 
     @property
     def masked(self) -> bool:

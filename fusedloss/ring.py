@@ -205,6 +205,7 @@ class Around:
         self.elsewhere: sweep.Elsewhere | None = None
         self.score = problem.weight.new_zeros(problem.rows, dtype=torch.float64)
         self.target_sim = torch.zeros_like(problem.weight)
+        self.slope = torch.ones_like(problem.weight) if problem.softcap or any(problem.margin) else None
 
     def losses(self) -> Tensor:
         """`[M]`, weighted."""
@@ -223,10 +224,8 @@ class Around:
             return [Parcel(t, self.shards.parcels[0].sizes) for t in (columns.shift, columns.total)]
 
         home = go_around(self.shards.parcels, self.shards.ranks, visit, _merged)
-        settle = self.backend.settle
-        options = {"decoupled": problem.decoupled, "copies": problem.copies}
-        score = self.score
-        self.rows = settle(self.merged, score, self.weight, **options)
+        settle, score = self.backend.settle, self.score
+        self.rows = settle(self.merged, score, self.weight, problem.rule, slope=self.slope)
         if not problem.symmetric:
             return self.rows.loss
         self.columns = settle(RowSums(*home), score, self.weight)
@@ -280,11 +279,13 @@ class Around:
         return partial
 
     def _note(self, partial: Partial, shard: int) -> None:
-        """The logits and similarities of the targets that this shard has."""
+        """The logits, similarities and slopes of the targets that this shard has."""
         here = partial.problem.target >= 0
         self.score = torch.where(here, partial.prepared.score.to(self.score.dtype), self.score)
         if partial.prepared.target_sim is not None:
             self.target_sim = torch.where(here, partial.prepared.target_sim, self.target_sim)
+        if self.slope is not None and partial.prepared.slope is not None:
+            self.slope = torch.where(here, partial.prepared.slope, self.slope)
 
 
 class Once:

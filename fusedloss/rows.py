@@ -16,13 +16,13 @@ from . import products
 from .epilogues import bent, decoupled_loss, marginal, softmax_loss
 from .folds import Part
 from .problem import (
-    NO_MARGIN,
+    NO_RULE,
     NORM_EPS,
     GuideRule,
-    Margin,
     Patch,
     Prepared,
     Problem,
+    RowRule,
     RowSums,
     Settled,
     inverse_norms,
@@ -59,16 +59,16 @@ def prepare(
     target: Tensor,
     scale: Tensor,
     bias: Tensor | None,
+    rule: RowRule = NO_RULE,
     *,
     cosine: bool,
     wants_target_sim: bool,
-    softcap: float = 0.0,
-    margin: Margin = NO_MARGIN,
 ) -> Prepared:
     """1/norms of both sides, and the target's logit `scale f_i f_t <x_i, y_t> + bias_t`, under its margin and bent.
 
     A row dot beside the sweep: in the tile it would cost registers and spill.
     """
+    margin, softcap = rule.margin, rule.softcap
     row_factor = inverse_norms(x) if cosine else None
     col_factor = row_factor if y is x else inverse_norms(y) if cosine else None
     wide = torch.float64 if x.device.type in ("cpu", "cuda") else scale.dtype
@@ -88,7 +88,7 @@ def prepare(
         score = score + bias[target]
     if softcap:
         score = bent(score, softcap)
-        slope = 1 - (score / softcap).square()
+        slope = (1 if slope is None else slope) * (1 - (score / softcap).square())
     return Prepared(
         row_factor,
         col_factor,
@@ -114,11 +114,8 @@ def settle(
     sums: RowSums,
     score: Tensor,
     weight: Tensor,
-    label_smoothing: float = 0.0,
+    rule: RowRule = NO_RULE,
     *,
-    decoupled: bool = False,
-    copies: int = 1,
-    z_loss: float = 0.0,
     smooth: Tensor | None = None,
     slope: Tensor | None = None,
     patch: Patch | None = None,
@@ -130,12 +127,13 @@ def settle(
     With `patch`, entries are relative to `weight / l` and written into the workspace, merged in fp32 before they are
     rounded; `scaled` are then the matrices whose rows are wanted times `weight / l`, rounded to `dtype`.
 
-    copies: how often the target's exponential stands in l. decoupled: l is the sum of the negatives alone; a row
-    without any has loss 0. smooth: what smoothing takes from every admissible entry, where it is known by row.
+    A row that is decoupled, and without negatives, has loss 0.
+
+    smooth: what smoothing takes from every admissible entry, where it is known by row.
     slope: what the target's entry is times, see `Prepared`.
     """
     left_out = weight == 0
-    if decoupled:
+    if rule.decoupled:
         left_out = left_out | (sums.total == 0)
     # Infinite in the dtype of the other logits: inf - inf, as in torch's own cross-entropy.
     score = score.masked_fill(score.to(sums.total.dtype) == torch.inf, torch.nan)
@@ -145,16 +143,18 @@ def settle(
     shift = torch.where((total == 0) & ~left_out, score.to(total.dtype), sums.shift)
     # A target's logit far above the others must not make l infinite: a smoothed entry is a share of l, and 80 leaves
     # room for the product with y. What it costs are probabilities under exp(-80), beside a share of 1 / N.
-    most = 80.0 if label_smoothing or z_loss else 88.0 if total.dtype == torch.float32 else 700.0
+    most = 80.0 if rule.label_smoothing or rule.z_loss else 88.0 if total.dtype == torch.float32 else 700.0
     own = torch.exp((score - shift).clamp(max=most).to(total.dtype))
-    l = total.clone() if decoupled else total + copies * own
-    loss = decoupled_loss(shift, total, score) if decoupled else softmax_loss(shift, total, score, copies)
-    spread: float | Tensor = label_smoothing
-    if z_loss:  # d lse^2 = 2 lse p: more of the softmax, and as much of the target's mass as makes its entry 2 lse p_t
+    l = total.clone() if rule.decoupled else total + rule.copies * own
+    loss = decoupled_loss(shift, total, score) if rule.decoupled else softmax_loss(shift, total, score, rule.copies)
+    spread: float | Tensor = rule.label_smoothing
+    if (
+        rule.z_loss
+    ):  # d lse^2 = 2 lse p: more of the softmax, and as much of the target's mass as makes its entry 2 lse p_t
         lse = (score + loss).to(total.dtype)
-        spread = spread + 2 * z_loss * lse
-        l = l / (1 + 2 * z_loss * lse)
-        loss = loss + z_loss * lse.square()
+        spread = spread + 2 * rule.z_loss * lse
+        l = l / (1 + 2 * rule.z_loss * lse)
+        loss = loss + rule.z_loss * lse.square()
     over_l = (weight / l).masked_fill(left_out, 0)
     entry = spread * weight - over_l * total if patch is None else spread * l - total
     if smooth is not None:

@@ -521,10 +521,9 @@ class _Sweep:
             self.problem.target,
             self.problem.scale,
             self.biases[0],
+            self.problem.rule,
             cosine=self.problem.cosine,
             wants_target_sim=self.wants.scale or any(b.mask.margin is not None for b in self.problem.blocks),
-            softcap=self.problem.softcap,
-            margin=self.problem.margin,
         )
 
     def _mask(self, number: int, block: Block) -> StripMask | None:
@@ -572,10 +571,8 @@ class _Sweep:
 
     def _settle(self, chunk: slice, sums: RowSums, weight: Tensor | None = None, **options) -> Settled:
         weight = self.problem.weight if weight is None else weight
-        score = _part(self.prepared.score, chunk)
-        options |= {"decoupled": self.problem.decoupled, "copies": self.problem.copies}
-        options |= {"z_loss": self.problem.z_loss, "slope": _part_or_none(self.prepared.slope, chunk)}
-        return self.backend.settle(sums, score, _part(weight, chunk), self.problem.label_smoothing, **options)
+        score, slope = _part(self.prepared.score, chunk), _part_or_none(self.prepared.slope, chunk)
+        return self.backend.settle(sums, score, _part(weight, chunk), self.problem.rule, slope=slope, **options)
 
     def _patch(self, chunk: slice, out: Tensor) -> Patch:
         block = self.problem.blocks[0]

@@ -76,7 +76,8 @@ def prepare_kernel(
                 score += tl.load(Bias + target, mask=mask, other=0.0).to(tl.float64)
             if SOFTCAP is not None:
                 score = SOFTCAP * _tanh(score / SOFTCAP)
-                slope = 1 - (score / SOFTCAP) * (score / SOFTCAP)
+                bend = 1 - (score / SOFTCAP) * (score / SOFTCAP)
+                slope = bend if MARGIN is None else bend * slope
             tl.store(Score + offs, score, mask=mask)
             if Slope is not None:
                 tl.store(Slope + offs, slope.to(tl.float32), mask=mask)

@@ -43,6 +43,7 @@ from fusedloss.problem import (
     Margin,
     Patch,
     Problem,
+    RowRule,
     RowSums,
     Softmax,
     Strip,
@@ -170,18 +171,20 @@ def by_row(name: str, dtype: torch.dtype) -> None:
                 x, empty(size, dim, kind=dtype), target, empty(), vector, cosine=True, wants_target_sim=True
             )
         case "prepare, softcap, margin":
-            y, options = empty(size, dim, kind=dtype), {"softcap": 30.0, "margin": Margin(0.5, 0.1)}
-            backend.prepare(x, y, target, empty(), vector, cosine=True, wants_target_sim=True, **options)
+            y, rule = empty(size, dim, kind=dtype), RowRule(softcap=30.0, margin=Margin(0.5, 0.1))
+            backend.prepare(x, y, target, empty(), vector, rule, cosine=True, wants_target_sim=True)
         case "norms":
             backend.inverse_norms(x)
         case "merge":
             backend.merge(RowSums(vector, vector), table)
         case "settle":
-            backend.settle(table, score, vector, 0.1)
+            backend.settle(table, score, vector, RowRule(0.1))
         case "settle, patch":
-            backend.settle(RowSums(-20.0, table.total), score, vector, 0.1, patch=patch, scaled=[x], dtype=dtype)
+            backend.settle(
+                RowSums(-20.0, table.total), score, vector, RowRule(0.1), patch=patch, scaled=[x], dtype=dtype
+            )
         case "settle, z-loss, slope":
-            backend.settle(table, score, vector, 0.1, z_loss=1e-4, smooth=vector, slope=vector)
+            backend.settle(table, score, vector, RowRule(0.1, z_loss=1e-4), smooth=vector, slope=vector)
         case "weigh":
             backend.weigh(patch, vector, vector, vector)
         case "finish":

@@ -17,6 +17,8 @@ from ranks import COLLECTIVE, Ranks, on_ranks
 
 import fusedloss
 from fusedloss import distributed, masks
+from fusedloss.backends import reference
+from fusedloss.problem import Block, Margin, Problem
 
 pytestmark = pytest.mark.processes
 
@@ -256,6 +258,34 @@ def test_world_is_the_default_group(name, group_of_one):
         "sup_con": lambda: fusedloss.sup_con(rows(), LABELS),
     }
     assert RIGHT[name]().item() == pytest.approx(alone[name]().item(), rel=1e-12)
+
+
+RULES = {
+    "decoupled": {"decoupled": True},
+    "copies": {"copies": 2},
+    "z_loss": {"z_loss": 1e-2},
+    "softcap": {"softcap": 5.0},
+    "margin": {"margin": Margin(0.3, 0.1), "cosine": True},
+    "margin and softcap": {"margin": Margin(0.3, 0.1), "cosine": True, "softcap": 5.0},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_ring_follows_the_whole_rule_of_its_rows(rule, reduction, group_of_one):
+    """Also what no loss with `group=` takes today."""
+    around = distributed.world("world", "ring", "sum")
+
+    def step(run):
+        x, y = two()
+        scale, weight = torch.tensor(4.0, dtype=x.dtype), torch.linspace(0.5, 1, 3, dtype=x.dtype)
+        run(Problem((x, y), (Block(0, 1),), scale, torch.arange(3), weight, **RULES[rule])).sum().backward()
+        return x.grad, y.grad
+
+    found = step(lambda p: distributed.loss_across(around, lambda: distributed.Call("", (p,), "chunked", reduction)))
+    wanted = step(lambda p: reference.loss_rows(p)[0])
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_another_word():

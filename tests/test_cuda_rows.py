@@ -8,7 +8,7 @@ from grids import DEVICES
 
 from fusedloss import rows as plain
 from fusedloss.backends import cuda_rows
-from fusedloss.problem import Margin, Patch, RowSums
+from fusedloss.problem import Margin, Patch, RowRule, RowSums
 
 pytestmark = pytest.mark.host
 
@@ -132,9 +132,10 @@ def test_margin_and_softcap(device, softcap, margin):
     x[3] = -y[target[3]]  # beyond pi - angle
     x[11] = y[target[11]] + 1e-5 * x[11]  # closer than sqrt(eps): there the slope is cos(angle)
     x, y, scale = x.float(), y.float(), torch.tensor(30.0, device=device)
-    options = {"cosine": any(margin), "wants_target_sim": True, "softcap": softcap, "margin": Margin(*margin)}
-    found = cuda_rows.prepare(x, y, target, scale, None, **options)
-    wanted = plain.prepare(x, y, target, scale, None, **options)
+    options = {"cosine": any(margin), "wants_target_sim": True}
+    rule = RowRule(softcap=softcap, margin=Margin(*margin))
+    found = cuda_rows.prepare(x, y, target, scale, None, rule, **options)
+    wanted = plain.prepare(x, y, target, scale, None, rule, **options)
     # The angle at a class vector is the root of its products' rounding.
     near = torch.isin(torch.arange(37, device=device), torch.tensor([2, 11], device=device))
     close(found.score[~near], wanted.score[~near], 1e-12, magnitude=wanted.score[~near].abs() + 1)
@@ -220,9 +221,9 @@ def test_settle(device, n_tiles, R, one_shift, bent, options):
     weight[5:9] = 0
     score[5:7] = torch.tensor([-INF, math.nan], device=device)[: score[5:7].shape[0]]  # left out
     more = {"smooth": factors(R, device) / 100, "slope": factors(R, device)} if bent else {}
-    found = cuda_rows.settle(sums, score, weight, **OPTIONS[options], **more)
+    found = cuda_rows.settle(sums, score, weight, RowRule(**OPTIONS[options]), **more)
     doubles = {key: value.double() for key, value in more.items()}
-    wanted = plain.settle(wide, score, weight.double(), **OPTIONS[options], **doubles)
+    wanted = plain.settle(wide, score, weight.double(), RowRule(**OPTIONS[options]), **doubles)
     assert torch.equal(found.shift, wanted.shift.float())
     close(found.weight, wanted.weight, 32 * EPS)
     size = weight.abs() * (1.5 if bent else 1) + 0.02 * bent
@@ -254,14 +255,14 @@ def test_settle_patches_the_workspace(device, dtype, cosine, layout, smoothing):
         sums,
         score,
         weight,
-        smoothing,
+        RowRule(smoothing),
         patch=Patch(out, target, row_factor, col_factor),
         scaled=scaled,
         dtype=torch.float32 if dtype == torch.float16 else dtype,
     )
     doubled = [None if t is None else t.double() for t in (row_factor, col_factor)]
     patch = Patch(wanted_out, target, *doubled)
-    wanted = plain.settle(wide, score, weight.double(), smoothing, patch=patch)
+    wanted = plain.settle(wide, score, weight.double(), RowRule(smoothing), patch=patch)
     hit = torch.zeros_like(out, dtype=torch.bool)
     hit.scatter_(1, target.clamp(min=0)[:, None], (target >= 0)[:, None])
     assert torch.equal(out[~hit].double(), wanted_out[~hit])
@@ -280,7 +281,7 @@ def test_rows_without_negatives(device):
     found = cuda_rows.settle(sums, score, torch.ones(4, device=device))
     assert found.loss.tolist() == found.entry.tolist() == [0] * 4 and found.weight.tolist() == [1] * 4
     assert found.shift.tolist() == score.tolist()
-    found = cuda_rows.settle(sums, score, torch.ones(4, device=device), decoupled=True, z_loss=0.1)
+    found = cuda_rows.settle(sums, score, torch.ones(4, device=device), RowRule(decoupled=True, z_loss=0.1))
     assert found.loss.tolist() == found.entry.tolist() == found.weight.tolist() == [0] * 4
 
 
@@ -291,8 +292,8 @@ def test_extreme_and_undefined_scores(device, options):
     total = torch.tensor([[2.0] * 7 + [math.nan, INF]], device=device)
     score = torch.tensor(score, dtype=torch.float64, device=device)
     sums, weight = RowSums(torch.zeros_like(total), total), torch.ones(9, device=device)
-    found = cuda_rows.settle(sums, score, weight, **OPTIONS[options])
-    wanted = plain.settle(RowSums(*(t[0] for t in sums)), score, weight, **OPTIONS[options])
+    found = cuda_rows.settle(sums, score, weight, RowRule(**OPTIONS[options]))
+    wanted = plain.settle(RowSums(*(t[0] for t in sums)), score, weight, RowRule(**OPTIONS[options]))
     for key in ("loss", "shift", "weight", "entry"):
         a, b = getattr(found, key), getattr(wanted, key)
         torch.testing.assert_close(

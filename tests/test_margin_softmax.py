@@ -17,9 +17,9 @@ from peaks import MIB, growth, measured
 from torch.nn import functional as F
 
 import fusedloss
-from fusedloss import measure, sweep, testing
+from fusedloss import measure, op, sweep, testing
 from fusedloss.backends import BACKENDS, chunked
-from fusedloss.problem import Block, Problem
+from fusedloss.problem import Block, Margin, Problem
 
 pml = pytest.importorskip("pytorch_metric_learning.losses")
 
@@ -92,6 +92,28 @@ def skip_if_unsupported(backend, x):
     problem = Problem((x,), (Block(0, 0),), x.new_ones(()), torch.zeros(1), torch.zeros(1))
     if reason := BACKENDS[backend].why_not(problem):
         pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_a_margin_beneath_a_softcap(backend):
+    """No loss has both yet: the target's slope is the product of the two. test_cuda_rows.py has `cuda` beside these."""
+    x, y, target = inputs(9, 11, 6, torch.float32)
+    skip_if_unsupported(backend, x)
+    rule = {"cosine": True, "margin": Margin(0.3, 0.1), "softcap": 5.0}
+
+    def loss(rows, name):
+        def call(x, y):
+            weight = torch.linspace(0.5, 1, 9, dtype=x.dtype)
+            scale = torch.tensor(8.0, dtype=x.dtype)
+            return rows(Problem((x, y), (Block(0, 1),), scale, target, weight, **rule), name, True)[0]
+
+        return call
+
+    ours, wanted = loss(op.loss_rows_or_sum, backend), loss(op.loss_rows_or_sum, "reference")
+    found = testing.value_and_gradients(lambda *t: ours(*t).sum(), (x, y))
+    exact = testing.value_and_gradients(lambda *t: wanted(*t).sum(), (x.double(), y.double()))
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-4, atol=1e-5)
 
 
 # The losses -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedloss import rows as plain
 from fusedloss.backends.shared import exp_shift
-from fusedloss.problem import Block, Patch, Problem, RowSums, Strip
+from fusedloss.problem import Block, Patch, Problem, RowRule, RowSums, Strip
 
 pytest.importorskip("triton")
 from fusedloss.kernels.config import ELSEWHERE, Config, pick_config, pick_rows
@@ -327,8 +327,8 @@ def test_settle(tiles, label_smoothing, one_shift, cosine, few_rows):
         outs = [torch.zeros(21, 40, device=DEVICE)[:, :34] for _ in range(2)]
         patches = [Patch(out, target, *factors) for out in outs] if patched else [None, None]
         scaled = {"scaled": [x, y[:21]], "dtype": torch.float32} if patched else {}
-        found = backend.settle(sums, score, weight, label_smoothing, patch=patches[0], **scaled)
-        wanted = plain.settle(summed, score, weight, label_smoothing, patch=patches[1], **scaled)
+        found = backend.settle(sums, score, weight, RowRule(label_smoothing), patch=patches[0], **scaled)
+        wanted = plain.settle(summed, score, weight, RowRule(label_smoothing), patch=patches[1], **scaled)
         bounds = {"rtol": 64 * 50 * torch.finfo(torch.float32).eps, "atol": 1e-30, "equal_nan": True}
         for name in ("loss", "weight", *([] if patched else ["entry"])):
             torch.testing.assert_close(getattr(found, name), getattr(wanted, name), **bounds)

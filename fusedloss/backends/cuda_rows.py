@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import NO_MARGIN, Margin, Patch, Prepared, RowSums, Settled
+from ..problem import NO_RULE, Patch, Prepared, RowRule, RowSums, Settled
 from .shared import check_vector
 
 LAUNCHES = ("prepare", "merge", "settle", "scale_rows", "weigh", "finish")
@@ -37,18 +37,17 @@ def prepare(
     target: Tensor,
     scale: Tensor,
     bias: Tensor | None,
+    rule: RowRule = NO_RULE,
     *,
     cosine: bool,
     wants_target_sim: bool,
-    softcap: float = 0.0,
-    margin: Margin = NO_MARGIN,
 ) -> Prepared:
     (M, D), N = x.shape, y.shape[0]
     row_factor = scale.new_empty(M) if cosine else None
     col_factor = row_factor if y is x else scale.new_empty(N) if cosine else None
     score = torch.empty(M, dtype=torch.float64, device=x.device)
     target_sim = scale.new_empty(M) if wants_target_sim else None
-    slope = scale.new_empty(M) if softcap or any(margin) else None
+    slope = scale.new_empty(M) if rule.softcap or any(rule.margin) else None
     launch(
         "prepare",
         x.device,
@@ -70,9 +69,9 @@ def prepare(
         stride_xd=x.stride(1),
         stride_yn=y.stride(0),
         stride_yd=y.stride(1),
-        softcap=softcap,
-        margin_angle=margin.angle,
-        margin_cosine=margin.cosine,
+        softcap=rule.softcap,
+        margin_angle=rule.margin.angle,
+        margin_cosine=rule.margin.cosine,
     )
     return Prepared(row_factor, col_factor, score, target_sim, slope)
 
@@ -97,11 +96,8 @@ def settle(
     sums: RowSums,
     score: Tensor,
     weight: Tensor,
-    label_smoothing: float = 0.0,
+    rule: RowRule = NO_RULE,
     *,
-    decoupled: bool = False,
-    copies: int = 1,
-    z_loss: float = 0.0,
     smooth: Tensor | None = None,
     slope: Tensor | None = None,
     patch: Patch | None = None,
@@ -120,10 +116,10 @@ def settle(
         shift=shift if given else 0.0,
         score=score.to(torch.float64),
         weight=weight,
-        label_smoothing=label_smoothing,
-        copies=copies,
-        z_loss=z_loss,
-        decoupled=decoupled,
+        label_smoothing=rule.label_smoothing,
+        copies=rule.copies,
+        z_loss=rule.z_loss,
+        decoupled=rule.decoupled,
         smooth=smooth,
         slope=slope,
         row_shift=own_shift,

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from .. import environment, products
 from ..problem import (
-    NO_MARGIN,
+    NO_RULE,
     GuideRule,
-    Margin,
     Patch,
     Prepared,
     Problem,
+    RowRule,
     RowSums,
     Settled,
     Softmax,
@@ -423,17 +423,17 @@ def prepare(
     target: Tensor,
     scale: Tensor,
     bias: Tensor | None,
+    rule: RowRule = NO_RULE,
     *,
     cosine: bool,
     wants_target_sim: bool,
-    softcap: float = 0.0,
-    margin: Margin = NO_MARGIN,
 ) -> Prepared:
     (M, D), N = x.shape, y.shape[0]
     row_factor = scale.new_empty(M) if cosine else None
     col_factor = row_factor if y is x else scale.new_empty(N) if cosine else None
     score = torch.empty(M, dtype=torch.float64, device=x.device)
     target_sim = scale.new_empty(M) if wants_target_sim else None
+    softcap, margin = rule.softcap, rule.margin
     slope = scale.new_empty(M) if softcap or any(margin) else None
     own_columns = None if y is x else col_factor
     _by_row(
@@ -481,11 +481,8 @@ def settle(
     sums: RowSums,
     score: Tensor,
     weight: Tensor,
-    label_smoothing: float = 0.0,
+    rule: RowRule = NO_RULE,
     *,
-    decoupled: bool = False,
-    copies: int = 1,
-    z_loss: float = 0.0,
     smooth: Tensor | None = None,
     slope: Tensor | None = None,
     patch: Patch | None = None,
@@ -509,9 +506,9 @@ def settle(
         shift if given else 0.0,
         score,
         weight,
-        float(label_smoothing),
-        float(copies),
-        z_loss or None,
+        float(rule.label_smoothing),
+        float(rule.copies),
+        rule.z_loss or None,
         settled.shift,
         settled.weight,
         settled.entry if patch is None else None,
@@ -530,7 +527,7 @@ def settle(
         smooth,
         slope,
         RELATIVE=patch is not None,
-        DECOUPLED=decoupled,
+        DECOUPLED=rule.decoupled,
     )
     return settled
 
