@@ -45,7 +45,7 @@ from torch.autograd.function import once_differentiable
 from . import checks, op, ring, sweep
 from .backends import BACKENDS, UnsupportedError, select
 from .collectives import gather, scatter, total
-from .problem import Block, Compare, Guide, Problem, Ranks
+from .problem import Block, Problem, Ranks
 from .ring import Shards
 from .rows import columns_and_weights, without_target
 
@@ -597,11 +597,10 @@ def spread(part: Part, around: World, ignore_index: int | None) -> Problem:
         return guides[id(x)]
 
     def block_of_all(block: Block) -> Block:
-        sizes, mask = ranks[block.key], block.mask
-        compare = tuple(Compare(c.rows, of_all(c.keys, sizes), c.keep) for c in mask.compare)
-        guide = None if mask.guide is None else Guide(mask.guide.query, of_all(mask.guide.key, sizes))
+        sizes = ranks[block.key]
         bias = None if block.bias is None else everywhere(block.bias, sizes)
-        return replace(block, key=place[block.key], mask=mask._replace(compare=compare, guide=guide), bias=bias)
+        mask = block.mask.map_keys(lambda x: of_all(x, sizes))
+        return replace(block, key=place[block.key], mask=mask, bias=bias)
 
     blocks = tuple(block_of_all(block) for block in problem.blocks)
     fold = problem.fold

@@ -141,21 +141,12 @@ def bind(mask: Mask | Tensor | None, rows: int, widths: Sequence[int], like: Ten
             if x.shape[0] != count:
                 raise ValueError(f"{name} has {x.shape[0]} rows: needs {count}, as many as the loss's own")
             checks.same_device(name, x, "the embeddings", like)
-    masks, start = [], 0
     own = None if mask.offset is None else itself(rows, like) + mask.offset
+    compare = tuple(c for _, c in mask.compare)
+    whole = core.Mask(compare, mask.dense, mask.margin, mask.exempt, mask.guide, own, mask.offset or 0)
+    masks, start = [], 0
     for width in widths:
-        part = slice(start, start + width)
-        masks.append(
-            core.Mask(
-                tuple(core.Compare(c.rows, c.keys[part], c.keep) for _, c in mask.compare),
-                None if mask.dense is None else mask.dense[:, part],
-                mask.margin,
-                None if mask.exempt is None else mask.exempt - start,
-                None if mask.guide is None else core.Guide(mask.guide.query, mask.guide.key[part]),
-                None if own is None else own - start,
-                mask.offset or 0,
-            )
-        )
+        masks.append(whole.columns(slice(start, start + width)))
         start += width
     return masks
 

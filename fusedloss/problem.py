@@ -102,6 +102,32 @@ class Mask(NamedTuple):
         compare = tuple(Compare(c.rows.contiguous(), c.keys.contiguous(), c.keep) for c in self.compare)
         return self._replace(compare=compare, skip=None if self.skip is None else self.skip.contiguous())
 
+    @property
+    def keys(self) -> list[Tensor]:
+        """What it holds of columns, a row for each; `dense` has rows and columns."""
+        return [*(c.keys for c in self.compare), *([] if self.guide is None else [self.guide.key])]
+
+    def map_keys(self, function: Callable[[Tensor], Tensor]) -> Mask:
+        """With each of `keys` replaced, as where other ranks' columns are added to them."""
+        compare = tuple(c._replace(keys=function(c.keys)) for c in self.compare)
+        guide = None if self.guide is None else Guide(self.guide.query, function(self.guide.key))
+        return self._replace(compare=compare, guide=guide)
+
+    def columns(self, part: slice) -> Mask:
+        """Of some columns, counted from the first of them."""
+
+        def moved(index: Tensor | None) -> Tensor | None:
+            return index - part.start if index is not None and part.start else index
+
+        dense = None if self.dense is None else self.dense[:, part]
+        mask = self.map_keys(lambda x: x[part])
+        return mask._replace(dense=dense, exempt=moved(self.exempt), skip=moved(self.skip))
+
+    def turned(self) -> Mask:
+        """Of columns as rows; a margin, a guide and what a row skips are one direction's alone."""
+        compare = tuple(Compare(c.keys, c.rows, c.keep) for c in self.compare)
+        return Mask(compare, None if self.dense is None else self.dense.T)
+
 
 class Ranks(NamedTuple):
     """The processes that share a batch, where a sweep has to ask them (`collectives`)."""
@@ -315,6 +341,11 @@ def inverse_norms(x: Tensor) -> Tensor:
     return norms.clamp_min(NORM_EPS).reciprocal()
 
 
+def rows_of(x: Tensor, part: slice) -> Tensor:
+    """`x[part]`, at no cost where that is all of it: a slice takes 2 us, and small batches are one chunk."""
+    return x if part.stop - part.start == x.shape[0] else x[part]
+
+
 def unit_rows(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x, dim=1, eps=NORM_EPS)
 
@@ -349,6 +380,15 @@ class StripMask(NamedTuple):
     exempt: Tensor | None = None  # [R, E], int64
     skip: Tensor | None = None  # [R]
     dropped: Any = None  # by the guide, as the backend likes it: tiles on demand, packed bits
+
+    def rows(self, part: slice) -> StripMask:
+        """Of some rows, before a guide has said anything of them."""
+
+        def of(x: Tensor | None) -> Tensor | None:
+            return None if x is None else rows_of(x, part)
+
+        compare = tuple(c._replace(rows=rows_of(c.rows, part)) for c in self.compare)
+        return StripMask(compare, of(self.dense), of(self.threshold), of(self.exempt), of(self.skip))
 
 
 class Tally(NamedTuple):

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import sweep
 from .backends import BACKENDS
 from .collectives import around, group_of
-from .problem import Block, Compare, Guide, Mask, Problem, Ranks, RowSums, Softmax, savable, without_autocast
+from .problem import Block, Mask, Problem, Ranks, RowSums, Softmax, savable, without_autocast
 from .rows import merge
 from .sweep import Partial, Wants
 
@@ -122,9 +122,7 @@ class Shards:
         self.parcels: list[Parcel] = []
         self.places: dict[int, int] = {}
         for block, counts in zip(problem.blocks, sizes, strict=True):
-            mask = block.mask
-            columns = [problem.operands[block.key], block.bias, *(c.keys for c in mask.compare)]
-            columns += [mask.guide.key if mask.guide else None]
+            columns = [problem.operands[block.key], block.bias, *block.mask.keys]
             columns += [problem.fold.labels[1] if problem.fold and problem.fold.labels else None]
             for x in columns:
                 if x is not None and id(x) not in self.places:
@@ -151,14 +149,8 @@ class Shards:
             mask, key = block.mask, len(self.queries) + self.keys.index(block.key)
             if not home and not len(operands[key]):
                 continue
-            mask = Mask(
-                tuple(Compare(c.rows, there(c.keys), c.keep) for c in mask.compare),
-                None,
-                mask.margin,
-                mask.exempt if home else None,
-                None if mask.guide is None else Guide(mask.guide.query, there(mask.guide.key)),
-                self._skip(mask, self.sizes[number], shard),
-            )
+            skip = self._skip(mask, self.sizes[number], shard)
+            mask = mask.map_keys(there)._replace(exempt=mask.exempt if home else None, skip=skip)
             bias = None if block.bias is None else there(block.bias)
             own = block.own_penalty if home else block.penalty
             blocks.append(Block(self.queries.index(block.query), key, bias, mask, block.penalty, own))

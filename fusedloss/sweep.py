@@ -36,6 +36,7 @@ from .problem import (
     StripMask,
     Tally,
     autocasting,
+    rows_of,
     saved_dtype,
     stats_dtype,
 )
@@ -329,8 +330,8 @@ class _Sweep:
         sums = self.backend.stats_rows(strips, *self._counts(chunk))
         if not self.by_row_smoothing or self.tally is None:
             return self._settle(chunk, sums), None
-        count, *_, z, sim = (_part(t, chunk) for t in self.tally)
-        weight, score = (_part(t, chunk) for t in (self.problem.weight, self.prepared.score))
+        count, *_, z, sim = (rows_of(t, chunk) for t in self.tally)
+        weight, score = (rows_of(t, chunk) for t in (self.problem.weight, self.prepared.score))
         spread = self.problem.label_smoothing * weight  # over the target and `count` others
         smooth = spread / (count + 1)
         rows = self._settle(chunk, sums, smooth=smooth)
@@ -345,7 +346,9 @@ class _Sweep:
         if self.tally is None:
             return None, None
         score, ties = self.prepared.score.to(self.dtype), self.ties if self.problem.wants_tally else 0.0
-        return Tally(*(_part(t, chunk) for t in self.tally)), _part(above_ties(score, ties, self.problem.scale), chunk)
+        return Tally(*(rows_of(t, chunk) for t in self.tally)), rows_of(
+            above_ties(score, ties, self.problem.scale), chunk
+        )
 
     @functools.cached_property
     def ties(self) -> Tensor | float:
@@ -372,7 +375,7 @@ class _Sweep:
         assert fold is not None
         part = fold_part(self.problem, chunk)
         if self.backend.can_fold(self.problem):
-            score = _part(self.prepared.score, chunk)
+            score = rows_of(self.prepared.score, chunk)
             folded = self.backend.fold_rows(self.problem, strip, out if self.wants.any else None, part, score)
             self._add_fold(folded)
             if self.wants.any:
@@ -488,8 +491,8 @@ class _Sweep:
             entry = rows.entry + by_column.entry
             workspace = self._workspace()
             for chunk in _chunks(self.problem.rows, workspace.shape[0]):
-                part, outs = by_row.map(functools.partial(_part, chunk=chunk)), self._outs(workspace, chunk)
-                self._grad(chunk, self._strips(chunk), outs, part, column_softmax, _part(entry, chunk))
+                part, outs = by_row.map(functools.partial(rows_of, part=chunk)), self._outs(workspace, chunk)
+                self._grad(chunk, self._strips(chunk), outs, part, column_softmax, rows_of(entry, chunk))
         return rows.loss + by_column.loss
 
     def _stored(self, workspace: Tensor, weight: Tensor) -> Tensor:
@@ -571,13 +574,13 @@ class _Sweep:
 
     def _settle(self, chunk: slice, sums: RowSums, weight: Tensor | None = None, **options) -> Settled:
         weight = self.problem.weight if weight is None else weight
-        score, slope = _part(self.prepared.score, chunk), _part_or_none(self.prepared.slope, chunk)
-        return self.backend.settle(sums, score, _part(weight, chunk), self.problem.rule, slope=slope, **options)
+        score, slope = rows_of(self.prepared.score, chunk), _part_or_none(self.prepared.slope, chunk)
+        return self.backend.settle(sums, score, rows_of(weight, chunk), self.problem.rule, slope=slope, **options)
 
     def _patch(self, chunk: slice, out: Tensor) -> Patch:
         block = self.problem.blocks[0]
         row_factor = _part_or_none(self.factors[block.query], chunk)
-        return Patch(out, _part(self.problem.target, chunk), row_factor, self.factors[block.key])
+        return Patch(out, rows_of(self.problem.target, chunk), row_factor, self.factors[block.key])
 
     def _grad(
         self,
@@ -602,7 +605,7 @@ class _Sweep:
         operand, norms, units = self.given[number], self.norms[number], self.units
 
         def apply(total: Tensor, over_l: Tensor | None, rows: slice, out: Tensor) -> None:
-            factor, own = _part_or_none(norms, rows), _part(operand, rows)
+            factor, own = _part_or_none(norms, rows), rows_of(operand, rows)
             more: Tensor | None = None
             if factor is not None and units:  # from the gradient by the unit row
                 more = factor
@@ -618,7 +621,7 @@ class _Sweep:
     def _queries(self, chunk: slice) -> dict[int, Tensor]:
         """The chunk's rows of what stands against keys whose gradient is wanted: dy += W.T @ x."""
         numbers = {block.query for block in self.problem.blocks if self.wants.operands[block.key]}
-        return {number: _part(self.operands[number], chunk) for number in sorted(numbers)}
+        return {number: rows_of(self.operands[number], chunk) for number in sorted(numbers)}
 
     def _wanted_target_sim(self, chunk: slice) -> Tensor | None:
         return _part_or_none(self.prepared.target_sim, chunk) if self.wants.scale else None
@@ -646,17 +649,18 @@ class _Sweep:
     def _strips(self, chunk: slice) -> list[Strip]:
         strips = []
         for number, block in enumerate(self.problem.blocks):
+            mask = self.masks[number]
             other_own = block.own_penalty != block.penalty and number > 0  # in block 0 it is the target
             strips.append(
                 Strip(
-                    x=_part(self.operands[block.query], chunk),
+                    x=rows_of(self.operands[block.query], chunk),
                     y=self.operands[block.key],
                     scale=self.scales[block.penalty],
                     row_factor=_part_or_none(self.factors[block.query], chunk),
                     col_factor=self.factors[block.key],
                     bias=self.biases[number],
-                    target=_part(self.problem.target, chunk) if number == 0 else None,
-                    mask=_mask_part(self.masks[number], chunk),
+                    target=rows_of(self.problem.target, chunk) if number == 0 else None,
+                    mask=None if mask is None else mask.rows(chunk),
                     own=_part_or_none(self.own, chunk) if other_own else None,
                     own_scale=self.scales[block.own_penalty] if other_own else None,
                     softcap=self.problem.softcap,
@@ -665,7 +669,7 @@ class _Sweep:
         if self.guides:
             parts = [
                 guide._replace(
-                    x=_part(guide.x, chunk),
+                    x=rows_of(guide.x, chunk),
                     row_factor=_part_or_none(guide.row_factor, chunk),
                     target=_part_or_none(guide.target, chunk),
                 )
@@ -685,7 +689,11 @@ class _Sweep:
             return None
         guide, found = self.guides[0], []
         for chunk in self._stats_chunks():
-            parts = (_part(guide.x, chunk), _part_or_none(guide.row_factor, chunk), _part_or_none(guide.target, chunk))
+            parts = (
+                rows_of(guide.x, chunk),
+                _part_or_none(guide.row_factor, chunk),
+                _part_or_none(guide.target, chunk),
+            )
             strip = guide._replace(x=parts[0], row_factor=parts[1], target=parts[2])
             if self.room is None:  # the first chunk is the largest
                 self.room = fresh(strip.scale, self.backend.guide_room(strip))
@@ -735,7 +743,7 @@ class _Sweep:
                     dbias[tile] += values.T.to(ones.dtype) @ ones
                 values = values.to(dtype)
                 if dx is not None:
-                    dx.add_rows(values, _part(y, tile).to(dtype))
+                    dx.add_rows(values, rows_of(y, tile).to(dtype))
                 if dy is not None:
                     dy.add_columns(tile, values.T, queries[block.query].to(dtype))
         for dx in self.gradients:
@@ -781,8 +789,8 @@ class Partial(_Sweep):
         if self.problem.rows and self.problem.columns:
             workspace = self._workspace()
             for chunk in _chunks(self.problem.rows, workspace.shape[0]):
-                part, outs = rows.map(functools.partial(_part, chunk=chunk)), self._outs(workspace, chunk)
-                self._grad(chunk, self._strips(chunk), outs, part, columns, _part(entry, chunk))
+                part, outs = rows.map(functools.partial(rows_of, part=chunk)), self._outs(workspace, chunk)
+                self._grad(chunk, self._strips(chunk), outs, part, columns, rows_of(entry, chunk))
         by_scale = None if self.scale_grad is None else self.scale_grad.to(self.dtype)
         return Result(entry, self._finish(), by_scale, tuple(self.bias_grads), (), [])
 
@@ -837,7 +845,7 @@ class _Gradient:
             self.apply(self.product, over_l, chunk, part)
             self.into[chunk] += part
         elif self.kept is not None:
-            self.apply(self.product, over_l, chunk, _part(self.kept, chunk))
+            self.apply(self.product, over_l, chunk, rows_of(self.kept, chunk))
         else:
             self.accumulator()[chunk] += self.product if over_l is None else self.product.mul_(over_l[:, None])
         self.product = None
@@ -914,25 +922,8 @@ def _unit(x: Tensor, factor: Tensor | None) -> Tensor:
     return x.to(factor.dtype) * factor[:, None]
 
 
-def _part(x: Tensor, chunk: slice) -> Tensor:
-    """`x[chunk]`, at no cost where that is all of it: a slice takes 2 us, and small batches are one chunk."""
-    return x if chunk.stop - chunk.start == x.shape[0] else x[chunk]
-
-
 def _part_or_none(x: Tensor | None, chunk: slice) -> Tensor | None:
-    return None if x is None else _part(x, chunk)
-
-
-def _mask_part(mask: StripMask | None, chunk: slice) -> StripMask | None:
-    if mask is None:
-        return None
-    return mask._replace(
-        compare=tuple(compare._replace(rows=_part(compare.rows, chunk)) for compare in mask.compare),
-        dense=_part_or_none(mask.dense, chunk),
-        threshold=_part_or_none(mask.threshold, chunk),
-        exempt=_part_or_none(mask.exempt, chunk),
-        skip=_part_or_none(mask.skip, chunk),
-    )
+    return None if x is None else rows_of(x, chunk)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

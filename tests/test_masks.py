@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import fusedloss
 from fusedloss import masks, testing
+from fusedloss import problem as core
 
 BACKENDS = ["chunked", "reference"]
 KERNELS = ["triton", "cuda"]
@@ -861,3 +862,63 @@ def test_equal_keys_are_ties_also_where_their_similarity_is_near_0(backend, norm
     close(kept, torch.full((rows,), math.log(rows + 30)), rtol=1e-5)
     keys[-1] += 1e-3 * query[5]
     assert call(keys, return_stats=True)[1].accuracy < 1
+
+
+# A block's mask -------------------------------------------------------------------------------------------------------
+
+
+def every_part(M, N):
+    """A mask of which no two entries are alike."""
+    number = iter(range(0, 10**6, 1000))
+    ids = lambda count: next(number) + torch.arange(count)
+    compare = tuple(core.Compare(ids(M), ids(N), keep) for keep in (True, False))
+    guide = core.Guide(ids(M)[:, None].float(), ids(N)[:, None].float())
+    return core.Mask(compare, torch.arange(M * N).reshape(M, N) % 7 > 2, 0.5, ids(M)[:, None], guide, ids(M), 3)
+
+
+def tensors(mask):
+    """By side: of rows, of columns, of both, and indices of columns."""
+    guide = () if mask.guide is None else mask.guide
+    rows, keys = [c.rows for c in mask.compare] + list(guide[:1]), [c.keys for c in mask.compare] + list(guide[1:])
+    return rows, keys, [mask.dense], [x for x in (mask.exempt, mask.skip) if x is not None]
+
+
+def test_a_mask_of_some_columns():
+    mask = every_part(5, 7)
+    parts = [mask.columns(slice(0, 3)), mask.columns(slice(3, 7))]
+    for part, start in zip(parts, (0, 3), strict=True):
+        assert (part.margin, part.skip_offset) == (0.5, 3)
+        for found, wanted in zip(tensors(part)[3], tensors(mask)[3], strict=True):
+            assert torch.equal(found + start, wanted)
+    for side, dim in ((1, 0), (2, 1)):
+        for *pieces, wanted in zip(*(tensors(p)[side] for p in (*parts, mask)), strict=True):
+            assert torch.equal(torch.cat(pieces, dim), wanted)
+    assert all(x is y for part in parts for x, y in zip(tensors(part)[0], tensors(mask)[0], strict=True))
+
+
+def test_what_a_mask_holds_of_columns_is_mapped():
+    mask = every_part(5, 7)
+    found = mask.map_keys(lambda x: x + 1)
+    assert all(map(torch.equal, found.keys, [x + 1 for x in tensors(mask)[1]]))
+    assert [id(x) for x in mask.keys] == [id(x) for x in tensors(mask)[1]]
+    for side in (0, 2, 3):
+        assert all(x is y for x, y in zip(tensors(found)[side], tensors(mask)[side], strict=True))
+
+
+def test_a_mask_turned_over():
+    mask = every_part(5, 7)
+    turned = mask.turned()
+    assert turned.margin is turned.guide is turned.exempt is turned.skip is None
+    assert torch.equal(turned.dense, mask.dense.T) and turned.turned().dense.equal(mask.dense)
+    assert [(c.rows, c.keys, c.keep) for c in turned.compare] == [(c.keys, c.rows, c.keep) for c in mask.compare]
+
+
+def test_a_mask_of_some_rows():
+    mask = every_part(5, 7)
+    strip = core.StripMask(mask.compare, mask.dense, torch.arange(5.0), mask.exempt, mask.skip)
+    first, second = strip.rows(slice(0, 2)), strip.rows(slice(2, 5))
+    for name in ("dense", "threshold", "exempt", "skip"):
+        assert torch.equal(torch.cat([getattr(first, name), getattr(second, name)]), getattr(strip, name))
+    for a, b, whole in zip(first.compare, second.compare, strip.compare, strict=True):
+        assert torch.equal(torch.cat([a.rows, b.rows]), whole.rows) and a.keys is b.keys is whole.keys
+    assert strip.rows(slice(0, 5)).dense is strip.dense

@@ -133,10 +133,7 @@ def _one_directional(one: Objective, dims: tuple[int, ...], weights: Sequence[fl
     if not one.problem.symmetric:
         return [one._replace(problem=prefixed)]
     (block,) = prefixed.blocks
-    mask = block.mask
-    compare = tuple(c._replace(rows=c.keys, keys=c.rows) for c in mask.compare)
-    turned = mask._replace(compare=compare, dense=None if mask.dense is None else mask.dense.T)
-    back = replace(prefixed, blocks=(Block(block.key, block.query, mask=turned),))
+    back = replace(prefixed, blocks=(Block(block.key, block.query, mask=block.mask.turned()),))
     return [one._replace(problem=prefixed), one._replace(problem=back)]
 
 
