@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import fusedloss
 from fusedloss import measure, results, show
-from fusedloss.sweep import chunk_rows
+from fusedloss.sweep.chunks import chunk_rows
 
 MIB = 2**20
 SIZE = (4096, 32768, 384)  # rows, classes, D

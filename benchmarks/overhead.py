@@ -127,7 +127,7 @@ def launches(call: Callable[[], Any]) -> list[Callable[[], Any]]:
         return struct(name, **fields)
 
     struct = cuda_rows.struct
-    places = [(triton.JITFunction, "run"), (sweep, "mm"), (sweep, "add_mm")]
+    places = [(triton.JITFunction, "run"), (sweep.gradients, "mm"), (sweep.gradients, "add_mm")]
     with contextlib.ExitStack() as patches:
         for owner, name in places:
             patches.enter_context(mock.patch.object(owner, name, recorded(getattr(owner, name))))

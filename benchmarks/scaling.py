@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from tabulate import tabulate
 
-from fusedloss.sweep import CPU_BYTES, CPU_ROWS, CUDA_BYTES, CUDA_LEAST_ROWS, CUDA_ROWS, CUDA_SHARE, MIN_ROWS
+from fusedloss.sweep.chunks import CPU_BYTES, CPU_ROWS, CUDA_BYTES, CUDA_LEAST_ROWS, CUDA_ROWS, CUDA_SHARE, MIN_ROWS
 from fusedloss.waves import wave_rows
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +74,7 @@ class Machine(NamedTuple):
 
 
 def gpu_chunk(card: int) -> Callable[[int, int, int, int], int]:
-    """`sweep.chunk_rows` of a card."""
+    """`sweep.chunks.chunk_rows` of a card."""
 
     def chunk(rows: int, columns: int, dim: int, itemsize: int) -> int:
         row = columns * itemsize

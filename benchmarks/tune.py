@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         if time.monotonic() - start > arguments.seconds:
             print(f"out of time before D={D} {mode}", file=sys.stderr)
             break
-        rows = sweep.chunk_rows(N, N, D, 2, device)
+        rows = sweep.chunks.chunk_rows(N, N, D, 2, device)
         case = Case(backend, mode, rows, D, device)
         configs = plans(capability, mode) if of_cuda else list(candidates(capability))
         seconds = times(case, configs, arguments.rounds)

@@ -166,7 +166,9 @@ def floor_rows(point: Point) -> int:
     """Rows a chunk, as the sweep sizes them: fewer, larger products are faster, so the floor must not have smaller."""
     device = torch.device(point.device)
     itemsize = DTYPES[point.dtype].itemsize
-    return sweep.chunk_rows(point.n, point.n, point.d, max(4, itemsize) if device.type == "cpu" else itemsize, device)
+    return sweep.chunks.chunk_rows(
+        point.n, point.n, point.d, max(4, itemsize) if device.type == "cpu" else itemsize, device
+    )
 
 
 def floor(point: Point) -> Step:

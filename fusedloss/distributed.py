@@ -301,7 +301,7 @@ def _check_workspaces(
     call: Call, parts: Sequence[Part], rows: Sequence[_Row], around: World, device: torch.device
 ) -> None:
     """A row of all ranks' similarities must fit every rank's bound; only where one is tight do they ask each other."""
-    widest = max(part.columns + sweep.PAD * len(part.problem.blocks) for part in parts)
+    widest = max(part.columns + sweep.chunks.PAD * len(part.problem.blocks) for part in parts)
     if min(row.workspace for row in rows) >= COLUMN_BYTES * widest or not any(_stores(p.problem) for p in parts):
         return
     error: Exception | None = None

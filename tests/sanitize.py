@@ -22,9 +22,9 @@ SHAPES = [(129, 140, 40), (70, 260, 33), (1, 7, 1)]  # M, N, D: a tile and one r
 
 @contextlib.contextmanager
 def several_chunks() -> Iterator[None]:
-    rows, sweep.chunk_rows = sweep.chunk_rows, lambda M, *_: min(M, 100)
+    rows, sweep.chunks.chunk_rows = sweep.chunks.chunk_rows, lambda M, *_: min(M, 100)
     yield
-    sweep.chunk_rows = rows
+    sweep.chunks.chunk_rows = rows
 
 
 def losses(q: Tensor, k: Tensor, s: Tensor) -> dict[str, Callable[..., Tensor]]:

@@ -71,9 +71,9 @@ def small_chunks(monkeypatch):
     """Several row chunks and column tiles at tens of rows, so that merging and accumulation are exercised."""
     from fusedloss.backends import chunked
 
-    monkeypatch.setattr(sweep, "chunk_rows", lambda M, *_: min(M, 32))
-    monkeypatch.setattr(sweep, "STATS_ROWS", {"cpu": 32, "cuda": 32})
-    monkeypatch.setattr(sweep, "CONVERTED_COLUMNS", 48)
+    monkeypatch.setattr(sweep.chunks, "chunk_rows", lambda M, *_: min(M, 32))
+    monkeypatch.setattr(sweep.chunks, "STATS_ROWS", {"cpu": 32, "cuda": 32})
+    monkeypatch.setattr(sweep.chunks, "CONVERTED_COLUMNS", 48)
     monkeypatch.setattr(chunked, "TILE_COLUMNS", 48)
 
 
@@ -116,7 +116,7 @@ def test_a_scale_known_beforehand(monkeypatch, device, backend, chunks, epilogue
     from fusedloss import sweep
 
     if chunks == "one":
-        monkeypatch.setattr(sweep, "chunk_rows", lambda M, *_: M)
+        monkeypatch.setattr(sweep.chunks, "chunk_rows", lambda M, *_: M)
     rows, columns, dim = SHAPES[shape]
     ours, eager = EPILOGUES[epilogue]
     query, key = (x.to(device) * 1.3 for x in testing.inputs("random", rows, columns, dim, dtype, seed=rows))
@@ -467,7 +467,7 @@ def test_a_means_gradients_in_bf16_are_rounded_once(name, narrow, monkeypatch):
     Where a CPU multiplies bf16, the workspace, its rows and what torch.mm returns are rounded as well: it has no
     other way to multiply them, and fp32 products take 1.8 times as long.
     """
-    monkeypatch.setattr(sweep, "_cpu_multiplies_bf16", lambda: narrow)
+    monkeypatch.setattr(sweep.gradients, "_cpu_multiplies_bf16", lambda: narrow)
     tensors = [torch.randn(300, 64).bfloat16(), (torch.randn(320, 64) / 8).bfloat16()]
     found = testing.value_and_gradients(lambda *t: OF_A_MEAN[name](*t, backend="chunked"), tensors)
     exact = testing.value_and_gradients(

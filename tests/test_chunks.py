@@ -9,7 +9,7 @@ import torch
 
 import fusedloss
 from fusedloss import sweep, testing
-from fusedloss.sweep import GIB, MIB, chunk_rows
+from fusedloss.sweep.chunks import GIB, MIB, chunk_rows
 from fusedloss.waves import wave_rows
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -20,7 +20,7 @@ SMALL_CARD = SimpleNamespace(total_memory=24 * GIB, multi_processor_count=128)
 @pytest.fixture(autouse=True)
 def h200(monkeypatch):
     monkeypatch.delenv("FUSEDLOSS_WORKSPACE_BYTES", raising=False)
-    monkeypatch.setattr(sweep, "_properties", lambda device: H200)
+    monkeypatch.setattr(sweep.chunks, "_properties", lambda device: H200)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_the_default_workspace_on_an_h200(N, D, limit):
 
 
 def test_a_small_card_keeps_most_of_its_memory(monkeypatch):
-    monkeypatch.setattr(sweep, "_properties", lambda device: SMALL_CARD)
+    monkeypatch.setattr(sweep.chunks, "_properties", lambda device: SMALL_CARD)
     N = 2**20
     assert chunk_rows(N, N, 1024, 2, CUDA) * N * 2 <= 1.5 * GIB
 

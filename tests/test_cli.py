@@ -171,7 +171,7 @@ def test_the_floor_has_the_chunks_of_its_device(monkeypatch):
     from types import SimpleNamespace
 
     card = SimpleNamespace(total_memory=143771 << 20, multi_processor_count=132)
-    monkeypatch.setattr(sweep, "_properties", lambda device: card)
+    monkeypatch.setattr(sweep.chunks, "_properties", lambda device: card)
     assert bench.floor_rows(bench.Point(n=16384)) == 1024 and bench.floor_rows(bench.Point(n=65536)) == 256
     assert bench.floor_rows(bench.Point(n=16384, dtype="bf16")) == 1024  # the workspace is fp32 on a CPU
     assert bench.floor_rows(bench.Point(n=16384, dtype="bf16", device="cuda")) == 8448

@@ -29,8 +29,8 @@ KERNELS = ("triton", "cuda")  # without fp64
 def chunks(rows=5, columns=7):
     """Several row chunks and column tiles at tens of rows; a context, because hypothesis repeats the test."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "chunk_rows", lambda M, *_: max(1, min(M, rows)))
-        patch.setattr(sweep, "STATS_ROWS", {"cpu": rows, "cuda": rows})
+        patch.setattr(sweep.chunks, "chunk_rows", lambda M, *_: max(1, min(M, rows)))
+        patch.setattr(sweep.chunks, "STATS_ROWS", {"cpu": rows, "cuda": rows})
         patch.setattr(chunked, "TILE_COLUMNS", columns)
         yield
 

@@ -30,8 +30,8 @@ LOSSES = {"arcface": fusedloss.arcface, "cosface": fusedloss.cosface}
 def chunks(rows=5, columns=7, units=True):
     """Several row chunks and column tiles at tens of rows; without `units`, norms stay factors of the products."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "chunk_rows", lambda M, *_: max(1, min(M, rows)))
-        patch.setattr(sweep, "STATS_ROWS", {"cpu": rows, "cuda": rows})
+        patch.setattr(sweep.chunks, "chunk_rows", lambda M, *_: max(1, min(M, rows)))
+        patch.setattr(sweep.chunks, "STATS_ROWS", {"cpu": rows, "cuda": rows})
         patch.setattr(chunked, "TILE_COLUMNS", columns)
         if not units:
             patch.setattr(chunked, "UNIT_BYTES", 0)

@@ -237,6 +237,10 @@ UPPER = ("fusedloss.functional", "fusedloss.losses", "fusedloss.op")
 DRIVERS = ("fusedloss.sweep", "fusedloss.rowwise")
 FORBIDDEN = {
     "fusedloss.sweep": (*UPPER, "fusedloss.rowwise"),
+    "fusedloss.sweep.chunks": tuple(f"fusedloss.sweep.{x}" for x in ("inputs", "admission", "gradients")),
+    "fusedloss.sweep.inputs": tuple(f"fusedloss.sweep.{x}" for x in ("admission", "gradients")),
+    "fusedloss.sweep.admission": tuple(f"fusedloss.sweep.{x}" for x in ("gradients", "smoothing", "folded")),
+    "fusedloss.sweep.gradients": tuple(f"fusedloss.sweep.{x}" for x in ("admission", "smoothing", "folded")),
     "fusedloss.rowwise": (*UPPER, "fusedloss.sweep"),
     "fusedloss.backends": (*UPPER, *DRIVERS),
     # whether a backend may be taken

@@ -1,7 +1,7 @@
 """The backends, and how one is chosen.
 
 A backend is a module with `why_not(problem) -> str | None`. The sweep backends (`chunked`, `triton`) also provide the
-primitives that the driver in `sweep.py` calls. On one row chunk:
+primitives that the driver in `sweep/` calls. On one row chunk:
 
     can_exp(problem)             whether `exp_rows` may be used: it finds, or the host knows, a safe shift
     can_store(problem)           whether one shift serves rows and columns: `exp_rows_and_columns` and `weigh`

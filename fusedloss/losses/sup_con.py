@@ -184,7 +184,7 @@ def _sums_of_others(x: Tensor, classes: Tensor, backend: str, workspace_bytes: i
     """Compiled, the loop over dimensions would be unrolled; `reference` is what torch.func transforms."""
     if backend == "reference" or torch.compiler.is_compiling():
         return _others(x, classes)
-    return _Others.apply(x, classes, checks.budget(workspace_bytes)[1] or sweep.CPU_BYTES)
+    return _Others.apply(x, classes, checks.budget(workspace_bytes)[1] or sweep.chunks.CPU_BYTES)
 
 
 def _others(x: Tensor, classes: Tensor) -> Tensor:

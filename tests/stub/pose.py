@@ -61,7 +61,7 @@ class Machine:
         self.capabilities = [capability] * 2
         for index in range(2):
             self.runtime.stub_device(index, capability, 132)
-        for cache in (self.cuda._why_not, self.cuda.capability_of, self.cuda._plan, self.sweep._properties):
+        for cache in (self.cuda._why_not, self.cuda.capability_of, self.cuda._plan, self.sweep.chunks._properties):
             cache.cache_clear()
 
     # torch.cuda -------------------------------------------------------------------------------------------------------

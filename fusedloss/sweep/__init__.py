@@ -1,0 +1,341 @@
+"""The one sweep: row chunks, a bounded workspace, and two plain GEMMs per block by the vendor's library.
+
+    for each row chunk:   z tile -> exp or dz in the workspace       (a backend's primitive)
+                          dx[chunk] = W @ y,   dy += W.T @ x[chunk]   (torch.mm, fp32 accumulation)
+
+No tensor here grows with M x N. What comes out are gradients of the *sum* of the weighted losses; the caller multiplies
+by upstream / denominator in fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..collectives import gather, merge_columns
+from ..prefixes import sweep_prefixes
+from ..problem import (
+    Prepared,
+    Problem,
+    RowSums,
+    Settled,
+    Softmax,
+    Strip,
+    Tally,
+    autocasting,
+    rows_of,
+    saved_dtype,
+    stats_dtype,
+)
+from ..rows import above_ties
+from . import chunks
+from .admission import Admission
+from .chunks import workspace_shape
+from .folded import fold_chunk
+from .gradients import Gradients, Wants, gemm_dtype
+from .inputs import Elsewhere, Inputs, part
+from .smoothing import Smoothing
+
+__all__ = ["Elsewhere", "Partial", "Result", "Wants", "run", "top_rows", "workspace_shape"]
+
+
+class Result(NamedTuple):
+    rows: Tensor  # [M] weighted losses
+    operands: tuple[Tensor | None, ...]  # gradients of rows.sum(), in saved_dtype
+    scale: Tensor | None
+    biases: tuple[Tensor | None, ...]
+    scalars: tuple[Tensor | None, ...]
+    counted: list[Tensor]  # each [M]: the start of a Tally and the target's logit, or what a fold's sum is divided by
+
+
+@torch.no_grad()
+def run(problem: Problem, backend: ModuleType, wants: Wants) -> Result:
+    """The weighted losses and the gradients of their sum."""
+    once = _prefixed if problem.prefixes else _swept
+    if not autocasting(problem.operands[0]):
+        return once(problem, backend, wants)
+    with torch.autocast(problem.device.type, enabled=False):
+        return once(problem, backend, wants)
+
+
+def _swept(problem: Problem, backend: ModuleType, wants: Wants) -> Result:
+    return _Sweep(problem, backend, wants).run()
+
+
+def _prefixed(problem: Problem, backend: ModuleType, wants: Wants) -> Result:
+    """All prefixes out of one similarity product: `prefixes.py`, which walks the same chunks."""
+    width, columns = len(problem.prefixes), problem.columns
+    chunk = chunks.stats_rows(problem.device)
+    if wants.any:
+        sizes = (problem.rows, width * columns, problem.operands[0].shape[1])
+        chunk = chunks.chunk_rows(*sizes, stats_dtype(problem.dtype).itemsize, problem.device, problem.workspace_bytes)
+    found = sweep_prefixes(
+        problem.operands,
+        [(block.query, block.key, block.bias) for block in problem.blocks],
+        problem.scale,
+        problem.target,
+        problem.weight,
+        problem.prefixes,
+        problem.prefix_weights,
+        wants.operands,
+        wants.scale,
+        wants.biases,
+        chunk=chunk,
+        admit=Admission(Inputs(problem, backend, False)).admitted if problem.masked else None,
+        copies=problem.copies,
+    )
+    kept = saved_dtype(problem.dtype)
+    gradients = tuple(None if g is None else g.to(kept) for g in found.gradients)
+    return Result(found.losses, gradients, found.scale, found.biases, (), [])
+
+
+@torch.no_grad()
+def top_rows(problem: Problem, backend: ModuleType) -> tuple[Tensor, Tensor]:
+    """Each row's largest logit and its column, the first on ties; -inf and -1 where no column competes."""
+    if not problem.rows or not problem.columns:
+        return torch.full_like(problem.weight, -torch.inf), torch.full_like(problem.target, -1)
+    with torch.autocast(problem.device.type, enabled=False):
+        admission = Admission(Inputs(problem, backend, False))
+        found = [backend.top_rows(admission.strips(chunk)) for chunk in admission.stats_chunks()]
+    values, columns = zip(*found, strict=True)
+    return _joined(values), _joined(columns)
+
+
+class _Sweep:
+    """One sweep: its inputs, what may compete, its gradients, and the modes in which chunks are walked."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        backend: ModuleType,
+        wants: Wants,
+        elsewhere: Elsewhere | None = None,
+        into: Mapping[int, Tensor] | None = None,
+    ):
+        """into: see `Gradients`."""
+        self.problem, self.backend, self.wants = problem, backend, wants
+        self.inputs = Inputs(problem, backend, wants.scale, elsewhere)
+        self.admission = Admission(self.inputs, elsewhere)
+        self.by_row_smoothing = problem.smooths_by_row
+        counts = problem.wants_tally or self.by_row_smoothing
+        self.tally = Tally.empty(problem.rows, problem.weight) if counts else None
+        self.smoothing = Smoothing(self.inputs) if problem.label_smoothing and not self.by_row_smoothing else None
+        self.gradients = Gradients(self.inputs, wants, into)
+
+    def run(self) -> Result:
+        problem = self.problem
+        counted: list[Tensor] = []
+        if not problem.rows and not (problem.symmetric and problem.ranks):
+            losses = torch.empty_like(problem.weight)
+        elif problem.fold is not None:
+            losses, counted = self._folded()
+        elif problem.symmetric:
+            losses = self._symmetric()
+        elif self.wants.any:
+            losses = self._one_directional()
+        else:
+            found = [self._stats(c, self.admission.strips(c))[0].loss for c in self.admission.stats_chunks()]
+            losses = _joined(found)
+        if self.smoothing is not None:
+            losses += self.smoothing.losses()
+        if self.tally is not None and problem.wants_tally:
+            counted = [*self.tally[:3], self.inputs.prepared.score.to(self.inputs.dtype)]
+        return self._result(losses, counted)
+
+    def _result(self, losses: Tensor, counted: list[Tensor]) -> Result:
+        gradients = self.gradients
+        operands: tuple[Tensor | None, ...] = (None,) * len(self.problem.operands)
+        if self.wants.any:
+            gradients.undo_gain()
+            if self.smoothing is not None:
+                self.smoothing.add_to(gradients)
+            operands = gradients.finished()
+        narrowed = [None if g is None else g.to(self.inputs.dtype) for g in (gradients.scale, *gradients.scalars)]
+        return Result(losses, operands, narrowed[0], tuple(gradients.biases), tuple(narrowed[1:]), counted)
+
+    def _chunks(self) -> list[tuple[slice, list[Tensor]]]:
+        """Of rows, and each block's part of the workspace for them."""
+        workspace = chunks.workspace(self.problem, self.backend)
+        return [
+            (chunk, chunks.of_blocks(self.problem, workspace, chunk))
+            for chunk in chunks.slices(self.problem.rows, workspace.shape[0])
+        ]
+
+    # One direction ----------------------------------------------------------------------------------------------------
+
+    def _one_directional(self) -> Tensor:
+        write = self._exp_chunk if self.backend.can_exp(self.problem) else self._grad_chunk
+        return _joined([write(chunk, outs).loss for chunk, outs in self._chunks()])
+
+    def _exp_chunk(self, chunk: slice, outs: list[Tensor]) -> Settled:
+        """E = exp(z - shift) in the workspace; weight / l is folded into the operands of the two GEMMs."""
+        inputs, gradients = self.inputs, self.gradients
+        strips, target_sim = self.admission.strips(chunk), part(inputs.target_sim, chunk)
+        sums, q = self.backend.exp_rows(self.problem, strips, outs, target_sim, *self._counts(chunk))
+        queries = gradients.queries(chunk)
+        rows = inputs.settle(
+            chunk,
+            sums,
+            patch=inputs.patch(chunk, outs[0]),
+            scaled=list(queries.values()),
+            dtype=gemm_dtype(self.problem, outs[0].dtype),
+        )
+        gradients.contract(chunk, outs, dict(zip(queries, rows.scaled, strict=True)), rows.weight)
+        gradients.add_scale(None if q is None else rows.weight * q)
+        return rows
+
+    def _grad_chunk(self, chunk: slice, outs: list[Tensor]) -> Settled:
+        """Where no shift is known to be safe: the row's log-sum-exp first, then dz itself."""
+        strips = self.admission.strips(chunk)
+        rows, smooth = self._stats(chunk, strips)
+        self._grad(chunk, strips, outs, rows.softmax(part(self.inputs.target_sim, chunk)), None, rows.entry, smooth)
+        return rows
+
+    def _grad(
+        self,
+        chunk: slice,
+        strips: list[Strip],
+        outs: list[Tensor],
+        rows: Softmax,
+        columns: Softmax | None,
+        entry: Tensor,
+        smooth: Tensor | None = None,
+    ) -> None:
+        q = self.backend.grad_rows(strips, outs, rows, columns, entry, self.gradients.gain, smooth)
+        self.gradients.contract(chunk, outs)
+        self.gradients.add_scale(q)
+
+    def _stats(self, chunk: slice, strips: list[Strip]) -> tuple[Settled, Tensor | None]:
+        """The rows' losses, and what smoothing takes from each admissible entry where a mask makes that differ."""
+        inputs = self.inputs
+        sums = self.backend.stats_rows(strips, *self._counts(chunk))
+        if not self.by_row_smoothing or self.tally is None:
+            return inputs.settle(chunk, sums), None
+        count, *_, z, sim = (rows_of(t, chunk) for t in self.tally)
+        weight, score = (rows_of(t, chunk) for t in (self.problem.weight, inputs.prepared.score))
+        spread = self.problem.label_smoothing * weight  # over the target and `count` others
+        smooth = spread / (count + 1)
+        rows = inputs.settle(chunk, sums, smooth=smooth)
+        score = score.to(z.dtype)
+        loss = rows.loss + (spread * score - smooth * (z + score)).masked_fill(weight == 0, 0)
+        target_sim = part(inputs.target_sim, chunk)
+        if target_sim is not None:
+            self.gradients.add_scale(spread * target_sim - smooth * (sim + target_sim))
+        return rows._replace(loss=loss), smooth
+
+    def _counts(self, chunk: slice) -> tuple[Tally | None, Tensor | None]:
+        if self.tally is None:
+            return None, None
+        score = self.inputs.prepared.score.to(self.inputs.dtype)
+        ties = self.admission.ties if self.problem.wants_tally else 0.0
+        above = above_ties(score, ties, self.problem.scale)
+        return Tally(*(rows_of(t, chunk) for t in self.tally)), rows_of(above, chunk)
+
+    # Other functions of a row's similarities --------------------------------------------------------------------------
+
+    def _folded(self) -> tuple[Tensor, list[Tensor]]:
+        found = [
+            fold_chunk(self.inputs, self.gradients, chunk, self.admission.strips(chunk)[0], outs[0])
+            for chunk, outs in self._chunks()
+        ]
+        counts = [folded.count for folded in found if folded.count is not None]
+        return _joined([folded.loss for folded in found]), [torch.cat(counts)] if counts else []
+
+    # Both directions --------------------------------------------------------------------------------------------------
+
+    def _symmetric(self) -> Tensor:
+        """Both normalisers must be known before any dz: one stats sweep that folds rows and columns, one grad sweep.
+
+        Where all of E fits the workspace and one shift serves rows and columns, it is stored instead of computed twice.
+        """
+        problem, backend, inputs, ranks = self.problem, self.backend, self.inputs, self.problem.ranks
+        score, weight = inputs.prepared.score, problem.weight / 2
+        if self.wants.any and self.tally is None and ranks is None and backend.can_store(problem):
+            if workspace_shape(problem, backend)[0][0] == problem.rows:
+                return self._stored(weight)
+        columns: RowSums | None = None
+        found = []
+        for chunk in self.admission.stats_chunks():
+            sums, more = backend.stats_rows_and_columns(self.admission.strips(chunk)[0], *self._counts(chunk))
+            found.append(inputs.settle(chunk, sums, weight)[:4])
+            if chunk.stop - chunk.start == problem.rows and ranks is None:
+                columns = more
+            else:
+                columns = backend.merge(columns or RowSums.empty(problem.columns, weight), more)
+        if not found:  # one of several ranks, without rows
+            found = [(weight, weight, weight, weight)]
+        loss, shift, over_l, entries = (_joined(vectors) for vectors in zip(*found, strict=True))
+        rows = Settled(loss, shift, over_l, entries, [])
+        if ranks is not None:  # this rank settles its own columns, whose targets are its rows
+            shift, total = merge_columns(columns or RowSums.empty(problem.columns, weight), ranks)
+            columns = RowSums(shift[: problem.rows], total[: problem.rows])
+        by_column = backend.settle(columns, score, weight)
+        by_row, column_softmax = rows.softmax(inputs.target_sim), by_column.softmax(inputs.target_sim)
+        if ranks is not None:
+            known = [t for t in column_softmax if t is not None]
+            everywhere = gather(torch.stack(known, 1), ranks).unbind(1)
+            column_softmax = Softmax(*(t.contiguous() for t in everywhere), *[None] * (3 - len(known)))
+        if self.wants.any and problem.rows:
+            self._differentiate(by_row, column_softmax, rows.entry + by_column.entry)
+        return rows.loss + by_column.loss
+
+    def _differentiate(self, rows: Softmax, columns: Softmax | None, entry: Tensor) -> None:
+        """Of all rows, whose softmax is known; `entry` is the targets'."""
+        for chunk, outs in self._chunks():
+            of_chunk = rows.map(functools.partial(rows_of, part=chunk))
+            self._grad(chunk, self.admission.strips(chunk), outs, of_chunk, columns, rows_of(entry, chunk))
+
+    def _stored(self, weight: Tensor) -> Tensor:
+        ((chunk, outs),) = self._chunks()
+        inputs = self.inputs
+        sums, column_sums = self.backend.exp_rows_and_columns(self.problem, self.admission.strips(chunk)[0], outs[0])
+        rows = inputs.settle(chunk, sums, weight)
+        columns = self.backend.settle(column_sums, inputs.prepared.score, weight)
+        entry = rows.entry + columns.entry
+        self.backend.weigh(inputs.patch(chunk, outs[0]), rows.weight, columns.weight, entry)
+        self.gradients.contract(chunk, outs)
+        return rows.loss + columns.loss
+
+
+class Partial(_Sweep):
+    """A sweep over some of a row's columns, whose normaliser is known only when all have been seen (`ring`)."""
+
+    @property
+    def prepared(self) -> Prepared:
+        return self.inputs.prepared
+
+    def taken_along(self) -> Elsewhere:
+        """What sweeps over other columns need to be told: this one has the targets."""
+        thresholds = tuple(None if mask is None else mask.threshold for mask in self.admission.masks)
+        return Elsewhere(thresholds, self.admission.guide_scores())
+
+    def sums(self) -> tuple[RowSums, RowSums | None]:
+        """Of the rows; and of the columns, where the problem is symmetric."""
+        problem, backend, found = self.problem, self.backend, []
+        columns = RowSums.empty(problem.columns, problem.weight) if problem.symmetric else None
+        for chunk in self.admission.stats_chunks() if problem.columns else ():
+            strips = self.admission.strips(chunk)
+            if columns is None:
+                rows = backend.stats_rows(strips, None, None)
+            else:
+                rows, more = backend.stats_rows_and_columns(strips[0])
+                columns = backend.merge(columns, more)
+            found.append(backend.merge(RowSums.empty(chunk.stop - chunk.start, problem.weight), rows))
+        if not found:
+            return RowSums.empty(problem.rows, problem.weight), columns
+        return RowSums(*(_joined(vectors) for vectors in zip(*found, strict=True))), columns
+
+    def differentiate(self, rows: Softmax, columns: Softmax | None, entry: Tensor) -> Result:
+        """The gradients of the sum of the losses of rows whose softmax is known; `entry` is the targets'."""
+        if self.problem.rows and self.problem.columns:
+            self._differentiate(rows, columns, entry)
+        return self._result(entry, [])
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

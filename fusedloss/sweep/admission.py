@@ -1,0 +1,114 @@
+"""Which columns may compete in a row: a block's mask, sliced to a chunk, and what a guide says of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..problem import Block, Strip, StripMask, rows_of, stats_dtype
+from ..rows import fresh, score_ties, tie_to_exact
+from . import chunks
+from .inputs import Elsewhere, Inputs, part, unit
+
+
+class Admission:
+    """masks: of each block, for all rows. guides: the guide's embeddings as strips of all rows, by the blocks that it
+    masks; in the first stands the target."""
+
+    def __init__(self, inputs: Inputs, elsewhere: Elsewhere | None = None):
+        problem = inputs.problem
+        self.inputs, self.problem, self.backend, self.elsewhere = inputs, problem, inputs.backend, elsewhere
+        self.masks = [self._mask(number, block) for number, block in enumerate(problem.blocks)]
+        self.guides = self._guides()
+        self.room: Tensor | None = None  # for what guides say of a chunk
+        self.chunk = slice(0, 0)  # that `admitted` was last asked for, and its masks
+        self.last: list[StripMask | None] = []
+
+    def _mask(self, number: int, block: Block) -> StripMask | None:
+        """The threshold of a margin is the target's similarity and the margin."""
+        mask = block.mask
+        if not mask.given:
+            return None
+        threshold = None if self.elsewhere is None else self.elsewhere.thresholds[number]
+        if mask.margin is not None and threshold is None:
+            target_sim = self.inputs.prepared.target_sim
+            assert target_sim is not None
+            threshold = target_sim + (self.ties + mask.margin)
+        return StripMask(mask.compare, mask.dense, threshold, mask.exempt, mask.skip)
+
+    @functools.cached_property
+    def ties(self) -> Tensor | float:
+        """By how much a similarity may exceed the row's target's and still be a tie, `[M]` or a number."""
+        first, operands = self.problem.blocks[0], self.inputs.operands
+        if self.problem.cosine:
+            return tie_to_exact(operands[first.query])
+        x, y = operands[first.query][: self.problem.rows], operands[first.key]
+        return score_ties(x, y, self.problem.target.clamp(min=0))
+
+    def _guides(self) -> dict[int, Strip]:
+        problem, backend = self.problem, self.backend
+        if problem.blocks[0].mask.guide is None:
+            return {}
+        own = {id(x): x for block in problem.blocks for x in block.mask.guide or ()}
+        units = backend.takes_units(replace(problem, operands=tuple(own.values()), cosine=True, label_smoothing=0.0))
+        sides: dict[int, tuple[Tensor, Tensor | None]] = {}
+        for place, x in own.items():
+            x = backend.operand(x)
+            factor = backend.inverse_norms(x)
+            sides[place] = (unit(x, factor), None) if units else (x, factor)
+        one, strips = torch.ones_like(problem.scale), {}
+        for number, block in enumerate(problem.blocks):
+            if block.mask.guide is None:  # a direction that the mask does not concern
+                continue
+            (x, row_factor), (y, col_factor) = (sides[id(side)] for side in block.mask.guide)
+            target = problem.target if number == 0 else None
+            strips[number] = Strip(x, y, one.to(stats_dtype(x.dtype)), row_factor, col_factor, None, target)
+        return strips
+
+    def strips(self, chunk: slice) -> list[Strip]:
+        """The blocks of a chunk of rows, with their masks."""
+        masks = [None if mask is None else mask.rows(chunk) for mask in self.masks]
+        if self.guides:
+            parts = [self._guide(number, chunk) for number in self.guides]
+            own = None if self.elsewhere is None else part(self.elsewhere.guide, chunk)
+            drops = self.backend.guide_rows(parts, self.problem.guide_rule, self._room(parts[0]), own)
+            for number, dropped in zip(self.guides, drops, strict=True):
+                masks[number] = (masks[number] or StripMask())._replace(dropped=dropped)
+        return [self.inputs.strip(number, chunk, mask) for number, mask in enumerate(masks)]
+
+    def admitted(self, block: int, rows: slice, columns: slice) -> Tensor | None:
+        """A tile, True where a column may compete; None: all may. Ask for the tiles of a chunk one after the other."""
+        if rows != self.chunk:
+            self.last, self.chunk = [strip.mask for strip in self.strips(rows)], rows
+        mask = self.last[block]
+        return None if mask is None else self.backend.admitted(mask, columns)
+
+    def guide_scores(self) -> Tensor | None:
+        """What a guide's thresholds are read out of, for all rows."""
+        if not self.guides:
+            return None
+        found = []
+        for chunk in self.stats_chunks():
+            strip = self._guide(0, chunk)
+            found.append(self.backend.guide_scores(strip, self._room(strip)))
+        return torch.cat(found) if found else self.guides[0].scale.new_empty(0)
+
+    def _guide(self, number: int, chunk: slice) -> Strip:
+        guide = self.guides[number]
+        x, row_factor = rows_of(guide.x, chunk), part(guide.row_factor, chunk)
+        return guide._replace(x=x, row_factor=row_factor, target=part(guide.target, chunk))
+
+    def _room(self, strip: Strip) -> Tensor:
+        if self.room is None:  # the first chunk is the largest
+            self.room = fresh(strip.scale, self.backend.guide_room(strip))
+        return self.room
+
+    def stats_chunks(self) -> Iterator[slice]:
+        """Where nothing is stored. With a guide those of the sweep that stores: both must find the same mask."""
+        problem = self.problem
+        rows = chunks.workspace_shape(problem, self.backend)[0][0] if self.guides else chunks.stats_rows(problem.device)
+        return chunks.slices(problem.rows, rows)

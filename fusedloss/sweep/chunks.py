@@ -1,0 +1,92 @@
+"""How many rows a chunk of a sweep has, and the workspace that holds it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..problem import Problem
+from ..rows import fresh
+from ..waves import wave_rows
+
+MIB = 1 << 20
+GIB = 1 << 30
+# The workspace holds one row chunk. CPU: 256 rows at N = 65536, 1024 at 16384.
+CPU_BYTES, CPU_ROWS = checks.WORKSPACE_BYTES["cpu"], 1024
+MIN_ROWS = 64  # fewer make dy's rank-k update memory-bound
+# On a GPU dy's accumulation costs 244 / rows of the products' time on an H200 (6 % at 4096), at any N and D: a chunk of
+# 4096 rows is worth 1 GiB at N = 131072, 8 GiB at N = 2**20, where the card has it.
+CUDA_BYTES, CUDA_ROWS = checks.WORKSPACE_BYTES["cuda"], 8448
+CUDA_LEAST_ROWS, CUDA_SHARE = 3840, 16  # rows that the default may exceed CUDA_BYTES for; at most this part of the card
+STATS_ROWS = {"cpu": 1024, "cuda": CUDA_ROWS}  # a sweep that stores nothing has partial sums only
+CONVERTED_COLUMNS = 4096  # where a product wants another dtype, the workspace is converted tile by tile
+PAD = 16  # elements: each block's part of a workspace row starts aligned for 16-byte accesses
+
+
+def chunk_rows(M: int, N: int, D: int, itemsize: int, device: torch.device, workspace_bytes: int | None = None) -> int:
+    """Rows a chunk, so that `rows * N * itemsize` keeps to the budget: the argument, the environment, the default."""
+    name, workspace_bytes = checks.budget(workspace_bytes)
+    row_bytes = max(1, N * itemsize)
+    if workspace_bytes is not None and workspace_bytes < row_bytes and M:
+        raise ValueError(
+            f"{name} is {workspace_bytes}: one row of {N} similarities takes {row_bytes} bytes; "
+            f"allow {MIN_ROWS} rows, {MIN_ROWS * row_bytes} bytes, or more"
+        )
+    if device.type == "cuda":
+        card = _properties(device)
+        least = min(CUDA_LEAST_ROWS * row_bytes, card.total_memory // CUDA_SHARE)
+        budget = max(CUDA_BYTES, least) if workspace_bytes is None else workspace_bytes
+        return wave_rows(M, D, min(CUDA_ROWS, budget // row_bytes), card.multi_processor_count)
+    rows = min(CPU_ROWS, (workspace_bytes or CPU_BYTES) // row_bytes)
+    if rows < MIN_ROWS and workspace_bytes is not None:
+        return min(max(rows, 1), max(M, 1))
+    return max(1, min(max(MIN_ROWS, rows // MIN_ROWS * MIN_ROWS), M))
+
+
+def workspace_shape(problem: Problem, backend: ModuleType) -> tuple[tuple[int, int], torch.dtype]:
+    """(rows, columns) and dtype of the workspace; raises where the budget does not allow one."""
+    dtype, D = backend.workspace_dtype(problem), problem.operands[0].shape[1]
+    width = sum(_block_widths(problem))
+    beside = math.ceil(width * backend.workspace_copies(problem))
+    rows = chunk_rows(problem.rows, beside, D, dtype.itemsize, problem.device, problem.workspace_bytes)
+    return (rows, width), dtype
+
+
+def _block_widths(problem: Problem) -> list[int]:
+    return [-(-problem.operands[block.key].shape[0] // PAD) * PAD for block in problem.blocks]
+
+
+@functools.cache
+def _properties(device: torch.device):
+    return torch.cuda.get_device_properties(device)
+
+
+def workspace(problem: Problem, backend: ModuleType) -> Tensor:
+    shape, dtype = workspace_shape(problem, backend)
+    return fresh(problem.scale, shape, dtype)
+
+
+def of_blocks(problem: Problem, workspace: Tensor, chunk: slice) -> list[Tensor]:
+    """Each block's part of the workspace, for the rows of a chunk."""
+    outs, start = [], 0
+    rows = chunk.stop - chunk.start
+    for block, width in zip(problem.blocks, _block_widths(problem), strict=True):
+        outs.append(workspace[:rows, start : start + problem.operands[block.key].shape[0]])
+        start += width
+    return outs
+
+
+def stats_rows(device: torch.device) -> int:
+    """Rows a chunk where nothing is stored."""
+    return STATS_ROWS.get(device.type, STATS_ROWS["cpu"])
+
+
+def slices(count: int, rows: int) -> Iterator[slice]:
+    for start in range(0, count, rows):
+        yield slice(start, min(start + rows, count))

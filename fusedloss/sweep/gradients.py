@@ -1,0 +1,235 @@
+"""What a sweep writes: the gradients while chunks come in, and the two products that each chunk adds to them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import products
+from ..problem import NORM_EPS, Problem, rows_of, saved_dtype
+from ..products import add_mm, mm
+from ..rows import fresh, largest_finite, power_of_two
+from . import chunks
+from .inputs import Inputs, part
+
+
+class Wants(NamedTuple):
+    """Which gradients are asked for."""
+
+    operands: tuple[bool, ...]
+    scale: bool
+    biases: tuple[bool, ...]  # one per block
+    scalars: tuple[bool, ...] = ()  # a fold's own
+
+    @classmethod
+    def none(cls, problem: Problem) -> Wants:
+        return cls((False,) * len(problem.operands), False, (False,) * len(problem.blocks))
+
+    @property
+    def any(self) -> bool:
+        return self.scale or any(self.operands) or any(self.biases) or any(self.scalars)
+
+
+class Gradients:
+    """Of one sweep. gain: what dz is times in fp16, or None."""
+
+    def __init__(self, inputs: Inputs, wants: Wants, into: Mapping[int, Tensor] | None = None):
+        """into: where the gradient of an operand that is only ever a query is added; the others then are in fp32."""
+        problem = inputs.problem
+        self.inputs, self.problem, self.wants = inputs, problem, wants
+        self.biases = [
+            torch.zeros_like(bias) if wanted and bias is not None else None
+            for bias, wanted in zip(inputs.biases, wants.biases, strict=True)
+        ]
+        # Of rows and chunks whose parts cancel: fp64 costs nothing here.
+        wide = torch.float64 if problem.device.type in ("cpu", "cuda") else inputs.dtype
+        self.scale = torch.zeros_like(problem.scale, dtype=wide) if wants.scale else None
+        self.scalars = [torch.zeros_like(problem.scale, dtype=wide) if x else None for x in wants.scalars]
+        self.gain = _gain(inputs)
+        self.operands = [
+            Gradient(problem, number, self._finisher(number), into) if wanted else None
+            for number, wanted in enumerate(wants.operands)
+        ]
+
+    def _finisher(self, number: int) -> Callable[..., None]:
+        inputs = self.inputs
+        finish, scale, gain = inputs.backend.finish, self.problem.scale, self.gain
+        if self.problem.fold is not None:
+            scale = torch.ones_like(scale)  # folds give the gradient by the similarity itself
+        # Nothing of `self` below: a cycle would keep the gradients until the next collection, and autograd copy them.
+        operand, norms, units = inputs.given[number], inputs.norms[number], inputs.units
+
+        def apply(total: Tensor, over_l: Tensor | None, rows: slice, out: Tensor) -> None:
+            factor, own = part(norms, rows), rows_of(operand, rows)
+            more: Tensor | None = None
+            if factor is not None and units:  # from the gradient by the unit row
+                more = factor
+            elif factor is not None and own.dtype == torch.float16:  # see `inverse_norms`
+                zero = torch.linalg.vector_norm(own, math.inf, dim=1) == 0
+                more = torch.ones_like(factor).masked_fill(zero, 1 / NORM_EPS)
+            if more is not None:
+                over_l = more if over_l is None else over_l * more
+            finish(total, over_l, scale, gain, own, factor, out)
+
+        return apply
+
+    def add_scale(self, terms: Tensor | None) -> None:
+        if terms is not None and self.scale is not None:
+            self.scale += terms.sum(dtype=self.scale.dtype)
+
+    def queries(self, chunk: slice) -> dict[int, Tensor]:
+        """The chunk's rows of what stands against keys whose gradient is wanted: dy += W.T @ x."""
+        numbers = {block.query for block in self.problem.blocks if self.wants.operands[block.key]}
+        return {number: rows_of(self.inputs.operands[number], chunk) for number in sorted(numbers)}
+
+    def contract(
+        self,
+        chunk: slice,
+        outs: Sequence[Tensor],
+        queries: Mapping[int, Tensor] | None = None,
+        over_l: Tensor | None = None,
+    ) -> None:
+        """`dx[chunk] += over_l * (W @ y)`, `dy += W.T @ queries`, `dbias += W.T @ over_l`.
+
+        `queries` are the rows of x that belong to the chunk, already times `over_l` where there is one.
+        """
+        problem, inputs = self.problem, self.inputs
+        queries = self.queries(chunk) if queries is None else queries
+        for number, (block, out) in enumerate(zip(problem.blocks, outs, strict=True)):
+            y, dtype = inputs.operands[block.key], gemm_dtype(problem, out.dtype)
+            dx, dy, dbias = self.operands[block.query], self.operands[block.key], self.biases[number]
+            converts = not dtype == out.dtype == y.dtype or (dbias is not None and out.dtype != inputs.dtype)
+            columns = chunks.CONVERTED_COLUMNS if converts else max(1, y.shape[0])
+            for start in range(0, y.shape[0], columns):
+                tile = slice(start, min(start + columns, y.shape[0]))
+                values = out if columns == y.shape[0] else out[:, tile]
+                if dbias is not None:
+                    ones = torch.ones_like(problem.weight[chunk]) if over_l is None else over_l
+                    row_factor = inputs.factors[block.query]
+                    if row_factor is not None:
+                        ones = ones / row_factor[chunk]
+                    dbias[tile] += values.T.to(ones.dtype) @ ones
+                values = values.to(dtype)
+                if dx is not None:
+                    dx.add_rows(values, rows_of(y, tile).to(dtype))
+                if dy is not None:
+                    dy.add_columns(tile, values.T, queries[block.query].to(dtype))
+        for dx in self.operands:
+            if dx is not None:
+                dx.end_chunk(chunk, over_l)
+
+    def undo_gain(self) -> None:
+        """Of the biases' gradients: what their products left out is known without the others' norms."""
+        for block, dbias in zip(self.problem.blocks, self.biases, strict=True):
+            if dbias is not None:
+                col_factor, gain = self.inputs.factors[block.key], 1.0 if self.gain is None else self.gain
+                dbias.div_(gain if col_factor is None else col_factor * gain)
+
+    def finished(self) -> tuple[Tensor | None, ...]:
+        """Of the operands: the scale, the gain and the norms' projection are applied."""
+        return tuple(None if g is None else g.finished() for g in self.operands)
+
+
+class Gradient:
+    """The gradient of one operand while chunks come in.
+
+    What is only ever a query has all of its row when its chunk ends: one product, finished and written once, in the
+    dtype that is kept. What is a key somewhere accumulates over chunks, in fp32.
+    """
+
+    def __init__(
+        self, problem: Problem, number: int, finish: Callable[..., None], into: Mapping[int, Tensor] | None = None
+    ):
+        self.like, self.shape = problem.scale, problem.operands[number].shape
+        # A part of a sum is not rounded.
+        self.dtype = saved_dtype(problem.dtype) if into is None else problem.scale.dtype
+        self.into = (into or {}).get(number)
+        self.apply = finish  # (total, over_l, rows, out): what the products left out
+        queries, keys = ({getattr(block, side) for block in problem.blocks} for side in ("query", "key"))
+        at_once = not problem.label_smoothing and number in queries - keys
+        if problem.fold is not None and problem.fold.distance in ("euclidean", "squared"):
+            at_once = False  # the lengths of both sides add a multiple of each row
+        self.kept = (fresh(self.like, self.shape, self.dtype) if self.into is None else self.into) if at_once else None
+        self.total: Tensor | None = None  # over all chunks
+        self.product: Tensor | None = None  # of this chunk
+
+    def accumulator(self) -> Tensor:
+        if self.total is None:
+            self.total = self.like.new_zeros(self.shape)
+        return self.total
+
+    def add_rows(self, values: Tensor, y: Tensor) -> None:
+        if self.product is None:
+            self.product = self.like.new_empty((values.shape[0], y.shape[1]))
+            mm(self.product, values, y)
+        else:
+            add_mm(self.product, values, y)
+
+    def add_columns(self, tile: slice, values: Tensor, x: Tensor) -> None:
+        if self.total is None and values.shape[0] == self.shape[0]:
+            self.total = fresh(self.like, self.shape)
+            mm(self.total, values, x)
+        else:
+            add_mm(self.accumulator()[tile], values, x)
+
+    def end_chunk(self, chunk: slice, over_l: Tensor | None) -> None:
+        if self.product is None:
+            return
+        if self.into is not None:
+            part = torch.empty_like(self.product)
+            self.apply(self.product, over_l, chunk, part)
+            self.into[chunk] += part
+        elif self.kept is not None:
+            self.apply(self.product, over_l, chunk, rows_of(self.kept, chunk))
+        else:
+            self.accumulator()[chunk] += self.product if over_l is None else self.product.mul_(over_l[:, None])
+        self.product = None
+
+    def finished(self) -> Tensor:
+        if self.kept is not None:
+            return self.kept
+        total = self.accumulator()
+        out = total if total.dtype == self.dtype else torch.empty_like(total, dtype=self.dtype)
+        if self.shape[0]:
+            self.apply(total, None, slice(0, self.shape[0]), out)
+        return out
+
+
+def _gain(inputs: Inputs) -> Tensor | None:
+    """Of dz in fp16: the power of two that brings the largest possible one to its upper half.
+
+    What is small would round to 0. |dz| is at most its row's weight times both factors, at the target times its
+    slope, and times 1 + 2 z_loss lse, for which there is room up to 16. A fold's is found as it goes, by `folded.fit`.
+    Computed on the device; undone in fp32 after the GEMMs. A row of NaN is the only one that it spoils.
+    """
+    problem, backend = inputs.problem, inputs.backend
+    one = torch.ones_like(problem.scale)
+    if backend.workspace_dtype(problem) != torch.float16:
+        folds = problem.fold is not None and not backend.can_fold(problem)
+        in_fp16 = folds and problem.dtype == torch.float16 and products.narrow(torch.float16, one.device)
+        return one * 2.0**126 if in_fp16 else None
+    largest = [one if f is None or not len(f) else largest_finite(f) for f in inputs.factors]
+    factors = torch.stack([largest[block.query] * largest[block.key] for block in problem.blocks]).amax()
+    weight = problem.weight.abs()
+    if inputs.prepared.slope is not None:
+        weight = weight * inputs.prepared.slope.abs().clamp_min(1)
+    weight = largest_finite(weight) if problem.rows else one
+    return power_of_two((11 if problem.z_loss else 15) - torch.log2(factors * weight))
+
+
+def gemm_dtype(problem: Problem, stored: torch.dtype) -> torch.dtype:
+    """bf16 inputs meet a bf16 copy of the tile where the CPU has bf16 matrix units; else what the workspace holds."""
+    if problem.device.type == "cpu" and problem.dtype == torch.bfloat16 and _cpu_multiplies_bf16():
+        return torch.bfloat16
+    return stored
+
+
+@functools.cache
+def _cpu_multiplies_bf16() -> bool:
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch; AMX implies the flag
+    return bool(capabilities.get("avx512_bf16", False))

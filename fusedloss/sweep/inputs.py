@@ -1,0 +1,108 @@
+"""What a sweep reads: operands as the backend wants them, factors, and what is known of the targets beforehand."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..problem import Patch, Prepared, Problem, RowSums, Settled, Strip, StripMask, rows_of, stats_dtype
+
+
+class Elsewhere(NamedTuple):
+    """What a sweep over columns that hold no targets is told of them; rows `[M]`."""
+
+    thresholds: tuple[Tensor | None, ...]  # of each block's margin
+    guide: Tensor | None  # the guide's similarity of the target
+    targets: bool = False  # some rows' targets are here all the same
+
+
+class Inputs:
+    """given: the operands as the backend wants them. operands: those, or unit rows of fp32 where it takes `units`;
+    their factors then are None. scales: by penalty."""
+
+    def __init__(self, problem: Problem, backend: ModuleType, by_scale: bool, elsewhere: Elsewhere | None = None):
+        """by_scale: whether the scale's gradient is wanted."""
+        self.problem, self.backend = problem, backend
+        self.dtype = stats_dtype(problem.dtype)
+        self.given = [backend.operand(x) for x in problem.operands]
+        self.biases = [None if b.bias is None else b.bias.to(self.dtype).contiguous() for b in problem.blocks]
+        self.prepared = self._prepared(by_scale, elsewhere)
+        self.norms = self._norms()
+        self.operands, self.factors = self.given, self.norms
+        self.units = bool(backend.takes_units(problem))
+        if self.units:
+            self.operands = [unit(x, factor) for x, factor in zip(self.given, self.norms, strict=True)]
+            self.factors = [None] * len(self.operands)
+        penalties = [p for block in problem.blocks for p in (block.penalty, block.own_penalty)]
+        self.scales = {p: problem.scale + p if p else problem.scale for p in penalties}
+        self.own = torch.arange(problem.rows, device=problem.device) if any(penalties) else None
+        self.target_sim = self.prepared.target_sim if by_scale else None
+
+    def _prepared(self, by_scale: bool, elsewhere: Elsewhere | None) -> Prepared:
+        problem, block = self.problem, self.problem.blocks[0]
+        query, key = self.given[block.query], self.given[block.key]
+        if elsewhere is not None and not elsewhere.targets:
+            row_factor = col_factor = None
+            if problem.cosine:
+                row_factor, col_factor = self.backend.inverse_norms(query), self.backend.inverse_norms(key)
+            none = torch.zeros_like(problem.weight)
+            return Prepared(row_factor, col_factor, none, none)
+        return self.backend.prepare(
+            query,
+            key,
+            problem.target,
+            problem.scale,
+            self.biases[0],
+            problem.rule,
+            cosine=problem.cosine,
+            wants_target_sim=by_scale or any(b.mask.margin is not None for b in problem.blocks),
+        )
+
+    def _norms(self) -> list[Tensor | None]:
+        block = self.problem.blocks[0]
+        known = {block.query: self.prepared.row_factor, block.key: self.prepared.col_factor}
+        if not self.problem.cosine:
+            return [None] * len(self.given)
+        return [
+            known[number] if number in known else self.backend.inverse_norms(x) for number, x in enumerate(self.given)
+        ]
+
+    def strip(self, number: int, chunk: slice, mask: StripMask | None) -> Strip:
+        """A block of a chunk of rows."""
+        block = self.problem.blocks[number]
+        other_own = block.own_penalty != block.penalty and number > 0  # in block 0 it is the target
+        return Strip(
+            x=rows_of(self.operands[block.query], chunk),
+            y=self.operands[block.key],
+            scale=self.scales[block.penalty],
+            row_factor=part(self.factors[block.query], chunk),
+            col_factor=self.factors[block.key],
+            bias=self.biases[number],
+            target=rows_of(self.problem.target, chunk) if number == 0 else None,
+            mask=mask,
+            own=part(self.own, chunk) if other_own else None,
+            own_scale=self.scales[block.own_penalty] if other_own else None,
+            softcap=self.problem.softcap,
+        )
+
+    def settle(self, chunk: slice, sums: RowSums, weight: Tensor | None = None, **options: Any) -> Settled:
+        weight = self.problem.weight if weight is None else weight
+        score, slope = rows_of(self.prepared.score, chunk), part(self.prepared.slope, chunk)
+        return self.backend.settle(sums, score, rows_of(weight, chunk), self.problem.rule, slope=slope, **options)
+
+    def patch(self, chunk: slice, out: Tensor) -> Patch:
+        block = self.problem.blocks[0]
+        row_factor = part(self.factors[block.query], chunk)
+        return Patch(out, rows_of(self.problem.target, chunk), row_factor, self.factors[block.key])
+
+
+def unit(x: Tensor, factor: Tensor | None) -> Tensor:
+    assert factor is not None
+    return x.to(factor.dtype) * factor[:, None]
+
+
+def part(x: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if x is None else rows_of(x, chunk)
