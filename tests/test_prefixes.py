@@ -7,8 +7,10 @@ import torch
 from torch.nn import functional as F
 
 import fusedloss
-from fusedloss import epilogues, prefixes, testing
-from fusedloss.prefixes import sweep_prefixes
+from fusedloss import epilogues, testing
+from fusedloss.problem import Block, Problem
+from fusedloss.sweep import Wants, prefixes
+from fusedloss.sweep.prefixes import sweep_prefixes
 
 
 def loop(operands, blocks, scale, target, weight, dims, dim_weights, admit=None, normalize=F.normalize):
@@ -47,10 +49,16 @@ def value_and_gradients(operands, blocks, scale, target, weight, dims, dim_weigh
     return [losses.detach(), *found]
 
 
+def problem_of(operands, blocks, scale, target, weight, dims, dim_weights):
+    blocks = tuple(Block(*block) for block in blocks)
+    parts = {"cosine": True, "prefixes": tuple(dims), "prefix_weights": tuple(dim_weights)}
+    return Problem(tuple(operands), blocks, scale, target, weight, **parts)
+
+
 def swept(operands, blocks, scale, target, weight, dims, dim_weights, admit=None, chunk=1024):
-    wants = [True] * len(operands), True, [b is not None for _, _, b in blocks]
-    arguments = operands, blocks, scale, target, weight, dims, dim_weights
-    found = sweep_prefixes(*arguments, *wants, chunk=chunk, admit=admit)
+    wants = Wants((True,) * len(operands), True, tuple(b is not None for _, _, b in blocks))
+    problem = problem_of(operands, blocks, scale, target, weight, dims, dim_weights)
+    found = sweep_prefixes(problem, wants, chunk, admit)
     return [found.losses, *found.gradients, found.scale, *(b for b in found.biases if b is not None)]
 
 
@@ -205,7 +213,7 @@ def test_a_scale_of_zero():
 def test_without_gradients_there_is_no_workspace(scale, chunk):
     operands, blocks, target, dims = case("two blocks")
     arguments = operands, blocks, torch.tensor(scale).double(), target, torch.ones(20).double(), dims, (1.0, 0.5)
-    found = sweep_prefixes(*arguments, (False,) * 3, False, (False,) * 2, chunk=chunk)
+    found = sweep_prefixes(problem_of(*arguments), Wants((False,) * 3, False, (False,) * 2), chunk)
     assert found.gradients == (None,) * 3 and found.scale is None and found.biases == (None, None)
     assert_close([found.losses], [loop(*arguments)])
 
@@ -215,7 +223,7 @@ def test_only_what_is_wanted(wanted, chunk):
     operands, blocks, target, dims = case("one block")
     arguments = operands, blocks, torch.tensor(5.0).double(), target, torch.ones(20).double(), dims, (1.0, 0.5, 0.2)
     wants = [wanted == name for name in ("query", "key", "scale")]
-    found = sweep_prefixes(*arguments, wants[:2], wants[2], (False,), chunk=chunk)
+    found = sweep_prefixes(problem_of(*arguments), Wants(wants[:2], wants[2], (False,)), chunk)
     results = [*found.gradients, found.scale]
     assert [r is not None for r in results] == wants
     number = wants.index(True)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..collectives import gather, merge_columns
-from ..prefixes import sweep_prefixes
 from ..problem import (
     Prepared,
     Problem,
@@ -39,6 +38,7 @@ from .chunks import workspace_shape
 from .folded import fold_chunk
 from .gradients import Gradients, Wants, gemm_dtype
 from .inputs import Elsewhere, Inputs, part
+from .prefixes import sweep_prefixes
 from .smoothing import Smoothing
 
 __all__ = ["Elsewhere", "Partial", "Result", "Wants", "run", "top_rows", "workspace_shape"]
@@ -74,21 +74,8 @@ def _prefixed(problem: Problem, backend: ModuleType, wants: Wants) -> Result:
     if wants.any:
         sizes = (problem.rows, width * columns, problem.operands[0].shape[1])
         chunk = chunks.chunk_rows(*sizes, stats_dtype(problem.dtype).itemsize, problem.device, problem.workspace_bytes)
-    found = sweep_prefixes(
-        problem.operands,
-        [(block.query, block.key, block.bias) for block in problem.blocks],
-        problem.scale,
-        problem.target,
-        problem.weight,
-        problem.prefixes,
-        problem.prefix_weights,
-        wants.operands,
-        wants.scale,
-        wants.biases,
-        chunk=chunk,
-        admit=Admission(Inputs(problem, backend, False)).admitted if problem.masked else None,
-        copies=problem.copies,
-    )
+    admit = Admission(Inputs(problem, backend, False)).admitted if problem.masked else None
+    found = sweep_prefixes(problem, wants, chunk, admit)
     kept = saved_dtype(problem.dtype)
     gradients = tuple(None if g is None else g.to(kept) for g in found.gradients)
     return Result(found.losses, gradients, found.scale, found.biases, (), [])

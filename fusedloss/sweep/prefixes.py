@@ -20,15 +20,16 @@ suffix sums are rounded once for each of the two that they enter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import products
-from .problem import NORM_EPS, RowRule, RowSums, stats_dtype
-from .rows import fresh, largest_finite, power_of_two, row_chunks, settle
+from .. import products
+from ..problem import NORM_EPS, Problem, RowSums, stats_dtype
+from ..rows import fresh, largest_finite, power_of_two, row_chunks, settle
+from .gradients import Wants
 
 LOG2E = math.log2(math.e)
 # A tile [384, 1536] of one prefix is 2.25 MiB of fp32, near what two cores keep in their L2. More
@@ -51,46 +52,15 @@ class Prefixed(NamedTuple):
 
 
 @torch.no_grad()
-def sweep_prefixes(
-    operands: Sequence[Tensor],
-    blocks: Sequence[tuple[int, int, Tensor | None]],
-    scale: Tensor,
-    target: Tensor,
-    weight: Tensor,
-    dims: Sequence[int],
-    dim_weights: Sequence[float],
-    wants_operands: Sequence[bool],
-    wants_scale: bool,
-    wants_biases: Sequence[bool],
-    *,
-    chunk: int,
-    admit: Admit | None = None,
-    copies: int = 1,
-) -> Prefixed:
-    """The weighted losses of the cosine logits of all prefixes, and the gradients of their sum.
+def sweep_prefixes(problem: Problem, wants: Wants, chunk: int, admit: Admit | None = None) -> Prefixed:
+    """The weighted losses of the cosine logits of all prefixes, in any order, and the gradients of their sum.
 
-    operands: matrices [rows, D]. blocks: (query, key, bias), columns side by side under one row normaliser.
-    scale: 0-dim; target: [M], a column of block 0; weight: [M], 0 leaves a row out: all as in `Problem`.
-    dims, dim_weights: d_k and c_k, in any order.
-    chunk: rows at a time, at most. The workspace takes chunk * len(dims) * columns elements; without gradients there
-        is none.
+    chunk: rows at a time, at most. The workspace takes chunk * len(prefixes) * columns elements; without gradients
+        there is none.
     admit: (block, rows, columns) -> which may compete, [rows, columns] bool, or None for all. It is asked twice, and
-        has no say about targets. copies: of the target, as in `Problem`.
+        has no say about targets.
     """
-    return _Sweep(
-        operands,
-        blocks,
-        scale,
-        target,
-        weight,
-        dims,
-        dim_weights,
-        wants_operands,
-        wants_scale,
-        wants_biases,
-        admit,
-        copies,
-    ).run(chunk)
+    return _Prefixes(problem, wants, admit).run(chunk)
 
 
 # What the loops over tiles and prefixes index is cut once: a view takes 2 us, and a step has dozens.
@@ -154,33 +124,19 @@ class _Rows(NamedTuple):
     score: list[Tensor]
 
 
-class _Sweep:
-    def __init__(
-        self,
-        operands: Sequence[Tensor],
-        blocks: Sequence[tuple[int, int, Tensor | None]],
-        scale: Tensor,
-        target: Tensor,
-        weight: Tensor,
-        dims: Sequence[int],
-        dim_weights: Sequence[float],
-        wants_operands: Sequence[bool],
-        wants_scale: bool,
-        wants_biases: Sequence[bool],
-        admit: Admit | None,
-        copies: int,
-    ):
-        self.dtype = stats_dtype(operands[0].dtype)
-        self.device = operands[0].device
+class _Prefixes:
+    def __init__(self, problem: Problem, wants: Wants, admit: Admit | None):
+        operands = problem.operands
+        self.dtype, self.device = stats_dtype(problem.dtype), problem.device
         self.wide = torch.float64 if self.device.type in ("cpu", "cuda") else self.dtype  # fp64 is not everywhere
-        self.operands, self.admit, self.copies = operands, admit, copies
-        self.target, self.weight = target, weight.to(self.dtype)
-        self.narrow = products.narrow(operands[0].dtype, self.device)
-        self.blocks = [(query, key) for query, key, _ in blocks]
+        self.operands, self.admit, self.rule = operands, admit, problem.rule
+        self.target, self.weight = problem.target, problem.weight.to(self.dtype)
+        self.narrow = products.narrow(problem.dtype, self.device)
+        self.blocks = [(block.query, block.key) for block in problem.blocks]
         self.columns = [operands[key].shape[0] for _, key in self.blocks]
-        self.biases = [None if bias is None else bias.to(self.dtype) for _, _, bias in blocks]
+        self.biases = [None if block.bias is None else block.bias.to(self.dtype) for block in problem.blocks]
         by_dim: dict[int, float] = {}
-        for dim, dim_weight in zip(dims, dim_weights, strict=True):
+        for dim, dim_weight in zip(problem.prefixes, problem.prefix_weights, strict=True):
             by_dim[dim] = by_dim.get(dim, 0.0) + dim_weight
         self.dims = sorted(by_dim)
         self.dim_weights = [by_dim[dim] for dim in self.dims]
@@ -188,7 +144,7 @@ class _Sweep:
 
         # Logits are kept in units of log 2. A scale of 0 would leave nothing to learn the cosines from; the gradients
         # are multiplied by the true one.
-        self.scale = scale.to(self.dtype)
+        self.scale = problem.scale.to(self.dtype)
         self.unit = torch.where(self.scale == 0, 1e-20, self.scale) * LOG2E
         self.natural = self.scale.to(self.wide) / self.unit.to(self.wide)
         self.back = self.natural.to(self.dtype)
@@ -205,17 +161,17 @@ class _Sweep:
         self.times = self.inverse
         if self.narrow:
             self.times = {n: inverse.masked_fill(inverse >= 1 / NORM_EPS, 0) for n, inverse in self.inverse.items()}
-        self.wants = [wanted and n in used for n, wanted in enumerate(wants_operands)]
-        self.wants_any = any(wants_operands) or wants_scale or any(wants_biases)
+        self.wants = [wanted and n in used for n, wanted in enumerate(wants.operands)]
+        self.wants_any = wants.any
         self.totals = [
-            x.new_zeros(x.shape, dtype=self.dtype) if w else None for x, w in zip(operands, wants_operands, strict=True)
+            x.new_zeros(x.shape, dtype=self.dtype) if w else None for x, w in zip(operands, wants.operands, strict=True)
         ]
         # sum of dz z over the other side, by prefix and row; what the gradient loses to the norms follows from it
         self.along = {n: torch.zeros_like(self.inverse[n]) for n in used if self.wants[n]}
-        self.scale_grad = torch.zeros_like(self.scale, dtype=self.wide) if wants_scale else None
+        self.scale_grad = torch.zeros_like(self.scale, dtype=self.wide) if wants.scale else None
         self.bias_grads = [
             torch.zeros_like(bias) if wanted and bias is not None else None
-            for bias, wanted in zip(self.biases, wants_biases, strict=True)
+            for bias, wanted in zip(self.biases, wants.biases, strict=True)
         ]
         self.keys = {key for _, key in self.blocks}
         self.gain = self._gain() if self.narrow and operands[0].dtype == torch.float16 else None
@@ -423,12 +379,12 @@ class _Sweep:
         if bias is not None:
             score = score + bias[self.target[part]]
         rows = [
-            settle(RowSums(natural[k], total[k]), score[k], c * weight, RowRule(copies=self.copies))
+            settle(RowSums(natural[k], total[k]), score[k], c * weight, self.rule)
             for k, c in enumerate(self.dim_weights)
         ]
-        over_l = torch.stack([row.weight for row in rows])
-        losses, size = torch.stack([row.loss for row in rows]).sum(0), over_l.abs()
-        return losses, _Normalised(shift, size, -size * total, over_l.sign(), own.to(self.dtype))
+        over_l, entry = (torch.stack(vectors) for vectors in zip(*((r.weight, r.entry) for r in rows), strict=True))
+        losses, sign = torch.stack([row.loss for row in rows]).sum(0), over_l.sign()
+        return losses, _Normalised(shift, over_l.abs(), entry * sign, sign, own.to(self.dtype))
 
     def _scores(self, part: slice, rows: _Queries) -> Tensor:
         """[K, R] of the targets, as the workspace has them but in fp64: well-fitted pairs owe their loss to these."""
