@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss
-from fusedloss import backends, op, sweep, testing
+from fusedloss import backends, packing, sweep, testing
 from fusedloss.backends import reference
 from fusedloss.problem import Block, Compare, Fold, Guide, Margin, Mask, Problem, Ranks
 from fusedloss.trust import ask, audit, families, verdicts
@@ -430,9 +430,7 @@ def test_other_backends_graphs_and_compiled_calls_are_left_alone(monkeypatch):
     run("chunked")
     query, key = draws(9, 5), draws(9, 5, seed=1)
     problem = Problem((query, key), (Block(0, 1),), torch.tensor(1.0), torch.arange(9), torch.ones(9))
-    plan, tensors, constants = op.flatten(problem, "triton", False)
-    arguments = (problem.scale, problem.target, problem.weight, tensors, constants, *plan, [False] * 3)
-    torch.ops.fusedloss.sweep(*arguments)
+    torch.ops.fusedloss.sweep(*packing.pack(problem), "triton", False, [False] * 3)
     monkeypatch.setattr(ask, "capturing", lambda device: True)
     run()
     assert not audit._held
