@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from old_torch import of_two_dtypes
 from torch import nn
 
 st = pytest.importorskip("sentence_transformers.base.losses.merged_forward", reason="sentence-transformers 6 is needed")
@@ -278,10 +279,10 @@ def test_labels_made_under_inference_mode(name, columns, labels, module, options
 def agree(name, columns, labels, module, options, dtype):
     labels = labels(dtype) if callable(labels) else labels
     before = calls[f"sentence_transformers.{name}"]
-    found, wanted = (
-        run(build(library, name, dtype, **options), columns, labels, dtype, module == "sparse")
-        for library in libraries(module)
-    )
+    ours, theirs = libraries(module)
+    found = run(build(ours, name, dtype, **options), columns, labels, dtype, module == "sparse")
+    with of_two_dtypes():
+        wanted = run(build(theirs, name, dtype, **options), columns, labels, dtype, module == "sparse")
     assert calls[f"sentence_transformers.{name}"] > before
     same(found, wanted, dtype)
 
@@ -723,11 +724,12 @@ SINGLE = [
 
 @pytest.mark.parametrize("name", [*SINGLE, "BatchHardTripletLoss", "BatchAllTripletLoss", "BatchSemiHardTripletLoss"])
 def test_a_single_row(name):
-    results = []
-    for library in (fused, stock):
-        labels = torch.zeros(1).long() if "Batch" in name and "Mega" not in name else torch.ones(1)
-        results.append(run(build(library, name), 1 if "Triplet" in name else 2, labels, rows=1))
-    same(*results)
+    labels = torch.zeros(1).long() if "Batch" in name and "Mega" not in name else torch.ones(1)
+    columns = 1 if "Triplet" in name else 2
+    found = run(build(fused, name), columns, labels, rows=1)
+    with of_two_dtypes():
+        wanted = run(build(stock, name), columns, labels, rows=1)
+    same(found, wanted)
 
 
 @pytest.mark.parametrize("name", [MNRL, GIST, "CoSENTLoss", "TripletLoss", "BatchHardTripletLoss", "ContrastiveLoss"])
