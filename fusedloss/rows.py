@@ -188,6 +188,14 @@ def tf32() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
+def cut_off(dim: int) -> float:
+    """The share of a sum of `dim` 16-bit products that tensor cores may cut off, where it grows evenly.
+
+    They add 8 or more at a time, and cut what is below 2^-23 of the sum so far, half of that on average.
+    """
+    return dim / 8 * 2.0**-24
+
+
 def tie(dim: int, dtype: torch.dtype) -> float:
     """By how much the similarities of unit rows may differ and still be equal: by the rounding of a duplicate's.
 

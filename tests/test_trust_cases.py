@@ -51,6 +51,20 @@ def test_proved_here(backend, precision, family, monkeypatch):
     assert torch.backends.cuda.matmul.fp32_precision == before
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(
+    "backend, precision, family",
+    [("cuda", p, family) for p in ("bf16", "fp16", "tf32") for family in families.of_backend("cuda", p)],
+)
+def test_an_honest_kernel_is_proved_as_a_gpu_rounds(backend, precision, family, seed, monkeypatch):
+    """Tensor cores cut off what they add, and an exponential is off by 2 ulps: csrc/ with both is still right."""
+    monkeypatch.setenv("FUSEDLOSS_HOST_SUMS", "truncate")
+    monkeypatch.setenv("FUSEDLOSS_HOST_ULPS", str(seed))
+    found = cases.prove(backend, family, precision, CPU)
+    assert (found.state, found.reason) == ("proved", "")
+
+
 def test_what_cannot_be_proved_is_not_claimed():
     with pytest.raises(UnsupportedError, match="multiplies the bit patterns of bfloat16"):
         cases.prove("triton", "stats", "bf16", CPU)

@@ -20,15 +20,15 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def loss_rows(problem: Problem) -> tuple[Tensor, list[Tensor]]:
+def loss_rows(problem: Problem, lost: float = 0.0) -> tuple[Tensor, list[Tensor]]:
     """`weight[i] * loss_i` for every row, [M], through ordinary autograd, and `sweep.Result.counted`.
 
-    Costs several [M, N] matrices.
+    Costs several [M, N] matrices. lost: a share of each similarity that is cut off, as tensor cores do: `rows.cut_off`.
     """
     if not autocasting(problem.operands[0]):
-        return _loss_rows(problem)
+        return _loss_rows(problem, lost)
     with torch.autocast(problem.device.type, enabled=False):
-        return _loss_rows(problem)
+        return _loss_rows(problem, lost)
 
 
 def top_rows(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -41,18 +41,18 @@ def top_rows(problem: Problem) -> tuple[Tensor, Tensor]:
         return maximum, column.masked_fill(maximum == -torch.inf, -1)
 
 
-def _loss_rows(problem: Problem) -> tuple[Tensor, list[Tensor]]:
+def _loss_rows(problem: Problem, lost: float = 0.0) -> tuple[Tensor, list[Tensor]]:
     if problem.prefixes:
         total = torch.zeros_like(problem.weight)
         for dim, weight in zip(problem.prefixes, problem.prefix_weights, strict=True):
             operands = tuple(x[:, :dim] for x in problem.operands)
             own = replace(problem, operands=operands, cosine=True, prefixes=(), prefix_weights=())
-            total = total + weight * _loss_rows(own)[0]
+            total = total + weight * _loss_rows(own, lost)[0]
         return total, []
     rows = _rows(problem)
     if problem.fold is not None:
-        return _fold_rows(problem, rows)
-    z = _logits(problem, rows)
+        return _fold_rows(problem, rows, lost)
+    z = _logits(problem, rows, lost=lost)
     with torch.no_grad():
         counted = _counted(problem, rows, z) if problem.wants_tally else []
     return _losses(problem, z), counted
@@ -88,18 +88,23 @@ def _rows(problem: Problem) -> list[Tensor]:
     return [unit_rows(x.to(dtype)) if problem.cosine else x.to(dtype) for x in problem.operands]
 
 
-def _logits(problem: Problem, rows: list[Tensor], similarities: list[Tensor] | None = None) -> Tensor:
+def _logits(
+    problem: Problem, rows: list[Tensor], similarities: list[Tensor] | None = None, lost: float = 0.0
+) -> Tensor:
     """[M, all columns], -inf where a mask drops; the target is exempt from all but `skip`."""
     M, parts = problem.rows, []
     with torch.no_grad():
         thresholds = _thresholds(problem, rows)
-    own = torch.arange(M, device=problem.device)
+    itself = torch.arange(M, device=problem.device)
     for number, block in enumerate(problem.blocks):
         sim = rows[block.query][:M] @ rows[block.key].T if similarities is None else similarities[number]
+        own, own_penalty = (itself, block.own_penalty) if number else (problem.target, 0.0)
         z = sim * problem.scale
-        if block.penalty or block.own_penalty:
-            columns = torch.arange(sim.shape[1], device=sim.device)
-            penalty = torch.full_like(sim, block.penalty).masked_fill(own[:, None] == columns, block.own_penalty)
+        if lost:  # a target's own product is not one of the tile
+            short = (1 - lost) * z
+            z = torch.where(_at(problem.target, z), z, short) if number == 0 else short
+        if block.penalty or own_penalty:
+            penalty = torch.full_like(sim, block.penalty).masked_fill(_at(own, sim), own_penalty)
             z = z + penalty * sim.detach()
         if number == 0 and any(problem.margin):
             index = problem.target.clamp(min=0)[:, None]
@@ -186,12 +191,13 @@ def _counted(problem: Problem, rows: list[Tensor], z: Tensor) -> list[Tensor]:
     return [admitted.sum(1).to(z.dtype), above, negatives.amax(1), entry[:, 0].masked_fill(none, 0)]
 
 
-def _fold_rows(problem: Problem, rows: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _fold_rows(problem: Problem, rows: list[Tensor], lost: float) -> tuple[Tensor, list[Tensor]]:
     fold, block = problem.fold, problem.blocks[0]
     assert fold is not None
     x, y = rows[block.query][: problem.rows], rows[block.key]
     if fold.distance in ("", "cosine"):
-        values = 1 - x @ y.T if fold.distance else x @ y.T
+        sim = (1 - lost) * (x @ y.T) if lost else x @ y.T
+        values = 1 - sim if fold.distance else sim
     else:
         squared = squared_distances(x, y)
         zero = squared == 0

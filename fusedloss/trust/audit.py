@@ -29,6 +29,7 @@ from torch import Tensor
 from .. import environment
 from ..backends import KERNELS, reference
 from ..problem import NORM_EPS, Block, Compare, Problem, unit_rows, without_autocast
+from ..rows import cut_off
 from . import ask, families, verdicts
 from .verdicts import FAILED, Verdict
 
@@ -41,9 +42,6 @@ TILE = 1 << 20  # numbers of a tile of keys: 8 MiB
 MISS = 4.0
 # Four roundings of fp32 (a product, its scale, exp, the sum after it), one of tf32: as STEP and STEPS of cases.py.
 STEP, TF32_STEP = 2 * torch.finfo(torch.float32).eps, 2.0**-11
-# Tensor cores add 16-bit products in steps of 8 or more features, and cut what is below 2^-23 of the sum so far. Of a
-# sum that grows evenly this is D / 8 * 2^-23 / 2.
-CUT = 2.0**-27
 FLUSHED = 2.0**-100  # of an exponential, a weight and a sum: what fp32 may lose where fp64 has it
 
 logger = logging.getLogger("fusedloss")
@@ -214,7 +212,7 @@ def _one_way(problem: Problem, rows: Tensor, dtype: torch.dtype) -> _Rows:
 def _step(problem: Problem) -> float:
     precision = families.precision(problem.dtype)
     if precision in ("bf16", "fp16"):
-        return STEP + CUT * problem.operands[0].shape[1]
+        return STEP + cut_off(problem.operands[0].shape[1])
     return TF32_STEP if precision == "tf32" else STEP
 
 

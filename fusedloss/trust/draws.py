@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..problem import stats_dtype
+from ..rows import cut_off
 from ..testing import inputs
 from .zones import Zones
 
@@ -28,6 +29,7 @@ class Draw:
 
     wide: everything in fp64, from the same rounded numbers. cut: operands rounded as tf32 rounds them, where the
     device has no tensor cores that would. nudged: a number, of a draw in which each operand is off by a share `step`.
+    short: similarities are, by what tensor cores may cut off.
     zones: what all tensors lie between, and in the layout that is asked for.
     """
 
@@ -41,6 +43,7 @@ class Draw:
         cut: bool = False,
         nudged: int | None = None,
         step: float = 0.0,
+        short: bool = False,
         zones: Zones | None = None,
     ):
         self.seed = zlib.crc32(name.encode())
@@ -48,7 +51,7 @@ class Draw:
         self.given, self.device, self.wide, self.cut, self.zones = dtype, device, wide, cut, zones
         self.dtype = torch.float64 if wide else dtype
         self.nudges = None if nudged is None else torch.Generator().manual_seed(nudged)
-        self.step = step
+        self.step, self.short = step, short
         self.emulated = device.type == "cpu"
 
     # Sizes ------------------------------------------------------------------------------------------------------------
@@ -68,6 +71,10 @@ class Draw:
         found = torch.get_device_module(self.device).get_device_properties(self.device)
         tiles = 2 * (found.max_compute_units if self.device.type == "xpu" else found.multi_processor_count)
         return 128 * int(tiles**0.5 + 1) + 3
+
+    def lost(self, dim: int) -> float:
+        """The share that similarities are short of."""
+        return cut_off(dim) if self.short else 0.0
 
     # Numbers ----------------------------------------------------------------------------------------------------------
 

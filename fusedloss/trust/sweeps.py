@@ -96,7 +96,7 @@ def softmax(
         backward and learns and not problem.softcap,
         tuple(backward and bias for _ in made),
     )
-    return _run(problem, wants)
+    return _run(problem, wants, draw.lost(dim))
 
 
 def fold(
@@ -159,7 +159,7 @@ def fold(
     learnt = backward and learns and not spoilt
     wanted = tuple(backward and not (spoilt and number) for number in range(len(operands)))
     wants = Wants(wanted, learnt and scale is not None, (False,), tuple(learnt and name == "sigmoid" for _ in scalars))
-    return _run(problem, wants)
+    return _run(problem, wants, draw.lost(dim))
 
 
 def top(draw: Draw, rows: int, columns: int, dim: int, *, mask: Masking | None = None, layout: str = "rows") -> Run:
@@ -202,6 +202,7 @@ def partial(draw: Draw, rows: int, columns: int, dim: int, *, symmetric: bool) -
     def run(backend: str) -> Outputs:
         if backend == "reference":
             z = operands[0].to(problem.scale.dtype) @ operands[1].to(problem.scale.dtype).T * problem.scale
+            z = (1 - draw.lost(dim)) * z
             found = [z.logsumexp(1), z.logsumexp(0)]
         else:
             nothing = Wants((False, False), False, (False,))
@@ -217,10 +218,10 @@ def partial(draw: Draw, rows: int, columns: int, dim: int, *, symmetric: bool) -
 # Both ways to the same outputs ----------------------------------------------------------------------------------------
 
 
-def _run(problem: Problem, wants: Wants) -> Run:
+def _run(problem: Problem, wants: Wants, lost: float) -> Run:
     def run(backend: str) -> Outputs:
         if backend == "reference":
-            return _by_formula(problem, wants)
+            return _by_formula(problem, wants, lost)
         found = sweep.run(problem, BACKENDS[backend], wants)
         named: dict[str, Tensor | None] = {"losses": found.rows}
         named |= {f"gradient of operand {number}": g for number, g in enumerate(found.operands)}
@@ -233,7 +234,7 @@ def _run(problem: Problem, wants: Wants) -> Run:
     return run
 
 
-def _by_formula(problem: Problem, wants: Wants) -> Outputs:
+def _by_formula(problem: Problem, wants: Wants, lost: float) -> Outputs:
     """In fp64 a scale and a scalar have a value for each pair, so that the terms that their gradients are of show."""
     wide = problem.scale.dtype == torch.float64
     pairs = (problem.rows, problem.columns)
@@ -257,7 +258,8 @@ def _by_formula(problem: Problem, wants: Wants) -> Outputs:
     leaves |= {"scale's gradient": scale}
     leaves |= {f"scalar {i}'s gradient": x for i, x in enumerate(fold.scalars if fold else ())}
     leaves = {name: x for name, x in leaves.items() if x.requires_grad}
-    rows, counted = reference.loss_rows(replace(problem, operands=operands, blocks=blocks, scale=scale, fold=fold))
+    learning = replace(problem, operands=operands, blocks=blocks, scale=scale, fold=fold)
+    rows, counted = reference.loss_rows(learning, lost)
     found = {"losses": rows.detach()}
     if leaves:
         found |= dict(zip(leaves, torch.autograd.grad(rows.sum(), list(leaves.values())), strict=True))
