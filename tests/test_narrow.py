@@ -17,7 +17,7 @@ from test_backends import small_chunks  # noqa: F401  # a fixture
 from torch import Tensor
 
 import fusedloss
-from fusedloss import masks, prefixes, products, sweep, testing
+from fusedloss import masks, products, sweep, testing
 from fusedloss.backends import BACKENDS
 from fusedloss.problem import Block, Fold, Problem
 
@@ -46,7 +46,7 @@ def asked(monkeypatch):
     monkeypatch.setattr(products, "narrow", lambda dtype, device: dtype.itemsize == 2)
     monkeypatch.setattr(products, "wide_mm", wide_mm)
     monkeypatch.setattr(products, "add_wide_mm", add_wide_mm)
-    monkeypatch.setattr(prefixes, "TILE_COLUMNS", 48)
+    monkeypatch.setattr(sweep.prefixes, "TILE_COLUMNS", 48)
     return found
 
 

@@ -215,6 +215,8 @@ def test_proxy_anchor_is_its_formula(shape, alpha, reduction, backend, seed):
             lambda x, p: fusedloss.proxy_anchor(x, target, p, alpha=alpha, reduction=reduction, backend=backend),
             lambda x, p: eager_anchor(x, target, p, alpha=alpha, reduction=reduction),
             (x, proxies),
+            # A row's gradient is a difference of alpha times the proxies; of one feature nothing of it is left.
+            atol=max(1e-11, 1e-12 * alpha),
         )
 
 
