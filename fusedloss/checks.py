@@ -28,6 +28,7 @@ SIMILARITIES = ("cos", "dot")
 DISTANCES = ("euclidean", "squared", "cosine")
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = environment.BACKENDS
+NAMES = ("auto", *BACKENDS)
 WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 896 << 20}  # by default
 
 
@@ -127,7 +128,7 @@ def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def backend(value: object) -> None:
-    choice("backend", value, ("auto", *BACKENDS))
+    choice("backend", value, NAMES)
 
 
 def share(name: str, value: float) -> None:

@@ -122,7 +122,7 @@ def _named(group: str) -> dist.ProcessGroup:
 # The agreement --------------------------------------------------------------------------------------------------------
 
 
-class Call(NamedTuple):
+class Request(NamedTuple):
     """What a rank is about to do, checked by itself.
 
     what: the loss and its options, which must be the same everywhere, a line each. problems: of this rank's rows and
@@ -153,7 +153,7 @@ class Part(NamedTuple):
 
 
 class Agreed(NamedTuple):
-    call: Call
+    call: Request
     parts: tuple[Part, ...]
     around: World
 
@@ -189,12 +189,12 @@ class _Row(NamedTuple):
         return cls(refuses, facts, length, workspace, least, most, *told)
 
 
-def agree(around: World, ask: Callable[[], Call]) -> Agreed:
+def agree(around: World, ask: Callable[[], Request]) -> Agreed:
     """What `ask` gives and how many rows every rank has; raises on all ranks where it raises on one, or they differ.
 
     Else that rank would go on without the others, which would wait for it.
     """
-    call: Call | None = None
+    call: Request | None = None
     error: Exception | None = None
     matrices: list[Tensor] = []
     try:
@@ -238,13 +238,13 @@ def agree(around: World, ask: Callable[[], Call]) -> Agreed:
 def refuse(group: Any, error: Exception) -> None:
     """Raises it, and tells the other ranks, which are about to call a loss with this group."""
 
-    def ask() -> Call:
+    def ask() -> Request:
         raise error
 
     agree(world(group, "gather", "ddp"), ask)
 
 
-def _row(call: Call, said: str, matrices: Sequence[Tensor]) -> _Row:
+def _row(call: Request, said: str, matrices: Sequence[Tensor]) -> _Row:
     least, most = 0, -1
     if call.ignore_index is not None:
         target = call.problems[0].target
@@ -278,7 +278,7 @@ def _compare_parameters(rows: Sequence[_Row]) -> None:
             )
 
 
-def _check_targets(call: Call, first: Part, rows: Sequence[_Row], around: World) -> None:
+def _check_targets(call: Request, first: Part, rows: Sequence[_Row], around: World) -> None:
     """Those that were read; all ranks come to the same end."""
     if call.ignore_index is None:
         return
@@ -298,7 +298,7 @@ def _check_targets(call: Call, first: Part, rows: Sequence[_Row], around: World)
 
 
 def _check_workspaces(
-    call: Call, parts: Sequence[Part], rows: Sequence[_Row], around: World, device: torch.device
+    call: Request, parts: Sequence[Part], rows: Sequence[_Row], around: World, device: torch.device
 ) -> None:
     """A row of all ranks' similarities must fit every rank's bound; only where one is tight do they ask each other."""
     widest = max(part.columns + sweep.chunks.PAD * len(part.problem.blocks) for part in parts)
@@ -493,7 +493,7 @@ def _skipping(blocks: Sequence[Block], ranks: Sequence[Ranks]) -> list[Block]:
     return found
 
 
-def _refuse(call: Call, around: World) -> None:
+def _refuse(call: Request, around: World) -> None:
     """Raises where this has no form across ranks."""
     for problem in call.problems:
         refused = {
@@ -520,7 +520,7 @@ def _refuse(call: Call, around: World) -> None:
             )
 
 
-def _facts(call: Call, around: World, matrices: Sequence[Tensor]) -> list[str]:
+def _facts(call: Request, around: World, matrices: Sequence[Tensor]) -> list[str]:
     """What ranks must have in common, a line each."""
     loss, *more = call.what.split("\n")
     kinds = (f"[rows, {x.shape[1]}] {x.dtype} {_grad(x)}" for x in matrices)
@@ -618,7 +618,7 @@ def spread(part: Part, around: World, ignore_index: int | None) -> Problem:
     )
 
 
-def loss_across(around: World, ask: Callable[[], Call]) -> Tensor:
+def loss_across(around: World, ask: Callable[[], Request]) -> Tensor:
     """The mean of the call's losses over all ranks' rows, or this rank's rows' losses; gradients are its share, scaled.
 
     ask: checks the arguments and builds the problems; whatever it raises is raised on all ranks.

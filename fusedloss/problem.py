@@ -221,6 +221,7 @@ class Problem:
     ranks: the columns are those of all these processes, this one's first; where `symmetric`, each column's normaliser
         is over the rows of all of them.
     top: no loss is asked for, but each row's largest logit (`op.top_rows`).
+    every_row: whether the host knows that every row counts, with weight 1; a mean then needs no sum of the weights.
     """
 
     operands: tuple[Learned, ...]
@@ -245,6 +246,7 @@ class Problem:
     z_loss: float = 0.0
     ranks: Ranks | None = None
     top: bool = False
+    every_row: bool = False
 
     def __post_init__(self) -> None:
         _set(self, target=self.target.contiguous(), weight=self.weight.contiguous())

@@ -14,7 +14,8 @@ from torch import Tensor
 import fusedloss
 from fusedloss import masks, sweep, testing
 from fusedloss.backends import cuda
-from fusedloss.losses._fold import fold_loss
+from fusedloss.losses._fold import fold_loss, fold_problem
+from fusedloss.losses._options import Call
 from fusedloss.problem import Fold, RowSums
 
 SHAPES = [(129, 140, 40), (70, 260, 33), (1, 7, 1)]  # M, N, D: a tile and one row, three stages of fp32, nearly nothing
@@ -55,7 +56,7 @@ def losses(q: Tensor, k: Tensor, s: Tensor) -> dict[str, Callable[..., Tensor]]:
         "proxy anchor": lambda q, k, s, **o: fusedloss.proxy_anchor(q, kinds[0] % N, k, **o),
         "mean inside": lambda q, k, s, **o: fusedloss.sup_con(q, kinds[0], temperature=0.2, form="in", **o),
         "hinges": lambda q, k, s, backend: fold_loss(
-            [q, k], s, torch.ones(M, device=device), fold, False, True, backend, None
+            fold_problem([q, k], s, torch.ones(M, device=device), fold, Call()), Call("sum", backend)
         )[0],
     }
 

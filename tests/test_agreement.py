@@ -282,7 +282,7 @@ def test_a_ring_follows_the_whole_rule_of_its_rows(rule, reduction, group_of_one
         run(Problem((x, y), (Block(0, 1),), scale, torch.arange(3), weight, **RULES[rule])).sum().backward()
         return x.grad, y.grad
 
-    found = step(lambda p: distributed.loss_across(around, lambda: distributed.Call("", (p,), "chunked", reduction)))
+    found = step(lambda p: distributed.loss_across(around, lambda: distributed.Request("", (p,), "chunked", reduction)))
     wanted = step(lambda p: reference.loss_rows(p)[0])
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b)

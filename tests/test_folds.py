@@ -17,7 +17,8 @@ from fusedloss import sweep, testing
 from fusedloss.backends import BACKENDS
 from fusedloss.folds import FOLDS, Part
 from fusedloss.info import probe
-from fusedloss.losses._fold import fold_loss
+from fusedloss.losses._fold import fold_loss, fold_problem
+from fusedloss.losses._options import Call
 from fusedloss.problem import Fold, stats_dtype
 
 # scalars and options of each fold
@@ -454,9 +455,9 @@ class Swept(NamedTuple):
         """The rows' losses, or their sum; and the count, summed."""
         operands, (scale, *more) = self.split(leaves)
         fold = Fold(self.name, self.options, labels=self.labels, itself=self.itself, scalars=tuple(more))
-        return fold_loss(
-            operands, scale, self.weight, fold, self.cosine, not per_row, backend, None, target=self.target
-        )
+        call = Call(reduction="none" if per_row else "sum", backend=backend)
+        problem = fold_problem(operands, scale, self.weight, fold, call, cosine=self.cosine, target=self.target)
+        return fold_loss(problem, call)
 
     def formula(self, *leaves):
         """In the leaves' own numbers, 16 bits as fp32."""

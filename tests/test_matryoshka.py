@@ -146,4 +146,4 @@ def test_errors_name_the_argument(options, match):
 
 
 def test_the_table_holds_functions_of_the_package():
-    assert all(getattr(fusedloss, function.__name__) is function for function in module.OBJECTIVES)
+    assert all(getattr(fusedloss, function.__name__) is function for function in module.PROBLEMS)

@@ -61,6 +61,7 @@ def whole():
         1e-3,
         Ranks("a group", 1, (2, 3)),
         True,
+        True,
     )
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..backends import select
-from ..distributed import Call, World, loss_across, world
+from ..distributed import Request, loss_across
 from ..op import loss_mean, loss_rows_or_sum
-from ..problem import NO_MARGIN, Block, GuideRule, Margin, Problem, savable, stats_dtype
+from ..problem import Block, Problem, savable, stats_dtype
 from ..rows import columns_and_weights, without_target
+from ._options import AcrossOptions, Call, ranks
 
 
 class Stats(NamedTuple):
@@ -62,79 +63,47 @@ def distinct(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
     return operands, places
 
 
-class Objective(NamedTuple):
-    """A softmax loss before it is computed."""
-
-    problem: Problem
-    backend: str
-    reduction: str
-    every_row: bool  # with weight 1
-    ignore_index: int | None = None  # where the target is among the columns of all ranks, which are not here
-
-    def result(self) -> Loss:
-        """The loss, and what its sweep counted where that was asked for."""
-        return mean_of([self])
-
-    def _reduced(self) -> tuple[Tensor, list[Tensor]]:
-        problem, backend = self.problem, select(self.problem, self.backend)
-        if self.reduction != "mean":
-            return loss_rows_or_sum(problem, backend, self.reduction == "none")
-        return loss_mean(problem, backend, max(problem.rows, 1) if self.every_row else divisor(problem.weight.sum()))
-
-    def _stats(self, counted: list[Tensor]) -> Stats:
-        problem = self.problem
-        count, above, maximum, score = (t.detach() for t in counted[:4])
-        rows = problem.weight != 0
-        scale = problem.scale.detach()
-        has_negative = rows & (maximum != -torch.inf)
-        above = above.masked_fill(score.isnan() | maximum.isnan(), torch.nan)  # of which nothing is known
-        negatives = rows.sum() * max(problem.columns - problem.copies, 0)
-
-        def mean(values: Tensor, over_rows: Tensor) -> Tensor:
-            return over(values.masked_fill(~over_rows, 0).sum(), over_rows.sum().to(values.dtype))
-
-        return Stats(
-            mean((above == 0).to(count.dtype).where(above == above, above), rows),
-            mean(1 / (1 + above), rows),
-            mean(score / scale, rows),
-            mean(maximum / scale, has_negative),
-            over((negatives - count.masked_fill(~rows, 0).sum()).to(count.dtype), negatives.to(count.dtype)),
-        )
-
-
-def mean_of(objectives: Sequence[Objective]) -> Loss:
-    """The mean of several losses, with the statistics of the first."""
-    found = [one._reduced() for one in objectives]
+def mean_of(problems: Sequence[Problem], call: Call) -> Loss:
+    """The mean of several losses, with the statistics of the first, where those are asked for."""
+    found = [_reduced(problem, call) for problem in problems]
     loss = torch.stack([loss for loss, _ in found]).mean(0) if len(found) > 1 else found[0][0]
-    first = objectives[0]
-    return (loss, first._stats(found[0][1])) if first.problem.wants_tally else loss
+    return (loss, _stats(problems[0], found[0][1])) if call.return_stats else loss
 
 
-def result_of(ask: Callable[[], tuple[str, list[Objective]]], around: World | None) -> Loss:
-    """The mean of the losses that `ask` builds, here or over the ranks, which are told what it raises.
-
-    ask: checks the arguments; gives the loss and its options, the same on all ranks, and the objectives.
-    """
-    if around is None:
-        return mean_of(ask()[1])
-
-    def call() -> Call:
-        what, objectives = ask()
-        first = objectives[0]
-        return Call(what, tuple(one.problem for one in objectives), first.backend, first.reduction, first.ignore_index)
-
-    return loss_across(around, call)
+def _reduced(problem: Problem, call: Call) -> tuple[Tensor, list[Tensor]]:
+    backend = select(problem, call.backend)
+    if call.reduction != "mean":
+        return loss_rows_or_sum(problem, backend, call.reduction == "none")
+    return loss_mean(problem, backend, max(problem.rows, 1) if problem.every_row else divisor(problem.weight.sum()))
 
 
-def asked(group: Any, strategy: str, grad_scale: str) -> World | None:
-    """The ranks that share the batch, where a group is given; else the other two must be what they are by default."""
-    if group is not None:
-        return world(group, strategy, grad_scale)
-    if (strategy, grad_scale) != ("gather", "ddp"):
-        raise ValueError(
-            f"strategy={strategy!r}, grad_scale={grad_scale!r} without group: pass a ProcessGroup with them, or 'world'"
-        )
-    return None
+def _stats(problem: Problem, counted: list[Tensor]) -> Stats:
+    count, above, maximum, score = (t.detach() for t in counted[:4])
+    rows = problem.weight != 0
+    scale = problem.scale.detach()
+    has_negative = rows & (maximum != -torch.inf)
+    above = above.masked_fill(score.isnan() | maximum.isnan(), torch.nan)  # of which nothing is known
+    negatives = rows.sum() * max(problem.columns - problem.copies, 0)
+
+    def mean(values: Tensor, over_rows: Tensor) -> Tensor:
+        return over(values.masked_fill(~over_rows, 0).sum(), over_rows.sum().to(values.dtype))
+
+    return Stats(
+        mean((above == 0).to(count.dtype).where(above == above, above), rows),
+        mean(1 / (1 + above), rows),
+        mean(score / scale, rows),
+        mean(maximum / scale, has_negative),
+        over((negatives - count.masked_fill(~rows, 0).sum()).to(count.dtype), negatives.to(count.dtype)),
+    )
+
+
+def result_of(options: AcrossOptions, ask: Callable[[Call], Request]) -> Loss:
+    """The loss that `ask` checks and builds, here or over the ranks, which are told what it raises."""
+    around = ranks(options)
+    if around is not None:
+        return loss_across(around, lambda: ask(Call(**options)))
+    call = Call(**options)
+    return mean_of(ask(call).problems, call)
 
 
 def reduced(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
@@ -159,57 +128,36 @@ def divisor(count: Tensor) -> Tensor:
     return count.masked_fill(count == 0, torch.inf)
 
 
-def objective(
-    operands: Sequence[Tensor],
-    blocks: Sequence[Block],
-    target: Tensor | None,
-    scale: Tensor,
-    *,
-    scale_bound: float | None = None,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    cosine: bool = False,
-    label_smoothing: float = 0.0,
-    symmetric: bool = False,
-    decoupled: bool = False,
-    copies: int = 1,
-    guide_rule: GuideRule | None = None,
-    margin: Margin = NO_MARGIN,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-    return_stats: bool = False,
-    across: bool = False,
-) -> Objective:
-    """Builds the problem. A weighted mean divides by the weight of the rows that count.
+class Rows(TypedDict):
+    """What a problem knows of its rows."""
 
-    across: `target` is among the columns of all ranks: which rows it leaves out is known where those are.
+    target: Tensor
+    weight: Tensor
+    every_row: bool
+
+
+def counted(
+    operands: Sequence[Tensor],
+    block: Block,
+    scale: Tensor,
+    target: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    elsewhere: bool = False,
+) -> Rows:
+    """Each row's target, the diagonal by default, and its weight: 0 where the first block has no such target.
+
+    elsewhere: `target` is among the columns of all ranks: which rows it leaves out is known where those are.
     """
-    query, bias, skip = operands[blocks[0].query], blocks[0].bias, blocks[0].mask.skip
-    rows, columns = query.shape[0], operands[blocks[0].key].shape[0]
+    query, bias, skip = operands[block.query], block.bias, block.mask.skip
+    rows, columns = query.shape[0], operands[block.key].shape[0]
     row_weight = query.new_ones(rows, dtype=scale.dtype) if weight is None else weight.detach().to(scale.dtype)
     every_row = target is None and weight is None and bias is None and skip is None
     if target is None:
         target = torch.arange(rows, device=query.device)
-    elif not decoupled and not across:
+    elif not elsewhere:
         target, row_weight = columns_and_weights(target, row_weight, columns, ignore_index)
-    if not across:
+    if not elsewhere:
         row_weight = without_target(row_weight, target, bias, skip)
-    problem = Problem(
-        tuple(operands),
-        tuple(blocks),
-        scale,
-        target,
-        row_weight,
-        cosine,
-        label_smoothing,
-        symmetric,
-        scale_bound,
-        workspace_bytes,
-        decoupled,
-        copies,
-        guide_rule or GuideRule(),
-        return_stats,
-        margin=margin,
-    )
-    return Objective(problem, backend, reduction, every_row, ignore_index if across else None)
+    return Rows(target=target, weight=row_weight, every_row=every_row)

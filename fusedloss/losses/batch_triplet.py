@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
@@ -11,19 +13,20 @@ from ..masks import itself
 from ..problem import Compare, Fold, Mask, stats_dtype
 from ..rows import row_chunks
 from ..rowwise.pairs import DISTANCES, of_pairs
-from ._fold import fold_loss, top
+from ._fold import fold_loss, fold_problem, top
 from ._in_batch import of_rows, over
 from ._module import LossModule
+from ._options import Call, SweepOptions, WorkspaceOptions, expanded
 
 
+@expanded
 def batch_all_triplet(
     embeddings: Tensor,
     labels: Tensor,
     *,
     margin: float = 5.0,
     distance: str = "euclidean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
+    **options: Unpack[WorkspaceOptions],
 ) -> Tensor:
     """The mean over all valid triplets of a batch that lose anything (Hermans et al. 2017; sentence-transformers).
 
@@ -37,7 +40,6 @@ def batch_all_triplet(
         embeddings: `[N, D]`. labels: int64 `[N]`, any values.
         margin: in the unit of the distance.
         distance: "euclidean" (gradient 0 at distance 0), "squared" (its square) or "cosine" (1 - cosine).
-        backend: "auto", "triton", "chunked" or "reference".
         workspace_bytes: the most that one chunk of distances may take; see `info_nce`. Sorting a chunk takes two to
             three times that beside it.
 
@@ -51,18 +53,18 @@ def batch_all_triplet(
     Example:
         >>> fusedloss.batch_all_triplet(encoder(x), y, margin=0.2, distance="cosine").backward()
     """
-    loss, count = _folded("batch_all", embeddings, labels, margin, distance, backend, workspace_bytes)
+    loss, count = _folded("batch_all", embeddings, labels, margin, distance, Call(**options))
     return loss / (count + 1e-16)
 
 
+@expanded
 def batch_semi_hard_triplet(
     embeddings: Tensor,
     labels: Tensor,
     *,
     margin: float = 5.0,
     distance: str = "euclidean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
+    **options: Unpack[WorkspaceOptions],
 ) -> Tensor:
     """For each pair of a label, the nearest negative that is farther (Schroff et al. 2015; sentence-transformers).
 
@@ -75,19 +77,18 @@ def batch_semi_hard_triplet(
     Example:
         >>> fusedloss.batch_semi_hard_triplet(encoder(x), y, margin=5.0).backward()
     """
-    loss, count = _folded("semi_hard", embeddings, labels, margin, distance, backend, workspace_bytes)
+    loss, count = _folded("semi_hard", embeddings, labels, margin, distance, Call(**options))
     return over(loss, count)
 
 
+@expanded
 def batch_hard_triplet(
     embeddings: Tensor,
     labels: Tensor,
     *,
     margin: float = 5.0,
     distance: str = "euclidean",
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
+    **options: Unpack[SweepOptions],
 ) -> Tensor:
     """Each row's farthest positive against its nearest negative (Hermans et al. 2017; sentence-transformers).
 
@@ -103,7 +104,6 @@ def batch_hard_triplet(
         margin: in the unit of the distance.
         distance: "euclidean" (gradient 0 at distance 0), "squared" (its square) or "cosine" (1 - cosine).
         reduction: "mean", "sum" or "none" (`[N]`).
-        backend: "auto", "triton", "chunked" or "reference".
         workspace_bytes: accepted as in the other losses; nothing is stored that it could bound.
 
     Returns:
@@ -117,18 +117,18 @@ def batch_hard_triplet(
         >>> fusedloss.batch_hard_triplet(encoder(x), y, margin=0.3, distance="cosine").backward()
     """
     checks.number("margin", margin)
-    difference = _hardest(embeddings, labels, distance, reduction, backend, workspace_bytes)
-    return of_rows((difference + margin).clamp(min=0), reduction)
+    call = Call(**options)
+    difference = _hardest(embeddings, labels, distance, call)
+    return of_rows((difference + margin).clamp(min=0), call.reduction)
 
 
+@expanded
 def batch_hard_soft_margin_triplet(
     embeddings: Tensor,
     labels: Tensor,
     *,
     distance: str = "euclidean",
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
+    **options: Unpack[SweepOptions],
 ) -> Tensor:
     """`batch_hard_triplet` with `log(1 + exp(hp_i - hn_i))` instead of the hinge: no margin (Hermans et al. 2017).
 
@@ -137,15 +137,15 @@ def batch_hard_soft_margin_triplet(
     Example:
         >>> fusedloss.batch_hard_soft_margin_triplet(encoder(x), y).backward()
     """
-    difference = _hardest(embeddings, labels, distance, reduction, backend, workspace_bytes)
-    return of_rows(softplus(difference), reduction)
+    call = Call(**options)
+    difference = _hardest(embeddings, labels, distance, call)
+    return of_rows(softplus(difference), call.reduction)
 
 
-def _check(embeddings: Tensor, labels: Tensor, distance: str, workspace_bytes: int | None) -> None:
+def _check(embeddings: Tensor, labels: Tensor, distance: str) -> None:
     checks.embeddings(embeddings=embeddings)
     checks.integers("labels", labels, (embeddings.shape[0],), embeddings)
     checks.choice("distance", distance, checks.DISTANCES)
-    checks.count("workspace_bytes", workspace_bytes)
 
 
 def _folded(
@@ -154,32 +154,29 @@ def _folded(
     labels: Tensor,
     margin: float,
     distance: str,
-    backend: str,
-    workspace_bytes: int | None,
+    call: Call,
 ) -> tuple[Tensor, Tensor]:
-    _check(embeddings, labels, distance, workspace_bytes)
+    """The sum, and what the fold counted."""
+    _check(embeddings, labels, distance)
     checks.number("margin", margin)
     one = torch.ones((), dtype=stats_dtype(embeddings.dtype), device=embeddings.device)
     weight = one.expand(embeddings.shape[0]).contiguous()
     fold = Fold(name, (float(margin),), labels=(labels, labels), itself=True, distance=distance)
-    loss, count = fold_loss([embeddings], one, weight, fold, distance == "cosine", True, backend, workspace_bytes)
+    loss, count = fold_loss(fold_problem([embeddings], one, weight, fold, call, cosine=distance == "cosine"), call)
     return loss, torch.zeros_like(loss) if count is None else count
 
 
-def _hardest(
-    embeddings: Tensor, labels: Tensor, distance: str, reduction: str, backend: str, workspace_bytes: int | None
-) -> Tensor:
+def _hardest(embeddings: Tensor, labels: Tensor, distance: str, call: Call) -> Tensor:
     """hp - hn of each row."""
-    _check(embeddings, labels, distance, workspace_bytes)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    _check(embeddings, labels, distance)
     cosine = distance == "cosine"
     # |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y>: the order of the distances of a row does not need |x|^2.
     scale, squares = (1.0, None) if cosine else (2.0, _squares(embeddings))
     others = Mask((Compare(labels, labels, False),))
     same = Mask((Compare(labels, labels, True),), skip=itself(len(labels), labels))
     less = None if squares is None else -squares
-    farthest = top([embeddings], -scale, same, cosine, backend, workspace_bytes, squares)
-    nearest = top([embeddings], scale, others, cosine, backend, workspace_bytes, less)
+    farthest = top([embeddings], -scale, same, call, cosine=cosine, bias=squares)
+    nearest = top([embeddings], scale, others, call, cosine=cosine, bias=less)
     apart = DISTANCES[distance]
     positive = of_pairs(apart, embeddings, embeddings, farthest).clamp(min=0)
     negative = of_pairs(apart, embeddings, embeddings, nearest)

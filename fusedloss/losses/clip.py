@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor
 
 from .. import checks, masks
-from ..problem import Block
-from ._in_batch import Loss, Objective, as_scale, asked, autocast, distinct, objective, result_of
+from ..distributed import Request
+from ..problem import Block, Problem
+from ._in_batch import Loss, as_scale, autocast, counted, distinct, result_of
 from ._module import LossModule
+from ._options import Call, CountingAcrossOptions, expanded
 
 
-@checks.explained
+@expanded
 def clip(
     image_features: Tensor,
     text_features: Tensor,
@@ -21,13 +23,7 @@ def clip(
     *,
     mask: masks.Mask | Tensor | None = None,
     normalize: bool = False,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-    return_stats: bool = False,
-    group: Any = None,
-    strategy: str = "gather",
-    grad_scale: str = "ddp",
+    **options: Unpack[CountingAcrossOptions],
 ) -> Loss:
     """CLIP loss (Radford et al. 2021), the mean of both directions; argument names and order are open_clip's.
 
@@ -48,16 +44,7 @@ def clip(
         normalize: divide each row of both by `max(|row|, 1e-12)` first. The norms act on the fp32 accumulator, so unit
             vectors are never rounded to 16 bits; and where `logit_scale` is a number, the logits' bound is known.
         reduction: "mean", "sum", or "none" (`[B]`: `(row_i + column_i) / 2`).
-        backend: "auto", "triton", "chunked" or "reference".
-        workspace_bytes: the most that the workspace for one chunk of similarities may take; None is the environment's
-            FUSEDLOSS_WORKSPACE_BYTES, or else the device's default: 64 MiB on a CPU, about 900 MiB on a GPU. Less
-            memory takes longer; results are the same to rounding.
         return_stats: return `(loss, Stats)`, where the statistics are those of image to text.
-        group: a ProcessGroup whose other ranks' columns compete, too. The result is the mean (or sum) over all ranks'
-            rows, on every rank; "none" gives this rank's. See `fusedloss.distributed`.
-        strategy: how columns travel: "gather", all at once, or "ring", a shard at a time.
-        grad_scale: "ddp" (right after DistributedDataParallel's average), "sum" (this rank's share) or
-            "match:<library>".
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
@@ -71,22 +58,13 @@ def clip(
         >>> fusedloss.clip(image, text, log_scale.exp()).backward()
     """
 
-    def ask() -> tuple[str, list[Objective]]:
-        one = clip_objective(
-            image_features,
-            text_features,
-            logit_scale,
-            logit_bias,
-            mask=mask,
-            normalize=normalize,
-            reduction=reduction,
-            backend=backend,
-            workspace_bytes=workspace_bytes,
-            return_stats=return_stats,
+    def ask(call: Call) -> Request:
+        problem = clip_problem(
+            image_features, text_features, logit_scale, logit_bias, mask=mask, normalize=normalize, call=call
         )
-        return "clip", [one]
+        return call.request("clip", problem)
 
-    result = result_of(ask, asked(group, strategy, grad_scale))
+    result = result_of(options, ask)
     if not isinstance(logit_bias, Tensor):
         return result
     loss, *stats = result if isinstance(result, tuple) else (result,)
@@ -94,19 +72,16 @@ def clip(
     return (loss, stats[0]) if stats else loss
 
 
-def clip_objective(
+def clip_problem(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: float | Tensor,
     logit_bias: float | Tensor | None = None,
     *,
-    mask: masks.Mask | Tensor | None = None,
-    normalize: bool = False,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-    return_stats: bool = False,
-) -> Objective:
+    mask: masks.Mask | Tensor | None,
+    normalize: bool,
+    call: Call,
+) -> Problem:
     checks.embeddings(image_features=image_features, text_features=text_features)
     if image_features.shape[0] != text_features.shape[0]:
         raise ValueError(
@@ -116,8 +91,6 @@ def clip_objective(
     checks.scalar("logit_scale", logit_scale, image_features, positive=False)
     if logit_bias is not None:
         checks.scalar("logit_bias", logit_bias, image_features, positive=False)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.count("workspace_bytes", workspace_bytes)
     rows = image_features.shape[0]
     (bound,) = masks.bind(mask, rows, [rows], image_features)
     if bound.margin is not None or bound.guide is not None or bound.skip is not None:
@@ -126,19 +99,18 @@ def clip_objective(
             "masks.same_id, masks.same_group or a bool matrix, or take the mean of info_nce both ways"
         )
     scale, scale_bound = as_scale(logit_scale, image_features, inverse=False)
-    operands, (x, y) = distinct(image_features, text_features)
-    return objective(
-        autocast(*operands),
-        [Block(x, y, mask=bound)],
-        None,
-        scale,
-        scale_bound=scale_bound,
+    matrices, (x, y) = distinct(image_features, text_features)
+    operands, block = autocast(*matrices), Block(x, y, mask=bound)
+    return Problem(
+        operands=operands,
+        blocks=(block,),
+        scale=scale,
+        **counted(operands, block, scale),
         cosine=normalize,
         symmetric=True,
-        reduction=reduction,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        return_stats=return_stats,
+        scale_bound=scale_bound,
+        workspace_bytes=call.workspace_bytes,
+        wants_tally=call.return_stats,
     )
 
 

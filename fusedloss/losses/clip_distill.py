@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..problem import Fold, Guide
-from ._fold import fold_loss
+from ._fold import fold_loss, fold_problem
 from ._in_batch import as_scale, autocast, distinct
 from ._module import LossModule
+from ._options import Call, SweepOptions, expanded
 
 
-@checks.explained
+@expanded
 def clip_distill(
     image_features: Tensor,
     text_features: Tensor,
@@ -22,9 +25,7 @@ def clip_distill(
     teacher_logit_scale: float | Tensor,
     *,
     normalize: bool = False,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
+    **options: Unpack[SweepOptions],
 ) -> Tensor:
     """CLIP distillation over the full batch: KL(teacher || student) of the two softmaxes, the mean of both directions.
 
@@ -42,8 +43,6 @@ def clip_distill(
         teacher_logit_scale: a number, or a tensor of one element without gradient.
         normalize: divide each of the student's rows by `max(|row|, 1e-12)` first.
         reduction: "mean", "sum", or "none" (`[B]`: `(row_i + column_i) / 2`).
-        backend: "auto", "triton", "chunked" or "reference".
-        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
@@ -57,6 +56,7 @@ def clip_distill(
         ...     teacher_image, teacher_text = teacher(pixels, tokens)
         >>> fusedloss.clip_distill(image, text, scale, teacher_image, teacher_text, 100.0).backward()
     """
+    call = Call(**options)
     checks.embeddings(image_features=image_features, text_features=text_features)
     checks.embeddings(teacher_image_features=teacher_image_features, teacher_text_features=teacher_text_features)
     rows = image_features.shape[0]
@@ -70,8 +70,6 @@ def clip_distill(
         checks.same_device(name, x, "image_features", image_features)
     checks.scalar("logit_scale", logit_scale, image_features, positive=False)
     checks.scalar("teacher_logit_scale", teacher_logit_scale, image_features, positive=False)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.count("workspace_bytes", workspace_bytes)
     scale, _ = as_scale(logit_scale, image_features, inverse=False)
     teacher_scale, _ = as_scale(teacher_logit_scale, image_features, inverse=False)
     image, text = autocast(image_features, text_features)
@@ -81,9 +79,8 @@ def clip_distill(
     for student, teacher in (((image, text), teachers), ((text, image), teachers[::-1])):
         fold = Fold("distill", teacher=Guide(*teacher), teacher_scale=teacher_scale.detach())
         operands, _ = distinct(*student)
-        summed, over = reduction != "none", rows if reduction == "mean" else None
-        found = fold_loss(operands, scale, weight, fold, normalize, summed, backend, workspace_bytes, over=over)
-        losses.append(found[0])
+        problem = fold_problem(operands, scale, weight, fold, call, cosine=normalize)
+        losses.append(fold_loss(problem, call, over=rows)[0])
     return losses[0] + losses[1]
 
 

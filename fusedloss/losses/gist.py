@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor
 
 from .. import checks, masks
-from ..problem import Block, Guide, GuideRule, Mask
-from ._in_batch import Loss, Objective, as_scale, asked, autocast, distinct, objective, result_of
+from ..distributed import Request
+from ..problem import Block, Guide, GuideRule, Mask, Problem
+from ._in_batch import Loss, as_scale, autocast, counted, distinct, result_of
 from ._module import LossModule
+from ._options import Call, CountingAcrossOptions, expanded
 
 
-@checks.explained
+@expanded
 def gist_embed(
     anchor: Tensor,
     positive: Tensor,
@@ -24,13 +26,7 @@ def gist_embed(
     margin: float = 0.0,
     contrast_anchors: bool = True,
     contrast_positives: bool = True,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-    return_stats: bool = False,
-    group: Any = None,
-    strategy: str = "gather",
-    grad_scale: str = "ddp",
+    **options: Unpack[CountingAcrossOptions],
 ) -> Loss:
     """GISTEmbed (Solatorio 2024) as in sentence-transformers: in-batch negatives that a guide model filters.
 
@@ -57,14 +53,7 @@ def gist_embed(
         margin_strategy, margin: see above.
         contrast_anchors, contrast_positives: whether anchors meet anchors, and positives positives.
         reduction: "mean", "sum" or "none" (`[B]`).
-        backend: "auto", "triton", "chunked" or "reference".
-        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
         return_stats: return `(loss, Stats)`; `Stats.masked` is the share that the guide drops.
-        group: a ProcessGroup whose other ranks' columns compete, too. The result is the mean (or sum) over all ranks'
-            rows, on every rank; "none" gives this rank's. See `fusedloss.distributed`.
-        strategy: how columns travel: "gather", all at once, or "ring", a shard at a time.
-        grad_scale: "ddp" (right after DistributedDataParallel's average), "sum" (this rank's share) or
-            "match:<library>".
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
@@ -78,8 +67,8 @@ def gist_embed(
         >>> fusedloss.gist_embed(model(questions), model(answers), guide=guides).backward()
     """
 
-    def ask() -> tuple[str, list[Objective]]:
-        one = gist_embed_objective(
+    def ask(call: Call) -> Request:
+        problem = gist_embed_problem(
             anchor,
             positive,
             *negatives,
@@ -89,31 +78,26 @@ def gist_embed(
             margin=margin,
             contrast_anchors=contrast_anchors,
             contrast_positives=contrast_positives,
-            reduction=reduction,
-            backend=backend,
-            workspace_bytes=workspace_bytes,
-            return_stats=return_stats,
+            call=call,
         )
-        return f"gist_embed {margin_strategy} {bool(contrast_anchors)} {bool(contrast_positives)}", [one]
+        what = f"gist_embed {margin_strategy} {bool(contrast_anchors)} {bool(contrast_positives)}"
+        return call.request(what, problem)
 
-    return result_of(ask, asked(group, strategy, grad_scale))
+    return result_of(options, ask)
 
 
-def gist_embed_objective(
+def gist_embed_problem(
     anchor: Tensor,
     positive: Tensor,
     *negatives: Tensor,
     guide: Sequence[Tensor],
-    temperature: float | Tensor = 0.01,
-    margin_strategy: str = "absolute",
-    margin: float = 0.0,
-    contrast_anchors: bool = True,
-    contrast_positives: bool = True,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-    return_stats: bool = False,
-) -> Objective:
+    temperature: float | Tensor,
+    margin_strategy: str,
+    margin: float,
+    contrast_anchors: bool,
+    contrast_positives: bool,
+    call: Call,
+) -> Problem:
     named = {"anchor": anchor, "positive": positive, **{f"negatives[{i}]": x for i, x in enumerate(negatives)}}
     checks.embeddings(**named)
     rows = anchor.shape[0]
@@ -123,11 +107,10 @@ def gist_embed_objective(
     checks.scalar("temperature", temperature, anchor, positive=True)
     checks.choice("margin_strategy", margin_strategy, masks.STRATEGIES)
     checks.number("margin", margin)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.count("workspace_bytes", workspace_bytes)
     scale, scale_bound = as_scale(temperature, anchor, inverse=True)
     own = positive[:rows] if contrast_positives and positive.shape[0] > rows else positive
-    operands, (a, q, p, *n) = distinct(anchor, own, positive, *negatives)
+    matrices, (a, q, p, *n) = distinct(anchor, own, positive, *negatives)
+    operands = autocast(*matrices)
     guide_a, guide_p, *guide_n = guides
 
     def block(query: int, key: int, guide_query: Tensor, guide_key: Tensor) -> Block:
@@ -137,18 +120,16 @@ def gist_embed_objective(
     blocks += [block(a, a, guide_a, guide_a)] if contrast_anchors else []
     blocks += [block(q, p, guide_p[:rows], guide_p)] if contrast_positives else []
     blocks += [block(a, key, guide_a, guide_key) for key, guide_key in zip(n, guide_n, strict=True)]
-    return objective(
-        autocast(*operands),
-        blocks,
-        None,
-        scale,
-        scale_bound=scale_bound,
+    return Problem(
+        operands=operands,
+        blocks=tuple(blocks),
+        scale=scale,
+        **counted(operands, blocks[0], scale),
         cosine=True,
+        scale_bound=scale_bound,
+        workspace_bytes=call.workspace_bytes,
         guide_rule=GuideRule(float(margin), margin_strategy == "relative"),
-        reduction=reduction,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        return_stats=return_stats,
+        wants_tally=call.return_stats,
     )
 
 

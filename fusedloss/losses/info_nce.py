@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from .. import checks, masks
+from ..distributed import Request
 from ..epilogues import softplus
-from ..problem import Block, stats_dtype
+from ..problem import Block, Problem, stats_dtype
 from ..rowwise.pairs import cosine, dot, of_pairs, scores
-from ._in_batch import (
-    Loss,
-    Objective,
-    as_scale,
-    asked,
-    autocast,
-    distinct,
-    objective,
-    over,
-    result_of,
-)
+from ._in_batch import Loss, as_scale, autocast, counted, distinct, mean_of, over, result_of
 from ._module import LossModule
+from ._options import Call, CountingAcrossOptions, expanded, ranks
 
 
-@checks.explained
+@expanded
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -41,13 +33,7 @@ def info_nce(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     normalize: bool = False,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-    return_stats: bool = False,
-    group: Any = None,
-    strategy: str = "gather",
-    grad_scale: str = "ddp",
+    **options: Unpack[CountingAcrossOptions],
 ) -> Loss:
     """InfoNCE (van den Oord et al. 2018): each query's key against all the other keys of the batch.
 
@@ -81,16 +67,6 @@ def info_nce(
         normalize: divide each row of both by `max(|row|, 1e-12)` first. The norms act on the fp32 accumulator, so unit
             vectors are never rounded to 16 bits.
         reduction: "mean" (over the rows that count; 0 if none does), "sum", or "none" (`[M]`, 0 for left-out rows).
-        backend: "auto", "triton", "chunked" or "reference".
-        workspace_bytes: the most that the workspace for one chunk of similarities may take; None is the environment's
-            FUSEDLOSS_WORKSPACE_BYTES, or else the device's default: 64 MiB on a CPU, about 900 MiB on a GPU. Less
-            memory takes longer; results are the same to rounding.
-        return_stats: return `(loss, Stats)`: accuracy, mean reciprocal rank and scores, counted in the same sweep.
-        group: a ProcessGroup whose other ranks' columns compete, too. The result is the mean (or sum) over all ranks'
-            rows, on every rank; "none" gives this rank's. See `fusedloss.distributed`.
-        strategy: how columns travel: "gather", all at once, or "ring", a shard at a time.
-        grad_scale: "ddp" (right after DistributedDataParallel's average), "sum" (this rank's share) or
-            "match:<library>".
 
     Returns:
         A 0-dim tensor (`[M]` for "none"), float32, or float64 for float64 inputs.
@@ -129,14 +105,14 @@ def info_nce(
         ...     memory[start : start + rows], seen[start : start + rows] = key.detach(), label
         ...     loss.backward()
     """
-    around = asked(group, strategy, grad_scale)
 
-    def ask() -> tuple[str, list[Objective]]:
+    def ask(call: Call) -> Request:
+        across = call.group is not None
         for name, given in {"negatives": negatives, "bank": bank}.items():
-            if around is not None and given is not None:
+            if across and given is not None:
                 what = "rows' own columns" if name == "negatives" else "a rank's own columns"
                 raise ValueError(f"{name} with group=: {what} have no form across ranks; leave one of them out")
-        one = info_nce_objective(
+        problem = info_nce_problem(
             query,
             key,
             target,
@@ -148,39 +124,33 @@ def info_nce(
             label_smoothing=label_smoothing,
             ignore_index=ignore_index,
             normalize=normalize,
-            reduction=reduction,
-            backend=backend,
-            workspace_bytes=workspace_bytes,
-            return_stats=return_stats,
-            across=around is not None,
+            call=call,
         )
-        return "info_nce", [one]
+        return call.request("info_nce", problem, ignore_index=ignore_index if across and target is not None else None)
 
-    if negatives is not None and around is None:
-        return _with_private(ask()[1][0], query, negatives)
-    return result_of(ask, around)
+    if negatives is not None and ranks(options) is None:
+        call = Call(**options)
+        return _with_private(ask(call).problems[0], call, query, negatives)
+    return result_of(options, ask)
 
 
-def info_nce_objective(
+def info_nce_problem(
     query: Tensor,
     key: Tensor,
     target: Tensor | None = None,
     *,
-    temperature: float | Tensor = 0.05,
-    bank: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    mask: masks.Mask | Tensor | None = None,
-    weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    normalize: bool = False,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-    return_stats: bool = False,
-    across: bool = False,
-) -> Objective:
-    """across: the target is an index into the keys of all ranks, in their order."""
+    temperature: float | Tensor,
+    bank: Tensor | None,
+    key_bias: Tensor | None,
+    mask: masks.Mask | Tensor | None,
+    weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    normalize: bool,
+    call: Call,
+) -> Problem:
+    """With a group the target is an index into the keys of all ranks, in their order."""
+    across = call.group is not None
     if bank is None:
         checks.embeddings(query=query, key=key)
     else:
@@ -204,39 +174,33 @@ def info_nce_objective(
     if weight is not None:
         checks.vector("weight", weight, rows, "query", query)
     checks.share("label_smoothing", label_smoothing)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.count("workspace_bytes", workspace_bytes)
     bound = masks.bind(mask, rows, widths, query)
     scale, scale_bound = as_scale(temperature, query, inverse=True)
-    operands, (x, y) = distinct(query, key)
+    matrices, (x, y) = distinct(query, key)
     if bank is None:
-        blocks = [Block(x, y, key_bias, bound[0])]
+        blocks: tuple[Block, ...] = (Block(x, y, key_bias, bound[0]),)
     else:
         biases = (None, None) if key_bias is None else (key_bias[:columns], key_bias[columns:])
-        blocks = [Block(x, y, biases[0], bound[0]), Block(x, len(operands), biases[1], bound[1])]
-        operands.append(bank)
-    return objective(
-        autocast(*operands),
-        blocks,
-        target,
-        scale,
-        scale_bound=scale_bound,
-        weight=weight,
-        ignore_index=ignore_index,
+        blocks = (Block(x, y, biases[0], bound[0]), Block(x, len(matrices), biases[1], bound[1]))
+        matrices.append(bank)
+    operands = autocast(*matrices)
+    elsewhere = across and target is not None
+    return Problem(
+        operands=operands,
+        blocks=blocks,
+        scale=scale,
+        **counted(operands, blocks[0], scale, target, weight, ignore_index=ignore_index, elsewhere=elsewhere),
         cosine=normalize,
         label_smoothing=label_smoothing,
+        scale_bound=scale_bound,
+        workspace_bytes=call.workspace_bytes,
         guide_rule=masks.rule(mask),
-        reduction=reduction,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        return_stats=return_stats,
-        across=across and target is not None,
+        wants_tally=call.return_stats,
     )
 
 
-def _with_private(one: Objective, query: Tensor, negatives: Tensor) -> Tensor:
+def _with_private(problem: Problem, call: Call, query: Tensor, negatives: Tensor) -> Tensor:
     """With columns of each row's own: `log(exp(loss) + sum_k exp(z_ik - z_it))`, exact also where the loss is tiny."""
-    problem = one.problem
     if not isinstance(negatives, Tensor) or negatives.dim() != 3 or negatives.shape[::2] != query.shape:
         got = list(negatives.shape) if isinstance(negatives, Tensor) else type(negatives).__name__
         raise ValueError(f"negatives is {got}: needs [M, K, D] = [{len(query)}, any, {query.shape[1]}]")
@@ -247,13 +211,12 @@ def _with_private(one: Objective, query: Tensor, negatives: Tensor) -> Tensor:
         raise ValueError(f"{what} with negatives: it counts the keys' columns alone; leave one of them out")
     weight = problem.weight
     # Rows that are left out stay so, whatever their own columns are; those that count are weighted afterwards.
-    counted = torch.where(weight == 0, 0, torch.ones_like(weight))
-    alone = one._replace(problem=replace(problem, weight=counted), reduction="none")
-    loss = alone.result()
+    counts = torch.where(weight == 0, 0, torch.ones_like(weight))
+    loss = mean_of([replace(problem, weight=counts)], replace(call, reduction="none"))
     if columns:
         block = problem.blocks[0]
         x, y = problem.operands[block.query], problem.operands[block.key]
-        backend = "auto" if one.backend == "cuda" else one.backend  # which has no kernel for pairs of rows
+        backend = "auto" if call.backend == "cuda" else call.backend  # which has no kernel for pairs of rows
         z = scores("cos" if problem.cosine else "dot", x, *autocast(*columns), backend=backend) * problem.scale
         own = of_pairs(cosine if problem.cosine else dot, x, y, problem.target) * problem.scale
         if block.bias is not None:
@@ -261,9 +224,9 @@ def _with_private(one: Objective, query: Tensor, negatives: Tensor) -> Tensor:
         own = own.masked_fill(weight == 0, 0)
         loss = loss + softplus(torch.logsumexp(z, dim=1) - own - loss)
     loss = torch.where(weight == 0, 0, weight * loss).to(stats_dtype(query.dtype))
-    if one.reduction == "none":
+    if call.reduction == "none":
         return loss
-    return over(loss.sum(), weight.sum()) if one.reduction == "mean" else loss.sum()
+    return over(loss.sum(), weight.sum()) if call.reduction == "mean" else loss.sum()
 
 
 class InfoNCELoss(LossModule, function=info_nce, tensors=("negatives", "bank", "key_bias", "mask", "weight")):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -13,11 +13,13 @@ from ..op import loss_mean, loss_rows_or_sum
 from ..problem import Block, Problem, savable
 from ._in_batch import as_scale, autocast, columns_and_weights, distinct
 from ._module import LossModule
+from ._options import Call, WorkspaceOptions, expanded
 
 IGNORE_INDEX = -100
 INSTEAD = "torch.nn.functional.linear_cross_entropy takes it"
 
 
+@expanded
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -32,8 +34,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     compact: bool | None = None,
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
+    **shared: Unpack[WorkspaceOptions],
 ) -> Tensor:
     """`torch.nn.functional.linear_cross_entropy` of class indices, with neither logits nor their gradient in memory.
 
@@ -59,8 +60,6 @@ def linear_cross_entropy(
         z_loss: weight of the squared log-normaliser (PaLM).
         compact: whether rows that are left out are taken out before the products. Their number must be read for that:
             None does so on a CPU, where it costs nothing, and not on a GPU, where it waits for the device.
-        backend: "auto", "triton", "chunked" or "reference".
-        workspace_bytes: the most that the workspace for one chunk of logits may take; see `info_nce`.
 
     Returns:
         A 0-dim tensor (`target`'s shape for "none"), float32, or float64 for float64 inputs.
@@ -74,6 +73,7 @@ def linear_cross_entropy(
         >>> hidden = decoder(tokens)                                                     # [B, T, D]
         >>> fusedloss.linear_cross_entropy(hidden, head.weight, tokens_after, ignore_index=pad_id).backward()
     """
+    call = Call(reduction=reduction, **shared)
     ignore_index = IGNORE_INDEX if ignore_index is None else ignore_index
     x, index = _rows(input, linear_weight, target)
     classes = linear_weight.shape[0]
@@ -85,10 +85,8 @@ def linear_cross_entropy(
         checks.vector("linear_bias", linear_bias, classes, "class", x)
     if weight is not None:
         checks.vector("weight", weight, classes, "class", x)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.share("label_smoothing", label_smoothing)
     checks.number("z_loss", z_loss, least=0)
-    checks.count("workspace_bytes", workspace_bytes)
     if softcap is not None:
         checks.number("softcap", softcap)
         checks.scalar("softcap", softcap, x, positive=True)
@@ -115,18 +113,18 @@ def linear_cross_entropy(
             label_smoothing = 0.0
     operands, (query, key) = distinct(x, y)
     problem = Problem(
-        tuple(operands),
-        (Block(query, key, linear_bias),),
-        scale,
-        index,
-        row_weight,
+        operands=tuple(operands),
+        blocks=(Block(query, key, linear_bias),),
+        scale=scale,
+        target=index,
+        weight=row_weight,
         label_smoothing=label_smoothing,
         scale_bound=scale_bound,
-        workspace_bytes=workspace_bytes,
+        workspace_bytes=call.workspace_bytes,
         softcap=float(softcap or 0.0),
         z_loss=float(z_loss),
     )
-    chosen, total = select(problem, backend), share.sum()
+    chosen, total = select(problem, call.backend), share.sum()
     if reduction == "mean":
         divisor = total.masked_fill(total == 0, 1)
         loss, _ = loss_mean(problem, chosen, divisor)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Unpack
 
 from torch import Tensor
 
 from .. import checks
-from ..problem import Block, Margin
-from ._in_batch import as_scale, autocast, distinct, objective
+from ..problem import Block, Margin, Problem
+from ._in_batch import as_scale, autocast, counted, distinct, mean_of
 from ._module import LossModule
+from ._options import Call, SweepOptions, expanded
 
 
-@checks.explained
+@expanded
 def arcface(
     embeddings: Tensor,
     target: Tensor,
@@ -21,9 +23,7 @@ def arcface(
     margin: float = 0.5,
     scale: float = 64.0,
     ignore_index: int = -100,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
+    **options: Unpack[SweepOptions],
 ) -> Tensor:
     """ArcFace (Deng et al. 2019), over the cosines of embeddings and class vectors, without a [B, C] matrix.
 
@@ -43,8 +43,6 @@ def arcface(
         scale: a positive number.
         ignore_index: rows with this target are left out.
         reduction: "mean" (over the rows that count; 0 if none does), "sum", or "none" (`[B]`).
-        backend: "auto", "triton", "chunked" or "reference".
-        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
@@ -62,10 +60,10 @@ def arcface(
     if not 0 <= margin < math.pi:
         raise ValueError(f"margin is {margin}: needs radians, from 0 to below pi")
     rule = Margin(angle=float(margin))
-    return _margin_softmax(embeddings, target, weight, rule, scale, ignore_index, reduction, backend, workspace_bytes)
+    return _margin_softmax(embeddings, target, weight, rule, scale, ignore_index, Call(**options))
 
 
-@checks.explained
+@expanded
 def cosface(
     embeddings: Tensor,
     target: Tensor,
@@ -74,9 +72,7 @@ def cosface(
     margin: float = 0.35,
     scale: float = 64.0,
     ignore_index: int = -100,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
+    **options: Unpack[SweepOptions],
 ) -> Tensor:
     """CosFace, or AM-Softmax (Wang et al. 2018), over the cosines of embeddings and class vectors.
 
@@ -93,8 +89,6 @@ def cosface(
         scale: a positive number.
         ignore_index: rows with this target are left out.
         reduction: "mean" (over the rows that count; 0 if none does), "sum", or "none" (`[B]`).
-        backend: "auto", "triton", "chunked" or "reference".
-        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
@@ -110,7 +104,7 @@ def cosface(
     """
     checks.number("margin", margin)
     rule = Margin(cosine=float(margin))
-    return _margin_softmax(embeddings, target, weight, rule, scale, ignore_index, reduction, backend, workspace_bytes)
+    return _margin_softmax(embeddings, target, weight, rule, scale, ignore_index, Call(**options))
 
 
 def _margin_softmax(
@@ -120,9 +114,7 @@ def _margin_softmax(
     margin: Margin,
     scale: float,
     ignore_index: int,
-    reduction: str,
-    backend: str,
-    workspace_bytes: int | None,
+    call: Call,
 ) -> Tensor:
     checks.embeddings(embeddings=embeddings, weight=weight)
     rows, classes = embeddings.shape[0], weight.shape[0]
@@ -132,23 +124,20 @@ def _margin_softmax(
         raise ValueError("weight has no rows: needs at least one class")
     checks.number("scale", scale)
     checks.scalar("scale", scale, embeddings, positive=True)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.count("workspace_bytes", workspace_bytes)
     multiplier, scale_bound = as_scale(scale, embeddings, inverse=False)
-    operands, (query, key) = distinct(embeddings, weight)
-    return objective(
-        autocast(*operands),
-        [Block(query, key)],
-        target,
-        multiplier,
-        scale_bound=scale_bound,
-        ignore_index=ignore_index,
+    matrices, (query, key) = distinct(embeddings, weight)
+    operands, block = autocast(*matrices), Block(query, key)
+    problem = Problem(
+        operands=operands,
+        blocks=(block,),
+        scale=multiplier,
+        **counted(operands, block, multiplier, target, ignore_index=ignore_index),
         cosine=True,
+        scale_bound=scale_bound,
+        workspace_bytes=call.workspace_bytes,
         margin=margin,
-        reduction=reduction,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-    ).result()
+    )
+    return mean_of([problem], call)
 
 
 class ArcFaceLoss(LossModule, function=arcface):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
@@ -9,20 +11,20 @@ from .. import checks
 from ..masks import itself
 from ..problem import Fold, Mask, stats_dtype
 from ..rowwise.pairs import cosine, of_pairs
-from ._fold import fold_loss, top
+from ._fold import fold_loss, fold_problem, top
 from ._in_batch import autocast, distinct, of_rows
 from ._module import LossModule
+from ._options import Call, SweepOptions, expanded
 
 
+@expanded
 def mega_batch_margin(
     anchor: Tensor,
     positive: Tensor,
     *,
     positive_margin: float = 0.8,
     negative_margin: float = 0.3,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
+    **options: Unpack[SweepOptions],
 ) -> Tensor:
     """Mega-batch margin loss (Wieting & Gimpel 2018) as in sentence-transformers, over cosines s.
 
@@ -34,7 +36,6 @@ def mega_batch_margin(
         anchor, positive: `[B, D]`, normalised inside.
         positive_margin, negative_margin: cosines.
         reduction: "mean", "sum" or "none" (`[B]`).
-        backend: "auto", "triton", "chunked" or "reference".
         workspace_bytes: accepted as in the other losses; nothing is stored that it could bound.
 
     Returns:
@@ -47,26 +48,26 @@ def mega_batch_margin(
     Example:
         >>> fusedloss.mega_batch_margin(encoder(a), encoder(b), positive_margin=0.8).backward()
     """
-    rows = _pairs(anchor, positive, reduction, workspace_bytes)
+    call = Call(**options)
+    rows = _pairs(anchor, positive)
     checks.number("positive_margin", positive_margin)
     checks.number("negative_margin", negative_margin)
     operands, _ = distinct(anchor, positive)
-    hardest = top(operands, 1.0, Mask(skip=rows), True, backend, workspace_bytes)
+    hardest = top(operands, 1.0, Mask(skip=rows), call, cosine=True)
     own = of_pairs(cosine, anchor, positive, rows)
     other = of_pairs(cosine, anchor, positive, hardest).masked_fill(hardest < 0, -torch.inf)
     loss = (positive_margin - own).clamp(min=0) + (other - negative_margin).clamp(min=0)
-    return of_rows(loss, reduction)
+    return of_rows(loss, call.reduction)
 
 
+@expanded
 def in_batch_margin_ranking(
     anchor: Tensor,
     positive: Tensor,
     *,
     margin: float = 0.5,
     similarity: str = "cos",
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
+    **options: Unpack[SweepOptions],
 ) -> Tensor:
     """Margin ranking against every other positive of the batch: the hinge of a ranking SVM, over all negatives.
 
@@ -77,8 +78,6 @@ def in_batch_margin_ranking(
         margin: in the unit of the similarity.
         similarity: "cos" (rows divided by `max(|row|, 1e-12)`) or "dot".
         reduction: "mean", "sum" or "none" (`[B]`).
-        backend: "auto", "triton", "chunked" or "reference".
-        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
@@ -90,28 +89,24 @@ def in_batch_margin_ranking(
     Example:
         >>> fusedloss.in_batch_margin_ranking(encoder(questions), encoder(answers), margin=0.3).backward()
     """
-    rows = _pairs(anchor, positive, reduction, workspace_bytes, more_positives=True)
+    call = Call(**options)
+    rows = _pairs(anchor, positive, more_positives=True)
     checks.number("margin", margin)
     checks.choice("similarity", similarity, checks.SIMILARITIES)
     operands = autocast(*distinct(anchor, positive)[0])
     one = torch.ones((), dtype=stats_dtype(operands[0].dtype), device=anchor.device)
     weight = one.expand(len(rows)).contiguous()
     fold = Fold("margin_ranking", (float(margin), 1.0))
-    summed, over = reduction != "none", len(rows) if reduction == "mean" else None
-    normalize = similarity == "cos"
-    return fold_loss(operands, one, weight, fold, normalize, summed, backend, workspace_bytes, rows, over)[0]
+    problem = fold_problem(operands, one, weight, fold, call, cosine=similarity == "cos", target=rows)
+    return fold_loss(problem, call, over=len(rows))[0]
 
 
-def _pairs(
-    anchor: Tensor, positive: Tensor, reduction: str, workspace_bytes: int | None, more_positives: bool = False
-) -> Tensor:
+def _pairs(anchor: Tensor, positive: Tensor, more_positives: bool = False) -> Tensor:
     """Each row's own column."""
     checks.embeddings(anchor=anchor, positive=positive)
     rows, columns = anchor.shape[0], positive.shape[0]
     if columns < rows or (columns > rows and not more_positives):
         raise ValueError(f"positive has {columns} rows and anchor {rows}: every anchor needs its positive")
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.count("workspace_bytes", workspace_bytes)
     return itself(rows, anchor)
 
 

@@ -13,22 +13,32 @@ from torch.nn import functional as F
 from .. import checks
 from ..backends import BACKENDS, select
 from ..problem import Block, Problem
-from ._in_batch import Objective, asked, distinct, mean_of
-from .clip import clip, clip_objective
-from .gist import gist_embed, gist_embed_objective
-from .info_nce import info_nce, info_nce_objective
-from .multiple_negatives_ranking import multiple_negatives_ranking, multiple_negatives_ranking_objectives
-from .nt_xent import nt_xent, nt_xent_objective
+from ._in_batch import distinct, mean_of
+from ._options import FIELDS, Call, ranks
+from .clip import clip, clip_problem
+from .gist import gist_embed, gist_embed_problem
+from .info_nce import info_nce, info_nce_problem
+from .multiple_negatives_ranking import multiple_negatives_ranking, multiple_negatives_ranking_problems
+from .nt_xent import nt_xent, nt_xent_problem
 
 # Those whose prefixes share one similarity product.
-OBJECTIVES: dict[Callable[..., Any], Callable[..., Objective | list[Objective]]] = {
-    clip: clip_objective,
-    gist_embed: gist_embed_objective,
-    info_nce: info_nce_objective,
-    multiple_negatives_ranking: multiple_negatives_ranking_objectives,
-    nt_xent: nt_xent_objective,
+PROBLEMS: dict[Callable[..., Any], Callable[..., Problem | list[Problem]]] = {
+    clip: clip_problem,
+    gist_embed: gist_embed_problem,
+    info_nce: info_nce_problem,
+    multiple_negatives_ranking: multiple_negatives_ranking_problems,
+    nt_xent: nt_xent_problem,
 }
-KEYWORDS = {loss: checks.keywords(loss) for loss in OBJECTIVES}
+KEYWORDS = {loss: checks.keywords(loss) for loss in PROBLEMS}
+# Of the options that are a loss's own.
+DEFAULTS = {
+    loss: {
+        p.name: p.default
+        for p in inspect.signature(loss).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.default is not p.empty and p.name not in (*FIELDS, "negatives")
+    }
+    for loss in PROBLEMS
+}
 
 
 def matryoshka(
@@ -81,17 +91,19 @@ def matryoshka(
     for name in ("negatives", "bank"):
         if loss is info_nce and loss_options.get(name) is not None:
             raise ValueError(f"{name} has no prefixes here: pass it to multiple_negatives_ranking, as columns")
-    if loss in OBJECTIVES and loss_options.get("group") is None:
+    if loss in PROBLEMS and loss_options.get("group") is None:
         options = {n: x for n, x in loss_options.items() if x is not None or n not in ("negatives", "group")}
         for name in options:
             if name not in KEYWORDS[loss]:
                 raise TypeError(checks.unexpected(loss.__name__, name, options[name], inspect.signature(loss)))
-        asked(None, options.pop("strategy", "gather"), options.pop("grad_scale", "ddp"))
-        built = OBJECTIVES[loss](*embeddings, **options)
-        objectives = built if isinstance(built, list) else [built]
-        parts = [part for one in objectives for part in _one_directional(one, dims, weights)]
-        if all(_at_once(part) for part in parts):
-            return mean_of(parts)
+        shared: Any = {name: options.pop(name) for name in FIELDS if name in options}
+        ranks(shared)
+        call = Call(**shared)
+        built = PROBLEMS[loss](*embeddings, **(DEFAULTS[loss] | options), call=call)
+        problems = built if isinstance(built, list) else [built]
+        parts = [part for one in problems for part in _one_directional(one, dims, weights)]
+        if all(_at_once(part, call) for part in parts):
+            return mean_of(parts, call)
     total = None
     operands, places = distinct(*embeddings)
     for dim, weight in zip(dims, weights, strict=True):
@@ -120,31 +132,30 @@ def _checked_dims(dims: Sequence[int], D: int) -> tuple[int, ...]:
     return tuple(int(dim) for dim in dims)
 
 
-def _one_directional(one: Objective, dims: tuple[int, ...], weights: Sequence[float]) -> list[Objective]:
+def _one_directional(problem: Problem, dims: tuple[int, ...], weights: Sequence[float]) -> list[Problem]:
     """Symmetric losses are the mean of both directions, which have normalisers of their own for every prefix."""
     prefixed = replace(
-        one.problem,
+        problem,
         cosine=True,
         symmetric=False,
         scale_bound=None,
         prefixes=dims,
         prefix_weights=tuple(float(weight) for weight in weights),
     )
-    if not one.problem.symmetric:
-        return [one._replace(problem=prefixed)]
+    if not problem.symmetric:
+        return [prefixed]
     (block,) = prefixed.blocks
     back = replace(prefixed, blocks=(Block(block.key, block.query, mask=block.mask.turned()),))
-    return [one._replace(problem=prefixed), one._replace(problem=back)]
+    return [prefixed, back]
 
 
-def _at_once(one: Objective) -> bool:
+def _at_once(problem: Problem, call: Call) -> bool:
     """Whether the backend that would run it sums all prefixes in one sweep."""
-    problem = one.problem
     plain = not (problem.label_smoothing or any(b.mask.margin is not None for b in problem.blocks))
     if not plain or any(b.penalty or b.own_penalty for b in problem.blocks):
         return False
     alone = replace(problem, prefixes=(), prefix_weights=())
-    return _can_run(problem, select(alone, one.backend))
+    return _can_run(problem, select(alone, call.backend))
 
 
 def _can_run(problem: Problem, backend: str) -> bool:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..problem import Fold, stats_dtype
-from ._fold import fold_loss
+from ._fold import fold_loss, fold_problem
 from ._in_batch import autocast, over
 from ._module import LossModule
+from ._options import Call, SweepOptions, expanded
 
 
+@expanded
 def multi_similarity(
     embeddings: Tensor,
     labels: Tensor,
@@ -19,9 +23,7 @@ def multi_similarity(
     alpha: float = 2.0,
     beta: float = 50.0,
     base: float = 0.5,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
+    **options: Unpack[SweepOptions],
 ) -> Tensor:
     """Multi-similarity loss (Wang et al. 2019) as in pytorch-metric-learning, over cosines s, without its miner.
 
@@ -34,8 +36,6 @@ def multi_similarity(
         embeddings: `[N, D]`, normalised inside. labels: int64 `[N]`, any values.
         alpha, beta: positive. base: a cosine.
         reduction: "mean", "sum" or "none" (`[N]`).
-        backend: "auto", "triton", "chunked" or "reference".
-        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
 
     Returns:
         A 0-dim tensor (`[N]` for "none"), float32, or float64 for float64 inputs.
@@ -50,19 +50,18 @@ def multi_similarity(
     checks.scalar("alpha", alpha, None, positive=True)
     checks.scalar("beta", beta, None, positive=True)
     checks.number("base", base)
-    options = (float(alpha), float(beta), float(base))
-    return _folded("multi_similarity", embeddings, labels, options, reduction, backend, workspace_bytes, True)[0]
+    numbers = (float(alpha), float(beta), float(base))
+    return _folded("multi_similarity", embeddings, labels, numbers, Call(**options), every_row=True)[0]
 
 
+@expanded
 def circle(
     embeddings: Tensor,
     labels: Tensor,
     *,
     m: float = 0.4,
     gamma: float = 80.0,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
+    **options: Unpack[SweepOptions],
 ) -> Tensor:
     """Circle loss (Sun et al. 2020) as in pytorch-metric-learning, over cosines s.
 
@@ -76,8 +75,6 @@ def circle(
         embeddings: `[N, D]`, normalised inside. labels: int64 `[N]`, any values.
         m: the relaxation margin. gamma: the scale, positive.
         reduction: "mean", "sum" or "none" (`[N]`).
-        backend: "auto", "triton", "chunked" or "reference".
-        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
 
     Returns:
         A 0-dim tensor (`[N]` for "none"), float32, or float64 for float64 inputs.
@@ -91,31 +88,29 @@ def circle(
     """
     checks.number("m", m)
     checks.scalar("gamma", gamma, None, positive=True)
-    loss, count = _folded("circle", embeddings, labels, (float(m), float(gamma)), reduction, backend, workspace_bytes)
-    return over(loss, count) if reduction == "mean" and count is not None else loss
+    call = Call(**options)
+    loss, count = _folded("circle", embeddings, labels, (float(m), float(gamma)), call)
+    return over(loss, count) if call.reduction == "mean" and count is not None else loss
 
 
 def _folded(
     name: str,
     embeddings: Tensor,
     labels: Tensor,
-    options: tuple[float, ...],
-    reduction: str,
-    backend: str,
-    workspace_bytes: int | None,
+    numbers: tuple[float, ...],
+    call: Call,
+    *,
     every_row: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """every_row: a mean counts all of them."""
     checks.embeddings(embeddings=embeddings)
     checks.integers("labels", labels, (embeddings.shape[0],), embeddings)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.count("workspace_bytes", workspace_bytes)
     (x,) = autocast(embeddings)
     one = torch.ones((), dtype=stats_dtype(x.dtype), device=x.device)
     weight = one.expand(x.shape[0]).contiguous()
-    fold = Fold(name, options, labels=(labels, labels), itself=True)
-    summed, over = reduction != "none", len(x) if every_row and reduction == "mean" else None
-    return fold_loss([x], one, weight, fold, True, summed, backend, workspace_bytes, over=over)
+    fold = Fold(name, numbers, labels=(labels, labels), itself=True)
+    problem = fold_problem([x], one, weight, fold, call, cosine=True)
+    return fold_loss(problem, call, over=len(x) if every_row else None)
 
 
 class MultiSimilarityLoss(LossModule, function=multi_similarity):

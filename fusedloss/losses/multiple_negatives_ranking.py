@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor
 
 from .. import checks, masks
-from ..problem import Block, Mask
-from ._in_batch import Loss, Objective, as_scale, asked, autocast, distinct, objective, result_of
+from ..distributed import Request
+from ..problem import Block, Mask, Problem
+from ._in_batch import Loss, as_scale, autocast, counted, distinct, result_of
 from ._module import LossModule
+from ._options import Call, CountingAcrossOptions, expanded
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 PARTITION_MODES = ("joint", "per_direction")
 HARDNESS_MODES = ("in_batch_negatives", "hard_negatives", "all_negatives")
 
 
-@checks.explained
+@expanded
 def multiple_negatives_ranking(
     anchor: Tensor,
     positive: Tensor,
@@ -29,13 +31,7 @@ def multiple_negatives_ranking(
     hardness_mode: str | None = None,
     hardness_strength: float = 0.0,
     mask: masks.Mask | Tensor | None = None,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-    return_stats: bool = False,
-    group: Any = None,
-    strategy: str = "gather",
-    grad_scale: str = "ddp",
+    **options: Unpack[CountingAcrossOptions],
 ) -> Loss:
     """Multiple negatives ranking (Henderson et al. 2017), with the options of sentence-transformers 6.2.
 
@@ -69,16 +65,7 @@ def multiple_negatives_ranking(
         mask: which documents may compete from query to document: one of `fusedloss.masks`, or bool `[B, documents]`,
             over the positives and then each column of negatives.
         reduction: "mean", "sum" or "none" (`[B]`).
-        backend: "auto", "triton", "chunked" or "reference".
-        workspace_bytes: the most that the workspace for one chunk of similarities may take; None is the environment's
-            FUSEDLOSS_WORKSPACE_BYTES, or else the device's default: 64 MiB on a CPU, about 900 MiB on a GPU. Less
-            memory takes longer; results are the same to rounding.
         return_stats: return `(loss, Stats)`; under "per_direction" those from query to document.
-        group: a ProcessGroup whose other ranks' columns compete, too. The result is the mean (or sum) over all ranks'
-            rows, on every rank; "none" gives this rank's. See `fusedloss.distributed`.
-        strategy: how columns travel: "gather", all at once, or "ring", a shard at a time.
-        grad_scale: "ddp" (right after DistributedDataParallel's average), "sum" (this rank's share) or
-            "match:<library>".
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
@@ -92,8 +79,8 @@ def multiple_negatives_ranking(
         >>> fusedloss.multiple_negatives_ranking(anchor, positive, hard, scale=20.0).backward()
     """
 
-    def ask() -> tuple[str, list[Objective]]:
-        objectives = multiple_negatives_ranking_objectives(
+    def ask(call: Call) -> Request:
+        problems = multiple_negatives_ranking_problems(
             anchor,
             positive,
             *negatives,
@@ -104,34 +91,28 @@ def multiple_negatives_ranking(
             hardness_mode=hardness_mode,
             hardness_strength=hardness_strength,
             mask=mask,
-            reduction=reduction,
-            backend=backend,
-            workspace_bytes=workspace_bytes,
-            return_stats=return_stats,
+            call=call,
         )
         named = f"directions {tuple(directions)}, {partition_mode}, hardness {hardness_mode}"
-        return f"multiple_negatives_ranking, {named}", objectives
+        return call.request(f"multiple_negatives_ranking, {named}", *problems)
 
-    return result_of(ask, asked(group, strategy, grad_scale))
+    return result_of(options, ask)
 
 
-def multiple_negatives_ranking_objectives(
+def multiple_negatives_ranking_problems(
     anchor: Tensor,
     positive: Tensor,
     *negatives: Tensor,
-    scale: float | Tensor = 20.0,
-    similarity: str = "cos",
-    directions: Sequence[str] = ("query_to_doc",),
-    partition_mode: str = "joint",
-    hardness_mode: str | None = None,
-    hardness_strength: float = 0.0,
-    mask: masks.Mask | Tensor | None = None,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-    return_stats: bool = False,
+    scale: float | Tensor,
+    similarity: str,
+    directions: Sequence[str],
+    partition_mode: str,
+    hardness_mode: str | None,
+    hardness_strength: float,
+    mask: masks.Mask | Tensor | None,
+    call: Call,
     anchors: Tensor | None = None,
-) -> list[Objective]:
+) -> list[Problem]:
     """anchors: those of all processes, `anchor` first, where the documents are all processes', too."""
     named = {f"negatives[{i}]": x for i, x in enumerate(negatives)}
     checks.embeddings(anchor=anchor, positive=positive, **named)
@@ -143,8 +124,6 @@ def multiple_negatives_ranking_objectives(
     checks.choice("similarity", similarity, checks.SIMILARITIES)
     _check_directions(directions, partition_mode)
     _check_hardness(hardness_mode, hardness_strength)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.count("workspace_bytes", workspace_bytes)
     owned = hardness_mode is not None or "doc_to_doc" in directions
     for name, x in {"positive": positive, **named}.items():
         needed = owned or (name == "positive" and len(directions) > 1)
@@ -158,7 +137,8 @@ def multiple_negatives_ranking_objectives(
     multiplier, scale_bound = as_scale(scale, anchor, inverse=False)
     several = len(directions) > 1
     facing = (everyone, positive[:rows] if owners > rows else positive) if several else (anchor, positive)
-    operands, (query, queries, answer, *documents) = distinct(anchor, *facing, positive, *negatives)
+    matrices, (query, queries, answer, *documents) = distinct(anchor, *facing, positive, *negatives)
+    operands = autocast(*matrices)
     own = Mask(skip=masks.itself(rows, anchor)) if several else Mask()
     strength = float(hardness_strength)
     others = strength if hardness_mode in ("in_batch_negatives", "all_negatives") else 0.0
@@ -182,20 +162,18 @@ def multiple_negatives_ranking_objectives(
     if symmetric:
         sets = sets[:1]
     return [
-        objective(
-            autocast(*operands),
-            blocks,
-            None,
-            multiplier,
-            scale_bound=None if scale_bound is None else scale_bound + strength,
+        Problem(
+            operands=operands,
+            blocks=tuple(blocks),
+            scale=multiplier,
+            **counted(operands, blocks[0], multiplier),
             cosine=similarity == "cos",
             symmetric=symmetric,
+            scale_bound=None if scale_bound is None else scale_bound + strength,
+            workspace_bytes=call.workspace_bytes,
             copies=2 if partition_mode == "joint" and "doc_to_query" in directions else 1,
             guide_rule=masks.rule(mask),
-            reduction=reduction,
-            backend=backend,
-            workspace_bytes=workspace_bytes,
-            return_stats=return_stats,
+            wants_tally=call.return_stats,
         )
         for blocks in sets
     ]

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..masks import itself
-from ..problem import Block, Mask
-from ._in_batch import Loss, Objective, as_scale, asked, autocast, objective, result_of
+from ..problem import Block, Mask, Problem
+from ._in_batch import Loss, as_scale, autocast, mean_of, result_of
 from ._module import LossModule
+from ._options import Call, CountingAcrossOptions, CountingOptions, expanded
 
 
-@checks.explained
+@expanded
 def nt_xent(
     z1: Tensor,
     z2: Tensor,
     *,
     temperature: float | Tensor = 0.5,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-    return_stats: bool = False,
-    group: Any = None,
-    strategy: str = "gather",
-    grad_scale: str = "ddp",
+    **options: Unpack[CountingAcrossOptions],
 ) -> Loss:
     """NT-Xent (Chen et al. 2020, SimCLR): 2B rows, each view's positive is the other view of the same sample.
 
@@ -39,14 +34,6 @@ def nt_xent(
         z1, z2: `[B, D]`, two views of each sample; normalised inside.
         temperature: a positive number, or a tensor of one element, which receives a gradient.
         reduction: "mean" over the 2B rows, "sum", or "none" (`[2B]`, those of z1 first).
-        backend: "auto", "triton", "chunked" or "reference".
-        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
-        return_stats: return `(loss, Stats)`.
-        group: a ProcessGroup whose other ranks' columns compete, too. The result is the mean (or sum) over all ranks'
-            rows, on every rank; "none" gives this rank's. See `fusedloss.distributed`.
-        strategy: how columns travel: "gather", all at once, or "ring", a shard at a time.
-        grad_scale: "ddp" (right after DistributedDataParallel's average), "sum" (this rank's share) or
-            "match:<library>".
 
     Returns:
         A 0-dim tensor (`[2B]` for "none"), float32, or float64 for float64 inputs.
@@ -60,31 +47,16 @@ def nt_xent(
         >>> fusedloss.nt_xent(z1, z2, temperature=0.5).backward()
     """
 
-    def ask() -> tuple[str, list[Objective]]:
-        one = nt_xent_objective(
-            z1,
-            z2,
-            temperature=temperature,
-            reduction=reduction,
-            backend=backend,
-            workspace_bytes=workspace_bytes,
-            return_stats=return_stats,
-        )
-        return "nt_xent", [one]
-
-    return result_of(ask, asked(group, strategy, grad_scale))
+    return result_of(options, lambda call: call.request("nt_xent", nt_xent_problem(z1, z2, temperature, call)))
 
 
-@checks.explained
+@expanded
 def decoupled_contrastive(
     z1: Tensor,
     z2: Tensor,
     *,
     temperature: float | Tensor = 0.1,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-    return_stats: bool = False,
+    **options: Unpack[CountingOptions],
 ) -> Loss:
     """Decoupled contrastive learning (Yeh et al. 2022, DCL): NT-Xent whose positive is not in the denominator.
 
@@ -95,50 +67,32 @@ def decoupled_contrastive(
     Example:
         >>> fusedloss.decoupled_contrastive(z1, z2, temperature=0.1).backward()
     """
-    return nt_xent_objective(
-        z1,
-        z2,
-        temperature=temperature,
-        decoupled=True,
-        reduction=reduction,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        return_stats=return_stats,
-    ).result()
+    call = Call(**options)
+    return mean_of([nt_xent_problem(z1, z2, temperature, call, decoupled=True)], call)
 
 
-def nt_xent_objective(
-    z1: Tensor,
-    z2: Tensor,
-    *,
-    temperature: float | Tensor = 0.5,
-    decoupled: bool = False,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-    return_stats: bool = False,
-) -> Objective:
+def nt_xent_problem(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, *, decoupled: bool = False
+) -> Problem:
     checks.embeddings(z1=z1, z2=z2)
     if z1.shape[0] != z2.shape[0]:
         raise ValueError(f"z2 has {z2.shape[0]} rows and z1 {z1.shape[0]}: they must be views of the same samples")
     checks.scalar("temperature", temperature, z1, positive=True)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.count("workspace_bytes", workspace_bytes)
     scale, scale_bound = as_scale(temperature, z1, inverse=True)
     views = torch.cat(autocast(z1, z2))
     rows = itself(views.shape[0], views)
-    return objective(
-        [views],
-        [Block(0, 0, mask=Mask(skip=rows))],
-        rows.roll(z1.shape[0]),
-        scale,
-        scale_bound=scale_bound,
+    return Problem(
+        operands=(views,),
+        blocks=(Block(0, 0, mask=Mask(skip=rows)),),
+        scale=scale,
+        target=rows.roll(z1.shape[0]),
+        weight=views.new_ones(views.shape[0], dtype=scale.dtype),
+        every_row=True,
         cosine=True,
+        scale_bound=scale_bound,
+        workspace_bytes=call.workspace_bytes,
         decoupled=decoupled,
-        reduction=reduction,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        return_stats=return_stats,
+        wants_tally=call.return_stats,
     )
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..problem import NORM_EPS, Block, Fold, stats_dtype
-from ._fold import fold_loss
-from ._in_batch import as_scale, autocast, columns_and_weights, distinct, objective, of_rows
+from ..problem import NORM_EPS, Block, Fold, Problem, stats_dtype
+from ._fold import fold_loss, fold_problem
+from ._in_batch import as_scale, autocast, counted, distinct, mean_of, of_rows
 from ._module import LossModule
+from ._options import Call, SweepOptions, expanded
 
 
-@checks.explained
+@expanded
 def proxy_nca(
     embeddings: Tensor,
     target: Tensor,
@@ -21,9 +24,7 @@ def proxy_nca(
     scale: float | Tensor = 1.0,
     decoupled: bool = False,
     ignore_index: int = -100,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
+    **options: Unpack[SweepOptions],
 ) -> Tensor:
     """Proxy-NCA (Movshovitz-Attias et al. 2017), over distances of unit rows and unit proxies.
 
@@ -42,8 +43,6 @@ def proxy_nca(
         decoupled: leave a row's own proxy out of its sum.
         ignore_index: rows with this target are left out.
         reduction: "mean" (over the rows that count; 0 if none does), "sum", or "none" (`[B]`).
-        backend: "auto", "triton", "chunked" or "reference".
-        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
@@ -57,28 +56,27 @@ def proxy_nca(
         >>> proxies = torch.nn.Parameter(torch.randn(classes, 128))
         >>> fusedloss.proxy_nca(encoder(x), y, proxies, scale=9.0).backward()
     """
+    call = Call(**options)
     checks.index("ignore_index", ignore_index)
-    _check(embeddings, target, proxies, ignore_index, reduction, workspace_bytes)
+    _check(embeddings, target, proxies, ignore_index)
     checks.scalar("scale", scale, embeddings, positive=True)
     half, bound = as_scale(scale, embeddings, inverse=False)
-    ones = torch.ones_like(target, dtype=half.dtype)
-    index, weight = columns_and_weights(target, ones, proxies.shape[0], ignore_index)
-    operands, (query, key) = distinct(embeddings, proxies)
-    return objective(
-        autocast(*operands),
-        [Block(query, key, _of_short(proxies, half))],
-        index,
-        2 * half,
-        scale_bound=None if bound is None else 2 * bound,
-        weight=weight,
+    matrices, (query, key) = distinct(embeddings, proxies)
+    operands, block = autocast(*matrices), Block(query, key, _of_short(proxies, half))
+    problem = Problem(
+        operands=operands,
+        blocks=(block,),
+        scale=2 * half,
+        **counted(operands, block, half, target, ignore_index=ignore_index),
         cosine=True,
+        scale_bound=None if bound is None else 2 * bound,
+        workspace_bytes=call.workspace_bytes,
         decoupled=decoupled,
-        reduction=reduction,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-    ).result()
+    )
+    return mean_of([problem], call)
 
 
+@expanded
 def proxy_anchor(
     embeddings: Tensor,
     target: Tensor,
@@ -86,9 +84,7 @@ def proxy_anchor(
     *,
     margin: float = 0.1,
     alpha: float = 32.0,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
+    **options: Unpack[SweepOptions],
 ) -> Tensor:
     """Proxy-Anchor (Kim et al. 2020), over the cosines s_ci of proxies and embeddings.
 
@@ -104,8 +100,6 @@ def proxy_anchor(
         proxies: `[C, D]`, a vector of each class, normalised inside.
         margin: of the cosine. alpha: the scale, positive.
         reduction: "mean" over the proxies, "sum", or "none" (`[C]`).
-        backend: "auto", "triton", "chunked" or "reference".
-        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
 
     Returns:
         A 0-dim tensor (`[C]` for "none"), float32, or float64 for float64 inputs.
@@ -119,7 +113,8 @@ def proxy_anchor(
         >>> proxies = torch.nn.Parameter(torch.randn(classes, 128))
         >>> fusedloss.proxy_anchor(encoder(x), y, proxies, margin=0.1, alpha=32.0).backward()
     """
-    _check(embeddings, target, proxies, None, reduction, workspace_bytes)
+    call = Call(**options)
+    _check(embeddings, target, proxies, None)
     checks.number("margin", margin)
     checks.number("alpha", alpha)
     checks.scalar("alpha", alpha, embeddings, positive=True)
@@ -128,15 +123,14 @@ def proxy_anchor(
     outside = (target < 0) | (target >= classes)
     index = target.masked_fill(outside, 0)
     if not len(target):  # log(1 + 0) each
-        return of_rows(0 * proxies.to(one.dtype).sum(1) + 0 * embeddings.sum(), reduction)
+        return of_rows(0 * proxies.to(one.dtype).sum(1) + 0 * embeddings.sum(), call.reduction)
     present = one.new_zeros(classes).index_fill(0, index, 1).sum()
     # NaN where a target is no class: it is part of every proxy's loss.
     weight = one.expand(classes).masked_fill(outside.any(), torch.nan)
     labels = (torch.arange(classes, device=target.device), index)
     fold = Fold("proxy_anchor", (float(margin), float(alpha)), labels, scalars=(classes / present.clamp_min(1),))
     operands = autocast(proxies, embeddings)
-    summed, over = reduction != "none", classes if reduction == "mean" else None
-    return fold_loss(operands, one, weight, fold, True, summed, backend, workspace_bytes, over=over)[0]
+    return fold_loss(fold_problem(operands, one, weight, fold, call, cosine=True), call, over=classes)[0]
 
 
 def _of_short(proxies: Tensor, scale: Tensor) -> Tensor | None:
@@ -150,21 +144,12 @@ def _of_short(proxies: Tensor, scale: Tensor) -> Tensor | None:
     return scale * (1 - (norm / NORM_EPS).clamp(max=1).square())
 
 
-def _check(
-    embeddings: Tensor,
-    target: Tensor,
-    proxies: Tensor,
-    ignore_index: int | None,
-    reduction: str,
-    workspace_bytes: int | None,
-) -> None:
+def _check(embeddings: Tensor, target: Tensor, proxies: Tensor, ignore_index: int | None) -> None:
     checks.embeddings(embeddings=embeddings, proxies=proxies)
     rows, classes = embeddings.shape[0], proxies.shape[0]
     checks.target("target", target, rows, classes, ignore_index, embeddings)
     if rows and not classes:
         raise ValueError("proxies has no rows: needs at least one class")
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    checks.count("workspace_bytes", workspace_bytes)
 
 
 class ProxyNCALoss(LossModule, function=proxy_nca):

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from .. import checks, masks, op
-from ..backends import select
-from ..distributed import Call, loss_across
+from .. import checks, masks
+from ..distributed import Request, loss_across
 from ..problem import Fold
-from ._fold import fold_problem
-from ._in_batch import as_scale, asked, autocast, distinct
+from ._fold import fold_loss, fold_problem
+from ._in_batch import as_scale, autocast, distinct
 from ._module import LossModule
+from ._options import AcrossOptions, Call, expanded, ranks
 
 
-@checks.explained
+@expanded
 def siglip(
     image_features: Tensor,
     text_features: Tensor,
@@ -25,12 +25,7 @@ def siglip(
     *,
     target: Tensor | masks.Mask | None = None,
     normalize: bool = False,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-    group: Any = None,
-    strategy: str = "gather",
-    grad_scale: str = "ddp",
+    **options: Unpack[AcrossOptions],
 ) -> Tensor:
     """SigLIP loss (Zhai et al. 2023); argument names and order are open_clip's.
 
@@ -47,13 +42,6 @@ def siglip(
             `masks.same_id(image_ids, text_ids)`, every pair of equal ids.
         normalize: divide each row of both by `max(|row|, 1e-12)` first.
         reduction: "mean" (the sum over all pairs, divided by M), "sum", or "none" (`[M]`).
-        backend: "auto", "triton", "chunked" or "reference".
-        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
-        group: a ProcessGroup whose other ranks' columns compete, too. The result is the mean (or sum) over all ranks'
-            rows, on every rank; "none" gives this rank's. See `fusedloss.distributed`.
-        strategy: how columns travel: "gather", all at once, or "ring", a shard at a time.
-        grad_scale: "ddp" (right after DistributedDataParallel's average), "sum" (this rank's share) or
-            "match:<library>".
 
     Returns:
         A 0-dim tensor (`[M]` for "none"), float32, or float64 for float64 inputs.
@@ -67,16 +55,14 @@ def siglip(
         >>> image, text = F.normalize(vision(pixels), dim=1), F.normalize(language(tokens), dim=1)
         >>> fusedloss.siglip(image, text, log_scale.exp(), bias).backward()
     """
-    around = asked(group, strategy, grad_scale)
+    around = ranks(options)
 
-    def ask() -> Call:
+    def ask(call: Call) -> Request:
         checks.embeddings(image_features=image_features, text_features=text_features)
         M, N = image_features.shape[0], text_features.shape[0]
         checks.scalar("logit_scale", logit_scale, image_features, positive=False)
         if logit_bias is not None:
             checks.scalar("logit_bias", logit_bias, image_features, positive=False)
-        checks.choice("reduction", reduction, checks.REDUCTIONS)
-        checks.count("workspace_bytes", workspace_bytes)
         if around is not None and isinstance(target, Tensor):
             raise ValueError("target is a tensor with group=: needs None, or masks.same_id across ranks")
         labels, column = _positives(target, M, N, image_features)
@@ -94,16 +80,14 @@ def siglip(
             outside = (column < 0) | (column >= N)
             weight, column = weight.masked_fill(outside, torch.nan), column.masked_fill(outside, 0)
         fold = Fold("sigmoid", labels=labels, scalars=(bias,))
-        problem = fold_problem(operands, scale, weight, fold, normalize, workspace_bytes, column)
-        return Call(what, (problem,), backend, reduction)
+        problem = fold_problem(operands, scale, weight, fold, call, cosine=normalize, target=column)
+        return call.request(what, problem)
 
     if around is not None:
-        return loss_across(around, ask)
-    (problem,) = ask().problems
-    chosen = select(problem, backend)
-    if reduction == "mean":
-        return op.loss_mean(problem, chosen, max(problem.rows, 1))[0]
-    return op.loss_rows_or_sum(problem, chosen, per_row=reduction == "none")[0]
+        return loss_across(around, lambda: ask(Call(**options)))
+    call = Call(**options)
+    (problem,) = ask(call).problems
+    return fold_loss(problem, call, over=problem.rows)[0]
 
 
 def _positives(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from .. import checks, op, sweep
 from ..backends import select
-from ..distributed import Call, World, agree, averaged, everywhere, part_across, scaled, summed_across
+from ..distributed import Request, World, agree, averaged, everywhere, part_across, scaled, summed_across
 from ..masks import itself
 from ..problem import (
     NORM_EPS,
@@ -26,26 +26,22 @@ from ..problem import (
 )
 from ..rows import finish
 from ._fold import fold_problem
-from ._in_batch import as_scale, asked, autocast, objective, over, reduced
+from ._in_batch import as_scale, autocast, over, reduced
 from ._module import LossModule
+from ._options import AcrossOptions, Call, expanded, ranks
 
 FORMS = ("out", "in")
 PIECES = 5  # matrices [N, some of D] that class sums and their gradient take
 
 
-@checks.explained
+@expanded
 def sup_con(
     embeddings: Tensor,
     labels: Tensor,
     *,
     temperature: float | Tensor = 0.1,
     form: str = "out",
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-    group: Any = None,
-    strategy: str = "gather",
-    grad_scale: str = "ddp",
+    **options: Unpack[AcrossOptions],
 ) -> Tensor:
     """Supervised contrastive loss (Khosla et al. 2020), over unit rows u and z_ij = <u_i, u_j> / temperature.
 
@@ -62,13 +58,6 @@ def sup_con(
         temperature: a positive number, or a tensor of one element, which receives a gradient.
         form: "out" (the paper's recommendation) or "in".
         reduction: "mean" over the rows that have a positive, "sum", or "none" (`[N]`).
-        backend: "auto", "triton", "chunked" or "reference".
-        workspace_bytes: the most that the workspace for one chunk of similarities may take; see `info_nce`.
-        group: a ProcessGroup whose other ranks' columns compete, too. The result is the mean (or sum) over all ranks'
-            rows, on every rank; "none" gives this rank's. See `fusedloss.distributed`.
-        strategy: how columns travel: "gather", all at once, or "ring", a shard at a time.
-        grad_scale: "ddp" (right after DistributedDataParallel's average), "sum" (this rank's share) or
-            "match:<library>".
 
     Returns:
         A 0-dim tensor (`[N]` for "none"), float32, or float64 for float64 inputs.
@@ -81,16 +70,14 @@ def sup_con(
         >>> embeddings = torch.cat([encoder(augment(x)), encoder(augment(x))])
         >>> fusedloss.sup_con(embeddings, torch.cat([y, y]), temperature=0.1).backward()
     """
-    around = asked(group, strategy, grad_scale)
+    around = ranks(options)
 
-    def ask() -> Call:
+    def ask(call: Call) -> Request:
         checks.embeddings(embeddings=embeddings)
         checks.integers("labels", labels, (embeddings.shape[0],), embeddings)
         checks.scalar("temperature", temperature, embeddings, positive=True)
         checks.choice("form", form, FORMS)
-        checks.choice("reduction", reduction, checks.REDUCTIONS)
-        checks.count("workspace_bytes", workspace_bytes)
-        if around is not None and form == "in" and strategy == "ring":
+        if around is not None and form == "in" and call.strategy == "ring":
             raise ValueError("form='in' with strategy='ring': its two sums are one pass over whole rows; take 'gather'")
         scale, scale_bound = as_scale(temperature, embeddings, inverse=True)
         (x,) = autocast(embeddings)
@@ -98,43 +85,42 @@ def sup_con(
         counts = (others > 0).to(scale.dtype)
         if form == "in":
             fold = Fold("sup_con_in", labels=(labels, labels), itself=True)
-            problem = fold_problem([x], scale, counts, fold, True, workspace_bytes)
+            problem = fold_problem([x], scale, counts, fold, call, cosine=True)
         else:
-            problem = _log_sum_exp(x, counts, scale, scale_bound, workspace_bytes)
-        return Call(f"sup_con {form}, scale {scale_bound}", (problem,), backend, reduction)
+            problem = _log_sum_exp(x, counts, scale, scale_bound, call)
+        return call.request(f"sup_con {form}, scale {scale_bound}", problem)
 
     if around is not None:
-        return _across(around, ask, labels, form)
-    (problem,) = ask().problems
+        return _across(around, lambda: ask(Call(**options)), labels, form)
+    call = Call(**options)
+    (problem,) = ask(call).problems
     counts = problem.weight
-    name = select(problem, backend)
-    rows, _ = op.loss_rows_or_sum(problem, name, per_row=reduction == "none")
+    name = select(problem, call.backend)
+    rows, _ = op.loss_rows_or_sum(problem, name, per_row=call.reduction == "none")
     if form == "out":
         classes = groups(labels)
         weight = problem.scale * counts / (_sizes(classes) - 1).clamp(min=1)
-        positive = weight * _sums_of_others(problem.operands[0], classes, name, workspace_bytes)
-        rows = rows - (positive if reduction == "none" else positive.sum())
-    return reduced(rows, counts, reduction)
+        positive = weight * _sums_of_others(problem.operands[0], classes, name, call.workspace_bytes)
+        rows = rows - (positive if call.reduction == "none" else positive.sum())
+    return reduced(rows, counts, call.reduction)
 
 
-def _log_sum_exp(
-    x: Tensor, counts: Tensor, scale: Tensor, scale_bound: float | None, workspace_bytes: int | None
-) -> Problem:
+def _log_sum_exp(x: Tensor, counts: Tensor, scale: Tensor, scale_bound: float | None, call: Call) -> Problem:
     """Of each row that counts, over all others."""
-    return objective(
-        [x],
-        [Block(0, 0, mask=Mask(skip=itself(len(x), x)))],
-        torch.full((len(x),), -1, device=x.device),
-        scale,
-        scale_bound=scale_bound,
+    return Problem(
+        operands=(x,),
+        blocks=(Block(0, 0, mask=Mask(skip=itself(len(x), x))),),
+        scale=scale,
+        target=torch.full((len(x),), -1, device=x.device),
         weight=counts,
         cosine=True,
+        scale_bound=scale_bound,
+        workspace_bytes=call.workspace_bytes,
         decoupled=True,
-        workspace_bytes=workspace_bytes,
-    ).problem
+    )
 
 
-def _across(around: World, ask: Callable[[], Call], labels: Tensor, form: str) -> Tensor:
+def _across(around: World, ask: Callable[[], Request], labels: Tensor, form: str) -> Tensor:
     """Positives are the rows of all ranks that have the label. Labels are gathered, 8 bytes each, also for a ring."""
     agreed, labels = agree(around, ask), savable(labels)
     (part,), reduction = agreed.parts, agreed.call.reduction

@@ -31,7 +31,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import fusedloss  # noqa: E402
 from fusedloss import functional as F  # noqa: E402
 from fusedloss import info, masks  # noqa: E402
-from fusedloss.losses._fold import fold_loss  # noqa: E402
+from fusedloss.losses._fold import fold_loss, fold_problem  # noqa: E402
+from fusedloss.losses._options import Call  # noqa: E402
 from fusedloss.problem import Fold, Strip  # noqa: E402
 from fusedloss.trust import ask  # noqa: E402
 
@@ -115,7 +116,8 @@ def every_kernel(machine: pose.Machine) -> Iterator[Case]:
     def hinge() -> Tensor:
         ids = empty(30, dtype=torch.int64)
         fold = Fold("pair_hinge", (0.3, -1.0, 0.0), labels=(ids, ids))
-        return fold_loss([x, y], empty(), empty(30), fold, False, True, "cuda", None, target=ids)[0]
+        call = Call(reduction="sum", backend="cuda")
+        return fold_loss(fold_problem([x, y], empty(), empty(30), fold, call, target=ids), call)[0]
 
     def bare(name: str) -> Tensor:
         strip = Strip(x.detach(), y.detach(), empty(), None, None, None, None)

@@ -10,11 +10,12 @@ import torch
 from pytorch_metric_learning import distances, reducers
 from torch import Tensor
 
-from ...losses._fold import fold_loss
-from ...losses._in_batch import as_scale, autocast, distinct, objective, over
+from ...losses._fold import fold_loss, fold_problem
+from ...losses._in_batch import as_scale, autocast, distinct, mean_of, over
+from ...losses._options import Call
 from ...losses.sup_con import groups
 from ...masks import itself
-from ...problem import Block, Compare, Fold, Mask, stats_dtype, unit_rows
+from ...problem import Block, Compare, Fold, Mask, Problem, stats_dtype, unit_rows
 from ...rowwise.pairs import cosine, dot, euclidean_distance, of_pairs, squared_distance
 
 
@@ -99,18 +100,17 @@ class Pairs:
         assert self.kind.inverted
         operands, (query, key) = distinct(self.x, self.y)
         multiplier, bound = as_scale(scale, self.x, inverse=False)
-        none = torch.full((len(self.x),), -1, device=self.x.device)
-        block = Block(query, key, mask=mask)
-        return objective(
-            autocast(*operands),
-            [block],
-            none,
-            multiplier,
-            scale_bound=bound,
+        problem = Problem(
+            operands=autocast(*operands),
+            blocks=(Block(query, key, mask=mask),),
+            scale=multiplier,
+            target=torch.full((len(self.x),), -1, device=self.x.device),
+            weight=self.x.new_ones(len(self.x), dtype=multiplier.dtype),
             cosine=self.kind.unit,
+            scale_bound=bound,
             decoupled=True,
-            reduction="none",
-        ).result()
+        )
+        return mean_of([problem], Call(reduction="none"))
 
     def log_sum_exp_of_negatives(self, scale: float | Tensor) -> Tensor:
         return self.log_sum_exp(scale, Mask((Compare(self.labels, self.ref_labels, False),)))
@@ -133,7 +133,7 @@ class Pairs:
 
     def fold(self, name: str, options: tuple[float, ...], *, distance: str = "", summed: bool = False) -> Any:
         """(losses [N] or their sum, what the fold counted) of fusedloss.folds."""
-        x, y, kind = self.x, self.y, self.kind
+        x, y, kind, call = self.x, self.y, self.kind, Call(reduction="sum" if summed else "none")
         if not kind.inverted:
             distance = kind.name
             if kind.unit:
@@ -143,7 +143,8 @@ class Pairs:
         one = torch.ones((), dtype=stats_dtype(x.dtype), device=x.device)
         weight = one.expand(len(x)).contiguous()
         fold = Fold(name, options, (self.labels, self.ref_labels), self.itself, distance)
-        return fold_loss(operands, one, weight, fold, kind.inverted and kind.unit, summed, "auto", None)
+        problem = fold_problem(operands, one, weight, fold, call, cosine=kind.inverted and kind.unit)
+        return fold_loss(problem, call)
 
 
 def listed(kind: Kind, x: Tensor, y: Tensor, row: Tensor, column: Tensor) -> Tensor:

@@ -29,10 +29,11 @@ from typing_extensions import deprecated
 
 import fusedloss
 from fusedloss.losses._in_batch import mean_of
+from fusedloss.losses._options import Call
 from fusedloss.losses.multiple_negatives_ranking import (
     DIRECTIONS,
     HARDNESS_MODES,
-    multiple_negatives_ranking_objectives,
+    multiple_negatives_ranking_problems,
 )
 from fusedloss.problem import stats_dtype
 
@@ -95,10 +96,11 @@ def ranking_options(loss: Any) -> dict[str, Any]:
 def ranking(loss: Any, library: ModuleType, embeddings: Sequence[Tensor]) -> Tensor:
     rows = len(embeddings[0])
     queries, *documents = gathered(loss, library, *embeddings)
-    objectives = multiple_negatives_ranking_objectives(
-        queries[:rows] if len(queries) > rows else queries, *documents, anchors=queries, **ranking_options(loss)
+    own, call = queries[:rows] if len(queries) > rows else queries, Call()
+    problems = multiple_negatives_ranking_problems(
+        own, *documents, **ranking_options(loss), mask=None, call=call, anchors=queries
     )
-    return mean_of(objectives)
+    return mean_of(problems, call)
 
 
 class MultipleNegativesRankingLoss(_MultipleNegativesRankingLoss):
