@@ -158,7 +158,7 @@ def _with_options(doc: str, names: list[str]) -> str:
     if not args:  # they are those of another loss, which it names
         return doc
     told, blank, rest = after.partition("\n\n")
-    known = re.findall(r"^ {4}(\w+): ", told, flags=re.MULTILINE)
+    known = re.findall(r"^ {4}(\w+): ", told, re.MULTILINE)
     texts = [f"{name}: {TEXTS[name]}" for name in names if name not in known]
     lines = [textwrap.fill(text, 116, initial_indent="    ", subsequent_indent="        ") for text in texts]
     return before + args + "\n".join([told, *lines]) + blank + rest

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from torch import Tensor
 
 from .. import checks
 from ._module import LossModule
+from ._options import SweepOptions, expanded
 from .clip import clip
 
 
-@checks.explained
+@expanded
 def contrastive_tension_in_batch(
     a: Tensor,
     b: Tensor,
     logit_scale: float | Tensor = 20.0,
-    *,
-    reduction: str = "mean",
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
+    **options: Unpack[SweepOptions],
 ) -> Tensor:
     """Contrastive tension with in-batch negatives (Carlsson et al. 2021), as in sentence-transformers.
 
@@ -34,9 +34,7 @@ def contrastive_tension_in_batch(
     checks.embeddings(a=a, b=b)
     if a.shape[0] != b.shape[0]:
         raise ValueError(f"b has {b.shape[0]} rows and a {a.shape[0]}: they must be the same sentences")
-    loss = clip(
-        a, b, logit_scale, normalize=True, reduction=reduction, backend=backend, workspace_bytes=workspace_bytes
-    )
+    loss = clip(a, b, logit_scale, normalize=True, **options)
     assert isinstance(loss, Tensor)
     return loss
 

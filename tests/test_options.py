@@ -1,0 +1,125 @@
+"""The options that losses share: what is shown of them, and the record that is handed down."""
+
+import dataclasses
+import inspect
+import re
+
+import pytest
+import torch
+
+import fusedloss
+from fusedloss import checks, functional
+from fusedloss.losses._options import TEXTS, AcrossOptions, Call, SweepOptions, WorkspaceOptions
+
+FIELDS = {field.name: field.default for field in dataclasses.fields(Call)}
+X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 0, 1, 1])
+RANKS = ["group", "strategy", "grad_scale"]
+SWEEP = ["reduction", "backend", "workspace_bytes"]
+# What each takes as options that are shared, in this order, behind its own.
+SHARED = {
+    "info_nce": [*SWEEP, "return_stats", *RANKS],
+    "clip": [*SWEEP, "return_stats", *RANKS],
+    "multiple_negatives_ranking": [*SWEEP, "return_stats", *RANKS],
+    "gist_embed": [*SWEEP, "return_stats", *RANKS],
+    "nt_xent": [*SWEEP, "return_stats", *RANKS],
+    "decoupled_contrastive": [*SWEEP, "return_stats"],
+    "siglip": [*SWEEP, *RANKS],
+    "sup_con": [*SWEEP, *RANKS],
+    "clip_distill": SWEEP,
+    "contrastive_tension_in_batch": SWEEP,
+    "arcface": SWEEP,
+    "cosface": SWEEP,
+    "proxy_nca": SWEEP,
+    "proxy_anchor": SWEEP,
+    "multi_similarity": SWEEP,
+    "circle": SWEEP,
+    "mega_batch_margin": SWEEP,
+    "in_batch_margin_ranking": SWEEP,
+    "batch_hard_triplet": SWEEP,
+    "batch_hard_soft_margin_triplet": SWEEP,
+    "batch_all_triplet": SWEEP[1:],
+    "batch_semi_hard_triplet": SWEEP[1:],
+    "linear_cross_entropy": SWEEP[1:],
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_signature_shows_each_option_and_its_default(name):
+    parameters = list(inspect.signature(getattr(functional, name)).parameters.values())
+    shown = parameters[-len(SHARED[name]) :]
+    assert [p.name for p in shown] == SHARED[name]
+    assert all(p.kind is p.KEYWORD_ONLY and p.default == FIELDS[p.name] for p in shown)
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_help_has_a_line_for_each_option(name):
+    doc = inspect.getdoc(getattr(functional, name))
+    if "\nArgs:\n" not in doc:  # they are another loss's, which it names
+        assert re.search(r"[Pp]arameters,\s+result\s+and\s+errors", doc)
+        return
+    lines = doc.partition("\nArgs:\n")[2].partition("\n\n")[0]
+    told = re.findall(r"^ {4}(\w+): ", lines, re.MULTILINE)
+    assert set(SHARED[name]) <= set(told) and len(told) == len(set(told))
+    assert ", ".join(f'"{backend}"' for backend in ("auto", *checks.BACKENDS[:-1])) in lines
+    assert all(len(line) <= 116 for line in doc.splitlines())
+
+
+def test_no_loss_is_left_out():
+    """Every function that takes a workspace is one of the above; every option has a text and a default."""
+    takes = {n for n in functional.__all__ if "workspace_bytes" in inspect.signature(getattr(functional, n)).parameters}
+    assert takes == set(SHARED)
+    assert set(TEXTS) == set(FIELDS)
+
+
+@pytest.mark.parametrize("kind", [WorkspaceOptions, SweepOptions, AcrossOptions])
+def test_no_option_is_required(kind):
+    assert kind.__optional_keys__ == frozenset(kind.__annotations__) <= set(FIELDS)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_an_unknown_name_is_told_what_there_is(name):
+    with pytest.raises(TypeError, match=rf"^{name} got 'workspace': it takes \(.*backend='auto', workspace_bytes=None"):
+        getattr(functional, name)(X, workspace=1)
+
+
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        ({"reduction": "avg"}, ValueError, "reduction is 'avg': needs one of 'mean', 'sum', 'none'"),
+        ({"reduction": X}, ValueError, "reduction is "),
+        ({"backend": "cudnn"}, ValueError, "backend is 'cudnn': needs one of 'auto', 'cuda', "),
+        ({"backend": None}, ValueError, "backend is None"),
+        ({"workspace_bytes": 0}, ValueError, "workspace_bytes is 0: needs at least 1, or None"),
+        ({"workspace_bytes": 1.5}, TypeError, "workspace_bytes is a float: needs a whole number, or None"),
+        ({"workspace_bytes": True}, TypeError, "workspace_bytes is a bool"),
+    ],
+)
+def test_what_does_not_fit_is_named(options, error, match):
+    with pytest.raises(error, match=match):
+        Call(**options)
+    with pytest.raises(error, match=match):
+        fusedloss.nt_xent(X, X, **options)
+    with pytest.raises(error, match=match):
+        fusedloss.arcface(X, LABELS, X, **options)
+
+
+def test_a_string_that_is_made_is_the_same_as_one_that_is_written():
+    """Checks are skipped for what is a default by identity."""
+    made = {"reduction": "".join(["me", "an"]), "backend": "".join(["au", "to"])}
+    assert Call(**made) == Call()
+    assert torch.equal(fusedloss.nt_xent(X, X, **made), fusedloss.nt_xent(X, X))
+
+
+@pytest.mark.parametrize("options", [{"strategy": "ring"}, {"grad_scale": "sum"}])
+@pytest.mark.parametrize("name", ["nt_xent", "siglip", "matryoshka", "info_nce, negatives"])
+def test_options_of_ranks_need_a_group(name, options):
+    calls = {
+        "nt_xent": lambda: fusedloss.nt_xent(X, X, **options),
+        "siglip": lambda: fusedloss.siglip(X, X, 2.0, **options),
+        "matryoshka": lambda: fusedloss.matryoshka(fusedloss.nt_xent, X, X, dims=(3, 2), **options),
+        "info_nce, negatives": lambda: fusedloss.info_nce(X, X, negatives=X[:, None], **options),
+    }
+    with pytest.raises(ValueError, match="without group: pass a ProcessGroup with them, or 'world'"):
+        calls[name]()
