@@ -16,6 +16,7 @@ X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 0, 1, 1])
 RANKS = ["group", "strategy", "grad_scale"]
 SWEEP = ["reduction", "backend", "workspace_bytes"]
+ROWS = ["reduction", "backend"]
 # What each takes as options that are shared, in this order, behind its own.
 SHARED = {
     "info_nce": [*SWEEP, "return_stats", *RANKS],
@@ -41,7 +42,27 @@ SHARED = {
     "batch_all_triplet": SWEEP[1:],
     "batch_semi_hard_triplet": SWEEP[1:],
     "linear_cross_entropy": SWEEP[1:],
+    "contrastive": ROWS,
+    "cosine_similarity": ROWS,
+    "triplet": ROWS,
+    "margin_mse": ROWS,
+    "distill_kl_div": ROWS,
+    "embed_distill": ROWS,
+    "softmax_pair": ROWS,
+    "lambda_loss": ROWS,
+    "rank_net": ROWS,
+    "list_net": ROWS,
+    "list_mle": ROWS,
+    "plist_mle": ROWS,
+    "adr_mse": ROWS,
+    "online_contrastive": ROWS[1:],
+    "contrastive_tension": ROWS[1:],
+    "cosent": ROWS[1:],
+    "angle": ROWS[1:],
 }
+# Torch's own parameters, some of them by place, with `backend` behind them.
+TWINS = {"binary_cross_entropy_with_logits", "cross_entropy", "focal", "mse", "l1", "huber", "smooth_l1"}
+TWINS |= {"mse_loss", "l1_loss", "huber_loss", "smooth_l1_loss"}
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -57,19 +78,21 @@ def test_a_signature_shows_each_option_and_its_default(name):
 def test_help_has_a_line_for_each_option(name):
     doc = inspect.getdoc(getattr(functional, name))
     if "\nArgs:\n" not in doc:  # they are another loss's, which it names
-        assert re.search(r"[Pp]arameters,\s+result\s+and\s+errors", doc)
+        assert re.search(r"[Pp]arameters.* `\w+`'s|`\w+`.* whose (other )?parameters", doc, re.DOTALL)
         return
     lines = doc.partition("\nArgs:\n")[2].partition("\n\n")[0]
     told = re.findall(r"^ {4}(\w+): ", lines, re.MULTILINE)
     assert set(SHARED[name]) <= set(told) and len(told) == len(set(told))
-    assert ", ".join(f'"{backend}"' for backend in ("auto", *checks.BACKENDS[:-1])) in lines
+    (named,) = re.findall(r"^ {4}backend: (.*)", lines, re.MULTILINE)
+    backends = ["auto", *checks.BACKENDS] if "workspace_bytes" in told else ["auto", *checks.BACKENDS[1:]]
+    assert re.findall(r'"(\w+)"', named.partition(";")[0]) == backends and checks.BACKENDS[0] == "cuda"
     assert all(len(line) <= 116 for line in doc.splitlines())
 
 
 def test_no_loss_is_left_out():
-    """Every function that takes a workspace is one of the above; every option has a text and a default."""
-    takes = {n for n in functional.__all__ if "workspace_bytes" in inspect.signature(getattr(functional, n)).parameters}
-    assert takes == set(SHARED)
+    """Every function that takes a backend is one of the above; every option has a text and a default."""
+    takes = {n for n in functional.__all__ if "backend" in inspect.signature(getattr(functional, n)).parameters}
+    assert takes == set(SHARED) | TWINS
     assert set(TEXTS) == set(FIELDS)
 
 
@@ -80,7 +103,7 @@ def test_no_option_is_required(kind):
 
 @pytest.mark.parametrize("name", SHARED)
 def test_an_unknown_name_is_told_what_there_is(name):
-    with pytest.raises(TypeError, match=rf"^{name} got 'workspace': it takes \(.*backend='auto', workspace_bytes=None"):
+    with pytest.raises(TypeError, match=rf"^{name} got 'workspace': it takes \(.*backend='auto'"):
         getattr(functional, name)(X, workspace=1)
 
 

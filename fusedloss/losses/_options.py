@@ -35,6 +35,14 @@ class BackendOptions(TypedDict, total=False):
     backend: str
 
 
+class RowBackendOptions(BackendOptions, total=False):
+    """backend: {rows}."""
+
+
+class RowOptions(ReductionOptions, RowBackendOptions, total=False):
+    """Of a loss that is computed row by row."""
+
+
 class WorkspaceOptions(BackendOptions, total=False):
     """workspace_bytes: the most that the workspace for one chunk of similarities may take; None is the environment's
     FUSEDLOSS_WORKSPACE_BYTES, or else the device's default: 64 MiB on a CPU, about 900 MiB on a GPU. Less memory takes
@@ -121,16 +129,23 @@ def ranks(options: RankOptions) -> World | None:
 # What is shown of them ------------------------------------------------------------------------------------------------
 
 
+def _named(text: str) -> str:
+    """With the names of backends; csrc/ has no kernels for rows."""
+    for place, names in {"{backends}": checks.NAMES, "{rows}": [n for n in checks.NAMES if n != "cuda"]}.items():
+        text = text.replace(place, " or ".join(", ".join(f'"{name}"' for name in names).rsplit(", ", 1)))
+    return text
+
+
 def _documented(*kinds: Any) -> Iterator[tuple[str, str]]:
     """Each option's name and text, on one line."""
-    backends = " or ".join(", ".join(f'"{name}"' for name in checks.NAMES).rsplit(", ", 1))
     for kind in kinds:
         _, *parts = re.split(r"^ *(\w+): ", inspect.cleandoc(kind.__doc__ or ""), flags=re.MULTILINE)
         for name, text in zip(parts[::2], parts[1::2], strict=True):
-            yield name, " ".join(text.split()).replace("{backends}", backends)
+            yield name, _named(" ".join(text.split()))
 
 
 TEXTS = dict(_documented(ReductionOptions, BackendOptions, WorkspaceOptions, StatsOptions, RankOptions))
+ROW_TEXTS = TEXTS | dict(_documented(RowBackendOptions))
 FIELDS = {
     field.name: inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
@@ -154,11 +169,13 @@ def expanded(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _with_options(doc: str, names: list[str]) -> str:
+    doc = _named(doc)
     before, args, after = doc.partition("\nArgs:\n")
     if not args:  # they are those of another loss, which it names
         return doc
     told, blank, rest = after.partition("\n\n")
     known = re.findall(r"^ {4}(\w+): ", told, re.MULTILINE)
-    texts = [f"{name}: {TEXTS[name]}" for name in names if name not in known]
+    all_texts = TEXTS if "workspace_bytes" in names else ROW_TEXTS
+    texts = [f"{name}: {all_texts[name]}" for name in names if name not in known]
     lines = [textwrap.fill(text, 116, initial_indent="    ", subsequent_indent="        ") for text in texts]
     return before + args + "\n".join([told, *lines]) + blank + rest

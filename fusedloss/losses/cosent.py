@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,11 @@ from .. import checks
 from ..rowwise.ordered import ordered_pairs
 from ._in_batch import as_scale
 from ._module import LossModule
+from ._options import Call, RowBackendOptions, expanded
 from ._pairs import SIMILARITIES, check_numbers, check_rows, similarities
 
 
-@checks.explained
+@expanded
 def cosent(
     a: Tensor,
     b: Tensor,
@@ -20,7 +23,7 @@ def cosent(
     *,
     scale: float | Tensor = 20.0,
     similarity: str = "cos",
-    backend: str = "auto",
+    **options: Unpack[RowBackendOptions],
 ) -> Tensor:
     """CoSENT (Huang et al. 2024), as in sentence-transformers: a pair of a higher score is to be more similar.
 
@@ -35,7 +38,7 @@ def cosent(
         scale: a positive number, or a tensor of one element, which receives a gradient.
         similarity: "cos" (norms of at least 1e-12), "dot", "angle", or the negative of a distance, "euclidean" or
             "manhattan".
-        backend: "auto", "triton", "chunked" or "reference" (B^2 memory).
+        backend: {rows} (B^2 memory).
 
     Returns:
         A 0-dim tensor, float32, or float64 for float64 inputs.
@@ -51,10 +54,10 @@ def cosent(
     check_rows(a=a, b=b)
     score = check_numbers("score", score, [(a.shape[0],)], a)
     checks.choice("similarity", similarity, SIMILARITIES)
-    return _ordered(a, (b,), score, scale, similarity, backend)
+    return _ordered(a, (b,), score, scale, similarity, Call(**options))
 
 
-@checks.explained
+@expanded
 def angle(
     a: Tensor,
     b: Tensor,
@@ -62,7 +65,7 @@ def angle(
     *negatives: Tensor,
     label: Tensor | None = None,
     scale: float | Tensor = 20.0,
-    backend: str = "auto",
+    **options: Unpack[RowBackendOptions],
 ) -> Tensor:
     """AnglE (Li & Li 2024), as in sentence-transformers: `cosent` with similarity "angle".
 
@@ -76,11 +79,12 @@ def angle(
         score: `[B]`, any real dtype, of the pairs; or the first of the negatives, `[B, D]`.
         negatives: `[B, D]` each. They make pairs with the anchors, too.
         label: `[B]`, the positives' score, where there are negatives, whose score is then `1 - label`. Default 1.
-        scale, backend: as in `cosent`, whose result and errors it has.
+        scale: as in `cosent`, whose result and errors it has.
 
     Example:
         >>> fusedloss.angle(encoder(a), encoder(b), gold).backward()
     """
+    call = Call(**options)
     if not isinstance(score, Tensor) or score.dim() != 2:
         check_rows(a=a, b=b)
         if negatives or (score is not None and label is not None):
@@ -93,25 +97,25 @@ def angle(
         if gold is None:
             raise ValueError("score is None: needs [B], unless there are negatives")
         gold = check_numbers("score", gold, [(a.shape[0],)], a)
-        return _ordered(a, (b,), gold, scale, "angle", backend)
+        return _ordered(a, (b,), gold, scale, "angle", call)
     negatives = (score, *negatives)
     check_rows(a=a, b=b, **{f"negatives[{i}]": x for i, x in enumerate(negatives)})
     label = torch.ones(a.shape[0], device=a.device) if label is None else label
     label = check_numbers("label", label, [(a.shape[0],)], a)
     label = label if label.dtype.is_floating_point else label.long()
     gold = torch.cat([label, (1 - label).repeat(len(negatives))])
-    return _ordered(a, (b, *negatives), gold, scale, "angle", backend)
+    return _ordered(a, (b, *negatives), gold, scale, "angle", call)
 
 
 def _ordered(
-    query: Tensor, others: tuple[Tensor, ...], score: Tensor, scale: float | Tensor, similarity: str, backend: str
+    query: Tensor, others: tuple[Tensor, ...], score: Tensor, scale: float | Tensor, similarity: str, call: Call
 ) -> Tensor:
     checks.scalar("scale", scale, query, positive=True)
     factor = as_scale(scale, query, inverse=False)[0] if isinstance(scale, Tensor) else scale
-    columns = similarities(similarity, query, *others, backend=backend)
+    columns = similarities(similarity, query, *others, backend=call.backend)
     found = columns[0] if len(columns) == 1 else torch.cat(columns)
     gold = score.detach()  # only compared
-    return ordered_pairs(found * factor, gold.byte() if gold.dtype == torch.bool else gold, backend)
+    return ordered_pairs(found * factor, gold.byte() if gold.dtype == torch.bool else gold, call.backend)
 
 
 class CoSENTLoss(LossModule, function=cosent, choices={"similarity": SIMILARITIES}):

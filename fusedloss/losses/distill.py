@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,11 @@ from .. import checks
 from ..problem import savable, stats_dtype
 from ._in_batch import of_rows
 from ._module import LossModule
+from ._options import Call, RowOptions, expanded
 from ._pairs import SIMILARITIES, check_columns, check_numbers, similarities
 
 
-@checks.explained
+@expanded
 def distill_kl_div(
     query: Tensor,
     positive: Tensor,
@@ -22,8 +25,7 @@ def distill_kl_div(
     temperature: float | Tensor = 1.0,
     student_temperature: float | Tensor | None = None,
     teacher_temperature: float | Tensor | None = None,
-    reduction: str = "mean",
-    backend: str = "auto",
+    **options: Unpack[RowOptions],
 ) -> Tensor:
     """The Kullback-Leibler divergence from a teacher's softmax over candidates, as in sentence-transformers.
 
@@ -42,7 +44,6 @@ def distill_kl_div(
         temperature: a positive number, or a tensor of one element, which receives a gradient.
         student_temperature, teacher_temperature: of one side only, instead of `temperature`.
         reduction: "mean", "sum" or "none" (`[B]`).
-        backend: "auto", "triton", "chunked" or "reference".
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs. An empty batch gives 0.
@@ -55,21 +56,21 @@ def distill_kl_div(
         >>> scores = cross_encoder(texts)  # [B, 2]
         >>> fusedloss.distill_kl_div(query, positive, negative, label=scores, temperature=2.0).backward()
     """
+    call = Call(**options)
     check_columns(query, positive, negatives)
     label = check_numbers("label", label, [(query.shape[0], len(negatives) + 1)], query)
     checks.choice("similarity", similarity, SIMILARITIES)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.scalar("temperature", temperature, query, positive=True)
     student = _or(temperature, "student_temperature", student_temperature, query)
     teacher = _or(temperature, "teacher_temperature", teacher_temperature, query)
-    found = torch.stack(similarities(similarity, query, positive, *negatives, backend=backend), dim=1)
+    found = torch.stack(similarities(similarity, query, positive, *negatives, backend=call.backend), dim=1)
     # O(B K) numbers in fp64: their divergence is of second order, and in fp32 that of a well-fitted batch is noise.
     wide = torch.float64 if found.device.type in ("cpu", "cuda") else found.dtype
     log_p = (found.to(wide) / student).log_softmax(1)
     log_q = (label.detach().to(wide) / teacher).log_softmax(1)
     q = log_q.exp()
     terms = q * (log_q - log_p).masked_fill(q == 0, 0)
-    return of_rows((terms.sum(1) * (student * student)).to(found.dtype), reduction)
+    return of_rows((terms.sum(1) * (student * student)).to(found.dtype), call.reduction)
 
 
 def _or(temperature: float | Tensor, name: str, value: float | Tensor | None, like: Tensor) -> float | Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -13,19 +14,20 @@ from ..problem import savable, stats_dtype
 from ..rowwise.pairs import columns
 from ._in_batch import of_rows
 from ._module import LossModule
+from ._options import Call, RowOptions, expanded
 from ._pairs import check_rows
 
 DISTANCES = ("cosine", "mse", "l2")
 
 
+@expanded
 def embed_distill(
     student: Tensor | Sequence[Tensor],
     teacher: Tensor | Sequence[Tensor],
     *,
     distance: str = "cosine",
     projection: Tensor | Callable[[Tensor], Tensor] | None = None,
-    reduction: str = "mean",
-    backend: str = "auto",
+    **options: Unpack[RowOptions],
 ) -> Tensor:
     """The distance from a student's embeddings to a teacher's (Kim et al. 2023), as in sentence-transformers.
 
@@ -43,7 +45,6 @@ def embed_distill(
             dtype, or a function or module, as `torch.nn.Linear(D, T)`, which runs as it is: in 16 bits its outputs are
             rounded before the distance. Trained alongside.
         reduction: "mean", "sum" or "none" (`[B]`).
-        backend: "auto", "triton", "chunked" or "reference".
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for a float64 student. An empty batch gives 0.
@@ -55,8 +56,8 @@ def embed_distill(
     Example:
         >>> fusedloss.embed_distill(student(texts), teacher_embeddings, distance="mse").backward()
     """
+    call = Call(**options)
     checks.choice("distance", distance, DISTANCES)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
     for name, x in (("student", student), ("teacher", teacher)):
         if not isinstance(x, Tensor):
             checks.sequence(name, x, "columns [B, D], or a tensor", f"[{name}_a, {name}_b]")
@@ -70,16 +71,16 @@ def embed_distill(
     teachers = _teachers(teacher, students)
     kind, eps = {"cosine": ("cos", 1e-8), "mse": ("squared", 0.0), "l2": ("euclidean", 0.0)}[distance]
     if len(teachers) == 1:  # read once for all columns
-        found = columns(kind, teachers[0], *students, eps=eps, backend=backend)
+        found = columns(kind, teachers[0], *students, eps=eps, backend=call.backend)
     else:
         pairs = zip(teachers, students, strict=True)
-        found = tuple(columns(kind, t, x, eps=eps, backend=backend)[0] for t, x in pairs)
+        found = tuple(columns(kind, t, x, eps=eps, backend=call.backend)[0] for t, x in pairs)
     losses = found[0] if len(found) == 1 else torch.stack(found).mean(0)
     if distance == "cosine":
         losses = 1 - losses
     elif distance == "mse":
         losses = losses / students[0].shape[1]
-    return of_rows(losses, reduction)
+    return of_rows(losses, call.reduction)
 
 
 def _projected(x: Tensor, projection: Tensor | Callable[[Tensor], Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from .. import checks
 from ..problem import savable
 from ..rowwise import lists
 from ._module import LossModule
+from ._options import Call, RowOptions, expanded
 
 WEIGHTINGS = ("ndcg_loss2pp", "ndcg_loss2", "ndcg_loss1", "lambda_rank")
 UNITS = {"binary": lists.LN2, "natural": 1.0}  # a loss in bits is one in nats, over log 2
@@ -19,6 +20,7 @@ UNITS = {"binary": lists.LN2, "natural": 1.0}  # a loss in bits is one in nats, 
 Lists = Tensor | Sequence[Tensor]
 
 
+@expanded
 def lambda_loss(
     scores: Lists,
     labels: Lists,
@@ -30,8 +32,7 @@ def lambda_loss(
     eps: float = 1e-10,
     reduction_log: str = "binary",
     mu: float = 10.0,
-    reduction: str = "mean",
-    backend: str = "auto",
+    **options: Unpack[RowOptions],
 ) -> Tensor:
     """LambdaLoss (Wang et al. 2018), as sentence-transformers' cross-encoder loss.
 
@@ -80,12 +81,12 @@ def lambda_loss(
         >>> scores = reranker(queries, documents)  # [Q, n]
         >>> fusedloss.lambda_loss(scores, relevance, mask=is_document).backward()
     """
+    call = Call(**options)
     scores, labels, mask = _padded(scores, labels, mask)
     check_lambda(weighting, k, sigma, eps, mu)
     checks.choice("reduction_log", reduction_log, tuple(UNITS))
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
     if not scores.numel():
-        return _nothing(scores, reduction)
+        return _nothing(scores, call.reduction)
     return lists.lambda_loss(
         scores,
         labels,
@@ -96,11 +97,12 @@ def lambda_loss(
         eps=eps,
         mu=mu,
         unit=UNITS[reduction_log],
-        reduction=reduction,
-        backend=backend,
+        reduction=call.reduction,
+        backend=call.backend,
     )
 
 
+@expanded
 def rank_net(
     scores: Lists,
     labels: Lists,
@@ -110,8 +112,7 @@ def rank_net(
     sigma: float = 1.0,
     eps: float = 1e-10,
     reduction_log: str = "binary",
-    reduction: str = "mean",
-    backend: str = "auto",
+    **options: Unpack[RowOptions],
 ) -> Tensor:
     """RankNet (Burges et al. 2005): `lambda_loss` with weights of 1, whose parameters, result and errors it has.
 
@@ -129,14 +130,12 @@ def rank_net(
         sigma=sigma,
         eps=eps,
         reduction_log=reduction_log,
-        reduction=reduction,
-        backend=backend,
+        **options,
     )
 
 
-def list_net(
-    scores: Lists, labels: Lists, *, mask: Tensor | None = None, reduction: str = "mean", backend: str = "auto"
-) -> Tensor:
+@expanded
+def list_net(scores: Lists, labels: Lists, *, mask: Tensor | None = None, **options: Unpack[RowOptions]) -> Tensor:
     """ListNet (Cao et al. 2007), as sentence-transformers' cross-encoder loss.
 
         loss_q = -sum_i softmax(labels)_i log softmax(scores)_i
@@ -146,28 +145,28 @@ def list_net(
     Args:
         scores, labels, mask: see `lambda_loss`. Labels that require grad receive it.
         reduction: "mean" over queries, "sum" or "none" (`[Q]`).
-        backend: "auto", "triton", "chunked" or "reference"; second derivatives need "reference".
+        backend: {rows}; second derivatives need "reference".
 
     Returns, Raises: see `lambda_loss`.
 
     Example:
         >>> fusedloss.list_net(scores, teacher_scores, mask=is_document).backward()
     """
+    call = Call(**options)
     scores, labels, mask = _padded(scores, labels, mask)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
     if not scores.numel():
-        return _nothing(scores, reduction)
-    return lists.list_net(scores, labels, mask, reduction=reduction, backend=backend)
+        return _nothing(scores, call.reduction)
+    return lists.list_net(scores, labels, mask, reduction=call.reduction, backend=call.backend)
 
 
+@expanded
 def list_mle(
     scores: Lists,
     labels: Lists,
     *,
     mask: Tensor | None = None,
     respect_input_order: bool = True,
-    reduction: str = "mean",
-    backend: str = "auto",
+    **options: Unpack[RowOptions],
 ) -> Tensor:
     """ListMLE (Xia et al. 2008): minus the log-likelihood of the right order under Plackett-Luce.
 
@@ -184,11 +183,11 @@ def list_mle(
         mask=mask,
         lambda_weight=None,
         respect_input_order=respect_input_order,
-        reduction=reduction,
-        backend=backend,
+        **options,
     )
 
 
+@expanded
 def plist_mle(
     scores: Lists,
     labels: Lists,
@@ -196,8 +195,7 @@ def plist_mle(
     mask: Tensor | None = None,
     lambda_weight: str | Callable[[Tensor], Tensor] | None = "default",
     respect_input_order: bool = True,
-    reduction: str = "mean",
-    backend: str = "auto",
+    **options: Unpack[RowOptions],
 ) -> Tensor:
     """Position-aware ListMLE (Lan et al. 2014), as sentence-transformers' cross-encoder loss.
 
@@ -223,31 +221,31 @@ def plist_mle(
     Example:
         >>> fusedloss.plist_mle(scores, labels, mask=is_document, respect_input_order=False).backward()
     """
+    call = Call(**options)
     scores, labels, mask = _padded(scores, labels, mask)
     if not callable(lambda_weight) and lambda_weight is not None:
         checks.choice("lambda_weight", lambda_weight, ("default",))
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
     if not scores.numel():
-        return _nothing(scores, reduction)
+        return _nothing(scores, call.reduction)
     return lists.list_mle(
         scores,
         labels,
         mask,
         lambda_weight=lambda_weight,
         respect_input_order=respect_input_order,
-        reduction=reduction,
-        backend=backend,
+        reduction=call.reduction,
+        backend=call.backend,
     )
 
 
+@expanded
 def adr_mse(
     scores: Lists,
     labels: Lists,
     *,
     mask: Tensor | None = None,
     alpha: float = 1.0,
-    reduction: str = "mean",
-    backend: str = "auto",
+    **options: Unpack[RowOptions],
 ) -> Tensor:
     """Approximate discounted rank MSE (Schlatt et al. 2025), as sentence-transformers' cross-encoder loss.
 
@@ -260,19 +258,19 @@ def adr_mse(
         scores, labels, mask: see `lambda_loss`; clamping and NaN likewise.
         alpha: above 0; the higher, the closer is R to the rank.
         reduction: "mean" over documents (0 without one), "sum", or "none": `[Q]`, sums over each query.
-        backend: "auto", "triton", "chunked" or "reference"; second derivatives need "reference".
+        backend: {rows}; second derivatives need "reference".
 
     Returns, Raises: see `lambda_loss`.
 
     Example:
         >>> fusedloss.adr_mse(scores, labels, mask=is_document).backward()
     """
+    call = Call(**options)
     scores, labels, mask = _padded(scores, labels, mask)
     _positive("alpha", alpha)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
     if not scores.numel():
-        return _nothing(scores, reduction)
-    return lists.adr_mse(scores, labels, mask, alpha=alpha, reduction=reduction, backend=backend)
+        return _nothing(scores, call.reduction)
+    return lists.adr_mse(scores, labels, mask, alpha=alpha, reduction=call.reduction, backend=call.backend)
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,17 +11,18 @@ from torch.nn import functional as F
 from .. import checks
 from ._in_batch import of_rows
 from ._module import LossModule
+from ._options import Call, RowOptions, expanded
 from ._pairs import SIMILARITIES, check_columns, check_numbers, similarities, squares
 
 
+@expanded
 def margin_mse(
     query: Tensor,
     positive: Tensor,
     *negatives: Tensor,
     label: Tensor,
     similarity: str = "dot",
-    reduction: str = "mean",
-    backend: str = "auto",
+    **options: Unpack[RowOptions],
 ) -> Tensor:
     """MarginMSE (Hofstätter et al. 2021), as in sentence-transformers.
 
@@ -32,7 +35,6 @@ def margin_mse(
         similarity: "dot", "cos" (norms of at least 1e-12), "angle", or the negative of a distance, "euclidean" or
             "manhattan".
         reduction: "mean", "sum" or "none" (`[B]`).
-        backend: "auto", "triton", "chunked" or "reference".
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs. An empty batch gives 0.
@@ -45,21 +47,21 @@ def margin_mse(
         >>> margins = teacher_scores[:, 0] - teacher_scores[:, 1]
         >>> fusedloss.margin_mse(query, positive, negative, label=margins).backward()
     """
+    call = Call(**options)
     check_columns(query, positive, negatives)
     rows, count = query.shape[0], len(negatives)
     # A single negative's [B] and [B, 1] are the same; K + 1 scores are looked for before K margins.
     shapes = [(rows, count + 1), (rows, count), *([(rows,)] if count == 1 else [])]
     label = check_numbers("label", label, shapes, query)
     checks.choice("similarity", similarity, SIMILARITIES)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    near, *far = similarities(similarity, query, positive, *negatives, backend=backend)
+    near, *far = similarities(similarity, query, positive, *negatives, backend=call.backend)
     margins = label.detach().to(near.dtype)
     if label.shape == shapes[0]:
         margins = margins[:, :1] - margins[:, 1:]
     if count == 1:
-        return squares(near - far[0], margins.reshape(rows), reduction)
+        return squares(near - far[0], margins.reshape(rows), call.reduction)
     apart = near[:, None] - torch.stack(far, dim=1)
-    return of_rows(F.mse_loss(apart, margins, reduction="none").mean(1), reduction)
+    return of_rows(F.mse_loss(apart, margins, reduction="none").mean(1), call.reduction)
 
 
 class MarginMSELoss(LossModule, function=margin_mse, tensors=("label",), choices={"similarity": SIMILARITIES}):

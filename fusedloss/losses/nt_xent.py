@@ -46,7 +46,6 @@ def nt_xent(
         >>> z1, z2 = projector(encoder(augment(x))), projector(encoder(augment(x)))
         >>> fusedloss.nt_xent(z1, z2, temperature=0.5).backward()
     """
-
     return result_of(options, lambda call: call.request("nt_xent", nt_xent_problem(z1, z2, temperature, call)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -12,11 +13,13 @@ from .. import checks
 from ..rowwise.pairs import columns
 from ._in_batch import of_rows
 from ._module import LossModule
+from ._options import Call, RowBackendOptions, RowOptions, expanded
 from ._pairs import check_not_negative, check_numbers, check_rows, squares
 
 DISTANCES = ("cosine", "euclidean", "manhattan")
 
 
+@expanded
 def contrastive(
     a: Tensor,
     b: Tensor,
@@ -24,8 +27,7 @@ def contrastive(
     *,
     distance: str = "cosine",
     margin: float = 0.5,
-    reduction: str = "mean",
-    backend: str = "auto",
+    **options: Unpack[RowOptions],
 ) -> Tensor:
     """Contrastive loss (Hadsell et al. 2006), as in sentence-transformers: y = 1 is pulled, y = 0 pushed beyond margin.
 
@@ -40,7 +42,6 @@ def contrastive(
             have a finite gradient.
         margin: in the unit of the distance.
         reduction: "mean", "sum" or "none" (`[B]`).
-        backend: "auto", "triton", "chunked" or "reference".
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs. An empty batch gives 0.
@@ -53,14 +54,21 @@ def contrastive(
         >>> same = torch.tensor([1, 0, 1])
         >>> fusedloss.contrastive(encoder(a), encoder(b), same, margin=0.5).backward()
     """
-    d = _distances(a, b, label, distance, margin, backend)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    call = Call(**options)
+    d = _distances(a, b, label, distance, margin, call)
     y = label.to(d.dtype)
-    return of_rows(0.5 * torch.lerp((margin - d).relu().square(), d.square(), y), reduction)
+    return of_rows(0.5 * torch.lerp((margin - d).relu().square(), d.square(), y), call.reduction)
 
 
+@expanded
 def online_contrastive(
-    a: Tensor, b: Tensor, label: Tensor, *, distance: str = "cosine", margin: float = 0.5, backend: str = "auto"
+    a: Tensor,
+    b: Tensor,
+    label: Tensor,
+    *,
+    distance: str = "cosine",
+    margin: float = 0.5,
+    **options: Unpack[RowBackendOptions],
 ) -> Tensor:
     """`contrastive` over the hard pairs of the batch only, summed and without the half, as in sentence-transformers.
 
@@ -74,7 +82,7 @@ def online_contrastive(
     Example:
         >>> fusedloss.online_contrastive(encoder(a), encoder(b), same, margin=0.5).backward()
     """
-    d = _distances(a, b, label, distance, margin, backend)
+    d = _distances(a, b, label, distance, margin, Call(**options))
     if not d.shape[0]:
         return d.sum()
     with torch.no_grad():
@@ -91,17 +99,18 @@ def _mean(d: Tensor, chosen: Tensor) -> Tensor:
     return d.masked_fill(~chosen, 0).sum() / chosen.sum()
 
 
-def _distances(a: Tensor, b: Tensor, label: Tensor, distance: str, margin: float, backend: str) -> Tensor:
+def _distances(a: Tensor, b: Tensor, label: Tensor, distance: str, margin: float, call: Call) -> Tensor:
     check_rows(a=a, b=b)
     label = check_numbers("label", label, [(a.shape[0],)], a)
     check_not_negative("label", label)
     checks.choice("distance", distance, DISTANCES)
     checks.number("margin", margin)
     if distance == "cosine":
-        return 1 - columns("cos", a, b, eps=1e-8, backend=backend)[0]
-    return columns(distance, a, b, eps=1e-6, backend=backend)[0]
+        return 1 - columns("cos", a, b, eps=1e-8, backend=call.backend)[0]
+    return columns(distance, a, b, eps=1e-6, backend=call.backend)[0]
 
 
+@expanded
 def cosine_similarity(
     a: Tensor,
     b: Tensor,
@@ -109,8 +118,7 @@ def cosine_similarity(
     *,
     loss: str | Callable[[Tensor, Tensor], Tensor] = "mse",
     transform: Callable[[Tensor], Tensor] | None = None,
-    reduction: str = "mean",
-    backend: str = "auto",
+    **options: Unpack[RowOptions],
 ) -> Tensor:
     """A loss between the cosine of each pair and its gold score, as sentence-transformers' CosineSimilarityLoss.
 
@@ -123,7 +131,6 @@ def cosine_similarity(
         loss: "mse", or a function (or module) of two tensors [B], as `torch.nn.L1Loss()`, which reduces them itself.
         transform: applied to the cosines [B] first, as `torch.nn.Sigmoid()`; None: nothing.
         reduction: "mean", "sum" or "none" (`[B]`); of "mse".
-        backend: "auto", "triton", "chunked" or "reference".
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs; or what `loss` returns.
@@ -137,23 +144,24 @@ def cosine_similarity(
         >>> fusedloss.cosine_similarity(encoder(a), encoder(b), gold).backward()
     """
     check_rows(a=a, b=b)
+    call = Call(**options)
     score = check_numbers("score", score, [(a.shape[0],)], a)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
     if loss != "mse" and not callable(loss):
         raise ValueError(f"loss is {loss!r}: needs 'mse' or a function of two tensors [B]")
     if transform is not None and not callable(transform):
         raise TypeError(f"transform is a {type(transform).__name__}: needs a function of a tensor [B], or None")
-    if callable(loss) and reduction != "mean":
-        raise ValueError(f"reduction is {reduction!r}, but loss is a function, which reduces by itself")
-    cosines = columns("cos", a, b, eps=1e-8, backend=backend)[0]
+    if callable(loss) and call.reduction != "mean":
+        raise ValueError(f"reduction is {call.reduction!r}, but loss is a function, which reduces by itself")
+    cosines = columns("cos", a, b, eps=1e-8, backend=call.backend)[0]
     target = score if score.dtype == cosines.dtype else score.to(cosines.dtype)
     if transform is not None:
         cosines = transform(cosines)
-    return loss(cosines, target) if callable(loss) else squares(cosines, target, reduction)
+    return loss(cosines, target) if callable(loss) else squares(cosines, target, call.reduction)
 
 
+@expanded
 def contrastive_tension(
-    a: Tensor, b: Tensor, label: Tensor, *, reduction: str = "sum", backend: str = "auto"
+    a: Tensor, b: Tensor, label: Tensor, *, reduction: str = "sum", **options: Unpack[RowBackendOptions]
 ) -> Tensor:
     """Contrastive tension (Carlsson et al. 2021), as in sentence-transformers: is this the same sentence twice?
 
@@ -163,7 +171,6 @@ def contrastive_tension(
         a, b: `[B, D]`, each by its own encoder.
         label: `[B]`, any real dtype: 1 for the same sentence, 0 for another; one below 0 is an error on a CPU.
         reduction: "sum" (the paper's), "mean" or "none" (`[B]`).
-        backend: "auto", "triton", "chunked" or "reference".
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
@@ -179,11 +186,11 @@ def contrastive_tension(
     check_rows(a=a, b=b)
     label = check_numbers("label", label, [(a.shape[0],)], a)
     check_not_negative("label", label)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    dots = columns("dot", a, b, backend=backend)[0]
+    call = Call(reduction=reduction, **options)
+    dots = columns("dot", a, b, backend=call.backend)[0]
     y = label.to(dots.dtype)
     # torch's binary cross-entropy subtracts dots of 5 from 5.008: a small loss would be left with half its digits.
-    return of_rows((y - 1) * F.logsigmoid(-dots) - y * F.logsigmoid(dots), reduction)
+    return of_rows((y - 1) * F.logsigmoid(-dots) - y * F.logsigmoid(dots), call.reduction)
 
 
 class ContrastiveLoss(LossModule, function=contrastive, choices={"distance": DISTANCES}):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from torch import Tensor
 
 from .. import checks
 from ..rowwise import classes
 from ..rowwise.pair_logits import PARTS, pair_logits
 from ._module import LossModule
+from ._options import Call, RowOptions, expanded
 
 
+@expanded
 def softmax_pair(
     u: Tensor,
     v: Tensor,
@@ -21,8 +25,7 @@ def softmax_pair(
     class_weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    backend: str = "auto",
+    **options: Unpack[RowOptions],
 ) -> Tensor:
     """Cross-entropy of a linear layer on [u; v; |u - v|; u v] (Reimers and Gurevych 2019), as in sentence-transformers.
 
@@ -43,7 +46,7 @@ def softmax_pair(
         ignore_index: rows whose target is this are left out.
         label_smoothing: from 0 to 1, the share of the target that is spread evenly over the classes.
         reduction: "mean" (0 if no row counts), "sum", or "none" (`[B]`, 0 for left-out rows).
-        backend: "auto", "triton", "chunked" or "reference"; second derivatives need "reference".
+        backend: {rows}; second derivatives need "reference".
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 where an input is.
@@ -57,6 +60,7 @@ def softmax_pair(
         >>> classifier = torch.nn.Linear(3 * 768, 3)
         >>> fusedloss.softmax_pair(encode(a), encode(b), classifier.weight, classifier.bias, labels).backward()
     """
+    call = Call(**options)
     checks.embeddings(u=u, v=v)
     if u.dtype != v.dtype:  # under autocast
         v = v.to(u.dtype)
@@ -79,12 +83,11 @@ def softmax_pair(
     checks.same_device("weight", weight, "u", u)
     if bias is not None:
         checks.vector("bias", bias, weight.shape[0], "class", u)
-    logits = pair_logits(u, v, weight, bias, parts, backend)
+    logits = pair_logits(u, v, weight, bias, parts, call.backend)
     if target is None:
         return logits
     checks.index("ignore_index", ignore_index)
     checks.share("label_smoothing", label_smoothing)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
     if class_weight is not None:
         checks.vector("class_weight", class_weight, weight.shape[0], "class", u)
         class_weight = class_weight.detach()
@@ -100,10 +103,10 @@ def softmax_pair(
         target,
         class_weight,
         ignore_index=ignore_index,
-        reduction=reduction,
+        reduction=call.reduction,
         label_smoothing=label_smoothing,
         empty=0.0,
-        backend=backend,
+        backend=call.backend,
     )
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from torch import Tensor
 
 from .. import checks
 from ..rowwise.pairs import columns
 from ._in_batch import of_rows
 from ._module import LossModule
+from ._options import Call, RowOptions, expanded
 from ._pairs import check_rows
 
 DISTANCES = ("euclidean", "cosine", "manhattan")
 
 
+@expanded
 def triplet(
     anchor: Tensor,
     positive: Tensor,
@@ -20,8 +24,7 @@ def triplet(
     *,
     distance: str = "euclidean",
     margin: float = 5.0,
-    reduction: str = "mean",
-    backend: str = "auto",
+    **options: Unpack[RowOptions],
 ) -> Tensor:
     """Triplet loss (Schroff et al. 2015; Hermans et al. 2017), as in sentence-transformers.
 
@@ -33,7 +36,6 @@ def triplet(
             "manhattan".
         margin: in the unit of the distance.
         reduction: "mean", "sum" or "none" (`[B]`).
-        backend: "auto", "triton", "chunked" or "reference".
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs. An empty batch gives 0.
@@ -46,17 +48,17 @@ def triplet(
         >>> query, answer, other = encode(questions), encode(answers), encode(others)
         >>> fusedloss.triplet(query, answer, other, distance="cosine", margin=0.3).backward()
     """
+    call = Call(**options)
     check_rows(anchor=anchor, positive=positive, negative=negative)
     checks.choice("distance", distance, DISTANCES)
     checks.number("margin", margin)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
     if distance == "cosine":
-        near, far = columns("cos", anchor, positive, negative, backend=backend)
+        near, far = columns("cos", anchor, positive, negative, backend=call.backend)
         apart = far - near  # (1 - near) - (1 - far) would be rounded twice more
     else:
-        near, far = columns(distance, anchor, positive, negative, backend=backend)
+        near, far = columns(distance, anchor, positive, negative, backend=call.backend)
         apart = near - far
-    return of_rows((apart + margin).relu(), reduction)
+    return of_rows((apart + margin).relu(), call.reduction)
 
 
 class TripletLoss(LossModule, function=triplet, choices={"distance": DISTANCES}):
