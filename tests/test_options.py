@@ -89,6 +89,14 @@ def test_help_has_a_line_for_each_option(name):
     assert all(len(line) <= 116 for line in doc.splitlines())
 
 
+@pytest.mark.parametrize("name", sorted(functional.__all__))
+def test_no_place_is_left_open_in_help(name):
+    doc = inspect.getdoc(getattr(functional, name))
+    assert not re.search(r"\{(backends|rows)\}", doc) and doc == inspect.cleandoc(doc)
+    for text in re.findall(r'"auto", .*?"reference"', doc):
+        assert re.findall(r'"(\w+)"', text) in (["auto", *checks.BACKENDS], ["auto", *checks.BACKENDS[1:]])
+
+
 def test_no_loss_is_left_out():
     """Every function that takes a backend is one of the above; every option has a text and a default."""
     takes = {n for n in functional.__all__ if "backend" in inspect.signature(getattr(functional, n)).parameters}

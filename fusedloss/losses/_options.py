@@ -21,6 +21,7 @@ from ..problem import Problem
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class ReductionOptions(TypedDict, total=False):
@@ -166,6 +167,12 @@ def expanded(function: Callable[P, R]) -> Callable[P, R]:
     function.__signature__ = signature  # type: ignore[attr-defined]
     function.__doc__ = _with_options(inspect.cleandoc(function.__doc__ or ""), [p.name for p in shared])
     return checks.explained(function)
+
+
+def documented(function: Function) -> Function:
+    """The function itself, whose docstring has the names of backends: for one that enumerates its options."""
+    function.__doc__ = _named(inspect.cleandoc(function.__doc__ or ""))
+    return function
 
 
 def _with_options(doc: str, names: list[str]) -> str:

@@ -7,9 +7,11 @@ from torch.nn import functional as F
 
 from .. import checks
 from ..rowwise.pointwise import BinaryCrossEntropy, loss
+from ._options import documented
 from ._twin import TwinModule, check_weight, ordinary, promoted, reduction_of, tensors
 
 
+@documented
 def binary_cross_entropy_with_logits(
     input: Tensor,
     target: Tensor,
@@ -38,7 +40,7 @@ def binary_cross_entropy_with_logits(
         size_average, reduce: deprecated in torch, as there.
         reduction: "mean" (NaN of nothing, as in torch), "sum" or "none".
         pos_weight: of the positive labels, broadcasts to `input`'s shape: `[C]` by class.
-        backend: "auto", "triton", "chunked" or "reference"; second derivatives need "reference".
+        backend: {rows}; second derivatives need "reference".
 
     All four tensors receive gradients. Tensor subclasses are left to torch.
 

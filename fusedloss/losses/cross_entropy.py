@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from .. import checks
 from ..rowwise import classes
+from ._options import documented
 
 
+@documented
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -50,7 +52,7 @@ def cross_entropy(
         z_loss: this many times (log sum_j exp(z_ij))^2 is added to each row that counts, without class weight (PaLM;
             Liger's lse_square_scale). Its mean is over the rows that count.
         softcap: logits become softcap * tanh(input / softcap) first (Gemma 2).
-        backend: "auto", "triton", "chunked" or "reference".
+        backend: {rows}.
 
     Returns:
         0-dim, or rows for "none", in `input`'s dtype (float32 under autocast). A mean over nothing is NaN, as in torch.

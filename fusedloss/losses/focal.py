@@ -12,8 +12,10 @@ from ..problem import stats_dtype
 from ..rowwise.classes import focal_classes
 from ..rowwise.pointwise import Focal, loss, transformed
 from ._module import LossModule
+from ._options import documented
 
 
+@documented
 def focal(
     input: Tensor,
     target: Tensor,
@@ -44,7 +46,7 @@ def focal(
         reduction: "mean" (labels: over all elements, 0 if there are none; classes: over the rows that are not
             ignored), "sum" or "none".
         ignore_index: classes only: rows with this target are left out.
-        backend: "auto", "triton", "chunked" or "reference"; second derivatives need "reference".
+        backend: {rows}; second derivatives need "reference".
 
     Returns:
         0-dim, or for "none" of the target's shape; float32, or float64 for float64 inputs.

@@ -67,8 +67,8 @@ def lambda_loss(
         reduction_log: "binary" (bits) or "natural".
         mu: of "ndcg_loss2pp".
         reduction: "mean" over all pairs that count (0 without one), "sum", or "none": `[Q]`, sums over each query.
-        backend: "auto", "triton" (not with a function), "chunked" or "reference"; second
-            derivatives need "reference", as nothing but the gradient is kept.
+        backend: {rows}; with a function not "triton".
+            Second derivatives need "reference", as nothing but the gradient is kept.
 
     Returns:
         A 0-dim tensor (`[Q]` for "none"), float32, or float64 for float64 scores.
@@ -213,8 +213,8 @@ def plist_mle(
             sorted by label, the highest first and equal ones as they came (in sentence-transformers, where their
             order is the sort's choice, the loss of equal labels depends on it from 17 documents on).
         reduction: "mean" over queries, "sum" or "none" (`[Q]`).
-        backend: "auto", "triton" (up to 4096 documents), "chunked" or "reference"; second
-            derivatives need "reference".
+        backend: {rows}; "triton" takes up to 4096
+            documents. Second derivatives need "reference".
 
     Returns, Raises: see `lambda_loss`.
 

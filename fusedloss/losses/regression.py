@@ -13,9 +13,11 @@ from torch.nn import functional as F
 from .. import checks
 from ..problem import stats_dtype
 from ..rowwise.pointwise import Difference, loss
+from ._options import documented
 from ._twin import TwinModule, check_weight, ordinary, promoted, reduction_of, same_shape, tensors
 
 
+@documented
 def mse(
     input: Tensor,
     target: Tensor,
@@ -43,7 +45,7 @@ def mse(
         weight: of the elements. Torch needs `input`'s shape; here anything that broadcasts to the loss does, such as
             `[C]` by column or `[M, 1]` by row. A weighted mean is `sum(weight * loss) / sum(weight)`, as in torch.
         under, over: what the losses of predictions below and above their target are multiplied by.
-        backend: "auto", "triton", "chunked" or "reference"; second derivatives need "reference".
+        backend: {rows}; second derivatives need "reference".
 
     `input`, `target` and `weight` receive gradients. Integers, complex numbers and tensor subclasses are left to torch.
 
