@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import checks, op, ring, sweep
-from .backends import BACKENDS, UnsupportedError, select
+from .backends import SWEEPS, UnsupportedError, select
 from .collectives import gather, scatter, total
 from .problem import Block, Problem, Ranks
 from .ring import Shards
@@ -310,9 +310,9 @@ def _check_workspaces(
             pairs = zip(problem.operands, sizes, strict=True)
             most = (x.new_empty(1, x.shape[1]).expand(_most(ranks, around), -1) for x, ranks in pairs)
             whole = replace(problem, operands=tuple(most))
-            backend = BACKENDS[select(problem, call.backend, plain=False)]
-            if backend is not BACKENDS["reference"]:
-                sweep.workspace_shape(whole, backend)
+            backend = select(problem, call.backend, plain=False)
+            if backend in SWEEPS:
+                sweep.workspace_shape(whole, SWEEPS[backend])
     except (UnsupportedError, ValueError) as refusal:
         error = refusal
     said = "" if error is None else _told(error)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checks, sweep
-from .backends import BACKENDS, reference
+from .backends import SWEEPS, reference
 from .errors import UnsupportedError
 from .packing import Flat, pack, put_together, take_apart, unpack
 from .problem import Problem, savable, saved_dtype, stats_dtype
@@ -85,7 +85,7 @@ def top_rows(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         value, column = torch.ops.fusedloss.top_rows(*pack(problem), backend)
         return value, column
-    return sweep.top_rows(problem, BACKENDS[backend])
+    return sweep.top_rows(problem, SWEEPS[backend])
 
 
 def execute(
@@ -101,7 +101,7 @@ def execute(
     has_bias = [block.bias is not None for block in problem.blocks]
     biases = tuple([has and next(flags) for has in has_bias])
     wants = Wants(operands, next(flags), biases, tuple(flags))
-    result = sweep.run(problem, BACKENDS[how.backend], wants)
+    result = sweep.run(problem, SWEEPS[how.backend], wants)
     if not traced and audit.due():
         audit.look(problem, how.backend, result.rows, result.operands)
     value = result.rows if how.per_row else result.rows.sum()
@@ -124,7 +124,7 @@ class _Loss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.empty, ctx.how, ctx.wanted, ctx.count = empty, how, wanted, len(inputs)
         if how.per_row:  # the backward sweeps: what it would be refused is refused now
-            sweep.workspace_shape(problem, BACKENDS[how.backend])
+            sweep.workspace_shape(problem, SWEEPS[how.backend])
         ctx.save_for_backward(*inputs, *constants)
         value, counted, gradients = execute(problem, how, _in_forward(how, wanted))
         ctx.gradients = None if how.per_row else gradients
@@ -280,7 +280,7 @@ def _top_rows(
     names: str,
     backend: str,
 ) -> list[Tensor]:
-    return list(sweep.top_rows(unpack(Flat(inputs, constants, ints, floats, names)), BACKENDS[backend]))
+    return list(sweep.top_rows(unpack(Flat(inputs, constants, ints, floats, names)), SWEEPS[backend]))
 
 
 @_top_rows.register_fake

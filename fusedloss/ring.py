@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import sweep
-from .backends import BACKENDS
+from .backends import SWEEPS
+from .backends.protocol import Sweeps
 from .collectives import around, group_of
 from .problem import Block, Mask, Problem, Ranks, RowSums, Softmax, savable, without_autocast
 from .rows import merge
@@ -189,7 +189,7 @@ def _within(index: Tensor, sizes: tuple[int, ...], shard: int) -> Tensor:
 class Around:
     """One loss: the rows once the ring has been gone around, and then the gradients of their sum."""
 
-    def __init__(self, shards: Shards, backend: ModuleType, wants: Wants):
+    def __init__(self, shards: Shards, backend: Sweeps, wants: Wants):
         self.shards, self.backend, self.wants = shards, backend, wants
         problem = shards.problem
         self.weight = problem.weight / 2 if problem.symmetric else problem.weight
@@ -283,7 +283,7 @@ class Around:
 class Once:
     """A loss that is a sum over columns: it needs no normaliser, and goes around once, with its gradients if wanted."""
 
-    def __init__(self, shards: Shards, backend: ModuleType, wants: Wants):
+    def __init__(self, shards: Shards, backend: Sweeps, wants: Wants):
         self.shards, self.backend, self.wants = shards, backend, wants
 
     def losses(self) -> Tensor:
@@ -392,7 +392,7 @@ def loss_rows_or_sum(shards: Shards, backend: str, per_row: bool) -> Tensor:
     by_operand = tuple(next(flags) for _ in problem.operands)
     by_bias = tuple(block.bias is not None and next(flags) for block in problem.blocks)
     wants = Wants(by_operand, by_scale, by_bias, tuple(flags))
-    ring = (Around if problem.fold is None else Once)(shards, BACKENDS[backend], wants)
+    ring = (Around if problem.fold is None else Once)(shards, SWEEPS[backend], wants)
     return _Ring.apply(ring, per_row, *map(savable, tensors))
 
 

@@ -1,34 +1,8 @@
 """The backends, and how one is chosen.
 
-A backend is a module with `why_not(problem) -> str | None`. The sweep backends (`chunked`, `triton`) also provide the
-primitives that the driver in `sweep/` calls. On one row chunk:
-
-    can_exp(problem)             whether `exp_rows` may be used: it finds, or the host knows, a safe shift
-    can_store(problem)           whether one shift serves rows and columns: `exp_rows_and_columns` and `weigh`
-    can_fold(problem)            whether `fold_rows` does what is otherwise `similarities` and a fold in torch
-    takes_units(problem)         whether operands come as unit rows instead of with factors
-    workspace_dtype(problem), workspace_copies(problem)   of the bounded workspace: its dtype, and what stands beside it
-    stats_rows(strips, tally, score)                         -> RowSums           and adds to the tally, if any
-    stats_rows_and_columns(strip, tally, score)              -> RowSums, RowSums  likewise
-    exp_rows(problem, strips, outs, target_sim, tally, score) -> RowSums, q       writes E = exp(z - shift)
-    exp_rows_and_columns(problem, strip, out)                -> RowSums, RowSums  likewise
-    grad_rows(strips, outs, rows, columns, entry, gain, smooth) -> q              writes dz * gain
-    top_rows(strips)                                         -> largest logits, their columns
-    similarities(strip, out)                                 writes them, for folds
-    fold_rows(problem, strip, out, part, score)              -> Folded            writes the gradient, if `out`
-    guide_room(strip), guide_rows(strips, rule, room, own)   -> a block's StripMask.dropped each
-    guide_scores(strip, room) -> [R]                         what a guide's threshold is read out of
-
-Writers store `value * row_factor * col_factor`, multiplied before rounding; at the target 0, `grad_rows` its entry.
-What surrounds them, per row, with `rows.py` as its definition:
-
-    operand(x)                   x as the kernels read it: itself, or an aligned copy
-    prepare, inverse_norms       1/norms and the targets' logits
-    merge, settle, weigh         partial sums -> loss, weight / l, the target's entry
-    finish                       a product -> the gradient: scale, 1/l, the projection through the norms
-
-`reference` materialises the logits and is ordinary differentiable torch: `loss_rows(problem)`, `top_rows(problem)`.
-A backend that takes `problem.prefixes` also has `admitted(mask, tile)`.
+A backend is a module with `why_not(problem) -> str | None`. `cuda`, `triton` and `chunked` have the primitives of
+`protocol.Sweeps`, which the driver in `sweep/` calls. `reference` materialises the logits and is ordinary
+differentiable torch: `loss_rows(problem)`, `top_rows(problem)`.
 """
 
 from __future__ import annotations
@@ -46,7 +20,9 @@ from ..problem import Problem
 from ..trust import ask, families
 from ..trust import order as order_
 from . import chunked, cuda, reference, triton
+from .protocol import Sweeps
 
+SWEEPS: dict[str, Sweeps] = {"cuda": cuda, "triton": triton, "chunked": chunked}
 BACKENDS: dict[str, ModuleType] = dict(zip(checks.BACKENDS, (cuda, triton, chunked, reference), strict=True))
 
 Candidates = Sequence[tuple[str, bool]]  # in order, and whether it is settled that its kernels may run

@@ -19,11 +19,15 @@ from torch import Tensor
 
 from .. import checks, products
 from ..problem import SAFE_SCALE as SHIFTED_SCALE
-from ..problem import GuideRule, Patch, Problem, RowSums, Softmax, Strip, StripMask, Tally, inverse_norms, stats_dtype
-from ..rows import finish, guide_threshold, merge, operand, patch_target, prepare, settle
+from ..problem import GuideRule, Patch, Problem, RowSums, Softmax, Strip, StripMask, Tally, stats_dtype
+from ..problem import inverse_norms as inverse_norms
+from ..rows import finish as finish  # torch has no faster way to this, nor to the others that are handed on
+from ..rows import guide_threshold, patch_target
+from ..rows import merge as merge
+from ..rows import operand as operand
+from ..rows import prepare as prepare
+from ..rows import settle as settle
 from .shared import exp_shift
-
-__all__ = ["finish", "inverse_norms", "merge", "operand", "prepare", "settle"]  # torch has no faster way to these
 
 LOG2E = math.log2(math.e)
 BIT_ROWS = 128  # at a time in fp64: 768 KiB at D = 768

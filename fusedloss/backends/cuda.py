@@ -25,10 +25,15 @@ from ..folds import (
 )
 from ..problem import Fold, GuideRule, Mask, Patch, Problem, RowSums, Softmax, Strip, StripMask, Tally, stats_dtype
 from ..rows import fold_scalars, guide_threshold, patch_target, tf32
-from .cuda_rows import call, extension, finish, inverse_norms, merge, number_format, prepare, settle, struct, weigh
-from .shared import can_exp, exp_shift
-
-__all__ = ["can_exp", "finish", "inverse_norms", "merge", "prepare", "settle", "weigh"]
+from .cuda_rows import call, extension, number_format, struct
+from .cuda_rows import finish as finish
+from .cuda_rows import inverse_norms as inverse_norms
+from .cuda_rows import merge as merge
+from .cuda_rows import prepare as prepare
+from .cuda_rows import settle as settle
+from .cuda_rows import weigh as weigh
+from .shared import can_exp as can_exp
+from .shared import exp_shift
 
 NOT_BUILT = (
     "not built: there was no nvcc or no GPU at installation; install with FUSEDLOSS_CUDA=1, which takes nvcc alone"

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from ..backends.protocol import Stores, Sweeps
 from ..collectives import gather, merge_columns
 from ..problem import (
     Prepared,
@@ -54,7 +54,7 @@ class Result(NamedTuple):
 
 
 @torch.no_grad()
-def run(problem: Problem, backend: ModuleType, wants: Wants) -> Result:
+def run(problem: Problem, backend: Sweeps, wants: Wants) -> Result:
     """The weighted losses and the gradients of their sum."""
     once = _prefixed if problem.prefixes else _swept
     if not autocasting(problem.operands[0]):
@@ -63,11 +63,11 @@ def run(problem: Problem, backend: ModuleType, wants: Wants) -> Result:
         return once(problem, backend, wants)
 
 
-def _swept(problem: Problem, backend: ModuleType, wants: Wants) -> Result:
+def _swept(problem: Problem, backend: Sweeps, wants: Wants) -> Result:
     return _Sweep(problem, backend, wants).run()
 
 
-def _prefixed(problem: Problem, backend: ModuleType, wants: Wants) -> Result:
+def _prefixed(problem: Problem, backend: Sweeps, wants: Wants) -> Result:
     """All prefixes out of one similarity product: `prefixes.py`, which walks the same chunks."""
     width, columns = len(problem.prefixes), problem.columns
     chunk = chunks.stats_rows(problem.device)
@@ -82,7 +82,7 @@ def _prefixed(problem: Problem, backend: ModuleType, wants: Wants) -> Result:
 
 
 @torch.no_grad()
-def top_rows(problem: Problem, backend: ModuleType) -> tuple[Tensor, Tensor]:
+def top_rows(problem: Problem, backend: Sweeps) -> tuple[Tensor, Tensor]:
     """Each row's largest logit and its column, the first on ties; -inf and -1 where no column competes."""
     if not problem.rows or not problem.columns:
         return torch.full_like(problem.weight, -torch.inf), torch.full_like(problem.target, -1)
@@ -99,7 +99,7 @@ class _Sweep:
     def __init__(
         self,
         problem: Problem,
-        backend: ModuleType,
+        backend: Sweeps,
         wants: Wants,
         elsewhere: Elsewhere | None = None,
         into: Mapping[int, Tensor] | None = None,
@@ -261,6 +261,7 @@ class _Sweep:
         if ranks is not None:  # this rank settles its own columns, whose targets are its rows
             shift, total = merge_columns(columns or RowSums.empty(problem.columns, weight), ranks)
             columns = RowSums(shift[: problem.rows], total[: problem.rows])
+        assert columns is not None  # found has a chunk, or ranks have
         by_column = backend.settle(columns, score, weight)
         by_row, column_softmax = rows.softmax(inputs.target_sim), by_column.softmax(inputs.target_sim)
         if ranks is not None:
@@ -279,12 +280,12 @@ class _Sweep:
 
     def _stored(self, weight: Tensor) -> Tensor:
         ((chunk, outs),) = self._chunks()
-        inputs = self.inputs
-        sums, column_sums = self.backend.exp_rows_and_columns(self.problem, self.admission.strips(chunk)[0], outs[0])
+        inputs, backend = self.inputs, cast(Stores, self.backend)
+        sums, column_sums = backend.exp_rows_and_columns(self.problem, self.admission.strips(chunk)[0], outs[0])
         rows = inputs.settle(chunk, sums, weight)
-        columns = self.backend.settle(column_sums, inputs.prepared.score, weight)
+        columns = backend.settle(column_sums, inputs.prepared.score, weight)
         entry = rows.entry + columns.entry
-        self.backend.weigh(inputs.patch(chunk, outs[0]), rows.weight, columns.weight, entry)
+        backend.weigh(inputs.patch(chunk, outs[0]), rows.weight, columns.weight, entry)
         self.gradients.contract(chunk, outs)
         return rows.loss + columns.loss
 

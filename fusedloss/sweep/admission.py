@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from ..backends.protocol import Admits
 from ..problem import Block, Strip, StripMask, rows_of, stats_dtype
 from ..rows import fresh, score_ties, tie_to_exact
 from . import chunks
@@ -85,7 +87,7 @@ class Admission:
         if rows != self.chunk:
             self.last, self.chunk = [strip.mask for strip in self.strips(rows)], rows
         mask = self.last[block]
-        return None if mask is None else self.backend.admitted(mask, columns)
+        return None if mask is None else cast(Admits, self.backend).admitted(mask, columns)
 
     def guide_scores(self) -> Tensor | None:
         """What a guide's thresholds are read out of, for all rows."""

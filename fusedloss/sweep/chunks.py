@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..backends.protocol import Sweeps
 from ..problem import Problem
 from ..rows import fresh
 from ..waves import wave_rows
@@ -49,7 +49,7 @@ def chunk_rows(M: int, N: int, D: int, itemsize: int, device: torch.device, work
     return max(1, min(max(MIN_ROWS, rows // MIN_ROWS * MIN_ROWS), M))
 
 
-def workspace_shape(problem: Problem, backend: ModuleType) -> tuple[tuple[int, int], torch.dtype]:
+def workspace_shape(problem: Problem, backend: Sweeps) -> tuple[tuple[int, int], torch.dtype]:
     """(rows, columns) and dtype of the workspace; raises where the budget does not allow one."""
     dtype, D = backend.workspace_dtype(problem), problem.operands[0].shape[1]
     width = sum(_block_widths(problem))
@@ -67,7 +67,7 @@ def _properties(device: torch.device):
     return torch.cuda.get_device_properties(device)
 
 
-def workspace(problem: Problem, backend: ModuleType) -> Tensor:
+def workspace(problem: Problem, backend: Sweeps) -> Tensor:
     shape, dtype = workspace_shape(problem, backend)
     return fresh(problem.scale, shape, dtype)
 

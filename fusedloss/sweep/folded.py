@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from .. import products
+from ..backends.protocol import FoldsRows
 from ..folds import FOLDS, Folded
 from ..problem import Fold, Strip, rows_of
 from ..rows import fold_part, fold_scalars, largest_finite, power_of_two, squared_distances
@@ -22,7 +25,7 @@ def fold_chunk(inputs: Inputs, gradients: Gradients, chunk: slice, strip: Strip,
     part = fold_part(problem, chunk)
     if backend.can_fold(problem):
         score = rows_of(inputs.prepared.score, chunk)
-        folded = backend.fold_rows(problem, strip, out if wanted else None, part, score)
+        folded = cast(FoldsRows, backend).fold_rows(problem, strip, out if wanted else None, part, score)
     else:
         apart = _values(inputs, fold, chunk, strip, out)
         folded = FOLDS[fold.name][0](out, part, fold_scalars(problem), fold.options, wanted)

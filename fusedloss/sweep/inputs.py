@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..backends.protocol import Sweeps
 from ..problem import Patch, Prepared, Problem, RowSums, Settled, Strip, StripMask, rows_of, stats_dtype
 
 
@@ -23,7 +23,7 @@ class Inputs:
     """given: the operands as the backend wants them. operands: those, or unit rows of fp32 where it takes `units`;
     their factors then are None. scales: by penalty."""
 
-    def __init__(self, problem: Problem, backend: ModuleType, by_scale: bool, elsewhere: Elsewhere | None = None):
+    def __init__(self, problem: Problem, backend: Sweeps, by_scale: bool, elsewhere: Elsewhere | None = None):
         """by_scale: whether the scale's gradient is wanted."""
         self.problem, self.backend = problem, backend
         self.dtype = stats_dtype(problem.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import sweep
-from ..backends import BACKENDS, reference
+from ..backends import SWEEPS, reference
 from ..problem import Block, Compare, Fold, Guide, GuideRule, Margin, Mask, Problem
 from ..rows import without_target
 from ..sweep import Partial, Wants
@@ -184,7 +184,7 @@ def top(draw: Draw, rows: int, columns: int, dim: int, *, mask: Masking | None =
         if backend == "reference":
             largest, column = reference.top_rows(problem)
         else:
-            largest, column = sweep.top_rows(problem, BACKENDS[backend])
+            largest, column = sweep.top_rows(problem, SWEEPS[backend])
         return {"largest": largest, "column": column}
 
     return run
@@ -207,7 +207,7 @@ def partial(draw: Draw, rows: int, columns: int, dim: int, *, symmetric: bool) -
         else:
             nothing = Wants((False, False), False, (False,))
             with torch.no_grad():
-                sums = Partial(problem, BACKENDS[backend], nothing).sums()
+                sums = Partial(problem, SWEEPS[backend], nothing).sums()
             found = [side.shift + side.total.log() for side in sums if side is not None]
         names = ("rows' log-sum-exp", "columns' log-sum-exp")
         return dict(zip(names[: 1 + symmetric], found, strict=False))
@@ -222,7 +222,7 @@ def _run(problem: Problem, wants: Wants, lost: float) -> Run:
     def run(backend: str) -> Outputs:
         if backend == "reference":
             return _by_formula(problem, wants, lost)
-        found = sweep.run(problem, BACKENDS[backend], wants)
+        found = sweep.run(problem, SWEEPS[backend], wants)
         named: dict[str, Tensor | None] = {"losses": found.rows}
         named |= {f"gradient of operand {number}": g for number, g in enumerate(found.operands)}
         named |= {f"gradient of bias {number}": g for number, g in enumerate(found.biases)}

@@ -1,0 +1,173 @@
+"""What the driver in `sweep/` asks of a backend, on one chunk of rows: mypy holds each of them to it.
+
+Writers store `value * row_factor * col_factor`, multiplied before rounding; at the target 0, `grad_rows` its entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..folds import Folded, Part
+from ..problem import (
+    NO_RULE,
+    GuideRule,
+    Patch,
+    Prepared,
+    Problem,
+    RowRule,
+    RowSums,
+    Settled,
+    Softmax,
+    Strip,
+    StripMask,
+    Tally,
+)
+
+
+class Rows(Protocol):
+    """What happens once per row; `fusedloss.rows` is the definition."""
+
+    def operand(self, x: Tensor) -> Tensor:
+        """x as the kernels read it: itself, or an aligned copy."""
+
+    def inverse_norms(self, y: Tensor, /) -> Tensor: ...
+
+    def prepare(
+        self,
+        x: Tensor,
+        y: Tensor,
+        target: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        rule: RowRule = NO_RULE,
+        *,
+        cosine: bool,
+        wants_target_sim: bool,
+    ) -> Prepared:
+        """1/norms and the targets' logits."""
+
+    def merge(self, running: RowSums, part: RowSums) -> RowSums:
+        """The sums over the union of two disjoint sets of columns."""
+
+    def settle(
+        self,
+        sums: RowSums,
+        score: Tensor,
+        weight: Tensor,
+        rule: RowRule = NO_RULE,
+        *,
+        smooth: Tensor | None = None,
+        slope: Tensor | None = None,
+        patch: Patch | None = None,
+        scaled: Sequence[Tensor] = (),
+        dtype: torch.dtype | None = None,
+    ) -> Settled:
+        """Partial sums -> loss, weight / l, the target's entry."""
+
+    def finish(
+        self,
+        total: Tensor,
+        over_l: Tensor | None,
+        scale: Tensor,
+        gain: Tensor | None,
+        x: Tensor,
+        factor: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """A product -> the gradient: scale, 1/l, the projection through the norms."""
+
+
+class Sweeps(Rows, Protocol):
+    """The primitives of every backend. Strips are the blocks of a chunk, side by side under one normaliser."""
+
+    def why_not(self, problem: Problem) -> str | None:
+        """Why this backend does not run the problem."""
+
+    def takes_units(self, problem: Problem) -> bool:
+        """Whether operands come as unit rows instead of with factors."""
+
+    def can_exp(self, problem: Problem) -> bool:
+        """Whether `exp_rows` may be used: it finds, or the host knows, a safe shift."""
+
+    def can_store(self, problem: Problem) -> bool:
+        """Whether one shift serves rows and columns: the backend is one that `Stores`."""
+
+    def can_fold(self, problem: Problem) -> bool:
+        """Whether `fold_rows` does what is otherwise `similarities` and a fold in torch: the backend `FoldsRows`."""
+
+    def workspace_dtype(self, problem: Problem) -> torch.dtype: ...
+
+    def workspace_copies(self, problem: Problem) -> float:
+        """What stands beside the workspace, in its own size."""
+
+    def stats_rows(self, strips: list[Strip], tally: Tally | None = None, score: Tensor | None = None) -> RowSums:
+        """Adds to the tally, if any."""
+
+    def stats_rows_and_columns(
+        self, strip: Strip, tally: Tally | None = None, score: Tensor | None = None
+    ) -> tuple[RowSums, RowSums]: ...
+
+    def exp_rows(
+        self,
+        problem: Problem,
+        strips: list[Strip],
+        outs: list[Tensor],
+        target_sim: Tensor | None,
+        tally: Tally | None = None,
+        score: Tensor | None = None,
+    ) -> tuple[RowSums, Tensor | None]:
+        """Writes E = exp(z - shift)."""
+
+    def grad_rows(
+        self,
+        strips: list[Strip],
+        outs: list[Tensor],
+        rows: Softmax,
+        columns: Softmax | None,
+        entry: Tensor,
+        gain: Tensor | None,
+        smooth: Tensor | None = None,
+    ) -> Tensor | None:
+        """Writes dz * gain."""
+
+    def top_rows(self, strips: list[Strip]) -> tuple[Tensor, Tensor]:
+        """The largest logits, and their columns."""
+
+    def similarities(self, strip: Strip, out: Tensor) -> None:
+        """Writes them, for folds in torch."""
+
+    def guide_room(self, strip: Strip) -> tuple[int, int]: ...
+
+    def guide_rows(
+        self, strips: list[Strip], rule: GuideRule, room: Tensor, own: Tensor | None = None
+    ) -> Sequence[Any]:
+        """A block's `StripMask.dropped` each, as the backend likes it."""
+
+    def guide_scores(self, strip: Strip, room: Tensor) -> Tensor:
+        """What a guide's threshold is read out of, [R]."""
+
+
+class Stores(Sweeps, Protocol):
+    """Keeps E of both directions in the workspace."""
+
+    def exp_rows_and_columns(self, problem: Problem, strip: Strip, out: Tensor) -> tuple[RowSums, RowSums]: ...
+
+    def weigh(self, patch: Patch, rows: Tensor, columns: Tensor, entry: Tensor) -> None:
+        """From E to dz, in place."""
+
+
+class FoldsRows(Sweeps, Protocol):
+    """Folds in the tile."""
+
+    def fold_rows(self, problem: Problem, strip: Strip, out: Tensor | None, part: Part, score: Tensor) -> Folded:
+        """Writes the gradient, if `out`."""
+
+
+class Admits(Sweeps, Protocol):
+    """Takes `problem.prefixes`."""
+
+    def admitted(self, mask: StripMask, tile: slice) -> Tensor: ...
