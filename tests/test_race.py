@@ -203,7 +203,7 @@ def test_a_row_names_the_backend_that_auto_picks_at_its_size(monkeypatch):
     table = [{**where, "N": n, "backend": name, "seconds": {name: 1e-3}} for n, name in winners]
     on_a_gpu(monkeypatch, "cuda", "triton")
     monkeypatch.setattr(order, "_shipped", lambda: table)
-    monkeypatch.setattr(order, "_capability", lambda device: [9, 0])
+    monkeypatch.setattr(order, "capability", lambda device: [9, 0])
     monkeypatch.setitem(backends.AUTO, "cpu", ("cuda", "triton"))
     monkeypatch.setattr(backends.ask, "admits", lambda *asked: True)
     order.forget()
