@@ -115,13 +115,14 @@ class Mask(NamedTuple):
 
     def columns(self, part: slice) -> Mask:
         """Of some columns, counted from the first of them."""
-
-        def moved(index: Tensor | None) -> Tensor | None:
-            return index - part.start if index is not None and part.start else index
-
+        # Without a function that holds `part`: torch.compile would take the sizes in it for constants.
+        compare = tuple(Compare(c.rows, c.keys[part], c.keep) for c in self.compare)
         dense = None if self.dense is None else self.dense[:, part]
-        mask = self.map_keys(lambda x: x[part])
-        return mask._replace(dense=dense, exempt=moved(self.exempt), skip=moved(self.skip))
+        guide = None if self.guide is None else Guide(self.guide.query, self.guide.key[part])
+        exempt, skip = self.exempt, self.skip
+        if part.start:
+            exempt, skip = (None if x is None else x - part.start for x in (exempt, skip))
+        return self._replace(compare=compare, dense=dense, exempt=exempt, guide=guide, skip=skip)
 
     def turned(self) -> Mask:
         """Of columns as rows; a margin, a guide and what a row skips are one direction's alone."""

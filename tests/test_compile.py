@@ -89,7 +89,7 @@ def test_a_digest_is_of_code_and_not_of_comments(tmp_path, monkeypatch):
 
 
 def sections(table: str) -> dict[str, str]:
-    return dict(part.split("\n", 1) for part in table.strip().split("\n## ")[1:])
+    return dict(part.strip().split("\n", 1) for part in table.split("\n## ")[1:])
 
 
 def device_functions() -> dict[str, Any]:
