@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 import fusedloss
-from fusedloss import masks, testing
+from fusedloss import masks, op, testing
+from fusedloss.problem import Block, Problem
 
 BACKENDS = ["chunked", "reference"]
 KERNELS = ["triton", "cuda"]
@@ -770,3 +771,16 @@ def test_a_module_has_no_parameters_and_pickles():
         made = pickle.loads(pickle.dumps(module(**options)))
         assert not list(made.parameters()) and not made.state_dict()
         assert all(getattr(made, name) == value for name, value in options.items())
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_a_penalty_leaves_the_target_alone(backend):
+    """Whichever column that is: the formula once exempted column i of row i."""
+    x, y = torch.randn(2, 6, 4, dtype=torch.float64)
+    target, scale, penalty = torch.tensor([3, 0, 5, 1, 2, 4]), 2.0, 1.5
+    ones = torch.ones(6, dtype=torch.float64)
+    problem = Problem((x, y), (Block(0, 1, penalty=penalty),), torch.tensor(scale).double(), target, ones)
+    sim = x @ y.T
+    harder = torch.full_like(sim, scale + penalty).scatter(1, target[:, None], scale)
+    wanted = F.cross_entropy(harder * sim, target, reduction="none")
+    torch.testing.assert_close(op.loss_rows_or_sum(problem, backend, per_row=True)[0], wanted)
