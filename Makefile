@@ -79,7 +79,7 @@ gpu: gpu-build ## the kernels' proofs, the GPU tests and a race, with $(PYTHON),
 	$(RACES) benchmarks/rowwise.py --device cuda --out benchmarks/results/gpu-rowwise.json
 	$(RACES) benchmarks/race.py short --device cuda --out benchmarks/results --name gpu
 
-gpu-tune: gpu-build ## every tile of Triton's similarity kernels, every plan of cuda's: 6 minutes; fills kernels/measured.json
+gpu-tune: gpu-build ## every tile of Triton's similarity kernels, every plan of cuda's: 6 minutes; fills backends/triton/measured.json
 	$(GPU) benchmarks/tune.py --out benchmarks/results/gpu-tune.json --write
 	$(GPU) benchmarks/tune.py --backend cuda --seconds 120 --out benchmarks/results/gpu-tune-cuda.json
 

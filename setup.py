@@ -71,7 +71,8 @@ def wanted() -> bool | None:
     """FUSEDLOSS_CUDA; None: auto."""
     value = os.environ.get("FUSEDLOSS_CUDA", "")
     chosen = value.strip().lower() or "auto"
-    switch = runpy.run_path(str(ROOT / "fusedloss" / "environment.py"))["SWITCH"]  # by path: the package needs torch
+    path = ROOT / "fusedloss" / "core" / "environment.py"  # not imported: the package needs torch
+    switch = runpy.run_path(str(path))["SWITCH"]
     if chosen != "auto" and chosen not in switch:
         sys.exit(f"FUSEDLOSS_CUDA must be auto, 1, true, yes, 0, false or no, got {value!r}; unset it for auto")
     return None if chosen == "auto" else switch[chosen]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fusedloss
-from fusedloss import measure, results, show
+from fusedloss.bench import measure, results, tables
 from fusedloss.sweep.chunks import chunk_rows
 
 MIB = 2**20
@@ -131,7 +131,7 @@ def main() -> int:
     options = parser.parse_args()
     size, dtype = tuple(options.size), getattr(torch, options.dtype)
     rows: list[dict[str, Any]] = []
-    with show.progress() as tick:
+    with tables.progress() as tick:
         for case in options.cases:
             calls = racers(case, size, options.device, dtype)
             taken: dict[str, list[float]] = {name: [] for name in calls}
@@ -162,7 +162,7 @@ def main() -> int:
         for row in rows
     ]
     title = f"{size[0]} rows, {size[1]} classes, D = {size[2]}, {options.dtype} on {options.device}"
-    show.table(title, ["case", "racer", "ms", "x floor", "memory MiB", "note"], cells)
+    tables.table(title, ["case", "racer", "ms", "x floor", "memory MiB", "note"], cells)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         results.write_json(options.out, {"environment": results.environment(__file__), "size": size, "rows": rows})

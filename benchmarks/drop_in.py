@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedloss import bench, measure, results, show
+from fusedloss.bench import measure, race, results, tables
 from fusedloss.search import top_k
 
 D = 384
@@ -143,7 +143,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     environment = results.environment(__file__)
-    with show.progress((options.rounds + 1) * (len(options.mini_batches) + 5) + 4) as tick:
+    with tables.progress((options.rounds + 1) * (len(options.mini_batches) + 5) + 4) as tick:
         sizes = tuple(options.mini_batches)
         cached = timed("cached ranking", cached_ranking(options.ranking, sizes), options.ranking, options.rounds, tick)
         gists = timed("gist", gist(options.gist), options.gist, options.rounds, tick)
@@ -158,16 +158,16 @@ def main() -> int:
     bytes_of = {(row["case"], row["racer"]): row["memory_bytes"] for row in gists + searches}
     share = lambda case: bytes_of[case, "fusedloss"] / bytes_of[case, "sentence-transformers"]
     found = [
-        bench.claim(f"{stage}times faster than {best}, its best mini-batch", ratio(cached, best, "fusedloss"), 1, True),
-        bench.claim(f"{pairs}times faster", ratio(gists, "sentence-transformers", "fusedloss"), 5, True),
-        bench.claim(f"{pairs}share of its memory", share("gist"), 0.01),
-        bench.claim(f"{found_in}times faster", ratio(searches, "sentence-transformers", "fusedloss"), None),
-        bench.claim(f"{found_in}share of its memory", share("search"), None),
+        race.claim(f"{stage}times faster than {best}, its best mini-batch", ratio(cached, best, "fusedloss"), 1, True),
+        race.claim(f"{pairs}times faster", ratio(gists, "sentence-transformers", "fusedloss"), 5, True),
+        race.claim(f"{pairs}share of its memory", share("gist"), 0.01),
+        race.claim(f"{found_in}times faster", ratio(searches, "sentence-transformers", "fusedloss"), None),
+        race.claim(f"{found_in}share of its memory", share("search"), None),
     ]
     default = f"sentence-transformers, {DEFAULT}"
     if DEFAULT in sizes:
         found.insert(
-            1, bench.claim(f"{stage}times faster than its default", ratio(cached, default, "fusedloss"), 10, True)
+            1, race.claim(f"{stage}times faster than its default", ratio(cached, default, "fusedloss"), 10, True)
         )
     rows = cached + gists + searches
     cells = [
@@ -180,8 +180,8 @@ def main() -> int:
         ]
         for row in rows
     ]
-    show.table("drop-ins", ["loss", "N", "racer", "ms", "memory MiB"], cells)
-    bench.show_claims(found)
+    tables.table("drop-ins", ["loss", "N", "racer", "ms", "memory MiB"], cells)
+    race.show_claims(found)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         results.write_json(options.out, {"environment": environment, "rows": rows, "claims": found})

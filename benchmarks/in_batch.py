@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedloss
-from fusedloss import bench, measure, results, show
+from fusedloss.bench import measure, race, results, tables
 
 DIMS = (768, 512, 256, 128, 64)
 MIB = 2**20
@@ -217,7 +217,7 @@ def memory(case: str, racer: str, n: int, device: str, limited: bool) -> int:
     if limited and device == "cpu":
         import resource
 
-        most = bench.available_bytes()
+        most = race.available_bytes()
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     dim = DIMS[0] if case == "matryoshka" else 128 if case.endswith("128") else 384
     return measure.peak_memory(call, device) - GRADIENTS.get(case, 1) * n * dim * 4
@@ -227,7 +227,7 @@ def seconds(case: str, racer: str, n: int, device: str) -> float:
     import resource
 
     if device == "cpu":
-        most = bench.available_bytes()
+        most = race.available_bytes()
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     call = CASES[case](n, device)[racer]
     return min(measure.seconds(call) for _ in range(2))
@@ -294,42 +294,42 @@ def claims(rows: list[dict[str, Any]]) -> list[dict]:
         return at[case, n, "fusedloss"]["memory_bytes"] / MIB
 
     return [
-        bench.claim(
+        race.claim(
             "gist_embed, B=4096, D=384, guide of 384: time over its 12 bare products",
             ratio("gist_embed", 4096, "fusedloss", "floor"),
             1.3,
         ),
-        bench.claim("its MiB above inputs and gradients", mib("gist_embed", 4096), 128),
-        bench.claim(
+        race.claim("its MiB above inputs and gradients", mib("gist_embed", 4096), 128),
+        race.claim(
             "matryoshka over 768, 512, 256, 128, 64, N=8192: time over the loss of 768 alone",
             ratio("matryoshka", 8192, "fusedloss", "single"),
             1.7,
         ),
-        bench.claim(
+        race.claim(
             "how much faster than the loop over the dims",
             ratio("matryoshka", 8192, "loop", "fusedloss"),
             1.3,
             at_least=True,
         ),
-        bench.claim(
+        race.claim(
             "nt_xent, 2B=16384, D=384: time over its three bare products",
             ratio("nt_xent", 16384, "fusedloss", "floor"),
             1.2,
         ),
-        bench.claim(
+        race.claim(
             "nt_xent, 2B=16384, D=128: time over its three bare products",
             ratio("nt_xent, D = 128", 16384, "fusedloss", "floor"),
             1.2,
         ),
-        bench.claim(
+        race.claim(
             "batch_hard_triplet, N=16384, D=384: MiB above inputs and gradients", mib("batch_hard_triplet", 16384), 128
         ),
-        bench.claim(
+        race.claim(
             "batch_hard_triplet, N=16384, D=384: time over two bare products",
             ratio("batch_hard_triplet", 16384, "fusedloss", "floor"),
             None,
         ),
-        bench.claim(
+        race.claim(
             "siglip, N=8192, D=384: time over its three bare products",
             ratio("siglip", 8192, "fusedloss", "floor"),
             None,
@@ -358,7 +358,7 @@ def main() -> int:
     total = sum(3 * (options.rounds + 1) for _ in plan) + sum(2 * len(sizes) for sizes in tried.values())
     ended = None
     try:
-        with show.progress(total) as tick:
+        with tables.progress(total) as tick:
             for case, n in plan:
                 rows += rows_of(case, n, options.device, options.rounds, tick)
             for case, sizes in tried.items():
@@ -369,7 +369,7 @@ def main() -> int:
     whole = options.device == "cpu" and not options.size and len(options.cases) == len(CASES) and ended is None
     found = claims(rows) if whole else []
     if found:
-        bench.show_claims(found)
+        race.show_claims(found)
     cells = [
         [
             row["case"],
@@ -381,7 +381,7 @@ def main() -> int:
         ]
         for row in rows
     ]
-    show.table("in-batch losses", ["loss", "N", "racer", "ms", "memory MiB", "note"], cells)
+    tables.table("in-batch losses", ["loss", "N", "racer", "ms", "memory MiB", "note"], cells)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         results.write_json(options.out, {"environment": environment, "rows": rows, "claims": found})

@@ -31,9 +31,11 @@ from triton.backends.compiler import GPUTarget
 
 import fusedloss
 from fusedloss import sweep
-from fusedloss.backends import BACKENDS, cuda, cuda_rows
+from fusedloss.backends import BACKENDS, cuda
 from fusedloss.backends import triton as triton_backend
-from fusedloss.info import cpu_name, probe
+from fusedloss.backends.cuda import rows as cuda_rows
+from fusedloss.backends.triton import launching
+from fusedloss.bench.machine import cpu_name, probe
 
 ROOT = Path(__file__).parents[1]
 ROWS, DIM = 16, 64
@@ -69,7 +71,7 @@ class NoDevice:
 def without_a_gpu() -> None:
     triton.runtime.driver.set_active(NoDevice())
     triton_backend.why_not = lambda problem: None
-    triton_backend._capability, triton_backend._multiprocessors = lambda device: (9, 0), lambda device: 132
+    launching.capability_of, triton_backend.multiprocessors = lambda device: (9, 0), lambda device: 132
     if built := _extension():
         stub = _launching(built, lambda launch: lambda *arguments: None)
         cuda.extension = cuda_rows.extension = lambda: stub

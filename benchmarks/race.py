@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedloss import bench, results, show
 from fusedloss.backends import KERNELS
-from fusedloss.peers import Point
+from fusedloss.bench import race, results, tables
+from fusedloss.bench.peers import Point
 
 SIZES = {"cuda": (4096, 16384, 65536, 131072), "cpu": (512, 1024, 2048)}
 DIMS = {"cuda": (384, 768, 1024, 4096), "cpu": (64, 256)}
@@ -129,7 +129,7 @@ class Worker:
     def __init__(self, work: Callable[[Any], None] | None = None) -> None:
         self.work, self.process = work or _work, None
 
-    def race(self, job: dict[str, Any], until: float, tick: show.Tick) -> list[dict]:
+    def race(self, job: dict[str, Any], until: float, tick: tables.Tick) -> list[dict]:
         """The rows of `bench.race(**job)`."""
         if self.process is None:
             context = multiprocessing.get_context("spawn")
@@ -146,7 +146,7 @@ class Worker:
             if not self.connection.poll(patience):
                 self.stop()
                 late = time.monotonic() > until
-                why = bench.OUT_OF_TIME if late else f"failed: did not return within {patience:.0f} s"
+                why = race.OUT_OF_TIME if late else f"failed: did not return within {patience:.0f} s"
                 raise Crash(why, doing, rows)
             try:
                 what, *about = self.connection.recv()
@@ -180,7 +180,7 @@ def _work(connection: Any) -> None:
             return
         rows: list[dict] = []
         try:
-            bench.race(
+            race.race(
                 **job,
                 rows=rows,
                 until=until,
@@ -246,7 +246,7 @@ class Store:
 
     def keep(self, entry: Entry, rows: list[dict], seconds: float) -> None:
         clocks = results.smi("clocks.sm", "temperature.gpu", "power.draw") if entry.point.device_type == "cuda" else []
-        whole = not any(row.get("note") == bench.OUT_OF_TIME for row in rows)
+        whole = not any(row.get("note") == race.OUT_OF_TIME for row in rows)
         place = asdict(entry.point)
         self.found["points"].append(
             {
@@ -329,7 +329,7 @@ def show_summary(rows: list[dict]) -> None:
         "error",
         "its error",
     ]
-    show.table("fusedloss and the fastest peer that is ranked", [*headers, "workspace MiB", ""], cells)
+    tables.table("fusedloss and the fastest peer that is ranked", [*headers, "workspace MiB", ""], cells)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -360,9 +360,9 @@ def main(argv: list[str] | None = None) -> int:
     entries = remaining(PRESETS[arguments.preset](grid(arguments.device, arguments.dtype)), store.done())
     left_out, interrupted, worker = list(entries), False, Worker()
     try:
-        with show.progress(len(entries)) as tick:
+        with tables.progress(len(entries)) as tick:
             timeout = 120 if budget < float("inf") else 600
-            broken = bench.broken_peers(arguments.device, only, tick, timeout)
+            broken = race.broken_peers(arguments.device, only, tick, timeout)
 
             def race_one(entry: Entry) -> list[dict]:
                 return race_point(entry, worker, options, broken, until, tick)

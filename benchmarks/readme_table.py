@@ -9,7 +9,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from fusedloss.backends import KERNELS
-from fusedloss.results import summary
+from fusedloss.bench.results import summary
 from fusedloss.trust.order import is_entry, rows_of
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fusedloss.report import FORM
+from fusedloss.cli.report import FORM
 from fusedloss.trust.order import is_entry
 
 REPORTS = Path(__file__).parent / "results" / "reports"

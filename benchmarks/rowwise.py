@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fusedloss
-from fusedloss import measure, results, show
+from fusedloss.bench import measure, results, tables
 from fusedloss.rowwise import classes as rowwise_classes
 
 LARGE = 1 << 20  # from here on the ratio is asked for, below it the difference
@@ -493,7 +493,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtype = getattr(torch, options.dtype)
     rate = copy_rate(options.device)
     rows: list[dict] = []
-    with show.progress() as tick:
+    with tables.progress() as tick:
         for size in options.size or SIZES[options.device]:
             for family in options.family:
                 for case in FAMILIES[family](size, options.device, dtype):
@@ -513,7 +513,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         share = "" if row["copy_share"] is None else f"{row['copy_share']:.2f}"
         table.append([row["loss"], str(row["size"]), *cells, share, "" if held else "no"])
     columns = ["loss", "elements", "us", "torch, us", "ratio", "extra, us", "of the copy rate", "held"]
-    show.table(f"{options.dtype} on {options.device}, forward and backward", columns, table)
+    tables.table(f"{options.dtype} on {options.device}, forward and backward", columns, table)
     if options.out:
         found = {"environment": results.environment(__file__), "dtype": options.dtype, "copy_rate": rate, "rows": rows}
         options.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 from tabulate import tabulate
 
+from fusedloss.core.waves import wave_rows
 from fusedloss.sweep.chunks import CPU_BYTES, CPU_ROWS, CUDA_BYTES, CUDA_LEAST_ROWS, CUDA_ROWS, CUDA_SHARE, MIN_ROWS
-from fusedloss.waves import wave_rows
 
 ROOT = Path(__file__).parents[1]
 PAGE, PLOT = ROOT / "docs" / "scaling.md", ROOT / "docs" / "scaling.png"
@@ -354,8 +354,8 @@ def on_a_rank(rank: int, world: int, folder: str, columns: int, dim: int) -> Non
     import torch.distributed as dist
 
     import fusedloss
+    from fusedloss.bench.measure import peak_memory
     from fusedloss.distributed import STRATEGIES as KNOWN
-    from fusedloss.measure import peak_memory
 
     torch.set_num_threads(1)
     # glibc keeps freed blocks of up to 32 MiB to itself, which hides what is alive: here they go back at once.
@@ -408,7 +408,7 @@ def on_a_rank(rank: int, world: int, folder: str, columns: int, dim: int) -> Non
 def measure(columns: int = 16384, dim: int = 1024) -> None:
     import torch.multiprocessing
 
-    from fusedloss.results import environment, write_json
+    from fusedloss.bench.results import environment, write_json
 
     found = {}
     for world in (2, 4):

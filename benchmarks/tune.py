@@ -5,7 +5,7 @@
 
 For each mode and D: the similarities of one chunk, as the sweep sizes it, against the vendor's bare product of the same
 shape into bf16 in the same rounds. A candidate counts only if what it writes agrees with what is usual. Triton's are
-tiles: `--write` puts the fastest of each into kernels/measured.json, from where pick_config takes them. cuda's are the
+tiles: `--write` puts the fastest of each into measured.json, from where pick_config takes them. cuda's are the
 plans of csrc/plan.cu: the kernel of sm_80, and that of sm_90 by single blocks and by clusters of two.
 """
 
@@ -24,21 +24,23 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from fusedloss.kernels.config import Config
 from tabulate import tabulate
 
-from fusedloss import measure, sweep
+from fusedloss import sweep
 from fusedloss.backends import BACKENDS, cuda
-from fusedloss.backends import triton as triton_backend
-from fusedloss.info import probe
-from fusedloss.problem import Block, Problem, Softmax, Strip
+from fusedloss.backends.triton import launching
+from fusedloss.backends.triton.config import Config
+from fusedloss.bench import measure
+from fusedloss.bench.machine import probe
+from fusedloss.core.problem import Block, Problem
+from fusedloss.core.strips import Softmax, Strip
 
 N = 65536
 DIMS = (768, 1024, 4096, 384)  # in order of worth, should the time run out
 MODES = ("exp", "stats", "grad", "stats, columns", "grad, columns", "grad, columns, q", "grad, q", "exp, columns")
 NARROW = ("grad, columns, q",)  # of these: csrc/similarity.h
-USUAL_CONFIG, USUAL_PLAN = triton_backend._picked, cuda._plan
-MEASURED = Path(__file__).parents[1] / "kernels" / "measured.json"
+USUAL_CONFIG, USUAL_PLAN = launching.picked, cuda._plan
+MEASURED = Path(__file__).parents[1] / "fusedloss" / "backends" / "triton" / "measured.json"
 
 
 class Plan(NamedTuple):
@@ -133,7 +135,7 @@ def _tensors(found: Any) -> list[torch.Tensor]:
 
 def use(config: Config | Plan | None) -> None:
     """From the next launch on; None: what is usual."""
-    triton_backend._picked = (lambda *where: config) if isinstance(config, Config) else USUAL_CONFIG
+    launching.picked = (lambda *where: config) if isinstance(config, Config) else USUAL_CONFIG
     cuda._plan = config.make if isinstance(config, Plan) else USUAL_PLAN
 
 
@@ -168,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--backend", choices=("triton", "cuda"), default="triton")
-    parser.add_argument("--write", action="store_true", help="put the fastest configs into kernels/measured.json")
+    parser.add_argument("--write", action="store_true", help="put the fastest configs into measured.json")
     parser.add_argument("--seconds", type=float, default=240.0, help="start no further case after this long")
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args(argv)

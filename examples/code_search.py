@@ -41,7 +41,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fusedloss
-from fusedloss.measure import isolated, peak_memory, time_interleaved
+from fusedloss.bench.measure import isolated, peak_memory, time_interleaved
 
 TEMPERATURE = 0.05
 DIM = 256

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import _ctrl_c
+from .core import ctrl_c
 
 # isort: split
 
@@ -10,7 +10,8 @@ from . import boosting as boosting
 from . import grad_cache as grad_cache
 from . import masks as masks
 from . import search as search
-from .errors import UnsupportedError as UnsupportedError
+from .core.errors import UnsupportedError as UnsupportedError
+from .core.version import VERSION as __version__  # noqa: F401
 from .functional import adaptive_layer as adaptive_layer
 from .functional import adr_mse as adr_mse
 from .functional import angle as angle
@@ -66,7 +67,7 @@ from .functional import smooth_l1_loss as smooth_l1_loss
 from .functional import softmax_pair as softmax_pair
 from .functional import sup_con as sup_con
 from .functional import triplet as triplet
-from .losses._in_batch import Stats as Stats
+from .losses._softmax import Stats as Stats
 from .losses.batch_triplet import BatchAllTripletLoss as BatchAllTripletLoss
 from .losses.batch_triplet import BatchHardSoftMarginTripletLoss as BatchHardSoftMarginTripletLoss
 from .losses.batch_triplet import BatchHardTripletLoss as BatchHardTripletLoss
@@ -117,6 +118,4 @@ from .losses.softmax_pair import SoftmaxLoss as SoftmaxLoss
 from .losses.sup_con import SupConLoss as SupConLoss
 from .losses.triplet import TripletLoss as TripletLoss
 
-_ctrl_c.imported()
-
-__version__ = "0.1.0"
+ctrl_c.imported()

@@ -14,7 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from . import checks
+from .core import checks
 from .losses.lists import check_lambda
 from .rowwise import lists
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from . import checks
-from . import problem as core
+from .core import checks
+from .core import problem as core
 
 STRATEGIES = ("absolute", "relative")
 

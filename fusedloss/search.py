@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import checks
-from .problem import stats_dtype
+from .core import checks
+from .core.numerics import stats_dtype
 
 SIMILARITIES = ("cos", "dot", "euclidean", "manhattan")
 # Scores at a time, 32 MiB in fp32. Wide tiles are merged seldom, and merging sorts k columns and the new ones, at 55 ns

@@ -168,7 +168,7 @@ def settle_kernel(
     # A row without negatives: 1 / l is 1 and not exp(-score).
     row_shift = tl.where(total == 0, score.to(tl.float32), row_shift)
     above = score - row_shift.to(tl.float64)
-    # Bounded: see fusedloss/rows.py.
+    # Bounded: see core/rows.py.
     most = tl.where((label_smoothing > 0) | (z_loss is not None), 80.0, 88.0)
     if DECOUPLED:
         l = total
@@ -188,7 +188,7 @@ def settle_kernel(
         loss = tl.where(difference == difference, loss, difference)  # maxima drop NaN
     spread = label_smoothing
     if z_loss is not None:
-        # See fusedloss/rows.py.
+        # See core/rows.py.
         lse = (score + loss).to(tl.float32)
         spread += 2 * z_loss * lse
         l /= 1 + 2 * z_loss * lse
@@ -318,7 +318,7 @@ def _store(X, rows, stride, start, D, mask, value, BLOCK_D: tl.constexpr):
 @triton.jit
 def _inverse_norm(squared, X):
     if X.dtype.element_ty == tl.float16:
-        squared = tl.where(squared == 0, 1.0, squared)  # see fusedloss/problem.py
+        squared = tl.where(squared == 0, 1.0, squared)  # see core/numerics.py
     return 1.0 / tl.maximum(tl.sqrt_rn(squared), NORM_EPS, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -353,7 +353,7 @@ def _summed(Sum, n_tiles, R, offs, mask, BLOCK_R: tl.constexpr, BLOCK_T: tl.cons
 
 @triton.jit
 def _marginal(cosine, MARGIN: tl.constexpr):
-    """The target's cosine less its margin, and the derivative by it: `marginal` in fusedloss/epilogues.py."""
+    """The target's cosine less its margin, and the derivative by it: `marginal` in core/softmax.py."""
     ANGLE: tl.constexpr = MARGIN[0]
     SIN: tl.constexpr = MARGIN[1]
     COS: tl.constexpr = MARGIN[2]

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import triton
 from fusedloss.kernels import rows, similarity
-from fusedloss.kernels.config import ELSEWHERE
 from patience import seconds
 from sources import digest
 from triton.backends.compiler import GPUTarget
@@ -35,24 +34,16 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedloss.backends import triton as backend
-from fusedloss.backends import triton_classes, triton_pairs
-from fusedloss.problem import (
-    Block,
-    Compare,
-    GuideRule,
-    Margin,
-    Patch,
-    Problem,
-    RowRule,
-    RowSums,
-    Softmax,
-    Strip,
-    StripMask,
-    Tally,
-)
+from fusedloss.backends.triton import classes as triton_classes
+from fusedloss.backends.triton import launching
+from fusedloss.backends.triton import pairs as triton_pairs
+from fusedloss.backends.triton import rows as triton_rows
+from fusedloss.backends.triton.config import ELSEWHERE
+from fusedloss.core.problem import Block, Compare, GuideRule, Margin, Problem, RowRule
+from fusedloss.core.strips import Patch, RowSums, Softmax, Strip, StripMask, Tally
 
 # Of a digest: the kernels, what launches them, and what is asked of it here.
-SOURCES = ("kernels/*", "fusedloss/backends/triton*.py", "fusedloss/rowwise/*.py", "tests/compile_kernels.py")
+SOURCES = ("kernels/*", "fusedloss/backends/triton/*", "fusedloss/rowwise/*.py", "tests/compile_kernels.py")
 # Shared memory that a block may have, in KiB; a multiprocessor's; the instruction of its matrix products.
 LIMITS = {
     "sm_80": (163, 164, "HMMA"),
@@ -199,7 +190,7 @@ Launches = dict[str, Callable[[torch.dtype], object]]
 
 
 def pointwise() -> Launches:
-    from fusedloss.backends import triton_pointwise
+    from fusedloss.backends.triton import pointwise as triton_pointwise
     from fusedloss.rowwise.pointwise import BinaryCrossEntropy, Difference, Focal
 
     rows, columns = 8192, 768
@@ -230,7 +221,7 @@ def pointwise() -> Launches:
 
 
 def classes() -> Launches:
-    from fusedloss.backends import triton_classes
+    from fusedloss.backends.triton import classes as triton_classes
     from fusedloss.rowwise.classes import Terms
 
     rows, C, S = 8192, 32000, 64
@@ -301,7 +292,7 @@ def _pairs(dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 def lists() -> Launches:
-    from fusedloss.backends import triton_lists
+    from fusedloss.backends.triton import lists as triton_lists
 
     n, vector = 1024, empty(64, kind=torch.int64)
     matrix, mask = empty(64, n), empty(64, n, kind=torch.bool)
@@ -433,11 +424,11 @@ def cases() -> list[tuple[str, str, str, str, int, int]]:
 
 
 def compile_all(target: str) -> list[dict[str, Any]]:
-    backend._capability = lambda device: ELSEWHERE if amd(target) else divmod(number(target), 10)
-    backend.on_nvidia = triton_classes.on_nvidia = lambda device: not amd(target)
-    backend._multiprocessors = lambda device: 132
+    launching.capability_of = lambda device: ELSEWHERE if amd(target) else divmod(number(target), 10)
+    launching.on_nvidia = triton_classes.on_nvidia = lambda device: not amd(target)
+    backend.multiprocessors = lambda device: 132
     backend._multiply = lambda sim, x, y: None
-    backend._row_options = lambda name, interpreted: {**row_options(name)}
+    triton_rows.row_options = triton_pairs.row_options = lambda name, interpreted: {**row_options(name)}
     for module in (rows, similarity, *ROWWISE_KERNELS):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Recorder(getattr(module, name), target))
@@ -454,7 +445,7 @@ def compile_all(target: str) -> list[dict[str, Any]]:
         else:
             torch.set_float32_matmul_precision(precision)
             where = (size, size, dim, {"float32": "tf32" if precision == "high" else "fp32"}.get(dtype, TYPES[kind]))
-            config = backend._picked(*where, backend._capability(None), mode)
+            config = launching.picked(*where, launching.capability_of(None), mode)
             if (*where[3:], config, mode) in seen:
                 continue  # the library's D is like any other where there is no such way
             seen.add((*where[3:], config, mode))
@@ -465,7 +456,7 @@ def compile_all(target: str) -> list[dict[str, Any]]:
 
 
 def row_options(name: str) -> dict[str, int]:
-    from fusedloss.kernels.config import pick_rows
+    from fusedloss.backends.triton.config import pick_rows
 
     return pick_rows(name, interpreted=False)
 

@@ -106,7 +106,8 @@ def cuda_kernels_on_a_cpu(request, monkeypatch):
     named = callspec and [value for name, value in callspec.params.items() if name != "device" and value == "cuda"]
     if GPU or not named:
         return
-    from fusedloss.backends import cuda, cuda_rows
+    from fusedloss.backends import cuda
+    from fusedloss.backends.cuda import rows as cuda_rows
 
     extension = request.getfixturevalue("host_extension")
     for module in (cuda, cuda_rows):

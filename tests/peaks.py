@@ -14,7 +14,7 @@ import pytest
 import torch
 from patience import seconds
 
-from fusedloss import measure
+from fusedloss.bench import measure
 
 MIB = 2**20
 # One heap, and what is freed goes back at once: else a peak has what the allocator keeps, up to 32 MiB a block.

@@ -9,8 +9,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from fusedloss.backends import cuda, cuda_rows
-from fusedloss.trust import child
+from fusedloss.backends import cuda
+from fusedloss.backends.cuda import rows as cuda_rows
+from fusedloss.proof import child
 
 
 def main(fault: str, *arguments: str) -> int:

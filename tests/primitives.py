@@ -5,7 +5,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from fusedloss.backends import BACKENDS, triton, triton_classes, triton_lists, triton_pointwise
+from fusedloss.backends import BACKENDS, triton
+from fusedloss.backends.triton import classes as triton_classes
+from fusedloss.backends.triton import lists as triton_lists
+from fusedloss.backends.triton import pairs as triton_pairs
+from fusedloss.backends.triton import pointwise as triton_pointwise
+from fusedloss.backends.triton import rows as triton_rows
 
 PLAIN = {
     "prepare": "rows",
@@ -79,5 +84,5 @@ def _record_launches(found: set[str], monkeypatch) -> None:
             found.add("pair_logits" if name == "pair_logits_kernel" else family)
         launch(kernel, *args, **constants)
 
-    for module in (triton, triton_classes, triton_lists, triton_pointwise):
+    for module in (triton, triton_rows, triton_classes, triton_lists, triton_pairs, triton_pointwise):
         monkeypatch.setattr(module, "launch", launched)

@@ -14,9 +14,10 @@ from torch import Tensor
 import fusedloss
 from fusedloss import masks, sweep, testing
 from fusedloss.backends import cuda
-from fusedloss.losses._fold import fold_loss, fold_problem
+from fusedloss.core.problem import Fold
+from fusedloss.core.strips import RowSums
+from fusedloss.losses._folded import fold_loss, fold_problem
 from fusedloss.losses._options import Call
-from fusedloss.problem import Fold, RowSums
 
 SHAPES = [(129, 140, 40), (70, 260, 33), (1, 7, 1)]  # M, N, D: a tile and one row, three stages of fp32, nearly nothing
 

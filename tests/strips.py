@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedloss.problem import RowSums, Softmax, Strip, StripMask
+from fusedloss.core.strips import RowSums, Softmax, Strip, StripMask
 
 
 def formula(strip: Strip) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from ranks import COLLECTIVE, Ranks, on_ranks
 import fusedloss
 from fusedloss import distributed, masks
 from fusedloss.backends import reference
-from fusedloss.problem import Block, Margin, Problem
+from fusedloss.core.problem import Block, Margin, Problem
 
 pytestmark = pytest.mark.processes
 

@@ -17,10 +17,14 @@ import torch
 from patience import seconds
 
 import fusedloss
-from fusedloss import UnsupportedError, backends, environment, op, rows
+from fusedloss import UnsupportedError, backends
 from fusedloss.backends import select, select_rowwise
-from fusedloss.problem import Block, Fold, Mask, Problem
-from fusedloss.trust import ask, cases, families, order, verdicts
+from fusedloss.backends.triton import launching
+from fusedloss.core import environment, rows
+from fusedloss.core.problem import Block, Fold, Mask, Problem
+from fusedloss.proof import cases
+from fusedloss.sweep import autograd
+from fusedloss.trust import ask, families, order, verdicts
 from fusedloss.trust.verdicts import FAILED, PROVED, UNKNOWN, Verdict
 
 pytest.importorskip("triton")
@@ -159,7 +163,7 @@ def test_the_order_on_a_gpu(monkeypatch):
 
 
 def test_a_guide_of_another_dtype_is_proved_in_its_own(monkeypatch):
-    from fusedloss.problem import Guide, Mask
+    from fusedloss.core.problem import Guide, Mask
 
     monkeypatch.setenv("FUSEDLOSS_VERIFY", "off")
     guide = torch.ones(8, 3, dtype=torch.float16)
@@ -253,7 +257,7 @@ def test_variables_are_read_at_each_call(settled, monkeypatch):
         settled()
     monkeypatch.delenv("FUSEDLOSS_BACKEND")
     monkeypatch.delenv("TRITON_INTERPRET")
-    monkeypatch.setattr(backends.triton, "_why_not", lambda dtype, device, interpret: None if interpret else "no GPU")
+    monkeypatch.setattr(launching, "_why_not", lambda dtype, device, interpret: None if interpret else "no GPU")
     assert settled() == ("chunked", "chunked")
 
 
@@ -424,9 +428,9 @@ def test_while_a_graph_is_captured_nothing_is_verified(plant, monkeypatch, caplo
 def test_while_torch_compile_traces_nothing_is_verified(plant, monkeypatch, caplog):
     plant("proves")
     ran = []
-    execute = op.execute
+    execute = autograd.execute
     monkeypatch.setattr(
-        op,
+        autograd,
         "execute",
         lambda problem, how, *rest, **more: ran.append(how.backend) or execute(problem, how, *rest, **more),
     )
@@ -703,7 +707,7 @@ def test_who_waits_for_a_proof_waits_for_its_times(plant, timed, monkeypatch):
 
 IN_A_CHILD = """
 import sys
-from fusedloss.trust import child, race
+from fusedloss.proof import child, race
 race.LEAST = 64
 child.cases.prove = lambda *asked: ("proved", 1, 0.1, 0.5, "")
 sys.exit(child.main(sys.argv[1:]))

@@ -14,10 +14,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss
-from fusedloss import backends, packing, sweep, testing
+from fusedloss import backends, sweep, testing
 from fusedloss.backends import reference
-from fusedloss.problem import Block, Compare, Fold, Guide, Margin, Mask, Problem, Ranks
-from fusedloss.trust import ask, audit, families, verdicts
+from fusedloss.core.problem import Block, Compare, Fold, Guide, Margin, Mask, Problem, Ranks
+from fusedloss.sweep import audit, packing
+from fusedloss.trust import ask, families, verdicts
 from fusedloss.trust.verdicts import FAILED, PROVED, Verdict
 
 pytest.importorskip("triton")

@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedloss
 from fusedloss.backends import BACKENDS
-from fusedloss.info import probe
-from fusedloss.packing import pack
-from fusedloss.problem import Block, Problem
+from fusedloss.bench.machine import probe
+from fusedloss.core.problem import Block, Problem
+from fusedloss.sweep.packing import pack
 
 PLAIN = ["chunked", "reference"]
 
@@ -332,7 +332,7 @@ def test_second_derivatives_of_well_fitted_pairs_are_finite(backend, case):
 
 
 def test_softplus_keeps_its_digits():
-    from fusedloss.epilogues import softplus
+    from fusedloss.core.softmax import softplus
 
     x = torch.tensor([-math.inf, -700.0, -90.0, -20.0, 0.0, 1.0, 19.0, 25.0, 39.0, 41.0, 700.0], dtype=torch.float64)
     for dtype in (torch.float32, torch.float64):

@@ -13,7 +13,8 @@ from grids import DEVICES
 import fusedloss
 from fusedloss import sweep, testing
 from fusedloss.backends import BACKENDS
-from fusedloss.problem import Block, Problem, stats_dtype
+from fusedloss.core.numerics import stats_dtype
+from fusedloss.core.problem import Block, Problem
 
 SHAPES = {  # (M, N, D): why
     "aligned": (64, 64, 64),

@@ -9,8 +9,8 @@ import torch
 
 import fusedloss
 from fusedloss import sweep, testing
+from fusedloss.core.waves import wave_rows
 from fusedloss.sweep.chunks import GIB, MIB, chunk_rows
-from fusedloss.waves import wave_rows
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 H200 = SimpleNamespace(total_memory=143771 * MIB, multi_processor_count=132)

@@ -16,9 +16,12 @@ import pytest
 import torch
 from patience import seconds
 
-from fusedloss import bench, check, checks, environment, measure, show, sweep, testing
+from fusedloss import sweep, testing
 from fusedloss.__main__ import main
 from fusedloss.backends import BACKENDS
+from fusedloss.bench import measure, race, tables
+from fusedloss.cli import check
+from fusedloss.core import checks, environment
 from fusedloss.integrations._drop_in import disabled
 
 pytestmark = pytest.mark.processes
@@ -71,19 +74,19 @@ def test_bench_races_and_writes_its_results(loss, tmp_path, capsys):
 
 
 def test_a_racer_that_would_not_fit_is_shown_and_not_run():
-    point = bench.Point(n=1 << 20)
-    assert not bench.fits(point, "eager") and bench.fits(point, "fusedloss")
+    point = race.Point(n=1 << 20)
+    assert not race.fits(point, "eager") and race.fits(point, "fusedloss")
     assert point.eager_bytes == 3 * 4 * 2**40
 
 
 def test_an_inexact_racer_is_marked_not_ranked(monkeypatch):
-    monkeypatch.setattr(bench, "gradient_error", lambda found, wanted: 0.5)
-    rows = bench.race(bench.Point(n=64, d=8), 1, {"fusedloss"}, False, lambda text: None, [])
+    monkeypatch.setattr(race, "gradient_error", lambda found, wanted: 0.5)
+    rows = race.race(race.Point(n=64, d=8), 1, {"fusedloss"}, False, lambda text: None, [])
     assert "not ranked" in rows[-1]["note"]
 
 
 def test_a_claim_that_does_not_hold_says_no():
-    assert bench.claim("a", 1.2, 1.1)["held"] is False and bench.claim("b", 2.0, 1.8, at_least=True)["held"] is True
+    assert race.claim("a", 1.2, 1.1)["held"] is False and race.claim("b", 2.0, 1.8, at_least=True)["held"] is True
 
 
 def test_info_survives_a_backend_that_cannot_run(capsys, monkeypatch):
@@ -109,10 +112,10 @@ def test_tables_and_progress_without_rich(capsys, monkeypatch):
     for name in ("rich", "rich.console", "rich.table", "rich.text", "rich.progress"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(check, "LOSSES", {})
-    with show.progress(2) as tick:
+    with tables.progress(2) as tick:
         tick("one")
         tick("one")
-    show.table("title", ["a", "longer"], [["1", "2"], ["wide cell", ""]])
+    tables.table("title", ["a", "longer"], [["1", "2"], ["wide cell", ""]])
     captured = capsys.readouterr()
     assert captured.err == "one\n"
     assert captured.out == "title\na          longer\n---------  ------\n1          2\nwide cell\n"
@@ -141,7 +144,7 @@ def test_a_racer_that_fails_is_shown_and_the_others_race(monkeypatch):
         raise torch.OutOfMemoryError("too large")
 
     monkeypatch.setattr(testing, "eager_info_nce", out_of_memory)
-    rows = bench.race(bench.Point(n=64, d=8), 1, {"fusedloss", "eager"}, False, lambda text: None, [])
+    rows = race.race(race.Point(n=64, d=8), 1, {"fusedloss", "eager"}, False, lambda text: None, [])
     notes = {row["racer"]: row.get("note") for row in rows}
     assert notes == {"floor": None, "fusedloss": None, "eager": "OOM"}
 
@@ -152,9 +155,9 @@ def test_unknown_racers_are_named(capsys):
 
 
 def test_backends_race_by_name():
-    point = bench.Point(n=64, d=8)
-    assert "fusedloss:reference" in bench.racers(point) and "fusedloss:reference" not in bench.entered(point, None)
-    rows = bench.race(point, 1, {"fusedloss:reference"}, False, lambda text: None, [])
+    point = race.Point(n=64, d=8)
+    assert "fusedloss:reference" in race.racers(point) and "fusedloss:reference" not in race.entered(point, None)
+    rows = race.race(point, 1, {"fusedloss:reference"}, False, lambda text: None, [])
     assert [row["racer"] for row in rows] == ["floor", "fusedloss:reference"]
 
 
@@ -163,7 +166,7 @@ def test_every_size_is_compiled():
     """Dynamo stops compiling a function after so many sizes and runs it eagerly: that would race under a false name."""
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
         for n in (32, 48):  # two graphs each: with gradients and without
-            rows = bench.race(bench.Point(n=n, d=8), 1, {"torch.compile"}, False, lambda text: None, [])
+            rows = race.race(race.Point(n=n, d=8), 1, {"torch.compile"}, False, lambda text: None, [])
             assert "note" not in rows[-1] and rows[-1]["rounds"] == 1
 
 
@@ -172,23 +175,23 @@ def test_the_floor_has_the_chunks_of_its_device(monkeypatch):
 
     card = SimpleNamespace(total_memory=143771 << 20, multi_processor_count=132)
     monkeypatch.setattr(sweep.chunks, "_properties", lambda device: card)
-    assert bench.floor_rows(bench.Point(n=16384)) == 1024 and bench.floor_rows(bench.Point(n=65536)) == 256
-    assert bench.floor_rows(bench.Point(n=16384, dtype="bf16")) == 1024  # the workspace is fp32 on a CPU
-    assert bench.floor_rows(bench.Point(n=16384, dtype="bf16", device="cuda")) == 8448
-    assert bench.floor_rows(bench.Point(n=100)) == 100
+    assert race.floor_rows(race.Point(n=16384)) == 1024 and race.floor_rows(race.Point(n=65536)) == 256
+    assert race.floor_rows(race.Point(n=16384, dtype="bf16")) == 1024  # the workspace is fp32 on a CPU
+    assert race.floor_rows(race.Point(n=16384, dtype="bf16", device="cuda")) == 8448
+    assert race.floor_rows(race.Point(n=100)) == 100
 
 
 def test_eager_casts_16_bit_logits_up():
-    assert bench.Point(n=1024, dtype="bf16").eager_bytes == bench.Point(n=1024).eager_bytes == 3 * 4 * 2**20
+    assert race.Point(n=1024, dtype="bf16").eager_bytes == race.Point(n=1024).eager_bytes == 3 * 4 * 2**20
 
 
 def test_claims_set_the_exit_code(monkeypatch, tmp_path, capsys):
     seconds = {"floor": 1.0, "fp32": 1.2, "cold": 1.3, "learnable": 1.2, "bf16": 0.5, "F.linear_cross_entropy": 1.25}
 
     def measured(rounds, tick, claims, samples):
-        claims += bench._time_claims(seconds)
+        claims += race._time_claims(seconds)
 
-    monkeypatch.setattr(bench, "cpu_claims", measured)
+    monkeypatch.setattr(race, "cpu_claims", measured)
     assert main(["bench", "--claims", "--out", str(tmp_path), "--name", "claims"]) == 1
     held = [c["held"] for c in json.loads((tmp_path / "claims.json").read_text())["claims"]]
     assert held == [False, True, True, True, None] and "NO" in capsys.readouterr().out
@@ -284,7 +287,7 @@ def test_ctrl_c_while_the_race_is_imported(tmp_path):
         "import sys\n"
         "class Finder:\n"
         "    def find_spec(name, path=None, target=None):\n"
-        "        if name == 'fusedloss.bench':\n"
+        "        if name == 'fusedloss.bench.race':\n"
         "            " + WAITS.replace("\n", "\n            ") + "\n"
         "sys.meta_path.insert(0, Finder)\n"
     )
@@ -307,7 +310,7 @@ def test_ctrl_c_elsewhere(monkeypatch, capsys):
     def stop():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fusedloss.info.lines", stop)
+    monkeypatch.setattr("fusedloss.bench.machine.lines", stop)
     assert main(["info"]) == 130 and capsys.readouterr().err == "interrupted\n"
 
 

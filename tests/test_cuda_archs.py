@@ -14,8 +14,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from fusedloss import info
 from fusedloss.backends.cuda import old_driver, runs_on
+from fusedloss.bench import machine
 
 ROOT = Path(__file__).parent.parent
 CUDA_13 = [f"sm_{number}" for number in (75, 80, 86, 87, 88, 89, 90, 100, 110, 103, 120, 121)] + ["compute_75"]
@@ -292,17 +292,17 @@ def test_which_drivers_run_a_build(driver, capability, reason):
 @pytest.mark.parametrize("capabilities", [[], [(9, 0)], [(12, 0), (7, 5)]])
 def test_info_says_what_was_built_in_and_where_it_runs(monkeypatch, capabilities):
     built = {"cuda_version": "13.0", "archs": ["sm_80", "sm_90", "sm_90a", "compute_80"]}
-    monkeypatch.setattr(info.cuda, "build_info", lambda: built)
+    monkeypatch.setattr(machine.cuda, "build_info", lambda: built)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
-    line = info.extension()
+    line = machine.extension()
     assert line.startswith("CUDA 13.0: sm_80 sm_90 sm_90a compute_80")
     assert ("; runs on cuda:0 (sm_90)" in line) == (capabilities == [(9, 0)])
     assert ("; runs on cuda:0 (sm_120); does not run on cuda:1 (sm_75)" in line) == (len(capabilities) == 2)
-    monkeypatch.setattr(info.cuda, "build_info", lambda: built | {"driver_version": "12.4"})
-    line = info.extension()
+    monkeypatch.setattr(machine.cuda, "build_info", lambda: built | {"driver_version": "12.4"})
+    line = machine.extension()
     assert "; the driver runs CUDA up to 12.4" in line
     assert "; runs on" not in line
     assert line.count("; does not run on") == len(capabilities)
-    monkeypatch.setattr(info.cuda, "build_info", lambda: None)
-    assert info.extension().startswith("not built") and "FUSEDLOSS_CUDA=1" in info.extension()
+    monkeypatch.setattr(machine.cuda, "build_info", lambda: None)
+    assert machine.extension().startswith("not built") and "FUSEDLOSS_CUDA=1" in machine.extension()

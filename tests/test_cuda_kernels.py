@@ -30,10 +30,12 @@ from strips import (
 from torch import Tensor
 
 import fusedloss
-from fusedloss.backends import cuda, cuda_rows
-from fusedloss.folds import FOLDS, Part
+from fusedloss.backends import cuda
+from fusedloss.backends.cuda import rows as cuda_rows
+from fusedloss.core.folds import FOLDS, Part
+from fusedloss.core.problem import Block, Compare, Fold, GuideRule, Problem
+from fusedloss.core.strips import Strip, StripMask, Tally
 from fusedloss.masks import score_margin
-from fusedloss.problem import Block, Compare, Fold, GuideRule, Problem, Strip, StripMask, Tally
 
 pytestmark = pytest.mark.host
 

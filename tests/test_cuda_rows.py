@@ -6,9 +6,10 @@ import pytest
 import torch
 from grids import DEVICES
 
-from fusedloss import rows as plain
-from fusedloss.backends import cuda_rows
-from fusedloss.problem import Margin, Patch, RowRule, RowSums
+from fusedloss.backends.cuda import rows as cuda_rows
+from fusedloss.core import rows as plain
+from fusedloss.core.problem import Margin, RowRule
+from fusedloss.core.strips import Patch, RowSums
 
 pytestmark = pytest.mark.host
 

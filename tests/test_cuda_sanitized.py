@@ -74,7 +74,7 @@ host = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(host)
 extension = host.load(host.build(sanitize=True))
 from fusedloss.backends import cuda, cuda_rows
-from fusedloss.problem import Strip
+from fusedloss.core.problem import Strip
 
 cuda.extension = cuda_rows.extension = lambda: extension
 x, y, out = torch.randn(128, 64), torch.randn(256, 64), torch.empty(128, 256)

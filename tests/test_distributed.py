@@ -18,7 +18,8 @@ from condition import exact_and_moves, within
 from ranks import Ranks, on_ranks
 
 import fusedloss
-from fusedloss import masks, measure
+from fusedloss import masks
+from fusedloss.bench import measure
 from fusedloss.distributed import MATCH
 from fusedloss.grad_cache import GradCache
 

@@ -148,7 +148,7 @@ def test_a_rank_that_is_killed_in_between():
 @pytest.mark.parametrize("visits", [1, 3, 4, 6])  # of the first time around three ranks, and of the second
 def test_a_rank_that_is_killed_within_the_ring(visits):
     def case(rank):
-        go_around = fusedloss.ring.go_around
+        go_around = fusedloss.distributed.ring.go_around
         left = [visits]
 
         def killed(parcels, ranks, visit, join=None):
@@ -161,7 +161,7 @@ def test_a_rank_that_is_killed_within_the_ring(visits):
             return go_around(parcels, ranks, counted, join)
 
         if rank == 1:
-            fusedloss.ring.go_around = killed
+            fusedloss.distributed.ring.go_around = killed
         info_nce(strategy="ring").backward()
 
     first, gone, last = errors_of(case, 3)

@@ -33,7 +33,7 @@ from sentence_transformers.sparse_encoder import losses as stock_sparse  # noqa:
 from transformers import PreTrainedTokenizerBase  # noqa: E402
 
 import fusedloss  # noqa: E402
-from fusedloss import checks  # noqa: E402
+from fusedloss.core import checks  # noqa: E402
 from fusedloss.integrations import calls  # noqa: E402
 from fusedloss.integrations import sentence_transformers as fused  # noqa: E402
 from fusedloss.integrations.sentence_transformers import sparse_encoder as fused_sparse  # noqa: E402
@@ -1000,8 +1000,9 @@ def test_the_plugin_patches_and_counts(tmp_path):
         "    TripletLoss(None).compute_loss_from_embeddings([torch.ones(2, 3)] * 3, None)\n"
     )
     (tmp_path / "conftest.py").write_text(Path(__file__).with_name("conftest.py").read_text())
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "fusedloss.integrations.pytest_patch"]
-    paths = (Path(fusedloss.__file__).parents[1], Path(__file__).parent)  # the package, and what conftest.py imports
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "pytest_patch"]
+    tests = Path(__file__).parent  # with what conftest.py imports
+    paths = (Path(fusedloss.__file__).parents[1], tests, tests.parent / "tools")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     found = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert found.returncode == 0, found.stdout + found.stderr

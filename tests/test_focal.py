@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import fusedloss
 from fusedloss import testing
-from fusedloss.backends import triton_pointwise
+from fusedloss.backends.triton import pointwise as triton_pointwise
 from fusedloss.rowwise import classes, pointwise
 
 BACKENDS = ["reference", "chunked", "triton"]

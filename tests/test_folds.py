@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 from fusedloss import sweep, testing
 from fusedloss.backends import BACKENDS
-from fusedloss.folds import FOLDS, Part
-from fusedloss.info import probe
-from fusedloss.losses._fold import fold_loss, fold_problem
+from fusedloss.bench.machine import probe
+from fusedloss.core.folds import FOLDS, Part
+from fusedloss.core.numerics import stats_dtype
+from fusedloss.core.problem import Fold
+from fusedloss.losses._folded import fold_loss, fold_problem
 from fusedloss.losses._options import Call
-from fusedloss.problem import Fold, stats_dtype
 
 # scalars and options of each fold
 CASES = {

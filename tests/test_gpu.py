@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import fusedloss
-from fusedloss import measure, testing
+from fusedloss import testing
 from fusedloss.backends import BACKENDS
-from fusedloss.info import probe
+from fusedloss.bench import measure
+from fusedloss.bench.machine import probe
 
 pytestmark = pytest.mark.gpu
 
@@ -179,9 +180,8 @@ def test_runs_are_equal_bit_for_bit(backend, loss, dtype, dim):
 @pytest.mark.parametrize("dim", [100, 768])
 def test_every_way_to_multiply_agrees(monkeypatch, gemm, loss, dim):
     """Whatever the table picks on this device: bf16 at real tiles, several waves of them, ragged in every direction."""
-    from fusedloss.kernels.config import Config
-
-    from fusedloss.backends import triton as backend
+    from fusedloss.backends.triton import launching
+    from fusedloss.backends.triton.config import Config
 
     if gemm == "descriptors" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("tensor descriptors need compute capability 9.0")
@@ -192,7 +192,7 @@ def test_every_way_to_multiply_agrees(monkeypatch, gemm, loss, dim):
         Config(gemm, 128, 128, 64, num_stages=3),
         Config(gemm, 64, 128, 64, SUBTILES=1 if gemm == "library" else 2, num_warps=4, programs=2),
     ):
-        monkeypatch.setattr(backend, "_picked", lambda *where, config=config: config)
+        monkeypatch.setattr(launching, "picked", lambda *where, config=config: config)
         found = testing.value_and_gradients(lambda *t: LOSSES[loss](*t, "triton"), leaves)
         for a, b in zip(found, wanted, strict=True):
             assert (a.double() - b).norm() <= 1e-2 * b.norm()

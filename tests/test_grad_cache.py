@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import fusedloss
-from fusedloss import masks, measure
+from fusedloss import masks
+from fusedloss.bench import measure
 from fusedloss.grad_cache import GradCache
 
 

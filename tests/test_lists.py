@@ -18,7 +18,8 @@ from peaks import MIB, growth, measured
 from torch import nn
 
 import fusedloss
-from fusedloss import measure, testing
+from fusedloss import testing
+from fusedloss.bench import measure
 from fusedloss.rowwise import lists as rowwise
 
 WEIGHTINGS = ["ndcg_loss2pp", "ndcg_loss2", "ndcg_loss1", "lambda_rank", None]

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import fusedloss
-from fusedloss import checks, testing
+from fusedloss import testing
+from fusedloss.core import checks
 
 BACKENDS = ["chunked", "reference"]
 
@@ -674,7 +675,7 @@ def test_modules_show_the_options_that_are_not_the_default():
 
 def test_an_out_of_range_target_is_nan_where_values_are_not_read(monkeypatch):
     """As on a GPU, or under torch.compile."""
-    from fusedloss import checks
+    from fusedloss.core import checks
 
     monkeypatch.setattr(checks, "reads_values", lambda x: False)
     query = GOOD.clone().requires_grad_()
@@ -685,7 +686,7 @@ def test_an_out_of_range_target_is_nan_where_values_are_not_read(monkeypatch):
 
 
 def test_the_environment_variable_checks_values_on_any_device(monkeypatch):
-    from fusedloss import checks
+    from fusedloss.core import checks
 
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
     elsewhere = torch.ones(1, device="meta")

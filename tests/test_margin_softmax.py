@@ -17,9 +17,11 @@ from peaks import MIB, growth, measured
 from torch.nn import functional as F
 
 import fusedloss
-from fusedloss import measure, op, sweep, testing
+from fusedloss import sweep, testing
 from fusedloss.backends import BACKENDS, chunked
-from fusedloss.problem import Block, Margin, Problem
+from fusedloss.bench import measure
+from fusedloss.core.problem import Block, Margin, Problem
+from fusedloss.sweep import autograd
 
 pml = pytest.importorskip("pytorch_metric_learning.losses")
 
@@ -109,7 +111,7 @@ def test_a_margin_beneath_a_softcap(backend):
 
         return call
 
-    ours, wanted = loss(op.loss_rows_or_sum, backend), loss(op.loss_rows_or_sum, "reference")
+    ours, wanted = loss(autograd.loss_rows_or_sum, backend), loss(autograd.loss_rows_or_sum, "reference")
     found = testing.value_and_gradients(lambda *t: ours(*t).sum(), (x, y))
     exact = testing.value_and_gradients(lambda *t: wanted(*t).sum(), (x.double(), y.double()))
     for a, b in zip(found, exact, strict=True):

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 import fusedloss
 from fusedloss import masks, testing
-from fusedloss import problem as core
+from fusedloss.core import problem as core
+from fusedloss.core.strips import StripMask
 
 BACKENDS = ["chunked", "reference"]
 KERNELS = ["triton", "cuda"]
@@ -915,7 +916,7 @@ def test_a_mask_turned_over():
 
 def test_a_mask_of_some_rows():
     mask = every_part(5, 7)
-    strip = core.StripMask(mask.compare, mask.dense, torch.arange(5.0), mask.exempt, mask.skip)
+    strip = StripMask(mask.compare, mask.dense, torch.arange(5.0), mask.exempt, mask.skip)
     first, second = strip.rows(slice(0, 2)), strip.rows(slice(2, 5))
     for name in ("dense", "threshold", "exempt", "skip"):
         assert torch.equal(torch.cat([getattr(first, name), getattr(second, name)]), getattr(strip, name))

@@ -7,8 +7,9 @@ import torch
 from grids import one_of
 from peaks import MIB, at_sizes, growth, measured
 
-from fusedloss import measure, testing
-from fusedloss.bench import Point, memory
+from fusedloss import testing
+from fusedloss.bench import measure
+from fusedloss.bench.race import Point, memory
 
 
 def peak_of(racer: str, loss: str, n: int) -> int:

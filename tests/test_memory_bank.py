@@ -10,7 +10,8 @@ from peaks import MIB, growth, measured
 from torch.nn import functional as F
 
 import fusedloss
-from fusedloss import masks, measure, testing
+from fusedloss import masks, testing
+from fusedloss.bench import measure
 
 BACKENDS = ["reference", "chunked", "triton", "cuda"]
 FUSED = ["chunked", "triton", "cuda"]

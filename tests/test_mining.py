@@ -19,8 +19,9 @@ from peaks import MIB, growth, measured
 from torch.nn import functional as F
 
 import fusedloss
-from fusedloss import measure, sweep, testing
+from fusedloss import sweep, testing
 from fusedloss.backends import chunked
+from fusedloss.bench import measure
 
 BACKENDS = ["chunked", "reference"]
 KERNELS = ["triton", "cuda"]

@@ -17,9 +17,10 @@ from test_backends import small_chunks  # noqa: F401  # a fixture
 from torch import Tensor
 
 import fusedloss
-from fusedloss import masks, products, sweep, testing
+from fusedloss import masks, sweep, testing
 from fusedloss.backends import BACKENDS
-from fusedloss.problem import Block, Fold, Problem
+from fusedloss.core import products
+from fusedloss.core.problem import Block, Fold, Problem
 
 DTYPES = [torch.bfloat16, torch.float16]
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fusedloss
-from fusedloss import checks, functional
+from fusedloss import functional
+from fusedloss.core import checks
 from fusedloss.losses._options import TEXTS, AcrossOptions, Call, SweepOptions, WorkspaceOptions
 
 FIELDS = {field.name: field.default for field in dataclasses.fields(Call)}

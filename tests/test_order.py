@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 
 import fusedloss
-from fusedloss import backends, checks
+from fusedloss import backends
 from fusedloss.backends import select, select_rowwise
-from fusedloss.problem import Block, Fold, Problem
+from fusedloss.core import checks
+from fusedloss.core.problem import Block, Fold, Problem
 from fusedloss.trust import families, order, verdicts
 
 BOTH = ("cuda", "triton", "chunked", "reference")

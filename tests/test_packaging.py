@@ -1,6 +1,7 @@
 """What the sdist and the wheels hold, that a wheel works away from the checkout, and which way imports point."""
 
 import ast
+import graphlib
 import importlib.metadata
 import os
 import re
@@ -206,7 +207,29 @@ def unindent(code):
     return "\n".join(line[8:] for line in code.splitlines())
 
 
-# Dependencies point one way: losses -> sweep -> backends -> kernels and _C.
+# Folders are floors: imports point down, and what a room of the package may import is named here. A room is a folder of
+# fusedloss/, or a file at its root; "fusedloss" is __init__.py, what users import.
+ROOMS = {
+    "core": "",
+    "testing": "",
+    "grad_cache": "core",
+    "masks": "core",
+    "search": "core",
+    "trust": "core",
+    "backends": "core trust kernels _C",
+    "sweep": "core trust backends",
+    "rowwise": "core backends",
+    "distributed": "core backends sweep",
+    "losses": "core masks backends sweep rowwise distributed",
+    "functional": "losses",
+    "boosting": "core rowwise losses",
+    "fusedloss": "core masks search grad_cache boosting losses functional",
+    "integrations": "core masks search rowwise losses fusedloss",
+    "bench": "core testing trust backends sweep fusedloss",
+    "proof": "core testing trust backends sweep rowwise functional fusedloss bench",
+    "cli": "core trust backends bench proof",
+    "__main__": "cli",
+}
 
 
 def modules():
@@ -217,8 +240,11 @@ def modules():
             yield ".".join([package, *parts]).removesuffix(".__init__"), file
 
 
+MODULES = dict(modules())
+
+
 def imports(module, file):
-    """Everything that a file imports, at any depth of its code. `from a import b` counts as a and as a.b."""
+    """The modules that a file imports, at any depth of its code."""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -226,52 +252,50 @@ def imports(module, file):
         elif isinstance(node, ast.ImportFrom):
             base = package.rsplit(".", node.level - 1)[0] if node.level else ""
             base = ".".join(filter(None, [base, node.module]))
-            yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                yield name if name in MODULES or name == "fusedloss._C" else base
 
 
-def within(name, *packages):
-    return any(name == package or name.startswith(package + ".") for package in packages)
+def room(module):
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
 
 
-UPPER = ("fusedloss.functional", "fusedloss.losses", "fusedloss.op")
-DRIVERS = ("fusedloss.sweep", "fusedloss.rowwise")
-FORBIDDEN = {
-    "fusedloss.sweep": (*UPPER, "fusedloss.rowwise"),
-    "fusedloss.sweep.chunks": tuple(f"fusedloss.sweep.{x}" for x in ("inputs", "admission", "gradients")),
-    "fusedloss.sweep.inputs": tuple(f"fusedloss.sweep.{x}" for x in ("admission", "gradients")),
-    "fusedloss.sweep.admission": tuple(f"fusedloss.sweep.{x}" for x in ("gradients", "smoothing", "folded")),
-    "fusedloss.sweep.gradients": tuple(f"fusedloss.sweep.{x}" for x in ("admission", "smoothing", "folded")),
-    "fusedloss.rowwise": (*UPPER, "fusedloss.sweep"),
-    "fusedloss.backends": (*UPPER, *DRIVERS),
-    # whether a backend may be taken
-    "fusedloss.trust.ask": (*UPPER, *DRIVERS, "fusedloss.backends"),
-    "fusedloss.trust.verdicts": (*UPPER, *DRIVERS, "fusedloss.backends"),
-    "fusedloss.trust.families": (*UPPER, *DRIVERS, "fusedloss.backends"),
-    "fusedloss.trust.order": (*UPPER, *DRIVERS, "fusedloss.backends"),
-    "fusedloss.trust.audit": (*UPPER, *DRIVERS),  # whom the op asks
-    # what all of the above share
-    "fusedloss.packing": (*UPPER, *DRIVERS, "fusedloss.backends", "fusedloss.trust"),
-    "fusedloss.problem": (*UPPER, *DRIVERS, "fusedloss.backends", "fusedloss.trust"),
-    "fusedloss.epilogues": (*UPPER, *DRIVERS, "fusedloss.backends", "fusedloss.trust"),
-    "fusedloss.products": (*UPPER, *DRIVERS, "fusedloss.backends", "fusedloss.trust", "fusedloss.problem"),
-}
-# What the child runs stands on all of the library, of which only the command line knows it.
-ON_TOP = tuple(f"fusedloss.trust.{name}" for name in ("cases", "child", "draws", "race", "rowwise", "sweeps", "zones"))
-ABOVE = (*ON_TOP, "fusedloss.__main__", "fusedloss.check", "fusedloss.verify")
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_room_imports_what_its_line_names(name):
+    found = {
+        room(imported)
+        for module, file in MODULES.items()
+        if room(module) == name
+        for imported in imports(module, file)
+        if imported.split(".")[0] == "fusedloss"
+    }
+    assert found - {name} == set(ROOMS[name].split())
 
 
-@pytest.mark.parametrize("module, file", list(modules()), ids=lambda value: value if isinstance(value, str) else "")
-def test_imports_point_one_way(module, file):
-    names = set(imports(module, file))
-    bad = {name for name in names if within(name, "kernels", "csrc", "tests")}  # of the checkout, not of the package
-    for layer, forbidden in FORBIDDEN.items():
-        if within(module, layer):
-            bad |= {name for name in names if within(name, *forbidden)}
-    if not within(module, *ABOVE):
-        bad |= {name for name in names if within(name, *ON_TOP)}
-    if within(module, "fusedloss.kernels"):
-        allowed = (*sys.stdlib_module_names, "triton", "fusedloss.kernels")
-        bad |= {name for name in names if not within(name, *allowed)}
-    elif not within(module, "fusedloss.backends"):
-        bad |= {name for name in names if within(name, "fusedloss.kernels", "fusedloss._C", "triton")}
-    assert not bad
+def test_every_room_has_a_line():
+    assert {room(module) for module in MODULES} == {*ROOMS, "kernels"}
+
+
+def test_there_is_no_circle():
+    """Between rooms nor between files; a package's own __init__ may import its files, and they what stands in it."""
+    list(graphlib.TopologicalSorter({name: line.split() for name, line in ROOMS.items()}).static_order())
+    files = {
+        module: {name for name in imports(module, file) if name in MODULES and not module.startswith(f"{name}.")}
+        for module, file in MODULES.items()
+    }
+    list(graphlib.TopologicalSorter(files).static_order())
+
+
+def test_kernels_are_device_code_alone():
+    """They import Triton and each other, and backends alone import them."""
+    allowed = {*sys.stdlib_module_names, "triton"}
+    for module, file in MODULES.items():
+        names = set(imports(module, file))
+        roots = {name.split(".")[0] for name in names}
+        assert not roots & {"kernels", "csrc", "tests"}, module  # of the checkout, not of the package
+        if room(module) == "kernels":
+            assert {name for name in names if name.split(".")[0] not in allowed and room(name) != "kernels"} == set()
+        elif room(module) != "backends":
+            assert "triton" not in roots, module

@@ -5,8 +5,8 @@ from dataclasses import fields, is_dataclass
 import pytest
 import torch
 
-from fusedloss import packing
-from fusedloss.problem import Block, Compare, Fold, Guide, GuideRule, Margin, Mask, Problem, Ranks
+from fusedloss.core.problem import Block, Compare, Fold, Guide, GuideRule, Margin, Mask, Problem, Ranks
+from fusedloss.sweep import packing
 
 
 def whole():

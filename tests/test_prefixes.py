@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional as F
 
 import fusedloss
-from fusedloss import epilogues, testing
-from fusedloss.problem import Block, Problem
+from fusedloss import testing
+from fusedloss.core import softmax
+from fusedloss.core.problem import Block, Problem
 from fusedloss.sweep import Wants, prefixes
 from fusedloss.sweep.prefixes import sweep_prefixes
 
@@ -27,7 +28,7 @@ def loop(operands, blocks, scale, target, weight, dims, dim_weights, admit=None,
                 z = z.masked_fill(~admitted(admit, number, z, target), -torch.inf)
             parts.append(z)
         z = torch.cat(parts, 1).masked_fill((weight == 0)[:, None], 0)
-        losses = losses + c * weight * epilogues.softmax_rows(z, target)
+        losses = losses + c * weight * softmax.softmax_rows(z, target)
     return losses
 
 

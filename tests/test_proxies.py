@@ -17,9 +17,10 @@ from peaks import MIB, growth, measured
 from torch.nn import functional as F
 
 import fusedloss
-from fusedloss import measure, sweep, testing
+from fusedloss import sweep, testing
 from fusedloss.backends import BACKENDS, chunked
-from fusedloss.problem import Block, Problem
+from fusedloss.bench import measure
+from fusedloss.core.problem import Block, Problem
 
 pml = pytest.importorskip("pytorch_metric_learning.losses")
 

@@ -13,9 +13,11 @@ import patience
 import pytest
 import torch
 
-from fusedloss import bench, measure, peers, results, testing
+from fusedloss import testing
 from fusedloss.backends import BACKENDS
-from fusedloss.peers import PEERS, Peer, Point
+from fusedloss.bench import measure, peers, results
+from fusedloss.bench import race as bench
+from fusedloss.bench.peers import PEERS, Peer, Point
 
 pytestmark = pytest.mark.processes
 
@@ -404,7 +406,7 @@ def test_points_run_in_a_process_that_may_die(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     (tmp_path / "dying.py").write_text(
         "import os, race\n"
-        "from fusedloss.peers import PEERS, Peer\n"
+        "from fusedloss.bench.peers import PEERS, Peer\n"
         "PEERS['dying'] = Peer('dying', lambda point: lambda q, k: os._exit(7))\n"
         "def work(connection):\n    race._work(connection)\n"
     )

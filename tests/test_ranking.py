@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 import fusedloss
-from fusedloss import masks, op, testing
-from fusedloss.problem import Block, Problem
+from fusedloss import masks, testing
+from fusedloss.core.problem import Block, Problem
+from fusedloss.sweep import autograd
 
 BACKENDS = ["chunked", "reference"]
 KERNELS = ["triton", "cuda"]
@@ -783,4 +784,4 @@ def test_a_penalty_leaves_the_target_alone(backend):
     sim = x @ y.T
     harder = torch.full_like(sim, scale + penalty).scatter(1, target[:, None], scale)
     wanted = F.cross_entropy(harder * sim, target, reduction="none")
-    torch.testing.assert_close(op.loss_rows_or_sum(problem, backend, per_row=True)[0], wanted)
+    torch.testing.assert_close(autograd.loss_rows_or_sum(problem, backend, per_row=True)[0], wanted)

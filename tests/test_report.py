@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fusedloss
-from fusedloss import report
 from fusedloss.__main__ import main
+from fusedloss.cli import report
 from fusedloss.trust import ask, verdicts
 from fusedloss.trust.verdicts import FAILED, PROVED, Verdict
 

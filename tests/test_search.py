@@ -7,7 +7,8 @@ import torch
 from peaks import MIB, at_sizes, measured
 from torch.nn import functional as F
 
-from fusedloss import measure, search
+from fusedloss import search
+from fusedloss.bench import measure
 from fusedloss.search import top_k
 
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import fusedloss
-from fusedloss import masks, rows, sweep, testing
+from fusedloss import masks, sweep, testing
 from fusedloss.backends import chunked
+from fusedloss.core import rows
 from fusedloss.rowwise import pairs
 
 BACKENDS = ["chunked", "reference"]

@@ -609,8 +609,9 @@ def table(head: Sequence[str], rows: dict[str, list[str]]) -> str:
 @pytest.fixture
 def kernels(host_extension, monkeypatch) -> None:
     """Both sets, on a CPU."""
-    from fusedloss.backends import cuda, cuda_rows, triton
-    from fusedloss.info import probe
+    from fusedloss.backends import cuda, triton
+    from fusedloss.backends.cuda import rows as cuda_rows
+    from fusedloss.bench.machine import probe
     from fusedloss.rowwise import pair_logits, pairs
 
     for module in (cuda, cuda_rows):

@@ -10,14 +10,16 @@ import torch
 from strips import assert_lse, assert_near, direction, factored, formula, gain_of, grad_formula, lse, with_entry
 from torch import Tensor
 
-from fusedloss import rows as plain
 from fusedloss.backends.shared import exp_shift
-from fusedloss.problem import Block, Patch, Problem, RowRule, RowSums, Strip
+from fusedloss.core import rows as plain
+from fusedloss.core.problem import Block, Problem, RowRule
+from fusedloss.core.strips import Patch, RowSums, Strip
 
 pytest.importorskip("triton")
-from fusedloss.kernels.config import ELSEWHERE, Config, pick_config, pick_rows
-
 from fusedloss.backends import triton as backend
+from fusedloss.backends.triton import launching
+from fusedloss.backends.triton import rows as launchers
+from fusedloss.backends.triton.config import ELSEWHERE, Config, pick_config, pick_rows
 
 pytestmark = pytest.mark.interpreter
 
@@ -73,7 +75,7 @@ TILES = {
 @pytest.fixture(params=TILES.values(), ids=TILES.keys())
 def tile(request, monkeypatch):
     """Every way to compute similarities, with panels of two tiles."""
-    monkeypatch.setattr(backend, "_config", lambda strip, mode: request.param)
+    monkeypatch.setattr(backend, "config_of", lambda strip, mode: request.param)
     monkeypatch.setattr(backend, "_panel_columns", lambda strip, config: 2 * config.BLOCK_N)
     return request.param
 
@@ -237,7 +239,7 @@ def test_grad_with_columns(case, dtype, with_q, tile):
     assert buffer.isnan().all()
 
 
-# Once per row: `fusedloss/rows.py` is the definition ------------------------------------------------------------------
+# Once per row: `core/rows.py` is the definition ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -247,7 +249,7 @@ def few_rows(monkeypatch):
     def options(kernel, interpreted):
         return {name: {"BLOCK_R": 8, "BLOCK_T": 4, "BLOCK_D": 16}[name] for name in pick_rows(kernel, interpreted=True)}
 
-    monkeypatch.setattr(backend, "_row_options", options)
+    monkeypatch.setattr(launchers, "row_options", options)
 
 
 def pair(dtype: torch.dtype, rows: int = 21, columns: int = 34, dim: int = 37) -> tuple[Tensor, Tensor, Tensor]:
@@ -388,7 +390,7 @@ def sparse(rows: int, columns: int, stride: int, dtype: torch.dtype = torch.floa
 @pytest.mark.parametrize("tile", ["pointers", "descriptors", "library"], indirect=False)
 def test_addresses_beyond_two_to_the_31_elements(monkeypatch, tile):
     """Operands, workspace and gradients: 40 rows, 2**26 + 8 elements apart, end at 2.6e9 elements, 5.4 GB."""
-    monkeypatch.setattr(backend, "_config", lambda strip, mode: TILES[tile])
+    monkeypatch.setattr(backend, "config_of", lambda strip, mode: TILES[tile])
     stride = 2**26 + 8
     assert 39 * stride > 2**31
     if DEVICE == "cuda":
@@ -494,9 +496,9 @@ def test_can_exp():
 @pytest.fixture
 def nothing_known():
     """Answers are kept; these tests change what they were found from."""
-    backend._why_not.cache_clear()
-    yield backend._why_not.cache_clear
-    backend._why_not.cache_clear()
+    launching._why_not.cache_clear()
+    yield launching._why_not.cache_clear
+    launching._why_not.cache_clear()
 
 
 def test_why_not(monkeypatch, nothing_known):
@@ -540,19 +542,19 @@ def test_a_gpu_of_amd_or_intel_is_tried_without_what_is_nvidias(monkeypatch, dev
     import triton
 
     device = torch.device(device)
-    nothing_known = lambda: [f.cache_clear() for f in (backend._why_not, backend._capability)]
+    nothing_known = lambda: [f.cache_clear() for f in (launching._why_not, launching.capability_of)]
     nothing_known()
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))  # ROCm's word for gfx942
-    monkeypatch.setattr(backend, "tf32", lambda: True)
+    monkeypatch.setattr(launching, "tf32", lambda: True)
     assert backend.why_not_on(torch.bfloat16, device) is None
     assert "float64" in backend.why_not_on(torch.float64, device)
-    assert backend._capability(device) == ELSEWHERE and backend._precision(torch.float32, device) == "ieee"
+    assert launching.capability_of(device) == ELSEWHERE and launching.precision_of(torch.float32, device) == "ieee"
     monkeypatch.setattr(torch.version, "hip", None)
     nothing_known()
     if device.type == "cuda":
-        assert backend._capability(device) == (9, 4) and backend._precision(torch.float32, device) == "tf32"
+        assert launching.capability_of(device) == (9, 4) and launching.precision_of(torch.float32, device) == "tf32"
     nothing_known()
 
 
@@ -565,7 +567,7 @@ def test_no_config_for_amd_or_intel_has_tensor_maps():
 
 
 def test_a_measured_config_is_taken_at_the_nearest_width(monkeypatch):
-    from fusedloss.kernels import config
+    from fusedloss.backends.triton import config
 
     entry = {"capability": [9, 0], "dtype": "bf16", "mode": "exp", "D": 768}
     table = [

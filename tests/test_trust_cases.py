@@ -7,8 +7,9 @@ import torch
 from primitives import record
 
 from fusedloss.backends import BACKENDS, cuda, triton
-from fusedloss.errors import UnsupportedError
-from fusedloss.trust import cases, draws, families
+from fusedloss.core.errors import UnsupportedError
+from fusedloss.proof import cases, draws
+from fusedloss.trust import families
 
 CPU = torch.device("cpu")
 BACKEND = pytest.mark.parametrize("backend", ["cuda", "triton"])

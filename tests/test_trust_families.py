@@ -10,8 +10,8 @@ from calls import CALLS, Batch
 from primitives import record
 
 from fusedloss.backends import BACKENDS
-from fusedloss.info import probe
-from fusedloss.problem import Guide, Mask
+from fusedloss.bench.machine import probe
+from fusedloss.core.problem import Guide, Mask
 from fusedloss.trust import families
 
 NO_BACKEND = {"global_orthogonal_regularization"}
@@ -102,7 +102,7 @@ def test_the_folds_are_those_of_the_backend():
     ],
 )
 def test_precision(dtype, tf32, wanted):
-    from fusedloss.trust.cases import products
+    from fusedloss.proof.cases import products
 
     with products("tf32" if tf32 else "fp32"):
         assert families.precision(dtype) == wanted

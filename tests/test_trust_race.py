@@ -8,8 +8,11 @@ import sys
 import pytest
 import torch
 
-from fusedloss import UnsupportedError, backends, measure, verify
-from fusedloss.trust import ask, child, families, order, race, verdicts
+from fusedloss import UnsupportedError, backends
+from fusedloss.bench import measure
+from fusedloss.cli import verify
+from fusedloss.proof import child, race
+from fusedloss.trust import ask, families, order, verdicts
 
 CPU = torch.device("cpu")
 

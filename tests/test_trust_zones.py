@@ -7,9 +7,11 @@ import threading
 import pytest
 import torch
 
-from fusedloss.backends import BACKENDS, cuda, cuda_rows, triton
-from fusedloss.trust import cases
-from fusedloss.trust.zones import ZONE, Zones
+from fusedloss.backends import BACKENDS, cuda, triton
+from fusedloss.backends.cuda import rows as cuda_rows
+from fusedloss.backends.triton import rows as triton_rows
+from fusedloss.proof import cases
+from fusedloss.proof.zones import ZONE, Zones
 
 CPU = torch.device("cpu")
 BACKEND = pytest.mark.parametrize("backend", ["cuda", "triton"])
@@ -112,7 +114,7 @@ def test_a_kernel_that_writes_a_row_too_many(backend, monkeypatch):
 
         monkeypatch.setattr(cuda_rows, "launch", longer)
     else:
-        by_row = triton._by_row
+        by_row = triton_rows.by_row
 
         def longer(name, device, R, *args, **constants):
             if name == "finish_kernel":
@@ -120,7 +122,7 @@ def test_a_kernel_that_writes_a_row_too_many(backend, monkeypatch):
                 R += 1
             by_row(name, device, R, *args, **constants)
 
-        monkeypatch.setattr(triton, "_by_row", longer)
+        monkeypatch.setattr(triton_rows, "by_row", longer)
     found = proof(backend)
     assert found.state == "failed" and "written behind the end of float32 [" in found.reason
 
@@ -149,8 +151,8 @@ def test_a_kernel_that_reads_what_it_never_wrote(backend, monkeypatch):
 
 @BACKEND
 def test_a_kernel_that_reads_beyond_its_rows(backend, monkeypatch):
-    module = cuda_rows if backend == "cuda" else triton
-    name = "launch" if backend == "cuda" else "_by_row"
+    module = cuda_rows if backend == "cuda" else triton_rows
+    name = "launch" if backend == "cuda" else "by_row"
     right = getattr(module, name)
 
     def wider(kernel, device, *args, **fields):

@@ -18,10 +18,11 @@ from torch import Tensor
 import fusedloss
 from fusedloss import functional as F
 from fusedloss import masks
-from fusedloss.backends import cuda, cuda_rows
+from fusedloss.backends import cuda
 from fusedloss.backends import triton as triton_backend
+from fusedloss.backends.cuda import rows as cuda_rows
 from fusedloss.backends.shared import check_vector
-from fusedloss.problem import Block, Compare, Fold, Mask, Problem
+from fusedloss.core.problem import Block, Compare, Fold, Mask, Problem
 
 M, N, D, K = 6, 7, 8, 3
 INTEGERS = (torch.int64,)

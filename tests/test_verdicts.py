@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedloss import environment
+from fusedloss.core import environment
 from fusedloss.trust import verdicts
 from fusedloss.trust.verdicts import FAILED, PROVED, UNKNOWN, Kept, Verdict
 
@@ -175,8 +175,8 @@ def test_the_key_names_what_a_verdict_hangs_on():
 def test_the_sources_are_the_kernels_their_launchers_and_the_cases():
     named = {f"{file.parent.name}/{file.name}" for file in verdicts.sources()}
     kernels = {f"kernels/{file.name}" for file in Path(__file__).parents[1].glob("kernels/*.py")}
-    launchers = {f"backends/{name}.py" for name in ("triton", "triton_lists", "cuda", "cuda_rows", "shared")}
-    assert len(kernels) > 5 and kernels | launchers | {"trust/cases.py", "kernels/measured.json"} <= named
+    launchers = {"triton/rows.py", "triton/lists.py", "cuda/__init__.py", "cuda/rows.py", "backends/shared.py"}
+    assert len(kernels) > 5 and kernels | launchers | {"proof/cases.py", "triton/measured.json"} <= named
 
 
 @pytest.mark.parametrize("which", ["sources", "extension"])

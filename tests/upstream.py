@@ -19,7 +19,8 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
-PLUGIN = "fusedloss.integrations.pytest_patch"
+PLUGIN = "pytest_patch"
+TOOLS = Path(__file__).absolute().parents[1] / "tools"  # where it is
 # Where each library's repository has the tests that call a loss. They come and go from version to version: those that
 # are there run.
 LIBRARIES = {
@@ -45,6 +46,7 @@ def run(checkout: Path, tests: list[str], folder: Path, options: list[str], patc
     """passed, failed, skipped or error, by the test's name."""
     report = folder / f"{patched}.xml"
     environment = os.environ | {"FUSEDLOSS_CALLS": str(folder / "calls.json")}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TOOLS), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", f"--junitxml={report}"]
     command += ["-p", "no:cacheprovider", *(["-p", PLUGIN] if patched else []), *options, *tests]
     subprocess.run(command, cwd=checkout, env=environment)

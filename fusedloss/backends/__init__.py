@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks, environment
-from ..errors import UnsupportedError
-from ..problem import Problem
+from ..core import checks, environment
+from ..core.errors import UnsupportedError
+from ..core.problem import Problem
 from ..trust import ask, families
 from ..trust import order as order_
 from . import chunked, cuda, reference, triton

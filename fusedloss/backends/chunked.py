@@ -17,16 +17,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks, products
-from ..problem import SAFE_SCALE as SHIFTED_SCALE
-from ..problem import GuideRule, Patch, Problem, RowSums, Softmax, Strip, StripMask, Tally, stats_dtype
-from ..problem import inverse_norms as inverse_norms
-from ..rows import finish as finish  # torch has no faster way to this, nor to the others that are handed on
-from ..rows import guide_threshold, patch_target
-from ..rows import merge as merge
-from ..rows import operand as operand
-from ..rows import prepare as prepare
-from ..rows import settle as settle
+from ..core import checks, products
+from ..core.numerics import SAFE_SCALE as SHIFTED_SCALE
+from ..core.numerics import inverse_norms as inverse_norms
+from ..core.numerics import stats_dtype
+from ..core.problem import GuideRule, Problem
+from ..core.rows import finish as finish  # torch has no faster way to this, nor to the others that are handed on
+from ..core.rows import guide_threshold, patch_target
+from ..core.rows import merge as merge
+from ..core.rows import operand as operand
+from ..core.rows import prepare as prepare
+from ..core.rows import settle as settle
+from ..core.strips import Patch, RowSums, Softmax, Strip, StripMask, Tally
 from .shared import exp_shift
 
 LOG2E = math.log2(math.e)

@@ -11,25 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..folds import Folded, Part
-from ..problem import (
-    NO_RULE,
-    GuideRule,
-    Patch,
-    Prepared,
-    Problem,
-    RowRule,
-    RowSums,
-    Settled,
-    Softmax,
-    Strip,
-    StripMask,
-    Tally,
-)
+from ..core.folds import Folded, Part
+from ..core.problem import NO_RULE, GuideRule, Problem, RowRule
+from ..core.strips import Patch, Prepared, RowSums, Settled, Softmax, Strip, StripMask, Tally
 
 
 class Rows(Protocol):
-    """What happens once per row; `fusedloss.rows` is the definition."""
+    """What happens once per row; `fusedloss.core.rows` is the definition."""
 
     def operand(self, x: Tensor) -> Tensor:
         """x as the kernels read it: itself, or an aligned copy."""

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import epilogues
-from ..folds import FOLDS
-from ..problem import Guide, Mask, Problem, autocasting, stats_dtype, unit_rows
-from ..rows import above_ties, fold_part, fold_scalars, guide_threshold, score_ties, squared_distances
+from ..core import softmax
+from ..core.folds import FOLDS
+from ..core.numerics import autocasting, stats_dtype, unit_rows
+from ..core.problem import Guide, Mask, Problem
+from ..core.rows import above_ties, fold_part, fold_scalars, guide_threshold, score_ties, squared_distances
 
 
 def why_not(problem: Problem) -> str | None:
@@ -73,12 +74,12 @@ def _losses(problem: Problem, z: Tensor) -> Tensor:
     if not problem.symmetric:
         # Before the formula: 0 times the NaN gradient of a row without admissible columns is NaN.
         z = z.masked_fill((problem.weight == 0)[:, None], 0)
-    loss = epilogues.softmax_rows(z, problem.target, problem.label_smoothing, problem.decoupled, problem.copies)
+    loss = softmax.softmax_rows(z, problem.target, problem.label_smoothing, problem.decoupled, problem.copies)
     if problem.z_loss:
         loss = loss + problem.z_loss * z.logsumexp(1).square()
     if problem.symmetric:
         diagonal = torch.arange(problem.rows, device=z.device)
-        loss = (loss + epilogues.softmax_rows(z.T, diagonal)) / 2
+        loss = (loss + softmax.softmax_rows(z.T, diagonal)) / 2
     # Rows that are left out are exactly 0, also where their own logits are not finite.
     return torch.where(problem.weight == 0, 0, problem.weight * loss)
 
@@ -113,7 +114,7 @@ def _logits(
         if block.bias is not None:
             z = z + block.bias.to(z.dtype)
         if problem.softcap:
-            z = epilogues.bent(z, problem.softcap)
+            z = softmax.bent(z, problem.softcap)
         if block.bias is not None:
             z = torch.where(block.bias == -torch.inf, -torch.inf, z)  # whatever z is there, NaN included
         if block.mask.given:
@@ -134,7 +135,7 @@ def _marginal(problem: Problem, index: Tensor) -> Tensor:
     dtype = torch.float64 if problem.device.type in ("cpu", "cuda") else narrow
     x, y = problem.operands[block.query][: problem.rows], problem.operands[block.key][index]
     cosine = (unit_rows(x.to(dtype)) * unit_rows(y.to(dtype))).sum(1)
-    return epilogues.marginal(cosine, problem.margin, torch.finfo(narrow).eps)[0] * problem.scale
+    return softmax.marginal(cosine, problem.margin, torch.finfo(narrow).eps)[0] * problem.scale
 
 
 class _Thresholds(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 
-from fusedloss import environment
+from fusedloss.core import environment
 
 logger = logging.getLogger("fusedloss")
 

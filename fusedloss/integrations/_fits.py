@@ -9,7 +9,7 @@ from torch import nn
 
 
 def refusal(check: Callable[..., None], *args: Any, **kwargs: Any) -> str | None:
-    """What one of fusedloss.checks has against these arguments. The library's code then says it in its own words."""
+    """What one of core.checks has against these arguments. The library's code then says it in its own words."""
     try:
         check(*args, **kwargs)
     except (TypeError, ValueError, IndexError) as error:

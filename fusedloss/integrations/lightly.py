@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import checks, masks
+from .. import masks
+from ..core import checks
 from ..losses.info_nce import info_nce
 from ..losses.nt_xent import decoupled_contrastive, nt_xent
 from ..rowwise.pairs import scores

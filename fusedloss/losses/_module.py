@@ -9,7 +9,8 @@ from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor, nn
 
-from .. import checks, distributed
+from .. import distributed
+from ..core import checks
 
 # Those that a constructor can check before there are embeddings, by name: a name means the same in every loss.
 CHECKS: dict[str, Callable[[Any], None]] = {

@@ -15,9 +15,9 @@ from typing import Any, ParamSpec, TypedDict, TypeVar, get_args, get_type_hints
 
 import torch.distributed as dist
 
-from .. import checks
+from ..core import checks
+from ..core.problem import Problem
 from ..distributed import Request, World, world
-from ..problem import Problem
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import checks
-from ..problem import savable
+from ..core import checks
+from ..core.numerics import savable
 from ..rowwise.pairs import columns
 
 SIMILARITIES = ("cos", "dot", "euclidean", "manhattan", "angle")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import _reduction
 
-from .. import checks
-from ..problem import autocasting
+from ..core import checks
+from ..core.numerics import autocasting
 from ._module import LossModule
 
 PLAIN = (Tensor, nn.Parameter)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import checks
-from ..problem import stats_dtype
+from ..core import checks
+from ..core.numerics import stats_dtype
 from .matryoshka import matryoshka
 
 WEIGHTINGS: dict[str, Callable[[int], float]] = {

@@ -7,16 +7,17 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..epilogues import softplus
+from ..core import checks
+from ..core.numerics import stats_dtype
+from ..core.problem import Compare, Fold, Mask
+from ..core.rows import row_chunks
+from ..core.softmax import softplus
 from ..masks import itself
-from ..problem import Compare, Fold, Mask, stats_dtype
-from ..rows import row_chunks
 from ..rowwise.pairs import DISTANCES, of_pairs
-from ._fold import fold_loss, fold_problem, top
-from ._in_batch import of_rows, over
+from ._folded import fold_loss, fold_problem, top
 from ._module import LossModule
 from ._options import Call, SweepOptions, WorkspaceOptions, expanded
+from ._softmax import of_rows, over
 
 
 @expanded

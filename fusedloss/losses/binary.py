@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import checks
+from ..core import checks
 from ..rowwise.pointwise import BinaryCrossEntropy, loss
 from ._options import documented
 from ._twin import TwinModule, check_weight, ordinary, promoted, reduction_of, tensors

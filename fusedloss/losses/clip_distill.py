@@ -7,12 +7,12 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..problem import Fold, Guide
-from ._fold import fold_loss, fold_problem
-from ._in_batch import as_scale, autocast, distinct
+from ..core import checks
+from ..core.problem import Fold, Guide
+from ._folded import fold_loss, fold_problem
 from ._module import LossModule
 from ._options import Call, SweepOptions, expanded
+from ._softmax import as_scale, autocast, distinct
 
 
 @expanded

@@ -6,7 +6,7 @@ from typing import Unpack
 
 from torch import Tensor
 
-from .. import checks
+from ..core import checks
 from ._module import LossModule
 from ._options import SweepOptions, expanded
 from .clip import clip

@@ -7,12 +7,12 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from .. import checks
+from ..core import checks
 from ..rowwise.ordered import ordered_pairs
-from ._in_batch import as_scale
 from ._module import LossModule
 from ._options import Call, RowBackendOptions, expanded
 from ._pairs import SIMILARITIES, check_numbers, check_rows, similarities
+from ._softmax import as_scale
 
 
 @expanded

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import _reduction as legacy
 from torch.nn import functional as F
 
-from .. import checks
+from ..core import checks
 from ..rowwise import classes
 from ._options import documented
 

@@ -7,12 +7,12 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..problem import savable, stats_dtype
-from ._in_batch import of_rows
+from ..core import checks
+from ..core.numerics import savable, stats_dtype
 from ._module import LossModule
 from ._options import Call, RowOptions, expanded
 from ._pairs import SIMILARITIES, check_columns, check_numbers, similarities
+from ._softmax import of_rows
 
 
 @expanded

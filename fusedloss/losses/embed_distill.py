@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import checks
-from ..problem import savable, stats_dtype
+from ..core import checks
+from ..core.numerics import savable, stats_dtype
 from ..rowwise.pairs import columns
-from ._in_batch import of_rows
 from ._module import LossModule
 from ._options import Call, RowOptions, expanded
 from ._pairs import check_rows
+from ._softmax import of_rows
 
 DISTANCES = ("cosine", "mse", "l2")
 

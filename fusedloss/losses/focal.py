@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..problem import stats_dtype
+from ..core import checks
+from ..core.numerics import stats_dtype
 from ..rowwise.classes import focal_classes
 from ..rowwise.pointwise import Focal, loss, transformed
 from ._module import LossModule

@@ -7,12 +7,13 @@ from typing import Unpack
 
 from torch import Tensor
 
-from .. import checks, masks
+from .. import masks
+from ..core import checks
+from ..core.problem import Block, Guide, GuideRule, Mask, Problem
 from ..distributed import Request
-from ..problem import Block, Guide, GuideRule, Mask, Problem
-from ._in_batch import Loss, as_scale, autocast, counted, distinct, result_of
 from ._module import LossModule
 from ._options import Call, CountingAcrossOptions, expanded
+from ._softmax import Loss, as_scale, autocast, counted, distinct, result_of
 
 
 @expanded

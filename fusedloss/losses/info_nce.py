@@ -8,14 +8,16 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from .. import checks, masks
+from .. import masks
+from ..core import checks
+from ..core.numerics import stats_dtype
+from ..core.problem import Block, Problem
+from ..core.softmax import softplus
 from ..distributed import Request
-from ..epilogues import softplus
-from ..problem import Block, Problem, stats_dtype
 from ..rowwise.pairs import cosine, dot, of_pairs, scores
-from ._in_batch import Loss, as_scale, autocast, counted, distinct, mean_of, over, result_of
 from ._module import LossModule
 from ._options import Call, CountingAcrossOptions, expanded, ranks
+from ._softmax import Loss, as_scale, autocast, counted, distinct, mean_of, over, result_of
 
 
 @expanded

@@ -7,13 +7,14 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from .. import checks
 from ..backends import select
-from ..op import loss_mean, loss_rows_or_sum
-from ..problem import Block, Problem, savable
-from ._in_batch import as_scale, autocast, columns_and_weights, distinct
+from ..core import checks
+from ..core.numerics import savable
+from ..core.problem import Block, Problem
+from ..sweep.autograd import loss_mean, loss_rows_or_sum
 from ._module import LossModule
 from ._options import Call, WorkspaceOptions, expanded
+from ._softmax import as_scale, autocast, columns_and_weights, distinct
 
 IGNORE_INDEX = -100
 INSTEAD = "torch.nn.functional.linear_cross_entropy takes it"

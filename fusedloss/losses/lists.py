@@ -8,8 +8,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from .. import checks
-from ..problem import savable
+from ..core import checks
+from ..core.numerics import savable
 from ..rowwise import lists
 from ._module import LossModule
 from ._options import Call, RowOptions, expanded

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import checks
-from ._in_batch import of_rows
+from ..core import checks
 from ._module import LossModule
 from ._options import Call, RowOptions, expanded
 from ._pairs import SIMILARITIES, check_columns, check_numbers, similarities, squares
+from ._softmax import of_rows
 
 
 @expanded

@@ -7,11 +7,11 @@ from typing import Unpack
 
 from torch import Tensor
 
-from .. import checks
-from ..problem import Block, Margin, Problem
-from ._in_batch import as_scale, autocast, counted, distinct, mean_of
+from ..core import checks
+from ..core.problem import Block, Margin, Problem
 from ._module import LossModule
 from ._options import Call, SweepOptions, expanded
+from ._softmax import as_scale, autocast, counted, distinct, mean_of
 
 
 @expanded

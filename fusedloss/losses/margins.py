@@ -7,14 +7,15 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from .. import checks
+from ..core import checks
+from ..core.numerics import stats_dtype
+from ..core.problem import Fold, Mask
 from ..masks import itself
-from ..problem import Fold, Mask, stats_dtype
 from ..rowwise.pairs import cosine, of_pairs
-from ._fold import fold_loss, fold_problem, top
-from ._in_batch import autocast, distinct, of_rows
+from ._folded import fold_loss, fold_problem, top
 from ._module import LossModule
 from ._options import Call, SweepOptions, expanded
+from ._softmax import autocast, distinct, of_rows
 
 
 @expanded

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import checks
 from ..backends import BACKENDS, select
-from ..problem import Block, Problem
-from ._in_batch import distinct, mean_of
+from ..core import checks
+from ..core.problem import Block, Problem
 from ._options import FIELDS, Call, ranks
+from ._softmax import distinct, mean_of
 from .clip import clip, clip_problem
 from .gist import gist_embed, gist_embed_problem
 from .info_nce import info_nce, info_nce_problem

@@ -7,12 +7,13 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..problem import Fold, stats_dtype
-from ._fold import fold_loss, fold_problem
-from ._in_batch import autocast, over
+from ..core import checks
+from ..core.numerics import stats_dtype
+from ..core.problem import Fold
+from ._folded import fold_loss, fold_problem
 from ._module import LossModule
 from ._options import Call, SweepOptions, expanded
+from ._softmax import autocast, over
 
 
 @expanded

@@ -7,12 +7,12 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from .. import checks
+from ..core import checks
+from ..core.problem import Block, Mask, Problem
 from ..masks import itself
-from ..problem import Block, Mask, Problem
-from ._in_batch import Loss, as_scale, autocast, mean_of, result_of
 from ._module import LossModule
 from ._options import Call, CountingAcrossOptions, CountingOptions, expanded
+from ._softmax import Loss, as_scale, autocast, mean_of, result_of
 
 
 @expanded

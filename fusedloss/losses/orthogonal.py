@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..problem import stats_dtype, unit_rows
+from ..core import checks
+from ..core.numerics import stats_dtype, unit_rows
 from ._module import LossModule
 
 AGGREGATIONS = ("mean", "sum")

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import checks
+from ..core import checks
 from ..rowwise.pairs import columns
-from ._in_batch import of_rows
 from ._module import LossModule
 from ._options import Call, RowBackendOptions, RowOptions, expanded
 from ._pairs import check_not_negative, check_numbers, check_rows, squares
+from ._softmax import of_rows
 
 DISTANCES = ("cosine", "euclidean", "manhattan")
 

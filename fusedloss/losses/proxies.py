@@ -7,12 +7,13 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..problem import NORM_EPS, Block, Fold, Problem, stats_dtype
-from ._fold import fold_loss, fold_problem
-from ._in_batch import as_scale, autocast, counted, distinct, mean_of, of_rows
+from ..core import checks
+from ..core.numerics import NORM_EPS, stats_dtype
+from ..core.problem import Block, Fold, Problem
+from ._folded import fold_loss, fold_problem
 from ._module import LossModule
 from ._options import Call, SweepOptions, expanded
+from ._softmax import as_scale, autocast, counted, distinct, mean_of, of_rows
 
 
 @expanded

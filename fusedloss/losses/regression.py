@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import checks
-from ..problem import stats_dtype
+from ..core import checks
+from ..core.numerics import stats_dtype
 from ..rowwise.pointwise import Difference, loss
 from ._options import documented
 from ._twin import TwinModule, check_weight, ordinary, promoted, reduction_of, same_shape, tensors

@@ -7,13 +7,14 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from .. import checks, masks
+from .. import masks
+from ..core import checks
+from ..core.problem import Fold
 from ..distributed import Request, loss_across
-from ..problem import Fold
-from ._fold import fold_loss, fold_problem
-from ._in_batch import as_scale, autocast, distinct
+from ._folded import fold_loss, fold_problem
 from ._module import LossModule
 from ._options import AcrossOptions, Call, expanded, ranks
+from ._softmax import as_scale, autocast, distinct
 
 
 @expanded

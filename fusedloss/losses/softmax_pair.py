@@ -6,7 +6,7 @@ from typing import Unpack
 
 from torch import Tensor
 
-from .. import checks
+from ..core import checks
 from ..rowwise import classes
 from ..rowwise.pair_logits import PARTS, pair_logits
 from ._module import LossModule

@@ -9,26 +9,19 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from .. import checks, op, sweep
+from .. import sweep
 from ..backends import select
+from ..core import checks
+from ..core.numerics import NORM_EPS, savable, stats_dtype, unit_rows, without_autocast
+from ..core.problem import Block, Fold, Mask, Problem
+from ..core.rows import finish
 from ..distributed import Request, World, agree, averaged, everywhere, part_across, scaled, summed_across
 from ..masks import itself
-from ..problem import (
-    NORM_EPS,
-    Block,
-    Fold,
-    Mask,
-    Problem,
-    savable,
-    stats_dtype,
-    unit_rows,
-    without_autocast,
-)
-from ..rows import finish
-from ._fold import fold_problem
-from ._in_batch import as_scale, autocast, over, reduced
+from ..sweep import autograd
+from ._folded import fold_problem
 from ._module import LossModule
 from ._options import AcrossOptions, Call, expanded, ranks
+from ._softmax import as_scale, autocast, over, reduced
 
 FORMS = ("out", "in")
 PIECES = 5  # matrices [N, some of D] that class sums and their gradient take
@@ -96,7 +89,7 @@ def sup_con(
     (problem,) = ask(call).problems
     counts = problem.weight
     name = select(problem, call.backend)
-    rows, _ = op.loss_rows_or_sum(problem, name, per_row=call.reduction == "none")
+    rows, _ = autograd.loss_rows_or_sum(problem, name, per_row=call.reduction == "none")
     if form == "out":
         classes = groups(labels)
         weight = problem.scale * counts / (_sizes(classes) - 1).clamp(min=1)

@@ -6,12 +6,12 @@ from typing import Unpack
 
 from torch import Tensor
 
-from .. import checks
+from ..core import checks
 from ..rowwise.pairs import columns
-from ._in_batch import of_rows
 from ._module import LossModule
 from ._options import Call, RowOptions, expanded
 from ._pairs import check_rows
+from ._softmax import of_rows
 
 DISTANCES = ("euclidean", "cosine", "manhattan")
 

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..backends import select_rowwise, triton_classes
-from ..epilogues import softmax_rows
-from ..problem import savable, stats_dtype
+from ..backends import select_rowwise
+from ..backends.triton import classes as triton_classes
+from ..core import checks
+from ..core.numerics import savable, stats_dtype
+from ..core.softmax import softmax_rows
 from .pointwise import last_use, once_only, transformed
 
 # Elements at a time on a CPU: with 2^18 the starts of threads took 10 to 60 % more of 2^20 elements, also of 2^23.

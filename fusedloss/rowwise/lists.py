@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import checks
 from ..backends import select_rowwise
-from ..problem import stats_dtype
+from ..core import checks
+from ..core.numerics import stats_dtype
 from . import classes
 from .pointwise import once_only
 
@@ -439,7 +439,7 @@ def _walk(z: Tensor, top: int, weigh: Weigher, found: Lambdas) -> None:
 def _lambda_kernel(
     by_rank: Ranked, weighting: Any, top: int, eps: float, mu: float, ascending: Tensor, *, gradient: bool
 ) -> Lambdas:
-    from ..backends import triton_lists
+    from ..backends.triton import lists as triton_lists
 
     z = by_rank.score
     inverse = _discounts(z.shape[1], z.device)
@@ -467,7 +467,7 @@ def adr_mse(
     wanted = _wants_gradient(scores)
     with torch.no_grad():
         if name == "triton":
-            from ..backends import triton_lists
+            from ..backends.triton import lists as triton_lists
 
             sums, gradient = triton_lists.adr(scores, labels, mask, alpha, LARGEST, gradient=wanted)
         else:
@@ -587,7 +587,7 @@ def list_mle(
     with torch.no_grad():
         z = _listed(scores, labels, mask, order)
         if name == "triton":
-            from ..backends import triton_lists
+            from ..backends.triton import lists as triton_lists
 
             weight = None if weight is None else weight.to(z.dtype)
             sums, gradient = triton_lists.list_mle(z, weight, gradient=wanted)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
 from ..backends import select_rowwise
-from ..epilogues import softplus
-from ..problem import savable
+from ..core import checks
+from ..core.numerics import savable
+from ..core.softmax import softplus
 
 
 def ordered_pairs(z: Tensor, label: Tensor, backend: str = "auto") -> Tensor:

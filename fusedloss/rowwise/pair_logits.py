@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import select_rowwise, triton_classes
-from ..problem import savable, stats_dtype
+from ..backends import select_rowwise
+from ..backends.triton import classes as triton_classes
+from ..core.numerics import savable, stats_dtype
 from .pointwise import once_only, transformed
 
 BLOCK = {"cpu": 1 << 19, "cuda": 1 << 26}  # elements of u at a time

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import select_rowwise, triton_pairs
-from ..problem import NORM_EPS, savable, stats_dtype
+from ..backends import select_rowwise
+from ..backends.triton import pairs as triton_pairs
+from ..core.numerics import NORM_EPS, savable, stats_dtype
 from .pointwise import transformed
 
 # Elements of a block. On a CPU each call wakes the other threads: blocks of 2^18 elements took up to 1.3 times as long

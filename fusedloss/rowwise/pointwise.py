@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..backends import select_rowwise
-from ..errors import UnsupportedError
-from ..problem import savable, stats_dtype
+from ..core.errors import UnsupportedError
+from ..core.numerics import savable, stats_dtype
 
 BLOCK = 1 << 19  # elements on a CPU: 2 MiB in fp32; with fewer the starts of threads are felt, with 2^21 the caches are
 # Derivatives of logits are at most about 1 and often tiny: in fp16 they are kept times this. 1024 would overflow for
@@ -343,7 +343,7 @@ def _times(kept: Tensor, factor: Tensor, backend: str, out: Tensor | None) -> Te
     if kept.dtype == factor.dtype or kept.device.type == "cpu":
         return torch.mul(kept, factor, out=out)  # on a CPU a number keeps its digits beside a 16-bit tensor
     if backend == "triton":
-        from ..backends import triton_pointwise
+        from ..backends.triton import pointwise as triton_pointwise
 
         return triton_pointwise.times(kept, factor, torch.empty_like(kept) if out is None else out)
     return kept.to(factor.dtype).mul_(factor).to(kept.dtype)
@@ -355,7 +355,7 @@ def _evaluate(x: Tensor, t: Tensor, task: Task, kept: Tensor | None) -> Tensor:
     if task.reduction == "none":
         losses = torch.empty_like(x, dtype=task.dtype, memory_format=torch.contiguous_format)
     if task.backend == "triton":
-        from ..backends import triton_pointwise
+        from ..backends.triton import pointwise as triton_pointwise
 
         _, columns, weight, pos_weight = grid(x.shape, task.weight, task.pos_weight)
         gain = 1.0 if kept is None else task.gain(kept.dtype)

@@ -17,24 +17,14 @@ import torch
 from torch import Tensor
 
 from ..backends.protocol import Stores, Sweeps
-from ..collectives import gather, merge_columns
-from ..problem import (
-    Prepared,
-    Problem,
-    RowSums,
-    Settled,
-    Softmax,
-    Strip,
-    Tally,
-    autocasting,
-    rows_of,
-    saved_dtype,
-    stats_dtype,
-)
-from ..rows import above_ties
+from ..core.numerics import autocasting, rows_of, saved_dtype, stats_dtype
+from ..core.problem import Problem
+from ..core.rows import above_ties
+from ..core.strips import Prepared, RowSums, Settled, Softmax, Strip, Tally
 from . import chunks
 from .admission import Admission
 from .chunks import workspace_shape
+from .collectives import gather, merge_columns
 from .folded import fold_chunk
 from .gradients import Gradients, Wants, gemm_dtype
 from .inputs import Elsewhere, Inputs, part

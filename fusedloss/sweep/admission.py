@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ..backends.protocol import Admits
-from ..problem import Block, Strip, StripMask, rows_of, stats_dtype
-from ..rows import fresh, score_ties, tie_to_exact
+from ..core.numerics import rows_of, stats_dtype
+from ..core.problem import Block
+from ..core.rows import fresh, score_ties, tie_to_exact
+from ..core.strips import Strip, StripMask
 from . import chunks
 from .inputs import Elsewhere, Inputs, part, unit
 

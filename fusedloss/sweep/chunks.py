@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import checks
 from ..backends.protocol import Sweeps
-from ..problem import Problem
-from ..rows import fresh
-from ..waves import wave_rows
+from ..core import checks
+from ..core.problem import Problem
+from ..core.rows import fresh
+from ..core.waves import wave_rows
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -7,11 +7,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .. import products
 from ..backends.protocol import FoldsRows
-from ..folds import FOLDS, Folded
-from ..problem import Fold, Strip, rows_of
-from ..rows import fold_part, fold_scalars, largest_finite, power_of_two, squared_distances
+from ..core import products
+from ..core.folds import FOLDS, Folded
+from ..core.numerics import rows_of
+from ..core.problem import Fold
+from ..core.rows import fold_part, fold_scalars, largest_finite, power_of_two, squared_distances
+from ..core.strips import Strip
 from .gradients import Gradients
 from .inputs import Inputs
 

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import products
-from ..problem import NORM_EPS, Problem, rows_of, saved_dtype
-from ..products import add_mm, mm
-from ..rows import fresh, largest_finite, power_of_two
+from ..core import products
+from ..core.numerics import NORM_EPS, rows_of, saved_dtype
+from ..core.problem import Problem
+from ..core.products import add_mm, mm
+from ..core.rows import fresh, largest_finite, power_of_two
 from . import chunks
 from .inputs import Inputs, part
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..backends.protocol import Sweeps
-from ..problem import Patch, Prepared, Problem, RowSums, Settled, Strip, StripMask, rows_of, stats_dtype
+from ..core.numerics import rows_of, stats_dtype
+from ..core.problem import Problem
+from ..core.strips import Patch, Prepared, RowSums, Settled, Strip, StripMask
 
 
 class Elsewhere(NamedTuple):

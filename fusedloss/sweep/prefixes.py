@@ -26,9 +26,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import products
-from ..problem import NORM_EPS, Problem, RowSums, stats_dtype
-from ..rows import fresh, largest_finite, power_of_two, row_chunks, settle
+from ..core import products
+from ..core.numerics import NORM_EPS, stats_dtype
+from ..core.problem import Problem
+from ..core.rows import fresh, largest_finite, power_of_two, row_chunks, settle
+from ..core.strips import RowSums
 from .gradients import Wants
 
 LOG2E = math.log2(math.e)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rows import row_chunks
+from ..core.rows import row_chunks
 from .gradients import Gradients
 from .inputs import Inputs
 

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from .. import environment
+from ..core import environment
 from . import families as families_
 from . import order, verdicts
 from .verdicts import FAILED, PROVED, UNKNOWN, Verdict

@@ -24,8 +24,8 @@ import functools
 
 import torch
 
-from ..problem import Block, Problem
-from ..rows import tf32
+from ..core.problem import Block, Problem
+from ..core.rows import tf32
 
 FOLDS = ("sigmoid", "margin_ranking", "pair_hinge", "multi_similarity", "proxy_anchor", "circle", "sup_con_in")
 SWEEP = (

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from .. import checks
-from ..problem import Problem, stats_dtype
+from ..core import checks
+from ..core.numerics import stats_dtype
+from ..core.problem import Problem
 from . import families, verdicts
 
 KINDS = (("one direction", "one direction, bounded"), ("both directions", "both directions, bounded"))

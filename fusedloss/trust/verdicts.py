@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import environment
+from ..core import environment
+from ..core.version import VERSION
 
 try:
     import fcntl
@@ -71,7 +72,6 @@ def parts_of(name: str) -> tuple[str, str, str]:
 @functools.cache
 def key(device: torch.device) -> dict[str, Any]:
     """All on which a verdict hangs. Whatever differs in one of these is verified on its own."""
-    import fusedloss
 
     return {
         **_hardware(device),
@@ -79,7 +79,7 @@ def key(device: torch.device) -> dict[str, Any]:
         "runtime": torch.version.cuda or torch.version.hip or "",
         "torch": torch.__version__,
         "triton": _triton(),
-        "fusedloss": fusedloss.__version__,
+        "fusedloss": VERSION,
         "sources": digest(sources()),
         "extension": digest(extension()),
     }
@@ -119,9 +119,10 @@ def sources() -> list[Path]:
     """The kernels, with the tables of which tiles they take; their launchers; and what was asked of them."""
     package = Path(__file__).parents[1]
     found = [package / "backends" / "shared.py"]
-    found += [package / "trust" / f"{name}.py" for name in ("cases", "draws", "rowwise", "sweeps", "zones")]
-    for pattern in ("triton*.py", "cuda*.py"):
-        found += sorted((package / "backends").glob(pattern))
+    found += [package / "proof" / f"{name}.py" for name in ("cases", "draws", "rowwise", "sweeps", "zones")]
+    for backend in ("triton", "cuda"):
+        found += sorted((package / "backends" / backend).glob("*.py"))
+    found.append(package / "backends" / "triton" / "measured.json")
     spec = importlib.util.find_spec("fusedloss.kernels")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         found += [file for file in sorted(Path(folder).rglob("*")) if file.suffix in (".py", ".json")]

@@ -13,7 +13,8 @@ ROOT = Path(__file__).absolute().parents[2]
 def use(extension: ModuleType | None = None, put: Callable[..., None] = setattr) -> None:
     """For the whole process, unless `put` takes it back. Without an extension it is built into build/, minutes the
     first time."""
-    from fusedloss.backends import cuda, cuda_rows
+    from fusedloss.backends import cuda
+    from fusedloss.backends.cuda import rows as cuda_rows
 
     if extension is None:
         spec = importlib.util.spec_from_file_location("host_build", ROOT / "tests" / "host" / "build.py")

@@ -30,10 +30,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import fusedloss  # noqa: E402
 from fusedloss import functional as F  # noqa: E402
-from fusedloss import info, masks  # noqa: E402
-from fusedloss.losses._fold import fold_loss, fold_problem  # noqa: E402
+from fusedloss import masks  # noqa: E402
+from fusedloss.core.problem import Fold  # noqa: E402
+from fusedloss.core.strips import Strip  # noqa: E402
+from fusedloss.losses._folded import fold_loss, fold_problem  # noqa: E402
 from fusedloss.losses._options import Call  # noqa: E402
-from fusedloss.problem import Fold, Strip  # noqa: E402
 from fusedloss.trust import ask  # noqa: E402
 
 ask.admits = lambda *asked: False  # what runs nothing proves nothing: `auto` is `chunked`
@@ -547,7 +548,7 @@ def an_old_driver_is_a_reason_against(machine: pose.Machine) -> Iterator[Case]:
         machine.runtime.stub_driver(driver)
         found = machine.cuda.why_not_on(torch.bfloat16, DEVICE)
         assert (found is None) if reason is None else (reason in found), found
-        line = info.extension()
+        line = machine.extension()
         if driver:
             assert f"; the driver runs CUDA up to {driver // 1000}.{driver % 1000 // 10}" in line, line
         assert (f"; runs on cuda:1 (sm_{capability})" in line) == (reason is None), line

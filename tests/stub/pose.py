@@ -39,12 +39,13 @@ class Machine:
         import torch
 
         import fusedloss.backends.cuda
-        import fusedloss.backends.cuda_rows
-        from fusedloss import checks, sweep
+        import fusedloss.backends.cuda.rows
+        from fusedloss import sweep
+        from fusedloss.core import checks
         from fusedloss.losses import _twin
 
         self.runtime, self.module, self.torch = runtime, module, torch
-        self.cuda, self.rows = fusedloss.backends.cuda, fusedloss.backends.cuda_rows
+        self.cuda, self.rows = fusedloss.backends.cuda, fusedloss.backends.cuda.rows
         self.sweep = sweep
         self.local = threading.local()
         self.spaces: dict[int, tuple[Any, int, int]] = {}  # by storage: a weak reference, the base, bytes

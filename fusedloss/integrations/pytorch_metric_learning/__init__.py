@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import checks
+from ...core import checks
+from ...core.numerics import autocasting, stats_dtype
 from ...losses.margin_softmax import arcface, cosface
 from ...losses.proxies import proxy_anchor, proxy_nca
-from ...problem import autocasting, stats_dtype
 from .._drop_in import Patch, counted, disabled, library, runs_fused
 from .._fits import only, overridden, refusal
 

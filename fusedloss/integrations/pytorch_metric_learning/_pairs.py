@@ -10,12 +10,13 @@ import torch
 from pytorch_metric_learning import distances, reducers
 from torch import Tensor
 
-from ...losses._fold import fold_loss, fold_problem
-from ...losses._in_batch import as_scale, autocast, distinct, mean_of, over
+from ...core.numerics import stats_dtype, unit_rows
+from ...core.problem import Block, Compare, Fold, Mask, Problem
+from ...losses._folded import fold_loss, fold_problem
 from ...losses._options import Call
+from ...losses._softmax import as_scale, autocast, distinct, mean_of, over
 from ...losses.sup_con import groups
 from ...masks import itself
-from ...problem import Block, Compare, Fold, Mask, Problem, stats_dtype, unit_rows
 from ...rowwise.pairs import cosine, dot, euclidean_distance, of_pairs, squared_distance
 
 
@@ -132,7 +133,7 @@ class Pairs:
         return unit_rows(z) if self.kind.unit else z
 
     def fold(self, name: str, options: tuple[float, ...], *, distance: str = "", summed: bool = False) -> Any:
-        """(losses [N] or their sum, what the fold counted) of fusedloss.folds."""
+        """(losses [N] or their sum, what the fold counted) of fusedloss.core.folds."""
         x, y, kind, call = self.x, self.y, self.kind, Call(reduction="sum" if summed else "none")
         if not kind.inverted:
             distance = kind.name

@@ -24,7 +24,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from torch import Tensor
 from typing_extensions import deprecated
 
-from fusedloss import checks
+from fusedloss.core import checks
 
 from .._drop_in import counted
 from ._fits import fused

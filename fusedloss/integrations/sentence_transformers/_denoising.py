@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import BertLMHeadModel, RobertaForCausalLM, XLMRobertaForCausalLM
 
 import fusedloss
-from fusedloss.checks import FLOATING
+from fusedloss.core.checks import FLOATING
 
 from .._drop_in import counted
 from ._fits import fused, linear_fits

@@ -18,7 +18,7 @@ from sentence_transformers import util
 from sentence_transformers.base.losses.merged_forward import column_merging_disabled
 from torch import Tensor, nn
 
-from fusedloss.checks import FLOATING
+from fusedloss.core.checks import FLOATING
 
 from .._drop_in import runs_fused
 

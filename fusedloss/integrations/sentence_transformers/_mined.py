@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer.losses import BatchSemiHardTripl
 from torch import Tensor, nn
 
 import fusedloss
-from fusedloss.problem import stats_dtype
+from fusedloss.core.numerics import stats_dtype
 
 from .._drop_in import counted
 from . import _fits

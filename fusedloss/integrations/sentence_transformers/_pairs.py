@@ -28,9 +28,9 @@ from sentence_transformers.sentence_transformer.losses import distill_kl_div as 
 from torch import Tensor, nn
 
 import fusedloss
+from fusedloss.core.numerics import stats_dtype
 from fusedloss.losses._pairs import check_not_negative
 from fusedloss.losses.orthogonal import moments
-from fusedloss.problem import stats_dtype
 
 from .._drop_in import counted
 from .._fits import refusal

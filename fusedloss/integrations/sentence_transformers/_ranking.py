@@ -28,14 +28,10 @@ from torch import Tensor, nn
 from typing_extensions import deprecated
 
 import fusedloss
-from fusedloss.losses._in_batch import mean_of
+from fusedloss.core.numerics import stats_dtype
 from fusedloss.losses._options import Call
-from fusedloss.losses.multiple_negatives_ranking import (
-    DIRECTIONS,
-    HARDNESS_MODES,
-    multiple_negatives_ranking_problems,
-)
-from fusedloss.problem import stats_dtype
+from fusedloss.losses._softmax import mean_of
+from fusedloss.losses.multiple_negatives_ranking import DIRECTIONS, HARDNESS_MODES, multiple_negatives_ranking_problems
 
 from .._drop_in import counted
 from . import _fits

@@ -40,7 +40,7 @@ from sentence_transformers.cross_encoder.losses import RankNetLoss as _RankNetLo
 from torch import Tensor, nn
 
 import fusedloss
-from fusedloss.checks import FLOATING, reads_values
+from fusedloss.core.checks import FLOATING, reads_values
 
 from .._drop_in import Patch, counted, runs_fused
 from . import _fits, drop_ins

@@ -21,14 +21,7 @@ from sentence_transformers.sparse_encoder.losses import SparseTripletLoss as _Sp
 from sentence_transformers.sparse_encoder.losses import SpladeLoss as SpladeLoss
 from torch import nn
 
-from ._pairs import (
-    CoSENTLoss,
-    CosineSimilarityLoss,
-    DistillKLDivLoss,
-    MarginMSELoss,
-    MSELoss,
-    TripletLoss,
-)
+from ._pairs import CoSENTLoss, CosineSimilarityLoss, DistillKLDivLoss, MarginMSELoss, MSELoss, TripletLoss
 from ._ranking import MultipleNegativesRankingLoss
 
 

@@ -1,0 +1,558 @@
+"""The sweep's primitives as CUDA C++ kernels: launchers for `fusedloss._C`, which is built from csrc/ by nvcc.
+
+The extension knows nothing of torch: what it is handed are pointers, sizes, strides and a stream.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core import environment
+from ...core.folds import (
+    Folded,
+    LogSum,
+    Part,
+    Sides,
+    circle_row,
+    multi_similarity_row,
+    proxy_anchor_row,
+    sup_con_in_row,
+)
+from ...core.numerics import stats_dtype
+from ...core.problem import Fold, GuideRule, Mask, Problem
+from ...core.rows import fold_scalars, guide_threshold, patch_target, tf32
+from ...core.strips import Patch, RowSums, Softmax, Strip, StripMask, Tally
+from ..shared import can_exp as can_exp
+from ..shared import exp_shift
+from .rows import call, extension, number_format, struct
+from .rows import finish as finish
+from .rows import inverse_norms as inverse_norms
+from .rows import merge as merge
+from .rows import prepare as prepare
+from .rows import settle as settle
+from .rows import weigh as weigh
+
+NOT_BUILT = (
+    "not built: there was no nvcc or no GPU at installation; install with FUSEDLOSS_CUDA=1, which takes nvcc alone"
+)
+ALIGNMENT = 16  # bytes: what one cp.async moves, and where TMA wants rows to start
+MAX_COMPARES, MAX_EXEMPT = 4, 8  # csrc/similarity.h
+LARGEST = 2**31 - 256  # a tile beyond the last row, column or feature is counted in 32 bits
+FOLDS = ("sigmoid", "margin_ranking", "pair_hinge")  # one pass; those of two log-sum-exps take two
+SIDES: dict[str, Callable[[LogSum, LogSum, tuple[Tensor, ...], tuple[float, ...]], Sides]] = {
+    "multi_similarity": multi_similarity_row,
+    "proxy_anchor": proxy_anchor_row,
+    "circle": circle_row,
+    "sup_con_in": sup_con_in_row,
+}
+FOLD_COPIES = 12  # see chunked
+
+
+def build_info() -> Mapping[str, object] | None:
+    """What fusedloss._C was built with, or None where it was not built."""
+    try:
+        return extension().build_info()
+    except ImportError:
+        return None
+
+
+def why_not(problem: Problem) -> str | None:
+    if problem.prefixes:
+        return "no kernel sums several prefixes in one sweep yet; matryoshka takes them one after the other here"
+    for block in problem.blocks:
+        if reason := _why_not_mask(block.mask):
+            return reason
+    if problem.columns > LARGEST:
+        return f"{problem.columns} columns: the kernels count to {LARGEST}"
+    dtypes = {problem.dtype: None}  # in order
+    for block in problem.blocks:
+        dtypes |= {x.dtype: None for x in block.mask.guide or ()}
+    reasons = (why_not_on(dtype, problem.device) for dtype in dtypes)
+    return next((reason for reason in reasons if reason), None)
+
+
+@environment.constant
+def why_not_on(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why no kernel runs for tensors like that."""
+    return _why_not(dtype, device, extension)
+
+
+def _why_not_mask(mask: Mask) -> str | None:
+    for keep in (False, True):
+        count = sum(compare.keep == keep for compare in mask.compare)
+        if count > MAX_COMPARES:
+            return f"the mask compares {count} numbers of one kind: the kernels take {MAX_COMPARES}"
+    if mask.exempt is not None and mask.exempt.shape[1] > MAX_EXEMPT:
+        return f"score_margin exempts {mask.exempt.shape[1]} columns a row: the kernels take {MAX_EXEMPT}"
+    return None
+
+
+@functools.cache
+def _why_not(dtype: torch.dtype, device: torch.device, load: Any) -> str | None:
+    """Once per dtype, device and extension."""
+    info = build_info()
+    if info is None:
+        return f"the extension fusedloss._C was {NOT_BUILT}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"no kernel for {dtype}"
+    archs = info["archs"]
+    assert isinstance(archs, list)
+    if archs == ["host"]:
+        return None if device.type == "cpu" else f"built for the host; the operands are on {device}"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"needs an NVIDIA GPU; the operands are on {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 or newer, not {'.'.join(map(str, capability))}"
+    if not runs_on(archs, capability):
+        return f"fusedloss._C was built for {', '.join(archs)}, the GPU is sm_{capability[0]}{capability[1]}"
+    return old_driver(info, capability)
+
+
+def old_driver(info: Mapping[str, object], capability: tuple[int, int]) -> str | None:
+    """Why the driver runs nothing of fusedloss._C, by CUDA's rules of compatibility.
+
+    A runtime needs a driver of its major version, whatever the minor one; the driver compiles PTX of its own version or
+    of an older one.
+    """
+    built, driver, archs = info["cuda_version"], info.get("driver_version"), info["archs"]
+    assert isinstance(built, str) and isinstance(archs, list)
+    if not isinstance(driver, str) or not driver:
+        return None
+    here, needed = (tuple(map(int, version.split("."))) for version in (driver, built))
+    gpu = f"{capability[0]}{capability[1]}"
+    if here[0] < needed[0]:
+        return (
+            f"the driver runs CUDA up to {driver}, and fusedloss._C was built with {built}: update the driver to one "
+            f"of CUDA {needed[0]}.0 or newer, or install fusedloss again with an nvcc of CUDA {here[0]} (CUDA_HOME)"
+        )
+    if here < needed and not runs_on([arch for arch in archs if arch.startswith("sm_")], capability):
+        return (
+            f"fusedloss._C has no machine code for the GPU, an sm_{gpu}, but PTX of CUDA {built}, and the driver "
+            f"compiles PTX up to {driver}: update it, or install fusedloss again with FUSEDLOSS_CUDA_ARCHS={gpu}"
+        )
+    return None
+
+
+# Machine code neither comes to these from another architecture nor leaves them for one.
+INTEGRATED = {(8, 7), (10, 1), (11, 0)}
+
+
+def runs_on(archs: list[str], capability: tuple[int, int]) -> bool:
+    """By CUDA's rules: machine code runs on its major version from its minor on, PTX on everything newer.
+
+    With an "a", both run on their very architecture; with an "f", both on its major version from its minor on.
+    """
+    for arch in archs:
+        kind, _, number = arch.partition("_")
+        built = divmod(int(number.rstrip("af")), 10)
+        if built == capability:
+            return True
+        if number.endswith("a") or built > capability:
+            continue
+        if kind == "compute" and number.isdigit():
+            return True
+        if built[0] == capability[0] and not INTEGRATED & {built, capability}:
+            return True
+    return False
+
+
+def takes_units(problem: Problem) -> bool:
+    return False  # factors act on the accumulator
+
+
+def workspace_copies(problem: Problem) -> float:
+    return FOLD_COPIES if problem.fold is not None and not can_fold(problem) else 1
+
+
+def workspace_dtype(problem: Problem) -> torch.dtype:
+    """Folds in torch see the similarities in fp32."""
+    return stats_dtype(problem.dtype) if problem.fold is not None and not can_fold(problem) else problem.dtype
+
+
+def can_store(problem: Problem) -> bool:
+    return can_exp(problem)
+
+
+def can_fold(problem: Problem) -> bool:
+    """Sums over a row's similarities. fp16 has not the range for their smallest derivatives."""
+    fold = problem.fold
+    known = fold is not None and (fold.name in FOLDS or fold.name in SIDES) and not fold.distance
+    return known and problem.dtype != torch.float16
+
+
+def operand(x: Tensor) -> Tensor:
+    """`x` itself where the kernels copy 16 bytes at a time, by row or by column, or one padded copy.
+
+    TMA takes rows alone.
+    """
+    by_row = _aligned(x)
+    if by_row or (_aligned(x.T) and capability_of(x.device) != 90):
+        return x
+    wide = ALIGNMENT // x.itemsize
+    padded = x.new_empty((x.shape[0], -(-x.shape[1] // wide) * wide))
+    return padded[:, : x.shape[1]].copy_(x)
+
+
+def _aligned(x: Tensor) -> bool:
+    lines, length = x.shape
+    starts = lines <= 1 or (x.stride(0) >= length and x.stride(0) * x.itemsize % ALIGNMENT == 0)
+    return (x.stride(1) == 1 or length == 1) and starts and x.data_ptr() % ALIGNMENT == 0
+
+
+# The similarity GEMM --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def capability_of(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(load: Any, capability: int, tensor_cores: bool, aligned: bool, narrow: bool) -> Any:
+    return load().plan(capability, tensor_cores, aligned, narrow)
+
+
+class _Launch:
+    """One strip's launch: how it is planned, its tables, and the call."""
+
+    def __init__(self, strip: Strip, *, narrow: bool = False):
+        """narrow: the epilogue is, whatever the strip (`NARROW` in csrc/epilogues.cuh)."""
+        self.strip = strip
+        narrow = narrow or strip.x.dtype == torch.float32 or bool(strip.softcap) or strip.own is not None
+        if strip.mask is not None and not narrow:
+            mask = strip.mask
+            parts = (mask.compare, mask.dense, mask.threshold, mask.skip, mask.dropped)
+            narrow = any(part is not None and part != () for part in parts)
+        self.tensor_cores = strip.x.dtype != torch.float32 or tf32()
+        aligned = _aligned(strip.x) and _aligned(strip.y)
+        self.plan = _plan(extension, capability_of(strip.x.device), self.tensor_cores, aligned, narrow)
+
+    def row_table(self) -> Tensor:
+        lines = -(-self.strip.y.shape[0] // self.plan.BLOCK_N)
+        return self.strip.scale.new_empty((lines, self.strip.x.shape[0]))
+
+    def column_table(self) -> Tensor:
+        lines = -(-self.strip.x.shape[0] // self.plan.BLOCK_M)
+        return self.strip.scale.new_empty((lines, self.strip.y.shape[0]))
+
+    def __call__(self, name: str, args: Any, out: Tensor | None = None) -> None:
+        strip, x, y = self.strip, self.strip.x, self.strip.y
+        if not x.shape[0] or not y.shape[0]:
+            return
+        given = struct(
+            "Strip",
+            x=x,
+            y=y,
+            out=out,
+            M=x.shape[0],
+            N=y.shape[0],
+            D=x.shape[1],
+            stride_xm=x.stride(0),
+            stride_xd=x.stride(1),
+            stride_yn=y.stride(0),
+            stride_yd=y.stride(1),
+            stride_om=0 if out is None else out.stride(0),
+            scale=strip.scale,
+            row_factor=strip.row_factor,
+            col_factor=strip.col_factor,
+            bias=strip.bias,
+            softcap=strip.softcap,
+            target=strip.target,
+            tensor_cores=self.tensor_cores,
+            **({} if strip.mask is None and strip.own is None else {"masks": self._masks()}),
+        )
+        call(name, x.device, given, number_format(x.dtype), args, self.plan)
+
+    def _masks(self) -> Any:
+        mask = self.strip.mask or StripMask()
+        drops, keeps = ([c for c in mask.compare if c.keep == keep] for keep in (False, True))
+        dense, bits = mask.dense, mask.dropped
+        exempt = () if mask.exempt is None else mask.exempt.unbind(1)
+        ids = [[c.contiguous() for c in columns] for columns in (
+            [c.rows for c in drops], [c.keys for c in drops], [c.rows for c in keeps], [c.keys for c in keeps], exempt
+        )]  # fmt: skip
+        self.kept = ids  # until the launch: contiguous() may have copied
+        return struct(
+            "Masks",
+            **dict(zip(("drop_rows", "drop_keys", "keep_rows", "keep_keys", "exempt"), ids, strict=True)),
+            dense=dense,
+            bits=bits,
+            threshold=mask.threshold,
+            skip=mask.skip,
+            own=self.strip.own,
+            own_scale=self.strip.own_scale,
+            stride_dm=0 if dense is None else dense.stride(0),
+            stride_dn=0 if dense is None else dense.stride(1),
+            stride_bm=0 if bits is None else bits.stride(0),
+        )
+
+
+class _Counts:
+    """Tables of what is counted, and what they add to."""
+
+    def __init__(self, run: _Launch, tally: Tally | None, score: Tensor | None):
+        self.tally = tally
+        if tally is None:
+            self.args = {}
+            return
+        self.tables = [run.row_table() for _ in tally]
+        names = ("count", "above", "max", "z", "sim")
+        self.args = {"tally": struct("TallyArgs", score=score, **dict(zip(names, self.tables, strict=True)))}
+
+    def add(self) -> None:
+        if self.tally is None:
+            return
+        for total, table in zip(self.tally, self.tables, strict=True):
+            if total is self.tally.maximum:
+                torch.maximum(total, table.amax(0), out=total)
+            else:
+                total.add_(table.sum(0))
+
+
+def stats_rows(strips: list[Strip], tally: Tally | None = None, score: Tensor | None = None) -> RowSums:
+    found = [_stats(strip, tally, score, False)[0] for strip in strips]
+    return RowSums(*(_stacked(list(tables)) for tables in zip(*found, strict=True)))
+
+
+def stats_rows_and_columns(
+    strip: Strip, tally: Tally | None = None, score: Tensor | None = None
+) -> tuple[RowSums, RowSums]:
+    rows, columns = _stats(strip, tally, score, True)
+    assert columns is not None
+    return rows, columns
+
+
+def _stats(strip: Strip, tally: Tally | None, score: Tensor | None, by_columns: bool) -> tuple[RowSums, RowSums | None]:
+    run = _Launch(strip, narrow=tally is not None)
+    rows, columns = RowSums(run.row_table(), run.row_table()), None
+    given = {"row_max": rows.shift, "row_sum": rows.total}
+    if by_columns:
+        columns = RowSums(run.column_table(), run.column_table())
+        given |= {"col_max": columns.shift, "col_sum": columns.total}
+    counts = _Counts(run, tally, score)
+    run("stats", struct("StatsArgs", **given, **counts.args))
+    counts.add()
+    return rows, columns
+
+
+def exp_rows(
+    problem: Problem,
+    strips: list[Strip],
+    outs: list[Tensor],
+    target_sim: Tensor | None,
+    tally: Tally | None = None,
+    score: Tensor | None = None,
+) -> tuple[RowSums, None]:
+    """Write E = exp(z - shift). A scale that is known beforehand has no gradient, so there is no q."""
+    if target_sim is not None:
+        raise ValueError("exp_rows has no q: a scale with a gradient is not known beforehand")
+    sums = [_exp(problem, strip, out, tally, score, False)[0] for strip, out in zip(strips, outs, strict=True)]
+    return RowSums(exp_shift(problem), _stacked(sums)), None
+
+
+def exp_rows_and_columns(problem: Problem, strip: Strip, out: Tensor) -> tuple[RowSums, RowSums]:
+    rows, columns = _exp(problem, strip, out, None, None, True)
+    assert columns is not None
+    return RowSums(exp_shift(problem), rows), RowSums(exp_shift(problem), columns)
+
+
+def _exp(
+    problem: Problem, strip: Strip, out: Tensor, tally: Tally | None, score: Tensor | None, by_columns: bool
+) -> tuple[Tensor, Tensor | None]:
+    run = _Launch(strip, narrow=tally is not None)
+    rows, columns = run.row_table(), run.column_table() if by_columns else None
+    counts = _Counts(run, tally, score)
+    args = {"shift": exp_shift(problem), "row_sum": rows, "col_sum": columns}
+    run("exp", struct("ExpArgs", **args, **counts.args), out)
+    counts.add()
+    return rows, columns
+
+
+def grad_rows(
+    strips: list[Strip],
+    outs: list[Tensor],
+    rows: Softmax,
+    columns: Softmax | None,
+    entry: Tensor,
+    gain: Tensor | None,
+    smooth: Tensor | None = None,
+) -> Tensor | None:
+    """Write gain * dz. q holds the tiles' sums of dz_ij (sim_ij - target's), j != t, where targets are given."""
+    wants_q = rows.target_sim is not None
+    by_column = columns or Softmax(None, None, None)  # type: ignore[arg-type]
+    qs = []
+    for strip, out in zip(strips, outs, strict=True):
+        run = _Launch(strip, narrow=smooth is not None or (wants_q and columns is not None))
+        q = run.row_table() if wants_q else None
+        if q is not None:
+            qs.append(q)
+        args = struct(
+            "GradArgs",
+            gain=gain,
+            row_shift=rows.shift,
+            row_weight=rows.weight,
+            entry=None if strip.target is None else entry,
+            row_target_sim=rows.target_sim,
+            col_shift=by_column.shift,
+            col_weight=by_column.weight,
+            col_target_sim=by_column.target_sim,
+            q=q,
+            smooth=smooth,
+        )
+        run("grad", args, out)
+    return _stacked(qs) if qs else None
+
+
+def top_rows(strips: list[Strip]) -> tuple[Tensor, Tensor]:
+    (strip,) = strips
+    run = _Launch(strip, narrow=True)
+    top = run.row_table()
+    column = torch.empty_like(top, dtype=torch.int64)
+    run("top", struct("TopArgs", top=top, column=column))
+    largest = top.amax(0)
+    first = column.masked_fill(top != largest, strip.y.shape[0]).amin(0)
+    return largest, first.masked_fill(largest == -torch.inf, -1)
+
+
+def similarities(strip: Strip, out: Tensor) -> None:
+    """`out = row_factor * col_factor * <x, y>`, nothing else."""
+    bare = strip._replace(bias=None, target=None, mask=None, own=None, own_scale=None, softcap=0.0)
+    _Launch(bare)("store", struct("StoreArgs"), out)
+
+
+def guide_room(strip: Strip) -> tuple[int, int]:
+    return 0, 0  # nothing is stored but bits
+
+
+def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor, own: Tensor | None = None) -> list[Tensor]:
+    """What the guide drops of each block, one bit a column."""
+    threshold = guide_threshold(guide_scores(strips[0], room) if own is None else own, rule, strips[0].x.shape[1])
+    dropped = []
+    for strip in strips:
+        words = -(-strip.y.shape[0] // 32)
+        bits = torch.empty((strip.x.shape[0], words), dtype=torch.int32, device=strip.x.device)
+        args = struct("BitsArgs", threshold=threshold, bits=bits, words=words)
+        _Launch(strip)("guide", args)
+        dropped.append(bits)
+    return dropped
+
+
+def guide_scores(strip: Strip, room: Tensor) -> Tensor:
+    own = strip.scale.new_empty(strip.x.shape[0])
+    _Launch(strip)("pick", struct("PickArgs", picked=own))
+    return own
+
+
+# Folds ----------------------------------------------------------------------------------------------------------------
+
+
+def fold_rows(problem: Problem, strip: Strip, out: Tensor | None, part: Part, score: Tensor) -> Folded:
+    """A fold's loss, and its gradient by the similarities times both factors in `out`: one pass, nothing in between."""
+    fold = problem.fold
+    assert fold is not None and part.target is not None
+    if fold.name in SIDES:
+        return _two_sides(problem, strip, out, part)
+    run = _Launch(strip, narrow=True)
+    weight, margin, sign, pulls = part.weight, 0.0, 1.0, False
+    loss, count = run.row_table(), run.row_table()
+    given = {"loss": loss}
+    if fold.name == "sigmoid":
+        scale_grad = run.row_table()
+        bias = fold.scalars[0]
+        given |= {"sigmoid_bias": bias, "scale_grad": scale_grad, "bias_grad": count}
+    else:
+        given |= {"count": count}
+    target_value = score.to(loss.dtype)
+    if fold.name == "margin_ranking":
+        margin, mean = fold.options
+        if mean:
+            own = torch.zeros_like(part.target) if part.own is None else (part.own >= 0) & (part.own != part.target)
+            weight = weight / (strip.y.shape[0] - 1 - own.to(weight.dtype)).clamp_min(1)
+        given |= {"target_value": target_value}
+    elif fold.name == "pair_hinge":
+        margin, sign, pulls = fold.options[0], fold.options[1], bool(fold.options[2])
+    row_labels, key_labels, own_column = part.row_labels, part.key_labels, part.own
+    args = struct(
+        "FoldArgs",
+        weight=weight,
+        row_labels=row_labels,
+        key_labels=key_labels,
+        own=own_column,
+        margin=margin,
+        sign=sign,
+        pulls=pulls,
+        **given,
+    )
+    run(fold.name, args, out)
+    left_out = part.weight == 0
+    total, counted = (table.sum(0) for table in (loss, count))
+    losses = (weight * total).masked_fill(left_out, 0)
+    if fold.name == "sigmoid":
+        return Folded(losses, None, (scale_grad.sum(), counted.sum()))
+    if fold.name == "pair_hinge":
+        return Folded(losses, counted.masked_fill(left_out, 0))
+    if out is not None:
+        # The target's entry is what its row's hinges add up to, which is known now.
+        entry = (-weight * counted).masked_fill(left_out, 0)
+        patch_target(Patch(out, part.target, strip.row_factor, strip.col_factor), entry)
+    return Folded(losses, None)
+
+
+def _two_sides(problem: Problem, strip: Strip, out: Tensor | None, part: Part) -> Folded:
+    """Losses of two log-sum-exps: statistics of both sides, the row's loss in torch, then the gradient."""
+    fold, weight = problem.fold, part.weight
+    assert fold is not None
+    run, kind = _Launch(strip, narrow=True), "circle" if fold.name == "circle" else "sides"
+    sides = {"row_labels": part.row_labels, "key_labels": part.key_labels, "own": part.own} | _linear(fold)
+    pull, push = (RowSums(run.row_table(), run.row_table()) for _ in range(2))
+    count = run.row_table()
+    tables = {"pull_max": pull.shift, "pull_sum": pull.total, "push_max": push.shift, "push_sum": push.total}
+    run(f"{kind}_stats", struct("SidesArgs", **sides, **tables, count=count))
+    pull, push = (merge(RowSums.empty(len(weight), weight), tables) for tables in (pull, push))
+    logs = [LogSum(torch.where(side.total == 0, 0, side.shift), side.total.log()) for side in (pull, push)]
+    found = SIDES[fold.name](logs[0], logs[1], fold_scalars(problem), fold.options)
+    loss, number = found.loss, count.sum(0)
+    if fold.name == "sup_con_in":
+        weight = weight.masked_fill(number == 0, 0)
+        loss = loss + number.log()
+    left_out = weight == 0
+    loss = (weight * loss).masked_fill(left_out, 0)
+    folded = Folded(loss, (loss > 0).to(loss.dtype) if fold.name == "circle" else None)
+    if out is None:
+        return folded
+    weights = [
+        (weight * slope / side.total).masked_fill(left_out | (side.total == 0), 0)
+        for slope, side in ((found.pull, pull), (found.push, push))
+    ]
+    q = run.row_table()
+    given = {"pull_shift": logs[0].shift, "push_shift": logs[1].shift, "pull_weight": weights[0]}
+    run(f"{kind}_grad", struct("SidesArgs", **sides, **given, push_weight=weights[1], q=q), out)
+    return folded._replace(scalars=(q.sum(),)) if fold.name == "sup_con_in" else folded
+
+
+def _linear(fold: Fold) -> dict[str, float]:
+    """Of the logits of positives and negatives: see csrc/similarity.h."""
+    match fold.name:
+        case "multi_similarity":
+            alpha, beta, base = fold.options
+            return {"pull": -alpha, "push": beta, "pull_base": base, "push_base": base}
+        case "proxy_anchor":
+            margin, alpha = fold.options
+            return {"pull": -alpha, "push": alpha, "pull_base": margin, "push_base": -margin}
+        case "circle":
+            return {"margin": fold.options[0], "gamma": fold.options[1]}
+        case _:
+            return {"pull": 1.0, "push": 1.0}
+
+
+def _stacked(tables: list[Tensor]) -> Tensor:
+    return tables[0] if len(tables) == 1 else torch.cat(tables)

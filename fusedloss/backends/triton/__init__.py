@@ -1,0 +1,377 @@
+"""The sweep's primitives as Triton kernels: launchers for `kernels/similarity.py`; `rows.py` has those for a row each.
+
+Triton is imported on first use: the package works without it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...core import products
+from ...core.numerics import stats_dtype
+from ...core.problem import GuideRule, Problem
+from ...core.rows import guide_threshold
+from ...core.strips import RowSums, Softmax, Strip, StripMask, Tally
+from ...core.waves import wave_rows
+from ..shared import can_exp, exp_shift
+from .launching import ALIGNMENT, cdiv, config_of, descriptor, launch, multiprocessors, precision_of
+from .launching import compiling as compiling
+from .launching import why_not_on as why_not_on
+from .rows import finish as finish
+from .rows import inverse_norms as inverse_norms
+from .rows import merge as merge
+from .rows import prepare as prepare
+from .rows import settle as settle
+from .rows import weigh as weigh
+
+if TYPE_CHECKING:
+    from .config import Config
+
+FOLD_COPIES = 12  # see chunked
+PANEL_BYTES = 32 << 20  # fp32 similarities from the vendor's GEMM: they fit an H200's L2, where the fold reads them
+
+
+def why_not(problem: Problem) -> str | None:
+    if problem.prefixes:
+        return "no kernel sums several prefixes in one sweep yet; matryoshka takes them one after the other here"
+    dtypes = {problem.dtype: None}  # in order
+    for block in problem.blocks:
+        dtypes |= {x.dtype: None for x in block.mask.guide or ()}
+    reasons = (why_not_on(dtype, problem.device) for dtype in dtypes)
+    return next((reason for reason in reasons if reason), None)
+
+
+def takes_units(problem: Problem) -> bool:
+    return False  # factors act on the accumulator
+
+
+def can_fold(problem: Problem) -> bool:
+    return False  # folds are in torch
+
+
+def workspace_copies(problem: Problem) -> float:
+    return FOLD_COPIES if problem.fold is not None else 1
+
+
+def workspace_dtype(problem: Problem) -> torch.dtype:
+    return problem.dtype if problem.fold is None else stats_dtype(problem.dtype)  # folds see the similarities
+
+
+can_store = can_exp
+
+
+# The similarity GEMM --------------------------------------------------------------------------------------------------
+
+
+def stats_rows(strips: list[Strip], tally: Tally | None = None, score: Tensor | None = None) -> RowSums:
+    maxima, sums = [], []
+    for strip in strips:
+        config = config_of(strip, _mode("stats", strip, tally))
+        maxima.append(_row_table(strip, config))
+        sums.append(_row_table(strip, config))
+        counts = _tally_args(strip, config, tally, score)
+        args = _softmax().StatsArgs(maxima[-1], sums[-1], Tally=counts)
+        _similarities(_softmax().stats, strip, None, args, config)
+        _add_tally(tally, counts)
+    return RowSums(_stacked(maxima), _stacked(sums))
+
+
+def stats_rows_and_columns(
+    strip: Strip, tally: Tally | None = None, score: Tensor | None = None
+) -> tuple[RowSums, RowSums]:
+    config = config_of(strip, _mode("stats, columns", strip, tally))
+    rows = RowSums(_row_table(strip, config), _row_table(strip, config))
+    columns = RowSums(_column_table(strip, config), _column_table(strip, config))
+    counts = _tally_args(strip, config, tally, score)
+    _similarities(_softmax().stats, strip, None, _softmax().StatsArgs(*rows, *columns, counts), config)
+    _add_tally(tally, counts)
+    return rows, columns
+
+
+def _tally_args(strip: Strip, config: Config, tally: Tally | None, score: Tensor | None) -> Any:
+    if tally is None:
+        return None
+    return _softmax().TallyArgs(score, *(_row_table(strip, config) for _ in tally))
+
+
+def _add_tally(tally: Tally | None, counts: Any) -> None:
+    if tally is not None:
+        for total, table in zip(tally, counts[1:], strict=True):
+            if total is tally.maximum:
+                torch.maximum(total, table.amax(0), out=total)
+            else:
+                total.add_(table.sum(0))
+
+
+def top_rows(strips: list[Strip]) -> tuple[Tensor, Tensor]:
+    (strip,) = strips
+    config = config_of(strip, _mode("top", strip, None))
+    top = _row_table(strip, config)
+    column = torch.empty_like(top, dtype=torch.int64)
+    _similarities(_masks().top, strip, None, _masks().TopArgs(top, column), config)
+    largest = top.amax(0)
+    first = column.masked_fill(top != largest, strip.y.shape[0]).amin(0)
+    return largest, first.masked_fill(largest == -torch.inf, -1)
+
+
+def similarities(strip: Strip, out: Tensor) -> None:
+    """`out = row_factor * col_factor * <x, y>`, nothing else."""
+    # Writers multiply by the factors once more: here they come after.
+    bare = strip._replace(row_factor=None, col_factor=None, bias=None, target=None, mask=None, own=None, softcap=0.0)
+    _similarities(_masks().store, bare, out, (), config_of(strip, "store"))
+    if strip.row_factor is not None and strip.col_factor is not None:
+        out.mul_(strip.row_factor[:, None]).mul_(strip.col_factor)
+
+
+def guide_room(strip: Strip) -> tuple[int, int]:
+    return 0, 0  # nothing is stored but bits
+
+
+def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor, own: Tensor | None = None) -> list[Tensor]:
+    """What the guide drops of each block, one bit a column."""
+    threshold = guide_threshold(guide_scores(strips[0], room) if own is None else own, rule, strips[0].x.shape[1])
+    dropped = []
+    for strip in strips:
+        bits = torch.empty((strip.x.shape[0], cdiv(strip.y.shape[0], 32)), dtype=torch.int32, device=strip.x.device)
+        args = _masks().BitsArgs(threshold, bits)
+        _similarities(_masks().bits, strip, None, args, config_of(strip, "guide"))
+        dropped.append(bits)
+    return dropped
+
+
+def guide_scores(strip: Strip, room: Tensor) -> Tensor:
+    own = strip.scale.new_empty(strip.x.shape[0])
+    _similarities(_masks().pick, strip, None, _masks().PickArgs(own), config_of(strip, "guide"))
+    return own
+
+
+def _mode(name: str, strip: Strip, tally: Tally | None) -> str:
+    more = {"tally": tally is not None, "masked": _masked(strip), "softcap": bool(strip.softcap)}
+    return ", ".join([name, *(option for option, given in more.items() if given)])
+
+
+def _masked(strip: Strip) -> bool:
+    return strip.mask is not None or strip.own_scale is not None
+
+
+def exp_rows(
+    problem: Problem,
+    strips: list[Strip],
+    outs: list[Tensor],
+    target_sim: Tensor | None,
+    tally: Tally | None = None,
+    score: Tensor | None = None,
+) -> tuple[RowSums, None]:
+    """Write E = exp(z - shift). A scale that is known beforehand has no gradient, so there is no q."""
+    if target_sim is not None:
+        raise ValueError("exp_rows has no q: a scale with a gradient is not known beforehand")
+    shift = exp_shift(problem)
+    sums = []
+    for strip, out in zip(strips, outs, strict=True):
+        config = config_of(strip, _mode("exp", strip, tally))
+        sums.append(_row_table(strip, config))
+        counts = _tally_args(strip, config, tally, score)
+        _similarities(_softmax().exp, strip, out, _softmax().ExpArgs(shift, sums[-1], Tally=counts), config)
+        _add_tally(tally, counts)
+    return RowSums(shift, _stacked(sums)), None
+
+
+def exp_rows_and_columns(problem: Problem, strip: Strip, out: Tensor) -> tuple[RowSums, RowSums]:
+    config = config_of(strip, _mode("exp, columns", strip, None))
+    shift, rows, columns = exp_shift(problem), _row_table(strip, config), _column_table(strip, config)
+    _similarities(_softmax().exp, strip, out, _softmax().ExpArgs(shift, rows, columns), config)
+    return RowSums(shift, rows), RowSums(shift, columns)
+
+
+def grad_rows(
+    strips: list[Strip],
+    outs: list[Tensor],
+    rows: Softmax,
+    columns: Softmax | None,
+    entry: Tensor,
+    gain: Tensor | None,
+    smooth: Tensor | None = None,
+) -> Tensor | None:
+    """Write gain * dz. q holds the tiles' sums of dz_ij (sim_ij - target's), j != t, where targets are given."""
+    wants_q = rows.target_sim is not None
+    qs = []
+    for strip, out in zip(strips, outs, strict=True):
+        mode = f"grad{', columns' if columns is not None else ''}{', q' if wants_q else ''}"
+        config = config_of(strip, _mode(mode, strip, None))
+        q = _row_table(strip, config) if wants_q else None
+        if q is not None:
+            qs.append(q)
+        own_entry = None if strip.target is None else entry
+        args = _softmax().GradArgs(
+            gain, rows.shift, rows.weight, own_entry, rows.target_sim, *(columns or (None, None, None)), q, smooth
+        )
+        _similarities(_softmax().grad, strip, out, args, config)
+    return _stacked(qs) if qs else None
+
+
+def _stacked(tables: list[Tensor]) -> Tensor:
+    return tables[0] if len(tables) == 1 else torch.cat(tables)
+
+
+def _row_table(strip: Strip, config: Config) -> Tensor:
+    n_tiles = cdiv(strip.y.shape[0], config.BLOCK_N) * config.SUBTILES
+    return strip.scale.new_empty((n_tiles, strip.x.shape[0]))
+
+
+def _column_table(strip: Strip, config: Config) -> Tensor:
+    return strip.scale.new_empty((cdiv(strip.x.shape[0], config.BLOCK_M), strip.y.shape[0]))
+
+
+def _similarities(epilogue: Callable[..., None], strip: Strip, out: Tensor | None, args: tuple, config: Config) -> None:
+    if config.GEMM == "library":
+        return _panels(epilogue, strip, out, args, config)
+    x, y = strip.x, strip.y
+    (M, D), N = x.shape, y.shape[0]
+    tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
+    if not tiles:
+        return
+    descriptors = config.GEMM == "descriptors"
+    stride_om = 0 if out is None else out.stride(0)
+    kernel_x, kernel_y, kernel_out = x, y, out
+    if descriptors:
+        kernel_x = descriptor(x, config.BLOCK_M, config.BLOCK_D)
+        kernel_y = descriptor(y, config.BLOCK_N, config.BLOCK_D)
+        if out is not None:
+            kernel_out = descriptor(out, config.BLOCK_M, config.BLOCK_N // config.SUBTILES)
+    launch(
+        _similarity().similarity_kernel,
+        (min(tiles, config.programs * multiprocessors(x.device)),),
+        x.device,
+        kernel_x,
+        kernel_y,
+        kernel_out,
+        *_columns(strip),
+        args,
+        M,
+        N,
+        D,
+        x.stride(0),
+        y.stride(0),
+        stride_om,
+        EPILOGUE=epilogue,
+        INPUT_PRECISION=precision_of(x.dtype, x.device),
+        DESCRIPTORS=descriptors,
+        **config.options(),
+    )
+
+
+def _panels(epilogue: Callable[..., None], strip: Strip, out: Tensor | None, args: tuple, config: Config) -> None:
+    """The vendor's GEMM into a panel of columns, fp32, and one pass over it while it is in L2."""
+    x, y = strip.x, strip.y
+    M, N = x.shape[0], y.shape[0]
+    width = _panel_columns(strip, config)
+    panel = strip.scale.new_empty((M, min(width, cdiv(N, 4) * 4)))
+    for start in range(0, N if M else 0, width):
+        part = y[start : start + width]
+        sim = panel[:, : part.shape[0]]
+        _multiply(sim, x, part)
+        launch(
+            _similarity().panel_kernel,
+            (cdiv(M, config.BLOCK_M), cdiv(part.shape[0], config.BLOCK_N)),
+            x.device,
+            sim,
+            out,
+            *_columns(strip),
+            args,
+            M,
+            N,
+            panel.stride(0),
+            0 if out is None else out.stride(0),
+            start // config.BLOCK_N,
+            EPILOGUE=epilogue,
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            num_warps=config.num_warps,
+        )
+
+
+def _panel_columns(strip: Strip, config: Config) -> int:
+    """Whole tiles of columns, and whole waves of the vendor's GEMM."""
+    M, N = strip.x.shape[0], strip.y.shape[0]
+    columns = wave_rows(N, M, PANEL_BYTES // 4 // max(1, M), multiprocessors(strip.x.device))
+    return max(config.BLOCK_N, columns // config.BLOCK_N * config.BLOCK_N)
+
+
+def _multiply(sim: Tensor, x: Tensor, y: Tensor) -> None:
+    """`sim = x @ y.T` in fp32."""
+    if x.dtype == sim.dtype:
+        torch.mm(x, y.T, out=sim)
+    elif products.narrow(x.dtype, x.device):
+        products.wide_mm(sim, x, y.T)
+    else:
+        torch.mm(x.to(sim.dtype), y.to(sim.dtype).T, out=sim)
+
+
+def _columns(strip: Strip) -> tuple[Any, ...]:
+    softcap = strip.softcap or None
+    return strip.scale, strip.row_factor, strip.col_factor, strip.bias, softcap, strip.target, _mask_args(strip)
+
+
+def _mask_args(strip: Strip) -> Any:
+    if not _masked(strip):
+        return None
+    mask = strip.mask or StripMask()
+    drops, keeps = ([c for c in mask.compare if c.keep == keep] for keep in (False, True))
+    dense, bits = mask.dense, mask.dropped
+    exempt = () if mask.exempt is None else tuple(c.contiguous() for c in mask.exempt.unbind(1))
+    return _masks().MaskArgs(
+        tuple(c.rows.contiguous() for c in drops),
+        tuple(c.keys.contiguous() for c in drops),
+        tuple(c.rows.contiguous() for c in keeps),
+        tuple(c.keys.contiguous() for c in keeps),
+        None if dense is None else dense.view(torch.uint8),
+        bits,
+        mask.threshold,
+        exempt,
+        mask.skip,
+        strip.own,
+        strip.own_scale,
+        *((0, 0) if dense is None else dense.stride()),
+    )
+
+
+# Once per row ---------------------------------------------------------------------------------------------------------
+
+
+def operand(x: Tensor) -> Tensor:
+    """Rows of unit stride that start on 16-byte boundaries and do not overlap: `x` itself, or one padded copy.
+
+    Rows that overlap or are expanded have no tensor map.
+    """
+    starts = x.stride(0) >= x.shape[1] and x.stride(0) * x.itemsize % ALIGNMENT == 0
+    if x.stride(1) == 1 and starts and x.data_ptr() % ALIGNMENT == 0:
+        return x
+    padded = x.new_empty((x.shape[0], cdiv(x.shape[1] * x.itemsize, ALIGNMENT) * ALIGNMENT // x.itemsize))
+    return padded[:, : x.shape[1]].copy_(x)
+
+
+@functools.cache
+def _softmax() -> ModuleType:
+    from ...kernels import softmax
+
+    return softmax
+
+
+@functools.cache
+def _masks() -> ModuleType:
+    from ...kernels import masks
+
+    return masks
+
+
+@functools.cache
+def _similarity() -> ModuleType:
+    from ...kernels import similarity
+
+    return similarity

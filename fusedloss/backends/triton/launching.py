@@ -1,0 +1,202 @@
+"""How a Triton kernel is launched: on which devices, with which tile, and what its failures say."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...core import environment
+from ...core.rows import tf32
+from ...core.strips import Strip
+from ..shared import check_vector
+
+if TYPE_CHECKING:
+    from .config import Config
+
+MIN_TRITON = (3, 6)
+ALIGNMENT = 16  # bytes: of a row's start, for wide copies and for tensor descriptors
+
+
+@environment.constant
+def why_not_on(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why no kernel runs for tensors like that."""
+    return _why_not(dtype, device, environment.get("TRITON_INTERPRET"))
+
+
+@functools.cache
+def _why_not(dtype: torch.dtype, device: torch.device, interpret: str | None) -> str | None:
+    """Looking for a package takes 20 us: once per dtype and device."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if importlib.util.find_spec("fusedloss.kernels") is None:
+        return "fusedloss.kernels is missing: the package runs from a checkout that is not installed (pip install -e .)"
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MIN_TRITON:
+        return f"triton {triton.__version__} is older than {'.'.join(map(str, MIN_TRITON))}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"no kernel for {dtype}"
+    interpreted = triton.knobs.runtime.interpret
+    if interpreted and dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies the bit patterns of bfloat16"
+    if interpreted:
+        return None
+    if device.type not in ("cuda", "xpu"):
+        return f"needs a GPU (CUDA, ROCm or XPU), or TRITON_INTERPRET=1; the operands are on {device}"
+    if not on_nvidia(device):
+        return None  # its proof says what runs there
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 or newer, not {'.'.join(map(str, capability))}"
+    return None
+
+
+@contextlib.contextmanager
+def compiling(tell: Callable[[float], None]) -> Iterator[None]:
+    """Within, `tell` is told of each kernel that was compiled, and in how many seconds."""
+    if importlib.util.find_spec("triton") is None:
+        yield
+        return
+    import triton
+
+    def listen(*, times: Any, **_: Any) -> None:
+        tell(times.total / 1e6)
+
+    knobs = triton.knobs.compilation
+    before, knobs.listener = knobs.listener, listen
+    try:
+        yield
+    finally:
+        knobs.listener = before
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **constants: Any) -> None:
+    """Every launch of every kernel."""
+    _check(args)
+    with _on(device):
+        try:
+            kernel[grid](*args, **constants, enable_fp_fusion=True)  # the default changes in Triton 3.10
+        except Exception as error:
+            raise RuntimeError(_failed(kernel.fn.__name__, device, error)) from error
+
+
+# What a failed compile or launch asks for, by words of its error.
+REMEDIES = {
+    "C compiler": "install gcc, or name a C compiler in CC",
+    "'-shared', '-fPIC'": "Python.h and a C compiler must be there: install gcc and python3-dev",  # the command's words
+    "libcuda": "install NVIDIA's driver, or name the folder of libcuda.so.1 in TRITON_LIBCUDA_PATH",
+    "ptxas": "install triton again, or name a ptxas in TRITON_PTXAS_PATH (TRITON_PTXAS_BLACKWELL_PATH from sm_100 on)",
+    "no kernel image": "update the driver: it knows no such cubin",
+    "kernel image is invalid": "update the driver: it knows no such cubin",
+    "Permission denied": "name a folder that can be written in TRITON_CACHE_DIR",
+    "No space left": "make room, or name another folder in TRITON_CACHE_DIR",
+    # These are found by whoever asks next, and no later call succeeds.
+    "illegal memory access": "a kernel before this one failed: start again with CUDA_LAUNCH_BLOCKING=1 to see which",
+    "launch failure": "a kernel before this one failed: start again with CUDA_LAUNCH_BLOCKING=1 to see which",
+}
+
+
+def _failed(name: str, device: torch.device, error: Exception) -> str:
+    import triton
+
+    what = str(device)
+    if device.type == "cuda":
+        what = f"{device} ({torch.cuda.get_device_name(device)}, {_architecture(device)})"
+    said = str(error)
+    remedy = next((f"{remedy}; " for words, remedy in REMEDIES.items() if words in said), "")
+    first = next((line.strip() for line in said.splitlines() if line.strip()), "no message")
+    return (
+        f"backend 'triton': kernel {name!r} was not launched on {what} by Triton {triton.__version__}. "
+        f"{type(error).__name__}: {first}. Remedy: {remedy}`python -m fusedloss check` says what runs here, and "
+        "backend='chunked' needs none of it"
+    )
+
+
+def _architecture(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName
+    return "sm_" + "".join(map(str, torch.cuda.get_device_capability(device)))
+
+
+def _check(args: tuple[Any, ...]) -> None:
+    for number, value in enumerate(args):
+        if isinstance(value, Tensor):
+            check_vector(f"argument {number}", value)
+        elif isinstance(value, tuple):
+            _check(value)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, wherever the tensors are."""
+    if device.type == "xpu":
+        return torch.xpu.device(device)
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+@functools.cache
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Of an NVIDIA GPU; config.ELSEWHERE of one of ROCm or XPU; None in the interpreter."""
+    if device.type not in ("cuda", "xpu"):
+        return None
+    if on_nvidia(device):
+        return torch.cuda.get_device_capability(device)
+    from .config import ELSEWHERE
+
+    return ELSEWHERE
+
+
+def on_nvidia(device: torch.device) -> bool:
+    """Or in the interpreter, on a CPU; ROCm's devices are called cuda, too."""
+    return device.type != "xpu" and torch.version.hip is None
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).max_compute_units
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def precision_of(dtype: torch.dtype, device: torch.device) -> str:
+    """fp32 follows torch's switch for its own matmuls. Products of 16-bit numbers are exact.
+
+    Of other GPUs Triton 3.7 multiplies tf32 on gfx942 alone: there fp32 is fp32.
+    """
+    if dtype == torch.float32 and tf32() and on_nvidia(device):
+        return "tf32"
+    return "ieee"
+
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def config_of(strip: Strip, mode: str) -> Config:
+    (M, D), N = strip.x.shape, strip.y.shape[0]
+    precision = precision_of(strip.x.dtype, strip.x.device)
+    dtype = "tf32" if precision == "tf32" else NAMES[strip.x.dtype]
+    return picked(M, N, D, dtype, capability_of(strip.x.device), mode)
+
+
+@functools.lru_cache(maxsize=1024)
+def picked(*where: Any) -> Config:
+    from .config import pick_config
+
+    return pick_config(*where)
+
+
+def descriptor(x: Tensor, rows: int, columns: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])

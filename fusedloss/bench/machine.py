@@ -1,0 +1,116 @@
+"""`python -m fusedloss info`: versions, devices, and every backend: available, or why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..backends import BACKENDS, KERNELS, cuda, select
+from ..core import environment
+from ..core.errors import UnsupportedError
+from ..core.problem import Block, Problem
+from ..core.version import VERSION
+from ..trust import ask, families, verdicts
+
+
+def probe(device: str, dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (2, 4), **options: Any) -> Problem:
+    """A problem to ask backends about, the smallest of the commonest kind; one of any shape takes no memory."""
+    x = torch.ones(1, 1, device=device, dtype=dtype).expand(shape)
+    ones = torch.ones(1, device=device).expand(shape[0])
+    target = torch.zeros(1, dtype=torch.int64, device=device).expand(shape[0])
+    return Problem((x, x), (Block(0, 1),), ones[0], target, ones, **options)
+
+
+def lines() -> list[str]:
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    found = [
+        f"fusedloss  {VERSION}",
+        f"python     {platform.python_version()} on {platform.platform()}",
+        f"torch      {torch.__version__}",
+        f"triton     {version('triton')}",
+    ]
+    found.append(f"_C         {extension()}")
+    found += environment.lines()
+    devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    for device in devices:
+        problem = probe(device)
+        with ask.unasked():
+            found.append(f"{device}: {describe(device)}; auto picks {picked(problem)}")
+        for name, module in BACKENDS.items():
+            found.append(f"  {name:10} {module.why_not(problem) or 'available'}")
+        if any(BACKENDS[name].why_not(problem) is None for name in KERNELS):
+            found += [f"  {line}" for line in proved(problem.device)]
+    return found
+
+
+def proved(device: torch.device) -> list[str]:
+    """What is known of the kernels there, and where that is kept."""
+    try:
+        known, kept = ask.known(device), f"verdicts in {verdicts.path(device)}"
+    except ValueError as error:  # of FUSEDLOSS_CACHE_DIR
+        return [f"verdicts   {error}"]
+    found = []
+    for backend in KERNELS:
+        every = [
+            verdicts.name_of(backend, family, precision)
+            for precision in families.PRECISIONS
+            for family in families.of_backend(backend, precision)
+        ]
+        by_state = {state: [n for n in every if n in known and known[n].state == state] for state in verdicts.STATES}
+        unknown = len(every) - sum(len(by_state[state]) for state in (verdicts.PROVED, verdicts.FAILED))
+        failed = [name.removeprefix(f"{backend} ") for name in by_state[verdicts.FAILED]]
+        found.append(
+            f"{backend:10} {len(by_state[verdicts.PROVED])} families proved, {len(failed)} failed, {unknown} unknown"
+            + (f"; failed: {', '.join(failed)}" if failed else "")
+        )
+    return [*found, kept]
+
+
+def extension() -> str:
+    """What fusedloss._C was built for, and the GPUs here that it runs on."""
+    built = cuda.build_info()
+    if built is None:
+        return cuda.NOT_BUILT
+    archs = built["archs"]
+    assert isinstance(archs, list)
+    how = f"CUDA {built['cuda_version']}: {' '.join(archs)}"
+    if driver := built.get("driver_version"):
+        how += f"; the driver runs CUDA up to {driver}"
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        runs = cuda.runs_on(archs, (major, minor)) and not cuda.old_driver(built, (major, minor))
+        how += f"; {'runs' if runs else 'does not run'} on cuda:{i} (sm_{major}{minor})"
+    return how
+
+
+def picked(problem: Problem) -> str:
+    """What `auto` means for `problem`; FUSEDLOSS_BACKEND may name a backend that cannot run it, or none at all."""
+    try:
+        return select(problem, "auto")
+    except (UnsupportedError, ValueError) as error:
+        return f"nothing that runs: {error}"
+
+
+def describe(device: str) -> str:
+    if device == "cpu":
+        threads = torch.get_num_threads()
+        return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' * (threads > 1)}"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,373 @@
+"""Argument checks. Each error names the argument, what it got and what it needs.
+
+Messages are made where they are raised and not before: a check that finds nothing costs a microsecond, and under
+torch.compile a size may be a symbol, which has no text.
+
+Values inside tensors are checked on a CPU only: reading them back from a GPU would synchronise. There an out-of-range
+target makes the loss NaN, and FUSEDLOSS_CHECK=1 turns these checks on everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import environment
+from .errors import UnsupportedError
+from .numerics import autocasting, stats_dtype
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SIMILARITIES = ("cos", "dot")
+DISTANCES = ("euclidean", "squared", "cosine")
+REDUCTIONS = ("mean", "sum", "none")
+BACKENDS = environment.BACKENDS
+NAMES = ("auto", *BACKENDS)
+WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 896 << 20}  # by default
+
+
+def embeddings(**tensors: Tensor) -> None:
+    """Matrices [rows, D] of one floating dtype, one device and one D."""
+    (first_name, first), *_ = tensors.items()
+    for name, x in tensors.items():
+        if _alike(x, first):
+            continue
+        if isinstance(x, nn.Module):
+            raise TypeError(
+                f"{name} is a {type(x).__name__}, an nn.Module: this loss takes embeddings. {where_models_go('')}"
+            )
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is {a(x)}: needs a tensor [rows, D]{remedy(x)}")
+        if x.dtype not in FLOATING:
+            hint = "; labels and ids are no embeddings" if x.dtype == torch.int64 and x.dim() == 1 else ""
+            raise TypeError(f"{name} has dtype {x.dtype}: needs float16, bfloat16, float32 or float64{hint}")
+        dense(name, x)
+        if x.dim() != 2:
+            hint = f"; {name}.flatten(0, 1), and labels repeated likewise" if x.dim() == 3 else ""
+            raise ValueError(f"{name} has shape {list(x.shape)}: needs two dimensions [rows, D]{hint}")
+        if x.shape[1] != first.shape[1]:
+            raise ValueError(f"{name} has D = {x.shape[1]} and {first_name} has D = {first.shape[1]}: they must agree")
+        if x.shape[1] == 0:
+            raise ValueError(f"{name} has D = 0: needs at least one dimension")
+        if x.dtype != first.dtype and not (autocasts(x) and autocasts(first)):
+            raise TypeError(f"{name} is {x.dtype} and {first_name} is {first.dtype}: they must agree; cast one of them")
+        same_device(name, x, first_name, first)
+
+
+def _alike(x: object, first: object) -> bool:
+    """Whether nothing is wrong, in one microsecond: the checks that say what is wrong take four."""
+    return (
+        type(x) is Tensor is type(first)
+        and x.dtype is first.dtype
+        and x.dtype in FLOATING
+        and x.layout is torch.strided
+        and not x.is_nested
+        and x.dim() == 2
+        and x.shape[1] == first.shape[-1] > 0
+        and x.device == first.device
+    )
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether torch.autocast would bring `x` to its own dtype in a matmul."""
+    return x.dtype != torch.float64 and autocasting(x)
+
+
+def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device} and {other_name} on {other.device}: move one of them")
+
+
+def a(value: object) -> str:
+    """What it is, with what it holds where that is short."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    name = f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+    if isinstance(value, bool | int | float | str):
+        return f"{value!r}, {name}"
+    return "None" if value is None else name
+
+
+def remedy(value: object) -> str:
+    """For what should be a tensor and is not."""
+    return "; torch.as_tensor makes one" if isinstance(value, list | tuple) or hasattr(value, "__array__") else ""
+
+
+def vector(name: str, x: Tensor, length: int, what: str, like: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        hint = "; call .float()" if isinstance(x, Tensor) and not x.dtype.is_complex else remedy(x)
+        raise TypeError(f"{name} is {got}: needs a floating tensor [{length}]{hint}")
+    dense(name, x)
+    if x.shape != (length,):
+        raise ValueError(f"{name} has shape {list(x.shape)}: needs [{length}], one number per {what}")
+    same_device(name, x, "the embeddings", like)
+
+
+def dense(name: str, x: Tensor) -> None:
+    if type(x) is not Tensor and hasattr(x, "to_local"):
+        how = f"{name}.to_local(), with group= where rows are sharded, or {name}.full_tensor()"
+        raise TypeError(f"{name} is a {type(x).__name__}: needs a plain tensor; pass {how}")
+    if x.is_nested:
+        how = ".values() of a jagged one, or torch.cat of its .unbind()"
+        raise TypeError(f"{name} is nested: needs a dense tensor; {how}, has the rows of all")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} is of layout {x.layout}: needs a dense tensor; call .to_dense()")
+
+
+def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} is {value!r}: needs one of {', '.join(map(repr, allowed))}")
+
+
+def backend(value: object) -> None:
+    choice("backend", value, NAMES)
+
+
+def share(name: str, value: float) -> None:
+    if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
+        raise TypeError(f"{name} is a {type(value).__name__}: needs a number from 0 to 1")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} is {value!r}: needs a number from 0 to 1")
+
+
+def count(name: str, value: int | None) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is a {type(value).__name__}: needs a whole number, or None")
+    if value < 1:
+        raise ValueError(f"{name} is {value}: needs at least 1, or None")
+
+
+def budget(workspace_bytes: int | None) -> tuple[str, int | None]:
+    """Who bounds the workspace, the argument or the environment, and to how much; None: the device's default."""
+    if workspace_bytes is None and (given := environment.workspace_bytes()) is not None:
+        return "FUSEDLOSS_WORKSPACE_BYTES", given
+    return "workspace_bytes", workspace_bytes
+
+
+def reads_values(x: Tensor) -> bool:
+    """Whether this tensor's values may be looked at without a synchronisation the user did not ask for.
+
+    A compiler and torch.func's transforms have no values to look at.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return x.device.type == "cpu" or environment.switch("FUSEDLOSS_CHECK")
+
+
+def scalar(name: str, value: float | Tensor, like: Tensor | None, *, positive: bool) -> None:
+    """A Python number, or a tensor of one element on the embeddings' device (a CPU scalar is refused beside CUDA).
+
+    `like` is None where there are no embeddings yet, in a module's constructor.
+    """
+    need = "a positive number" if positive else "a finite number"
+    if isinstance(value, Tensor):
+        dense(name, value)
+        if value.numel() != 1 or value.dim() > 1:
+            raise ValueError(f"{name} has shape {list(value.shape)}: needs one element, shape [] or [1]")
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{name} is {value.dtype}: needs a floating tensor or a Python number")
+        if like is not None:
+            same_device(name, value, "the embeddings", like)
+        if not reads_values(value):
+            return
+        number = float(value.detach())
+    elif type(value) is float or (isinstance(value, Real) and not isinstance(value, bool)):
+        try:
+            number = float(value)
+        except OverflowError:
+            raise ValueError(f"{name} is beyond the largest float: needs {need}") from None
+    else:
+        raise TypeError(f"{name} is a {type(value).__name__}: needs {need} or a tensor of one element")
+    if isinstance(value, Tensor) and number != number:
+        return  # as in torch, a tensor's NaN shows in the loss; a written number cannot be meant to be one
+    # Comparisons, not math.isfinite: torch.compile traces floats symbolically.
+    if not (0 if positive else -math.inf) < number < math.inf:
+        raise ValueError(f"{name} is {number}: needs {need}")
+    dtype = torch.float64 if like is None else stats_dtype(like.dtype)
+    most = torch.finfo(dtype).max
+    if number != 0 and not 1 / most <= abs(number) <= most:
+        raise ValueError(f"{name} is {number}: needs a number that {dtype} can hold, and the inverse of")
+
+
+def number(name: str, value: float, *, least: float | None = None) -> None:
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
+        raise TypeError(f"{name} is a {type(value).__name__}: needs a number")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} is {value}: needs a finite number")
+    if least is not None and value < least:
+        raise ValueError(f"{name} is {value}: needs a number of at least {least:g}")
+
+
+def sequence(name: str, value: object, what: str, example: str) -> None:
+    """A list, a tuple or the like, and no text."""
+    if type(value) in (tuple, list):
+        return
+    if isinstance(value, nn.Module):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}, an nn.Module: needs a sequence of {what}, such as {example}"
+        )
+    if isinstance(value, str | type) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} is {a(value)}: needs a sequence of {what}, such as {example}")
+
+
+def function(name: str, value: object, example: str) -> None:
+    """What computes: no class, which would be made instead of called, and nothing else."""
+    if isinstance(value, type) or not callable(value):
+        raise TypeError(f"{name} is {a(value)}: needs a function or a module's instance, such as {example}")
+
+
+def integers(name: str, value: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
+    """int64 of a shape; None: any length."""
+    _typed(name, value, torch.int64, shape, like)
+
+
+def boolean(name: str, value: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
+    _typed(name, value, torch.bool, shape, like)
+
+
+def _typed(name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...], like: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.dtype != dtype:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        hint = f"; call .{'long' if dtype == torch.int64 else 'bool'}()" if isinstance(value, Tensor) else remedy(value)
+        raise TypeError(f"{name} is {got}: needs a tensor of {_described(dtype, shape)}{hint}")
+    dense(name, value)
+    if value.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, value.shape, strict=True)):
+        raise ValueError(f"{name} has shape {list(value.shape)}: needs {_described(dtype, shape)}")
+    same_device(name, value, "the embeddings", like)
+
+
+def _described(dtype: torch.dtype, shape: tuple[int | None, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} [{', '.join('any' if n is None else str(n) for n in shape)}]"
+
+
+def index(name: str, value: int) -> None:
+    if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
+        raise TypeError(f"{name} is a {type(value).__name__}: needs a whole number")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} is {value}: needs a 64-bit integer")
+
+
+def target(name: str, value: Tensor, rows: int, columns: int | None, ignore_index: int | None, like: Tensor) -> None:
+    """`ignore_index` None: every row counts. `columns` None: how many there are is not known yet."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else a(value)
+        raise TypeError(f"{name} is {got}: needs an int64 tensor [{rows}] of column indices{_indices(value)}")
+    dense(name, value)
+    if value.shape != (rows,):
+        raise ValueError(f"{name} has shape {list(value.shape)}: needs [{rows}], one index per row")
+    same_device(name, value, "the embeddings", like)
+    if columns is not None and reads_values(value):
+        outside = (value < 0) | (value >= columns)
+        if ignore_index is not None:
+            outside &= value != ignore_index
+        if bool(outside.any()):
+            row = int(outside.nonzero()[0, 0])
+            other = "" if ignore_index is None else f", or {ignore_index} to leave the row out"
+            raise IndexError(f"{name}[{row}] is {int(value[row])}: needs an index from 0 to {columns - 1}{other}")
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+# The same knob, turned the other way.
+INVERSE = {"temperature": ("scale", "logit_scale"), "scale": ("temperature",), "logit_scale": ("temperature",)}
+
+
+def explained(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, whose refusal of an unknown keyword names what it takes instead."""
+    known = keywords(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(unexpected(function.__name__, name, kwargs[name], inspect.signature(function)))
+        return function(*args, **kwargs)
+
+    return call
+
+
+def keywords(function: Callable[..., Any]) -> frozenset[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is not p.VAR_POSITIONAL)
+
+
+def unexpected(owner: str, name: str, value: object, signature: inspect.Signature) -> str:
+    inverse = next((other for other in INVERSE.get(name, ()) if other in signature.parameters), None)
+    if inverse is not None:
+        given = f": {inverse}={1 / value:.6g}" if isinstance(value, Real) and value else ""
+        return f"{owner} got {name!r}: it takes {inverse}, the inverse{given}"
+    same = {"scale": "logit_scale", "logit_scale": "scale"}.get(name)
+    if same in signature.parameters:
+        return f"{owner} got {name!r}: it takes {same}"
+    return f"{owner} got {name!r}: it takes {shown(signature)}"
+
+
+def shown(signature: inspect.Signature) -> str:
+    """Names and defaults."""
+    return str(inspect.Signature([p.replace(annotation=p.empty) for p in signature.parameters.values()]))
+
+
+def _indices(value: object) -> str:
+    """How to come by a target."""
+    if isinstance(value, float):
+        return f"; did you mean temperature={value}?"
+    if isinstance(value, Tensor) and value.dim() == 2:
+        return "; masks.same_id(row_ids, key_ids) tells siglip of several positives a row"
+    return "; call .long()" if isinstance(value, Tensor) else remedy(value)
+
+
+def untransformed(backend: str) -> None:
+    """Before what torch.func, vmap and forward-mode derivatives cannot look into, or look into and get NaN from."""
+    if torch.compiler.is_compiling():
+        return
+    functional = torch._C._are_functorch_transforms_active()
+    if functional or torch.autograd.forward_ad._current_level >= 0:
+        what = "torch.func transforms and torch.vmap" if functional else "forward-mode derivatives"
+        raise UnsupportedError(f"{what} need backend='reference', got {backend!r}")
+
+
+def options(module: nn.Module, **defaults: object) -> str:
+    """For extra_repr: the options of `module` that differ from their defaults."""
+    given = ((name, getattr(module, name), default) for name, default in defaults.items())
+    return ", ".join(f"{name}={value!r}" for name, value, default in given if value != default)
+
+
+# sentence-transformers has losses of these names, which take a model; those of CROSS_ENCODER for a cross-encoder.
+MODEL = frozenset(
+    """
+    AnglELoss BatchAllTripletLoss BatchHardSoftMarginTripletLoss BatchHardTripletLoss BatchSemiHardTripletLoss
+    CoSENTLoss ContrastiveLoss ContrastiveTensionLoss CosineSimilarityLoss DistillKLDivLoss EmbedDistillLoss
+    GISTEmbedLoss GlobalOrthogonalRegularizationLoss MSELoss MarginMSELoss MegaBatchMarginLoss
+    MultipleNegativesRankingLoss OnlineContrastiveLoss SoftmaxLoss TripletLoss
+    """.split()
+)
+CROSS_ENCODER = frozenset(
+    "ADRMSELoss CrossEntropyLoss LambdaLoss ListMLELoss ListNetLoss PListMLELoss RankNetLoss".split()
+)
+
+
+def where_models_go(owner: str) -> str:
+    """owner: the class that was given a model."""
+    package = "fusedloss.integrations.sentence_transformers"
+    if owner in MODEL | CROSS_ENCODER:
+        return f"{package}{'.cross_encoder' if owner in CROSS_ENCODER else ''}.{owner} takes a model."
+    return f"Losses that take a model are in {package}."
+
+
+def options_not_modules(owner: str = "", /, **options: object) -> None:
+    for name, value in options.items():
+        if isinstance(value, nn.Module):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}, an nn.Module: this loss takes embeddings, not a model. "
+                + where_models_go(owner)
+            )

@@ -1,0 +1,536 @@
+"""Losses that need more of a row than a softmax over its columns: a chunk of them at once, in plain torch.
+
+A fold takes `values` [R, N], similarities or distances of R rows to all N columns, returns the rows' losses, and
+overwrites `values` with `weight_i dloss_i/dvalues_ij`. The formula beside it says the same in autograd's terms; it
+materialises whatever it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .softmax import softplus
+
+TILE = 1024  # columns at a time, where a step needs wider types than the values'
+# Probabilities below this are 0: as denormals they would make the products that follow several times slower on a CPU.
+FLOOR = 2.0**-100
+FAR = -1e30  # a logit for what a formula leaves out: -inf would send NaN through autograd
+
+
+class Part(NamedTuple):
+    """What a fold knows about its rows. Positives are columns of equal label, or `target` where there are no labels."""
+
+    rows: Tensor  # [R] int64, the global number of each row
+    weight: Tensor  # [R], multiplies each row's loss; 0: the row is left out (loss, count and gradient are 0)
+    target: Tensor | None = None  # [R] int64, column of the row's positive
+    row_labels: Tensor | None = None  # [R] int64
+    key_labels: Tensor | None = None  # [N] int64
+    own: Tensor | None = None  # [R] int64, column that is the row itself: no positive and no negative (-1: none)
+    teacher: Tensor | None = None  # [R, N], a teacher's logits
+
+
+class Folded(NamedTuple):
+    loss: Tensor  # [R], weighted
+    # [R] in the values' dtype, where the final sum is divided by the sum of counts
+    count: Tensor | None  # type: ignore[assignment]  # tuple.count, which nobody calls
+    scalars: tuple[Tensor, ...] = ()  # 0-dim: the gradient by each of the fold's scalars
+
+
+Scalars = tuple[Tensor, ...]
+Options = tuple[float, ...]
+Formula = Callable[[Tensor, Part, Scalars, Options], tuple[Tensor, Tensor | None]]
+Fold = Callable[[Tensor, Part, Scalars, Options, bool], Folded]
+
+
+# What folds share -----------------------------------------------------------------------------------------------------
+
+
+def _put_(x: Tensor, column: Tensor | None, fill: float | bool) -> Tensor:
+    """`x[i, column[i]] = fill`, in place, where `column[i]` is not -1."""
+    if column is not None:
+        index = column.clamp_min(0)[:, None]
+        x.scatter_(1, index, torch.where(column[:, None] < 0, x.gather(1, index), fill))
+    return x
+
+
+def _sets(values: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    """Masks [R, N] of the positives and the negatives of each row."""
+    if part.row_labels is not None and part.key_labels is not None:
+        positive = part.row_labels[:, None] == part.key_labels
+    else:
+        assert part.target is not None, "either labels or a target"
+        positive = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
+        positive.scatter_(1, part.target[:, None], True)
+    negative = _put_(~positive, part.own, False)
+    return _put_(positive, part.own, False), negative
+
+
+def _weighted(loss: Tensor, part: Part) -> Tensor:
+    return (part.weight * loss).to(loss.dtype).masked_fill_(part.weight == 0, 0)
+
+
+def _weigh_(slope: Tensor, part: Part, factor: Tensor | float = 1.0) -> Tensor:
+    """`slope` [R, N] times `weight * factor` [R], in place; whatever a left-out row holds becomes 0."""
+    return slope.mul_((part.weight * factor)[:, None]).masked_fill_((part.weight == 0)[:, None], 0)
+
+
+def _counted(count: Tensor, values: Tensor, part: Part) -> Tensor:
+    return count.to(values.dtype).masked_fill_(part.weight == 0, 0)
+
+
+def _added(terms: Tensor) -> Tensor:
+    """The sum of `[R, N]` that cancel: rows in their own dtype, and the rows' sums in fp64."""
+    return terms.sum(dim=1).sum(dtype=_wide(terms))
+
+
+def _shift(x: Tensor) -> Tensor:
+    shift = x.amax(dim=1, keepdim=True)
+    return shift.masked_fill_(shift == -torch.inf, 0)
+
+
+def _softmax_(x: Tensor, mask: Tensor) -> LogSum:
+    """Softmax of each row over the columns in `mask`, in place, 0 elsewhere; without columns a shift of 0."""
+    shift = _shift(x.masked_fill_(~mask, -torch.inf))
+    total = torch.threshold_(x.sub_(shift).exp_(), FLOOR, 0.0).sum(dim=1, keepdim=True)
+    x.div_(total.masked_fill(total == 0, 1))
+    return LogSum(shift[:, 0], total.log_()[:, 0])
+
+
+def _probabilities_(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of each row, and its normaliser [R, 1]; `x` itself loses its row's maximum."""
+    p = x.sub_(_shift(x)).exp()
+    total = p.sum(dim=1, keepdim=True)
+    total.masked_fill_(total == 0, 1)
+    return torch.threshold_(p.div_(total), FLOOR, 0.0), total
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    return torch.float64 if values.device.type in ("cpu", "cuda") else values.dtype
+
+
+def _tiles(columns: int) -> Iterator[slice]:
+    for start in range(0, columns, TILE):
+        yield slice(start, start + TILE)
+
+
+# What formulas share --------------------------------------------------------------------------------------------------
+
+
+def _is_column(values: Tensor, column: Tensor | None) -> Tensor:
+    if column is None:
+        return torch.zeros(values.shape, dtype=torch.bool, device=values.device)
+    return torch.arange(values.shape[1], device=values.device) == column[:, None]
+
+
+def _relations(values: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    own = _is_column(values, part.own)
+    if part.row_labels is not None and part.key_labels is not None:
+        related = part.row_labels[:, None] == part.key_labels[None, :]
+    else:
+        related = _is_column(values, part.target)
+    return related & ~own, ~related & ~own
+
+
+def _logsumexp(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, x, FAR).logsumexp(dim=1)
+
+
+def _left_in(loss: Tensor, part: Part) -> Tensor:
+    return torch.where(part.weight == 0, 0, part.weight * loss)
+
+
+# Sigmoid --------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sigmoid(values: Tensor, part: Part, scalars: Scalars, options: Options, gradient: bool) -> Folded:
+    """SigLIP: `sum_j log(1 + exp(-y_ij z_ij))`, `z = scale values + bias`, y = 1 for positives and -1 for negatives."""
+    scale, bias = scalars
+    positive, _ = _sets(values, part)
+    z = (values * scale).add_(bias)
+    other = z.neg()
+    torch.where(positive, other, z, out=z)
+    _put_(z, part.own, -torch.inf)
+    torch.logaddexp(z, z.new_zeros(()), out=other)
+    loss = _weighted(other.sum(dim=1), part)
+    if not gradient:
+        return Folded(loss, None)
+    torch.sigmoid(z, out=z)
+    torch.neg(z, out=other)
+    torch.where(positive, other, z, out=z)
+    _weigh_(z, part)
+    torch.mul(z, values, out=other).masked_fill_((part.weight == 0)[:, None], 0)
+    torch.mul(z, scale, out=values)
+    return Folded(loss, None, (_added(other), _added(z)))
+
+
+def sigmoid_formula(values: Tensor, part: Part, scalars: Scalars, options: Options) -> tuple[Tensor, Tensor | None]:
+    scale, bias = scalars
+    positive, negative = _relations(values, part)
+    sign = positive.to(values.dtype) - negative.to(values.dtype)
+    terms = softplus(-sign * (scale * values + bias))
+    return _left_in(torch.where(positive | negative, terms, 0).sum(dim=1), part), None
+
+
+# Margin ranking -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def margin_ranking(values: Tensor, part: Part, scalars: Scalars, options: Options, gradient: bool) -> Folded:
+    """`sum_{j != t} max(0, margin - v_it + v_ij)`; `options` are the margin and whether to divide by the negatives."""
+    margin, mean = options
+    target = part.target
+    assert target is not None, "margin_ranking needs a target"
+    index = target[:, None]
+    values.sub_(values.gather(1, index)).add_(margin).clamp_min_(0)
+    values.scatter_(1, index, 0)
+    _put_(values, part.own, 0.0)
+    share = torch.ones_like(part.weight)
+    if mean:
+        own = torch.zeros_like(target) if part.own is None else (part.own >= 0) & (part.own != target)
+        share /= (values.shape[1] - 1 - own.to(share.dtype)).clamp_min(1)
+    loss = _weighted(values.sum(dim=1).mul_(share), part)
+    if gradient:
+        values.sign_()
+        values.scatter_(1, index, -values.sum(dim=1, keepdim=True))
+        _weigh_(values, part, share)
+    return Folded(loss, None)
+
+
+def margin_ranking_formula(
+    values: Tensor, part: Part, scalars: Scalars, options: Options
+) -> tuple[Tensor, Tensor | None]:
+    margin, mean = options
+    assert part.target is not None
+    negative = ~_is_column(values, part.target) & ~_is_column(values, part.own)
+    hinge = torch.relu(margin - values.gather(1, part.target[:, None]) + values)
+    loss = (hinge * negative).sum(dim=1)
+    return _left_in(loss / negative.sum(dim=1).clamp_min(1) if mean else loss, part), None
+
+
+# Hinges of pairs ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def pair_hinge(values: Tensor, part: Part, scalars: Scalars, options: Options, gradient: bool) -> Folded:
+    """`sum max(0, sign (v - margin))` over a row's positives or negatives, and how many are above 0.
+
+    options: margin, sign, and whether the positives are meant.
+    """
+    margin, sign, pulls = options
+    hinge = values.sub_(margin).mul_(sign).clamp_min_(0)
+    hinge.masked_fill_(~_sets(values, part)[0 if pulls else 1], 0)
+    loss, count = hinge.sum(dim=1), (hinge > 0).sum(dim=1)
+    if gradient:
+        _weigh_(values.sign_(), part, sign)
+    return Folded(_weighted(loss, part), _counted(count, values, part))
+
+
+def pair_hinge_formula(values: Tensor, part: Part, scalars: Scalars, options: Options) -> tuple[Tensor, Tensor | None]:
+    margin, sign, pulls = options
+    hinge = torch.relu(sign * (values - margin)) * _relations(values, part)[0 if pulls else 1]
+    return _left_in(hinge.sum(dim=1), part), _counted((hinge > 0).sum(dim=1), values, part)
+
+
+# Two log-sum-exps -----------------------------------------------------------------------------------------------------
+
+
+class LogSum(NamedTuple):
+    """A row's log-sum-exp, `shift + log`. Apart, because a difference of shifts is nearly exact."""
+
+    shift: Tensor  # [R]
+    log: Tensor  # -inf without columns
+
+    @property
+    def value(self) -> Tensor:
+        return self.shift + self.log
+
+
+class Sides(NamedTuple):
+    """A loss of the log-sum-exps of a row's positives and negatives, and its derivatives by the two."""
+
+    loss: Tensor  # [R]
+    pull: Tensor
+    push: Tensor
+
+
+def multi_similarity_row(pull: LogSum, push: LogSum, scalars: Scalars, options: Options) -> Sides:
+    alpha, beta, _ = options
+    pulled, pushed = pull.value, push.value
+    loss = softplus(pulled) / alpha + softplus(pushed) / beta
+    return Sides(loss, torch.sigmoid(pulled) / alpha, torch.sigmoid(pushed) / beta)
+
+
+def proxy_anchor_row(pull: LogSum, push: LogSum, scalars: Scalars, options: Options) -> Sides:
+    _, share = scalars
+    pulled, pushed = pull.value, push.value
+    return Sides(share * softplus(pulled) + softplus(pushed), share * torch.sigmoid(pulled), torch.sigmoid(pushed))
+
+
+def circle_row(pull: LogSum, push: LogSum, scalars: Scalars, options: Options) -> Sides:
+    z = (pull.shift + push.shift) + (pull.log + push.log)
+    slope = torch.sigmoid(z)
+    return Sides(softplus(z), slope, slope)
+
+
+def sup_con_in_row(pull: LogSum, push: LogSum, scalars: Scalars, options: Options) -> Sides:
+    """Less the logarithm of the number of positives."""
+    z = (push.shift - pull.shift) + (push.log - pull.log)
+    slope = torch.sigmoid(z)
+    return Sides(softplus(z), -slope, slope)
+
+
+# Multi-similarity -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def multi_similarity(values: Tensor, part: Part, scalars: Scalars, options: Options, gradient: bool) -> Folded:
+    """`log(1 + sum_pos exp(-alpha (v - base))) / alpha + log(1 + sum_neg exp(beta (v - base))) / beta`."""
+    alpha, beta, base = options
+    positive, negative = _sets(values, part)
+    pulled = values.sub_(base) * -alpha
+    pushed = values.mul_(beta)
+    sides = multi_similarity_row(_softmax_(pulled, positive), _softmax_(pushed, negative), scalars, options)
+    if gradient:
+        pushed.mul_((beta * sides.push)[:, None]).addcmul_(pulled, (alpha * sides.pull)[:, None], value=-1)
+        _weigh_(pushed, part)
+    return Folded(_weighted(sides.loss, part), None)
+
+
+def multi_similarity_formula(
+    values: Tensor, part: Part, scalars: Scalars, options: Options
+) -> tuple[Tensor, Tensor | None]:
+    alpha, beta, base = options
+    positive, negative = _relations(values, part)
+    pull = softplus(_logsumexp(-alpha * (values - base), positive)) / alpha
+    push = softplus(_logsumexp(beta * (values - base), negative)) / beta
+    return _left_in(pull + push, part), None
+
+
+@torch.no_grad()
+def proxy_anchor(values: Tensor, part: Part, scalars: Scalars, options: Options, gradient: bool) -> Folded:
+    """`share log(1 + sum_pos exp(-alpha (v - margin))) + log(1 + sum_neg exp(alpha (v + margin)))`."""
+    margin, alpha = options
+    positive, negative = _sets(values, part)
+    pulled = (values - margin).mul_(-alpha)
+    pushed = values.add_(margin).mul_(alpha)
+    sides = proxy_anchor_row(_softmax_(pulled, positive), _softmax_(pushed, negative), scalars, options)
+    if gradient:
+        pushed.mul_(sides.push[:, None]).addcmul_(pulled, sides.pull[:, None], value=-1)
+        _weigh_(pushed, part, alpha)
+    return Folded(_weighted(sides.loss, part), None)
+
+
+def proxy_anchor_formula(
+    values: Tensor, part: Part, scalars: Scalars, options: Options
+) -> tuple[Tensor, Tensor | None]:
+    _, share = scalars
+    margin, alpha = options
+    positive, negative = _relations(values, part)
+    pull = softplus(_logsumexp(-alpha * (values - margin), positive))
+    push = softplus(_logsumexp(alpha * (values + margin), negative))
+    return _left_in(share * pull + push, part), None
+
+
+# Circle ---------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def circle(values: Tensor, part: Part, scalars: Scalars, options: Options, gradient: bool) -> Folded:
+    """`log(1 + sum_pos exp(-gamma a_p (v_p - 1 + m)) sum_neg exp(gamma a_n (v_n - m)))`.
+
+    `a_p = max(0, 1 + m - v_p)` and `a_n = max(0, v_n + m)` are constants to the gradient. A row without a positive or
+    without a negative has an empty sum: its loss is 0. Counted are the rows that lose anything.
+    """
+    m, gamma = options
+    positive, negative = _sets(values, part)
+    attract = (1 + m - values).clamp_min_(0).mul_(gamma)
+    repel = (values + m).clamp_min_(0).mul_(gamma)
+    pulled = (1 - m - values).mul_(attract)
+    pushed = values.sub_(m).mul_(repel)
+    sides = circle_row(_softmax_(pulled, positive), _softmax_(pushed, negative), scalars, options)
+    loss = _weighted(sides.loss, part)
+    if gradient:
+        pushed.mul_(repel).addcmul_(pulled, attract, value=-1)
+        _weigh_(pushed, part, sides.push)
+    return Folded(loss, _counted(loss > 0, values, part))
+
+
+def circle_formula(values: Tensor, part: Part, scalars: Scalars, options: Options) -> tuple[Tensor, Tensor | None]:
+    m, gamma = options
+    positive, negative = _relations(values, part)
+    constant = values.detach()
+    pull = _logsumexp(-gamma * torch.relu(1 + m - constant) * (values - (1 - m)), positive)
+    push = _logsumexp(gamma * torch.relu(constant + m) * (values - m), negative)
+    both = positive.any(dim=1) & negative.any(dim=1)
+    loss = _left_in(softplus(torch.where(both, pull + push, FAR)), part)
+    return loss, _counted(loss > 0, values, part)
+
+
+# Supervised contrastive, the mean inside the logarithm ----------------------------------------------------------------
+
+
+@torch.no_grad()
+def sup_con_in(values: Tensor, part: Part, scalars: Scalars, options: Options, gradient: bool) -> Folded:
+    """Khosla et al.'s L_in: `-log(mean_pos exp(z) / sum_{j != own} exp(z))`, `z = scale values`; 0 without positives.
+
+    As `log(1 + sum_neg exp(z) / sum_pos exp(z)) + log |P|`, which a well-fitted row does not cancel in.
+    """
+    (scale,) = scalars
+    positive, negative = _sets(values, part)
+    pulled = values * scale
+    pushed = pulled.clone()
+    sides = sup_con_in_row(_softmax_(pulled, positive), _softmax_(pushed, negative), scalars, options)
+    number = positive.sum(dim=1)
+    part = part._replace(weight=part.weight.masked_fill(number == 0, 0))
+    loss = _weighted(sides.loss + number.to(sides.loss.dtype).log_(), part)
+    if not gradient:
+        return Folded(loss, None)
+    dz = _weigh_(pushed.sub_(pulled), part, sides.push)
+    torch.mul(dz, values, out=pulled).masked_fill_((part.weight == 0)[:, None], 0)
+    torch.mul(dz, scale, out=values)
+    return Folded(loss, None, (_added(pulled),))
+
+
+def sup_con_in_formula(values: Tensor, part: Part, scalars: Scalars, options: Options) -> tuple[Tensor, Tensor | None]:
+    z = scalars[0] * values
+    positive, negative = _relations(values, part)
+    number = positive.sum(dim=1)
+    loss = _logsumexp(z, positive | negative) - _logsumexp(z, positive) + number.clamp_min(1).to(z.dtype).log()
+    return _left_in(torch.where(number > 0, loss, 0), part), None
+
+
+# Triplets -------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def batch_all(values: Tensor, part: Part, scalars: Scalars, options: Options, gradient: bool) -> Folded:
+    """`sum_{p, n} max(0, v_p - v_n + margin)` over distances, and how many triplets have a loss (above 0).
+
+    The gradient is how many negatives lie within v_p + margin, and minus how many positives reach v_n: two sorts and
+    two searches. The loss is linear in between, so it is `<gradient, values> + margin count`.
+    """
+    (margin,) = options
+    positive, negative = _sets(values, part)
+    values_ = values.contiguous()  # searchsorted warns otherwise
+    reach = values_ + margin
+    ascending = values_.masked_fill(~negative, torch.inf).sort(dim=1).values
+    slope = torch.searchsorted(ascending, reach, out_int32=True).mul_(positive)
+    count = slope.sum(dim=1)
+    ascending = reach.masked_fill_(~positive, -torch.inf).sort(dim=1).values
+    reached = torch.searchsorted(ascending, values_, right=True, out_int32=True).sub_(values.shape[1])
+    slope.add_(reached.mul_(negative))
+    wide = _wide(values)  # a triplet's loss is small beside its distances
+    loss = margin * count.to(wide)
+    for tile in _tiles(values.shape[1]):
+        loss += torch.linalg.vecdot(values[:, tile].to(wide), slope[:, tile].to(wide))
+    loss = _weighted(loss.to(values.dtype), part)
+    if gradient:
+        _weigh_(values.copy_(slope), part)
+    return Folded(loss, _counted(count, values, part))
+
+
+def batch_all_formula(values: Tensor, part: Part, scalars: Scalars, options: Options) -> tuple[Tensor, Tensor | None]:
+    (margin,) = options
+    positive, negative = _relations(values, part)
+    hinge = torch.relu(values[:, :, None] - values[:, None, :] + margin)
+    hinge = hinge * (positive[:, :, None] & negative[:, None, :])
+    count = (hinge > 1e-16).sum(dim=(1, 2)).to(values.dtype)
+    return _left_in(hinge.sum(dim=(1, 2)), part), torch.where(part.weight == 0, 0, count)
+
+
+@torch.no_grad()
+def semi_hard(values: Tensor, part: Part, scalars: Scalars, options: Options, gradient: bool) -> Folded:
+    """`sum_p max(0, v_p - v_n(p) + margin)` over distances, n(p) the nearest negative farther than p; counts the pairs.
+
+    Where no negative is farther, n(p) is the farthest one; where there is none at all, the row's nearest column, its
+    own included, as in sentence-transformers (and tensorflow-addons before it).
+    """
+    (margin,) = options
+    positive, negative = _sets(values, part)
+    ascending, order = values.masked_fill(~negative, torch.inf).sort(dim=1)
+    last = negative.sum(dim=1, keepdim=True) - 1
+    nearest = values.argmin(dim=1, keepdim=True)
+    loss = values.new_zeros(values.shape[0])
+    slope = torch.zeros_like(values)
+    for tile in _tiles(values.shape[1]):
+        distance = values[:, tile].contiguous()
+        place = torch.minimum(torch.searchsorted(ascending, distance, right=True), last).clamp_min_(0)
+        column = torch.where(last < 0, nearest, order.gather(1, place))
+        hinge = (distance - values.gather(1, column)).add_(margin).clamp_min_(0).mul_(positive[:, tile])
+        loss += hinge.sum(dim=1)
+        active = hinge.sign_()
+        slope[:, tile] += active
+        slope.scatter_add_(1, column, active.neg_())  # of integers: the order of atomics does not show
+    if gradient:
+        _weigh_(values.copy_(slope), part)
+    return Folded(_weighted(loss, part), _counted(positive.sum(dim=1), values, part))
+
+
+def semi_hard_formula(values: Tensor, part: Part, scalars: Scalars, options: Options) -> tuple[Tensor, Tensor | None]:
+    (margin,) = options
+    if values.shape[1] == 0:  # which has no minimum
+        loss = _left_in(values.sum(dim=1), part)
+        return loss, torch.zeros_like(loss)
+    positive, negative = _relations(values, part)
+    farther = negative[:, None, :] & (values[:, None, :] > values[:, :, None])  # [row, positive, negative]
+    semi_hard = torch.where(farther, values[:, None, :], torch.inf).min(dim=2).values
+    farthest = torch.where(negative, values, -torch.inf).max(dim=1, keepdim=True).values
+    fallback = torch.where(negative.any(dim=1, keepdim=True), farthest, values.min(dim=1, keepdim=True).values)
+    hinge = torch.relu(values - torch.where(farther.any(dim=2), semi_hard, fallback) + margin)
+    count = positive.sum(dim=1).to(values.dtype)
+    return _left_in((hinge * positive).sum(dim=1), part), torch.where(part.weight == 0, 0, count)
+
+
+# Distillation ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def distill(values: Tensor, part: Part, scalars: Scalars, options: Options, gradient: bool) -> Folded:
+    """`KL(p || q) = sum p (log p - log q)`, p the teacher's softmax and q that of `scale values`.
+
+    Exactly 0 where both have equal logits. `sum (q - p)`, which is 0, is added: it cancels the rounding of the two
+    normalisers, all there would be to see of a loss near 0.
+    """
+    (scale,) = scalars
+    assert part.teacher is not None, "distill needs a teacher"
+    # A copy, so that both run through the same arithmetic on equally aligned memory.
+    ratio = _put_(part.teacher.to(values.dtype, copy=True), part.own, -torch.inf)
+    z = _put_(values * scale, part.own, -torch.inf)
+    (p, total_p), (q, total_q) = _probabilities_(ratio), _probabilities_(z)
+    wide = _wide(values)
+    ratio.sub_(z).sub_(total_p.to(wide).log_() - total_q.to(wide).log_()).masked_fill_(p == 0, 0)
+    dz = q.sub_(p)
+    loss = _weighted((torch.linalg.vecdot(p, ratio) + dz.sum(dim=1)).clamp_min_(0), part)
+    if not gradient:
+        return Folded(loss, None)
+    _weigh_(dz, part)
+    torch.mul(dz, values, out=z).masked_fill_((part.weight == 0)[:, None], 0)
+    torch.mul(dz, scale, out=values)
+    return Folded(loss, None, (_added(z),))
+
+
+def distill_formula(values: Tensor, part: Part, scalars: Scalars, options: Options) -> tuple[Tensor, Tensor | None]:
+    assert part.teacher is not None
+    own = _is_column(values, part.own)
+    p = part.teacher.to(values.dtype).masked_fill(own, FAR).softmax(dim=1)
+    log_q = (scalars[0] * values).masked_fill(own, FAR).log_softmax(dim=1)
+    return _left_in((torch.xlogy(p, p) - p * log_q).sum(dim=1), part), None
+
+
+FOLDS: dict[str, tuple[Fold, Formula]] = {
+    "sigmoid": (sigmoid, sigmoid_formula),
+    "margin_ranking": (margin_ranking, margin_ranking_formula),
+    "pair_hinge": (pair_hinge, pair_hinge_formula),
+    "multi_similarity": (multi_similarity, multi_similarity_formula),
+    "proxy_anchor": (proxy_anchor, proxy_anchor_formula),
+    "circle": (circle, circle_formula),
+    "sup_con_in": (sup_con_in, sup_con_in_formula),
+    "batch_all": (batch_all, batch_all_formula),
+    "semi_hard": (semi_hard, semi_hard_formula),
+    "distill": (distill, distill_formula),
+}

@@ -1,0 +1,328 @@
+"""What happens once per row, beside the similarity GEMM, in plain torch; `kernels/rows.py` has the same names.
+
+All of it is O(M D), or O(M) per tile of columns. Targets' scores are fp64 where the device has it: well-fitted pairs
+owe all of their loss to these numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from . import products
+from .folds import Part
+from .numerics import NORM_EPS, inverse_norms, stats_dtype
+from .problem import NO_RULE, GuideRule, Problem, RowRule
+from .softmax import bent, decoupled_loss, marginal, softmax_loss
+from .strips import Patch, Prepared, RowSums, Settled
+
+ROWS = 1024  # at a time, where rows are converted: fp32 copies stay in a CPU's caches
+
+
+def columns_and_weights(target: Tensor, weight: Tensor, columns: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Indices that are columns, and the weights of their rows: 0 for the ignored, NaN for one that is no column."""
+    ignored = target == ignore_index
+    outside = ~ignored & ((target < 0) | (target >= columns))
+    return target.masked_fill(ignored | outside, 0), weight.masked_fill(ignored, 0).masked_fill(outside, torch.nan)
+
+
+def without_target(weight: Tensor, target: Tensor, bias: Tensor | None, skip: Tensor | None) -> Tensor:
+    """The rows' weights, 0 where a bias of -inf removes the target or the row skips it; a target of -1 is none."""
+    if bias is not None:
+        removed = bias.detach()[target.clamp(min=0)] == -torch.inf
+        weight = weight.masked_fill(removed & (target >= 0), 0)
+    if skip is not None:
+        weight = weight.masked_fill((skip == target) & (target >= 0), 0)
+    return weight
+
+
+def operand(x: Tensor) -> Tensor:
+    return x
+
+
+def prepare(
+    x: Tensor,
+    y: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    rule: RowRule = NO_RULE,
+    *,
+    cosine: bool,
+    wants_target_sim: bool,
+) -> Prepared:
+    """1/norms of both sides, and the target's logit `scale f_i f_t <x_i, y_t> + bias_t`, under its margin and bent.
+
+    A row dot beside the sweep: in the tile it would cost registers and spill.
+    """
+    margin, softcap = rule.margin, rule.softcap
+    row_factor = inverse_norms(x) if cosine else None
+    col_factor = row_factor if y is x else inverse_norms(y) if cosine else None
+    wide = torch.float64 if x.device.type in ("cpu", "cuda") else scale.dtype
+    sim = torch.empty(x.shape[0], dtype=wide, device=x.device)
+    none, target = target < 0, target.clamp(min=0)
+    for chunk in row_chunks(x):
+        own, other = x[chunk].to(wide), y[target[chunk]].to(wide)
+        sim[chunk] = torch.linalg.vecdot(own, other)
+        if any(margin):  # An angle is the root of a difference: rounded factors would cost it half its digits.
+            sim[chunk] /= _length(own) * _length(other)
+    if row_factor is not None and col_factor is not None and not any(margin):
+        sim = sim * row_factor * col_factor[target]
+    sim = sim.masked_fill(none, 0)
+    score, slope = marginal(sim, margin, torch.finfo(scale.dtype).eps) if any(margin) else (sim, None)
+    score = score * scale
+    if bias is not None:
+        score = score + bias[target]
+    if softcap:
+        score = bent(score, softcap)
+        slope = (1 if slope is None else slope) * (1 - (score / softcap).square())
+    return Prepared(
+        row_factor,
+        col_factor,
+        score,
+        sim.to(scale.dtype) if wants_target_sim else None,
+        None if slope is None else slope.to(scale.dtype),
+    )
+
+
+def _length(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1).clamp_min(NORM_EPS)
+
+
+def merge(running: RowSums, part: RowSums) -> RowSums:
+    """The sums over the union of two disjoint sets of columns."""
+    mine, others = (torch.where(sums.total == 0, -torch.inf, sums.shift) for sums in (running, part))
+    shift = torch.maximum(mine, others)
+    shift = shift.masked_fill(shift == -torch.inf, 0)
+    return RowSums(shift, running.total * torch.exp(mine - shift) + part.total * torch.exp(others - shift))
+
+
+def settle(
+    sums: RowSums,
+    score: Tensor,
+    weight: Tensor,
+    rule: RowRule = NO_RULE,
+    *,
+    smooth: Tensor | None = None,
+    slope: Tensor | None = None,
+    patch: Patch | None = None,
+    scaled: Sequence[Tensor] = (),
+    dtype: torch.dtype | None = None,
+) -> Settled:
+    """From a row's negatives to its weighted loss, `weight / l`, and the target's entry in the gradient.
+
+    With `patch`, entries are relative to `weight / l` and written into the workspace, merged in fp32 before they are
+    rounded; `scaled` are then the matrices whose rows are wanted times `weight / l`, rounded to `dtype`.
+
+    A row that is decoupled, and without negatives, has loss 0.
+
+    smooth: what smoothing takes from every admissible entry, where it is known by row.
+    slope: what the target's entry is times, see `Prepared`.
+    """
+    left_out = weight == 0
+    if rule.decoupled:
+        left_out = left_out | (sums.total == 0)
+    # Infinite in the dtype of the other logits: inf - inf, as in torch's own cross-entropy.
+    score = score.masked_fill(score.to(sums.total.dtype) == torch.inf, torch.nan)
+    # A row without negatives takes its target's score as shift, so that 1 / l is 1 and not exp(-score). One that is
+    # left out may have a score of -inf, and exp(-inf + inf) times its weight would be NaN.
+    total = sums.total
+    shift = torch.where((total == 0) & ~left_out, score.to(total.dtype), sums.shift)
+    # A target's logit far above the others must not make l infinite: a smoothed entry is a share of l, and 80 leaves
+    # room for the product with y. What it costs are probabilities under exp(-80), beside a share of 1 / N.
+    most = 80.0 if rule.label_smoothing or rule.z_loss else 88.0 if total.dtype == torch.float32 else 700.0
+    own = torch.exp((score - shift).clamp(max=most).to(total.dtype))
+    l = total.clone() if rule.decoupled else total + rule.copies * own
+    loss = decoupled_loss(shift, total, score) if rule.decoupled else softmax_loss(shift, total, score, rule.copies)
+    spread: float | Tensor = rule.label_smoothing
+    if (
+        rule.z_loss
+    ):  # d lse^2 = 2 lse p: more of the softmax, and as much of the target's mass as makes its entry 2 lse p_t
+        lse = (score + loss).to(total.dtype)
+        spread = spread + 2 * rule.z_loss * lse
+        l = l / (1 + 2 * rule.z_loss * lse)
+        loss = loss + rule.z_loss * lse.square()
+    over_l = (weight / l).masked_fill(left_out, 0)
+    entry = spread * weight - over_l * total if patch is None else spread * l - total
+    if smooth is not None:
+        entry = entry - smooth
+    if slope is not None:
+        entry = entry * slope
+    entry = entry.masked_fill(left_out, 0)
+    if patch is not None:
+        patch_target(patch, entry)
+    loss = (weight * loss).masked_fill(left_out, 0)
+    return Settled(loss, shift, over_l, entry, [(x * over_l[:, None]).to(dtype) for x in scaled])
+
+
+def patch_target(patch: Patch, entry: Tensor) -> None:
+    out, target, row_factor, col_factor = patch
+    none, target = target < 0, target.clamp(min=0)
+    if row_factor is not None and col_factor is not None:
+        entry = entry * row_factor * col_factor[target]
+    index, entry = target[:, None], entry[:, None].to(out.dtype)
+    out.scatter_(1, index, torch.where(none[:, None], out.gather(1, index), entry))
+
+
+# What `torch.backends.cuda.matmul.fp32_precision` reads, in a sixth of its time: every call of `auto` asks.
+_PRECISION = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
+def tf32() -> bool:
+    """Whether products of fp32 are: torch's switch for its own. Its old getter raises once the new setter was used."""
+    if _PRECISION is not None:
+        return _PRECISION("cuda", "matmul") == "tf32"
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def cut_off(dim: int) -> float:
+    """The share of a sum of `dim` 16-bit products that tensor cores may cut off, where it grows evenly.
+
+    They add 8 or more at a time, and cut what is below 2^-23 of the sum so far, half of that on average.
+    """
+    return dim / 8 * 2.0**-24
+
+
+def tie(dim: int, dtype: torch.dtype) -> float:
+    """By how much the similarities of unit rows may differ and still be equal: by the rounding of a duplicate's.
+
+    4 eps for the products of a CPU, and 1 for each 4 of the dimension, since tensor cores cut off what lies below the
+    last places of the largest. An A100's add 4 products of tf32 at a time and lose up to eps / 2 of each and eps of
+    their sum, half of that on average: 3/8 of eps an element, or about 1/8 of a sum that grows evenly to 1. In the
+    tests' model of them (tests/host/) 2048 products of one sign, which lose most, are up to 247 eps short.
+    """
+    return (4 + math.ceil(dim / 4)) * torch.finfo(dtype).eps
+
+
+def tie_to_exact(x: Tensor) -> float:
+    """`tie` of a product of rows like `x` and the score of the same rows in fp64.
+
+    That is of operands as they are. In tf32 each loses up to 2^-10 of itself where it is cut off (2^-11 where it is
+    rounded), and so the product up to 2^-9 of both lengths.
+    """
+    return tie(x.shape[1], stats_dtype(x.dtype)) + (2**-9 if x.dtype == torch.float32 and tf32() else 0.0)
+
+
+def score_ties(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+    """Of `<x_i, y_index[i]>`: times the product of both lengths, not of a similarity that may be near 0."""
+    lengths = [torch.linalg.vector_norm(t, dim=1, dtype=stats_dtype(t.dtype)) for t in (x, y)]
+    return tie_to_exact(x) * lengths[0] * lengths[1][index]
+
+
+def above_ties(score: Tensor, ties: Tensor | float, scale: Tensor) -> Tensor:
+    """Logits above this rank before the target; `ties` of the similarities, beside the rounding of scale and bias."""
+    return score + (ties * scale).abs() + 4 * torch.finfo(score.dtype).eps * score.abs()
+
+
+def guide_threshold(own: Tensor, rule: GuideRule, dim: int) -> Tensor:
+    """Above which the guide drops a column, given its cosine of the row and its target; ties stay."""
+    margin = own.abs() * rule.margin if rule.relative else rule.margin
+    return own - margin + tie(dim, own.dtype)
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """`|x_i - y_j|^2`, `[R, N]`, in fp64 where the device has it, and exactly 0 where that rounds to a tie.
+
+    From the product of the rows, whose rounding in fp32 puts duplicates 2e-4 to 2e-2 of their lengths apart.
+    Differences would be exact in fp32, and take a CPU 20 times as long (11 s against 0.5 s, and 1 s in fp64, for
+    [2048, 768]).
+    """
+    wide = torch.float64 if x.device.type in ("cpu", "cuda") else stats_dtype(x.dtype)
+    x, y = x.to(wide), y.to(wide)
+    lengths = x.square().sum(1)[:, None] + y.square().sum(1)
+    squared = torch.addmm(lengths, x, y.T, alpha=-2)
+    return squared.masked_fill(squared < tie(x.shape[1], wide) * lengths, 0)
+
+
+def fold_scalars(problem: Problem) -> tuple[Tensor, ...]:
+    return (problem.scale, *(problem.fold.scalars if problem.fold is not None else ()))
+
+
+def fold_part(problem: Problem, chunk: slice) -> Part:
+    """What a fold is told of the rows of a chunk; the teacher's logits are whole rows, too."""
+    fold = problem.fold
+    assert fold is not None
+    rows = torch.arange(chunk.start, chunk.stop, device=problem.device)
+    row_labels, key_labels = fold.labels or (None, None)
+    teacher = None
+    if fold.teacher is not None and fold.teacher_scale is not None:
+        query, key = fold.teacher
+        if products.narrow(key.dtype, key.device) and query.dtype == key.dtype:
+            teacher = problem.scale.new_empty((len(rows), len(key)))
+            products.mm(teacher, query[chunk], key.T)
+        else:
+            teacher = query.to(problem.scale.dtype)[chunk] @ key.to(problem.scale.dtype).T
+        teacher = teacher * fold.teacher_scale
+    return Part(
+        rows,
+        problem.weight[chunk],
+        problem.target[chunk],
+        None if row_labels is None else row_labels[chunk],
+        key_labels,
+        rows if fold.itself else None,
+        teacher,
+    )
+
+
+def weigh(patch: Patch, rows: Tensor, columns: Tensor, entry: Tensor) -> None:
+    """`dz = E (w_i / l_i + w_j / l_j)` in place, where E was stored until both normalisers were known."""
+    out = patch.out
+    for start in range(0, out.shape[1], ROWS):
+        tile = slice(start, start + ROWS)
+        out[:, tile] *= rows[:, None] + columns[tile]
+    patch_target(patch, entry)
+
+
+def finish(
+    total: Tensor,
+    over_l: Tensor | None,
+    scale: Tensor,
+    gain: Tensor | None,
+    x: Tensor,
+    factor: Tensor | None,
+    out: Tensor,
+) -> None:
+    """`out = scale / gain * over_l * total`, projected through the norms; `out` may be `total`.
+
+    From the gradient with 1/norms held fixed to the gradient through them: `dx -= f^2 <dx, x> x`. A row shorter than
+    1e-12 is divided by a constant: nothing to project.
+    """
+    multiplier = scale if gain is None else scale / gain
+    squared = None if factor is None else (factor * factor).masked_fill(factor >= 1 / NORM_EPS, 0)
+    for chunk in row_chunks(x):
+        dx = total[chunk].mul_(multiplier if over_l is None else multiplier * over_l[chunk, None])
+        if squared is not None:
+            row = x[chunk].to(dx.dtype)
+            dx.addcmul_(row, ((dx * row).sum(1) * squared[chunk])[:, None], value=-1)
+        if out is not total:
+            out[chunk] = dx
+
+
+def row_chunks(x: Tensor) -> Iterator[slice]:
+    if torch.compiler.is_compiling():  # fused by the compiler; the loop would tie its graph to one number of rows
+        yield slice(None)
+        return
+    for start in range(0, x.shape[0], ROWS):
+        yield slice(start, start + ROWS)
+
+
+def largest_finite(x: Tensor) -> Tensor:
+    """Of the absolute values, 0-dim."""
+    return x.nan_to_num(0, 0, 0).abs().amax()
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """The largest that is not above `2**exponent`, among fp32's normal numbers; of infinity, too."""
+    return torch.exp2(torch.floor(exponent).clamp(-126, 126))
+
+
+def fresh(like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory to be written by products. On a CPU it is touched in order first: 0.25 ms a MiB.
+
+    Pages that threads of a product meet in strides for the first time cost 20 times that.
+    """
+    out = like.new_empty(shape, dtype=dtype)
+    return out.zero_() if like.device.type == "cpu" else out

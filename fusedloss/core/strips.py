@@ -1,0 +1,131 @@
+"""What the primitives of a backend are handed, a chunk of rows at a time, and what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .numerics import rows_of
+from .problem import Compare
+
+
+class Strip(NamedTuple):
+    """One block of one row chunk, as a backend sees it: `R` rows against all `N` columns of the block.
+
+    z[i, j] = scale * row_factor[i] * col_factor[j] * <x_i, y_j> + bias[j], bent by `softcap` where there is one
+
+    Vectors are in the statistics dtype and contiguous; `x` and `y` are in the input dtype with any strides.
+    """
+
+    x: Tensor  # [R, D]
+    y: Tensor  # [N, D]
+    scale: Tensor  # 0-dim, the block's penalty included
+    row_factor: Tensor | None  # [R]
+    col_factor: Tensor | None  # [N]
+    bias: Tensor | None  # [N], may hold -inf: that column is removed
+    target: Tensor | None  # [R] int64, this block's column that the sums leave out; -1 (or out of range): none
+    mask: StripMask | None = None
+    own: Tensor | None = None  # [R] int64, the column that `own_scale` multiplies instead
+    own_scale: Tensor | None = None
+    softcap: float = 0.0
+
+
+class StripMask(NamedTuple):
+    """A block's mask, for one row chunk."""
+
+    compare: tuple[Compare, ...] = ()  # rows [R], keys [N]
+    dense: Tensor | None = None  # [R, N]
+    threshold: Tensor | None = None  # [R]: larger similarities are dropped
+    exempt: Tensor | None = None  # [R, E], int64
+    skip: Tensor | None = None  # [R]
+    dropped: Any = None  # by the guide, as the backend likes it: tiles on demand, packed bits
+
+    def rows(self, part: slice) -> StripMask:
+        """Of some rows, before a guide has said anything of them."""
+
+        def of(x: Tensor | None) -> Tensor | None:
+            return None if x is None else rows_of(x, part)
+
+        compare = tuple(c._replace(rows=rows_of(c.rows, part)) for c in self.compare)
+        return StripMask(compare, of(self.dense), of(self.threshold), of(self.exempt), of(self.skip))
+
+
+class Tally(NamedTuple):
+    """What is counted of a row's admissible negatives where somebody asks; zeros and -inf to begin with."""
+
+    admitted: Tensor  # [R], how many there are
+    above: Tensor  # how many have a larger logit than the target
+    maximum: Tensor  # the largest logit
+    z: Tensor  # sums of the logits, and of the similarities
+    sim: Tensor
+
+    @classmethod
+    def empty(cls, size: int, like: Tensor) -> Tally:
+        zeros = like.new_zeros(4, size)
+        return cls(zeros[0], zeros[1], like.new_full((size,), -torch.inf), zeros[2], zeros[3])
+
+
+class RowSums(NamedTuple):
+    """A row's negatives, folded: `sum_{j != t} exp(z_ij) = total * exp(shift)`.
+
+    A row without negatives has total 0. Between two primitives of one backend the sums may still be partial: a leading
+    axis of tiles, a shift of -inf where a tile has no admissible column, or one number as everybody's shift.
+    """
+
+    shift: Tensor | float  # [R]
+    total: Tensor  # [R]
+
+    @classmethod
+    def empty(cls, size: int, like: Tensor) -> RowSums:
+        return cls(like.new_zeros(size), like.new_zeros(size))
+
+
+class Prepared(NamedTuple):
+    """What is known of block 0 before its logits are."""
+
+    row_factor: Tensor | None  # [M] 1/norms
+    col_factor: Tensor | None  # [N]
+    score: Tensor  # [M], wide: at scale 100 the half-ulp of an fp32 score is a relative 4e-6 of its pair
+    target_sim: Tensor | None  # [M], where the gradient of the scale is wanted
+    slope: Tensor | None = None  # [M], of the score by the target's `scale * sim`, where that is not 1
+
+
+class Patch(NamedTuple):
+    """Where the targets' entries of a chunk stand: `out[i, target[i]]`, times both factors."""
+
+    out: Tensor  # [R, N]
+    target: Tensor  # [R]
+    row_factor: Tensor | None  # [R]
+    col_factor: Tensor | None  # [N]
+
+
+class Settled(NamedTuple):
+    """A row once its normaliser is known."""
+
+    loss: Tensor  # [R], weighted; 0 for a row that is left out
+    shift: Tensor
+    weight: Tensor  # weight / l
+    entry: Tensor  # of the target, in the gradient
+    scaled: list[Tensor]
+
+    def softmax(self, target_sim: Tensor | None) -> Softmax:
+        return Softmax(self.shift, self.weight, target_sim)
+
+
+class Softmax(NamedTuple):
+    """One direction's gradient, as a function of the logits: `dz = weight * exp(z - shift)` off the target.
+
+    `shift` is the row's largest negative and `weight` holds `1 / l`, so that the exponentials lie in [0, 1] and keep
+    their full precision however well the pair is fitted.
+    """
+
+    shift: Tensor
+    weight: Tensor
+    target_sim: Tensor | None  # similarity of the target, where the gradient of the scale is wanted
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Softmax:
+        sim = None if self.target_sim is None else function(self.target_sim)
+        return Softmax(function(self.shift), function(self.weight), sim)

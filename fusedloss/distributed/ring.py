@@ -1,0 +1,468 @@
+"""A loss over the columns of all ranks of which each rank holds one shard at a time: they go around a ring.
+
+    first time around    the sums of each row over the shard's columns, merged       2 M n D a shard
+    second time around   dz of the shard, now that rows know their normaliser        6 M n D a shard
+                         dx += dz @ y,   dy += dz.T @ x, which travels on with the shard and comes home complete
+
+While a rank works on a shard, the next one is on its way. Where columns have a normaliser too (CLIP), their sums travel
+in the first time around and come home complete; no product is computed twice for them. A loss that is a plain sum over
+columns (SigLIP) goes around once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import sweep
+from ..backends import SWEEPS
+from ..backends.protocol import Sweeps
+from ..core.numerics import savable, without_autocast
+from ..core.problem import Block, Mask, Problem, Ranks
+from ..core.rows import merge
+from ..core.strips import RowSums, Softmax
+from ..sweep import Partial, Wants
+from ..sweep.collectives import around, group_of
+
+Join = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
+
+
+# The ring -------------------------------------------------------------------------------------------------------------
+
+
+class Parcel(NamedTuple):
+    """A tensor of this rank's columns that goes around, and how many rows each rank's has."""
+
+    tensor: Tensor
+    sizes: tuple[int, ...]
+
+
+def go_around(
+    parcels: Sequence[Parcel],
+    ranks: Ranks,
+    visit: Callable[[int, list[Tensor]], list[Parcel]],
+    join: Join | None = None,
+) -> list[Tensor]:
+    """`visit(shard, tensors)` for the shard of every rank, this one's first; the next is received meanwhile.
+
+    What it returns is of the shard's columns, as many on every rank: joined with what the other ranks found it goes
+    home, and comes out here.
+    """
+    count, rank, group = len(ranks.sizes), ranks.rank, group_of(ranks)
+    before, after = ((rank + step) % count for step in (-1, 1))
+    held = [_padded(p) for p in parcels]
+    coming: _Exchange | None = None
+    travelling: _Exchange | None = None
+    sizes: list[tuple[int, ...]] = []
+    for step, shard in enumerate(around(ranks)):
+        if step < count - 1:
+            coming = _Exchange(held, before, after, group)
+        with without_autocast(held[0]):  # operands have the dtype they are to have
+            found = visit(shard, [x[: p.sizes[shard]] for x, p in zip(held, parcels, strict=True)])
+        if found:
+            sizes, mine = [p.sizes for p in found], [p.tensor for p in found]
+            if travelling is not None:
+                arrived = [x[: s[shard]] for x, s in zip(travelling.arrived(), sizes, strict=True)]
+                mine = _sum(mine, arrived) if join is None else join(mine, arrived)
+                del arrived
+            del found
+            mine = [_padded(Parcel(x, s)) for x, s in zip(mine, sizes, strict=True)]
+            travelling = _Exchange(mine, before, after, group) if count > 1 else None
+            last = mine if travelling is None else []
+            del mine
+        if coming is not None:
+            held, coming = coming.arrived(), None
+    if not sizes:
+        return []
+    home = last if travelling is None else travelling.arrived()
+    return [x[: s[rank]] for x, s in zip(home, sizes, strict=True)]
+
+
+def _sum(mine: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    return [a.add_(b) for a, b in zip(mine, others, strict=True)]
+
+
+def _padded(parcel: Parcel) -> Tensor:
+    """With as many rows as the largest shard: ranks receive before they know whose shard it is."""
+    x, most = parcel.tensor.detach(), max(parcel.sizes)
+    return x.contiguous() if len(x) == most else torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
+
+
+class _Exchange:
+    """Tensors on their way to one rank, and as many alike from another. What is sent lives until it is."""
+
+    def __init__(self, tensors: Sequence[Tensor], to: int, source: int, group: Any):
+        self.received = [torch.empty_like(x) for x in tensors]
+        to, source = (dist.get_global_rank(group, rank) for rank in (to, source))
+        operations = [dist.P2POp(dist.isend, x, to, group) for x in tensors]
+        operations += [dist.P2POp(dist.irecv, x, source, group) for x in self.received]
+        self.works, self.sent = dist.batch_isend_irecv(operations), tensors
+
+    def arrived(self) -> list[Tensor]:
+        for work in self.works:
+            work.wait()
+        received, self.received, self.works, self.sent = self.received, [], [], []
+        return received
+
+
+# A problem, shard by shard --------------------------------------------------------------------------------------------
+
+
+class Shards:
+    """A problem whose columns are spread: `problem` has this rank's.
+
+    Per block a key's sizes. What travels of a problem are its keys, biases, and what masks and folds hold of columns.
+    """
+
+    def __init__(self, problem: Problem, ranks: Ranks, sizes: Sequence[tuple[int, ...]], target: Tensor | None):
+        self.problem, self.ranks, self.sizes, self.target = problem, ranks, sizes, target
+        self.parcels: list[Parcel] = []
+        self.places: dict[int, int] = {}
+        for block, counts in zip(problem.blocks, sizes, strict=True):
+            columns = [problem.operands[block.key], block.bias, *block.mask.keys]
+            columns += [problem.fold.labels[1] if problem.fold and problem.fold.labels else None]
+            for x in columns:
+                if x is not None and id(x) not in self.places:
+                    self.places[id(x)] = len(self.parcels)
+                    self.parcels.append(Parcel(x, counts))
+        self.keys = sorted({block.key for block in problem.blocks})
+        self.queries = sorted({block.query for block in problem.blocks})
+
+    def at(self, shard: int, held: list[Tensor], weight: Tensor) -> tuple[Problem, list[int]]:
+        """This rank's rows against that shard's columns, and which blocks have some.
+
+        Its operands are the queries, in order, and then the keys. Away from home nothing is a row's target, or a row's
+        own: what is skipped or belongs to a row by its place is on this rank.
+        """
+        problem, home = self.problem, shard == self.ranks.rank
+
+        def there(x: Tensor) -> Tensor:
+            return held[self.places[id(x)]]
+
+        operands = [problem.operands[number] for number in self.queries]
+        operands += [there(problem.operands[number]) for number in self.keys]
+        blocks, kept = [], []
+        for number, block in enumerate(problem.blocks):
+            mask, key = block.mask, len(self.queries) + self.keys.index(block.key)
+            if not home and not len(operands[key]):
+                continue
+            skip = self._skip(mask, self.sizes[number], shard)
+            mask = mask.map_keys(there)._replace(exempt=mask.exempt if home else None, skip=skip)
+            bias = None if block.bias is None else there(block.bias)
+            own = block.own_penalty if home else block.penalty
+            blocks.append(Block(self.queries.index(block.query), key, bias, mask, block.penalty, own))
+            kept.append(number)
+        fold = problem.fold
+        if fold is not None and fold.labels is not None:
+            fold = replace(fold, labels=(fold.labels[0], there(fold.labels[1])))
+        return replace(
+            problem,
+            operands=tuple(operands),
+            blocks=tuple(blocks),
+            target=self._target(shard),
+            weight=weight,
+            fold=fold,
+        ), kept
+
+    def _target(self, shard: int) -> Tensor:
+        if self.target is None:
+            own = self.problem.target
+            return own if shard == self.ranks.rank else torch.full_like(own, -1)
+        return _within(self.target, self.sizes[0], shard)
+
+    def _skip(self, mask: Mask, sizes: tuple[int, ...], shard: int) -> Tensor | None:
+        if mask.skip is None or not mask.skip_offset:  # the row's own column
+            return mask.skip if shard == self.ranks.rank else None
+        index = (mask.skip + sum(sizes[: self.ranks.rank])) % max(sum(sizes), 1)
+        return _within(torch.where(mask.skip < 0, -1, index), sizes, shard)
+
+
+def _within(index: Tensor, sizes: tuple[int, ...], shard: int) -> Tensor:
+    """Of all ranks' columns, in their order, those of the shard; -1 for the others."""
+    start = sum(sizes[:shard])
+    return torch.where((index >= start) & (index < start + sizes[shard]), index - start, -1)
+
+
+class Around:
+    """One loss: the rows once the ring has been gone around, and then the gradients of their sum."""
+
+    def __init__(self, shards: Shards, backend: Sweeps, wants: Wants):
+        self.shards, self.backend, self.wants = shards, backend, wants
+        problem = shards.problem
+        self.weight = problem.weight / 2 if problem.symmetric else problem.weight
+        self.merged = RowSums.empty(problem.rows, problem.weight)
+        self.elsewhere: sweep.Elsewhere | None = None
+        self.score = problem.weight.new_zeros(problem.rows, dtype=torch.float64)
+        self.target_sim = torch.zeros_like(problem.weight)
+        self.slope = torch.ones_like(problem.weight) if problem.softcap or any(problem.margin) else None
+
+    def losses(self) -> Tensor:
+        """`[M]`, weighted."""
+        problem = self.shards.problem
+
+        def visit(shard: int, held: list[Tensor]) -> list[Parcel]:
+            columns: RowSums | None = RowSums.empty(0, self.weight)
+            partial = self._partial(shard, held, self._nothing())
+            if partial is not None:
+                sums, columns = partial.sums()
+                self.merged = merge(self.merged, sums)
+                self._note(partial, shard)
+            if not problem.symmetric or columns is None:
+                return []
+            assert isinstance(columns.shift, Tensor)
+            return [Parcel(t, self.shards.parcels[0].sizes) for t in (columns.shift, columns.total)]
+
+        home = go_around(self.shards.parcels, self.shards.ranks, visit, _merged)
+        settle, score = self.backend.settle, self.score
+        self.rows = settle(self.merged, score, self.weight, problem.rule, slope=self.slope)
+        if not problem.symmetric:
+            return self.rows.loss
+        self.columns = settle(RowSums(*home), score, self.weight)
+        return self.rows.loss + self.columns.loss
+
+    def gradients(self, factor: Tensor) -> list[Tensor | None]:
+        """Of `(factor * losses).sum()`: by the scale, the operands and the biases. factor: 0-dim or `[M]`."""
+        problem, shards = self.shards.problem, self.shards
+        target_sim = self.target_sim if self.wants.scale else None
+        rows = Softmax(self.rows.shift, self.rows.weight * factor, target_sim)
+        entry = self.rows.entry * factor
+        parcels = list(shards.parcels)
+        if problem.symmetric:
+            entry = entry + self.columns.entry * factor
+            own = [self.columns.shift, self.columns.weight * factor, *([] if target_sim is None else [target_sim])]
+            parcels.append(Parcel(torch.stack(own, 1), shards.parcels[0].sizes))
+        found = _Found(self)
+
+        def visit(shard: int, held: list[Tensor]) -> list[Parcel]:
+            columns = None
+            if problem.symmetric:
+                *held, along = held
+                parts = [t.contiguous() for t in along.unbind(1)]
+                columns = Softmax(*parts, *[None] * (3 - len(parts)))
+            partial = self._partial(shard, held, found.wants, found.rows)
+            result = None if partial is None else partial.differentiate(rows, columns, entry)
+            return found.take(result, self.kept, held)
+
+        home = go_around(parcels, shards.ranks, visit)
+        return found.all(home)
+
+    def _nothing(self) -> Wants:
+        """No gradient but what `prepared` needs to know of the scale's."""
+        shards = self.shards
+        operands = (False,) * (len(shards.queries) + len(shards.keys))
+        return Wants(operands, self.wants.scale, (False,) * len(shards.problem.blocks))
+
+    def _partial(
+        self, shard: int, held: list[Tensor], wants: Wants, into: dict[int, Tensor] | None = None
+    ) -> Partial | None:
+        problem, self.kept = self.shards.at(shard, held, self.weight)
+        if not problem.blocks:
+            return None
+        wants = wants._replace(biases=tuple(wants.biases[number] for number in self.kept))
+        elsewhere = self.elsewhere
+        if elsewhere is not None:
+            elsewhere = elsewhere._replace(thresholds=tuple(elsewhere.thresholds[number] for number in self.kept))
+        partial = Partial(problem, self.backend, wants, elsewhere, into or {})
+        if elsewhere is None:  # at home, where the ring starts
+            self.elsewhere = partial.taken_along()._replace(targets=self.shards.target is not None)
+        return partial
+
+    def _note(self, partial: Partial, shard: int) -> None:
+        """The logits, similarities and slopes of the targets that this shard has."""
+        here = partial.problem.target >= 0
+        self.score = torch.where(here, partial.prepared.score.to(self.score.dtype), self.score)
+        if partial.prepared.target_sim is not None:
+            self.target_sim = torch.where(here, partial.prepared.target_sim, self.target_sim)
+        if self.slope is not None and partial.prepared.slope is not None:
+            self.slope = torch.where(here, partial.prepared.slope, self.slope)
+
+
+class Once:
+    """A loss that is a sum over columns: it needs no normaliser, and goes around once, with its gradients if wanted."""
+
+    def __init__(self, shards: Shards, backend: Sweeps, wants: Wants):
+        self.shards, self.backend, self.wants = shards, backend, wants
+
+    def losses(self) -> Tensor:
+        return self._go(self.shards.problem.weight, False)[0]
+
+    def gradients(self, factor: Tensor) -> list[Tensor | None]:
+        return self._go(self.shards.problem.weight * factor, True)[1]
+
+    def both(self) -> tuple[Tensor, list[Tensor | None]]:
+        return self._go(self.shards.problem.weight, True)
+
+    def _go(self, weight: Tensor, wanted: bool) -> tuple[Tensor, list[Tensor | None]]:
+        found, rows = _Found(self), torch.zeros_like(weight)
+        wants = found.wants if wanted else _none(found.wants)
+
+        def visit(shard: int, held: list[Tensor]) -> list[Parcel]:
+            problem, kept = self.shards.at(shard, held, weight)
+            result = sweep.run(problem, self.backend, wants) if kept else None
+            if result is not None:
+                rows.add_(result.rows)
+            return found.take(result, kept, held) if wanted else []
+
+        home = go_around(self.shards.parcels, self.shards.ranks, visit)
+        return rows, found.all(home) if wanted else []
+
+
+def _none(wants: Wants) -> Wants:
+    operands, biases, scalars = ((False,) * len(part) for part in (wants.operands, wants.biases, wants.scalars))
+    return Wants(operands, False, biases, scalars)
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ring: Around | Once, per_row: bool, *tensors: Tensor) -> Tensor:
+        ctx.ring, ctx.per_row = ring, per_row
+        ctx.save_for_backward(*tensors)
+        ctx.gradients = None
+        if isinstance(ring, Once) and ring.wants.any and not per_row:
+            rows, ctx.gradients = ring.both()
+        else:
+            rows = ring.losses()
+            if ring.wants.any and not per_row:
+                ctx.gradients = ring.gradients(torch.ones_like(rows))
+        return rows if per_row else rows.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        if ctx.per_row:
+            gradients = ctx.ring.gradients(upstream)
+        elif gradients is None:
+            raise RuntimeError("a second backward through a loss with strategy='ring': call the loss again instead")
+        else:
+            gradients = [g if g is None else g.mul_(upstream) for g in gradients]
+        cast = (None if g is None else g.to(x.dtype) for g, x in zip(gradients, tensors, strict=True))
+        return None, None, *cast
+
+
+class Summed(torch.autograd.Function):
+    """`function(x, y, *constants, *others)` `[M]`, summed over the shards y of x and of the constants."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], ranks: Ranks, x: Tensor, *constants: Tensor) -> Tensor:
+        ctx.function, ctx.ranks = function, ranks
+        ctx.save_for_backward(x, *constants)
+        total = torch.zeros_like(x[:, 0])
+
+        def visit(shard: int, held: list[Tensor]) -> list[Parcel]:
+            y, *others = held
+            total.add_(function(x, y, *constants, *others))
+            return []
+
+        go_around([Parcel(t, ranks.sizes) for t in (x, *constants)], ranks, visit)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        x, *constants = ctx.saved_tensors
+        dx = torch.zeros_like(x)
+
+        def visit(shard: int, held: list[Tensor]) -> list[Parcel]:
+            y, *others = held
+            with torch.enable_grad():
+                own, other = x.detach().requires_grad_(), y.detach().requires_grad_()
+                value = ctx.function(own, other, *constants, *others)
+            by_own, by_other = torch.autograd.grad(value, (own, other), upstream)
+            dx.add_(by_own)
+            return [Parcel(by_other, ctx.ranks.sizes)]
+
+        (home,) = go_around([Parcel(t, ctx.ranks.sizes) for t in (x, *constants)], ctx.ranks, visit)
+        return None, None, dx + home, *[None] * len(constants)
+
+
+def loss_rows_or_sum(shards: Shards, backend: str, per_row: bool) -> Tensor:
+    """The weighted losses of this rank's rows, or their sum."""
+    problem = shards.problem
+    biases = [block.bias for block in problem.blocks if block.bias is not None]
+    scalars = problem.fold.scalars if problem.fold else ()
+    tensors = [problem.scale, *problem.operands, *biases, *scalars]
+    asked = [torch.is_grad_enabled() and x.requires_grad for x in tensors]
+    by_scale, *rest = asked
+    flags = iter(rest)
+    by_operand = tuple(next(flags) for _ in problem.operands)
+    by_bias = tuple(block.bias is not None and next(flags) for block in problem.blocks)
+    wants = Wants(by_operand, by_scale, by_bias, tuple(flags))
+    ring = (Around if problem.fold is None else Once)(shards, SWEEPS[backend], wants)
+    return _Ring.apply(ring, per_row, *map(savable, tensors))
+
+
+class _Found:
+    """Gradients as they come in, shard by shard."""
+
+    def __init__(self, ring: Around | Once):
+        shards, wants = ring.shards, ring.wants
+        self.shards = shards
+        problem = shards.problem
+        by_query = [wants.operands[number] for number in shards.queries]
+        by_key = [wants.operands[number] for number in shards.keys]
+        self.wants = Wants((*by_query, *by_key), wants.scale, wants.biases, wants.scalars)
+        self.scalars = [torch.zeros_like(problem.scale) if wanted else None for wanted in wants.scalars]
+        self.like, self.operands = problem.scale, problem.operands
+        self.scale = torch.zeros_like(problem.scale) if wants.scale else None
+        self.rows = {
+            number: torch.zeros_like(self.operands[query], dtype=self.like.dtype, memory_format=torch.contiguous_format)
+            for number, (query, wanted) in enumerate(zip(shards.queries, by_query, strict=True))
+            if wanted
+        }
+        self.biased = [number for number, wanted in enumerate(wants.biases) if wanted]
+
+    def take(self, result: sweep.Result | None, kept: list[int], held: list[Tensor]) -> list[Parcel]:
+        """Keeps what is the rows', and returns what is the columns' of this shard."""
+        queries = len(self.shards.queries)
+        if result is not None:
+            if self.scale is not None and result.scale is not None:
+                self.scale += result.scale
+            for known, more in zip(self.scalars, result.scalars, strict=False):
+                if known is not None and more is not None:
+                    known += more
+            for number, gradient in enumerate(result.operands[:queries]):
+                if gradient is not None and gradient is not self.rows[number]:
+                    self.rows[number] += gradient
+        travels = []
+        for number, key in enumerate(self.shards.keys):
+            if self.wants.operands[queries + number]:
+                place = self.shards.places[id(self.operands[key])]
+                gradient = None if result is None else result.operands[queries + number]
+                travels.append(self._parcel(gradient, held[place], self.shards.parcels[place].sizes))
+        for number in self.biased:
+            bias = self.shards.problem.blocks[number].bias
+            place = self.shards.places[id(bias)]
+            gradient = result.biases[kept.index(number)] if result is not None and number in kept else None
+            travels.append(self._parcel(gradient, held[place], self.shards.parcels[place].sizes))
+        return travels
+
+    def _parcel(self, gradient: Tensor | None, like: Tensor, sizes: tuple[int, ...]) -> Parcel:
+        if gradient is None:
+            return Parcel(torch.zeros_like(like, dtype=self.like.dtype), sizes)
+        return Parcel(gradient.to(self.like.dtype), sizes)
+
+    def all(self, home: list[Tensor]) -> list[Tensor | None]:
+        """By the scale, the problem's operands, its biases and a fold's scalars."""
+        found = {self.shards.queries[number]: gradient for number, gradient in self.rows.items()}
+        arrived = iter(home)
+        queries = len(self.shards.queries)
+        for number, key in enumerate(self.shards.keys):
+            if self.wants.operands[queries + number]:
+                gradient = next(arrived)
+                found[key] = found[key].add_(gradient) if key in found else gradient
+        operands = [found.get(number) for number in range(len(self.operands))]
+        blocks = enumerate(self.shards.problem.blocks)
+        biases = [next(arrived) if n in self.biased else None for n, block in blocks if block.bias is not None]
+        return [self.scale, *operands, *biases, *self.scalars]
+
+
+def _merged(mine: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    found = merge(RowSums(*mine), RowSums(*others))
+    return [found.shift if isinstance(found.shift, Tensor) else torch.full_like(found.total, found.shift), found.total]

@@ -1,0 +1,75 @@
+"""What the losses share whose rows are folded otherwise than by one softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends import select
+from ..core.numerics import stats_dtype
+from ..core.problem import Block, Fold, Mask, Problem
+from ..sweep import autograd
+from ._options import Call
+
+
+def fold_loss(problem: Problem, call: Call, over: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """The weighted losses, or their sum, and the sum of what the fold counted.
+
+    over: what the mean divides the sum by; None: the caller does.
+    """
+    backend = select(problem, call.backend)
+    if over is not None and call.reduction == "mean":
+        loss, counted = autograd.loss_mean(problem, backend, max(over, 1))
+    else:
+        loss, counted = autograd.loss_rows_or_sum(problem, backend, per_row=call.reduction == "none")
+    return loss, counted[0].sum() if counted else None
+
+
+def fold_problem(
+    operands: Sequence[Tensor],
+    scale: Tensor,
+    weight: Tensor,
+    fold: Fold,
+    call: Call,
+    *,
+    cosine: bool = False,
+    target: Tensor | None = None,
+) -> Problem:
+    return Problem(
+        operands=tuple(operands),
+        blocks=(Block(0, len(operands) - 1),),
+        scale=scale,
+        target=torch.full(weight.shape, -1, device=weight.device) if target is None else target,
+        weight=weight,
+        cosine=cosine,
+        workspace_bytes=call.workspace_bytes,
+        fold=fold,
+    )
+
+
+def top(
+    operands: Sequence[Tensor],
+    scale: float,
+    mask: Mask,
+    call: Call,
+    *,
+    cosine: bool,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The column of each row's largest `scale * sim + bias` among those that the mask admits; -1 for none."""
+    operands = [x.detach() for x in operands]
+    rows, device = operands[0].shape[0], operands[0].device
+    multiplier = torch.full((), scale, dtype=stats_dtype(operands[0].dtype), device=device)
+    problem = Problem(
+        operands=tuple(operands),
+        blocks=(Block(0, len(operands) - 1, bias, mask),),
+        scale=multiplier,
+        target=torch.full((rows,), -1, device=device),
+        weight=torch.ones(rows, dtype=multiplier.dtype, device=device),
+        cosine=cosine,
+        workspace_bytes=call.workspace_bytes,
+        top=True,
+    )
+    return autograd.top_rows(problem, select(problem, call.backend))[1]

@@ -1,0 +1,164 @@
+"""What the in-batch losses share: autocast, the scale as a tensor, left-out rows, statistics, and the reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from ..backends import select
+from ..core import checks
+from ..core.numerics import savable, stats_dtype
+from ..core.problem import Block, Problem
+from ..core.rows import columns_and_weights, without_target
+from ..distributed import Request, loss_across
+from ..sweep.autograd import loss_mean, loss_rows_or_sum
+from ._options import AcrossOptions, Call, ranks
+
+
+class Stats(NamedTuple):
+    """What a batch looks like to its loss, over the rows that count; 0-dim tensors without gradient.
+
+    Scores are logits divided by the scale: similarities, where there is no bias.
+    """
+
+    accuracy: Tensor  # share of rows whose target has the largest logit; ties count for it: `masks.score_margin`
+    mean_reciprocal_rank: Tensor  # of the target among the row's admissible columns
+    positive_score: Tensor  # mean of the targets'
+    hardest_negative_score: Tensor  # mean of each row's largest, over the rows that have a negative
+    masked: Tensor  # share of the negatives that masks and biases of -inf drop
+
+
+# Tensor, or (Tensor, Stats) under return_stats=True: a union would make every caller's type checker ask which.
+Loss = Any
+
+
+def autocast(*embeddings: Tensor) -> tuple[Tensor, ...]:
+    """Under torch.autocast, embeddings take its dtype, as a matmul's operands would; fp64 stays."""
+    device = embeddings[0].device.type
+    if not checks.autocasts(embeddings[0]):
+        return embeddings
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in embeddings)
+
+
+def as_scale(value: float | Tensor, like: Tensor, *, inverse: bool) -> tuple[Tensor, float | None]:
+    """The multiplier of the logits as a 0-dim tensor in the statistics dtype, and as a number where it is one."""
+    dtype = stats_dtype(like.dtype)
+    if isinstance(value, Tensor):
+        scale = savable(value).reshape(()).to(dtype)
+        return (scale.reciprocal() if inverse else scale), None
+    number = 1.0 / value if inverse else float(value)
+    return torch.full((), number, dtype=dtype, device=like.device), number
+
+
+def distinct(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
+    """Each tensor once, and the places of all: one matrix on both sides is one operand, with one gradient."""
+    operands: list[Tensor] = []
+    places = []
+    for x in tensors:
+        place = next((i for i, known in enumerate(operands) if known is x), len(operands))
+        operands += [x] if place == len(operands) else []
+        places.append(place)
+    return operands, places
+
+
+def mean_of(problems: Sequence[Problem], call: Call) -> Loss:
+    """The mean of several losses, with the statistics of the first, where those are asked for."""
+    found = [_reduced(problem, call) for problem in problems]
+    loss = torch.stack([loss for loss, _ in found]).mean(0) if len(found) > 1 else found[0][0]
+    return (loss, _stats(problems[0], found[0][1])) if call.return_stats else loss
+
+
+def _reduced(problem: Problem, call: Call) -> tuple[Tensor, list[Tensor]]:
+    backend = select(problem, call.backend)
+    if call.reduction != "mean":
+        return loss_rows_or_sum(problem, backend, call.reduction == "none")
+    return loss_mean(problem, backend, max(problem.rows, 1) if problem.every_row else divisor(problem.weight.sum()))
+
+
+def _stats(problem: Problem, counted: list[Tensor]) -> Stats:
+    count, above, maximum, score = (t.detach() for t in counted[:4])
+    rows = problem.weight != 0
+    scale = problem.scale.detach()
+    has_negative = rows & (maximum != -torch.inf)
+    above = above.masked_fill(score.isnan() | maximum.isnan(), torch.nan)  # of which nothing is known
+    negatives = rows.sum() * max(problem.columns - problem.copies, 0)
+
+    def mean(values: Tensor, over_rows: Tensor) -> Tensor:
+        return over(values.masked_fill(~over_rows, 0).sum(), over_rows.sum().to(values.dtype))
+
+    return Stats(
+        mean((above == 0).to(count.dtype).where(above == above, above), rows),
+        mean(1 / (1 + above), rows),
+        mean(score / scale, rows),
+        mean(maximum / scale, has_negative),
+        over((negatives - count.masked_fill(~rows, 0).sum()).to(count.dtype), negatives.to(count.dtype)),
+    )
+
+
+def result_of(options: AcrossOptions, ask: Callable[[Call], Request]) -> Loss:
+    """The loss that `ask` checks and builds, here or over the ranks, which are told what it raises."""
+    around = ranks(options)
+    if around is not None:
+        return loss_across(around, lambda: ask(Call(**options)))
+    call = Call(**options)
+    return mean_of(ask(call).problems, call)
+
+
+def reduced(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
+    """A sum as what was asked for; `counts` [M] is what each row counts in the mean."""
+    return over(loss, counts.sum()) if reduction == "mean" else loss
+
+
+def of_rows(loss: Tensor, reduction: str) -> Tensor:
+    """`[M]` losses of rows that all count, as what was asked for."""
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" and len(loss) else loss.sum()
+
+
+def over(total: Tensor, count: Tensor) -> Tensor:
+    """`total / count`; without a count 0, without a gradient, but a NaN stays: of NaN rows a loss may count none."""
+    return total / divisor(count)
+
+
+def divisor(count: Tensor) -> Tensor:
+    """What gives 0 and no gradient where there is no count."""
+    return count.masked_fill(count == 0, torch.inf)
+
+
+class Rows(TypedDict):
+    """What a problem knows of its rows."""
+
+    target: Tensor
+    weight: Tensor
+    every_row: bool
+
+
+def counted(
+    operands: Sequence[Tensor],
+    block: Block,
+    scale: Tensor,
+    target: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    elsewhere: bool = False,
+) -> Rows:
+    """Each row's target, the diagonal by default, and its weight: 0 where the first block has no such target.
+
+    elsewhere: `target` is among the columns of all ranks: which rows it leaves out is known where those are.
+    """
+    query, bias, skip = operands[block.query], block.bias, block.mask.skip
+    rows, columns = query.shape[0], operands[block.key].shape[0]
+    row_weight = query.new_ones(rows, dtype=scale.dtype) if weight is None else weight.detach().to(scale.dtype)
+    every_row = target is None and weight is None and bias is None and skip is None
+    if target is None:
+        target = torch.arange(rows, device=query.device)
+    elif not elsewhere:
+        target, row_weight = columns_and_weights(target, row_weight, columns, ignore_index)
+    if not elsewhere:
+        row_weight = without_target(row_weight, target, bias, skip)
+    return Rows(target=target, weight=row_weight, every_row=every_row)

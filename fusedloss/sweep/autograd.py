@@ -1,0 +1,290 @@
+"""Autograd around the sweep: an `autograd.Function` in eager, one opaque `torch.library` op under torch.compile.
+
+Both run the same `execute`. Scalar reductions get their gradients out of the forward (upstream only scales them);
+`reduction="none"` cannot know its upstream weights, so its forward folds statistics and its backward sweeps again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import sweep
+from ..backends import SWEEPS, reference
+from ..core import checks
+from ..core.errors import UnsupportedError
+from ..core.numerics import savable, saved_dtype, stats_dtype
+from ..core.problem import Problem
+from . import Wants, audit
+from .packing import Flat, pack, put_together, take_apart, unpack
+
+COUNTED = 4  # most vectors that `Result.counted` may hold
+
+
+class How(NamedTuple):
+    """How a problem is computed."""
+
+    backend: str
+    per_row: bool  # return [M] weighted losses instead of their sum
+
+
+def loss_rows_or_sum(problem: Problem, backend: str, per_row: bool) -> tuple[Tensor, list[Tensor]]:
+    """The weighted losses [M], or their sum, differentiable in all but masks; and what the sweep counted by row."""
+    compiling = torch.compiler.is_compiling()
+    if backend == "reference":
+        rows, counted = reference.loss_rows(problem if compiling else _savable(problem)[0])
+        return (rows if per_row else rows.sum()), counted
+    checks.untransformed(backend)
+    how = How(backend, per_row)
+    if compiling:
+        # Plain torch in eager; compiled, the driver's loop would be unrolled (minutes at 64 chunks).
+        flat = pack(problem)
+        value, counted, *_ = torch.ops.fusedloss.sweep(*flat, *how, _wanted(flat.inputs))
+        return value, list(counted.detach())
+    problem, empty, inputs, constants = _savable(problem)
+    wanted = _wanted(inputs)
+    if not any(wanted):
+        return execute(problem, how, wanted)[:2]
+    value, *counted = _Loss.apply(problem, empty, constants, how, wanted, *inputs)
+    return value, counted
+
+
+def _wanted(inputs: Sequence[Tensor]) -> list[bool]:
+    return [torch.is_grad_enabled() and t.requires_grad for t in inputs]
+
+
+def _savable(problem: Problem) -> tuple[Problem, Problem, list[Tensor], list[Tensor]]:
+    """The problem whole and apart, with copies of what was made under inference_mode, where gradients are wanted."""
+    empty, inputs, constants = take_apart(problem)
+    if any([x.is_inference() for x in (*inputs, *constants)]):
+        inputs, constants = list(map(savable, inputs)), list(map(savable, constants))
+        problem = put_together(empty, inputs, constants)
+    return problem, empty, inputs, constants
+
+
+def loss_mean(problem: Problem, backend: str, count: Tensor | int) -> tuple[Tensor, list[Tensor]]:
+    """The sum of the weighted losses over `count`, and what the sweep counted.
+
+    Gradients that the forward keeps in bf16 are divided before they are rounded. Divided afterwards they were rounded
+    twice: 2.36e-3 of their length from exact, where once is 1.66e-3.
+    """
+    if backend != "reference" and saved_dtype(problem.dtype) == torch.bfloat16:
+        return loss_rows_or_sum(replace(problem, weight=problem.weight / count), backend, per_row=False)
+    loss, counted = loss_rows_or_sum(problem, backend, per_row=False)
+    return loss / count, counted
+
+
+def top_rows(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    """Each row's largest logit and its column, the first on ties; -inf and -1 where no column competes."""
+    if backend == "reference":
+        return reference.top_rows(problem)
+    checks.untransformed(backend)
+    if torch.compiler.is_compiling():
+        value, column = torch.ops.fusedloss.top_rows(*pack(problem), backend)
+        return value, column
+    return sweep.top_rows(problem, SWEEPS[backend])
+
+
+def execute(
+    problem: Problem, how: How, wanted: Sequence[bool], *, traced: bool = False
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """The weighted losses or their sum, what was counted, and the sum's gradients by the inputs, or None.
+
+    wanted: by (*operands, *biases, scale, *scalars), the order in which a problem declares its inputs. traced: it runs
+        inside an op of a compiled graph, where autograd is out of reach and nothing is audited.
+    """
+    flags = iter(wanted)
+    operands = tuple([next(flags) for _ in problem.operands])
+    has_bias = [block.bias is not None for block in problem.blocks]
+    biases = tuple([has and next(flags) for has in has_bias])
+    wants = Wants(operands, next(flags), biases, tuple(flags))
+    result = sweep.run(problem, SWEEPS[how.backend], wants)
+    if not traced and audit.due():
+        audit.look(problem, how.backend, result.rows, result.operands)
+    value = result.rows if how.per_row else result.rows.sum()
+    kept = [g for g, has in zip(result.biases, has_bias, strict=True) if has]
+    return value, result.counted, [*result.operands, *kept, result.scale, *result.scalars]
+
+
+class _Loss(torch.autograd.Function):
+    """Takes the problem as it is; keeps it apart from its tensors, whose memory and versions autograd watches."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        problem: Problem,
+        empty: Problem,
+        constants: list[Tensor],
+        how: How,
+        wanted: list[bool],
+        *inputs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.empty, ctx.how, ctx.wanted, ctx.count = empty, how, wanted, len(inputs)
+        if how.per_row:  # the backward sweeps: what it would be refused is refused now
+            sweep.workspace_shape(problem, SWEEPS[how.backend])
+        ctx.save_for_backward(*inputs, *constants)
+        value, counted, gradients = execute(problem, how, _in_forward(how, wanted))
+        ctx.gradients = None if how.per_row else gradients
+        ctx.dtypes = [x.dtype for x in inputs]
+        ctx.mark_non_differentiable(*counted)
+        return value, *counted
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or ctx.gradients is None:
+            gradients = _Loss._from_inputs(ctx, upstream)
+        else:
+            # The inputs stay packed: a queue of negatives may have been overwritten since the forward read it.
+            kept, ctx.gradients = ctx.gradients, None  # scaled in place, so this state serves once
+            gradients = _scaled(kept, upstream)
+        return (None,) * 5 + tuple(_cast(gradients, ctx.dtypes))
+
+    @staticmethod
+    def _from_inputs(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
+        """What the forward has not kept; autograd refuses where an input has been written to since."""
+        saved = _saved(ctx)
+        problem = put_together(ctx.empty, saved[: ctx.count], saved[ctx.count :])
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(problem, ctx.how, ctx.wanted, upstream)
+        if ctx.how.per_row:
+            # Upstream per row is one more row weight: the same sweep, run with it.
+            problem = replace(problem, weight=problem.weight * upstream)
+            return execute(problem, ctx.how._replace(per_row=False), ctx.wanted)[2]
+        return _scaled(execute(problem, ctx.how, ctx.wanted)[2], upstream)
+
+
+def _in_forward(how: How, wanted: Sequence[bool]) -> list[bool]:
+    return [want and not how.per_row for want in wanted]
+
+
+def _scaled(gradients: Sequence[Tensor | None], upstream: Tensor) -> list[Tensor | None]:
+    """In place."""
+    return [g if g is None else g.mul_(_like(upstream, g)) for g in gradients]
+
+
+def _like(upstream: Tensor, gradient: Tensor) -> Tensor:
+    """With as many dimensions: a 0-dim factor would be rounded to a 16-bit gradient's dtype before it multiplies."""
+    return upstream.reshape([1] * gradient.dim())
+
+
+def _cast(gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
+    """Each rounded once, to its input's dtype."""
+    return [g if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+
+
+def _differentiable_gradients(
+    problem: Problem, how: How, wanted: Sequence[bool], upstream: Tensor
+) -> list[Tensor | None]:
+    """Under create_graph=True every backend reruns as the reference's formula, which autograd can differentiate again.
+
+    `auto` may take a kernel from one day to the next: what works must not hang on that.
+    """
+    if problem.ranks is not None:
+        raise UnsupportedError(
+            "second derivatives (create_graph=True) with group=: both directions across ranks have none. "
+            "Leave group out."
+        )
+    empty, inputs, constants = take_apart(problem)
+    # Apart, where two arguments are one tensor: else each would get the gradient of both.
+    inputs = [t.view_as(t) for t in inputs]
+    with torch.autocast(problem.device.type, enabled=False):
+        rows, _ = reference.loss_rows(put_together(empty, inputs, constants))
+        loss = rows if how.per_row else rows.sum()
+        by = [t for t, want in zip(inputs, wanted, strict=True) if want]
+        # An operand may stand in none of the blocks: hard negatives, in the direction from document to query.
+        found = iter(torch.autograd.grad(loss, by, upstream, create_graph=True, materialize_grads=True))
+    return [next(found) if want else None for want in wanted]
+
+
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    """What the forward saved; torch's error where some of it was written to since speaks of no argument."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "`bank`, or another tensor of the loss, must stay as it is until the last backward that reads it (per row, "
+            f"with negatives, a second one, create_graph), got one that was modified since; write to it after that, or "
+            f"pass bank.clone(). {error}"
+        ) from error
+
+
+# The op ---------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fusedloss::sweep", mutates_args=())
+def _sweep(
+    inputs: list[Tensor],
+    constants: list[Tensor],
+    ints: list[int],
+    floats: list[float],
+    names: str,
+    backend: str,
+    per_row: bool,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """[value, counted [COUNTED, M], then the wanted gradients of the sum by the inputs]; `per_row`: none."""
+    problem, how = unpack(Flat(inputs, constants, ints, floats, names)), How(backend, per_row)
+    value, counted, gradients = execute(problem, how, _in_forward(how, wanted), traced=True)
+    kept = problem.weight.new_zeros(COUNTED, problem.rows)
+    for row, vector in enumerate(counted):
+        kept[row] = vector
+    return [value, kept, *(g for g in gradients if g is not None)]
+
+
+@_sweep.register_fake
+def _(inputs, constants, ints, floats, names, backend, per_row, wanted):
+    problem = unpack(Flat(inputs, constants, ints, floats, names))
+    weight, operands = problem.weight, len(problem.operands)
+    dtypes = [saved_dtype(problem.dtype)] * operands + [stats_dtype(problem.dtype)] * (len(inputs) - operands)
+    kept = [(t, d) for t, d, want in zip(inputs, dtypes, wanted, strict=True) if want and not per_row]
+    value = weight.new_empty(weight.shape if per_row else ())
+    return [value, weight.new_empty(COUNTED, weight.shape[0]), *(t.new_empty(t.shape, dtype=d) for t, d in kept)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *flat, ctx.backend, ctx.per_row, ctx.wanted = inputs
+    tensors, constants, *ctx.numbers = flat
+    ctx.counts = len(tensors), len(constants)
+    ctx.save_for_backward(*tensors, *constants, *output[2:])
+
+
+def _backward(ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
+    saved = iter(ctx.saved_tensors)
+    inputs, constants = ([next(saved) for _ in range(count)] for count in ctx.counts)
+    kept = list(saved)
+    if ctx.per_row:
+        problem = unpack(Flat(inputs, constants, *ctx.numbers))
+        flat = pack(replace(problem, weight=problem.weight * upstream[0]))
+        kept = torch.ops.fusedloss.sweep(*flat, ctx.backend, False, ctx.wanted)[2:]
+    else:
+        kept = [g * _like(upstream[0], g) for g in kept]
+    found = iter(kept)
+    gradients = _cast([next(found) if want else None for want in ctx.wanted], [x.dtype for x in inputs])
+    return (gradients, [None] * len(constants), *(None for _ in (*ctx.numbers, "backend", "per_row", "wanted")))
+
+
+_sweep.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("fusedloss::top_rows", mutates_args=())
+def _top_rows(
+    inputs: list[Tensor],
+    constants: list[Tensor],
+    ints: list[int],
+    floats: list[float],
+    names: str,
+    backend: str,
+) -> list[Tensor]:
+    return list(sweep.top_rows(unpack(Flat(inputs, constants, ints, floats, names)), SWEEPS[backend]))
+
+
+@_top_rows.register_fake
+def _(inputs, constants, ints, floats, names, backend):
+    problem = unpack(Flat(inputs, constants, ints, floats, names))
+    return [torch.empty_like(problem.weight), torch.empty_like(problem.target)]

@@ -1,0 +1,35 @@
+"""A library's own tests with the drop-ins in its classes' place: `PYTHONPATH=tools pytest -p pytest_patch`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from fusedloss.integrations import calls
+
+LIBRARIES = ("sentence_transformers", "open_clip", "pytorch_metric_learning", "lightly")
+missing: dict[str, ImportError] = {}
+
+
+def pytest_configure(config: Any) -> None:
+    for name in LIBRARIES:
+        try:
+            importlib.import_module(f"fusedloss.integrations.{name}").patch()
+        except ImportError as error:  # not installed
+            missing[name] = error
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    terminalreporter.section("calls that ran fused")
+    for name, count in sorted(calls.items()):
+        terminalreporter.line(f"{count:6} {name}")
+    for name, error in missing.items():
+        terminalreporter.line(f"not patched: {name}: {error}")
+    if "FUSEDLOSS_CALLS" in os.environ:  # for tests/upstream.py
+        versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in LIBRARIES}
+        found = {"calls": dict(sorted(calls.items())), "versions": versions}
+        Path(os.environ["FUSEDLOSS_CALLS"]).write_text(json.dumps(found))
