@@ -29,7 +29,7 @@ FOR := tests
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(FOR) -m
 SLOW_KINDS := interpreter or host or lengthy or processes or memory or upstream or grid or slow
 
-quick: $(READY) ## after each change: the torch code, and a small run of each kernel; make quick FOR=tests/test_lists.py
+quick: $(READY) ## after each change: the torch code, and a small run of each kernel; make quick FOR=tests/losses/test_lists.py
 	$(PYTEST) 'smoke or not (gpu or $(SLOW_KINDS))'
 
 test: $(READY) ## before a push: whatever guards a user, of products a part with every pair; FOR= as in quick
@@ -46,13 +46,13 @@ fuzz: $(READY) ## random calls of every loss against formulas in fp64, an hour: 
 
 test-upstream: $(READY) ## a library's own loss tests without and with patch(): make test-upstream CHECKOUT=../lightly
 	@test -d '$(CHECKOUT)' || { echo "CHECKOUT='$(CHECKOUT)' is no folder: give a clone of the library's repository"; exit 2; }
-	$(BIN)/python tests/upstream.py '$(CHECKOUT)'
+	$(BIN)/python tools/upstream.py '$(CHECKOUT)'
 
 RUN := $(VENV)/run.xml
 versions: $(READY) ## `make test` under TORCH= and PYTHON=, and its outcome as a row of docs/versions.md
 	@rm -f $(RUN)
 	-PYTEST_ADDOPTS='--junitxml=$(CURDIR)/$(RUN)' $(MAKE) test
-	$(BIN)/python tests/versions.py $(RUN)
+	$(BIN)/python tools/versions.py $(RUN)
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check
@@ -93,10 +93,10 @@ SANITIZER := PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/gpu" compute-sanitizer
 OURS := --kernel-name kns=fusedloss
 
 gpu-sanitize: has-sanitizer gpu-build ## the CUDA kernels at small shapes under compute-sanitizer, with $(PYTHON): memory, races, barriers
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck $(OURS) $(PYTHON) tests/sanitize.py
-	$(SANITIZER) --tool racecheck $(OURS) $(PYTHON) tests/sanitize.py
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool initcheck $(PYTHON) tests/sanitize.py
-	$(SANITIZER) --tool synccheck $(OURS) $(PYTHON) tests/sanitize.py
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck $(OURS) $(PYTHON) tools/sanitize.py
+	$(SANITIZER) --tool racecheck $(OURS) $(PYTHON) tools/sanitize.py
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool initcheck $(PYTHON) tools/sanitize.py
+	$(SANITIZER) --tool synccheck $(OURS) $(PYTHON) tools/sanitize.py
 
 has-sanitizer:
 	@command -v compute-sanitizer > /dev/null || { echo 'compute-sanitizer is not on the PATH: the CUDA toolkit has it'; exit 2; }

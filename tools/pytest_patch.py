@@ -29,7 +29,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.line(f"{count:6} {name}")
     for name, error in missing.items():
         terminalreporter.line(f"not patched: {name}: {error}")
-    if "FUSEDLOSS_CALLS" in os.environ:  # for tests/upstream.py
+    if "FUSEDLOSS_CALLS" in os.environ:  # for tools/upstream.py
         versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in LIBRARIES}
         found = {"calls": dict(sorted(calls.items())), "versions": versions}
         Path(os.environ["FUSEDLOSS_CALLS"]).write_text(json.dumps(found))

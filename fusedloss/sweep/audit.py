@@ -39,7 +39,7 @@ ROWS = 64
 SIMILARITIES = (64 << 20) // (16 * 8)
 TILE = 1 << 20  # numbers of a tile of keys: 8 MiB
 # A miss is an error of more than 4 budgets. The budget is of the sampled rows alone, where eager may be lucky: the
-# largest error of 4000 honest calls (tests/test_audit.py draws them) was 0.6 budgets.
+# largest error of 4000 honest calls (tests/trust/test_audit.py draws them) was 0.6 budgets.
 MISS = 4.0
 # Four roundings of fp32 (a product, its scale, exp, the sum after it), one of tf32: as STEP and STEPS of cases.py.
 STEP, TF32_STEP = 2 * torch.finfo(torch.float32).eps, 2.0**-11

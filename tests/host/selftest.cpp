@@ -1,4 +1,4 @@
-// Checks of ptx_host.h and launch_host.h, run by tests/test_host_ptx.py: `selftest NAME`. The layouts are written here
+// Checks of ptx_host.h and launch_host.h, run by tests/backends/test_host_ptx.py: `selftest NAME`. The layouts are written here
 // as the PTX ISA lists them, element by element.
 #include <cmath>
 #include <cstdio>

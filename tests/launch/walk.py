@@ -3,7 +3,7 @@
     python tests/launch/walk.py 90 '[["clip", "bfloat16", 300, 72, "as made"], ...]' [front end only]
 
 Writes what failed, how often each kernel was launched, and how many variants of it each loss needed, as JSON on stdout.
-tests/test_triton_launch.py starts it.
+tests/backends/test_triton_launch.py starts it.
 """
 
 from __future__ import annotations

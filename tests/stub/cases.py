@@ -1,7 +1,7 @@
 """The host's part of backend "cuda" over a runtime that runs nothing: `python cases.py build/stub` prints what failed.
 
-For tests/test_cuda_host.py, in a process of its own: torch believes there that it has two GPUs. Device 0 is current,
-the tensors are on device 1.
+For tests/backends/test_cuda_host.py, in a process of its own: torch believes there that it has two GPUs. Device 0 is
+current, the tensors are on device 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 
 HERE = Path(__file__).absolute().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
 import pose  # noqa: E402
 
 if __name__ == "__main__":

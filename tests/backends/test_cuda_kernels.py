@@ -1,0 +1,792 @@
+"""Every epilogue of csrc/'s similarity kernels against the plain formula in fp64: on a CPU with tests/host/ in the
+toolkit's place, and on a GPU as fusedloss._C.
+
+Tiles are 128 x 128 (128 x 256 with sm_90's), a stage is 128 bytes of D.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from grids import DEVICES
+from strips import (
+    assert_lse,
+    assert_near,
+    direction,
+    dropped,
+    factored,
+    formula,
+    gain_of,
+    grad_formula,
+    lse,
+    unpacked,
+    with_entry,
+)
+from torch import Tensor
+
+import fusedloss
+from fusedloss.backends import cuda
+from fusedloss.backends.cuda import rows as cuda_rows
+from fusedloss.core.folds import FOLDS, Part
+from fusedloss.core.problem import Block, Compare, Fold, GuideRule, Problem
+from fusedloss.core.strips import Strip, StripMask, Tally
+from fusedloss.masks import score_margin
+
+pytestmark = pytest.mark.host
+
+SCALE = 3.0
+FENCE = -777.0  # around what a kernel may write
+
+
+class Number(NamedTuple):
+    """A format, and torch's setting for products of fp32."""
+
+    dtype: torch.dtype
+    precision: str = "highest"
+
+
+NUMBERS = {
+    "bf16": Number(torch.bfloat16),
+    "fp16": Number(torch.float16),
+    "fp32": Number(torch.float32),
+    "tf32": Number(torch.float32, "high"),
+}
+# fp32 in full is another loop over the same accumulators, and fp16's exponentials are not stored.
+FEW = [name for name in NUMBERS if name in ("bf16", "fp32")]
+
+SHAPES = {  # M, N, D
+    "inside one tile": (5, 7, 3),
+    "one row, tiles to the right": (1, 257, 7),
+    "one more row and column than a tile has": (129, 131, 33),
+    "tiles below, one column too many in D": (260, 40, 65),
+    "whole tiles": (128, 256, 64),
+    "one feature": (33, 40, 1),
+    "more stages than the ring has": (70, 130, 200),
+    "twice around sm_90's ring": (200, 600, 600),
+}
+ON = [pytest.param(name, marks=pytest.mark.grid) if "twice around" in name else name for name in SHAPES]
+EPILOGUES_ON = ["inside one tile", "one more row and column than a tile has", "whole tiles"]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request, monkeypatch):
+    if request.param == "cpu":
+        on_the_host(request.getfixturevalue("host_extension"), monkeypatch)
+    elif reason := cuda._why_not(torch.float32, torch.device("cuda", torch.cuda.current_device()), cuda.extension):
+        pytest.skip(reason)
+    return torch.device(request.param)
+
+
+def on_the_host(extension, monkeypatch):
+    for module in (cuda, cuda_rows):
+        monkeypatch.setattr(module, "extension", lambda: extension)
+
+
+@pytest.fixture(params=NUMBERS)
+def number(request):
+    with products(NUMBERS[request.param]):
+        yield NUMBERS[request.param]
+
+
+@contextlib.contextmanager
+def products(number):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(number.precision)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(params=FEW)
+def one_of_each(request):
+    with products(NUMBERS[request.param]):
+        yield NUMBERS[request.param]
+
+
+# How an operand may lie, none of which is copied: what `operand` would make of them is the first.
+
+
+def rows(x):
+    """Rows that start on 16 bytes, NaN between them."""
+    wide = 16 // x.itemsize
+    padded = x.new_full((x.shape[0], -(-x.shape[1] // wide) * wide + wide), math.nan)
+    return padded[:, : x.shape[1]].copy_(x)
+
+
+def columns(x):
+    return rows(x.T).T
+
+
+def off_by_one(x):
+    """Rows that start anywhere, the first one an element behind 16 bytes."""
+    lines, length = x.shape[0], x.shape[1] | 1  # odd
+    flat = x.new_full((1 + lines * length,), math.nan)
+    found = flat[1:].view(lines, length)[:, : x.shape[1]].copy_(x)
+    assert found.data_ptr() % 16
+    return found
+
+
+def columns_off_by_one(x):
+    return off_by_one(x.T).T
+
+
+LAYOUTS = {
+    "rows": (rows, rows),
+    "columns": (columns, columns),
+    "rows anywhere": (off_by_one, off_by_one),
+    "columns anywhere": (columns_off_by_one, columns_off_by_one),
+    "rows and columns": (rows, columns),
+    "columns anywhere and rows": (columns_off_by_one, rows),
+}
+
+
+def fenced(M: int, N: int, dtype: torch.dtype, device: torch.device, aligned: bool = True) -> tuple[Tensor, Tensor]:
+    """A matrix to be written, and all that lies around it: a row above and below, columns on both sides."""
+    wide = 16 // torch.empty((), dtype=dtype).itemsize
+    left, width = (wide, -(-N // wide) * wide + 2 * wide) if aligned else (3, N + 6 + (N + 1) % 2)
+    buffer = torch.full((M + 2, width), FENCE, dtype=dtype, device=device)
+    return buffer[1 : 1 + M, left : left + N].fill_(math.nan), buffer
+
+
+def assert_fenced(out: Tensor, buffer: Tensor) -> None:
+    out.fill_(FENCE)
+    assert (buffer == FENCE).all(), "written outside"
+
+
+EXPONENTIAL = 1e-4  # what `assert_near` lets one be off, as a share
+
+
+def assert_stored(out: Tensor, value: Tensor, buffer: Tensor, magnitude: Tensor | None = None) -> None:
+    """Rounded once to the buffer's dtype."""
+    info = torch.finfo(out.dtype)
+    size = value.abs() if magnitude is None else magnitude
+    slack = (info.eps + EXPONENTIAL) * size + info.smallest_normal * info.eps
+    assert ((out.double() - value).abs() <= slack).all()
+    assert_fenced(out, buffer)
+
+
+def rounded(x: Tensor, number: Number, to_even: bool = False) -> Tensor:
+    """What the products take: fp32 operands as tf32, to the nearest, ties away from 0 or to even."""
+    if number.precision == "highest" or x.dtype != torch.float32:
+        return x
+    bits = x.view(torch.int32)
+    return ((bits + (0xFFF + (bits >> 13 & 1) if to_even else 0x1000)) & ~0x1FFF).view(torch.float32)
+
+
+def matrices(shape, number, device, layout="rows"):
+    """Operands that the products take as they are, except in `test_products`."""
+    M, N, D = SHAPES[shape]
+    made = (torch.randn(count, D, device=device) / D**0.25 for count in (M, N))
+    return [lay(rounded(x.to(number.dtype), number)) for lay, x in zip(LAYOUTS[layout], made, strict=True)]
+
+
+def strip_of(shape, number, device, layout="rows", *given) -> Strip:
+    x, y = matrices(shape, number, device, layout)
+    (M, N), scale = (len(x), len(y)), torch.tensor(SCALE, device=device)
+    target = torch.randint(N, (M,), device=device)
+    strip = Strip(x, y, scale, None, None, None, target)
+    for name in given:
+        strip = GIVEN[name](strip)
+    return strip
+
+
+# What a strip may be given --------------------------------------------------------------------------------------------
+
+
+def with_factors(strip):
+    return strip._replace(row_factor=1 / strip.x.float().norm(dim=1), col_factor=1 / strip.y.float().norm(dim=1))
+
+
+def with_bias(strip):
+    bias = torch.randn(len(strip.y), device=strip.x.device)
+    return strip._replace(bias=bias.masked_fill(torch.rand_like(bias) < 0.3, -torch.inf))
+
+
+def with_strange_targets(strip):
+    """Out of range on either side, also where 32 bits would wrap around to a column."""
+    strange = torch.tensor([-1, len(strip.y), 2**32 + 1, -(2**32), -(2**63), 2**63 - 1], device=strip.x.device)
+    target = strip.target.clone()
+    target[::2] = strange[torch.arange(len(target[::2])) % len(strange)]
+    return strip._replace(target=target)
+
+
+def masked(part):
+    return lambda strip: strip._replace(mask=part(strip, strip.mask or StripMask()))
+
+
+def compares(*keeps):
+    """Numbers that agree in half of their bits, and are strided."""
+
+    def add(strip, mask):
+        M, N, device = len(strip.x), len(strip.y), strip.x.device
+        values = torch.tensor([-(2**63), 2**32, 0, 1, 2**32 + 1, -1, 2**62], device=device)
+        pick = lambda count: values[torch.randint(len(values), (count, 2), device=device)][:, 0]
+        rare = lambda ids: torch.where(torch.rand(ids.shape, device=device) < 0.9, values[0], ids)
+        # What is kept is nearly all of a kind, or nothing would be left.
+        made = (Compare(rare(pick(M)), rare(pick(N)), True) if k else Compare(pick(M), pick(N), False) for k in keeps)
+        return mask._replace(compare=(*mask.compare, *made))
+
+    return masked(add)
+
+
+def some(strip, share=0.7):
+    return torch.rand(len(strip.x), len(strip.y), device=strip.x.device) < share
+
+
+def packed(drop):
+    """A guide's words."""
+    M, N = drop.shape
+    padded = torch.nn.functional.pad(drop, (0, -N % 32)).view(M, -1, 32).long()
+    words = (padded << torch.arange(32, device=drop.device)).sum(2)
+    return torch.where(words < 2**31, words, words - 2**32).int()
+
+
+def with_threshold(strip, mask):
+    """Between two similarities of each row: in the widest gap of the middle half."""
+    sim = formula(strip)[0].sort(dim=1).values
+    N = sim.shape[1]
+    if N < 4:
+        return mask._replace(threshold=(sim[:, 0] + 0.5).float())
+    gaps = sim[:, N // 4 + 1 : 3 * N // 4 + 1] - sim[:, N // 4 : 3 * N // 4]
+    first = N // 4 + gaps.argmax(dim=1, keepdim=True)
+    return mask._replace(threshold=((sim.gather(1, first) + sim.gather(1, first + 1)) / 2)[:, 0].float())
+
+
+def with_exempt(strip, mask):
+    """Two columns a row, some of them none."""
+    exempt = torch.randint(-1, len(strip.y), (len(strip.x), 2), device=strip.x.device)
+    exempt[0] = torch.tensor([2**32, len(strip.y)], device=exempt.device)
+    return with_threshold(strip, mask)._replace(exempt=exempt)
+
+
+def with_skip(strip, mask):
+    return mask._replace(skip=torch.randint(-1, len(strip.y), (len(strip.x),), device=strip.x.device))
+
+
+def with_own(strip):
+    own = torch.randint(-1, len(strip.y), (len(strip.x),), device=strip.x.device)
+    return strip._replace(own=own, own_scale=torch.tensor(-0.75, device=strip.x.device))
+
+
+GIVEN = {
+    "factors": with_factors,
+    "bias": with_bias,
+    "strange targets": with_strange_targets,
+    "no target": lambda strip: strip._replace(target=None),
+    "dropped": compares(False),
+    "kept": compares(True),
+    "four dropped and two kept": compares(False, True, False, False, True, False),
+    "dense": masked(lambda strip, mask: mask._replace(dense=some(strip))),
+    "dense by columns": masked(lambda strip, mask: mask._replace(dense=some(strip).T.contiguous().T)),
+    "dense for all rows": masked(lambda strip, mask: mask._replace(dense=some(strip)[:1].expand(len(strip.x), -1))),
+    "dense, strided": masked(lambda strip, mask: mask._replace(dense=some(strip).repeat_interleave(2, 1)[:, ::2])),
+    "bits": masked(lambda strip, mask: mask._replace(dropped=packed(some(strip, 0.3)))),
+    "threshold": masked(with_threshold),
+    "threshold, exempt": masked(with_exempt),
+    "skip": masked(with_skip),
+    "own": with_own,
+    "softcap": lambda strip: strip._replace(softcap=4.0),
+}
+ALL_AT_ONCE = (
+    *("factors", "bias", "strange targets", "four dropped and two kept", "dense by columns", "bits"),
+    *("threshold, exempt", "skip", "own", "softcap"),
+)
+SETS = {"nothing else": (), **{name: (name,) for name in GIVEN}, "all at once": ALL_AT_ONCE}
+
+
+@pytest.fixture(params=SETS.values(), ids=SETS.keys())
+def given(request):
+    return request.param
+
+
+def problem_of(strip: Strip, scale_bound: float | None = SCALE, fold: Fold | None = None) -> Problem:
+    M = len(strip.x)
+    none, one = torch.full((M,), -1, device=strip.x.device), torch.ones(M, device=strip.x.device)
+    return Problem((strip.x, strip.y), (Block(0, 1),), strip.scale, none, one, scale_bound=scale_bound, fold=fold)
+
+
+# Products -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", ON)
+def test_products(device, shape, layout, number):
+    """In fp32 whatever the operands are, with factors or without; the target's is picked out of the same ones."""
+    M, N, D = SHAPES[shape]
+    x, y = (lay(x.to(number.dtype)) for lay, x in zip(LAYOUTS[layout], random(M, N, D, device), strict=True))
+    target = torch.randint(N, (M,), device=device)
+    strip = with_factors(Strip(x, y, torch.tensor(SCALE, device=device), None, None, None, target))
+    # sm_80's kernel rounds ties away from 0, sm_90's loads to even: no GPU has said whether these do so at all.
+    cut = number.precision == "high" and device.type == "cuda"
+    x, y = (rounded(t.contiguous(), number, to_even=cuda.capability_of(device) == 90) for t in (x, y))
+    exact = strip if cut else strip._replace(x=x, y=y)
+    size = x.double().abs() @ y.double().abs().T
+    for each, right in ((strip, exact), *((s._replace(row_factor=None, col_factor=None) for s in (strip, exact)),)):
+        for aligned in (True, False):
+            out, buffer = fenced(M, N, torch.float32, device, aligned)
+            cuda.similarities(each, out)
+            picked = cuda.guide_scores(each, torch.empty(0))
+            assert torch.equal(picked, out.gather(1, target[:, None])[:, 0])
+            room = factored(size, each) * (2**-9 if cut else (D + 8) * 2**-24)
+            assert ((out.double() - formula(right)[0]).abs() <= room).all()
+            assert_fenced(out, buffer)
+
+
+def random(M, N, D, device):
+    return [torch.randn(count, D, device=device) / D**0.25 for count in (M, N)]
+
+
+# Softmax --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ON)
+@pytest.mark.parametrize("layout", ["rows", "columns anywhere and rows"])
+def test_stats(device, shape, layout, number):
+    strip = strip_of(shape, number, device, layout)
+    z = formula(strip)[1]
+    assert_lse(cuda.stats_rows([strip]), z)
+    sums, by_column = cuda.stats_rows_and_columns(strip)
+    assert_lse(sums, z)
+    assert_lse(by_column, z.T)
+
+
+def test_stats_of_several_strips(device, one_of_each):
+    """The sums of each, one below the other."""
+    first = strip_of("one more row and column than a tile has", one_of_each, device, "rows", "bias")
+    y = rounded(torch.randn_like(first.y)[:60], one_of_each)
+    second = first._replace(y=rows(y), bias=None, target=None)
+    z = torch.cat([formula(strip)[1] for strip in (first, second)], 1)
+    assert_lse(cuda.stats_rows([first, second]), z)
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("shape", EPILOGUES_ON)
+def test_stats_of_what_is_masked(device, shape, given, one_of_each):
+    strip = strip_of(shape, one_of_each, device, "rows", *given)
+    z = formula(strip)[1]
+    assert_lse(cuda.stats_rows([strip]), z)
+    sums, by_column = cuda.stats_rows_and_columns(strip)
+    assert_lse(sums, z)
+    assert_lse(by_column, z.T)
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("shape", EPILOGUES_ON)
+@pytest.mark.parametrize("names", [(), ("bias",), ALL_AT_ONCE], ids=["nothing else", "bias", "all at once"])
+@pytest.mark.parametrize("epilogue", ["stats", "exp"])
+def test_what_is_counted(device, epilogue, names, shape, by_columns, one_of_each):
+    if epilogue == "exp" and by_columns:
+        pytest.skip("nobody asks for both")
+    strip = strip_of(shape, one_of_each, device, "rows", *names)
+    sim, z = formula(strip)
+    score = z.masked_fill(z == -torch.inf, 0).mean(1).float() + 1e-3
+    assert ((z - score.double()[:, None]).abs() > 1e-5).all()
+    tally = Tally.empty(len(strip.x), strip.scale)
+    tally.admitted.fill_(100), tally.sim.fill_(-2), tally.maximum.fill_(0.5)  # what is counted is added
+    if epilogue == "exp":
+        out, _ = fenced(*z.shape, strip.x.dtype, device)
+        cuda.exp_rows(problem_of(strip), [strip], [out], None, tally, score)
+    elif by_columns:
+        cuda.stats_rows_and_columns(strip, tally, score)
+    else:
+        cuda.stats_rows([strip], tally, score)
+    here = z > -torch.inf
+    assert torch.equal(tally.admitted - 100, here.sum(1).float())
+    assert torch.equal(tally.above, (z > score[:, None]).sum(1).float())
+    assert_near(tally.maximum, z.amax(1).clamp_min(0.5), magnitude=1.0)
+    for found, terms, start in ((tally.z, z, 0), (tally.sim, sim, -2)):
+        terms = terms.masked_fill(~here, 0)
+        assert_near(found, terms.sum(1) + start, magnitude=terms.abs().sum(1) + 2)
+
+
+@pytest.mark.parametrize("shape", ON)
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "anywhere"])
+@pytest.mark.parametrize("names", [(), ("factors", "no target")], ids=["targets", "factors"])
+def test_exp(device, shape, names, aligned, one_of_each):
+    check_exp(strip_of(shape, one_of_each, device, "rows", *names), aligned)
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("shape", EPILOGUES_ON)
+def test_exp_of_what_is_masked(device, shape, given, one_of_each):
+    check_exp(strip_of(shape, one_of_each, device, "rows", *given))
+
+
+def check_exp(strip, aligned=True):
+    problem, z = problem_of(strip), formula(strip)[1]
+    out, buffer = fenced(*z.shape, strip.x.dtype, strip.x.device, aligned)
+    sums, q = cuda.exp_rows(problem, [strip], [out], None)
+    e = torch.exp(z - sums.shift)
+    value, size = factored(e * bend(z, strip), strip), factored(e * bend_room(z, strip), strip).abs()
+    assert q is None
+    assert_near(sums.total.double().sum(0), e.sum(1))
+    assert_stored(out, value, buffer, size)
+    out, buffer = fenced(*z.shape, strip.x.dtype, strip.x.device, aligned)
+    sums, by_column = cuda.exp_rows_and_columns(problem, strip, out)
+    assert_near(sums.total.double().sum(0), e.sum(1))
+    assert_near(by_column.total.double().sum(0), e.sum(0))
+    assert_stored(out, value, buffer, size)
+
+
+def bend(z, strip):
+    """The softcap's derivative; 1 at the target, whose entry has its own."""
+    return (1 - (z / strip.softcap) ** 2).masked_fill(z == -torch.inf, 1) if strip.softcap else 1.0
+
+
+def bend_room(z, strip):
+    """1 - tanh^2 is off by 2^-21, however small it is: two ulp of exp2, and the roundings of tanh and of its square."""
+    return bend(z, strip) + (2**-21 / EXPONENTIAL if strip.softcap else 0.0)
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("shape", ON)
+@pytest.mark.parametrize("with_q", [False, True], ids=["no q", "q"])
+@pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "both"])
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "anywhere"])
+def test_grad(device, shape, aligned, by_columns, with_q, number):
+    if not aligned and number.dtype == torch.float16:
+        pytest.skip("stored as bf16 is")
+    factored = with_q and (shape != "one feature" or number.dtype != torch.float16)  # which would overflow
+    strip = strip_of(shape, number, device, "rows", *(("factors",) if factored else ()))
+    check_grad(strip, by_columns, with_q, aligned=aligned)
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("shape", EPILOGUES_ON)
+@pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "both"])
+def test_grad_of_what_is_masked(device, shape, by_columns, given, one_of_each):
+    check_grad(strip_of(shape, one_of_each, device, "rows", *given), by_columns, True)
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("shape", EPILOGUES_ON)
+@pytest.mark.parametrize("names", [(), ("bias",), ALL_AT_ONCE], ids=["nothing else", "bias", "all at once"])
+@pytest.mark.parametrize("with_q", [False, True], ids=["no q", "q"])
+def test_grad_that_is_smoothed(device, shape, with_q, names, number):
+    strip = strip_of(shape, number, device, "rows", *names)
+    check_grad(strip, False, with_q, smooth=torch.rand(len(strip.x), device=device) / 8)
+
+
+def check_grad(strip, by_columns, with_q, smooth=None, aligned=True):
+    sim, z = formula(strip)
+    M, N = z.shape
+    dtype, device = strip.x.dtype, strip.x.device
+    by_row, by_column = direction(z, with_q), direction(z.T, with_q) if by_columns else None
+    by_row = by_row._replace(weight=by_row.weight / 8)  # all together within fp16
+    by_column = None if by_column is None else by_column._replace(weight=by_column.weight / 8)
+    entry, gain = torch.rand(M, device=device) / 4 - 0.1, gain_of(dtype, device)
+    out, buffer = fenced(M, N, dtype, device, aligned)
+    q = cuda.grad_rows([strip], [out], by_row, by_column, entry, gain, smooth)
+    dz, terms = grad_formula(z, sim, by_row)
+    size, room = dz.abs(), terms.abs().sum(1) + by_row.weight.abs()
+    wanted_q = terms.sum(1)
+    if by_column is not None:
+        more, terms = (t.T for t in grad_formula(z.T, sim.T, by_column))
+        dz, size = dz + more, size + more.abs()
+        wanted_q, room = wanted_q + terms.sum(1), room + terms.abs().sum(1)
+    if smooth is not None:
+        here = (z > -torch.inf) * smooth.double()[:, None]
+        dz, size = dz - here, size + here
+    if with_q:
+        assert_near(q.double().sum(0), wanted_q, magnitude=room)
+    else:
+        assert q is None
+    gain = 1 if gain is None else gain.double()
+    value, size = (
+        gain * factored(with_entry(v, e, strip), strip)
+        for v, e in ((dz * bend(z, strip), entry), (size * bend_room(z, strip), entry.abs()))
+    )
+    assert_stored(out, value, buffer, size)
+
+
+# Masks' own -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ON)
+@pytest.mark.parametrize("names", [(), ("bias",), ("softcap", "skip"), ALL_AT_ONCE], ids=str)
+def test_top(device, shape, names, one_of_each):
+    strip = strip_of(shape, one_of_each, device, "rows", *names)
+    z = formula(strip)[1]
+    top, column = cuda.top_rows([strip])
+    none = z.amax(1) == -torch.inf
+    assert torch.equal(column == -1, none) and torch.equal(top == -torch.inf, none)
+    assert_near(top, z.amax(1), magnitude=1.0)
+    found = z.gather(1, column.clamp_min(0)[:, None])[:, 0]
+    assert_near(found[~none], z.amax(1)[~none], magnitude=1.0)
+
+
+def test_the_first_of_equal_ones_is_the_top(device, one_of_each):
+    """In several tiles, and in several warps' columns."""
+    x, y = torch.ones(130, 8, device=device), torch.zeros(300, 8, device=device)
+    for first, others in ((0, (1, 8, 299)), (63, (64, 130)), (127, (128,)), (200, (264, 295)), (7, (9, 70, 135))):
+        y.zero_()
+        y[[first, *others]] = 1
+        strip = Strip(x.to(one_of_each.dtype), y.to(one_of_each.dtype), x.new_tensor(1.0), None, None, None, None)
+        top, column = cuda.top_rows([strip])
+        assert (top == 8).all() and (column == first).all()
+
+
+@pytest.mark.parametrize("shape", ON)
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_guide(device, shape, layout, number):
+    """One bit a column: what is more similar than the threshold. Columns beyond the last are anything."""
+    strip = strip_of(shape, number, device, layout, "factors")
+    sim = formula(strip)[0]
+    margin = 0.05
+    threshold = with_threshold(strip, StripMask()).threshold
+    (bits,) = cuda.guide_rows([strip], GuideRule(margin), torch.empty(0), own=threshold + margin)
+    wanted = sim > threshold.double()[:, None]
+    near = (sim - threshold.double()[:, None]).abs() < 1e-4
+    assert ((unpacked(bits, sim.shape[1]) == wanted) | near).all()
+
+
+def test_a_guides_own_targets_are_ties(device, number):
+    """The threshold is read out of the same products."""
+    strip = strip_of("one more row and column than a tile has", number, device, "rows", "factors")
+    (bits,) = cuda.guide_rows([strip], GuideRule(), torch.empty(0))
+    assert not unpacked(bits, len(strip.y)).gather(1, strip.target[:, None]).any()
+
+
+# Folds ----------------------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "sigmoid": ("sigmoid", ()),
+    "margin_ranking": ("margin_ranking", (0.3, 1.0)),
+    "pair_hinge, pulls": ("pair_hinge", (0.6, -1.0, 1.0)),
+    "pair_hinge, pushes": ("pair_hinge", (-0.1, 1.0, 0.0)),
+}
+
+
+def between(values: Tensor, near: float) -> float:
+    """In the widest gap of the values near a number: whether a hinge is open must not hang on a product's last bits."""
+    close = values[(values - near).abs() < 0.1].sort().values
+    if len(close) < 2:
+        return near
+    first = close.diff().argmax()
+    return float((close[first] + close[first + 1]) / 2)
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("shape", ON)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("labelled", [False, True], ids=["targets", "labels"])
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "anywhere"])
+def test_folds(device, shape, kind, labelled, aligned, one_of_each):
+    """Against fusedloss/folds.py in fp64; without a gradient nothing is stored, and the losses are the same bits."""
+    strip = strip_of(shape, one_of_each, device, "rows", "factors" if aligned else "dropped")._replace(mask=None)
+    M, N = len(strip.x), len(strip.y)
+    name, options = KINDS[kind]
+    values = torch.tensor([-(2**63), 2**32, 0, 1, 2**32 + 1], device=device)
+    labels = [values[torch.randint(5, (count,), device=device)] if labelled else None for count in (M, N)]
+    own = torch.randint(-1, N, (M,), device=device)
+    own = torch.where(own == strip.target, -1, own) if name == "margin_ranking" else own
+    weight = torch.rand(M, device=device) + 0.1
+    weight[1::3] = 0
+    part = Part(torch.arange(M, device=device), weight, strip.target, *labels, own)
+    bias = torch.tensor(-0.5, device=device)
+    sim = formula(strip)[0]
+    score = sim.gather(1, strip.target[:, None])[:, 0]
+    if name == "margin_ranking":
+        options = (-between(sim - score[:, None], -options[0]), *options[1:])
+    elif name == "pair_hinge":
+        options = (between(sim, options[0]), *options[1:])
+    problem = problem_of(strip, fold=Fold(name, options, scalars=(bias,) if name == "sigmoid" else ()))
+    slope, scalars = sim.clone(), (strip.scale.double(), bias.double()) if name == "sigmoid" else ()
+    wanted = FOLDS[name][0](slope, part._replace(weight=weight.double()), scalars, options, True)
+    out, buffer = fenced(M, N, strip.x.dtype, device, aligned)
+    found = cuda.fold_rows(problem, strip, out, part, score)
+    assert_near(found.loss, wanted.loss, magnitude=weight.double())
+    assert (found.count is None) == (wanted.count is None)
+    assert found.count is None or torch.equal(found.count.double(), wanted.count)
+    for one, other in zip(found.scalars, wanted.scalars, strict=True):
+        assert_near(one, other, magnitude=(slope * sim).abs().sum() + slope.abs().sum())
+    assert_stored(out, factored(slope, strip), buffer)
+    alone = cuda.fold_rows(problem, strip, None, part, score)
+    assert torch.equal(alone.loss, found.loss)
+
+
+# NaN, infinities, extremes --------------------------------------------------------------------------------------------
+
+
+def test_a_nan_reaches_its_row_and_column_only(device, number):
+    strip = strip_of("one more row and column than a tile has", number, device)
+    strip.x[3] = math.nan
+    assert lse(cuda.stats_rows_and_columns(strip)[0]).isnan().nonzero().tolist() == [[3]]
+    strip.x[3] = 0
+    strip.y[130] = math.nan
+    assert lse(cuda.stats_rows_and_columns(strip)[1]).isnan().nonzero().tolist() == [[130]]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["bias", "dropped", "dense", "bits", "skip"])
+def test_what_is_dropped_may_hold_anything(device, name, bad, one_of_each):
+    """The same sums, and an entry of 0 for it."""
+    strip = strip_of("one more row and column than a tile has", one_of_each, device, "rows", "no target", name)
+    M, N = len(strip.x), len(strip.y)
+    column = torch.tensor([0, 77, 130], device=device)
+    if name == "bias":
+        strip.bias[column] = -torch.inf
+    elif name == "dropped":
+        (compare,) = strip.mask.compare
+        every = torch.zeros_like(compare.rows)
+        strip = strip._replace(mask=StripMask((Compare(every, compare.keys.index_fill(0, column, 0), False),)))
+    elif name == "skip":
+        column = column[:1]
+        strip = strip._replace(mask=StripMask(skip=column.expand(M).contiguous()))
+    else:
+        drop = dropped(strip.mask, torch.zeros(M, N, device=device)).index_fill(1, column, True)
+        strip = strip._replace(mask=StripMask(dense=~drop) if name == "dense" else StripMask(dropped=packed(drop)))
+    by_row = direction(formula(strip)[1], True)
+    entry = torch.zeros(M, device=device)
+
+    def everything():
+        out, _ = fenced(M, N, strip.x.dtype, device)
+        sums = cuda.stats_rows([strip])
+        cuda.grad_rows([strip], [out], by_row._replace(target_sim=None), None, entry, None)
+        return *sums, out
+
+    wanted = everything()
+    strip.y[column] = bad
+    found = everything()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert (found[2][:, column] == 0).all()
+
+
+def test_a_row_without_columns(device, one_of_each):
+    strip = strip_of("inside one tile", one_of_each, device, "rows", "bias")
+    strip.bias.fill_(-torch.inf)
+    by_row, by_column = cuda.stats_rows_and_columns(strip)
+    assert (by_row.shift == -torch.inf).all() and not by_row.total.any() and not by_column.total.any()
+
+
+def test_extreme_logits_stay_finite(device, number):
+    """Exponents of +-3000, far beyond what exp can hold without its shift."""
+    strip = strip_of("one more row and column than a tile has", number, device)
+    strip = strip._replace(scale=torch.tensor(1000.0, device=device))
+    z = formula(strip)[1]
+    by_row, by_column = cuda.stats_rows_and_columns(strip)
+    bound = 64 * torch.finfo(torch.float32).eps * z[z.isfinite()].abs().max()
+    for sums, expected in [(by_row, z.logsumexp(1)), (by_column, z.logsumexp(0))]:
+        assert (lse(sums).double() - expected).abs().max() <= bound
+
+
+def test_nothing_to_do(device, one_of_each):
+    """A grid of no blocks is an error of CUDA's."""
+    x, one = torch.randn(3, 8, device=device).to(one_of_each.dtype), torch.ones((), device=device)
+    for a, b in ((x[:0], x), (x, x[:0])):
+        strip = Strip(a, b, one, None, None, None, None)
+        sums = cuda.stats_rows([strip])
+        assert sums.total.shape[1] == len(a) and (len(b) or not sums.total.numel())
+
+
+# The host's own -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp32", "tf32"])
+@pytest.mark.parametrize("layout", ["rows", "columns anywhere and rows"])
+def test_bits_do_not_depend_on_who_is_first(name, layout, host_extension, monkeypatch):
+    """Threads and blocks in either order, copies as early or as late as they may be: what a kernel that lacks a barrier
+    or a wait computes depends on it."""
+    on_the_host(host_extension, monkeypatch)
+    number, cpu = NUMBERS[name], torch.device("cpu")
+    strip = strip_of("more stages than the ring has", number, cpu, layout)
+    busy = strip_of("one more row and column than a tile has", number, cpu, layout, *ALL_AT_ONCE)
+    tallies = []
+
+    def everything():
+        found = []
+        for each in (strip, busy):
+            (M, N), dtype = (len(each.x), len(each.y)), each.x.dtype
+            torch.manual_seed(1)
+            by_row, by_column = (direction(z, True) for z in (formula(each)[1], formula(each)[1].T))
+            found += [t for sums in cuda.stats_rows_and_columns(each) for t in sums]
+            tallies.append(Tally.empty(M, each.scale))
+            found += [cuda.stats_rows([each], tallies[-1], torch.zeros(M)).total, *tallies[-1], *cuda.top_rows([each])]
+            out = torch.empty(M, N, dtype=dtype)
+            found += [s.total for s in cuda.exp_rows_and_columns(problem_of(each), each, out)] + [out]
+            out = torch.empty(M, N, dtype=dtype)
+            smooth = torch.rand(M) if each is busy else None
+            found += [cuda.grad_rows([each], [out], by_row, by_column, torch.ones(M), None, smooth), out]
+            found += cuda.guide_rows([each], GuideRule(), torch.empty(0), own=torch.zeros(M))
+        out = torch.empty(70, 130, dtype=strip.x.dtype)
+        fold = Fold("sigmoid", scalars=(torch.tensor(0.1),))
+        part = Part(torch.arange(70), torch.rand(70), strip.target)
+        folded = cuda.fold_rows(problem_of(strip, fold=fold), strip, out, part, torch.zeros(70))
+        return [*found, folded.loss, *folded.scalars, out]
+
+    runs = []
+    with products(number):
+        for order in ("forward", "backward"):
+            for copies in ("late", "early"):
+                monkeypatch.setenv("FUSEDLOSS_HOST_ORDER", order)
+                monkeypatch.setenv("FUSEDLOSS_HOST_COPIES", copies)
+                runs.append(everything())
+    for run in runs[1:]:
+        for a, b in zip(runs[0], run, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", ["bf16", "fp16", "tf32"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_duplicate_is_a_tie_where_tensor_cores_cut_off(normalize, name, sign, host_extension, monkeypatch):
+    """Sums of one sign lose most: a negative similarity comes out larger than the target's, which is summed in fp64."""
+    on_the_host(host_extension, monkeypatch)
+    monkeypatch.setenv("FUSEDLOSS_HOST_SUMS", "truncate")
+    number, rows, dim = NUMBERS[name], 20, 1024
+    key = rounded(1 + torch.rand(dim) / 4, number).to(number.dtype) / 32
+    query = sign * rounded(1 + torch.rand(rows, dim) / 4, number).to(number.dtype) / 32
+    keys = key.expand(rows + 30, dim).contiguous()
+    with products(number):
+        call = functools.partial(fusedloss.info_nce, query, keys, temperature=1e3, normalize=normalize, backend="cuda")
+        stats = call(return_stats=True)[1]
+        kept = call(mask=score_margin(0.0), reduction="none")
+    assert stats.accuracy == 1 and stats.mean_reciprocal_rank == 1
+    assert torch.allclose(kept, torch.tensor(rows + 30).log(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_duplicate_is_a_tie_where_products_are_of_tf32(normalize, host_extension, monkeypatch):
+    """The target's score is of operands as they are, its duplicates' of rounded ones."""
+    on_the_host(host_extension, monkeypatch)
+    rows = 40
+    query, key = torch.randn(rows, 24), 5 * torch.nn.functional.normalize(torch.randn(rows, 24), dim=1)
+    query = query + 2 * key  # so that a target is its row's best, beside its duplicate
+    keys = torch.cat([key, key])
+    with products(NUMBERS["tf32"]):
+        call = functools.partial(fusedloss.info_nce, query, keys, temperature=1.0, normalize=normalize, backend="cuda")
+        stats = call(return_stats=True)[1]
+        kept = call(mask=score_margin(0.0), reduction="none")
+    best = torch.nn.functional.normalize if normalize else lambda x, dim: x
+    z = best(query, dim=1).double() @ best(key, dim=1).double().T
+    own = z.diagonal()[:, None]
+    assert (z <= own).all(), "the draw"
+    assert stats.accuracy == 1 and stats.mean_reciprocal_rank == 1
+    room = 2**-8 if normalize else 2**-8 * query.norm(dim=1) * key.norm(dim=1).max()
+    wanted = torch.cat([z, z], dim=1).logsumexp(1) - own[:, 0]
+    assert ((kept - wanted).abs() <= room).all()
+
+
+def test_what_the_sanitizers_run_has_every_kernel(host_extension, monkeypatch):
+    """tools/sanitize.py, here without compute-sanitizer."""
+    import sanitize
+
+    on_the_host(host_extension, monkeypatch)
+    ran = set()
+    original = cuda_rows.call
+
+    def call(name, device, *arguments):
+        ran.add(name)
+        original(name, device, *arguments)
+
+    monkeypatch.setattr(cuda_rows, "call", call)
+    monkeypatch.setattr(cuda, "call", call)
+    sanitize.everything("cpu")
+    launches = {name for name in dir(host_extension) if name[0].islower() and callable(getattr(host_extension, name))}
+    assert ran >= launches - {"build_info", "plan"}
