@@ -27,7 +27,7 @@ from ..core.problem import Block, Mask, Problem, Ranks
 from ..core.rows import merge
 from ..core.strips import RowSums, Softmax
 from ..sweep import Partial, Wants
-from ..sweep.collectives import around, group_of
+from ..sweep.collectives import group_of, ring_order
 
 Join = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
@@ -59,7 +59,7 @@ def go_around(
     coming: _Exchange | None = None
     travelling: _Exchange | None = None
     sizes: list[tuple[int, ...]] = []
-    for step, shard in enumerate(around(ranks)):
+    for step, shard in enumerate(ring_order(ranks)):
         if step < count - 1:
             coming = _Exchange(held, before, after, group)
         with without_autocast(held[0]):  # operands have the dtype they are to have
@@ -188,7 +188,7 @@ def _within(index: Tensor, sizes: tuple[int, ...], shard: int) -> Tensor:
     return torch.where((index >= start) & (index < start + sizes[shard]), index - start, -1)
 
 
-class Around:
+class TwoRounds:
     """One loss: the rows once the ring has been gone around, and then the gradients of their sum."""
 
     def __init__(self, shards: Shards, backend: Sweeps, wants: Wants):
@@ -236,7 +236,7 @@ class Around:
             entry = entry + self.columns.entry * factor
             own = [self.columns.shift, self.columns.weight * factor, *([] if target_sim is None else [target_sim])]
             parcels.append(Parcel(torch.stack(own, 1), shards.parcels[0].sizes))
-        found = _Found(self)
+        found = _RingGradients(self)
 
         def visit(shard: int, held: list[Tensor]) -> list[Parcel]:
             columns = None
@@ -282,7 +282,7 @@ class Around:
             self.slope = torch.where(here, partial.prepared.slope, self.slope)
 
 
-class Once:
+class OneRound:
     """A loss that is a sum over columns: it needs no normaliser, and goes around once, with its gradients if wanted."""
 
     def __init__(self, shards: Shards, backend: Sweeps, wants: Wants):
@@ -298,7 +298,7 @@ class Once:
         return self._go(self.shards.problem.weight, True)
 
     def _go(self, weight: Tensor, wanted: bool) -> tuple[Tensor, list[Tensor | None]]:
-        found, rows = _Found(self), torch.zeros_like(weight)
+        found, rows = _RingGradients(self), torch.zeros_like(weight)
         wants = found.wants if wanted else _none(found.wants)
 
         def visit(shard: int, held: list[Tensor]) -> list[Parcel]:
@@ -319,11 +319,11 @@ def _none(wants: Wants) -> Wants:
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ring: Around | Once, per_row: bool, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, ring: TwoRounds | OneRound, per_row: bool, *tensors: Tensor) -> Tensor:
         ctx.ring, ctx.per_row = ring, per_row
         ctx.save_for_backward(*tensors)
         ctx.gradients = None
-        if isinstance(ring, Once) and ring.wants.any and not per_row:
+        if isinstance(ring, OneRound) and ring.wants.any and not per_row:
             rows, ctx.gradients = ring.both()
         else:
             rows = ring.losses()
@@ -382,7 +382,7 @@ class Summed(torch.autograd.Function):
         return None, None, dx + home, *[None] * len(constants)
 
 
-def loss_rows_or_sum(shards: Shards, backend: str, per_row: bool) -> Tensor:
+def ring_loss(shards: Shards, backend: str, per_row: bool) -> Tensor:
     """The weighted losses of this rank's rows, or their sum."""
     problem = shards.problem
     biases = [block.bias for block in problem.blocks if block.bias is not None]
@@ -394,14 +394,14 @@ def loss_rows_or_sum(shards: Shards, backend: str, per_row: bool) -> Tensor:
     by_operand = tuple(next(flags) for _ in problem.operands)
     by_bias = tuple(block.bias is not None and next(flags) for block in problem.blocks)
     wants = Wants(by_operand, by_scale, by_bias, tuple(flags))
-    ring = (Around if problem.fold is None else Once)(shards, SWEEPS[backend], wants)
+    ring = (TwoRounds if problem.fold is None else OneRound)(shards, SWEEPS[backend], wants)
     return _Ring.apply(ring, per_row, *map(savable, tensors))
 
 
-class _Found:
+class _RingGradients:
     """Gradients as they come in, shard by shard."""
 
-    def __init__(self, ring: Around | Once):
+    def __init__(self, ring: TwoRounds | OneRound):
         shards, wants = ring.shards, ring.wants
         self.shards = shards
         problem = shards.problem

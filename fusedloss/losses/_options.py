@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ..core import checks
 from ..core.problem import Problem
-from ..distributed import Request, World, world
+from ..distributed import Request, World, world_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -119,7 +119,7 @@ def ranks(options: RankOptions) -> World | None:
     group = options.get("group")
     strategy, grad_scale = options.get("strategy", Call.strategy), options.get("grad_scale", Call.grad_scale)
     if group is not None:
-        return world(group, strategy, grad_scale)
+        return world_of(group, strategy, grad_scale)
     if (strategy, grad_scale) != (Call.strategy, Call.grad_scale):
         raise ValueError(
             f"strategy={strategy!r}, grad_scale={grad_scale!r} without group: pass a ProcessGroup with them, or 'world'"

@@ -100,9 +100,9 @@ def _stats(problem: Problem, counted: list[Tensor]) -> Stats:
 
 def result_of(options: AcrossOptions, ask: Callable[[Call], Request]) -> Loss:
     """The loss that `ask` checks and builds, here or over the ranks, which are told what it raises."""
-    around = ranks(options)
-    if around is not None:
-        return loss_across(around, lambda: ask(Call(**options)))
+    world = ranks(options)
+    if world is not None:
+        return loss_across(world, lambda: ask(Call(**options)))
     call = Call(**options)
     return mean_of(ask(call).problems, call)
 

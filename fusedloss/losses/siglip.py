@@ -56,7 +56,7 @@ def siglip(
         >>> image, text = F.normalize(vision(pixels), dim=1), F.normalize(language(tokens), dim=1)
         >>> fusedloss.siglip(image, text, log_scale.exp(), bias).backward()
     """
-    around = ranks(options)
+    world = ranks(options)
 
     def ask(call: Call) -> Request:
         checks.embeddings(image_features=image_features, text_features=text_features)
@@ -64,7 +64,7 @@ def siglip(
         checks.scalar("logit_scale", logit_scale, image_features, positive=False)
         if logit_bias is not None:
             checks.scalar("logit_bias", logit_bias, image_features, positive=False)
-        if around is not None and isinstance(target, Tensor):
+        if world is not None and isinstance(target, Tensor):
             raise ValueError("target is a tensor with group=: needs None, or masks.same_id across ranks")
         labels, column = _positives(target, M, N, image_features)
         operands = autocast(*distinct(image_features, text_features)[0])
@@ -72,8 +72,8 @@ def siglip(
         bias, written_bias = as_scale(0.0 if logit_bias is None else logit_bias, image_features, inverse=False)
         weight = torch.ones(M, dtype=scale.dtype, device=scale.device)
         what = f"siglip{' with ids' if labels else ''}, scale {written}, bias {written_bias}"
-        if around is not None and labels is None:  # each pair has a number of its own on all ranks
-            first = around.rank << 40
+        if world is not None and labels is None:  # each pair has a number of its own on all ranks
+            first = world.rank << 40
             labels = masks.itself(M, image_features) + first, masks.itself(N, image_features) + first
             column = None
         elif column is not None:
@@ -84,8 +84,8 @@ def siglip(
         problem = fold_problem(operands, scale, weight, fold, call, cosine=normalize, target=column)
         return call.request(what, problem)
 
-    if around is not None:
-        return loss_across(around, lambda: ask(Call(**options)))
+    if world is not None:
+        return loss_across(world, lambda: ask(Call(**options)))
     call = Call(**options)
     (problem,) = ask(call).problems
     return fold_loss(problem, call, over=problem.rows)[0]

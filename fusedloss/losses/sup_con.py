@@ -63,14 +63,14 @@ def sup_con(
         >>> embeddings = torch.cat([encoder(augment(x)), encoder(augment(x))])
         >>> fusedloss.sup_con(embeddings, torch.cat([y, y]), temperature=0.1).backward()
     """
-    around = ranks(options)
+    world = ranks(options)
 
     def ask(call: Call) -> Request:
         checks.embeddings(embeddings=embeddings)
         checks.integers("labels", labels, (embeddings.shape[0],), embeddings)
         checks.scalar("temperature", temperature, embeddings, positive=True)
         checks.choice("form", form, FORMS)
-        if around is not None and form == "in" and call.strategy == "ring":
+        if world is not None and form == "in" and call.strategy == "ring":
             raise ValueError("form='in' with strategy='ring': its two sums are one pass over whole rows; take 'gather'")
         scale, scale_bound = as_scale(temperature, embeddings, inverse=True)
         (x,) = autocast(embeddings)
@@ -83,8 +83,8 @@ def sup_con(
             problem = _log_sum_exp(x, counts, scale, scale_bound, call)
         return call.request(f"sup_con {form}, scale {scale_bound}", problem)
 
-    if around is not None:
-        return _across(around, lambda: ask(Call(**options)), labels, form)
+    if world is not None:
+        return _across(world, lambda: ask(Call(**options)), labels, form)
     call = Call(**options)
     (problem,) = ask(call).problems
     counts = problem.weight
@@ -113,9 +113,9 @@ def _log_sum_exp(x: Tensor, counts: Tensor, scale: Tensor, scale_bound: float | 
     )
 
 
-def _across(around: World, ask: Callable[[], Request], labels: Tensor, form: str) -> Tensor:
+def _across(world: World, ask: Callable[[], Request], labels: Tensor, form: str) -> Tensor:
     """Positives are the rows of all ranks that have the label. Labels are gathered, 8 bytes each, also for a ring."""
-    agreed, labels = agree(around, ask), savable(labels)
+    agreed, labels = agree(world, ask), savable(labels)
     (part,), reduction = agreed.parts, agreed.call.reduction
     (x,), scale, rows = part.problem.operands, part.problem.scale, part.rows
     others = _sizes(groups(everywhere(labels, rows)))[: len(x)] - 1
@@ -125,11 +125,11 @@ def _across(around: World, ask: Callable[[], Request], labels: Tensor, form: str
         return part_across(agreed, part)
     called = agreed.call._replace(reduction="none" if reduction == "none" else "sum")
     lse = part_across(agreed._replace(call=called), part)
-    by_rows, by_parameters = agreed.around.factors
+    by_rows, by_parameters = agreed.world.factors
     weight = scaled(scale, by_parameters) * counts / others.clamp(min=1)
     with without_autocast(x):
         u = unit_rows(scaled(x, by_rows).to(stats_dtype(x.dtype)))
-        same = summed_across(_same_label, u, (labels,), rows, around.strategy) - u.square().sum(1)
+        same = summed_across(_same_label, u, (labels,), rows, world.strategy) - u.square().sum(1)
     positive = weight * same
     if reduction == "none":
         return lse - positive

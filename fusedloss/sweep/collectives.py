@@ -34,7 +34,7 @@ def gather(x: Tensor, ranks: Ranks) -> Tensor:
     padded = x.contiguous() if len(x) == most else torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
     found = x.new_empty(len(sizes) * most, *x.shape[1:])
     _ALL_GATHER(found, padded, group=group_of(ranks))
-    parts = [found[rank * most :][: sizes[rank]] for rank in around(ranks)]
+    parts = [found[rank * most :][: sizes[rank]] for rank in ring_order(ranks)]
     return torch.cat(parts)
 
 
@@ -49,7 +49,7 @@ def scatter(x: Tensor, ranks: Ranks) -> Tensor:
     most = max(sizes)
     padded = x.new_zeros(len(sizes), most, *x.shape[1:], dtype=stats_dtype(x.dtype))
     start = 0
-    for rank in around(ranks):
+    for rank in ring_order(ranks):
         padded[rank, : sizes[rank]] = x[start : start + sizes[rank]]
         start += sizes[rank]
     found = padded.new_empty(most, *x.shape[1:])
@@ -57,7 +57,7 @@ def scatter(x: Tensor, ranks: Ranks) -> Tensor:
     return found[: sizes[ranks.rank]].to(x.dtype)
 
 
-def around(ranks: Ranks) -> list[int]:
+def ring_order(ranks: Ranks) -> list[int]:
     """The ranks in the order in which this one sees them."""
     count = len(ranks.sizes)
     return [(ranks.rank + step) % count for step in range(count)]

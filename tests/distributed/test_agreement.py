@@ -19,6 +19,7 @@ import fusedloss
 from fusedloss import distributed, masks
 from fusedloss.backends import reference
 from fusedloss.core.problem import Block, Margin, Problem
+from fusedloss.distributed import agreement
 
 pytestmark = pytest.mark.processes
 
@@ -274,7 +275,7 @@ RULES = {
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_a_ring_follows_the_whole_rule_of_its_rows(rule, reduction, group_of_one):
     """Also what no loss with `group=` takes today."""
-    around = distributed.world("world", "ring", "sum")
+    around = distributed.world_of("world", "ring", "sum")
 
     def step(run):
         x, y = two()
@@ -329,7 +330,7 @@ def without_values(rank, store):
                 outcome[name] = list(x.grad.shape)
             except Exception as error:
                 outcome[name] = error
-    sizes = distributed._meeting(distributed.world("world", "gather", "ddp"), torch.ones(1, device="meta"))
+    sizes = agreement._meeting(distributed.world_of("world", "gather", "ddp"), torch.ones(1, device="meta"))
     outcome["where"] = str(sizes)
     return outcome
 
@@ -346,7 +347,7 @@ def test_without_a_cpu_backend_numbers_meet_on_the_device():
     importlib.import_module("torch.testing._internal.distributed.fake_pg")  # collectives that do nothing
     dist.init_process_group("meta:fake", store=dist.HashStore(), rank=0, world_size=2)
     try:
-        around = distributed.world("world", "gather", "ddp")
-        assert distributed._meeting(around, torch.ones(1, device="meta")).type == "meta"
+        around = distributed.world_of("world", "gather", "ddp")
+        assert agreement._meeting(around, torch.ones(1, device="meta")).type == "meta"
     finally:
         dist.destroy_process_group()
