@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .core import checks
 from .core import problem as core
+from .core.numerics import row_numbers
 
 STRATEGIES = ("absolute", "relative")
 
@@ -141,7 +142,7 @@ def bind(mask: Mask | Tensor | None, rows: int, widths: Sequence[int], like: Ten
             if x.shape[0] != count:
                 raise ValueError(f"{name} has {x.shape[0]} rows: needs {count}, as many as the loss's own")
             checks.same_device(name, x, "the embeddings", like)
-    own = None if mask.offset is None else itself(rows, like) + mask.offset
+    own = None if mask.offset is None else row_numbers(rows, like) + mask.offset
     compare = tuple(c for _, c in mask.compare)
     whole = core.Mask(compare, mask.dense, mask.margin, mask.exempt, mask.guide, own, mask.offset or 0)
     masks, start = [], 0
@@ -153,8 +154,3 @@ def bind(mask: Mask | Tensor | None, rows: int, widths: Sequence[int], like: Ten
 
 def rule(mask: Mask | Tensor | None) -> core.GuideRule:
     return mask.rule if isinstance(mask, Mask) else core.GuideRule()
-
-
-def itself(rows: int, like: Tensor) -> Tensor:
-    """Row i's column i."""
-    return torch.arange(rows, device=like.device)

@@ -59,3 +59,16 @@ def rows_of(x: Tensor, part: slice) -> Tensor:
 
 def unit_rows(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x, dim=1, eps=NORM_EPS)
+
+
+def row_numbers(rows: int, like: Tensor) -> Tensor:
+    """0, 1, ... `rows` - 1, where `like` is: each row's own column."""
+    return torch.arange(rows, device=like.device)
+
+
+def group_numbers(labels: Tensor) -> Tensor:
+    """Labels `[N]` as numbers from 0 up to at most N - 1, alike where the labels are, without reading one back."""
+    ordered, order = labels.sort()
+    changes = torch.ones_like(ordered).index_fill_(0, row_numbers(len(labels), labels)[:1], 0)
+    changes[1:] = (ordered[1:] != ordered[:-1]).long()
+    return torch.empty_like(labels).scatter_(0, order, changes.cumsum(0))

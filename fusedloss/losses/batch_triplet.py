@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.numerics import stats_dtype
+from ..core.numerics import row_numbers, stats_dtype
 from ..core.problem import Compare, Fold, Mask
 from ..core.rows import row_chunks
 from ..core.softmax import softplus
-from ..masks import itself
 from ..rowwise.pairs import DISTANCES, of_pairs
 from ._folded import fold_loss, fold_problem, top
 from ._module import LossModule
@@ -174,7 +173,7 @@ def _hardest(embeddings: Tensor, labels: Tensor, distance: str, call: Call) -> T
     # |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y>: the order of the distances of a row does not need |x|^2.
     scale, squares = (1.0, None) if cosine else (2.0, _squares(embeddings))
     others = Mask((Compare(labels, labels, False),))
-    same = Mask((Compare(labels, labels, True),), skip=itself(len(labels), labels))
+    same = Mask((Compare(labels, labels, True),), skip=row_numbers(len(labels), labels))
     less = None if squares is None else -squares
     farthest = top([embeddings], -scale, same, call, cosine=cosine, bias=squares)
     nearest = top([embeddings], scale, others, call, cosine=cosine, bias=less)

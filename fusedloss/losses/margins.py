@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.numerics import stats_dtype
+from ..core.numerics import row_numbers, stats_dtype
 from ..core.problem import Fold, Mask
-from ..masks import itself
 from ..rowwise.pairs import cosine, of_pairs
 from ._folded import fold_loss, fold_problem, top
 from ._module import LossModule
@@ -108,7 +107,7 @@ def _pairs(anchor: Tensor, positive: Tensor, more_positives: bool = False) -> Te
     rows, columns = anchor.shape[0], positive.shape[0]
     if columns < rows or (columns > rows and not more_positives):
         raise ValueError(f"positive has {columns} rows and anchor {rows}: every anchor needs its positive")
-    return itself(rows, anchor)
+    return row_numbers(rows, anchor)
 
 
 class MegaBatchMarginLoss(LossModule, function=mega_batch_margin):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import masks
 from ..core import checks
+from ..core.numerics import row_numbers
 from ..core.problem import Block, Mask, Problem
 from ..distributed import Request
 from ._module import LossModule
@@ -32,6 +33,7 @@ def multiple_negatives_ranking(
     hardness_mode: str | None = None,
     hardness_strength: float = 0.0,
     mask: masks.Mask | Tensor | None = None,
+    anchors: Tensor | None = None,
     **options: Unpack[CountingAcrossOptions],
 ) -> Loss:
     """Multiple negatives ranking (Henderson et al. 2017), with the options of sentence-transformers 6.2.
@@ -65,6 +67,8 @@ def multiple_negatives_ranking(
         hardness_strength: at least 0.
         mask: which documents may compete from query to document: one of `fusedloss.masks`, or bool `[B, documents]`,
             over the positives and then each column of negatives.
+        anchors: `[A, D]`, the anchors of all processes, `anchor` first, where `positive` and `negatives` are those of
+            all processes: for who gathers beforehand, in the place of `group`.
         reduction: "mean", "sum" or "none" (`[B]`).
         return_stats: return `(loss, Stats)`; under "per_direction" those from query to document.
 
@@ -93,6 +97,7 @@ def multiple_negatives_ranking(
             hardness_strength=hardness_strength,
             mask=mask,
             call=call,
+            anchors=anchors,
         )
         named = f"directions {tuple(directions)}, {partition_mode}, hardness {hardness_mode}"
         return call.request(f"multiple_negatives_ranking, {named}", *problems)
@@ -114,10 +119,16 @@ def multiple_negatives_ranking_problems(
     call: Call,
     anchors: Tensor | None = None,
 ) -> list[Problem]:
-    """anchors: those of all processes, `anchor` first, where the documents are all processes', too."""
     named = {f"negatives[{i}]": x for i, x in enumerate(negatives)}
-    checks.embeddings(anchor=anchor, positive=positive, **named)
+    checks.embeddings(anchor=anchor, positive=positive, **named, **({} if anchors is None else {"anchors": anchors}))
+    if anchors is not None and call.group is not None:
+        raise ValueError("anchors must be None with group=, which gathers them; leave one of the two out")
     everyone = anchor if anchors is None else anchors
+    if len(everyone) < len(anchor):
+        raise ValueError(
+            f"anchors must hold anchor's {len(anchor)} rows and then those of the other processes, got {len(everyone)} "
+            "rows; gather anchor"
+        )
     rows, owners = anchor.shape[0], everyone.shape[0]
     if positive.shape[0] < rows:
         raise ValueError(f"positive has {positive.shape[0]} rows and anchor {rows}: every anchor needs its positive")
@@ -140,7 +151,7 @@ def multiple_negatives_ranking_problems(
     facing = (everyone, positive[:rows] if owners > rows else positive) if several else (anchor, positive)
     matrices, (query, queries, answer, *documents) = distinct(anchor, *facing, positive, *negatives)
     operands = autocast(*matrices)
-    own = Mask(skip=masks.itself(rows, anchor)) if several else Mask()
+    own = Mask(skip=row_numbers(rows, anchor)) if several else Mask()
     strength = float(hardness_strength)
     others = strength if hardness_mode in ("in_batch_negatives", "all_negatives") else 0.0
     hard = strength if hardness_mode in ("hard_negatives", "all_negatives") else 0.0
@@ -203,7 +214,7 @@ def _check_hardness(mode: str | None, strength: float) -> None:
     checks.number("hardness_strength", strength, least=0)
 
 
-class MultipleNegativesRankingLoss(LossModule, function=multiple_negatives_ranking, tensors=("mask",)):
+class MultipleNegativesRankingLoss(LossModule, function=multiple_negatives_ranking, tensors=("mask", "anchors")):
     """`multiple_negatives_ranking` with its options in the constructor and `forward(anchor, positive, *negatives)`.
 
     It takes embeddings; `fusedloss.integrations.sentence_transformers` has a class of this name that takes a model.

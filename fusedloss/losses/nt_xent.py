@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.numerics import row_numbers
 from ..core.problem import Block, Mask, Problem
-from ..masks import itself
 from ._module import LossModule
 from ._options import Call, CountingAcrossOptions, CountingOptions, expanded
 from ._softmax import Loss, as_scale, autocast, mean_of, result_of
@@ -79,7 +79,7 @@ def nt_xent_problem(
     checks.scalar("temperature", temperature, z1, positive=True)
     scale, scale_bound = as_scale(temperature, z1, inverse=True)
     views = torch.cat(autocast(z1, z2))
-    rows = itself(views.shape[0], views)
+    rows = row_numbers(views.shape[0], views)
     return Problem(
         operands=(views,),
         blocks=(Block(0, 0, mask=Mask(skip=rows)),),

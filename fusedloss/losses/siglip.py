@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import masks
 from ..core import checks
+from ..core.numerics import row_numbers
 from ..core.problem import Fold
 from ..distributed import Request, loss_across
 from ._folded import fold_loss, fold_problem
@@ -74,7 +75,7 @@ def siglip(
         what = f"siglip{' with ids' if labels else ''}, scale {written}, bias {written_bias}"
         if world is not None and labels is None:  # each pair has a number of its own on all ranks
             first = world.rank << 40
-            labels = masks.itself(M, image_features) + first, masks.itself(N, image_features) + first
+            labels = row_numbers(M, image_features) + first, row_numbers(N, image_features) + first
             column = None
         elif column is not None:
             # Where values are not read back, a target outside is a NaN loss.
@@ -105,7 +106,7 @@ def _positives(
         return None, target
     if N < M:
         raise ValueError(f"text_features has {N} rows and image_features {M}: the default target needs one text each")
-    return None, masks.itself(M, like)
+    return None, row_numbers(M, like)
 
 
 class SigLipLoss(LossModule, function=siglip, tensors=("target",)):

@@ -12,11 +12,10 @@ from torch import Tensor
 from .. import sweep
 from ..backends import select
 from ..core import checks
-from ..core.numerics import NORM_EPS, savable, stats_dtype, unit_rows, without_autocast
+from ..core.numerics import NORM_EPS, group_numbers, row_numbers, savable, stats_dtype, unit_rows, without_autocast
 from ..core.problem import Block, Fold, Mask, Problem
 from ..core.rows import finish
 from ..distributed import Request, World, agree, averaged, everywhere, part_across, scaled, summed_across
-from ..masks import itself
 from ..sweep import autograd
 from ._folded import fold_problem
 from ._module import LossModule
@@ -74,7 +73,7 @@ def sup_con(
             raise ValueError("form='in' with strategy='ring': its two sums are one pass over whole rows; take 'gather'")
         scale, scale_bound = as_scale(temperature, embeddings, inverse=True)
         (x,) = autocast(embeddings)
-        others = _sizes(groups(labels)) - 1
+        others = _sizes(group_numbers(labels)) - 1
         counts = (others > 0).to(scale.dtype)
         if form == "in":
             fold = Fold("sup_con_in", labels=(labels, labels), itself=True)
@@ -91,7 +90,7 @@ def sup_con(
     name = select(problem, call.backend)
     rows, _ = autograd.loss_rows_or_sum(problem, name, per_row=call.reduction == "none")
     if form == "out":
-        classes = groups(labels)
+        classes = group_numbers(labels)
         weight = problem.scale * counts / (_sizes(classes) - 1).clamp(min=1)
         positive = weight * _sums_of_others(problem.operands[0], classes, name, call.workspace_bytes)
         rows = rows - (positive if call.reduction == "none" else positive.sum())
@@ -102,7 +101,7 @@ def _log_sum_exp(x: Tensor, counts: Tensor, scale: Tensor, scale_bound: float | 
     """Of each row that counts, over all others."""
     return Problem(
         operands=(x,),
-        blocks=(Block(0, 0, mask=Mask(skip=itself(len(x), x))),),
+        blocks=(Block(0, 0, mask=Mask(skip=row_numbers(len(x), x))),),
         scale=scale,
         target=torch.full((len(x),), -1, device=x.device),
         weight=counts,
@@ -118,7 +117,7 @@ def _across(world: World, ask: Callable[[], Request], labels: Tensor, form: str)
     agreed, labels = agree(world, ask), savable(labels)
     (part,), reduction = agreed.parts, agreed.call.reduction
     (x,), scale, rows = part.problem.operands, part.problem.scale, part.rows
-    others = _sizes(groups(everywhere(labels, rows)))[: len(x)] - 1
+    others = _sizes(group_numbers(everywhere(labels, rows)))[: len(x)] - 1
     counts = (others > 0).to(scale.dtype)
     part = part._replace(problem=replace(part.problem, weight=counts))
     if form == "in":
@@ -145,18 +144,10 @@ def _sizes(classes: Tensor) -> Tensor:
 
 def _same_label(u: Tensor, v: Tensor, labels: Tensor, others: Tensor) -> Tensor:
     """`<u_i, sum of the rows v_j of i's label>`, `[M]`, O((M + N) D)."""
-    classes = groups(torch.cat([labels, others]))
+    classes = group_numbers(torch.cat([labels, others]))
     mine, theirs = classes[: len(labels)], classes[len(labels) :]
     sums = v.new_zeros(len(classes), v.shape[1]).index_add(0, theirs, v)
     return (u * sums[mine]).sum(1)
-
-
-def groups(labels: Tensor) -> Tensor:
-    """Labels as numbers from 0 up to at most N - 1, without reading one back."""
-    ordered, order = labels.sort()
-    changes = torch.ones_like(ordered).index_fill_(0, itself(len(labels), labels)[:1], 0)
-    changes[1:] = (ordered[1:] != ordered[:-1]).long()
-    return torch.empty_like(labels).scatter_(0, order, changes.cumsum(0))
 
 
 def _sums_of_others(x: Tensor, classes: Tensor, backend: str, workspace_bytes: int | None) -> Tensor:

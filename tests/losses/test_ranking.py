@@ -785,3 +785,26 @@ def test_a_penalty_leaves_the_target_alone(backend):
     harder = torch.full_like(sim, scale + penalty).scatter(1, target[:, None], scale)
     wanted = F.cross_entropy(harder * sim, target, reduction="none")
     torch.testing.assert_close(autograd.loss_rows_or_sum(problem, backend, per_row=True)[0], wanted)
+
+
+# Gathered beforehand ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("directions", [("query_to_doc",), ("query_to_doc", "query_to_query", "doc_to_query")], ids=str)
+def test_anchors_of_all_processes(directions):
+    """Each process's rows, against what it has gathered: their mean is the loss of all rows in one process."""
+    generator = torch.Generator().manual_seed(3)
+    anchors, positives, hard = (torch.randn(6, 5, generator=generator, dtype=torch.float64) for _ in range(3))
+    parts = []
+    for first in (0, 2, 4):
+        turned = [x.roll(-first, 0) for x in (anchors, positives, hard)]  # a process's own rows first
+        options = {"directions": directions, "anchors": turned[0]}
+        parts.append(fusedloss.multiple_negatives_ranking(turned[0][:2], *turned[1:], **options))
+    whole = fusedloss.multiple_negatives_ranking(anchors, positives, hard, directions=directions)
+    torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-12, atol=0)
+
+
+def test_anchors_that_cannot_be_gathered_ones():
+    x = torch.randn(4, 3)
+    with pytest.raises(ValueError, match="anchors must hold anchor's 4 rows"):
+        fusedloss.multiple_negatives_ranking(x, x, anchors=x[:2])

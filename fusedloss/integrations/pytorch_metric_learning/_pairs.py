@@ -10,13 +10,11 @@ import torch
 from pytorch_metric_learning import distances, reducers
 from torch import Tensor
 
-from ...core.numerics import stats_dtype, unit_rows
+from ...core.numerics import group_numbers, row_numbers, stats_dtype, unit_rows
 from ...core.problem import Block, Compare, Fold, Mask, Problem
 from ...losses._folded import fold_loss, fold_problem
 from ...losses._options import Call
 from ...losses._softmax import as_scale, autocast, distinct, mean_of, over
-from ...losses.sup_con import groups
-from ...masks import itself
 from ...rowwise.pairs import cosine, dot, euclidean_distance, of_pairs, squared_distance
 
 
@@ -64,7 +62,7 @@ class Pairs:
     def _groups(self) -> tuple[Tensor, Tensor, Tensor]:
         """Each row's group and each column's, and how many columns a group has."""
         joined = self.labels if self.itself else torch.cat([self.labels, self.ref_labels])
-        group = groups(joined)
+        group = group_numbers(joined)
         rows, columns = (group, group) if self.itself else group.split([len(self.labels), len(self.ref_labels)])
         return rows, columns, torch.zeros_like(group).index_add_(0, columns, torch.ones_like(columns))
 
@@ -89,10 +87,10 @@ class Pairs:
         rows, columns, sizes = self._groups
         order = columns.argsort(stable=True)  # the members of each group, side by side
         start = (sizes.cumsum(0) - sizes)[rows]
-        row = itself(len(rows), rows).repeat_interleave(self.positives, output_size=self.counts[0])
-        number = itself(len(row), rows) - (self.positives.cumsum(0) - self.positives)[row]
+        row = row_numbers(len(rows), rows).repeat_interleave(self.positives, output_size=self.counts[0])
+        number = row_numbers(len(row), rows) - (self.positives.cumsum(0) - self.positives)[row]
         if self.itself:
-            place = torch.empty_like(order).scatter_(0, order, itself(len(order), rows)) - start
+            place = torch.empty_like(order).scatter_(0, order, row_numbers(len(order), rows)) - start
             number += number >= place[row]
         return row, order[start[row] + number]
 
@@ -117,7 +115,7 @@ class Pairs:
         return self.log_sum_exp(scale, Mask((Compare(self.labels, self.ref_labels, False),)))
 
     def log_sum_exp_of_all(self, scale: float | Tensor) -> Tensor:
-        return self.log_sum_exp(scale, Mask(skip=itself(len(self.x), self.x) if self.itself else None))
+        return self.log_sum_exp(scale, Mask(skip=row_numbers(len(self.x), self.x) if self.itself else None))
 
     def mean_positive(self) -> Tensor:
         """`[N]`, the mean similarity of each row's positives, through the sums of each label; 0 for none."""

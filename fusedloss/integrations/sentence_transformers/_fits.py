@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterator
-from numbers import Real
 from typing import Any
 
 import torch
@@ -18,9 +16,10 @@ from sentence_transformers import util
 from sentence_transformers.base.losses.merged_forward import column_merging_disabled
 from torch import Tensor, nn
 
-from fusedloss.core.checks import FLOATING
+from fusedloss.core import checks
 
 from .._drop_in import runs_fused
+from .._fits import refusal
 
 MATRICES = {util.cos_sim: "cos", util.pytorch_cos_sim: "cos", util.dot_score: "dot"}
 PAIRS = {
@@ -62,26 +61,24 @@ def similarity_is_known(function: Any, known: dict[Any, str]) -> str | None:
 
 
 def embeddings_fit(*embeddings: Tensor, same_rows: bool = True) -> str | None:
-    """Dense matrices [rows, D] of one dtype, device and D, with at least one row."""
-    head = embeddings[0]
+    """Dense matrices [rows, D] of one dtype, device and D, with at least one row; no subclass of Tensor."""
     for x in embeddings:
         if type(x) not in (Tensor, nn.Parameter):
             return f"an embedding is a {type(x).__name__}"
-        if x.layout != torch.strided or x.is_nested:
-            return "an embedding is sparse or nested"
-        if x.dtype not in FLOATING or x.dtype != head.dtype:
-            return f"the embeddings are {head.dtype} and {x.dtype}"
-        if x.dim() != 2 or x.shape[1] != head.shape[1] or x.device != head.device:
-            return "the embeddings are no matrices of one dimension on one device"
-        if not x.numel():
-            return "there are no embeddings"
-        if same_rows and x.shape[0] != head.shape[0]:
-            return "the embeddings have different numbers of rows"
+    reason = refusal(checks.embeddings, **{f"embeddings[{number}]": x for number, x in enumerate(embeddings)})
+    if reason is not None:
+        return reason
+    if not all(x.numel() for x in embeddings):
+        return "there are no embeddings"
+    if len({x.dtype for x in embeddings}) > 1:  # which autocast would cast to one
+        return "the embeddings are of different dtypes"
+    if same_rows and len({len(x) for x in embeddings}) > 1:
+        return "the embeddings have different numbers of rows"
     return None
 
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-NUMBERS = (*FLOATING, *INTEGERS)
+NUMBERS = (*checks.FLOATING, *INTEGERS)
 
 
 def labels_fit(labels: Any, rows: int, dtypes: tuple[torch.dtype, ...] = (*NUMBERS, torch.bool)) -> str | None:
@@ -96,18 +93,11 @@ def labels_fit(labels: Any, rows: int, dtypes: tuple[torch.dtype, ...] = (*NUMBE
 
 
 def number_fits(name: str, value: Any, *, positive: bool = False, tensor: bool = False) -> str | None:
-    """A finite number; `tensor`: or one that may be learnt."""
-    if tensor and isinstance(value, Tensor) and value.numel() == 1 and value.dim() < 2:
-        if not value.dtype.is_floating_point or (
-            value.device.type == "cpu" and not 0 < float(value.detach()) < math.inf
-        ):
-            return f"its {name} is no positive number"
-        return None
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-        return f"its {name} is no finite number"
-    if positive and not float(value) > 0:
-        return f"its {name} is not positive"
-    return None
+    """A finite number; `tensor`: or one that may be learnt, which is positive."""
+    if tensor and isinstance(value, Tensor):
+        return refusal(checks.scalar, name, value, None, positive=True)
+    reason = refusal(checks.number, name, value)
+    return reason or (f"{name} is not positive" if positive and not value > 0 else None)
 
 
 def plain(criterion: Any, kind: type[nn.Module], **options: Any) -> str | None:
@@ -145,14 +135,6 @@ def untouched(module: Any, kind: type[nn.Module]) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-
-
-def not_overridden(loss: nn.Module, owner: type, *methods: str) -> str | None:
-    """Whether methods that the fused code goes around are still the library's."""
-    for name in methods:
-        if name in vars(loss) or getattr(type(loss), name) is not getattr(owner, name):
-            return f"{name} is overridden"
-    return None
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import fusedloss
 
 from .._drop_in import counted, disabled, runs_fused
+from .._fits import overridden
 from . import _fits
 from ._cached import CachedMultipleNegativesRankingLoss
 from ._fits import first, fused
@@ -127,8 +128,8 @@ class MatryoshkaLoss(_MatryoshkaLoss):
             and isinstance(inner, MultipleNegativesRankingLoss)
             and inner.model is self.model
             and not (inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks)
-            and not _fits.not_overridden(inner, MultipleNegativesRankingLoss, "compute_loss_from_embeddings")
-            and not _fits.not_overridden(inner, _MultipleNegativesRankingLoss, "forward")
+            and not overridden(inner, MultipleNegativesRankingLoss, "compute_loss_from_embeddings")
+            and not overridden(inner, _MultipleNegativesRankingLoss, "forward")
         )
 
 

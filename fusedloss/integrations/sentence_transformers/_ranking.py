@@ -29,11 +29,10 @@ from typing_extensions import deprecated
 
 import fusedloss
 from fusedloss.core.numerics import stats_dtype
-from fusedloss.losses._options import Call
-from fusedloss.losses._softmax import mean_of
-from fusedloss.losses.multiple_negatives_ranking import DIRECTIONS, HARDNESS_MODES, multiple_negatives_ranking_problems
+from fusedloss.losses.multiple_negatives_ranking import DIRECTIONS, HARDNESS_MODES
 
 from .._drop_in import counted
+from .._fits import overridden
 from . import _fits
 from ._fits import MATRICES, first, fused
 
@@ -90,13 +89,13 @@ def ranking_options(loss: Any) -> dict[str, Any]:
 
 
 def ranking(loss: Any, library: ModuleType, embeddings: Sequence[Tensor]) -> Tensor:
-    rows = len(embeddings[0])
-    queries, *documents = gathered(loss, library, *embeddings)
-    own, call = queries[:rows] if len(queries) > rows else queries, Call()
-    problems = multiple_negatives_ranking_problems(
-        own, *documents, **ranking_options(loss), mask=None, call=call, anchors=queries
+    anchor = embeddings[0]
+    anchors, *documents = gathered(loss, library, *embeddings)
+    several = len(anchors) > len(anchor)
+    own = anchors[: len(anchor)] if several else anchors
+    return fusedloss.multiple_negatives_ranking(
+        own, *documents, **ranking_options(loss), anchors=anchors if several else None
     )
-    return mean_of(problems, call)
 
 
 class MultipleNegativesRankingLoss(_MultipleNegativesRankingLoss):
@@ -137,7 +136,7 @@ def gist_is_plain(loss: Any, owner: type) -> str | None:
     if loss.margin_strategy not in ("absolute", "relative"):
         return "its margin_strategy is unknown"
     return first(
-        _fits.not_overridden(loss, owner, "sim_matrix"),
+        overridden(loss, owner, "sim_matrix"),
         _fits.plain(loss.cross_entropy_loss, nn.CrossEntropyLoss),
         _fits.number_fits("temperature", loss.temperature, positive=True),
         _fits.number_fits("margin", loss.margin),

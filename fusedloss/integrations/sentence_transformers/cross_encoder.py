@@ -43,6 +43,7 @@ import fusedloss
 from fusedloss.core.checks import FLOATING, reads_values
 
 from .._drop_in import Patch, counted, runs_fused
+from .._fits import overridden
 from . import _fits, drop_ins
 from ._fits import first, untouched
 
@@ -379,7 +380,7 @@ class ADRMSELoss(_OfLists, _ADRMSELoss):
 
     def _why_not(self) -> str | None:
         return first(
-            _fits.not_overridden(self, _ADRMSELoss, "approximate_ranks"),
+            overridden(self, _ADRMSELoss, "approximate_ranks"),
             _fits.number_fits("alpha", self.alpha, positive=True),
         )
 
