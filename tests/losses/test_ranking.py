@@ -787,7 +787,7 @@ def test_a_penalty_leaves_the_target_alone(backend):
     torch.testing.assert_close(autograd.loss_rows_or_sum(problem, backend, per_row=True)[0], wanted)
 
 
-# Gathered beforehand ---------------------------------------------------------------------------------------------------
+# Gathered beforehand --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("directions", [("query_to_doc",), ("query_to_doc", "query_to_query", "doc_to_query")], ids=str)
