@@ -120,7 +120,7 @@ REPINNED := torch|torchvision|triton$(if $(OLD),|numpy)
 # What the demo needs is a small part of what the tests do.
 $(INSTALLED): WITH := bench
 $(READY): WITH := $(EXTRAS)
-$(INSTALLED) $(READY): pyproject.toml setup.py constraints.txt $(BESIDE) $(wildcard csrc/*)
+$(INSTALLED) $(READY): pyproject.toml setup.py constraints.txt $(BESIDE) $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv $(VENV)
 	grep -Ev '$(if $(TORCH),^($(REPINNED))==,^$$)' constraints.txt > $(PINS)
 	$(if $(TORCH),printf '%s\n' 'torch==$(TORCH)' $(if $(OLD),'numpy<2.4') >> $(PINS))

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from sources import digest
 
-SOURCES = ("csrc/*", "setup.py", "tools/cuda_resources.py")
+SOURCES = ("csrc/**/*", "setup.py", "tools/cuda_resources.py")
 Entry = dict[str, int]  # a kernel's
 Found = dict[str, dict[str, Entry]]  # architecture, kernel
 

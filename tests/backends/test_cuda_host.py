@@ -52,7 +52,7 @@ def test_the_host_part(build):
 def test_only_the_kernels_bodies_are_left_out(build):
     """What is compiled is csrc/ less those, line by line."""
     names = set()
-    for file in sorted(build.CSRC.iterdir()):
+    for file in sorted(build.CSRC.rglob("*.*")):
         text, found = file.read_text(), build.without_kernels(file.read_text())
         if "__global__" not in text and "<<<" not in text:
             assert found == text
@@ -74,3 +74,13 @@ def test_a_kernel_without_launch_bounds_is_refused(build):
     assert build.without_kernels("__global__ void __launch_bounds__(3 * 128, 1) k() { if (x) { } } int y;") == (
         "__global__ void __launch_bounds__(3 * 128, 1) k() { ::stub::entered(__PRETTY_FUNCTION__, 3 * 128); } int y;"
     )
+
+
+def test_epilogues_include_one_way(build):
+    """Each header takes what stands before it here, and what every kernel knows."""
+    order = ("math", "tile", "sums", "masks", "store", "logits", "relations", "softmax", "select", "folds", "sides")
+    assert {file.name for file in (build.CSRC / "epilogues").iterdir()} == {f"{name}.cuh" for name in order}
+    for place, name in enumerate(order):
+        text = (build.CSRC / "epilogues" / f"{name}.cuh").read_text()
+        before = {"../ptx.cuh", "../similarity.h", *(f"{one}.cuh" for one in order[:place])}
+        assert set(re.findall(r'#include "(.+)"', text)) <= before, name

@@ -68,7 +68,7 @@ def _settings(sanitize: bool = False, fused: bool = False) -> tuple[Path, list[s
     includes = [f"-I{path}" for path in (HOST, CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
     extra = [*(SANITIZE if sanitize else ["-DFUSEDLOSS_SM90A=1"]), *(FUSED if fused else [])]
     flags = [*FLAGS, *WARNINGS, *DEFINES, *includes, *extra]
-    headers = [file for where in (CSRC, HOST) for file in sorted(where.iterdir()) if file.suffix in (".h", ".cuh")]
+    headers = [file for where in (CSRC, HOST) for file in sorted(where.rglob("*.*h"))]
     return folder, flags, _digest([sys.version, _run("g++", "--version"), *flags], headers)
 
 

@@ -76,7 +76,7 @@ def test_sdist_and_the_wheel_made_from_it(source, no_nvcc, tmp_path):
         base = f"fusedloss-{fusedloss.__version__}/"
         names = {name.removeprefix(base) for name in sdist.getnames()}
     assert {"LICENSE", "CHANGELOG.md", "setup.py", "pyproject.toml", "fusedloss/py.typed"} <= names
-    assert {f"csrc/{file.name}" for file in (source / "csrc").iterdir()} <= names
+    assert {str(file.relative_to(source)) for file in source.glob("csrc/**/*.*")} <= names
     assert {str(file.relative_to(source)) for file in source.glob("kernels/**/*.*")} <= names
     # What its Makefile's targets need.
     for folder in ("tests", "examples", "benchmarks"):

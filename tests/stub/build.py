@@ -46,7 +46,7 @@ def build() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         bindings = tools.bindings()
         known = [sys.version, torch.__version__, tools._run("g++", "--version"), *FLAGS, *DEFINES]
-        files = [file for where in (CSRC, STUB) for file in sorted(where.iterdir()) if file.is_file()]
+        files = [*sorted(CSRC.rglob("*.*")), *sorted(STUB.glob("*.*"))]
         digest = tools._digest(known, [*files, bindings])
         where = Path(torch.__file__).parent
         own, torchs = f"-L{folder} -Wl,-rpath,{folder}".split(), f"-L{where}/lib -Wl,-rpath,{where}/lib".split()
@@ -66,8 +66,10 @@ def build() -> Path:
 
 def _sources(folder: Path) -> list[Path]:
     """csrc/ in `folder`; bindings.cpp is there already."""
-    for file in CSRC.iterdir():
-        (folder / "csrc" / file.name).write_text(without_kernels(file.read_text()))
+    for file in CSRC.rglob("*.*"):
+        copy = folder / "csrc" / file.relative_to(CSRC)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(without_kernels(file.read_text()))
     found = [file for file in sorted((folder / "csrc").iterdir()) if file.suffix in (".cu", ".cpp")]
     return [file for file in found if file.name != "bindings.cpp" and (CSRC / file.name).exists()]
 
