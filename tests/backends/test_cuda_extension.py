@@ -1,15 +1,47 @@
 """fusedloss._C: built from csrc/ by nvcc. It imports anywhere and needs a GPU to run."""
 
+import ast
 import os
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import cuda_build
 import pytest
 import torch
 
+ROOT = Path(__file__).absolute().parents[2]
+STUB = (ROOT / "fusedloss" / "_C.pyi").read_text()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def test_the_stub_is_what_the_lists_of_fields_say():
+    tool = runpy.run_path(str(ROOT / "tools" / "extension_stub.py"))
+    head, marker, _ = STUB.partition(tool["MARKER"])
+    assert marker and STUB == tool["written"](head), "run python tools/extension_stub.py"
+
+
+@pytest.mark.host
+def test_the_module_has_what_the_stub_says(host_extension):
+    """By name, and every field of every struct."""
+    nodes = [node for node in ast.parse(STUB).body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    names = {name for name in vars(host_extension) if not name.startswith("_")}
+    assert names == {node.name for node in nodes} - {"BuildInfo"}  # a dict
+    values = {"int": 1, "float": 0.5, "bool": True, "Pointer": 256, "list[Pointer]": [256, None]}
+    values["DType"] = host_extension.DType.float16
+    made = 0
+    for node in nodes:
+        if isinstance(node.body[0], ast.FunctionDef):
+            fields = {field.arg: ast.unparse(field.annotation) for field in node.body[0].args.kwonlyargs}
+            given = {
+                name: values[kind] if kind in values else getattr(host_extension, kind)()
+                for name, kind in fields.items()
+            }
+            getattr(host_extension, node.name)(**given)
+            made += 1
+    assert made > 15
 
 
 @pytest.fixture(scope="module")
