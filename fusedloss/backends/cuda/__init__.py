@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,13 +43,6 @@ NOT_BUILT = (
 ALIGNMENT = 16  # bytes: what one cp.async moves, and where TMA wants rows to start
 MAX_COMPARES, MAX_EXEMPT = 4, 8  # csrc/similarity.h
 LARGEST = 2**31 - 256  # a tile beyond the last row, column or feature is counted in 32 bits
-FOLDS = ("sigmoid", "margin_ranking", "pair_hinge")  # one pass; those of two log-sum-exps take two
-SIDES: dict[str, Callable[[LogSum, LogSum, tuple[Tensor, ...], tuple[float, ...]], Sides]] = {
-    "multi_similarity": multi_similarity_row,
-    "proxy_anchor": proxy_anchor_row,
-    "circle": circle_row,
-    "sup_con_in": sup_con_in_row,
-}
 FOLD_COPIES = 12  # see chunked
 
 
@@ -182,7 +175,7 @@ def can_store(problem: Problem) -> bool:
 def can_fold(problem: Problem) -> bool:
     """Sums over a row's similarities. fp16 has not the range for their smallest derivatives."""
     fold = problem.fold
-    known = fold is not None and (fold.name in FOLDS or fold.name in SIDES) and not fold.distance
+    known = fold is not None and fold.name in FOLDS and not fold.distance
     return known and problem.dtype != torch.float16
 
 
@@ -225,7 +218,7 @@ class _Launch:
     """One strip's launch: how it is planned, its tables, and the call."""
 
     def __init__(self, strip: Strip, *, narrow: bool = False):
-        """narrow: the epilogue is, whatever the strip (`NARROW` in csrc/epilogues.cuh)."""
+        """narrow: the epilogue is, whatever the strip (`NARROW` in csrc/epilogues/)."""
         self.strip = strip
         narrow = narrow or strip.x.dtype == torch.float32 or bool(strip.softcap) or strip.own is not None
         if strip.mask is not None and not narrow:
@@ -455,78 +448,63 @@ def guide_scores(strip: Strip, room: Tensor) -> Tensor:
 # Folds ----------------------------------------------------------------------------------------------------------------
 
 
+class _Sums(NamedTuple):
+    """A fold of one pass: sums over a row."""
+
+    # Of FoldArgs, beside what all folds have: by the fold's options and scalars.
+    fields: Callable[[Fold, Strip, Part, Tensor], dict[str, Any]]
+    tables: tuple[str, ...]  # of FoldArgs, beside "loss"
+    # `Folded` less the loss: from the tables and the rows' weights.
+    finish: Callable[[dict[str, Tensor], Tensor, Strip, Tensor | None, Part], tuple[Tensor | None, tuple[Tensor, ...]]]
+
+
+class _Sides(NamedTuple):
+    """A fold of two passes: log-sum-exps of a row's positives and of its negatives, then the gradient."""
+
+    row: Callable[[LogSum, LogSum, tuple[Tensor, ...], tuple[float, ...]], Sides]  # the loss, from both
+    fields: Callable[..., dict[str, float]]  # of SidesArgs, by the fold's options
+    kernel: str = "sides"
+    counts: bool = False  # rows of which the loss is not 0
+    mean: bool = False  # of the positives, inside the logarithm: rows need one, and the scale has a gradient
+
+
 def fold_rows(problem: Problem, strip: Strip, out: Tensor | None, part: Part, score: Tensor) -> Folded:
-    """A fold's loss, and its gradient by the similarities times both factors in `out`: one pass, nothing in between."""
+    """A fold's loss, and its gradient by the similarities times both factors in `out`: nothing in between is stored."""
     fold = problem.fold
-    assert fold is not None and part.target is not None
-    if fold.name in SIDES:
-        return _two_sides(problem, strip, out, part)
-    run = _Launch(strip, narrow=True)
-    weight, margin, sign, pulls = part.weight, 0.0, 1.0, False
-    loss, count = run.row_table(), run.row_table()
-    given = {"loss": loss}
-    if fold.name == "sigmoid":
-        scale_grad = run.row_table()
-        bias = fold.scalars[0]
-        given |= {"sigmoid_bias": bias, "scale_grad": scale_grad, "bias_grad": count}
-    else:
-        given |= {"count": count}
-    target_value = score.to(loss.dtype)
-    if fold.name == "margin_ranking":
-        margin, mean = fold.options
-        if mean:
-            own = torch.zeros_like(part.target) if part.own is None else (part.own >= 0) & (part.own != part.target)
-            weight = weight / (strip.y.shape[0] - 1 - own.to(weight.dtype)).clamp_min(1)
-        given |= {"target_value": target_value}
-    elif fold.name == "pair_hinge":
-        margin, sign, pulls = fold.options[0], fold.options[1], bool(fold.options[2])
-    row_labels, key_labels, own_column = part.row_labels, part.key_labels, part.own
-    args = struct(
-        "FoldArgs",
-        weight=weight,
-        row_labels=row_labels,
-        key_labels=key_labels,
-        own=own_column,
-        margin=margin,
-        sign=sign,
-        pulls=pulls,
-        **given,
-    )
-    run(fold.name, args, out)
-    left_out = part.weight == 0
-    total, counted = (table.sum(0) for table in (loss, count))
-    losses = (weight * total).masked_fill(left_out, 0)
-    if fold.name == "sigmoid":
-        return Folded(losses, None, (scale_grad.sum(), counted.sum()))
-    if fold.name == "pair_hinge":
-        return Folded(losses, counted.masked_fill(left_out, 0))
-    if out is not None:
-        # The target's entry is what its row's hinges add up to, which is known now.
-        entry = (-weight * counted).masked_fill(left_out, 0)
-        patch_target(Patch(out, part.target, strip.row_factor, strip.col_factor), entry)
-    return Folded(losses, None)
-
-
-def _two_sides(problem: Problem, strip: Strip, out: Tensor | None, part: Part) -> Folded:
-    """Losses of two log-sum-exps: statistics of both sides, the row's loss in torch, then the gradient."""
-    fold, weight = problem.fold, part.weight
     assert fold is not None
-    run, kind = _Launch(strip, narrow=True), "circle" if fold.name == "circle" else "sides"
-    sides = {"row_labels": part.row_labels, "key_labels": part.key_labels, "own": part.own} | _linear(fold)
+    how = FOLDS[fold.name]
+    relations = {"row_labels": part.row_labels, "key_labels": part.key_labels, "own": part.own}
+    if isinstance(how, _Sides):
+        return _two_sides(problem, strip, out, part.weight, relations | how.fields(*fold.options), how)
+    run = _Launch(strip, narrow=True)
+    fields = {"weight": part.weight} | relations | how.fields(fold, strip, part, score)
+    tables = {name: run.row_table() for name in ("loss", *how.tables)}
+    run(fold.name, struct("FoldArgs", **fields, **tables), out)
+    weight = fields["weight"]
+    loss = (weight * tables["loss"].sum(0)).masked_fill(part.weight == 0, 0)
+    return Folded(loss, *how.finish(tables, weight, strip, out, part))
+
+
+def _two_sides(
+    problem: Problem, strip: Strip, out: Tensor | None, weight: Tensor, fields: dict[str, Any], how: _Sides
+) -> Folded:
+    """Statistics of both sides, the row's loss in torch, then the gradient."""
+    assert problem.fold is not None
+    run = _Launch(strip, narrow=True)
     pull, push = (RowSums(run.row_table(), run.row_table()) for _ in range(2))
     count = run.row_table()
     tables = {"pull_max": pull.shift, "pull_sum": pull.total, "push_max": push.shift, "push_sum": push.total}
-    run(f"{kind}_stats", struct("SidesArgs", **sides, **tables, count=count))
+    run(f"{how.kernel}_stats", struct("SidesArgs", **fields, **tables, count=count))
     pull, push = (merge(RowSums.empty(len(weight), weight), tables) for tables in (pull, push))
     logs = [LogSum(torch.where(side.total == 0, 0, side.shift), side.total.log()) for side in (pull, push)]
-    found = SIDES[fold.name](logs[0], logs[1], fold_scalars(problem), fold.options)
+    found = how.row(logs[0], logs[1], fold_scalars(problem), problem.fold.options)
     loss, number = found.loss, count.sum(0)
-    if fold.name == "sup_con_in":
+    if how.mean:
         weight = weight.masked_fill(number == 0, 0)
         loss = loss + number.log()
     left_out = weight == 0
     loss = (weight * loss).masked_fill(left_out, 0)
-    folded = Folded(loss, (loss > 0).to(loss.dtype) if fold.name == "circle" else None)
+    folded = Folded(loss, (loss > 0).to(loss.dtype) if how.counts else None)
     if out is None:
         return folded
     weights = [
@@ -535,23 +513,63 @@ def _two_sides(problem: Problem, strip: Strip, out: Tensor | None, part: Part) -
     ]
     q = run.row_table()
     given = {"pull_shift": logs[0].shift, "push_shift": logs[1].shift, "pull_weight": weights[0]}
-    run(f"{kind}_grad", struct("SidesArgs", **sides, **given, push_weight=weights[1], q=q), out)
-    return folded._replace(scalars=(q.sum(),)) if fold.name == "sup_con_in" else folded
+    run(f"{how.kernel}_grad", struct("SidesArgs", **fields, **given, push_weight=weights[1], q=q), out)
+    return folded._replace(scalars=(q.sum(),)) if how.mean else folded
 
 
-def _linear(fold: Fold) -> dict[str, float]:
-    """Of the logits of positives and negatives: see csrc/similarity.h."""
-    match fold.name:
-        case "multi_similarity":
-            alpha, beta, base = fold.options
-            return {"pull": -alpha, "push": beta, "pull_base": base, "push_base": base}
-        case "proxy_anchor":
-            margin, alpha = fold.options
-            return {"pull": -alpha, "push": alpha, "pull_base": margin, "push_base": -margin}
-        case "circle":
-            return {"margin": fold.options[0], "gamma": fold.options[1]}
-        case _:
-            return {"pull": 1.0, "push": 1.0}
+def _margin_ranking(fold: Fold, strip: Strip, part: Part, score: Tensor) -> dict[str, Any]:
+    (margin, mean), weight = fold.options, part.weight
+    if mean:
+        assert part.target is not None
+        own = torch.zeros_like(part.target) if part.own is None else (part.own >= 0) & (part.own != part.target)
+        weight = weight / (strip.y.shape[0] - 1 - own.to(weight.dtype)).clamp_min(1)
+    return {"weight": weight, "margin": margin, "target_value": score.to(strip.scale.dtype)}
+
+
+def _pair_hinge(fold: Fold, *_: Any) -> dict[str, Any]:
+    margin, sign, pulls = fold.options
+    return {"margin": margin, "sign": sign, "pulls": bool(pulls)}
+
+
+def _by_scalars(tables: dict[str, Tensor], *_: Any) -> tuple[None, tuple[Tensor, ...]]:
+    return None, (tables["scale_grad"].sum(), tables["bias_grad"].sum(0).sum())
+
+
+def _patched(
+    tables: dict[str, Tensor], weight: Tensor, strip: Strip, out: Tensor | None, part: Part
+) -> tuple[None, tuple[Tensor, ...]]:
+    """The target's entry is what its row's hinges add up to, which is known now."""
+    if out is not None:
+        assert part.target is not None
+        entry = (-weight * tables["count"].sum(0)).masked_fill(part.weight == 0, 0)
+        patch_target(Patch(out, part.target, strip.row_factor, strip.col_factor), entry)
+    return None, ()
+
+
+def _counted(
+    tables: dict[str, Tensor], weight: Tensor, strip: Strip, out: Tensor | None, part: Part
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return tables["count"].sum(0).masked_fill(part.weight == 0, 0), ()
+
+
+# By the names of folds.FOLDS; csrc/similarity_fields.h says what the fields are.
+FOLDS: dict[str, _Sums | _Sides] = {
+    "sigmoid": _Sums(lambda fold, *_: {"sigmoid_bias": fold.scalars[0]}, ("scale_grad", "bias_grad"), _by_scalars),
+    "margin_ranking": _Sums(_margin_ranking, ("count",), _patched),
+    "pair_hinge": _Sums(_pair_hinge, ("count",), _counted),
+    "multi_similarity": _Sides(
+        multi_similarity_row,
+        lambda alpha, beta, base: {"pull": -alpha, "push": beta, "pull_base": base, "push_base": base},
+    ),
+    "proxy_anchor": _Sides(
+        proxy_anchor_row,
+        lambda margin, alpha: {"pull": -alpha, "push": alpha, "pull_base": margin, "push_base": -margin},
+    ),
+    "circle": _Sides(
+        circle_row, lambda margin, gamma: {"margin": margin, "gamma": gamma}, kernel="circle", counts=True
+    ),
+    "sup_con_in": _Sides(sup_con_in_row, lambda *_: {"pull": 1.0, "push": 1.0}, mean=True),
+}
 
 
 def _stacked(tables: list[Tensor]) -> Tensor:
