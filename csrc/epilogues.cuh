@@ -1,5 +1,5 @@
 // Epilogues: what a tile of similarities folds into while it is in registers, and what of it is stored. One struct
-// each, under the names of kernels/; the formulas are fusedloss/epilogues.py's and folds.py's. epilogues/ has them:
+// each, under the names of kernels/; the formulas are fusedloss/core/softmax.py's and folds.py's. epilogues/ has them:
 //
 //   tile, math      where a thread's elements are; functions of one number
 //   sums            over the threads and warps that share a row or a column

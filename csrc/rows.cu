@@ -135,7 +135,7 @@ FUSEDLOSS_INLINE float plus_squares(float sum, const Vector<T, kVec>& x) {
 // Comparisons, because maxima drop NaN.
 template <class T>
 FUSEDLOSS_INLINE float inverse_norm(float squared) {
-  if (std::is_same_v<T, fp16> && squared == 0.0f) squared = 1.0f;  // see fusedloss/problem.py
+  if (std::is_same_v<T, fp16> && squared == 0.0f) squared = 1.0f;  // see fusedloss/core/numerics.py
   const float norm = sqrtf(squared);
   return 1.0f / (norm < float(kNormEps) ? float(kNormEps) : norm);
 }
@@ -148,7 +148,7 @@ struct Margin {
   double angle, sine, cosine, less;
 };
 
-// The target's cosine less its margin, and the derivative by it: `marginal` in fusedloss/epilogues.py.
+// The target's cosine less its margin, and the derivative by it: `marginal` in fusedloss/core/softmax.py.
 FUSEDLOSS_INLINE double marginal(double cosine, const Margin& margin, double& slope) {
   const double square = (1 - cosine) * (1 + cosine);
   const double sine = square > 0 ? sqrt(square) : 0.0;
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kThreads) settle_kernel(SettleParams p) {
   if (total == 0.0f && !left_out) row_shift = float(score);
   const double above = score - double(row_shift);
 
-  // Bounded: see fusedloss/rows.py.
+  // Bounded: see fusedloss/core/rows.py.
   const double most = p.label_smoothing != 0 || p.z_loss != 0 ? 80.0 : 88.0;
   float l = total;
   if (!p.decoupled) l += p.copies * float(exp(above > most ? most : above));
@@ -322,7 +322,7 @@ __global__ void __launch_bounds__(kThreads) settle_kernel(SettleParams p) {
     loss = (loss > floor ? loss : floor) + log1p(exp(-apart));
   }
   float spread = p.label_smoothing;
-  if (p.z_loss != 0) {  // see fusedloss/rows.py
+  if (p.z_loss != 0) {  // see fusedloss/core/rows.py
     const float lse = float(score + loss);
     spread += 2 * p.z_loss * lse;
     l /= 1 + 2 * p.z_loss * lse;

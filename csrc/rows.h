@@ -1,7 +1,6 @@
-// What happens once per row, beside the similarity GEMM: fusedloss/rows.py is the definition, kernels/rows.py the same
-// in Triton. Free of torch: plain data, pointers to device memory and a stream. A null pointer is what Python calls
-// None. Vectors are contiguous; strides are in elements. rows_fields.h has the formula of each launch, and what it is
-// told.
+// What happens once per row, beside the similarity GEMM: fusedloss/core/rows.py is the definition, kernels/rows.py the
+// same in Triton; rows_fields.h has each launch's formula and parameters. Free of torch: plain data, pointers to device
+// memory and a stream. A null pointer is what Python calls None. Vectors are contiguous; strides are in elements.
 //
 // All sizes may be 0, all alignments are served. Asynchronous on `stream`, which must belong to the current device.
 #pragma once

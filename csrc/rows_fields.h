@@ -26,7 +26,7 @@ FIELD(int64_t, stride_xd, 1)
 FIELD(int64_t, stride_yn)
 FIELD(int64_t, stride_yd, 1)
 FIELD(double, softcap)         // 0: none. Numbers that scores depend on: not rounded to fp32
-FIELD(double, margin_angle)    // `Margin` of fusedloss/problem.py; both 0: none
+FIELD(double, margin_angle)    // `Margin` of fusedloss/core/problem.py; both 0: none
 FIELD(double, margin_cosine)
 END
 LAUNCH(prepare, PrepareParams)
@@ -44,7 +44,7 @@ LAUNCH(merge, MergeParams)
 
 // From partial sums of the negatives to the loss, weight / l and the target's entry in the gradient:
 // l = total + copies exp(score - shift), loss = weight log(l exp(shift - score)), entry = -over_l total, and more of
-// each where there is smoothing or a z-loss: see fusedloss/rows.py. Rows of weight 0 have zeros.
+// each where there is smoothing or a z-loss: see fusedloss/core/rows.py. Rows of weight 0 have zeros.
 STRUCT(SettleParams)
 FIELD(const float*, max)     // [n_tiles, R], or null: all sums are relative to exp(shift)
 FIELD(const float*, sum)     // [n_tiles, R]

@@ -1,4 +1,4 @@
-// Launches of the similarity GEMM. What they are told, a strip and an epilogue's arguments, is similarity_fields.h: plain
+// Launches of the similarity GEMM. similarity_fields.h has their parameters, a strip and an epilogue's arguments. Plain
 // data; a null pointer is what Python calls None. Every pointer is to device memory.
 #pragma once
 

@@ -1,5 +1,5 @@
 // What the launches of similarity.h are told, read as fields_end.h says: `Strip` and its mask mirror
-// fusedloss/problem.py, the arguments of the epilogues those of kernels/.
+// fusedloss/core/strips.py, the arguments of the epilogues those of kernels/.
 #ifndef SIZE
 #define SIZE(type, name) FIELD(type, name)
 #endif
