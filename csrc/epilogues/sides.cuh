@@ -24,6 +24,19 @@ FUSEDLOSS_INLINE float side(const SidesArgs& args, bool positive, float v, float
   }
 }
 
+template <class S>
+struct SidesVisitor : Visitor<S> {
+  const SidesArgs& args;
+  const Place<S>& place;
+  Relations<S> relations;
+  float scale;
+
+  FUSEDLOSS_INLINE SidesVisitor(const SidesArgs& args, const Strip& strip, const Place<S>& place)
+      : args(args), place(place), relations(args.row_labels, args.key_labels, args.own, place) {
+    scale = ptx::load(strip.scale);
+  }
+};
+
 // Maxima of f and sums of exp(f - maximum), of each side.
 template <SideKind KIND>
 struct SidesStats {
@@ -31,24 +44,19 @@ struct SidesStats {
   static constexpr bool NARROW = true;
 
   template <class S>
-  struct Visit : Visitor<S> {
-    const Args& args;
-    const Place<S>& place;
-    Relations<S> relations;
-    float scale;
+  struct Visit : SidesVisitor<S> {
     float count[S::ROWS];  // of positives
 
     FUSEDLOSS_INLINE Visit(const Args& args, const Strip& strip, const Place<S>& place)
-        : args(args), place(place), relations(args.row_labels, args.key_labels, args.own, place) {
-      scale = ptx::load(strip.scale);
+        : SidesVisitor<S>(args, strip, place) {
       zero<S>(count);
     }
     template <bool INNER>
     FUSEDLOSS_INLINE float value(int i, int j, const Element& element) {
-      const bool positive = relations.positive(i, j, element.target);
-      const bool counts = relations.template counts<INNER>(i, j, place);
+      const bool positive = this->relations.positive(i, j, element.target);
+      const bool counts = this->relations.template counts<INNER>(i, j, this->place);
       float slope;
-      const float f = side<KIND>(args, positive, element.sim, scale, slope);
+      const float f = side<KIND>(this->args, positive, element.sim, this->scale, slope);
       count[i] += counts && positive ? 1.0f : 0.0f;
       return counts ? f : -kInf;
     }
@@ -107,16 +115,11 @@ struct SidesGrad {
   static constexpr bool NARROW = true;
 
   template <class S>
-  struct Visit : Visitor<S> {
-    const Args& args;
-    const Place<S>& place;
-    Relations<S> relations;
-    float scale;
+  struct Visit : SidesVisitor<S> {
     float shift[2][S::ROWS], weight[2][S::ROWS], q[S::ROWS];
 
     FUSEDLOSS_INLINE Visit(const Args& args, const Strip& strip, const Place<S>& place)
-        : args(args), place(place), relations(args.row_labels, args.key_labels, args.own, place) {
-      scale = ptx::load(strip.scale);
+        : SidesVisitor<S>(args, strip, place) {
       zero<S>(q);
 #pragma unroll
       for (int i = 0; i < S::ROWS; ++i) {
@@ -130,12 +133,12 @@ struct SidesGrad {
     }
     template <bool INNER>
     FUSEDLOSS_INLINE float value(int i, int j, const Element& element) {
-      const bool positive = relations.positive(i, j, element.target);
+      const bool positive = this->relations.positive(i, j, element.target);
       float slope;
-      const float f = side<KIND>(args, positive, element.sim, scale, slope);
+      const float f = side<KIND>(this->args, positive, element.sim, this->scale, slope);
       const float e = exponential(f - (positive ? shift[1][i] : shift[0][i]));
       const float own = positive ? weight[1][i] : weight[0][i];
-      const bool counts = relations.template counts<INNER>(i, j, place) && own != 0;
+      const bool counts = this->relations.template counts<INNER>(i, j, this->place) && own != 0;
       const float d = counts ? own * e : 0.0f;
       q[i] += counts ? d * element.sim : 0.0f;
       return counts ? d * slope : 0.0f;
