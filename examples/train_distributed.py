@@ -239,10 +239,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--log-file", type=Path, metavar="FILE", help="a line of JSON for each step")
     options = parser.parse_args()
     if options.checkpoint and not options.checkpoint.absolute().parent.is_dir():
-        parser.error(f"--checkpoint is {options.checkpoint}: make its folder first")
+        parser.error(f"--checkpoint must be in a folder that exists, got {options.checkpoint}")
     for name in ("steps", "batch", "save_every"):
         if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}: needs a positive number")
+            parser.error(f"--{name.replace('_', '-')} must be a positive number, got {getattr(options, name)}")
     return options
 
 

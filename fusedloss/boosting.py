@@ -61,9 +61,9 @@ def lambda_gradients(
     flat = torch.as_tensor(scores).detach()
     graded = torch.as_tensor(labels, device=flat.device).detach()
     if flat.dim() != 1 or not flat.is_floating_point():
-        raise ValueError(f"scores is {flat.dtype} {list(flat.shape)}: needs floating numbers [total]")
+        raise ValueError(f"scores must be floating numbers [total], got {flat.dtype} {list(flat.shape)}")
     if graded.shape != flat.shape:
-        raise ValueError(f"labels has shape {list(graded.shape)} and scores {list(flat.shape)}: they must agree")
+        raise ValueError(f"labels must have shape {list(flat.shape)}, like scores, got {list(graded.shape)}")
     sizes = _sizes(group, len(flat))
     gradient, hessian = torch.zeros_like(flat), torch.zeros_like(flat)
     ends = sizes.cumsum(0)
@@ -158,7 +158,9 @@ def _weighted(
     scores: numpy.ndarray, labels: numpy.ndarray, weight: Any, group: Any, options: dict[str, Any]
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
     if group is None or not len(group):
-        raise ValueError("the dataset has no groups: a ranking objective needs the number of documents of each query")
+        raise ValueError(
+            "the dataset must have groups, the number of documents of each query, got none; call its set_group"
+        )
     gradient, hessian = lambda_gradients(numpy.asarray(scores), numpy.asarray(labels), group=group, **options)
     if weight is None or not len(weight):
         return gradient, hessian
@@ -171,7 +173,7 @@ def _weighted(
 def _sizes(group: Any, total: int) -> Tensor:
     sizes = torch.tensor([total]) if group is None else torch.as_tensor(numpy.asarray(group)).to("cpu", torch.int64)
     if sizes.dim() != 1 or bool((sizes < 0).any()) or int(sizes.sum()) != total:
-        raise ValueError(f"group is {sizes.tolist()}: needs the queries' numbers of documents, {total} in all")
+        raise ValueError(f"group must be each query's number of documents, {total} in all, got {sizes.tolist()}")
     return sizes
 
 

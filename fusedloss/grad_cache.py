@@ -92,20 +92,22 @@ class GradCache:
     ):
         if (rows is None) == (tokens is None):
             got = "neither" if rows is None else "both"
-            raise ValueError(f"rows and tokens: got {got}; needs one of them, the size of a chunk")
+            raise ValueError(f"one of rows and tokens, the size of a chunk, must be given, got {got}")
         checks.count("rows", rows)
         checks.count("tokens", tokens)
         if lengths is not None and tokens is None:
-            raise ValueError("lengths is given without tokens: chunks of rows do not look at lengths")
+            raise ValueError(
+                "lengths must be None without tokens, got a function; chunks of rows do not depend on lengths"
+            )
         self.encoders = list(encoders) if isinstance(encoders, list | tuple | nn.ModuleList) else None
         self.encoder = encoders if self.encoders is None else None  # of all inputs
         named = {"loss": loss, **{f"encoders[{i}]": one for i, one in enumerate(self.encoders or [])}}
         for name, one in (named if self.encoders is not None else {**named, "encoders": encoders}).items():
             if not callable(one):
-                raise TypeError(f"{name} is a {type(one).__name__}: needs a module or a function")
+                raise TypeError(f"{name} must be a module or a function, got {checks.a(one)}")
         for name, one in (("lengths", lengths), ("embedding", embedding)):
             if one is not None and not callable(one):
-                raise TypeError(f"{name} is a {type(one).__name__}: needs a function, or None")
+                raise TypeError(f"{name} must be a function or None, got {checks.a(one)}")
         self.loss, self.rows, self.tokens, self.lengths = loss, rows, tokens, lengths
         self.embedding, self.unpack, self.replay_rng, self.scaler = embedding, unpack, replay_rng, scaler
 
@@ -152,8 +154,8 @@ class GradCache:
             for x, whole in zip(found, column.tensors, strict=False):
                 if returned != column.returned or x.shape[1:] != whole.shape[1:] or x.dtype != whole.dtype:
                     raise ValueError(
-                        f"{column.encodes} returned {_shape(x)} for rows {part.start} to {part.stop - 1} and "
-                        f"{_shape(whole[: part.start])} for those before: needs the same for every chunk"
+                        f"{column.encodes} must return one dtype and shape of rows for every chunk, got {_shape(x)} "
+                        f"for rows {part.start} to {part.stop - 1} and {_shape(whole[: part.start])} for those before"
                     )
                 whole[part] = x
 
@@ -165,9 +167,9 @@ class GradCache:
         result = self.loss(*(column.embeddings() for column in columns), **options)
         loss = result[0] if isinstance(result, list | tuple) and result else result
         if not isinstance(loss, Tensor):
-            raise TypeError(f"loss returned a {type(loss).__name__}: needs a tensor, or a tuple that starts with one")
+            raise TypeError(f"loss must return a tensor or a tuple that starts with one, got {checks.a(loss)}")
         if loss.numel() != 1:
-            raise ValueError(f"loss returned {_shape(loss)}: needs one number; reduction='mean' or 'sum'")
+            raise ValueError(f"loss must return one number, got {_shape(loss)}; pass reduction='mean' or 'sum'")
         if loss.requires_grad:
             with _outside_autocast(columns):
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
@@ -195,8 +197,8 @@ class GradCache:
         for x, g in wanted:
             if spec != column.returned or x.shape != g.shape or x.dtype != g.dtype:
                 raise ValueError(
-                    f"{column.encodes} returned {_shape(g)} for rows {part.start} to {part.stop - 1}, and {_shape(x)} "
-                    "when it encoded them again: needs the same both times"
+                    f"{column.encodes} must return the same dtypes and shapes when it encodes rows {part.start} to "
+                    f"{part.stop - 1} again, got {_shape(g)} and then {_shape(x)}"
                 )
         wanted = [(x, g) for x, g in wanted if x.requires_grad]
         if wanted:
@@ -209,13 +211,13 @@ class GradCache:
 
     def _matched(self, inputs: tuple[Any, ...]) -> list[Any]:
         if not inputs:
-            raise ValueError("inputs is empty: needs at least one")
+            raise ValueError("inputs must hold at least one input, got none")
         if self.encoders is None:
             return [self.encoder] * len(inputs)
         if len(self.encoders) != len(inputs):
             raise ValueError(
-                f"encoders has {len(self.encoders)} and there are {len(inputs)} inputs: needs one for each input, or a "
-                "single one, not in a list, for all"
+                f"encoders must hold {len(inputs)} encoders, one for each input, got {len(self.encoders)}; "
+                "pass a single one, not in a list, for all inputs"
             )
         return self.encoders
 
@@ -226,11 +228,13 @@ class GradCache:
         leaves, spec = tree_flatten(given)
         sizes = {len(x) for x in leaves if _has_rows(x)}
         if not sizes:
-            raise TypeError(f"{name} is a {type(given).__name__} without a tensor [rows, ...]: needs at least one")
+            raise TypeError(f"{name} must hold at least one tensor [rows, ...], got {checks.a(given)} without")
         if len(sizes) > 1:
-            raise ValueError(f"{name} holds tensors of {' and '.join(map(str, sorted(sizes)))} rows: they must agree")
+            raise ValueError(
+                f"{name} must hold tensors of one number of rows, got {' and '.join(map(str, sorted(sizes)))}"
+            )
         if torch.is_grad_enabled() and any(_has_rows(x) and x.grad_fn is not None for x in leaves):
-            raise ValueError(f"{name} was computed by something that wants its gradient: detach it, or make it a leaf")
+            raise ValueError(f"{name} must be a leaf, got the result of a computation that autograd records; detach it")
         (size,) = sizes
         if self.rows is not None:
             parts = _parts(size, self.rows)
@@ -249,11 +253,15 @@ class GradCache:
         else:
             mask = given.get("attention_mask") if isinstance(given, Mapping) else None
             if not isinstance(mask, Tensor) or mask.dim() != 2:
-                raise ValueError(f"{name} has no attention_mask [rows, L]: tokens needs one, or lengths=")
+                raise ValueError(
+                    f"{name} must have an attention_mask [rows, L] if tokens is given, got none; or pass lengths="
+                )
             found = (mask != 0).sum(1)
         numbers = found.tolist() if isinstance(found, Tensor) else list(found)
         if len(numbers) != size:
-            raise ValueError(f"lengths returned {len(numbers)} for {name}, which has {size} rows: needs one for each")
+            raise ValueError(
+                f"lengths must return one number for each of the {size} rows of {name}, got {len(numbers)}"
+            )
         return numbers
 
     def _encode(self, column: _Column, part: slice) -> tuple[list[Tensor], TreeSpec]:
@@ -266,13 +274,14 @@ class GradCache:
         found, spec = tree_flatten(out)
         if not found or not all(isinstance(x, Tensor) for x in found):
             raise TypeError(
-                f"{column.encodes} returned a {type(out).__name__}: needs a tensor [rows, D]; embedding= takes it out "
-                "of something else"
+                f"{column.encodes} must return a tensor [rows, D], got {checks.a(out)}; pass embedding=, a function "
+                "that takes the tensor out of it"
             )
         for x in found:
             if not x.dim() or len(x) != part.stop - part.start:
                 raise ValueError(
-                    f"{column.encodes} returned {_shape(x)} for {part.stop - part.start} rows: needs one row for each"
+                    f"{column.encodes} must return {part.stop - part.start} rows, one per row of its input, "
+                    f"got {_shape(x)}"
                 )
         return found, spec
 

@@ -37,19 +37,23 @@ class Mask:
         if isinstance(other, Tensor):
             other = Mask(dense=other)
         if not isinstance(other, Mask):
-            raise TypeError(f"mask joins {checks.a(other)}: needs one of fusedloss.masks, or a bool tensor [M, N]")
+            raise TypeError(
+                f"a mask must be joined with one of fusedloss.masks or a bool tensor [M, N], got {checks.a(other)}"
+            )
         for part in (self.dense, other.dense):
             if part is not None and part.dtype != torch.bool:
-                raise TypeError(f"mask joins a tensor of {part.dtype}: needs bool [M, N], True for what may compete")
+                raise TypeError(
+                    f"a mask must be joined with a bool tensor [M, N], True for what may compete, got {part.dtype}"
+                )
         if self.dense is not None and other.dense is not None and self.dense.shape != other.dense.shape:
             shapes = f"{list(self.dense.shape)} and {list(other.dense.shape)}"
             raise ValueError(
-                f"mask joins bool tensors of the shapes {shapes}: needs [M, N] of both; expand the smaller"
+                f"bool tensors joined in a mask must have one shape [M, N], got {shapes}; expand the smaller"
             )
         for name in ("margin", "guide", "offset"):
             if getattr(self, name) is not None and getattr(other, name) is not None:
                 made_by = {"margin": "score_margin", "guide": "guide", "offset": "not_self"}[name]
-                raise ValueError(f"mask joins two of masks.{made_by}: needs at most one")
+                raise ValueError(f"a mask must hold at most one masks.{made_by}, got two")
         dense = self.dense if other.dense is None else other.dense if self.dense is None else self.dense & other.dense
         chosen = replace(self if self.guide is not None else other, compare=self.compare + other.compare, dense=dense)
         return replace(
@@ -119,7 +123,7 @@ def bind(mask: Mask | Tensor | None, rows: int, widths: Sequence[int], like: Ten
         mask = Mask(dense=mask)
     if not isinstance(mask, Mask):
         raise TypeError(
-            f"mask is {checks.a(mask)}: needs one of fusedloss.masks, or a bool tensor{checks.remedy(mask)}"
+            f"mask must be one of fusedloss.masks or a bool tensor, got {checks.a(mask)}{checks.remedy(mask)}"
         )
     columns = sum(widths)
     for name, (row_ids, key_ids, _) in mask.compare:
@@ -135,12 +139,12 @@ def bind(mask: Mask | Tensor | None, rows: int, widths: Sequence[int], like: Ten
             if low < -1 or high >= columns:
                 got = low if low < -1 else high
                 raise IndexError(
-                    f"score_margin's exempt holds {got}: needs columns from 0 to {columns - 1}, or -1 for none"
+                    f"score_margin's exempt must hold columns from 0 to {columns - 1}, or -1 for none, got {got}"
                 )
     if mask.guide is not None:
         for name, x, count in zip(("guide_query", "guide_key"), mask.guide, (rows, columns), strict=True):
             if x.shape[0] != count:
-                raise ValueError(f"{name} has {x.shape[0]} rows: needs {count}, as many as the loss's own")
+                raise ValueError(f"{name} must have {count} rows, as many as the loss has, got {x.shape[0]}")
             checks.same_device(name, x, "the embeddings", like)
     own = None if mask.offset is None else row_numbers(rows, like) + mask.offset
     compare = tuple(c for _, c in mask.compare)

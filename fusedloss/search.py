@@ -53,9 +53,7 @@ def top_k(query: Tensor, corpus: Tensor, k: int, *, similarity: str = "cos") -> 
     checks.embeddings(query=query)
     moves = isinstance(corpus, Tensor) and corpus.device.type == "cpu"
     checks.embeddings(query=query[:0].cpu() if moves else query, corpus=corpus)
-    if k is None:
-        raise TypeError("k is None: needs a whole number")
-    checks.count("k", k)
+    checks.count("k", k, optional=False)
     checks.choice("similarity", similarity, SIMILARITIES)
 
     found = min(k, corpus.shape[0])

@@ -45,7 +45,7 @@ def inputs(
         query += centres[torch.arange(rows, device=device) % 8]
         key += centres[torch.arange(columns, device=device) % 8]
     elif kind != "random":
-        raise ValueError(f"kind is {kind!r}: needs one of {KINDS}")
+        raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
     return F.normalize(query, dim=1).to(dtype), F.normalize(key, dim=1).to(dtype)
 
 

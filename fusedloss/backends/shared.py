@@ -18,7 +18,7 @@ def exp_shift(problem: Problem) -> float:
     """Logits within +-bound: exponents at most 0, or higher where the lowest would underflow."""
     bound = problem.softcap or problem.scale_bound
     if bound is None:
-        raise ValueError("exp_rows needs scale_bound or a softcap: see can_exp")
+        raise ValueError("exp_rows must have scale_bound or a softcap, got neither; see can_exp")
     return min(abs(bound), LOWEST_EXPONENT - abs(bound))
 
 

@@ -40,23 +40,23 @@ def embeddings(**tensors: Tensor) -> None:
             continue
         if isinstance(x, nn.Module):
             raise TypeError(
-                f"{name} is a {type(x).__name__}, an nn.Module: this loss takes embeddings. {where_models_go('')}"
+                f"{name} must be a tensor of embeddings, got the nn.Module {type(x).__name__}; {where_models_go('')}"
             )
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is {a(x)}: needs a tensor [rows, D]{remedy(x)}")
+            raise TypeError(f"{name} must be a tensor [rows, D], got {a(x)}{remedy(x)}")
         if x.dtype not in FLOATING:
-            hint = "; labels and ids are no embeddings" if x.dtype == torch.int64 and x.dim() == 1 else ""
-            raise TypeError(f"{name} has dtype {x.dtype}: needs float16, bfloat16, float32 or float64{hint}")
+            hint = "; labels and ids are not embeddings" if x.dtype == torch.int64 and x.dim() == 1 else ""
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}{hint}")
         dense(name, x)
         if x.dim() != 2:
-            hint = f"; {name}.flatten(0, 1), and labels repeated likewise" if x.dim() == 3 else ""
-            raise ValueError(f"{name} has shape {list(x.shape)}: needs two dimensions [rows, D]{hint}")
+            hint = f"; pass {name}.flatten(0, 1), and repeat labels likewise" if x.dim() == 3 else ""
+            raise ValueError(f"{name} must have two dimensions [rows, D], got shape {list(x.shape)}{hint}")
         if x.shape[1] != first.shape[1]:
-            raise ValueError(f"{name} has D = {x.shape[1]} and {first_name} has D = {first.shape[1]}: they must agree")
+            raise ValueError(f"{name} must have D = {first.shape[1]}, like {first_name}, got D = {x.shape[1]}")
         if x.shape[1] == 0:
-            raise ValueError(f"{name} has D = 0: needs at least one dimension")
+            raise ValueError(f"{name} must have at least one dimension D, got D = 0")
         if x.dtype != first.dtype and not (autocasts(x) and autocasts(first)):
-            raise TypeError(f"{name} is {x.dtype} and {first_name} is {first.dtype}: they must agree; cast one of them")
+            raise TypeError(f"{name} must be {first.dtype}, like {first_name}, got {x.dtype}; cast one of them")
         same_device(name, x, first_name, first)
 
 
@@ -81,7 +81,7 @@ def autocasts(x: Tensor) -> bool:
 
 def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.device != other.device:
-        raise ValueError(f"{name} is on {x.device} and {other_name} on {other.device}: move one of them")
+        raise ValueError(f"{name} must be on {other.device}, like {other_name}, got {x.device}; move one of them")
 
 
 def a(value: object) -> str:
@@ -102,29 +102,30 @@ def remedy(value: object) -> str:
 
 def vector(name: str, x: Tensor, length: int, what: str, like: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        got = x.dtype if isinstance(x, Tensor) else a(x)
         hint = "; call .float()" if isinstance(x, Tensor) and not x.dtype.is_complex else remedy(x)
-        raise TypeError(f"{name} is {got}: needs a floating tensor [{length}]{hint}")
+        raise TypeError(f"{name} must be a floating tensor [{length}], got {got}{hint}")
     dense(name, x)
     if x.shape != (length,):
-        raise ValueError(f"{name} has shape {list(x.shape)}: needs [{length}], one number per {what}")
+        raise ValueError(f"{name} must have shape [{length}], one number per {what}, got {list(x.shape)}")
     same_device(name, x, "the embeddings", like)
 
 
 def dense(name: str, x: Tensor) -> None:
     if type(x) is not Tensor and hasattr(x, "to_local"):
-        how = f"{name}.to_local(), with group= where rows are sharded, or {name}.full_tensor()"
-        raise TypeError(f"{name} is a {type(x).__name__}: needs a plain tensor; pass {how}")
+        how = f"{name}.to_local(), with group= if its rows are sharded, or {name}.full_tensor()"
+        raise TypeError(f"{name} must be a plain tensor, got a {type(x).__name__}; pass {how}")
     if x.is_nested:
-        how = ".values() of a jagged one, or torch.cat of its .unbind()"
-        raise TypeError(f"{name} is nested: needs a dense tensor; {how}, has the rows of all")
+        how = f"{name}.values() if it is jagged, else torch.cat({name}.unbind())"
+        raise TypeError(f"{name} must be a dense tensor, got a nested one; pass {how}")
     if x.layout != torch.strided:
-        raise TypeError(f"{name} is of layout {x.layout}: needs a dense tensor; call .to_dense()")
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; call .to_dense()")
 
 
 def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} is {value!r}: needs one of {', '.join(map(repr, allowed))}")
+        got = repr(value) if isinstance(value, str) else a(value)
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {got}")
 
 
 def backend(value: object) -> None:
@@ -133,18 +134,19 @@ def backend(value: object) -> None:
 
 def share(name: str, value: float) -> None:
     if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
-        raise TypeError(f"{name} is a {type(value).__name__}: needs a number from 0 to 1")
+        raise TypeError(f"{name} must be a number from 0 to 1, got {a(value)}")
     if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} is {value!r}: needs a number from 0 to 1")
+        raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
 
 
-def count(name: str, value: int | None) -> None:
-    if value is None:
+def count(name: str, value: int | None, *, optional: bool = True) -> None:
+    if value is None and optional:
         return
+    other = " or None" if optional else ""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} is a {type(value).__name__}: needs a whole number, or None")
+        raise TypeError(f"{name} must be a whole number{other}, got {a(value)}")
     if value < 1:
-        raise ValueError(f"{name} is {value}: needs at least 1, or None")
+        raise ValueError(f"{name} must be at least 1{other}, got {value}")
 
 
 def budget(workspace_bytes: int | None) -> tuple[str, int | None]:
@@ -173,9 +175,9 @@ def scalar(name: str, value: float | Tensor, like: Tensor | None, *, positive: b
     if isinstance(value, Tensor):
         dense(name, value)
         if value.numel() != 1 or value.dim() > 1:
-            raise ValueError(f"{name} has shape {list(value.shape)}: needs one element, shape [] or [1]")
+            raise ValueError(f"{name} must have one element, shape [] or [1], got shape {list(value.shape)}")
         if not value.dtype.is_floating_point:
-            raise TypeError(f"{name} is {value.dtype}: needs a floating tensor or a Python number")
+            raise TypeError(f"{name} must be a floating tensor or a Python number, got {value.dtype}")
         if like is not None:
             same_device(name, value, "the embeddings", like)
         if not reads_values(value):
@@ -185,27 +187,27 @@ def scalar(name: str, value: float | Tensor, like: Tensor | None, *, positive: b
         try:
             number = float(value)
         except OverflowError:
-            raise ValueError(f"{name} is beyond the largest float: needs {need}") from None
+            raise ValueError(f"{name} must be {need}, got one beyond the largest float") from None
     else:
-        raise TypeError(f"{name} is a {type(value).__name__}: needs {need} or a tensor of one element")
+        raise TypeError(f"{name} must be {need} or a tensor of one element, got {a(value)}")
     if isinstance(value, Tensor) and number != number:
         return  # as in torch, a tensor's NaN shows in the loss; a written number cannot be meant to be one
     # Comparisons, not math.isfinite: torch.compile traces floats symbolically.
     if not (0 if positive else -math.inf) < number < math.inf:
-        raise ValueError(f"{name} is {number}: needs {need}")
+        raise ValueError(f"{name} must be {need}, got {number}")
     dtype = torch.float64 if like is None else stats_dtype(like.dtype)
     most = torch.finfo(dtype).max
     if number != 0 and not 1 / most <= abs(number) <= most:
-        raise ValueError(f"{name} is {number}: needs a number that {dtype} can hold, and the inverse of")
+        raise ValueError(f"{name} must be representable in {dtype}, as must its inverse, got {number}")
 
 
 def number(name: str, value: float, *, least: float | None = None) -> None:
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
-        raise TypeError(f"{name} is a {type(value).__name__}: needs a number")
+        raise TypeError(f"{name} must be a number, got {a(value)}")
     if not -math.inf < value < math.inf:
-        raise ValueError(f"{name} is {value}: needs a finite number")
+        raise ValueError(f"{name} must be a finite number, got {value}")
     if least is not None and value < least:
-        raise ValueError(f"{name} is {value}: needs a number of at least {least:g}")
+        raise ValueError(f"{name} must be a number of at least {least:g}, got {value}")
 
 
 def sequence(name: str, value: object, what: str, example: str) -> None:
@@ -214,16 +216,16 @@ def sequence(name: str, value: object, what: str, example: str) -> None:
         return
     if isinstance(value, nn.Module):
         raise TypeError(
-            f"{name} is a {type(value).__name__}, an nn.Module: needs a sequence of {what}, such as {example}"
+            f"{name} must be a sequence of {what}, such as {example}, got the nn.Module {type(value).__name__}"
         )
     if isinstance(value, str | type) or not isinstance(value, Sequence):
-        raise TypeError(f"{name} is {a(value)}: needs a sequence of {what}, such as {example}")
+        raise TypeError(f"{name} must be a sequence of {what}, such as {example}, got {a(value)}")
 
 
 def function(name: str, value: object, example: str) -> None:
     """What computes: no class, which would be made instead of called, and nothing else."""
     if isinstance(value, type) or not callable(value):
-        raise TypeError(f"{name} is {a(value)}: needs a function or a module's instance, such as {example}")
+        raise TypeError(f"{name} must be a function or a module's instance, such as {example}, got {a(value)}")
 
 
 def integers(name: str, value: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
@@ -237,12 +239,12 @@ def boolean(name: str, value: Tensor, shape: tuple[int | None, ...], like: Tenso
 
 def _typed(name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...], like: Tensor) -> None:
     if not isinstance(value, Tensor) or value.dtype != dtype:
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        got = value.dtype if isinstance(value, Tensor) else a(value)
         hint = f"; call .{'long' if dtype == torch.int64 else 'bool'}()" if isinstance(value, Tensor) else remedy(value)
-        raise TypeError(f"{name} is {got}: needs a tensor of {_described(dtype, shape)}{hint}")
+        raise TypeError(f"{name} must be a tensor of {_described(dtype, shape)}, got {got}{hint}")
     dense(name, value)
     if value.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, value.shape, strict=True)):
-        raise ValueError(f"{name} has shape {list(value.shape)}: needs {_described(dtype, shape)}")
+        raise ValueError(f"{name} must be {_described(dtype, shape)}, got shape {list(value.shape)}")
     same_device(name, value, "the embeddings", like)
 
 
@@ -252,19 +254,19 @@ def _described(dtype: torch.dtype, shape: tuple[int | None, ...]) -> str:
 
 def index(name: str, value: int) -> None:
     if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
-        raise TypeError(f"{name} is a {type(value).__name__}: needs a whole number")
+        raise TypeError(f"{name} must be a whole number, got {a(value)}")
     if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} is {value}: needs a 64-bit integer")
+        raise ValueError(f"{name} must be a 64-bit integer, got {value}")
 
 
 def target(name: str, value: Tensor, rows: int, columns: int | None, ignore_index: int | None, like: Tensor) -> None:
     """`ignore_index` None: every row counts. `columns` None: how many there are is not known yet."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
         got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else a(value)
-        raise TypeError(f"{name} is {got}: needs an int64 tensor [{rows}] of column indices{_indices(value)}")
+        raise TypeError(f"{name} must be an int64 tensor [{rows}] of column indices, got {got}{_indices(value)}")
     dense(name, value)
     if value.shape != (rows,):
-        raise ValueError(f"{name} has shape {list(value.shape)}: needs [{rows}], one index per row")
+        raise ValueError(f"{name} must have shape [{rows}], one index per row, got {list(value.shape)}")
     same_device(name, value, "the embeddings", like)
     if columns is not None and reads_values(value):
         outside = (value < 0) | (value >= columns)
@@ -273,7 +275,7 @@ def target(name: str, value: Tensor, rows: int, columns: int | None, ignore_inde
         if bool(outside.any()):
             row = int(outside.nonzero()[0, 0])
             other = "" if ignore_index is None else f", or {ignore_index} to leave the row out"
-            raise IndexError(f"{name}[{row}] is {int(value[row])}: needs an index from 0 to {columns - 1}{other}")
+            raise IndexError(f"{name}[{row}] must be an index from 0 to {columns - 1}{other}, got {int(value[row])}")
 
 
 P = ParamSpec("P")
@@ -305,11 +307,11 @@ def unexpected(owner: str, name: str, value: object, signature: inspect.Signatur
     inverse = next((other for other in INVERSE.get(name, ()) if other in signature.parameters), None)
     if inverse is not None:
         given = f": {inverse}={1 / value:.6g}" if isinstance(value, Real) and value else ""
-        return f"{owner} got {name!r}: it takes {inverse}, the inverse{given}"
+        return f"{owner} got an unexpected argument {name!r}; pass {inverse}, its inverse{given}"
     same = {"scale": "logit_scale", "logit_scale": "scale"}.get(name)
     if same in signature.parameters:
-        return f"{owner} got {name!r}: it takes {same}"
-    return f"{owner} got {name!r}: it takes {shown(signature)}"
+        return f"{owner} got an unexpected argument {name!r}; pass {same}"
+    return f"{owner} got an unexpected argument {name!r}; it takes {shown(signature)}"
 
 
 def shown(signature: inspect.Signature) -> str:
@@ -322,7 +324,7 @@ def _indices(value: object) -> str:
     if isinstance(value, float):
         return f"; did you mean temperature={value}?"
     if isinstance(value, Tensor) and value.dim() == 2:
-        return "; masks.same_id(row_ids, key_ids) tells siglip of several positives a row"
+        return "; for several positives per row pass siglip masks.same_id(row_ids, key_ids)"
     return "; call .long()" if isinstance(value, Tensor) else remedy(value)
 
 
@@ -333,7 +335,7 @@ def untransformed(backend: str) -> None:
     functional = torch._C._are_functorch_transforms_active()
     if functional or torch.autograd.forward_ad._current_level >= 0:
         what = "torch.func transforms and torch.vmap" if functional else "forward-mode derivatives"
-        raise UnsupportedError(f"{what} need backend='reference', got {backend!r}")
+        raise UnsupportedError(f"backend must be 'reference' under {what}, got {backend!r}")
 
 
 def options(module: nn.Module, **defaults: object) -> str:
@@ -360,14 +362,13 @@ def where_models_go(owner: str) -> str:
     """owner: the class that was given a model."""
     package = "fusedloss.integrations.sentence_transformers"
     if owner in MODEL | CROSS_ENCODER:
-        return f"{package}{'.cross_encoder' if owner in CROSS_ENCODER else ''}.{owner} takes a model."
-    return f"Losses that take a model are in {package}."
+        return f"{package}{'.cross_encoder' if owner in CROSS_ENCODER else ''}.{owner} takes a model"
+    return f"losses that take a model are in {package}"
 
 
 def options_not_modules(owner: str = "", /, **options: object) -> None:
     for name, value in options.items():
         if isinstance(value, nn.Module):
             raise TypeError(
-                f"{name} is a {type(value).__name__}, an nn.Module: this loss takes embeddings, not a model. "
-                + where_models_go(owner)
+                f"{name} must not be a model, got the nn.Module {type(value).__name__}; {where_models_go(owner)}"
             )

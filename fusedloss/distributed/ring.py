@@ -339,7 +339,9 @@ class _Ring(torch.autograd.Function):
         if ctx.per_row:
             gradients = ctx.ring.gradients(upstream)
         elif gradients is None:
-            raise RuntimeError("a second backward through a loss with strategy='ring': call the loss again instead")
+            raise RuntimeError(
+                "backward must run once through a loss with strategy='ring', got a second one; call the loss again"
+            )
         else:
             gradients = [g if g is None else g.mul_(upstream) for g in gradients]
         cast = (None if g is None else g.to(x.dtype) for g, x in zip(gradients, tensors, strict=True))

@@ -109,7 +109,7 @@ class DCLLoss(_DCLLoss):
         if reason is None and len(out0) == 1:
             return "a batch of one has no negatives"
         if reason is None and self.gather_distributed and dist.world_size() > 1:
-            return "gather_distributed on several ranks has no fused form"
+            return "gather_distributed is set and there are several ranks"
         return reason
 
 

@@ -152,12 +152,12 @@ class CoCaLoss(_CoCaLoss, ClipLoss):
         if not only(self.caption_loss, nn.CrossEntropyLoss, **stock):
             return "caption_loss is not the CrossEntropyLoss of the constructor"
         if logits.dim() != 3 or not logits.numel() or labels.shape != logits.shape[:2] or labels.dtype != torch.int64:
-            return "logits and labels are not [B, T, V] and int64 [B, T]"
+            return "logits and labels do not have the shapes [B, T, V] and int64 [B, T]"
         outside = (labels != self.caption_loss.ignore_index) & ((labels < 0) | (labels >= logits.shape[2]))
         if checks.reads_values(labels) and bool(outside.any()):
             return "a label is not in the vocabulary"
         same = logits.device == labels.device and logits.dtype in checks.FLOATING
-        return None if same else "logits and labels do not fit together"
+        return None if same else "logits and labels are on different devices, or logits are not floating"
 
 
 class DistillClipLoss(_DistillClipLoss, ClipLoss):
@@ -201,9 +201,9 @@ class DistillClipLoss(_DistillClipLoss, ClipLoss):
         if reason:
             return reason
         if self.world_size > 1 and self.local_loss:
-            return "with local_loss the teacher's softmax is not square"
+            return "local_loss makes the teacher's softmax rectangular"
         if any(isinstance(x, Tensor) and x.requires_grad for x in teacher):
-            return "the teacher wants gradients"
+            return "the teacher requires gradients"
         same = teacher[0].shape[0] == student[0].shape[0] and teacher[0].device == student[0].device
         return None if same else "student and teacher have different batches"
 

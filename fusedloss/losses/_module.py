@@ -81,7 +81,9 @@ class LossModule(nn.Module):
         try:
             bound = self.signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{type(self).__name__}: {error}; it takes {checks.shown(self.signature)}") from None
+            raise TypeError(
+                f"{type(self).__name__} got wrong arguments: {error}; it takes {checks.shown(self.signature)}"
+            ) from None
         bound.apply_defaults()
         given = {n: value for n, value in bound.arguments.items() if n not in self.learnt}
         checks.options_not_modules(type(self).__name__, **given)
@@ -97,16 +99,16 @@ class LossModule(nn.Module):
         given = cls.inputs[: len(args)] if cls.most is None else cls.inputs[: min(len(args), cls.most)]
         for name in kwargs:
             if name not in cls.inputs:
-                why = "it is an option of the constructor" if name in cls.signature.parameters else cls._takes()
-                self._refuse(f"got {name!r}: {why}")
+                why = "pass this option to the constructor" if name in cls.signature.parameters else cls._takes()
+                self._refuse(f"got an unexpected argument {name!r}; {why}")
         for name in cls.required:
             if name not in given and name not in kwargs:
-                self._refuse(f"got no {name!r}: {cls._takes()}")
+                self._refuse(f"got no {name!r}; {cls._takes()}")
         chosen = {name: getattr(self, name) for name in cls.signature.parameters}
         if cls.most is not None:
             return cls.function(*args, **kwargs, **chosen)
         if len(args) > len(cls.inputs):
-            self._refuse(f"got {len(args)} arguments: {cls._takes()}")
+            self._refuse(f"got {len(args)} arguments; {cls._takes()}")
         # By name: the function's own order may have options in between.
         return cls.function(**dict(zip(given, args, strict=True)), **kwargs, **chosen)
 

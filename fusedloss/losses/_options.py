@@ -122,7 +122,8 @@ def ranks(options: RankOptions) -> World | None:
         return world_of(group, strategy, grad_scale)
     if (strategy, grad_scale) != (Call.strategy, Call.grad_scale):
         raise ValueError(
-            f"strategy={strategy!r}, grad_scale={grad_scale!r} without group: pass a ProcessGroup with them, or 'world'"
+            f"group must be given with strategy={strategy!r} and grad_scale={grad_scale!r}, got None; "
+            "pass a ProcessGroup, or 'world'"
         )
     return None
 

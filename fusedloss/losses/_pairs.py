@@ -31,12 +31,12 @@ def check_rows(**embeddings: Tensor) -> None:
     (first_name, first), *others = embeddings.items()
     for name, x in others:
         if x.shape[0] != first.shape[0]:
-            raise ValueError(f"{name} has {x.shape[0]} rows and {first_name} {first.shape[0]}: they must agree")
+            raise ValueError(f"{name} must have {first.shape[0]} rows, like {first_name}, got {x.shape[0]}")
 
 
 def check_columns(query: Tensor, positive: Tensor, negatives: Sequence[Tensor]) -> None:
     if not negatives:
-        raise ValueError("negatives is empty: needs at least one matrix [B, D] after positive")
+        raise ValueError("negatives must hold at least one matrix [B, D], got none; pass it after positive")
     check_rows(query=query, positive=positive, **{f"negatives[{i}]": x for i, x in enumerate(negatives)})
 
 
@@ -46,18 +46,18 @@ def check_not_negative(name: str, value: Tensor) -> None:
         row = int((value < 0).nonzero()[0, 0])
         raise ValueError(
             f"{name} must hold 1 for the same and 0 for not, got {value[row].item()} in row {row}; "
-            f"of labels +1 and -1 pass ({name} > 0)"
+            f"for labels +1 and -1 pass ({name} > 0)"
         )
 
 
 def check_numbers(name: str, value: Tensor, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
     """A label: real numbers of any dtype, of one of these shapes; as autograd can save it."""
     if not isinstance(value, Tensor) or value.dtype.is_complex:
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} is {got}: needs a tensor of real numbers {_either(shapes)}")
+        got = value.dtype if isinstance(value, Tensor) else checks.a(value)
+        raise TypeError(f"{name} must be a tensor of real numbers {_either(shapes)}, got {got}")
     checks.dense(name, value)
     if value.shape not in shapes:
-        raise ValueError(f"{name} has shape {list(value.shape)}: needs {_either(shapes)}")
+        raise ValueError(f"{name} must have shape {_either(shapes)}, got {list(value.shape)}")
     checks.same_device(name, value, "the embeddings", like)
     return savable(value)
 

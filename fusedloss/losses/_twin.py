@@ -45,7 +45,7 @@ def tensors(input: object, target: object) -> None:
     for name, x, need in (("input", input, "a tensor"), ("target", target, "a tensor of input's shape")):
         if not isinstance(x, Tensor):
             shape = f", {list(input.shape)}" if x is target and isinstance(input, Tensor) else ""
-            raise TypeError(f"{name} is {checks.a(x)}: needs {need}{shape}{checks.remedy(x)}")
+            raise TypeError(f"{name} must be {need}{shape}, got {checks.a(x)}{checks.remedy(x)}")
 
 
 def same_shape(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,14 +65,16 @@ def same_shape(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def check_weight(name: str, weight: object, like: Tensor) -> None:
     """A tensor of real numbers that broadcasts to the loss."""
     if not isinstance(weight, Tensor):
-        raise TypeError(f"{name} is a {type(weight).__name__}: needs a tensor, or None")
+        raise TypeError(f"{name} must be a tensor or None, got {checks.a(weight)}")
     if weight.dtype.is_complex:
-        raise TypeError(f"{name} is {weight.dtype}: needs a tensor of real numbers, or None")
+        raise TypeError(f"{name} must be a tensor of real numbers or None, got {weight.dtype}")
     checks.same_device(name, weight, "input", like)
     if weight.shape != like.shape:
         sizes = zip(reversed(weight.shape), reversed(like.shape), strict=False)
         if weight.dim() > like.dim() or any(own not in (1, size) for own, size in sizes):
-            raise ValueError(f"{name} has shape {list(weight.shape)}: needs one that broadcasts to {list(like.shape)}")
+            raise ValueError(
+                f"{name} must have a shape that broadcasts to {list(like.shape)}, got {list(weight.shape)}"
+            )
 
 
 def promoted(x: Tensor, y: Tensor) -> torch.dtype:

@@ -77,12 +77,14 @@ def adaptive_layer(
     ):
         checks.number(name, value)
     if kl_temperature < 0:
-        raise ValueError(f"kl_temperature is {kl_temperature}: needs a positive number, or 0 for no KL term")
+        raise ValueError(f"kl_temperature must be a positive number, or 0 for no KL term, got {kl_temperature}")
     if not callable(layer_weighting):
         checks.choice("layer_weighting", layer_weighting, tuple(WEIGHTINGS))
         layer_weighting = WEIGHTINGS[layer_weighting]
     if loss_options.get("return_stats"):
-        raise ValueError("return_stats=True: every layer has statistics of its own; ask the loss for one of them")
+        raise ValueError(
+            "return_stats must be False, got True; statistics differ per layer: call the loss itself on one layer"
+        )
     last = [column[count - 1] for column in columns]
     total = loss(*last, **loss_options) * last_layer_weight
     for i in indices:
@@ -144,18 +146,18 @@ def matryoshka_2d(
 
 def _layers(columns: Sequence[Tensor | Sequence[Tensor]]) -> int:
     if not columns:
-        raise ValueError("columns is empty: needs every layer's embeddings, for each of those that the loss takes")
+        raise ValueError("columns must hold every layer's embeddings, for each argument of the loss, got none")
     for i, column in enumerate(columns):
         if not isinstance(column, Tensor):
             checks.sequence(f"columns[{i}]", column, "every layer's embeddings", "[layer_0, layer_1]")
         if isinstance(column, Tensor) and column.dim() != 3:
             raise ValueError(
-                f"columns[{i}] has shape {list(column.shape)}: needs [layers, rows, D], or a sequence of [rows, D]"
+                f"columns[{i}] must be [layers, rows, D] or a sequence of [rows, D], got shape {list(column.shape)}"
             )
         if not len(column):
-            raise ValueError(f"columns[{i}] has no layers: needs at least the last")
+            raise ValueError(f"columns[{i}] must have at least one layer, got none")
         if len(column) != len(columns[0]):
-            raise ValueError(f"columns[{i}] has {len(column)} layers and columns[0] {len(columns[0])}: they must agree")
+            raise ValueError(f"columns[{i}] must have {len(columns[0])} layers, like columns[0], got {len(column)}")
         checks.embeddings(**{f"columns[{i}][{layer}]": x for layer, x in enumerate(column)})
     return len(columns[0])
 
@@ -167,9 +169,9 @@ def _prior(indices: Sequence[int] | None, count: int) -> Sequence[int]:
     for i in indices:
         checks.index("layer_indices", i)
         if not 0 <= i < count - 1:
-            raise IndexError(f"layer_indices holds {i}: needs layers from 0 to {count - 2}, before the last of {count}")
+            raise IndexError(f"layer_indices must be from 0 to {count - 2}, before the last of {count} layers, got {i}")
     if len(set(indices)) != len(indices):
-        raise ValueError(f"layer_indices is {list(indices)}: needs distinct layers")
+        raise ValueError(f"layer_indices must be distinct, got {list(indices)}")
     return indices
 
 

@@ -64,7 +64,7 @@ def binary_cross_entropy_with_logits(
         except RuntimeError as error:  # torch's kind, with the remedy that it does not name
             if target.dtype.is_floating_point or not input.dtype.is_floating_point:
                 raise
-            message = f"target is {target.dtype}: needs a floating tensor of 0 and 1; call .float()"
+            message = f"target must be a floating tensor of 0 and 1, got {target.dtype}; call .float()"
             raise RuntimeError(message) from error
     if input.shape != target.shape:
         raise ValueError(f"Target size ({target.size()}) must be the same as input size ({input.size()})")

@@ -86,8 +86,8 @@ def clip_problem(
     checks.embeddings(image_features=image_features, text_features=text_features)
     if image_features.shape[0] != text_features.shape[0]:
         raise ValueError(
-            f"text_features has {text_features.shape[0]} rows and image_features {image_features.shape[0]}: "
-            "pairs need one text per image"
+            f"text_features must have {image_features.shape[0]} rows, one text per image of image_features, "
+            f"got {text_features.shape[0]}"
         )
     checks.scalar("logit_scale", logit_scale, image_features, positive=False)
     if logit_bias is not None:
@@ -96,8 +96,8 @@ def clip_problem(
     (bound,) = masks.bind(mask, rows, [rows], image_features)
     if bound.margin is not None or bound.guide is not None or bound.skip is not None:
         raise ValueError(
-            "mask has a part that belongs to rows, a margin, a guide or not_self, and clip has two directions: pass "
-            "masks.same_id, masks.same_group or a bool matrix, or take the mean of info_nce both ways"
+            "mask must be masks.same_id, masks.same_group or a bool matrix, which serve both directions of clip, got "
+            "one for rows alone (score_margin, guide or not_self); for those average info_nce in both directions"
         )
     scale, scale_bound = as_scale(logit_scale, image_features, inverse=False)
     matrices, (x, y) = distinct(image_features, text_features)

@@ -66,7 +66,7 @@ def clip_distill(
         ("teacher_text_features", teacher_text_features),
     ):
         if x.shape[0] != rows:
-            raise ValueError(f"{name} has {x.shape[0]} rows and image_features {rows}: they must be one batch")
+            raise ValueError(f"{name} must have {rows} rows, like image_features, got {x.shape[0]}")
         checks.same_device(name, x, "image_features", image_features)
     checks.scalar("logit_scale", logit_scale, image_features, positive=False)
     checks.scalar("teacher_logit_scale", teacher_logit_scale, image_features, positive=False)

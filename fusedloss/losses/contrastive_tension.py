@@ -33,7 +33,7 @@ def contrastive_tension_in_batch(
     """
     checks.embeddings(a=a, b=b)
     if a.shape[0] != b.shape[0]:
-        raise ValueError(f"b has {b.shape[0]} rows and a {a.shape[0]}: they must be the same sentences")
+        raise ValueError(f"b must have {a.shape[0]} rows, one for each sentence of a, got {b.shape[0]}")
     loss = clip(a, b, logit_scale, normalize=True, **options)
     assert isinstance(loss, Tensor)
     return loss

@@ -88,14 +88,14 @@ def angle(
     if not isinstance(score, Tensor) or score.dim() != 2:
         check_rows(a=a, b=b)
         if negatives or (score is not None and label is not None):
-            got = f"shape {list(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+            got = f"shape {list(score.shape)}" if isinstance(score, Tensor) else checks.a(score)
             raise ValueError(
-                f"score must be the first of the negatives, {list(a.shape)}, beside negatives or label, got {got}; "
+                f"score must be the first of the negatives, {list(a.shape)}, with negatives or label given, got {got}; "
                 "pass the pairs' score as label"
             )
         gold = label if score is None else score
         if gold is None:
-            raise ValueError("score is None: needs [B], unless there are negatives")
+            raise ValueError("score must be a tensor [B] unless negatives are given, got None")
         gold = check_numbers("score", gold, [(a.shape[0],)], a)
         return _ordered(a, (b,), gold, scale, "angle", call)
     negatives = (score, *negatives)

@@ -72,7 +72,7 @@ def cross_entropy(
     dtype = _check_tensors(input, target, weight)
     shares = target.dtype.is_floating_point
     if shares and ignore_index >= 0:
-        raise ValueError(f"ignore_index is {ignore_index} beside class probabilities: needs classes as target")
+        raise ValueError(f"ignore_index must be negative if target holds class probabilities, got {ignore_index}")
     if not input.numel():  # what torch makes of nothing
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     x = input if input.dim() == 2 else input[None] if input.dim() == 1 else input.flatten(2)
@@ -117,31 +117,31 @@ def _check_tensors(input: Tensor, target: Tensor, weight: Tensor | None) -> torc
     if isinstance(input, nn.Module):
         checks.options_not_modules(input=input)
     if not isinstance(input, Tensor) or input.dtype not in checks.FLOATING:
-        got = input.dtype if isinstance(input, Tensor) else type(input).__name__
-        raise TypeError(f"input is {got}: needs logits in float16, bfloat16, float32 or float64")
+        got = input.dtype if isinstance(input, Tensor) else checks.a(input)
+        raise TypeError(f"input must be logits in float16, bfloat16, float32 or float64, got {got}")
     checks.dense("input", input)
     if not input.dim():
-        raise ValueError("input has shape []: needs logits [C], [N, C] or [N, C, d1, ...]")
+        raise ValueError("input must be logits [C], [N, C] or [N, C, d1, ...], got shape []")
     dtype = torch.float32 if checks.autocasts(input) else input.dtype
     if not isinstance(target, Tensor):
-        raise TypeError(f"target is a {type(target).__name__}: needs a tensor of classes or of class probabilities")
+        raise TypeError(f"target must be a tensor of classes or of class probabilities, got {checks.a(target)}")
     checks.dense("target", target)
     shape = input.shape
     rows = shape[:-1] if len(shape) < 3 else shape[:1] + shape[2:]
     if target.dtype.is_floating_point:
         if target.shape != input.shape:
             raise ValueError(
-                f"target has shape {list(target.shape)} and {target.dtype}: class probabilities need input's shape, "
-                f"{list(input.shape)}, and classes int64 {list(rows)}"
+                f"target must be class probabilities of input's shape, {list(input.shape)}, or int64 classes "
+                f"{list(rows)}, got {target.dtype} {list(target.shape)}"
             )
         dtype = torch.promote_types(dtype, target.dtype)
         dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
     elif target.dtype not in (torch.int64, torch.uint8):
-        raise TypeError(f"target is {target.dtype}: needs int64 (or uint8) classes; call .long()")
+        raise TypeError(f"target must be int64 (or uint8) classes, got {target.dtype}; call .long()")
     elif target.shape != rows and not (input.dim() == 1 and target.shape == (1,)):
         raise ValueError(
-            f"target has shape {list(target.shape)}: input {list(input.shape)} needs one class per row, {list(rows)}, "
-            f"or floating class probabilities {list(input.shape)}"
+            f"target must be one class per row of input, {list(rows)}, or floating class probabilities "
+            f"{list(input.shape)}, got shape {list(target.shape)}"
         )
     checks.same_device("target", target, "input", input)
     if weight is not None:

@@ -63,7 +63,7 @@ def embed_distill(
             checks.sequence(name, x, "columns [B, D], or a tensor", f"[{name}_a, {name}_b]")
     students = [student] if isinstance(student, Tensor) else list(student)
     if not students:
-        raise ValueError("student is empty: needs [B, D], or at least one column of it")
+        raise ValueError("student must be [B, D] or hold at least one column [B, D], got none")
     names = ["student" if isinstance(student, Tensor) else f"student[{i}]" for i in range(len(students))]
     check_rows(**dict(zip(names, students, strict=True)))
     if projection is not None:
@@ -86,10 +86,10 @@ def embed_distill(
 def _projected(x: Tensor, projection: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
     if not isinstance(projection, Tensor):
         if not callable(projection):
-            raise TypeError(f"projection is a {type(projection).__name__}: needs a weight [T, D], a function, or None")
+            raise TypeError(f"projection must be a weight [T, D], a function or None, got {checks.a(projection)}")
         return projection(x)
     if projection.dim() != 2 or projection.shape[1] != x.shape[1]:
-        raise ValueError(f"projection has shape {list(projection.shape)}: needs [T, {x.shape[1]}]")
+        raise ValueError(f"projection must have shape [T, {x.shape[1]}], got {list(projection.shape)}")
     dtype = stats_dtype(x.dtype)
     with torch.autocast(x.device.type, enabled=False):  # a product in 16 bits would be rounded to them
         return F.linear(savable(x.to(dtype)), savable(projection.to(dtype)))
@@ -101,19 +101,19 @@ def _teachers(teacher: Tensor | Sequence[Tensor], students: Sequence[Tensor]) ->
     if isinstance(teacher, Tensor):
         if teacher.shape not in ((rows, dim), (rows, count, dim)):
             need = f"[{rows}, {dim}] or [{rows}, {count}, {dim}]"
-            raise ValueError(f"teacher has shape {list(teacher.shape)}: needs {need}, as student")
+            raise ValueError(f"teacher must have shape {need}, like student, got {list(teacher.shape)}")
         found = [teacher] if teacher.dim() == 2 else list(teacher.unbind(1))
     else:
         found = list(teacher)
         if len(found) != count:
-            raise ValueError(f"teacher has {len(found)} columns and student {count}: they must agree")
+            raise ValueError(f"teacher must have {count} columns, like student, got {len(found)}")
     for x in found:
         if not isinstance(x, Tensor) or x.dtype not in checks.FLOATING:
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"teacher is {got}: needs float16, bfloat16, float32 or float64 embeddings")
+            got = x.dtype if isinstance(x, Tensor) else checks.a(x)
+            raise TypeError(f"teacher must be float16, bfloat16, float32 or float64 embeddings, got {got}")
         checks.dense("teacher", x)
         if x.shape != first.shape:
-            raise ValueError(f"teacher has a column of shape {list(x.shape)}: needs [{rows}, {dim}], as student")
+            raise ValueError(f"teacher must have columns of shape [{rows}, {dim}], like student, got {list(x.shape)}")
         checks.same_device("teacher", x, "student", first)
     dtype = stats_dtype(first.dtype)
     return [x.detach() if stats_dtype(x.dtype) == dtype else x.detach().to(dtype) for x in found]

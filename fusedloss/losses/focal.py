@@ -62,10 +62,10 @@ def focal(
     """
     for name, x in (("input", input), ("target", target)):
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is {checks.a(x)}: needs a tensor{checks.remedy(x)}")
+            raise TypeError(f"{name} must be a tensor, got {checks.a(x)}{checks.remedy(x)}")
         checks.dense(name, x)
     if input.dtype not in checks.FLOATING:
-        raise TypeError(f"input has dtype {input.dtype}: needs float16, bfloat16, float32 or float64")
+        raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
     checks.same_device("target", target, "input", input)
     checks.number("gamma", gamma, least=0)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
@@ -80,21 +80,23 @@ def _binary(
 ) -> Tensor:
     if target.dtype not in checks.FLOATING:
         raise TypeError(
-            f"target has dtype {target.dtype}: needs floating labels, or int64 classes; call .float() or .long()"
+            f"target must be floating labels or int64 classes, got {target.dtype}; call .float() or .long()"
         )
     if target.shape != input.shape:
-        raise ValueError(f"target has shape {list(target.shape)}: needs input's, {list(input.shape)}")
+        raise ValueError(f"target must have input's shape, {list(input.shape)}, got {list(target.shape)}")
     if alpha is not None:
         if isinstance(alpha, Tensor):
-            raise TypeError("alpha is a tensor, which is for classes: labels need a number from 0 to 1, or None")
+            raise TypeError(
+                "alpha must be a number from 0 to 1 or None if target holds labels, got a tensor, which is for classes"
+            )
         checks.share("alpha", alpha)
         alpha = float(alpha)
     if ignore_index != -100:
-        raise ValueError(f"ignore_index is {ignore_index}: needs an int64 target; floating labels ignore none")
+        raise ValueError(f"ignore_index must be -100, the default, if target holds floating labels, got {ignore_index}")
     if checks.reads_values(target) and target.numel() and not transformed():
         low, high = (float(end) for end in target.detach().aminmax())
         if low < 0 or high > 1:  # a NaN shows in the loss
-            raise ValueError(f"target holds {low if low < 0 else high:g}: needs labels from 0 to 1")
+            raise ValueError(f"target must hold labels from 0 to 1, got {low if low < 0 else high:g}")
     if reduction == "mean" and not input.numel():
         reduction = "sum"
     dtype = stats_dtype(torch.promote_types(input.dtype, target.dtype))
@@ -105,7 +107,9 @@ def _multiclass(
     input: Tensor, target: Tensor, gamma: float, alpha: Any, ignore_index: int, reduction: str, backend: str
 ) -> Tensor:
     if input.dim() < 2:
-        raise ValueError(f"input has shape {list(input.shape)}: classes need [M, C] or [M, C, d1, ...]")
+        raise ValueError(
+            f"input must be [M, C] or [M, C, d1, ...] if target holds classes, got shape {list(input.shape)}"
+        )
     checks.integers("target", target, tuple(input.shape[:1] + input.shape[2:]), input)
     if alpha is not None:
         checks.vector("alpha", alpha, input.shape[1], "class", input)

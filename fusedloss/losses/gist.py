@@ -103,7 +103,7 @@ def gist_embed_problem(
     checks.embeddings(**named)
     rows = anchor.shape[0]
     if positive.shape[0] < rows:
-        raise ValueError(f"positive has {positive.shape[0]} rows and anchor {rows}: every anchor needs its positive")
+        raise ValueError(f"positive must have at least {rows} rows, one per row of anchor, got {positive.shape[0]}")
     guides = _guides(guide, named)
     checks.scalar("temperature", temperature, anchor, positive=True)
     checks.choice("margin_strategy", margin_strategy, masks.STRATEGIES)
@@ -138,12 +138,12 @@ def _guides(guide: Sequence[Tensor], named: dict[str, Tensor]) -> list[Tensor]:
     if not isinstance(guide, Tensor):
         checks.sequence("guide", guide, "embeddings", "(guide_anchor, guide_positive)")
     if isinstance(guide, Tensor) or len(guide) != len(named):
-        got = "one tensor" if isinstance(guide, Tensor) else f"{len(guide)} tensors"
-        raise ValueError(f"guide holds {got}: needs {len(named)}, one for each of {', '.join(named)}")
+        got = "one tensor" if isinstance(guide, Tensor) else f"{len(guide)}"
+        raise ValueError(f"guide must hold {len(named)} tensors, one for each of {', '.join(named)}, got {got}")
     checks.embeddings(**{f"guide[{i}]": x for i, x in enumerate(guide)})
     for i, (x, (name, own)) in enumerate(zip(guide, named.items(), strict=True)):
         if x.shape[0] != own.shape[0]:
-            raise ValueError(f"guide[{i}] has {x.shape[0]} rows and {name} {own.shape[0]}: they must agree")
+            raise ValueError(f"guide[{i}] must have {own.shape[0]} rows, like {name}, got {x.shape[0]}")
         checks.same_device(f"guide[{i}]", x, name, own)
     return [x.detach() for x in guide]
 

@@ -112,8 +112,7 @@ def info_nce(
         across = call.group is not None
         for name, given in {"negatives": negatives, "bank": bank}.items():
             if across and given is not None:
-                what = "rows' own columns" if name == "negatives" else "a rank's own columns"
-                raise ValueError(f"{name} with group=: {what} have no form across ranks; leave one of them out")
+                raise ValueError(f"{name} must not be given together with group, got both; leave one of them out")
         problem = info_nce_problem(
             query,
             key,
@@ -165,11 +164,11 @@ def info_nce_problem(
         checks.target("target", target, rows, None if across else columns, ignore_index, query)
     elif columns < rows:
         raise ValueError(
-            f"key has {columns} rows and query {rows}: the default target, arange({rows}), needs a key for every "
-            "query; pass target"
+            f"key must have at least {rows} rows, one per row of query, for the default target arange({rows}), "
+            f"got {columns}; pass target"
         )
     if rows and not columns and not across:
-        raise ValueError("key has no rows: needs at least one")
+        raise ValueError("key must have at least one row, got none")
     checks.scalar("temperature", temperature, query, positive=True)
     if key_bias is not None:
         checks.vector("key_bias", key_bias, sum(widths), "key" if bank is None else "key and row of the bank", query)
@@ -204,13 +203,13 @@ def info_nce_problem(
 def _with_private(problem: Problem, call: Call, query: Tensor, negatives: Tensor) -> Tensor:
     """With columns of each row's own: `log(exp(loss) + sum_k exp(z_ik - z_it))`, exact also where the loss is tiny."""
     if not isinstance(negatives, Tensor) or negatives.dim() != 3 or negatives.shape[::2] != query.shape:
-        got = list(negatives.shape) if isinstance(negatives, Tensor) else type(negatives).__name__
-        raise ValueError(f"negatives is {got}: needs [M, K, D] = [{len(query)}, any, {query.shape[1]}]")
+        got = f"shape {list(negatives.shape)}" if isinstance(negatives, Tensor) else checks.a(negatives)
+        raise ValueError(f"negatives must be [M, K, D] = [{len(query)}, any, {query.shape[1]}], got {got}")
     columns = negatives.unbind(1)
     checks.embeddings(query=query, **{f"negatives[:, {k}]": x for k, x in enumerate(columns)})
     if problem.label_smoothing or problem.wants_tally:
         what = "label_smoothing" if problem.label_smoothing else "return_stats=True"
-        raise ValueError(f"{what} with negatives: it counts the keys' columns alone; leave one of them out")
+        raise ValueError(f"negatives must not be given together with {what}, got both; leave one of them out")
     weight = problem.weight
     # Rows that are left out stay so, whatever their own columns are; those that count are weighted afterwards.
     counts = torch.where(weight == 0, 0, torch.ones_like(weight))

@@ -17,7 +17,7 @@ from ._options import Call, WorkspaceOptions, expanded
 from ._softmax import as_scale, autocast, columns_and_weights, distinct
 
 IGNORE_INDEX = -100
-INSTEAD = "torch.nn.functional.linear_cross_entropy takes it"
+INSTEAD = "torch.nn.functional.linear_cross_entropy takes"
 
 
 @expanded
@@ -81,7 +81,7 @@ def linear_cross_entropy(
     checks.index("ignore_index", ignore_index)
     checks.target("target", index, x.shape[0], classes, ignore_index, x)
     if x.shape[0] and not classes:
-        raise ValueError("linear_weight has no rows: needs at least one class")
+        raise ValueError("linear_weight must have at least one row, one per class, got none")
     if linear_bias is not None:
         checks.vector("linear_bias", linear_bias, classes, "class", x)
     if weight is not None:
@@ -93,7 +93,9 @@ def linear_cross_entropy(
         checks.scalar("softcap", softcap, x, positive=True)
     if weight is not None and label_smoothing and (softcap is not None or z_loss):
         other = "softcap" if softcap is not None else "z_loss"
-        raise ValueError(f"{other} is given beside both weight and label_smoothing: pass at most two of the three")
+        raise ValueError(
+            f"{other} must not be given together with weight and label_smoothing, got all three; pass at most two"
+        )
 
     x, y = autocast(savable(x), savable(linear_weight))
     if compact is None:
@@ -145,21 +147,21 @@ def linear_cross_entropy(
 def _rows(input: Tensor, linear_weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """`input` as `[N, D]` and `target` as `[N]`."""
     if not isinstance(input, Tensor) or input.dim() == 0:
-        got = f"shape {list(input.shape)}" if isinstance(input, Tensor) else f"a {type(input).__name__}"
-        raise TypeError(f"input is {got}: needs a floating tensor [..., D]")
+        got = f"shape {list(input.shape)}" if isinstance(input, Tensor) else checks.a(input)
+        raise TypeError(f"input must be a floating tensor [..., D], got {got}")
     checks.dense("input", input)
     if not input.shape[-1]:
-        raise ValueError(f"input has shape {list(input.shape)}: needs [..., D] with at least one dimension D")
+        raise ValueError(f"input must be [..., D] with D of at least 1, got shape {list(input.shape)}")
     if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
         shape = list(linear_weight.shape)
-        raise ValueError(f"linear_weight has shape {shape}: needs [C, D]; for K dimensions {INSTEAD}")
+        raise ValueError(f"linear_weight must be [C, D], got shape {shape}; {INSTEAD} K dimensions")
     if isinstance(target, Tensor) and target.dtype.is_floating_point:
-        raise TypeError(f"target is {target.dtype}: needs int64 class indices; for class probabilities {INSTEAD}")
+        raise TypeError(f"target must be int64 class indices, got {target.dtype}; {INSTEAD} class probabilities")
     x = input.reshape(-1, input.shape[-1])
     checks.embeddings(input=x, linear_weight=linear_weight)
     if isinstance(target, Tensor) and target.shape != input.shape[:-1]:
         wanted = list(input.shape[:-1])
-        raise ValueError(f"target has shape {list(target.shape)}: needs {wanted}, one class for each row of input")
+        raise ValueError(f"target must have shape {wanted}, one class for each row of input, got {list(target.shape)}")
     return x, target.reshape(-1) if isinstance(target, Tensor) else target
 
 

@@ -280,33 +280,40 @@ def _padded(scores: Lists, labels: Lists, mask: Tensor | None) -> tuple[Tensor, 
     """Scores and labels `[Q, n]`, and which of them are documents."""
     if isinstance(scores, Tensor) and isinstance(labels, Tensor):
         if scores.dtype not in checks.FLOATING:
-            raise TypeError(f"scores has dtype {scores.dtype}: needs float16, bfloat16, float32 or float64")
+            raise TypeError(f"scores must be float16, bfloat16, float32 or float64, got {scores.dtype}")
         checks.dense("scores", scores)
         checks.dense("labels", labels)
         if scores.dim() != 2:
-            raise ValueError(f"scores has shape {list(scores.shape)}: needs [queries, documents], or a list of 1-D")
+            raise ValueError(
+                f"scores must be [queries, documents] or a list of 1-D tensors, got shape {list(scores.shape)}"
+            )
         if labels.shape != scores.shape:
-            raise ValueError(f"labels has shape {list(labels.shape)} and scores {list(scores.shape)}: they must agree")
+            raise ValueError(f"labels must have shape {list(scores.shape)}, like scores, got {list(labels.shape)}")
         if labels.is_complex():
-            raise TypeError(f"labels has dtype {labels.dtype}: needs real numbers")
+            raise TypeError(f"labels must be real numbers, got {labels.dtype}")
         if labels.device != scores.device:
-            raise ValueError(f"labels is on {labels.device} and scores on {scores.device}: move one of them")
+            raise ValueError(f"labels must be on {scores.device}, like scores, got {labels.device}; move one of them")
         if mask is not None:
             checks.boolean("mask", mask, tuple(scores.shape), scores)
         return savable(scores), savable(labels), None if mask is None else savable(mask)
     if mask is not None:
-        raise ValueError("mask is given beside lists of tensors: needs [Q, n] scores; lists have no padding to mask")
+        raise ValueError(
+            "mask must be None if scores and labels are lists of tensors, which have no padding, got a mask"
+        )
     for name, given in (("scores", scores), ("labels", labels)):
         checks.options_not_modules(**{name: given})
         if isinstance(given, Tensor) or not isinstance(given, Sequence):
-            raise TypeError(f"{name} is a {type(given).__name__}: needs a tensor [Q, n] as the other, or a list as it")
+            raise TypeError(
+                "scores and labels must both be [Q, n] tensors or both be lists of 1-D tensors, "
+                f"got {checks.a(given)} as {name}"
+            )
         for i, x in enumerate(given):
             if not isinstance(x, Tensor) or x.dim() != 1:
-                got = f"of shape {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-                raise ValueError(f"{name}[{i}] is {got}: needs a 1-D tensor, one number per document")
+                got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else checks.a(x)
+                raise ValueError(f"{name}[{i}] must be a 1-D tensor, one number per document, got {got}")
     lengths, found = ([len(x) for x in given] for given in (scores, labels))
     if lengths != found:
-        raise ValueError(f"scores has lists of {lengths} documents and labels of {found}: they must agree")
+        raise ValueError(f"labels must have lists of {lengths} documents, like scores, got {found}")
     if not lengths:
         return torch.zeros(0, 0), torch.zeros(0, 0), None
     padded, relevance = (nn.utils.rnn.pad_sequence(list(given), batch_first=True) for given in (scores, labels))
@@ -330,7 +337,7 @@ def check_lambda(weighting: object, k: int | None, sigma: float, eps: float, mu:
 def _positive(name: str, value: float) -> None:
     checks.number(name, value)
     if value <= 0:
-        raise ValueError(f"{name} is {value}: needs a positive number")
+        raise ValueError(f"{name} must be a positive number, got {value}")
 
 
 def _nothing(scores: Tensor, reduction: str) -> Tensor:

@@ -58,7 +58,7 @@ def arcface(
     """
     checks.number("margin", margin)
     if not 0 <= margin < math.pi:
-        raise ValueError(f"margin is {margin}: needs radians, from 0 to below pi")
+        raise ValueError(f"margin must be an angle in radians, from 0 to below pi, got {margin}")
     rule = Margin(angle=float(margin))
     return _margin_softmax(embeddings, target, weight, rule, scale, ignore_index, Call(**options))
 
@@ -121,7 +121,7 @@ def _margin_softmax(
     checks.index("ignore_index", ignore_index)
     checks.target("target", target, rows, classes, ignore_index, embeddings)
     if rows and not classes:
-        raise ValueError("weight has no rows: needs at least one class")
+        raise ValueError("weight must have at least one row, one per class, got none")
     checks.number("scale", scale)
     checks.scalar("scale", scale, embeddings, positive=True)
     multiplier, scale_bound = as_scale(scale, embeddings, inverse=False)

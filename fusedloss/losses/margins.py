@@ -106,7 +106,7 @@ def _pairs(anchor: Tensor, positive: Tensor, more_positives: bool = False) -> Te
     checks.embeddings(anchor=anchor, positive=positive)
     rows, columns = anchor.shape[0], positive.shape[0]
     if columns < rows or (columns > rows and not more_positives):
-        raise ValueError(f"positive has {columns} rows and anchor {rows}: every anchor needs its positive")
+        raise ValueError(f"positive must have at least {rows} rows, one per row of anchor, got {columns}")
     return row_numbers(rows, anchor)
 
 

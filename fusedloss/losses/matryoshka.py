@@ -76,21 +76,26 @@ def matryoshka(
     """
     checks.function("loss", loss, "fusedloss.info_nce")
     if not embeddings:
-        raise ValueError("embeddings is empty: needs those that the loss takes")
+        raise ValueError("embeddings must hold the tensors that the loss takes, got none")
     checks.embeddings(**{f"embeddings[{i}]": x for i, x in enumerate(embeddings)})
     dims = _checked_dims(dims, embeddings[0].shape[1])
     if weights is not None:
         checks.sequence("weights", weights, "numbers", str((1.0,) * len(dims)))
     weights = [1.0] * len(dims) if weights is None else list(weights)
     if len(weights) != len(dims):
-        raise ValueError(f"weights has {len(weights)} numbers and dims {len(dims)}: needs one for each")
+        raise ValueError(f"weights must hold {len(dims)} numbers, one for each of dims, got {len(weights)}")
     for i, weight in enumerate(weights):
         checks.number(f"weights[{i}]", weight)
     if loss_options.get("return_stats"):
-        raise ValueError("return_stats=True: every prefix has statistics of its own; ask the loss for one of them")
+        raise ValueError(
+            "return_stats must be False, got True; statistics differ per prefix: call the loss itself on one prefix"
+        )
     for name in ("negatives", "bank"):
         if loss is info_nce and loss_options.get(name) is not None:
-            raise ValueError(f"{name} has no prefixes here: pass it to multiple_negatives_ranking, as columns")
+            raise ValueError(
+                f"{name} must not be given with info_nce under matryoshka, got it; pass it to "
+                "multiple_negatives_ranking as columns"
+            )
     if loss in PROBLEMS and loss_options.get("group") is None:
         options = {n: x for n, x in loss_options.items() if x is not None or n not in ("negatives", "group")}
         for name in options:
@@ -122,13 +127,13 @@ def _narrow(x: Tensor) -> bool:
 def _checked_dims(dims: Sequence[int], D: int) -> tuple[int, ...]:
     checks.sequence("dims", dims, "numbers from 1 to D", "(768, 256)")
     if not len(dims):
-        raise ValueError("dims is empty: needs at least one")
+        raise ValueError("dims must hold at least one number, got none")
     for dim in dims:
         checks.index("dims", dim)
         if not 1 <= dim <= D:
-            raise ValueError(f"dims holds {dim}: needs numbers from 1 to D = {D}")
+            raise ValueError(f"dims must be numbers from 1 to D = {D}, got {dim}")
     if len(set(dims)) != len(dims):
-        raise ValueError(f"dims is {tuple(dims)}: needs distinct numbers")
+        raise ValueError(f"dims must be distinct numbers, got {tuple(dims)}")
     return tuple(int(dim) for dim in dims)
 
 

@@ -131,7 +131,7 @@ def multiple_negatives_ranking_problems(
         )
     rows, owners = anchor.shape[0], everyone.shape[0]
     if positive.shape[0] < rows:
-        raise ValueError(f"positive has {positive.shape[0]} rows and anchor {rows}: every anchor needs its positive")
+        raise ValueError(f"positive must have at least {rows} rows, one per row of anchor, got {positive.shape[0]}")
     checks.scalar("scale", scale, anchor, positive=True)
     checks.choice("similarity", similarity, checks.SIMILARITIES)
     _check_directions(directions, partition_mode)
@@ -141,8 +141,8 @@ def multiple_negatives_ranking_problems(
         needed = owned or (name == "positive" and len(directions) > 1)
         if needed and x.shape[0] != owners:
             raise ValueError(
-                f"{name} has {x.shape[0]} rows and anchor {owners}: with these directions or hardness_mode each row "
-                "must belong to an anchor"
+                f"{name} must have {owners} rows, one per row of anchor, with these directions or hardness_mode, "
+                f"got {x.shape[0]}"
             )
     widths = [x.shape[0] for x in (positive, *negatives)]
     bound = masks.bind(mask, rows, widths, anchor)
@@ -195,16 +195,17 @@ def _check_directions(directions: Sequence[str], partition_mode: str) -> None:
     if not isinstance(directions, str):
         checks.sequence("directions", directions, "names", str(DIRECTIONS[:2]))
     if isinstance(directions, str) or not all(name in DIRECTIONS for name in directions):
-        raise ValueError(f"directions is {directions!r}: needs a sequence of {', '.join(map(repr, DIRECTIONS))}")
+        raise ValueError(f"directions must be a sequence of {', '.join(map(repr, DIRECTIONS))}, got {directions!r}")
     if len(set(directions)) != len(directions):
-        raise ValueError(f"directions is {directions!r}: needs each at most once; leave the second out")
+        raise ValueError(f"directions must hold each name at most once, got {directions!r}")
     if "query_to_doc" not in directions:
-        raise ValueError(f"directions is {directions!r}: needs 'query_to_doc' among them")
+        raise ValueError(f"directions must hold 'query_to_doc', got {directions!r}")
     checks.choice("partition_mode", partition_mode, PARTITION_MODES)
     within = [name for name in directions if name in ("query_to_query", "doc_to_doc")]
     if partition_mode == "per_direction" and within:
         raise ValueError(
-            f"partition_mode='per_direction' with directions {within}: their logits hold no positive; use 'joint'"
+            f"partition_mode must be 'joint' with directions {within}, whose logits hold no positive, "
+            "got 'per_direction'"
         )
 
 

@@ -75,7 +75,7 @@ def nt_xent_problem(
 ) -> Problem:
     checks.embeddings(z1=z1, z2=z2)
     if z1.shape[0] != z2.shape[0]:
-        raise ValueError(f"z2 has {z2.shape[0]} rows and z1 {z1.shape[0]}: they must be views of the same samples")
+        raise ValueError(f"z2 must have {z1.shape[0]} rows, views of the samples of z1, got {z2.shape[0]}")
     checks.scalar("temperature", temperature, z1, positive=True)
     scale, scale_bound = as_scale(temperature, z1, inverse=True)
     views = torch.cat(autocast(z1, z2))

@@ -43,7 +43,7 @@ def global_orthogonal_regularization(
         >>> loss = ranking + fusedloss.global_orthogonal_regularization(anchor, positive)
     """
     if not embeddings:
-        raise ValueError("embeddings is empty: needs at least one column [B, D]")
+        raise ValueError("embeddings must hold at least one column [B, D], got none")
     for i, x in enumerate(embeddings):
         checks.embeddings(**{f"embeddings[{i}]": x})
     checks.choice("similarity", similarity, checks.SIMILARITIES)

@@ -147,11 +147,14 @@ def cosine_similarity(
     call = Call(**options)
     score = check_numbers("score", score, [(a.shape[0],)], a)
     if loss != "mse" and not callable(loss):
-        raise ValueError(f"loss is {loss!r}: needs 'mse' or a function of two tensors [B]")
+        raise ValueError(f"loss must be 'mse' or a function of two tensors [B], got {loss!r}")
     if transform is not None and not callable(transform):
-        raise TypeError(f"transform is a {type(transform).__name__}: needs a function of a tensor [B], or None")
+        raise TypeError(f"transform must be a function of a tensor [B] or None, got {checks.a(transform)}")
     if callable(loss) and call.reduction != "mean":
-        raise ValueError(f"reduction is {call.reduction!r}, but loss is a function, which reduces by itself")
+        raise ValueError(
+            f"reduction must be 'mean', the default, if loss is a function, got {call.reduction!r}; "
+            "reduce in the function"
+        )
     cosines = columns("cos", a, b, eps=1e-8, backend=call.backend)[0]
     target = score if score.dtype == cosines.dtype else score.to(cosines.dtype)
     if transform is not None:

@@ -150,7 +150,7 @@ def _check(embeddings: Tensor, target: Tensor, proxies: Tensor, ignore_index: in
     rows, classes = embeddings.shape[0], proxies.shape[0]
     checks.target("target", target, rows, classes, ignore_index, embeddings)
     if rows and not classes:
-        raise ValueError("proxies has no rows: needs at least one class")
+        raise ValueError("proxies must have at least one row, one per class, got none")
 
 
 class ProxyNCALoss(LossModule, function=proxy_nca):

@@ -118,7 +118,7 @@ def huber(
     if type(delta) is not float:
         delta = _number("delta", delta)
     if not delta > 0:
-        raise ValueError(f"delta is {delta}: needs a positive number")
+        raise ValueError(f"delta must be a positive number, got {delta}")
     return _difference(F.huber_loss, delta, 1.0, input, target, reduction, weight, under, over, backend)
 
 
@@ -151,7 +151,7 @@ def smooth_l1(
     if type(beta) is not float:
         beta = _number("beta", beta)
     if not beta >= 0:
-        raise ValueError(f"beta is {beta}: needs a number of at least 0")
+        raise ValueError(f"beta must be a number of at least 0, got {beta}")
     factor = 1.0 / beta if beta else 1.0
     return _difference(F.smooth_l1_loss, beta, factor, input, target, reduction, weight, under, over, backend)
 
@@ -166,7 +166,7 @@ def _number(name: str, value: Any) -> float:
             return float(value)
     except (TypeError, ValueError):
         pass
-    raise TypeError(f"{name} is a {type(value).__name__}: needs a number")
+    raise TypeError(f"{name} must be a number, got {checks.a(value)}")
 
 
 def _difference(
@@ -217,8 +217,8 @@ def _left_to_torch(
     tensors(input, target)
     if not under == over == 1.0 or (weight is not None and twin is F.smooth_l1_loss):
         raise TypeError(
-            f"input is {_kind(input)} and target {_kind(target)}: torch computes such losses, and has not these "
-            "options; needs floating tensors of one dtype on one device"
+            "input and target must be floating tensors of one dtype on one device with `weight`, `under` or `over`, "
+            f"got {_kind(input)} and {_kind(target)}; without these options torch's own loss runs"
         )
     options: dict[str, Any] = {"reduction": reduction}
     if twin is F.huber_loss:

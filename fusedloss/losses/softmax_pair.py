@@ -65,20 +65,21 @@ def softmax_pair(
     if u.dtype != v.dtype:  # under autocast
         v = v.to(u.dtype)
     if v.shape[0] != u.shape[0]:
-        raise ValueError(f"v has {v.shape[0]} rows and u has {u.shape[0]}: needs as many")
+        raise ValueError(f"v must have {u.shape[0]} rows, like u, got {v.shape[0]}")
     if not isinstance(concatenation, str):
         checks.sequence("concatenation", concatenation, "names", "('rep', 'difference')")
     if isinstance(concatenation, str) or not concatenation or not all(part in PARTS for part in concatenation):
-        raise ValueError(f"concatenation is {concatenation!r}: needs one or more of {', '.join(map(repr, PARTS))}")
+        raise ValueError(f"concatenation must be one or more of {', '.join(map(repr, PARTS))}, got {concatenation!r}")
     parts = tuple(part for part in PARTS if part in concatenation)
     wanted = sum(PARTS[part] for part in parts) * u.shape[1]
     if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
-        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"weight is {got}: needs a floating tensor [C, {wanted}]")
+        got = weight.dtype if isinstance(weight, Tensor) else checks.a(weight)
+        raise TypeError(f"weight must be a floating tensor [C, {wanted}], got {got}")
     checks.dense("weight", weight)
     if weight.dim() != 2 or weight.shape[1] != wanted or not weight.shape[0]:
         raise ValueError(
-            f"weight has shape {list(weight.shape)}: needs [C, {wanted}], for {', '.join(parts)} of D = {u.shape[1]}"
+            f"weight must have shape [C, {wanted}], for {', '.join(parts)} of D = {u.shape[1]}, "
+            f"got {list(weight.shape)}"
         )
     checks.same_device("weight", weight, "u", u)
     if bias is not None:
@@ -94,7 +95,9 @@ def softmax_pair(
     if isinstance(target, Tensor) and target.dtype.is_floating_point:
         checks.dense("target", target)
         if target.shape != logits.shape:
-            raise ValueError(f"target has shape {list(target.shape)}: class probabilities need {list(logits.shape)}")
+            raise ValueError(
+                f"target must have shape {list(logits.shape)} if it holds probabilities, got {list(target.shape)}"
+            )
         checks.same_device("target", target, "u", u)
     else:
         checks.integers("target", target, (u.shape[0],), u)

@@ -204,8 +204,8 @@ def admitted(
     if bool(outside.any()):
         place = tuple(outside.nonzero()[0].tolist())
         raise IndexError(
-            f"target[{', '.join(map(str, place))}] is {int(target[place])}: needs a class from 0 to {columns - 1}, or "
-            f"{ignore_index} to leave the row out"
+            f"target[{', '.join(map(str, place))}] must be a class from 0 to {columns - 1}, or {ignore_index} to leave "
+            f"the row out, got {int(target[place])}"
         )
     return target.masked_fill(left_out, 0), left_out, None, int(count)
 

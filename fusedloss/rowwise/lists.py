@@ -219,12 +219,12 @@ def _expanded(weighting: Callable[..., Tensor], by_rank: Ranked, gain: Tensor, i
     with torch.enable_grad():
         weight = weighting(gain, discount, by_rank.label.clamp(min=0))
     if not isinstance(weight, Tensor):
-        raise TypeError(f"weighting returned a {type(weight).__name__}: needs a tensor")
+        raise TypeError(f"weighting must return a tensor, got {checks.a(weight)}")
     try:
         return weight.to(gain.dtype).expand(Q, n, n)
     except RuntimeError:
         raise ValueError(
-            f"weighting returned the shape {list(weight.shape)}: needs one that broadcasts to {[Q, n, n]}"
+            f"weighting must return a shape that broadcasts to {[Q, n, n]}, got {list(weight.shape)}"
         ) from None
 
 
@@ -360,7 +360,10 @@ def _lambdas(
         few = by_rank._replace(score=z[queries], label=by_rank.label[queries])
         weight = _expanded(weighting, few, gain[queries], inverse)
         if weight.requires_grad:
-            raise RuntimeError("weighting returned a tensor that requires grad: use backend='reference', or detach it")
+            raise RuntimeError(
+                "weighting must return a tensor without a gradient, got one that requires grad; detach it, "
+                "or pass backend='reference'"
+            )
         part = Lambdas(found.loss[queries], *(None if t is None else t[queries] for t in found[1:]))
         _walk(few.score, top, _weigher(weight, few.label, None, mu), part)
     return found
@@ -626,8 +629,8 @@ def _rank_weights(lambda_weight: RankWeight, mask: Tensor | None, scores: Tensor
         whole = torch.ones(Q, n, dtype=torch.bool, device=scores.device) if mask is None else mask
         weight = lambda_weight(whole)
         if not isinstance(weight, Tensor) or weight.shape != (Q, n):
-            got = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-            raise ValueError(f"lambda_weight returned {got}: needs a tensor {[Q, n]}")
+            got = f"shape {list(weight.shape)}" if isinstance(weight, Tensor) else checks.a(weight)
+            raise ValueError(f"lambda_weight must return a tensor {[Q, n]}, got {got}")
         weight = weight.to(dtype)
     else:
         if mask is None:

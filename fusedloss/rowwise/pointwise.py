@@ -324,8 +324,8 @@ def once_only() -> None:
     """For the backward pass of what keeps its derivative alone: nothing is left to be differentiated again."""
     if torch.is_grad_enabled():
         raise UnsupportedError(
-            "second derivatives (create_graph=True): this backend has kept the first alone of this loss. "
-            "Pass backend='reference'."
+            "backend must be 'reference' for second derivatives (create_graph=True) of this loss, got one that keeps "
+            "only the first"
         )
 
 

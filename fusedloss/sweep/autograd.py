@@ -185,8 +185,7 @@ def _differentiable_gradients(
     """
     if problem.ranks is not None:
         raise UnsupportedError(
-            "second derivatives (create_graph=True) with group=: both directions across ranks have none. "
-            "Leave group out."
+            "group must be None for second derivatives (create_graph=True) of a loss of both directions, got a group"
         )
     empty, inputs, constants = take_apart(problem)
     # Apart, where two arguments are one tensor: else each would get the gradient of both.
@@ -209,8 +208,8 @@ def _saved(ctx: Any) -> tuple[Tensor, ...]:
             raise
         raise RuntimeError(
             "`bank`, or another tensor of the loss, must stay as it is until the last backward that reads it (per row, "
-            f"with negatives, a second one, create_graph), got one that was modified since; write to it after that, or "
-            f"pass bank.clone(). {error}"
+            "with negatives, a second one, create_graph), got one that was modified; write to it after that backward, "
+            f"or pass bank.clone(). {error}"
         ) from error
 
 

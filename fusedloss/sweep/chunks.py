@@ -35,7 +35,7 @@ def chunk_rows(M: int, N: int, D: int, itemsize: int, device: torch.device, work
     row_bytes = max(1, N * itemsize)
     if workspace_bytes is not None and workspace_bytes < row_bytes and M:
         raise ValueError(
-            f"{name} is {workspace_bytes}: one row of {N} similarities takes {row_bytes} bytes; "
+            f"{name} must be at least {row_bytes}, the bytes of one row of {N} similarities, got {workspace_bytes}; "
             f"allow {MIN_ROWS} rows, {MIN_ROWS * row_bytes} bytes, or more"
         )
     if device.type == "cuda":

@@ -201,7 +201,7 @@ def verdict_of(fields: Any) -> Verdict:
     if not isinstance(fields, dict) or any(not isinstance(fields.get(name), kinds) for name, kinds in form.items()):
         raise ValueError("they have another form")
     if fields["state"] not in (PROVED, FAILED):
-        raise ValueError(f"they know of a state {fields['state']!r}")
+        raise ValueError(f"they hold an unknown state {fields['state']!r}")
     worst = math.inf if fields["worst"] is None else fields["worst"]
     return Verdict(fields["state"], fields["cases"], fields["seconds"], worst, fields["reason"])
 

@@ -209,7 +209,7 @@ def test_the_module_runs_and_explains_itself():
     shown = subprocess.run([sys.executable, "-m", "fusedloss", "-h"], capture_output=True, text=True, check=True).stdout
     assert all(word in shown for word in ("info", "check", "verify", "bench"))
     wrong = subprocess.run([sys.executable, "-m", "fusedloss", "bench", "--n", "0"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "needs a positive whole number" in wrong.stderr
+    assert wrong.returncode == 2 and "must be a positive whole number, got" in wrong.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -221,14 +221,14 @@ def test_a_device_that_is_not_there_is_named(capsys):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (["--n", "abc"], "abc: needs a positive whole number"),
-        (["--n", "0"], "0: needs a positive whole number"),
-        (["--temperature", "nan"], "nan: needs a positive number"),
-        (["--temperature", "-1"], "expected at least one argument|-1: needs a positive number"),
-        (["--device", "tpu"], "tpu: needs cpu, cuda or cuda:INDEX"),
-        (["--device", "cpu:7"], "cpu:7: needs cpu, cuda or cuda:INDEX"),
-        (["--name", "a/b"], "a/b: needs a file name"),
-        (["--out", __file__], "needs a folder"),
+        (["--n", "abc"], "must be a positive whole number, got 'abc'"),
+        (["--n", "0"], "must be a positive whole number, got '0'"),
+        (["--temperature", "nan"], "must be a positive number, got 'nan'"),
+        (["--temperature", "-1"], "expected at least one argument|must be a positive number, got '-1'"),
+        (["--device", "tpu"], "must be cpu, cuda or cuda:INDEX, got 'tpu'"),
+        (["--device", "cpu:7"], "must be cpu, cuda or cuda:INDEX, got 'cpu:7'"),
+        (["--name", "a/b"], "must be a file name, got 'a/b'"),
+        (["--out", __file__], "must be a folder"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

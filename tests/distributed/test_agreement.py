@@ -59,60 +59,150 @@ BOOL = torch.ones(3, 3, dtype=torch.bool)
 # What rank 1 asks and rank 0 does not; what rank 1 raises; a part of what both say.
 REFUSED = {
     **{
-        f"{name}, {option}": (name, {option: value}, ValueError, f"{option} with group=: it has no form across ranks")
+        f"{name}, {option}": (name, {option: value}, ValueError, f"{option} must not be given together with group")
         for name in ("info_nce", "clip", "ranking", "gist_embed", "nt_xent")
         for option, value in (("label_smoothing", 0.1), ("return_stats", True))
         if option == "return_stats" or name == "info_nce"
     },
-    "bank": ("info_nce", {"bank": torch.ones(2, 4, dtype=torch.float64)}, ValueError, "bank with group="),
-    "negatives": ("info_nce", {"negatives": torch.ones(3, 2, 4)}, ValueError, "negatives with group="),
-    "a bool mask": ("info_nce", {"mask": BOOL}, ValueError, "a bool mask with group="),
-    "clip's bool mask": ("clip", {"mask": BOOL}, ValueError, "a bool mask with group="),
-    "a mask of another shape": ("info_nce", {"mask": BOOL[:2]}, ValueError, "mask has shape [2, 3]: needs bool [3, 3]"),
-    "a mask that is none": ("ranking", {"mask": "ids"}, TypeError, "mask is 'ids', a str: needs one of"),
+    "bank": (
+        "info_nce",
+        {"bank": torch.ones(2, 4, dtype=torch.float64)},
+        ValueError,
+        "bank must not be given together with group",
+    ),
+    "negatives": (
+        "info_nce",
+        {"negatives": torch.ones(3, 2, 4)},
+        ValueError,
+        "negatives must not be given together with group",
+    ),
+    "a bool mask": ("info_nce", {"mask": BOOL}, ValueError, "a bool mask must not be given together with group"),
+    "clip's bool mask": ("clip", {"mask": BOOL}, ValueError, "a bool mask must not be given together with group"),
+    "a mask of another shape": (
+        "info_nce",
+        {"mask": BOOL[:2]},
+        ValueError,
+        "mask must be bool [3, 3], got shape [2, 3]",
+    ),
+    "a mask that is none": (
+        "ranking",
+        {"mask": "ids"},
+        TypeError,
+        "mask must be one of fusedloss.masks or a bool tensor, got 'ids', a str",
+    ),
     "ids of another length": (
         "info_nce",
         {"mask": masks.same_id(LABELS[:2], LABELS)},
         ValueError,
-        "same_id's row_ids has shape [2]: needs int64 [3]",
+        "same_id's row_ids must be int64 [3], got shape [2]",
     ),
-    "temperature": ("info_nce", {"temperature": -1.0}, ValueError, "temperature is -1.0: needs a positive number"),
-    "temperature, nt_xent": ("nt_xent", {"temperature": 0.0}, ValueError, "temperature is 0.0"),
-    "temperature, a word": ("sup_con", {"temperature": "cold"}, TypeError, "temperature is a str"),
-    "scale": ("ranking", {"scale": float("nan")}, ValueError, "scale is nan"),
-    "logit_scale": ("clip", {"logit_scale": torch.ones(2)}, ValueError, "logit_scale has shape [2]"),
-    "logit_bias": ("siglip", {"logit_bias": float("inf")}, ValueError, "logit_bias is inf"),
-    "weight": ("info_nce", {"weight": torch.ones(2)}, ValueError, "weight has shape [2]: needs [3]"),
-    "key_bias": ("info_nce", {"key_bias": LABELS}, TypeError, "key_bias is torch.int64: needs a floating tensor [3]"),
+    "temperature": ("info_nce", {"temperature": -1.0}, ValueError, "temperature must be a positive number, got -1.0"),
+    "temperature, nt_xent": (
+        "nt_xent",
+        {"temperature": 0.0},
+        ValueError,
+        "temperature must be a positive number, got 0.0",
+    ),
+    "temperature, a word": ("sup_con", {"temperature": "cold"}, TypeError, "got 'cold', a str"),
+    "scale": ("ranking", {"scale": float("nan")}, ValueError, "scale must be a positive number, got nan"),
+    "logit_scale": (
+        "clip",
+        {"logit_scale": torch.ones(2)},
+        ValueError,
+        "logit_scale must have one element, shape [] or [1], got shape [2]",
+    ),
+    "logit_bias": ("siglip", {"logit_bias": float("inf")}, ValueError, "logit_bias must be a finite number, got inf"),
+    "weight": (
+        "info_nce",
+        {"weight": torch.ones(2)},
+        ValueError,
+        "weight must have shape [3], one number per query, got [2]",
+    ),
+    "key_bias": (
+        "info_nce",
+        {"key_bias": LABELS},
+        TypeError,
+        "key_bias must be a floating tensor [3], got torch.int64",
+    ),
     "target's dtype": (
         "info_nce, target",
         {"target": LABELS.int()},
         TypeError,
-        "target is torch.int32 [3]: needs an int64",
+        "target must be an int64 tensor [3] of column indices, got torch.int32 [3]",
     ),
-    "target's shape": ("info_nce, target", {"target": LABELS[:2]}, ValueError, "target has shape [2]: needs [3]"),
-    "target": ("info_nce, target", {"target": torch.tensor([0, 6, 5])}, IndexError, "needs an index"),
-    "target below 0": ("info_nce, target", {"target": torch.tensor([0, -7, 5])}, IndexError, "needs an index"),
-    "ignore_index": ("info_nce, target", {"ignore_index": 0.5}, TypeError, "ignore_index is a float"),
-    "siglip's target": ("siglip", {"target": LABELS}, ValueError, "target is a tensor with group="),
-    "directions": ("ranking", {"directions": None}, TypeError, "directions is None: needs a sequence of names"),
-    "directions, a word": ("ranking", {"directions": ("there",)}, ValueError, "directions is ('there',): needs a"),
-    "similarity": ("ranking", {"similarity": "l2"}, ValueError, "similarity is 'l2': needs one of 'cos', 'dot'"),
-    "hardness": ("ranking", {"hardness_mode": "soft"}, ValueError, "hardness_mode is 'soft': needs one of"),
-    "guide": ("gist_embed", {"guide": GUIDE[:1]}, ValueError, "guide holds 1 tensors: needs 2"),
-    "guide's margin": ("gist_embed", {"margin": "wide"}, TypeError, "margin is a str"),
-    "labels": ("sup_con", {"labels": LABELS[:2]}, ValueError, "labels has shape [2]: needs int64 [3]"),
-    "form": ("sup_con", {"form": "around"}, ValueError, "form is 'around': needs one of 'out', 'in'"),
-    "reduction": ("siglip", {"reduction": "median"}, ValueError, "reduction is 'median': needs one of"),
-    "backend": ("nt_xent", {"backend": "numpy"}, ValueError, "backend is 'numpy': needs one of"),
+    "target's shape": (
+        "info_nce, target",
+        {"target": LABELS[:2]},
+        ValueError,
+        "target must have shape [3], one index per row, got [2]",
+    ),
+    "target": ("info_nce, target", {"target": torch.tensor([0, 6, 5])}, IndexError, "must be an index"),
+    "target below 0": ("info_nce, target", {"target": torch.tensor([0, -7, 5])}, IndexError, "must be an index"),
+    "ignore_index": (
+        "info_nce, target",
+        {"ignore_index": 0.5},
+        TypeError,
+        "ignore_index must be a whole number, got 0.5",
+    ),
+    "siglip's target": (
+        "siglip",
+        {"target": LABELS},
+        ValueError,
+        "target must be None or masks.same_id if group is given",
+    ),
+    "directions": ("ranking", {"directions": None}, TypeError, "directions must be a sequence of names, such as ("),
+    "directions, a word": (
+        "ranking",
+        {"directions": ("there",)},
+        ValueError,
+        "directions must be a sequence of 'query",
+    ),
+    "similarity": ("ranking", {"similarity": "l2"}, ValueError, "similarity must be one of 'cos', 'dot', got 'l2'"),
+    "hardness": ("ranking", {"hardness_mode": "soft"}, ValueError, "hardness_mode must be one of"),
+    "guide": (
+        "gist_embed",
+        {"guide": GUIDE[:1]},
+        ValueError,
+        "guide must hold 2 tensors, one for each of anchor, positive, got 1",
+    ),
+    "guide's margin": ("gist_embed", {"margin": "wide"}, TypeError, "margin must be a number, got 'wide', a str"),
+    "labels": ("sup_con", {"labels": LABELS[:2]}, ValueError, "labels must be int64 [3], got shape [2]"),
+    "form": ("sup_con", {"form": "around"}, ValueError, "form must be one of 'out', 'in', got 'around'"),
+    "reduction": (
+        "siglip",
+        {"reduction": "median"},
+        ValueError,
+        "reduction must be one of 'mean', 'sum', 'none', got 'median'",
+    ),
+    "backend": ("nt_xent", {"backend": "numpy"}, ValueError, "backend must be one of 'auto', "),
     "reference both ways": ("clip", {"backend": "reference"}, fusedloss.UnsupportedError, "backend='reference' cannot"),
-    "reference in a ring": ("ring", {"backend": "reference"}, fusedloss.UnsupportedError, "'reference' has no ring"),
-    "workspace_bytes": ("gist_embed", {"workspace_bytes": 0}, ValueError, "workspace_bytes is 0: needs at least 1"),
+    "reference in a ring": (
+        "ring",
+        {"backend": "reference"},
+        fusedloss.UnsupportedError,
+        "strategy must be 'gather' with backend='reference'",
+    ),
+    "workspace_bytes": (
+        "gist_embed",
+        {"workspace_bytes": 0},
+        ValueError,
+        "workspace_bytes must be at least 1 or None, got 0",
+    ),
     # Enough for a row of this rank's columns, too little for one of all ranks'.
-    "a small workspace": ("12 rows", {"workspace_bytes": 130}, ValueError, "workspace_bytes is 130: one row of 32 "),
-    "a smaller one in a ring": ("ring", {"workspace_bytes": 100}, ValueError, "workspace_bytes is 100: one row of"),
-    "module": ("InfoNCELoss", {"temperature": 0.1}, TypeError, "forward got 'temperature': it is an option"),
-    "module's target": ("InfoNCELoss", {"target": LABELS[:2]}, ValueError, "target has shape [2]: needs [3]"),
+    "a small workspace": ("12 rows", {"workspace_bytes": 130}, ValueError, "workspace_bytes must be at least 256"),
+    "a smaller one in a ring": ("ring", {"workspace_bytes": 100}, ValueError, "workspace_bytes must be at least 1"),
+    "module": (
+        "InfoNCELoss",
+        {"temperature": 0.1},
+        TypeError,
+        "forward got an unexpected argument 'temperature'; pass",
+    ),
+    "module's target": (
+        "InfoNCELoss",
+        {"target": LABELS[:2]},
+        ValueError,
+        "target must have shape [3], one index per row, got [2]",
+    ),
 }
 # What rank 0 and rank 1 ask; a part of what both say.
 DIFFERENT = {
@@ -209,8 +299,10 @@ def test_what_ranks_ask_differently_all_ranks_raise(ranks, name):
 
 def test_a_target_outside_is_named_with_its_value(ranks):
     other, own = ranks("target")
-    assert "target[1] is 6: needs an index from 0 to 5" in str(own)
-    assert "rank 1 of group refuses: target holds 6: needs indices from 0 to 5" in str(other)
+    assert "target[1] must be an index from 0 to 5, or -100 to leave the row out, got 6" in str(own)
+    assert "rank 1 of group refuses: target must hold indices from 0 to 5, over the columns of all ranks, got 6" in str(
+        other
+    )
 
 
 def whole(**options):
@@ -247,7 +339,7 @@ def group_of_one():
 @pytest.mark.parametrize("name", RIGHT)
 def test_world_before_init_process_group(name):
     argument = {"clip's scale": {"scale": 2.0}, "siglip's bias": {"bias": 0.0}}.get(name, {})
-    with pytest.raises(ValueError, match=r"group='world' before init_process_group: call it first"):
+    with pytest.raises(ValueError, match=r"group must be None before init_process_group, got 'world'"):
         RIGHT[name](**argument)
 
 
@@ -290,9 +382,9 @@ def test_a_ring_follows_the_whole_rule_of_its_rows(rule, reduction, group_of_one
 
 
 def test_another_word():
-    with pytest.raises(ValueError, match=r"group is 'all': needs 'world', all ranks, or a ProcessGroup"):
+    with pytest.raises(ValueError, match=r"group must be 'world' for all ranks, or a ProcessGroup, got 'all'"):
         fusedloss.info_nce(*two(), group="all")
-    with pytest.raises(ValueError, match=r"group is 'all': needs 'world'"):
+    with pytest.raises(ValueError, match=r"group must be 'world' .*, got 'all'"):
         fusedloss.NTXentLoss(group="all")
 
 

@@ -378,8 +378,8 @@ def halves(mask):
 FALLBACKS = [
     ("LambdaLoss", {"weighting_scheme": Custom()}, "its weighting_scheme is not one of the library's"),
     ("LambdaLoss", {"weighting_scheme": hooked(scheme("LambdaRankScheme"))}, "its weighting_scheme is not one"),
-    ("LambdaLoss", {"weighting_scheme": scheme("NDCGLoss2PPScheme", mu=torch.tensor(3.0))}, "mu is a Tensor"),
-    ("LambdaLoss", {"k": -1}, "its k is no number of documents"),
+    ("LambdaLoss", {"weighting_scheme": scheme("NDCGLoss2PPScheme", mu=torch.tensor(3.0))}, "mu must be a number"),
+    ("LambdaLoss", {"k": -1}, "its k is not a number of documents"),
     ("LambdaLoss", {"sigma": -1.0}, "sigma is not positive"),
     ("ADRMSELoss", {"alpha": 0.0}, "alpha is not positive"),
     ("PListMLELoss", {"lambda_weight": stock.PListMLELambdaWeight(halves)}, "its lambda_weight is not the library's"),

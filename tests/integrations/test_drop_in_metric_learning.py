@@ -368,7 +368,7 @@ def test_reasons_are_told(caplog, monkeypatch):
     assert [record.getMessage().split("because ")[1] for record in caplog.records] == [
         "_compute_loss is overridden",
         "of its distance, which has no fused form here",
-        "labels are no integers",
+        "labels are not integers",
         "swap and smooth_loss need every triplet",
         "of its reducer",
     ]

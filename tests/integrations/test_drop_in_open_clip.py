@@ -209,7 +209,9 @@ def test_reasons_are_told(caplog, monkeypatch):
                 loss(image, text.float(), 1.0)
     reasons = [record.getMessage().split("because ")[1] for record in caplog.records]
     assert reasons[:2] == ["get_logits is overridden", "the batch is empty"]
-    assert "logit_scale is inf" in reasons[2] and reasons[3] == "the teacher wants gradients"
+    assert (
+        "logit_scale must be a finite number, got inf" in reasons[2] and reasons[3] == "the teacher requires gradients"
+    )
     assert "dtype" in reasons[4] or "float32" in reasons[4]
 
 

@@ -243,17 +243,33 @@ def test_under_the_compiler():
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda x, y: fusedloss.cosent(x, x, y[:2]), ValueError, r"score has shape \[2\]: needs \[3\]"),
-        (lambda x, y: fusedloss.cosent(x, x[:2], y), ValueError, "b has 2 rows and a 3"),
-        (lambda x, y: fusedloss.cosent(x, x, y, scale=-1.0), ValueError, "scale is -1.0"),
-        (lambda x, y: fusedloss.cosent(x, x, y, similarity="jaccard"), ValueError, "similarity is 'jaccard'"),
-        (lambda x, y: fusedloss.angle(x, x), ValueError, "score is None: needs"),
+        (lambda x, y: fusedloss.cosent(x, x, y[:2]), ValueError, r"score must have shape \[3\], got \[2\]"),
+        (lambda x, y: fusedloss.cosent(x, x[:2], y), ValueError, "b must have 3 rows, like a, got 2"),
+        (lambda x, y: fusedloss.cosent(x, x, y, scale=-1.0), ValueError, "scale must be a positive number, got -1.0"),
+        (
+            lambda x, y: fusedloss.cosent(x, x, y, similarity="jaccard"),
+            ValueError,
+            "similarity must be one of 'cos', 'dot', 'euclidean', 'manhattan', 'angle', got 'jaccard'",
+        ),
+        (
+            lambda x, y: fusedloss.angle(x, x),
+            ValueError,
+            r"score must be a tensor \[B\] unless negatives are given, got None",
+        ),
         (lambda x, y: fusedloss.angle(x, x, y, x), ValueError, r"score must be .*, got shape \[\d+\]; pass"),
         (lambda x, y: fusedloss.angle(x, x, y, label=y), ValueError, r"score must be .*, got shape \[\d+\]; pass"),
-        (lambda x, y: fusedloss.angle(x, x, x, x[:1]), ValueError, r"negatives\[1\] has 1 rows and a 3"),
-        (lambda x, y: fusedloss.angle(x, x, x, label=y[:1]), ValueError, r"label has shape \[1\]: needs \[3\]"),
-        (lambda x, y: fusedloss.CoSENTLoss(nn.Linear(1, 1)), TypeError, "scale is a Linear, an nn.Module"),
-        (lambda x, y: fusedloss.CoSENTLoss(similarity="jaccard"), ValueError, "similarity is 'jaccard'"),
+        (lambda x, y: fusedloss.angle(x, x, x, x[:1]), ValueError, r"negatives\[1\] must have 3 rows, like a, got 1"),
+        (lambda x, y: fusedloss.angle(x, x, x, label=y[:1]), ValueError, r"label must have shape \[3\], got \[1\]"),
+        (
+            lambda x, y: fusedloss.CoSENTLoss(nn.Linear(1, 1)),
+            TypeError,
+            "scale must not be a model, got the nn.Module Linear",
+        ),
+        (
+            lambda x, y: fusedloss.CoSENTLoss(similarity="jaccard"),
+            ValueError,
+            "similarity must be one of 'cos', 'dot', 'euclidean', 'manhattan', 'angle', got 'jaccard'",
+        ),
     ],
 )
 def test_errors_name_the_argument(call, error, message):

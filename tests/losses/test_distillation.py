@@ -373,38 +373,86 @@ def test_distilled_scores_save_a_few_numbers_a_row(name, rows):
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda x, y: fusedloss.margin_mse(x, x, label=y), ValueError, "negatives is empty"),
-        (lambda x, y: fusedloss.margin_mse(x, x, x[:2], label=y), ValueError, r"negatives\[0\] has 2 rows and query 3"),
+        (
+            lambda x, y: fusedloss.margin_mse(x, x, label=y),
+            ValueError,
+            r"negatives must hold at least one matrix \[B, D\], got none",
+        ),
+        (
+            lambda x, y: fusedloss.margin_mse(x, x, x[:2], label=y),
+            ValueError,
+            r"negatives\[0\] must have 3 rows, like query, got 2",
+        ),
         (
             lambda x, y: fusedloss.margin_mse(x, x, x, x, label=y),
             ValueError,
-            r"label has shape \[3\]: needs \[3, 3\] or \[3, 2\]",
+            r"label must have shape \[3, 3\] or \[3, 2\], got \[3\]",
         ),
-        (lambda x, y: fusedloss.distill_kl_div(x, x, label=y), ValueError, "negatives is empty"),
-        (lambda x, y: fusedloss.distill_kl_div(x, x, x, label=y), ValueError, r"label has shape \[3\]: needs \[3, 2\]"),
+        (
+            lambda x, y: fusedloss.distill_kl_div(x, x, label=y),
+            ValueError,
+            r"negatives must hold at least one matrix \[B, D\], got none",
+        ),
+        (
+            lambda x, y: fusedloss.distill_kl_div(x, x, x, label=y),
+            ValueError,
+            r"label must have shape \[3, 2\], got \[3\]",
+        ),
         (
             lambda x, y: fusedloss.distill_kl_div(x, x, x, label=x[:, :2], student_temperature=0.0),
             ValueError,
-            "student_temperature is 0.0",
+            "student_temperature must be a positive number, got 0.0",
         ),
-        (lambda x, y: fusedloss.embed_distill([], x), ValueError, "student is empty"),
+        (
+            lambda x, y: fusedloss.embed_distill([], x),
+            ValueError,
+            r"student must be \[B, D\] or hold at least one column \[B, D\], got none",
+        ),
         (
             lambda x, y: fusedloss.embed_distill([x, x[:1]], x),
             ValueError,
-            r"student\[1\] has 1 rows and student\[0\] 3",
+            r"student\[1\] must have 3 rows, like student\[0\], got 1",
         ),
         (
             lambda x, y: fusedloss.embed_distill([x, x], x.reshape(3, 1, 4)),
             ValueError,
-            r"teacher has shape \[3, 1, 4\]: needs \[3, 4\] or \[3, 2, 4\], as student",
+            r"teacher must have shape \[3, 4\] or \[3, 2, 4\], like student, got \[3, 1, 4\]",
         ),
-        (lambda x, y: fusedloss.embed_distill([x, x], [x]), ValueError, "teacher has 1 columns and student 2"),
-        (lambda x, y: fusedloss.embed_distill(x, x.long()), TypeError, "teacher is torch.int64"),
-        (lambda x, y: fusedloss.embed_distill(x, x, projection=x[:, :2]), ValueError, r"projection has shape \[3, 2\]"),
-        (lambda x, y: fusedloss.embed_distill(x, x, projection="linear"), TypeError, "projection is a str"),
-        (lambda x, y: fusedloss.EmbedDistillLoss(distance="cos"), ValueError, "distance is 'cos'"),
-        (lambda x, y: fusedloss.EmbedDistillLoss(nn.Linear(1, 1)), TypeError, "distance is a Linear, an nn.Module"),
-        (lambda x, y: fusedloss.MarginMSELoss(similarity="l2"), ValueError, "similarity is 'l2'"),
+        (
+            lambda x, y: fusedloss.embed_distill([x, x], [x]),
+            ValueError,
+            "teacher must have 2 columns, like student, got 1",
+        ),
+        (
+            lambda x, y: fusedloss.embed_distill(x, x.long()),
+            TypeError,
+            "teacher must be float16, bfloat16, float32 or float64 embeddings, got torch.int64",
+        ),
+        (
+            lambda x, y: fusedloss.embed_distill(x, x, projection=x[:, :2]),
+            ValueError,
+            r"projection must have shape \[T, 4\], got \[3, 2\]",
+        ),
+        (
+            lambda x, y: fusedloss.embed_distill(x, x, projection="linear"),
+            TypeError,
+            r"projection must be a weight \[T, D\], a function or None, got 'linear', a str",
+        ),
+        (
+            lambda x, y: fusedloss.EmbedDistillLoss(distance="cos"),
+            ValueError,
+            "distance must be one of 'cosine', 'mse', 'l2', got 'cos'",
+        ),
+        (
+            lambda x, y: fusedloss.EmbedDistillLoss(nn.Linear(1, 1)),
+            TypeError,
+            "distance must not be a model, got the nn.Module Linear",
+        ),
+        (
+            lambda x, y: fusedloss.MarginMSELoss(similarity="l2"),
+            ValueError,
+            "similarity must be one of 'cos', 'dot', 'euclidean', 'manhattan', 'angle', got 'l2'",
+        ),
     ],
 )
 def test_errors_name_the_argument(call, error, message):

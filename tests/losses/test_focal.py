@@ -357,7 +357,10 @@ def test_labels_and_alpha_that_require_grad_have_one(backend):
 def test_second_derivatives_are_the_references(kind):
     x, t = example(kind)
     x.requires_grad_()
-    with pytest.raises(fusedloss.UnsupportedError, match="Pass backend='reference'"):
+    with pytest.raises(
+        fusedloss.UnsupportedError,
+        match=r"backend must be 'reference' for second derivatives \(create_graph=True\)",
+    ):
         torch.autograd.grad(fusedloss.focal(x, t, backend="chunked"), x, create_graph=True)
     second = []
     for f, o in ((fusedloss.focal, {"backend": "reference"}), (written_out, {})):
@@ -447,30 +450,42 @@ def test_any_strides_and_inputs_that_are_never_written_to(kind, backend):
 
 X, T, C = torch.zeros(4, 3), torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])
 BAD = [
-    (lambda f: f([1.0], T), TypeError, "input is a list: needs a tensor"),
-    (lambda f: f(X, None), TypeError, "target is None: needs a tensor"),
-    (lambda f: f(X.long(), T), TypeError, r"input has dtype torch\.int64: needs float16"),
-    (lambda f: f(X.to_sparse(), T), TypeError, "input is of layout torch.sparse_coo"),
-    (lambda f: f(X, C.int()), TypeError, r"target has dtype torch\.int32: needs floating labels, or int64 classes"),
-    (lambda f: f(X, T[:2]), ValueError, r"target has shape \[2, 3\]: needs input's, \[4, 3\]"),
-    (lambda f: f(X, T.to("meta")), ValueError, "target is on meta and input on cpu"),
-    (lambda f: f(X, T, gamma=-1), ValueError, "gamma is -1: needs a number of at least 0"),
-    (lambda f: f(X, T, gamma=math.nan), ValueError, "gamma is nan"),
-    (lambda f: f(X, T, gamma="2"), TypeError, "gamma is a str: needs a number"),
-    (lambda f: f(X, T, alpha=2.0), ValueError, r"alpha is 2\.0: needs a number from 0 to 1"),
-    (lambda f: f(X, T, alpha=torch.ones(3)), TypeError, "alpha is a tensor, which is for classes"),
-    (lambda f: f(X, T, ignore_index=1), ValueError, "ignore_index is 1: needs an int64 target"),
-    (lambda f: f(X, T, reduction="average"), ValueError, "reduction is 'average': needs one of"),
-    (lambda f: f(X, T, backend="fast"), ValueError, "backend is 'fast': needs one of"),
+    (lambda f: f([1.0], T), TypeError, "input must be a tensor, got a list"),
+    (lambda f: f(X, None), TypeError, "target must be a tensor, got None"),
+    (lambda f: f(X.long(), T), TypeError, r"input must be float16.*, got torch\.int64"),
+    (lambda f: f(X.to_sparse(), T), TypeError, "input must be a dense tensor, got layout torch.sparse_coo"),
+    (lambda f: f(X, C.int()), TypeError, r"target must be floating labels or int64 classes, got torch\.int32"),
+    (lambda f: f(X, T[:2]), ValueError, r"target must have input's shape, \[4, 3\], got \[2, 3\]"),
+    (lambda f: f(X, T.to("meta")), ValueError, "target must be on cpu, like input, got meta"),
+    (lambda f: f(X, T, gamma=-1), ValueError, "gamma must be a number of at least 0, got -1"),
+    (lambda f: f(X, T, gamma=math.nan), ValueError, "gamma must be a finite number, got nan"),
+    (lambda f: f(X, T, gamma="2"), TypeError, "gamma must be a number, got '.*', a str"),
+    (lambda f: f(X, T, alpha=2.0), ValueError, r"alpha must be a number from 0 to 1, got 2\.0"),
+    (
+        lambda f: f(X, T, alpha=torch.ones(3)),
+        TypeError,
+        "alpha must be a number from 0 to 1 or None if target holds labels, got a tensor, which is for classes",
+    ),
+    (lambda f: f(X, T, ignore_index=1), ValueError, "ignore_index must be -100, .*, got 1"),
+    (lambda f: f(X, T, reduction="average"), ValueError, "reduction must be one of.*, got 'average'"),
+    (lambda f: f(X, T, backend="fast"), ValueError, "backend must be one of.*, got 'fast'"),
     (lambda f: f(X, T, backend="cuda"), fusedloss.UnsupportedError, "no kernel for this loss"),
-    (lambda f: f(X[0], C[0]), ValueError, r"input has shape \[3\]: classes need \[M, C\]"),
-    (lambda f: f(X, C[:3]), ValueError, r"target has shape \[3\]: needs int64 \[4\]"),
-    (lambda f: f(X[:, :, None], C), ValueError, r"target has shape \[4\]: needs int64 \[4, 1\]"),
-    (lambda f: f(X, C + 1), IndexError, r"target\[2\] is 3: needs a class from 0 to 2, or -100"),
-    (lambda f: f(X, C, alpha=0.25), TypeError, r"alpha is float: needs a floating tensor \[3\]"),
-    (lambda f: f(X, C, alpha=torch.ones(4)), ValueError, r"alpha has shape \[4\]: needs \[3\], one number per class"),
-    (lambda f: f(X, C, ignore_index=1.5), TypeError, "ignore_index is a float: needs a whole number"),
-    (lambda f: f(X, C, backend="fast"), ValueError, "backend is 'fast': needs one of"),
+    (
+        lambda f: f(X[0], C[0]),
+        ValueError,
+        r"input must be \[M, C\] or \[M, C, d1, ...\] if target holds classes, got shape \[3\]",
+    ),
+    (lambda f: f(X, C[:3]), ValueError, r"target must be int64 \[4\], got shape \[3\]"),
+    (lambda f: f(X[:, :, None], C), ValueError, r"target must be int64 \[4, 1\], got shape \[4\]"),
+    (lambda f: f(X, C + 1), IndexError, r"target\[2\] must be a class from 0 to 2, or -100.*, got 3"),
+    (lambda f: f(X, C, alpha=0.25), TypeError, r"alpha must be a floating tensor \[3\], got 0.25, a float"),
+    (
+        lambda f: f(X, C, alpha=torch.ones(4)),
+        ValueError,
+        r"alpha must have shape \[3\], one number per class, got \[4\]",
+    ),
+    (lambda f: f(X, C, ignore_index=1.5), TypeError, "ignore_index must be a whole number, got .*, a float"),
+    (lambda f: f(X, C, backend="fast"), ValueError, "backend must be one of.*, got 'fast'"),
 ]
 
 
@@ -499,10 +514,10 @@ def test_the_module_holds_the_options():
     assert repr(made) == "FocalLoss(gamma=1.0, alpha=0.25, reduction='sum')"
     assert made(x, t) == fusedloss.focal(x, t, gamma=1.0, alpha=0.25, reduction="sum")
     assert repr(fusedloss.FocalLoss()) == "FocalLoss()" and not fusedloss.FocalLoss().state_dict()
-    with pytest.raises(TypeError, match=r"gamma is a Linear, an nn\.Module"):
+    with pytest.raises(TypeError, match=r"gamma must not be a model, got the nn\.Module Linear"):
         fusedloss.FocalLoss(torch.nn.Linear(2, 2))
     for options in ({"reduction": "all"}, {"backend": "fast"}):
-        with pytest.raises(ValueError, match="needs one of"):
+        with pytest.raises(ValueError, match="must be one of"):
             fusedloss.FocalLoss(**options)
 
 

@@ -600,7 +600,10 @@ def test_backward_twice_but_not_of_itself(case):
         torch.autograd.grad(loss, scores, torch.tensor(u).double(), retain_graph=True)[0] for u in (1.0, 2.0)
     )
     close([second], [2 * first])
-    with pytest.raises(fusedloss.UnsupportedError, match="Pass backend='reference'"):
+    with pytest.raises(
+        fusedloss.UnsupportedError,
+        match=r"backend must be 'reference' for second derivatives \(create_graph=True\)",
+    ):
         torch.autograd.grad(ours(scores, labels), scores, create_graph=True)
 
 
@@ -695,17 +698,83 @@ def test_modules(module, function, options):
 @pytest.mark.parametrize(
     "error, match, scores, labels, options",
     [
-        (ValueError, r"scores has shape \[5\]", torch.zeros(5), torch.zeros(5), {}),
-        (TypeError, "scores has dtype torch.int64", torch.zeros(2, 3).long(), torch.zeros(2, 3), {}),
-        (ValueError, r"labels has shape \[3, 2\] and scores \[2, 3\]", torch.zeros(2, 3), torch.zeros(3, 2), {}),
-        (TypeError, "labels is a Tensor", [torch.zeros(3)], torch.zeros(1, 3), {}),
-        (ValueError, r"labels\[0\] is of shape \[\]", [torch.zeros(3)], [torch.tensor(1.0)], {}),
-        (ValueError, r"lists of \[3\] documents and labels of \[2\]", [torch.zeros(3)], [torch.zeros(2)], {}),
-        (ValueError, "mask is given beside lists", [torch.zeros(3)], [torch.zeros(3)], {"mask": torch.ones(1, 3)}),
-        (TypeError, "mask is torch.float32", torch.zeros(2, 3), torch.zeros(2, 3), {"mask": torch.ones(2, 3)}),
-        (ValueError, "mask has shape", torch.zeros(2, 3), torch.zeros(2, 3), {"mask": torch.ones(2, 2).bool()}),
-        (ValueError, "reduction is 'avg'", torch.zeros(2, 3), torch.zeros(2, 3), {"reduction": "avg"}),
-        (ValueError, "backend is 'gpu'", torch.zeros(2, 3), torch.zeros(2, 3), {"backend": "gpu"}),
+        (
+            ValueError,
+            r"scores must be \[queries, documents\] or a list of 1-D tensors, got shape \[5\]",
+            torch.zeros(5),
+            torch.zeros(5),
+            {},
+        ),
+        (
+            TypeError,
+            "scores must be float16, bfloat16, float32 or float64, got torch.int64",
+            torch.zeros(2, 3).long(),
+            torch.zeros(2, 3),
+            {},
+        ),
+        (
+            ValueError,
+            r"labels must have shape \[2, 3\], like scores, got \[3, 2\]",
+            torch.zeros(2, 3),
+            torch.zeros(3, 2),
+            {},
+        ),
+        (
+            TypeError,
+            r"scores and labels must both be \[Q, n\] tensors or both be lists of 1-D tensors, got a Tensor as labels",
+            [torch.zeros(3)],
+            torch.zeros(1, 3),
+            {},
+        ),
+        (
+            ValueError,
+            r"labels\[0\] must be a 1-D tensor, one number per document, got shape \[\]",
+            [torch.zeros(3)],
+            [torch.tensor(1.0)],
+            {},
+        ),
+        (
+            ValueError,
+            r"labels must have lists of \[3\] documents, like scores, got \[2\]",
+            [torch.zeros(3)],
+            [torch.zeros(2)],
+            {},
+        ),
+        (
+            ValueError,
+            "mask must be None if scores and labels are lists of tensors, which have no padding, got a mask",
+            [torch.zeros(3)],
+            [torch.zeros(3)],
+            {"mask": torch.ones(1, 3)},
+        ),
+        (
+            TypeError,
+            r"mask must be a tensor of bool \[2, 3\], got torch.float32",
+            torch.zeros(2, 3),
+            torch.zeros(2, 3),
+            {"mask": torch.ones(2, 3)},
+        ),
+        (
+            ValueError,
+            r"mask must be bool \[2, 3\], got shape \[2, 2\]",
+            torch.zeros(2, 3),
+            torch.zeros(2, 3),
+            {"mask": torch.ones(2, 2).bool()},
+        ),
+        (
+            ValueError,
+            "reduction must be one of 'mean', 'sum', 'none', got 'avg'",
+            torch.zeros(2, 3),
+            torch.zeros(2, 3),
+            {"reduction": "avg"},
+        ),
+        (
+            ValueError,
+            "backend must be one of 'auto', 'cuda', 'triton', 'chunked', 'reference', got 'gpu'",
+            torch.zeros(2, 3),
+            torch.zeros(2, 3),
+            {"backend": "gpu"},
+        ),
         (fusedloss.UnsupportedError, "cuda", torch.zeros(2, 3), torch.zeros(2, 3), {"backend": "cuda"}),
     ],
 )
@@ -717,14 +786,26 @@ def test_errors(function, error, match, scores, labels, options):
 @pytest.mark.parametrize(
     "function, match, options",
     [
-        (fusedloss.lambda_loss, "weighting is 'ndcg'", {"weighting": "ndcg"}),
-        (fusedloss.lambda_loss, "sigma is 0", {"sigma": 0}),
-        (fusedloss.lambda_loss, "k is 0", {"k": 0}),
-        (fusedloss.lambda_loss, "reduction_log is 'e'", {"reduction_log": "e"}),
-        (fusedloss.lambda_loss, r"weighting returned the shape \[7\]", {"weighting": lambda *a: torch.ones(7)}),
-        (fusedloss.adr_mse, "alpha is -1", {"alpha": -1}),
-        (fusedloss.plist_mle, "lambda_weight is 'rank'", {"lambda_weight": "rank"}),
-        (fusedloss.plist_mle, r"lambda_weight returned \[3\]", {"lambda_weight": lambda mask: torch.ones(3)}),
+        (
+            fusedloss.lambda_loss,
+            "weighting must be one of 'ndcg_loss2pp', 'ndcg_loss2', 'ndcg_loss1', 'lambda_rank', got 'ndcg'",
+            {"weighting": "ndcg"},
+        ),
+        (fusedloss.lambda_loss, "sigma must be a positive number, got 0", {"sigma": 0}),
+        (fusedloss.lambda_loss, "k must be at least 1 or None, got 0", {"k": 0}),
+        (fusedloss.lambda_loss, "reduction_log must be one of 'binary', 'natural', got 'e'", {"reduction_log": "e"}),
+        (
+            fusedloss.lambda_loss,
+            r"weighting must return a shape that broadcasts to \[2, 3, 3\], got \[7\]",
+            {"weighting": lambda *a: torch.ones(7)},
+        ),
+        (fusedloss.adr_mse, "alpha must be a positive number, got -1", {"alpha": -1}),
+        (fusedloss.plist_mle, "lambda_weight must be one of 'default', got 'rank'", {"lambda_weight": "rank"}),
+        (
+            fusedloss.plist_mle,
+            r"lambda_weight must return a tensor \[2, 3\], got shape \[3\]",
+            {"lambda_weight": lambda mask: torch.ones(3)},
+        ),
     ],
 )
 def test_options_that_do_not_fit(function, match, options):

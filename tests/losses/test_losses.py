@@ -525,15 +525,13 @@ def test_modules_are_thin_twins_without_state():
 @pytest.mark.parametrize("name", sorted(checks.MODEL | checks.CROSS_ENCODER))
 def test_a_loss_of_embeddings_says_which_takes_a_model(name):
     part = ".cross_encoder" if name in checks.CROSS_ENCODER else ""
-    told = f"a Linear, .*, not a model. fusedloss.integrations.sentence_transformers{part}.{name} takes a model"
+    told = f"got the nn.Module Linear; fusedloss.integrations.sentence_transformers{part}.{name} takes a model"
     with pytest.raises(TypeError, match=told):
         getattr(fusedloss, name)(torch.nn.Linear(2, 2))
 
 
 def test_other_losses_say_where_there_are_some():
-    with pytest.raises(
-        TypeError, match=r"Losses that take a model are in fusedloss\.integrations\.sentence_transformers"
-    ):
+    with pytest.raises(TypeError, match=r"normalize must not be a model, got the nn\.Module Linear"):
         fusedloss.SigLipLoss(torch.nn.Linear(2, 2))
 
 
@@ -543,81 +541,247 @@ GOOD = torch.ones(3, 4)
 NUMBERS = [1e-45, 1e-320, 10**400, math.inf, 0]
 WRONG_TYPES = ["0.1", None, True, [0.1]]
 BAD = [
-    (lambda: fusedloss.info_nce([1.0], GOOD), TypeError, "query is a list: needs a tensor"),
-    (lambda: fusedloss.info_nce(torch.nn.Linear(2, 2), GOOD), TypeError, "query is a Linear, an nn.Module"),
-    (lambda: fusedloss.info_nce(GOOD.long(), GOOD), TypeError, "query has dtype torch.int64: needs float16"),
-    (lambda: fusedloss.info_nce(GOOD.to_sparse(), GOOD), TypeError, r"query is of layout .*call .to_dense\(\)"),
-    (lambda: fusedloss.info_nce(GOOD[0], GOOD), ValueError, r"query has shape \[4\]: needs two dimensions"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD[:, :2]), ValueError, "key has D = 2 and query has D = 4"),
-    (lambda: fusedloss.info_nce(GOOD[:, :0], GOOD[:, :0]), ValueError, "query has D = 0"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD.double()), TypeError, "key is torch.float64 and query is torch.float32"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD.to("meta")), ValueError, "key is on meta and query on cpu"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD[:2]), ValueError, r"key has 2 rows and query 3.*pass target"),
+    (lambda: fusedloss.info_nce([1.0], GOOD), TypeError, "query must be a tensor .*got a list"),
+    (
+        lambda: fusedloss.info_nce(torch.nn.Linear(2, 2), GOOD),
+        TypeError,
+        "query must be a tensor of embeddings, got the nn.Module Linear",
+    ),
+    (lambda: fusedloss.info_nce(GOOD.long(), GOOD), TypeError, "query must be float16.*, got torch.int64"),
+    (
+        lambda: fusedloss.info_nce(GOOD.to_sparse(), GOOD),
+        TypeError,
+        "query must be a dense tensor, got layout torch.sparse_coo",
+    ),
+    (
+        lambda: fusedloss.info_nce(GOOD[0], GOOD),
+        ValueError,
+        r"query must have two dimensions \[rows, D\], got shape \[4\]",
+    ),
+    (lambda: fusedloss.info_nce(GOOD, GOOD[:, :2]), ValueError, "key must have D = 4, like query, got D = 2"),
+    (
+        lambda: fusedloss.info_nce(GOOD[:, :0], GOOD[:, :0]),
+        ValueError,
+        "query must have at least one dimension D, got D = 0",
+    ),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD.double()),
+        TypeError,
+        "key must be torch.float32, like query, got torch.float64",
+    ),
+    (lambda: fusedloss.info_nce(GOOD, GOOD.to("meta")), ValueError, "key must be on cpu, like query, got meta"),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD[:2]),
+        ValueError,
+        r"key must have at least 3 rows, one per row of query, for the default target arange\(3\), got 2",
+    ),
     (lambda: fusedloss.info_nce(GOOD, GOOD[:0], torch.zeros(3).long()), (ValueError, IndexError), "key|target"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, torch.tensor([0, 1])), ValueError, r"target has shape \[2\]: needs \[3\]"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, torch.ones(3)), TypeError, r"target is torch.float32 \[3\]: .*\.long\(\)"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, torch.tensor([0, 3, 1])), IndexError, r"target\[1\] is 3: .*0 to 2"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, torch.tensor([0, -1, 1])), IndexError, r"target\[1\] is -1"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, temperature=0.0), ValueError, "temperature is 0.0: needs a positive"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, temperature=math.nan), ValueError, "temperature is nan"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, temperature="hot"), TypeError, "temperature is a str"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, temperature=torch.tensor(-1.0)), ValueError, "temperature is -1.0"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, temperature=torch.ones(2)), ValueError, r"temperature has shape \[2\]"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, temperature=torch.tensor(1)), TypeError, "temperature is torch.int64"),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, torch.tensor([0, 1])),
+        ValueError,
+        r"target must have shape \[3\], one index per row, got \[2\]",
+    ),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, torch.ones(3)),
+        TypeError,
+        r"target must be an int64 tensor \[3\] of column indices, got torch.float32 \[3\]",
+    ),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, torch.tensor([0, 3, 1])),
+        IndexError,
+        r"target\[1\] must be an index from 0 to 2, or -100 to leave the row out, got 3",
+    ),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, torch.tensor([0, -1, 1])),
+        IndexError,
+        r"target\[1\] must be an index from 0 to 2, or -100 to leave the row out, got -1",
+    ),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, temperature=0.0),
+        ValueError,
+        "temperature must be a positive number, got 0.0",
+    ),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, temperature=math.nan),
+        ValueError,
+        "temperature must be a positive number, got nan",
+    ),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, temperature="hot"),
+        TypeError,
+        "temperature must be a positive number or a tensor of one element, got 'hot', a str",
+    ),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, temperature=torch.tensor(-1.0)),
+        ValueError,
+        "temperature must be a positive number, got -1.0",
+    ),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, temperature=torch.ones(2)),
+        ValueError,
+        r"temperature must have one element, shape \[\] or \[1\], got shape \[2\]",
+    ),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, temperature=torch.tensor(1)),
+        TypeError,
+        "temperature must be a floating tensor or a Python number, got torch.int64",
+    ),
     (
         lambda: fusedloss.info_nce(GOOD, GOOD, key_bias=torch.ones(4)),
         ValueError,
-        r"key_bias has shape \[4\]: needs \[3\]",
+        r"key_bias must have shape \[3\], one number per key, got \[4\]",
     ),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, key_bias=3.0), TypeError, "key_bias is float"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, weight=torch.ones(3, 1)), ValueError, r"weight has shape \[3, 1\]"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, label_smoothing=1.5), ValueError, "label_smoothing is 1.5"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, reduction="avg"), ValueError, "reduction is 'avg': needs one of 'mean'"),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, key_bias=3.0),
+        TypeError,
+        r"key_bias must be a floating tensor \[3\], got 3.0, a float",
+    ),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, weight=torch.ones(3, 1)),
+        ValueError,
+        r"weight must have shape \[3\], one number per query, got \[3, 1\]",
+    ),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, label_smoothing=1.5),
+        ValueError,
+        "label_smoothing must be a number from 0 to 1, got 1.5",
+    ),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, reduction="avg"),
+        ValueError,
+        "reduction must be one of 'mean'.*, got 'avg'",
+    ),
     (
         lambda: fusedloss.info_nce(GOOD, GOOD, backend="tpu"),
         ValueError,
-        "backend is 'tpu': needs one of 'auto', 'cuda'",
+        "backend must be one of 'auto', 'cuda'.*, got 'tpu'",
     ),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, backend=["chunked"]), ValueError, r"backend is \['chunked'\]"),
-    *[(lambda t=t: fusedloss.info_nce(GOOD, GOOD, temperature=t), ValueError, "temperature is") for t in NUMBERS],
-    *[(lambda t=t: fusedloss.info_nce(GOOD, GOOD, temperature=t), TypeError, "temperature is a") for t in WRONG_TYPES],
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, backend=["chunked"]),
+        ValueError,
+        r"backend must be one of 'auto', 'cuda', 'triton', 'chunked', 'reference', got a list",
+    ),
     *[
-        (lambda t=t: fusedloss.info_nce(GOOD, GOOD, label_smoothing=t), TypeError, "label_smoothing is a")
+        (lambda t=t: fusedloss.info_nce(GOOD, GOOD, temperature=t), ValueError, "temperature must be .*, got")
+        for t in NUMBERS
+    ],
+    *[
+        (
+            lambda t=t: fusedloss.info_nce(GOOD, GOOD, temperature=t),
+            TypeError,
+            "temperature must be a positive number or a tensor of one element, got",
+        )
+        for t in WRONG_TYPES
+    ],
+    *[
+        (
+            lambda t=t: fusedloss.info_nce(GOOD, GOOD, label_smoothing=t),
+            TypeError,
+            "label_smoothing must be a number from 0 to 1, got",
+        )
         for t in WRONG_TYPES
     ],
     (
         lambda: fusedloss.info_nce(GOOD, GOOD, label_smoothing=torch.tensor(0.1)),
         TypeError,
-        "label_smoothing is a Tensor",
+        "label_smoothing must be a number from 0 to 1, got a Tensor",
     ),
     *[
-        (lambda t=t: fusedloss.info_nce(GOOD, GOOD, ignore_index=t), TypeError, "ignore_index is a")
+        (
+            lambda t=t: fusedloss.info_nce(GOOD, GOOD, ignore_index=t),
+            TypeError,
+            "ignore_index must be a whole number, got",
+        )
         for t in [*WRONG_TYPES, 1.5]
     ],
-    (lambda: fusedloss.info_nce(GOOD, GOOD, ignore_index=2**70), ValueError, "ignore_index is 11805"),
-    (lambda: fusedloss.clip(GOOD, GOOD, 1e39), ValueError, "logit_scale is 1e"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, weight=torch.ones(3).to_sparse()), TypeError, "weight is of layout"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, weight=torch.ones(3, device="meta")), ValueError, "weight is on meta"),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, key_bias=torch.ones(3, device="meta")), ValueError, "key_bias is on meta"),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, ignore_index=2**70),
+        ValueError,
+        "ignore_index must be a 64-bit integer, got 1180591620717411303424",
+    ),
+    (
+        lambda: fusedloss.clip(GOOD, GOOD, 1e39),
+        ValueError,
+        r"logit_scale must be representable in torch.float32, as must its inverse, got 1e\+39",
+    ),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, weight=torch.ones(3).to_sparse()),
+        TypeError,
+        "weight must be a dense tensor, got layout torch.sparse_coo",
+    ),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, weight=torch.ones(3, device="meta")),
+        ValueError,
+        "weight must be on cpu, like the embeddings, got meta",
+    ),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, key_bias=torch.ones(3, device="meta")),
+        ValueError,
+        "key_bias must be on cpu, like the embeddings, got meta",
+    ),
     (
         lambda: fusedloss.info_nce(GOOD, GOOD, temperature=torch.ones((), device="meta")),
         ValueError,
-        "temperature is on",
+        "temperature must be on cpu, like the embeddings, got meta",
     ),
-    (lambda: fusedloss.info_nce(GOOD, GOOD, torch.arange(3, device="meta")), ValueError, "target is on meta"),
-    (lambda: fusedloss.InfoNCELoss(reduction="x"), ValueError, "reduction is 'x'"),
-    (lambda: fusedloss.InfoNCELoss(temperature=-1.0), ValueError, "temperature is -1.0"),
-    (lambda: fusedloss.InfoNCELoss(label_smoothing=9), ValueError, "label_smoothing is 9"),
-    (lambda: fusedloss.ClipLoss(backend="x"), ValueError, "backend is 'x'"),
-    (lambda: fusedloss.MultipleNegativesRankingLoss(similarity="x"), ValueError, "similarity is 'x'"),
+    (
+        lambda: fusedloss.info_nce(GOOD, GOOD, torch.arange(3, device="meta")),
+        ValueError,
+        "target must be on cpu, like the embeddings, got meta",
+    ),
+    (
+        lambda: fusedloss.InfoNCELoss(reduction="x"),
+        ValueError,
+        "reduction must be one of 'mean', 'sum', 'none', got 'x'",
+    ),
+    (lambda: fusedloss.InfoNCELoss(temperature=-1.0), ValueError, "temperature must be a positive number, got -1.0"),
+    (
+        lambda: fusedloss.InfoNCELoss(label_smoothing=9),
+        ValueError,
+        "label_smoothing must be a number from 0 to 1, got 9",
+    ),
+    (
+        lambda: fusedloss.ClipLoss(backend="x"),
+        ValueError,
+        "backend must be one of 'auto', 'cuda', 'triton', 'chunked', 'reference', got 'x'",
+    ),
+    (
+        lambda: fusedloss.MultipleNegativesRankingLoss(similarity="x"),
+        ValueError,
+        "similarity must be one of 'cos', 'dot', got 'x'",
+    ),
     (lambda: fusedloss.info_nce(GOOD, GOOD, backend="cuda"), fusedloss.UnsupportedError, "chunked: can run it"),
-    (lambda: fusedloss.clip(GOOD, GOOD[:2], 1.0), ValueError, "text_features has 2 rows and image_features 3"),
-    (lambda: fusedloss.clip(GOOD, GOOD, math.inf), ValueError, "logit_scale is inf: needs a finite number"),
-    (lambda: fusedloss.clip(GOOD, GOOD, 1.0, "b"), TypeError, "logit_bias is a str"),
-    (lambda: fusedloss.multiple_negatives_ranking(GOOD, GOOD[:2]), ValueError, "positive has 2 rows and anchor 3"),
-    (lambda: fusedloss.multiple_negatives_ranking(GOOD, GOOD, GOOD[:, :3]), ValueError, r"negatives\[0\] has D = 3"),
-    (lambda: fusedloss.multiple_negatives_ranking(GOOD, GOOD, scale=-1), ValueError, "scale is -1"),
-    (lambda: fusedloss.multiple_negatives_ranking(GOOD, GOOD, similarity="l2"), ValueError, "similarity is 'l2'"),
+    (
+        lambda: fusedloss.clip(GOOD, GOOD[:2], 1.0),
+        ValueError,
+        "text_features must have 3 rows, one text per image of image_features, got 2",
+    ),
+    (lambda: fusedloss.clip(GOOD, GOOD, math.inf), ValueError, "logit_scale must be a finite number, got inf"),
+    (
+        lambda: fusedloss.clip(GOOD, GOOD, 1.0, "b"),
+        TypeError,
+        "logit_bias must be a finite number or a tensor of one element, got 'b', a str",
+    ),
+    (
+        lambda: fusedloss.multiple_negatives_ranking(GOOD, GOOD[:2]),
+        ValueError,
+        "positive must have at least 3 rows, one per row of anchor, got 2",
+    ),
+    (
+        lambda: fusedloss.multiple_negatives_ranking(GOOD, GOOD, GOOD[:, :3]),
+        ValueError,
+        r"negatives\[0\] must have D = 4, like anchor, got D = 3",
+    ),
+    (
+        lambda: fusedloss.multiple_negatives_ranking(GOOD, GOOD, scale=-1),
+        ValueError,
+        "scale must be a positive number, got -1.0",
+    ),
+    (
+        lambda: fusedloss.multiple_negatives_ranking(GOOD, GOOD, similarity="l2"),
+        ValueError,
+        "similarity must be one of 'cos', 'dot', got 'l2'",
+    ),
 ]
 
 
@@ -630,10 +794,12 @@ def test_bad_input_names_the_argument_the_value_and_the_remedy(call, error, mess
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_workspace_that_is_too_small_is_refused_in_the_forward(reduction, monkeypatch):
     query = GOOD.clone().requires_grad_()
-    with pytest.raises(ValueError, match="workspace_bytes is 1: one row of"):
+    with pytest.raises(
+        ValueError, match="workspace_bytes must be at least 64, the bytes of one row of 16 similarities, got 1"
+    ):
         fusedloss.info_nce(query, GOOD, workspace_bytes=1, reduction=reduction)
     monkeypatch.setenv("FUSEDLOSS_WORKSPACE_BYTES", "1")
-    with pytest.raises(ValueError, match="FUSEDLOSS_WORKSPACE_BYTES is 1: one row of"):
+    with pytest.raises(ValueError, match="FUSEDLOSS_WORKSPACE_BYTES must be at least 64, the bytes of one row of"):
         fusedloss.info_nce(query, GOOD, reduction=reduction)
 
 

@@ -520,23 +520,55 @@ def test_the_module_has_the_options_and_forward_the_tensors(module):
 @pytest.mark.parametrize(
     "changes, error, message",
     [
-        ({"embeddings": torch.rand(4)}, ValueError, r"embeddings has shape \[4\]: needs two dimensions"),
-        ({"weight": torch.rand(5, 4)}, ValueError, "weight has D = 4 and embeddings has D = 3"),
-        ({"weight": torch.rand(5, 3).double()}, TypeError, "weight is torch.float64 and embeddings is torch.float32"),
-        ({"weight": torch.rand(0, 3), "target": torch.full((4,), -100)}, ValueError, "weight has no rows"),
-        ({"target": torch.zeros(3, dtype=torch.long)}, ValueError, r"target has shape \[3\]: needs \[4\]"),
-        ({"target": torch.zeros(4)}, TypeError, "target is torch.float32"),
-        ({"target": torch.tensor([0, 5, 0, 0])}, IndexError, r"target\[1\] is 5: needs an index from 0 to 4, or -100"),
-        ({"target": torch.tensor([0, 0, -1, 0])}, IndexError, r"target\[2\] is -1"),
-        ({"margin": torch.tensor(0.5)}, TypeError, "margin is a Tensor: needs a number"),
-        ({"margin": math.nan}, ValueError, "margin is nan"),
-        ({"scale": 0.0}, ValueError, "scale is 0.0: needs a positive number"),
-        ({"scale": torch.tensor(2.0)}, TypeError, "scale is a Tensor: needs a number"),
-        ({"ignore_index": 1.5}, TypeError, "ignore_index is a float"),
-        ({"reduction": "median"}, ValueError, "reduction is 'median'"),
-        ({"backend": "fast"}, ValueError, "backend is 'fast'"),
+        (
+            {"embeddings": torch.rand(4)},
+            ValueError,
+            r"embeddings must have two dimensions \[rows, D\], got shape \[4\]",
+        ),
+        ({"weight": torch.rand(5, 4)}, ValueError, "weight must have D = 3, like embeddings, got D = 4"),
+        (
+            {"weight": torch.rand(5, 3).double()},
+            TypeError,
+            "weight must be torch.float32, like embeddings, got torch.float64",
+        ),
+        (
+            {"weight": torch.rand(0, 3), "target": torch.full((4,), -100)},
+            ValueError,
+            "weight must have at least one row, one per class, got none",
+        ),
+        (
+            {"target": torch.zeros(3, dtype=torch.long)},
+            ValueError,
+            r"target must have shape \[4\], one index per row, got \[3\]",
+        ),
+        (
+            {"target": torch.zeros(4)},
+            TypeError,
+            r"target must be an int64 tensor \[4\] of column indices, got torch.float32 \[4\]",
+        ),
+        (
+            {"target": torch.tensor([0, 5, 0, 0])},
+            IndexError,
+            r"target\[1\] must be an index from 0 to 4, or -100.*, got 5",
+        ),
+        (
+            {"target": torch.tensor([0, 0, -1, 0])},
+            IndexError,
+            r"target\[2\] must be an index from 0 to 4, or -100 to leave the row out, got -1",
+        ),
+        ({"margin": torch.tensor(0.5)}, TypeError, "margin must be a number, got a Tensor"),
+        ({"margin": math.nan}, ValueError, "margin must be a finite number, got nan"),
+        ({"scale": 0.0}, ValueError, "scale must be a positive number, got 0.0"),
+        ({"scale": torch.tensor(2.0)}, TypeError, "scale must be a number, got a Tensor"),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index must be a whole number, got 1.5, a float"),
+        ({"reduction": "median"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'median'"),
+        (
+            {"backend": "fast"},
+            ValueError,
+            "backend must be one of 'auto', 'cuda', 'triton', 'chunked', 'reference', got 'fast'",
+        ),
         ({"backend": "cuda"}, fusedloss.UnsupportedError, "cannot run this problem"),
-        ({"workspace_bytes": 0}, ValueError, "workspace_bytes is 0"),
+        ({"workspace_bytes": 0}, ValueError, "workspace_bytes must be at least 1 or None, got 0"),
     ],
 )
 def test_bad_arguments_are_named(loss, changes, error, message):
@@ -548,5 +580,5 @@ def test_bad_arguments_are_named(loss, changes, error, message):
 @pytest.mark.parametrize("margin", [-0.1, math.pi, 28.6])
 def test_arcface_has_radians(margin):
     x, weight, target = inputs(4, 5, 3)
-    with pytest.raises(ValueError, match=f"margin is {margin}: needs radians, from 0 to below pi"):
+    with pytest.raises(ValueError, match=f"margin must be an angle in radians, from 0 to below pi, got {margin}"):
         fusedloss.arcface(x, target, weight, margin=margin)

@@ -130,12 +130,12 @@ def test_bf16_prefixes_are_not_rounded_as_unit_vectors():
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"dims": ()}, "dims is empty"),
-        ({"dims": (4, 4)}, "dims is .*distinct"),
-        ({"dims": (10,)}, "dims holds 10"),
-        ({"dims": (0,)}, "dims holds 0"),
-        ({"dims": (4, 2), "weights": (1.0,)}, "weights has 1"),
-        ({"dims": (4, 2), "weights": (1.0, float("nan"))}, r"weights\[1\] is nan"),
+        ({"dims": ()}, "dims must hold at least one number, got none"),
+        ({"dims": (4, 4)}, r"dims must be distinct numbers, got \(4, 4\)"),
+        ({"dims": (10,)}, "dims must be numbers from 1 to D = 9, got 10"),
+        ({"dims": (0,)}, "dims must be numbers from 1 to D = 9, got 0"),
+        ({"dims": (4, 2), "weights": (1.0,)}, "weights must hold 2 numbers, one for each of dims, got 1"),
+        ({"dims": (4, 2), "weights": (1.0, float("nan"))}, r"weights\[1\] must be a finite number, got nan"),
         ({"dims": (4,), "return_stats": True}, "return_stats"),
         ({"dims": (4,), "temperature": -1.0}, "temperature"),
     ],

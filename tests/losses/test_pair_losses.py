@@ -331,34 +331,78 @@ def test_online_contrastive_takes_hard_pairs_only():
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda x, y: fusedloss.contrastive(x, x[:2], y), ValueError, "b has 2 rows and a 3"),
-        (lambda x, y: fusedloss.contrastive(x, x, y[:2]), ValueError, r"label has shape \[2\]: needs \[3\]"),
-        (lambda x, y: fusedloss.contrastive(x, x, [1, 0, 1]), TypeError, "label is list: needs a tensor"),
+        (lambda x, y: fusedloss.contrastive(x, x[:2], y), ValueError, "b must have 3 rows, like a, got 2"),
+        (lambda x, y: fusedloss.contrastive(x, x, y[:2]), ValueError, r"label must have shape \[3\], got \[2\]"),
+        (
+            lambda x, y: fusedloss.contrastive(x, x, [1, 0, 1]),
+            TypeError,
+            r"label must be a tensor of real numbers \[3\], got a list",
+        ),
         *(
             (
                 lambda x, y, loss=loss: loss(x, x, 2 * y - 1),
                 ValueError,
-                r"label must hold 1 for .* 0 for not, got -1 in row 1; of labels \+1 and -1 pass \(label > 0\)",
+                "label must hold 1 for the same and 0 for not, got -1 in row 1",
             )
             for loss in (fusedloss.contrastive, fusedloss.online_contrastive, fusedloss.contrastive_tension)
         ),
-        (lambda x, y: fusedloss.contrastive(x, x, y, distance="l2"), ValueError, "distance is 'l2': needs one of"),
-        (lambda x, y: fusedloss.contrastive(x, x, y, margin="wide"), TypeError, "margin is a str"),
-        (lambda x, y: fusedloss.contrastive(x, x, y, reduction="batch"), ValueError, "reduction is 'batch'"),
-        (lambda x, y: fusedloss.contrastive(x, x.double(), y), TypeError, "b is torch.float64 and a is torch.float32"),
-        (lambda x, y: fusedloss.contrastive(Given(), x, y), TypeError, "a is a Given, an nn.Module"),
-        (lambda x, y: fusedloss.triplet(x, x, x[:1]), ValueError, "negative has 1 rows and anchor 3"),
-        (lambda x, y: fusedloss.triplet(x, x, x, backend="fast"), ValueError, "backend is 'fast'"),
-        (lambda x, y: fusedloss.cosine_similarity(x, x, y, loss="mae"), ValueError, "loss is 'mae': needs 'mse'"),
-        (lambda x, y: fusedloss.cosine_similarity(x, x, y, transform=2), TypeError, "transform is a int"),
+        (lambda x, y: fusedloss.contrastive(x, x, y, distance="l2"), ValueError, "distance must be one of.*, got 'l2'"),
+        (
+            lambda x, y: fusedloss.contrastive(x, x, y, margin="wide"),
+            TypeError,
+            "margin must be a number, got 'wide', a str",
+        ),
+        (
+            lambda x, y: fusedloss.contrastive(x, x, y, reduction="batch"),
+            ValueError,
+            "reduction must be one of 'mean', 'sum', 'none', got 'batch'",
+        ),
+        (
+            lambda x, y: fusedloss.contrastive(x, x.double(), y),
+            TypeError,
+            "b must be torch.float32, like a, got torch.float64",
+        ),
+        (
+            lambda x, y: fusedloss.contrastive(Given(), x, y),
+            TypeError,
+            "a must be a tensor of embeddings, got the nn.Module Given",
+        ),
+        (lambda x, y: fusedloss.triplet(x, x, x[:1]), ValueError, "negative must have 3 rows, like anchor, got 1"),
+        (
+            lambda x, y: fusedloss.triplet(x, x, x, backend="fast"),
+            ValueError,
+            "backend must be one of 'auto', 'cuda', 'triton', 'chunked', 'reference', got 'fast'",
+        ),
+        (
+            lambda x, y: fusedloss.cosine_similarity(x, x, y, loss="mae"),
+            ValueError,
+            "loss must be 'mse' or .*, got 'mae'",
+        ),
+        (
+            lambda x, y: fusedloss.cosine_similarity(x, x, y, transform=2),
+            TypeError,
+            r"transform must be a function of a tensor \[B\] or None, got 2, an int",
+        ),
         (
             lambda x, y: fusedloss.cosine_similarity(x, x, y, loss=nn.L1Loss(), reduction="sum"),
             ValueError,
-            "reduction is 'sum', but loss is a function",
+            "reduction must be 'mean', the default, if loss is a function, got 'sum'",
         ),
-        (lambda x, y: fusedloss.TripletLoss(Given()), TypeError, "distance is a Given, an nn.Module"),
-        (lambda x, y: fusedloss.CosineSimilarityLoss(Given()), TypeError, "loss is a Given, an nn.Module"),
-        (lambda x, y: fusedloss.TripletLoss(distance="squared"), ValueError, "distance is 'squared': needs one of"),
+        (
+            lambda x, y: fusedloss.TripletLoss(Given()),
+            TypeError,
+            "distance must not be a model, got the nn.Module Given",
+        ),
+        (
+            lambda x, y: fusedloss.CosineSimilarityLoss(Given()),
+            TypeError,
+            "loss must not be a model, got the nn.Module Given",
+        ),
+        (
+            lambda x, y: fusedloss.TripletLoss(distance="squared"),
+            ValueError,
+            "distance must be one of.*, got 'squared'",
+        ),
     ],
 )
 def test_errors_name_the_argument(call, error, message):

@@ -103,12 +103,27 @@ def test_well_fitted_rows_keep_their_digits():
 @pytest.mark.parametrize(
     "negatives, options, error, said",
     [
-        (randn(4, 3), {}, ValueError, r"negatives is \[4, 3\]: needs \[M, K, D\] = \[4, any, 3\]"),
-        (randn(3, 2, 3), {}, ValueError, r"negatives is \[3, 2, 3\]"),
-        ("none", {}, ValueError, "negatives is str"),
-        (randn(4, 2, 3).float(), {}, TypeError, r"negatives\[:, 0\] is torch.float32"),
-        (randn(4, 2, 3), {"label_smoothing": 0.1}, ValueError, "label_smoothing with negatives"),
-        (randn(4, 2, 3), {"return_stats": True}, ValueError, "return_stats=True with negatives"),
+        (randn(4, 3), {}, ValueError, r"negatives must be \[M, K, D\] = \[4, any, 3\], got shape \[4, 3\]"),
+        (randn(3, 2, 3), {}, ValueError, r"negatives must be \[M, K, D\] = \[4, any, 3\], got shape \[3, 2, 3\]"),
+        ("none", {}, ValueError, r"negatives must be \[M, K, D\] = \[4, any, 3\], got 'none', a str"),
+        (
+            randn(4, 2, 3).float(),
+            {},
+            TypeError,
+            r"negatives\[:, 0\] must be torch.float64, like query, got torch.float32",
+        ),
+        (
+            randn(4, 2, 3),
+            {"label_smoothing": 0.1},
+            ValueError,
+            "negatives must not be given together with label_smoothing, got both",
+        ),
+        (
+            randn(4, 2, 3),
+            {"return_stats": True},
+            ValueError,
+            "negatives must not be given together with return_stats=True, got both",
+        ),
     ],
 )
 def test_bad_input_is_named(negatives, options, error, said):
@@ -117,7 +132,7 @@ def test_bad_input_is_named(negatives, options, error, said):
 
 
 def test_matryoshka_says_that_it_cannot_cut_them():
-    with pytest.raises(ValueError, match="negatives has no prefixes"):
+    with pytest.raises(ValueError, match="negatives must not be given with info_nce under matryoshka, got it"):
         fusedloss.matryoshka(fusedloss.info_nce, randn(4, 3), randn(4, 3), dims=[2], negatives=randn(4, 2, 3))
 
 

@@ -514,18 +514,46 @@ def test_the_modules_have_the_options_and_forward_the_tensors():
 @pytest.mark.parametrize(
     "changes, error, message",
     [
-        ({"embeddings": torch.rand(4)}, ValueError, r"embeddings has shape \[4\]: needs two dimensions"),
-        ({"proxies": torch.rand(5, 4)}, ValueError, "proxies has D = 4 and embeddings has D = 3"),
-        ({"proxies": torch.rand(5, 3).double()}, TypeError, "proxies is torch.float64 and embeddings is torch.float32"),
-        ({"proxies": torch.nn.Linear(3, 5)}, TypeError, "proxies is a Linear, an nn.Module"),
-        ({"target": torch.zeros(3, dtype=torch.long)}, ValueError, r"target has shape \[3\]: needs \[4\]"),
-        ({"target": torch.zeros(4)}, TypeError, "target is torch.float32"),
-        ({"target": torch.tensor([0, 5, 0, 0])}, IndexError, r"target\[1\] is 5: needs an index from 0 to 4"),
-        ({"target": torch.tensor([0, 0, -1, 0])}, IndexError, r"target\[2\] is -1"),
-        ({"reduction": "median"}, ValueError, "reduction is 'median'"),
-        ({"backend": "fast"}, ValueError, "backend is 'fast'"),
+        (
+            {"embeddings": torch.rand(4)},
+            ValueError,
+            r"embeddings must have two dimensions \[rows, D\], got shape \[4\]",
+        ),
+        ({"proxies": torch.rand(5, 4)}, ValueError, "proxies must have D = 3, like embeddings, got D = 4"),
+        (
+            {"proxies": torch.rand(5, 3).double()},
+            TypeError,
+            "proxies must be torch.float32, like embeddings, got torch.float64",
+        ),
+        (
+            {"proxies": torch.nn.Linear(3, 5)},
+            TypeError,
+            "proxies must be a tensor of embeddings, got the nn.Module Linear",
+        ),
+        (
+            {"target": torch.zeros(3, dtype=torch.long)},
+            ValueError,
+            r"target must have shape \[4\], one index per row, got \[3\]",
+        ),
+        (
+            {"target": torch.zeros(4)},
+            TypeError,
+            r"target must be an int64 tensor \[4\] of column indices, got torch.float32 \[4\]",
+        ),
+        (
+            {"target": torch.tensor([0, 5, 0, 0])},
+            IndexError,
+            r"target\[1\] must be an index from 0 to 4.*, got 5",
+        ),
+        ({"target": torch.tensor([0, 0, -1, 0])}, IndexError, r"target\[2\] must be an index from 0 to 4.*, got -1"),
+        ({"reduction": "median"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'median'"),
+        (
+            {"backend": "fast"},
+            ValueError,
+            "backend must be one of 'auto', 'cuda', 'triton', 'chunked', 'reference', got 'fast'",
+        ),
         ({"backend": "cuda"}, fusedloss.UnsupportedError, "cannot run this problem"),
-        ({"workspace_bytes": 0}, ValueError, "workspace_bytes is 0"),
+        ({"workspace_bytes": 0}, ValueError, "workspace_bytes must be at least 1 or None, got 0"),
     ],
 )
 def test_bad_arguments_are_named(loss, changes, error, message):
@@ -537,15 +565,25 @@ def test_bad_arguments_are_named(loss, changes, error, message):
 @pytest.mark.parametrize(
     "loss, changes, error, message",
     [
-        ("proxy_nca", {"proxies": torch.rand(0, 3)}, ValueError, "proxies has no rows: needs at least one class"),
-        ("proxy_nca", {"scale": 0.0}, ValueError, "scale is 0.0: needs a positive number"),
+        (
+            "proxy_nca",
+            {"proxies": torch.rand(0, 3)},
+            ValueError,
+            "proxies must have at least one row, one per class, got none",
+        ),
+        ("proxy_nca", {"scale": 0.0}, ValueError, "scale must be a positive number, got 0.0"),
         ("proxy_nca", {"scale": torch.ones(2)}, ValueError, "scale"),
-        ("proxy_nca", {"ignore_index": 1.5}, TypeError, "ignore_index is a float"),
+        ("proxy_nca", {"ignore_index": 1.5}, TypeError, "ignore_index must be a whole number, got 1.5, a float"),
         ("proxy_anchor", {"proxies": torch.rand(0, 3)}, IndexError, "target"),
-        ("proxy_anchor", {"alpha": -1.0}, ValueError, "alpha is -1.0: needs a positive number"),
-        ("proxy_anchor", {"alpha": torch.tensor(2.0)}, TypeError, "alpha is a Tensor: needs a number"),
-        ("proxy_anchor", {"margin": math.inf}, ValueError, "margin is inf"),
-        ("proxy_anchor", {"target": torch.full((4,), -100)}, IndexError, r"target\[0\] is -100"),
+        ("proxy_anchor", {"alpha": -1.0}, ValueError, "alpha must be a positive number, got -1.0"),
+        ("proxy_anchor", {"alpha": torch.tensor(2.0)}, TypeError, "alpha must be a number, got a Tensor"),
+        ("proxy_anchor", {"margin": math.inf}, ValueError, "margin must be a finite number, got inf"),
+        (
+            "proxy_anchor",
+            {"target": torch.full((4,), -100)},
+            IndexError,
+            r"target\[0\] must be an index from 0 to 4, got -100",
+        ),
     ],
 )
 def test_bad_options_are_named(loss, changes, error, message):

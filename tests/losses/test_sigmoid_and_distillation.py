@@ -687,26 +687,26 @@ OF_LABELS = [
 
 @pytest.mark.parametrize("loss", OF_LABELS)
 def test_labels_that_do_not_fit(loss):
-    with pytest.raises(TypeError, match=r"labels is torch\.int32: needs a tensor of int64 \[4\]"):
+    with pytest.raises(TypeError, match=r"labels must be a tensor of int64 \[4\], got torch\.int32"):
         loss(X, torch.zeros(4, dtype=torch.int32))
-    with pytest.raises(TypeError, match=r"labels is torch\.float32"):
+    with pytest.raises(TypeError, match=r"labels must be a tensor of int64 \[4\], got torch.float32"):
         loss(X, torch.zeros(4))
-    with pytest.raises(TypeError, match="labels is list"):
+    with pytest.raises(TypeError, match=r"labels must be .*, got a list"):
         loss(X, [0, 1, 0, 1])
     for shape in [(3,), (4, 1), ()]:
-        with pytest.raises(ValueError, match="labels has shape"):
+        with pytest.raises(ValueError, match=r"labels must be int64 \[4\], got shape"):
             loss(X, torch.zeros(shape, dtype=torch.int64))
-    with pytest.raises(ValueError, match="embeddings has shape"):
+    with pytest.raises(ValueError, match=r"embeddings must have two dimensions \[rows, D\], got shape"):
         loss(X[0], torch.zeros(4, dtype=torch.int64))
 
 
 LABELS4 = torch.tensor([0, 0, 1, 1])
 WRONG = {
-    "distance": (ValueError, "distance is 'manhattan': .*'euclidean', 'squared', 'cosine'"),
-    "similarity": (ValueError, "similarity is 'euclidean': needs one of 'cos', 'dot'"),
-    "reduction": (ValueError, "reduction is 'median'"),
-    "backend": (ValueError, "backend is 'numpy'"),
-    "margin": (ValueError, "margin is nan"),
+    "distance": (ValueError, "distance must be one of 'euclidean', 'squared', 'cosine', got 'manhattan'"),
+    "similarity": (ValueError, "similarity must be one of 'cos', 'dot'.*, got 'euclidean'"),
+    "reduction": (ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'median'"),
+    "backend": (ValueError, "backend must be one of 'auto', 'cuda', 'triton', 'chunked', 'reference', got 'numpy'"),
+    "margin": (ValueError, "margin must be a finite number, got nan"),
 }
 CALLS = [
     *(("distance", lambda f=f: f(X, LABELS4, distance="manhattan")) for f in OF_LABELS[:4]),
@@ -731,37 +731,94 @@ def test_options_that_do_not_exist(what, call):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: fusedloss.siglip(X, Y[:3], 1.0), "text_features has 3 rows and image_features 4"),
-        (lambda: fusedloss.clip_distill(X, Y[:3], 1.0, X, Y, 1.0), "text_features has 3 rows"),
-        (lambda: fusedloss.clip_distill(X, Y, 1.0, X[:2], Y[:2], 1.0), "teacher_image_features has 2 rows"),
-        (lambda: fusedloss.clip_distill(X, Y, 1.0, X, Y[:2], 1.0), "teacher_text_features has 2 rows"),
-        (lambda: fusedloss.clip_distill(X, Y, 1.0, X, Y[:, :2], 1.0), "teacher_text_features has D = 2"),
-        (lambda: fusedloss.clip_distill(X, Y, math.inf, X, Y, 1.0), "logit_scale is inf"),
-        (lambda: fusedloss.clip_distill(X, Y, 1.0, X, Y, math.inf), "teacher_logit_scale is inf"),
-        (lambda: fusedloss.mega_batch_margin(X, Y[:3]), "positive has 3 rows and anchor 4"),
-        (lambda: fusedloss.mega_batch_margin(X[:3], Y), "positive has 4 rows and anchor 3"),
-        (lambda: fusedloss.mega_batch_margin(X, Y, positive_margin=math.inf), "positive_margin is inf"),
-        (lambda: fusedloss.mega_batch_margin(X, Y, negative_margin=math.inf), "negative_margin is inf"),
-        (lambda: fusedloss.in_batch_margin_ranking(X, Y[:3]), "positive has 3 rows and anchor 4"),
-        (lambda: fusedloss.siglip(X, Y, math.nan), "logit_scale is nan"),
-        (lambda: fusedloss.siglip(X, Y, 1.0, math.inf), "logit_bias is inf"),
-        (lambda: fusedloss.siglip(X, Y, torch.ones(4)), "logit_scale has shape"),
-        (lambda: fusedloss.siglip(X, Y, 1.0, target=torch.zeros(3, dtype=torch.int64)), "target has shape"),
-        (lambda: fusedloss.siglip(X, Y, 1.0, target=masks.same_group(LABELS4, LABELS4)), "target is a mask of several"),
-        (lambda: fusedloss.siglip(X, Y, 1.0, target=masks.not_self()), "target is a mask of several"),
+        (
+            lambda: fusedloss.siglip(X, Y[:3], 1.0),
+            "text_features must have at least 4 rows, one per image, for the default target, got 3",
+        ),
+        (
+            lambda: fusedloss.clip_distill(X, Y[:3], 1.0, X, Y, 1.0),
+            "text_features must have 4 rows, like image_features, got 3",
+        ),
+        (
+            lambda: fusedloss.clip_distill(X, Y, 1.0, X[:2], Y[:2], 1.0),
+            "teacher_image_features must have 4 rows, like image_features, got 2",
+        ),
+        (
+            lambda: fusedloss.clip_distill(X, Y, 1.0, X, Y[:2], 1.0),
+            "teacher_text_features must have 4 rows, like image_features, got 2",
+        ),
+        (
+            lambda: fusedloss.clip_distill(X, Y, 1.0, X, Y[:, :2], 1.0),
+            "teacher_text_features must have D = 3, like teacher_image_features, got D = 2",
+        ),
+        (lambda: fusedloss.clip_distill(X, Y, math.inf, X, Y, 1.0), "logit_scale must be a finite number, got inf"),
+        (
+            lambda: fusedloss.clip_distill(X, Y, 1.0, X, Y, math.inf),
+            "teacher_logit_scale must be a finite number, got inf",
+        ),
+        (
+            lambda: fusedloss.mega_batch_margin(X, Y[:3]),
+            "positive must have at least 4 rows, one per row of anchor, got 3",
+        ),
+        (
+            lambda: fusedloss.mega_batch_margin(X[:3], Y),
+            "positive must have at least 3 rows, one per row of anchor, got 4",
+        ),
+        (
+            lambda: fusedloss.mega_batch_margin(X, Y, positive_margin=math.inf),
+            "positive_margin must be a finite number, got inf",
+        ),
+        (
+            lambda: fusedloss.mega_batch_margin(X, Y, negative_margin=math.inf),
+            "negative_margin must be a finite number, got inf",
+        ),
+        (
+            lambda: fusedloss.in_batch_margin_ranking(X, Y[:3]),
+            "positive must have at least 4 rows, one per row of anchor, got 3",
+        ),
+        (lambda: fusedloss.siglip(X, Y, math.nan), "logit_scale must be a finite number, got nan"),
+        (lambda: fusedloss.siglip(X, Y, 1.0, math.inf), "logit_bias must be a finite number, got inf"),
+        (
+            lambda: fusedloss.siglip(X, Y, torch.ones(4)),
+            r"logit_scale must have one element, shape \[\] or \[1\], got shape \[4\]",
+        ),
+        (
+            lambda: fusedloss.siglip(X, Y, 1.0, target=torch.zeros(3, dtype=torch.int64)),
+            r"target must have shape \[4\], one index per row, got \[3\]",
+        ),
+        (
+            lambda: fusedloss.siglip(X, Y, 1.0, target=masks.same_group(LABELS4, LABELS4)),
+            "target must be masks.same_id alone if it is a mask, got another one or several joined",
+        ),
+        (
+            lambda: fusedloss.siglip(X, Y, 1.0, target=masks.not_self()),
+            "target must be masks.same_id alone if it is a mask, got another one or several joined",
+        ),
         (
             lambda: fusedloss.siglip(X, Y, 1.0, target=masks.same_id(LABELS4, LABELS4) & masks.not_self()),
-            "target is a mask of several",
+            "target must be masks.same_id alone if it is a mask, got another one or several joined",
         ),
-        (lambda: fusedloss.multi_similarity(X, LABELS4, alpha=0.0), "alpha is 0.0: needs a positive"),
-        (lambda: fusedloss.multi_similarity(X, LABELS4, beta=-1.0), "beta is -1.0: needs a positive"),
-        (lambda: fusedloss.multi_similarity(X, LABELS4, base=math.nan), "base is nan"),
-        (lambda: fusedloss.circle(X, LABELS4, gamma=0.0), "gamma is 0.0: needs a positive"),
-        (lambda: fusedloss.circle(X, LABELS4, m=math.nan), "m is nan"),
-        (lambda: fusedloss.global_orthogonal_regularization(), "embeddings is empty"),
-        (lambda: fusedloss.global_orthogonal_regularization(X, X[0]), r"embeddings\[1\] has shape"),
-        (lambda: fusedloss.global_orthogonal_regularization(X, aggregation="max"), "aggregation is 'max'"),
-        (lambda: fusedloss.global_orthogonal_regularization(X, mean_weight=math.nan), "mean_weight is nan"),
+        (lambda: fusedloss.multi_similarity(X, LABELS4, alpha=0.0), "alpha must be a positive number, got 0.0"),
+        (lambda: fusedloss.multi_similarity(X, LABELS4, beta=-1.0), "beta must be a positive number, got -1.0"),
+        (lambda: fusedloss.multi_similarity(X, LABELS4, base=math.nan), "base must be a finite number, got nan"),
+        (lambda: fusedloss.circle(X, LABELS4, gamma=0.0), "gamma must be a positive number, got 0.0"),
+        (lambda: fusedloss.circle(X, LABELS4, m=math.nan), "m must be a finite number, got nan"),
+        (
+            lambda: fusedloss.global_orthogonal_regularization(),
+            r"embeddings must hold at least one column \[B, D\], got none",
+        ),
+        (
+            lambda: fusedloss.global_orthogonal_regularization(X, X[0]),
+            r"embeddings\[1\] must have two dimensions \[rows, D\], got shape \[3\]",
+        ),
+        (
+            lambda: fusedloss.global_orthogonal_regularization(X, aggregation="max"),
+            "aggregation must be one of 'mean', 'sum', got 'max'",
+        ),
+        (
+            lambda: fusedloss.global_orthogonal_regularization(X, mean_weight=math.nan),
+            "mean_weight must be a finite number, got nan",
+        ),
     ],
 )
 def test_values_that_do_not_fit(call, message):
@@ -772,9 +829,11 @@ def test_values_that_do_not_fit(call, message):
 @pytest.mark.parametrize("wrong", [4, -1, -100, 2**40])
 def test_siglip_names_the_target_outside(wrong):
     """On a CPU, where it can be read. There is no index to leave a row out by."""
-    with pytest.raises(IndexError, match=rf"target\[2\] is {wrong}: needs an index from 0 to 3"):
+    with pytest.raises(IndexError, match=rf"target\[2\] must be an index from 0 to 3, got {wrong}"):
         fusedloss.siglip(X, Y, 1.0, target=torch.tensor([0, 1, wrong, 3]))
-    with pytest.raises(TypeError, match=r"target is torch\.int32"):
+    with pytest.raises(
+        TypeError, match=r"target must be an int64 tensor \[4\] of column indices, got torch.int32 \[4\]"
+    ):
         fusedloss.siglip(X, Y, 1.0, target=torch.zeros(4, dtype=torch.int32))
 
 
@@ -814,10 +873,10 @@ def test_modules_are_their_functions(name):
         plain = function(*given, **others)
         assert plain.shape != found.shape or not torch.allclose(plain, found)
         assert f"{option}={options[option]!r}" in repr(module)
-        with pytest.raises(TypeError, match=f"forward got '{option}'"):
+        with pytest.raises(TypeError, match=f"forward got an unexpected argument '{option}'"):
             module(*given, **{option: options[option]})
     assert not list(module.parameters())
-    with pytest.raises(TypeError, match=r"an nn\.Module"):
+    with pytest.raises(TypeError, match=r"must not be a model, got the nn\.Module"):
         getattr(fusedloss, name)(torch.nn.Linear(2, 2))
 
 

@@ -123,14 +123,29 @@ def test_a_function_as_weighting():
 @pytest.mark.parametrize(
     "match, scores, labels, options",
     [
-        (r"scores is torch.int64 \[3\]: needs floating", torch.arange(3), torch.arange(3), {}),
-        (r"scores is torch.float32 \[1, 3\]", torch.zeros(1, 3), torch.zeros(1, 3), {}),
-        (r"labels has shape \[2\] and scores \[3\]", torch.zeros(3), torch.zeros(2), {}),
-        (r"group is \[1, 1\]: needs .* 3 in all", torch.zeros(3), torch.zeros(3), {"group": [1, 1]}),
-        (r"group is \[4, -1\]", torch.zeros(3), torch.zeros(3), {"group": [4, -1]}),
-        ("weighting is 'ndcg'", torch.zeros(3), torch.zeros(3), {"weighting": "ndcg"}),
-        ("k is 0", torch.zeros(3), torch.zeros(3), {"k": 0}),
-        ("sigma is -1", torch.zeros(3), torch.zeros(3), {"sigma": -1}),
+        (r"scores must be floating numbers .*, got torch.int64 \[3\]", torch.arange(3), torch.arange(3), {}),
+        (
+            r"scores must be floating numbers \[total\], got torch.float32 \[1, 3\]",
+            torch.zeros(1, 3),
+            torch.zeros(1, 3),
+            {},
+        ),
+        (r"labels must have shape \[3\], like scores, got \[2\]", torch.zeros(3), torch.zeros(2), {}),
+        (r"group must be .* 3 in all, got \[1, 1\]", torch.zeros(3), torch.zeros(3), {"group": [1, 1]}),
+        (
+            r"group must be each query's number of documents, 3 in all, got \[4, -1\]",
+            torch.zeros(3),
+            torch.zeros(3),
+            {"group": [4, -1]},
+        ),
+        (
+            "weighting must be one of 'ndcg_loss2pp', 'ndcg_loss2', 'ndcg_loss1', 'lambda_rank', got 'ndcg'",
+            torch.zeros(3),
+            torch.zeros(3),
+            {"weighting": "ndcg"},
+        ),
+        ("k must be at least 1 or None, got 0", torch.zeros(3), torch.zeros(3), {"k": 0}),
+        ("sigma must be a positive number, got -1", torch.zeros(3), torch.zeros(3), {"sigma": -1}),
     ],
 )
 def test_errors(match, scores, labels, options):
@@ -178,7 +193,9 @@ def test_objectives_ask_the_dataset(make, per):
 
 def test_a_dataset_without_groups():
     for group in (None, []):
-        with pytest.raises(ValueError, match="the dataset has no groups"):
+        with pytest.raises(
+            ValueError, match="the dataset must have groups, the number of documents of each query, got none"
+        ):
             boosting.lightgbm_objective()(numpy.zeros(3), Dataset(numpy.zeros(3), group))
 
 

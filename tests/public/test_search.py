@@ -143,17 +143,29 @@ def test_no_gradients_and_no_autocast():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"k": 0}, ValueError, "k is 0"),
-        ({"k": None}, TypeError, "k is None"),
-        ({"k": 2.0}, TypeError, "k is a float"),
-        ({"k": True}, TypeError, "k is a bool"),
-        ({"similarity": "cosine"}, ValueError, "similarity is 'cosine'"),
-        ({"query": torch.randn(3)}, ValueError, r"query has shape \[3\]"),
-        ({"query": [[1.0]]}, TypeError, "query is a list"),
+        ({"k": 0}, ValueError, "k must be at least 1, got 0"),
+        ({"k": None}, TypeError, "k must be a whole number, got None"),
+        ({"k": 2.0}, TypeError, "k must be a whole number, got 2.0, a float"),
+        ({"k": True}, TypeError, "k must be a whole number, got True, a bool"),
+        (
+            {"similarity": "cosine"},
+            ValueError,
+            "similarity must be one of 'cos', 'dot', 'euclidean', 'manhattan', got 'cosine'",
+        ),
+        ({"query": torch.randn(3)}, ValueError, r"query must have two dimensions \[rows, D\], got shape \[3\]"),
+        ({"query": [[1.0]]}, TypeError, r"query must be a tensor \[rows, D\], got a list"),
         ({"corpus": torch.randn(4, 5)}, ValueError, "D = 5"),
-        ({"corpus": torch.randn(4, 3).double()}, TypeError, "corpus is torch.float64"),
-        ({"corpus": torch.randn(4, 3).to_sparse()}, TypeError, "corpus is of layout"),
-        ({"corpus": torch.empty(4, 3, device="meta")}, ValueError, "corpus is on meta"),
+        (
+            {"corpus": torch.randn(4, 3).double()},
+            TypeError,
+            "corpus must be torch.float32, like query, got torch.float64",
+        ),
+        (
+            {"corpus": torch.randn(4, 3).to_sparse()},
+            TypeError,
+            "corpus must be a dense tensor, got layout torch.sparse_coo",
+        ),
+        ({"corpus": torch.empty(4, 3, device="meta")}, ValueError, "corpus must be on cpu, like query, got meta"),
     ],
 )
 def test_errors_name_the_argument(arguments, error, message):

@@ -424,7 +424,10 @@ def test_clip_in_kernels(names, backend):
     ids=["score_margin", "guide", "not_self", "joined"],
 )
 def test_clip_refuses_what_belongs_to_rows(mask):
-    with pytest.raises(ValueError, match=r"mask has a part that belongs to rows.* and clip has two directions"):
+    with pytest.raises(
+        ValueError,
+        match=r"mask must be masks.same_id, masks.same_group .*, got one for rows alone",
+    ):
         fusedloss.clip(torch.ones(3, 4), torch.ones(3, 4), 1.0, mask=mask)
 
 
@@ -642,46 +645,110 @@ def with_mask(mask):
 
 
 BAD = [
-    (with_mask(masks.same_id(IDS.int(), IDS)), TypeError, r"same_id's row_ids is torch.int32: needs a tensor of int64"),
-    (with_mask(masks.same_id(IDS, IDS.float())), TypeError, "same_id's key_ids is torch.float32"),
-    (with_mask(masks.same_id([0, 1, 2], IDS)), TypeError, "same_id's row_ids is list"),
-    (with_mask(masks.same_id(IDS[:2], IDS)), ValueError, r"same_id's row_ids has shape \[2\]: needs int64 \[3\]"),
-    (with_mask(masks.same_id(IDS, IDS[:, None])), ValueError, r"same_id's key_ids has shape \[3, 1\]"),
-    (with_mask(masks.same_id(IDS, ELSEWHERE)), ValueError, "same_id's key_ids is on meta"),
-    (with_mask(masks.same_group(IDS.bool(), IDS)), TypeError, "same_group's row_groups is torch.bool"),
-    (with_mask(masks.same_group(IDS, IDS[:1])), ValueError, r"same_group's key_groups has shape \[1\]"),
-    (with_mask(masks.same_group(ELSEWHERE, IDS)), ValueError, "same_group's row_groups is on meta"),
-    (with_mask(FREE.float()), TypeError, r"mask is torch.float32: needs a tensor of bool \[3, 3\]"),
-    (with_mask(FREE[:2]), ValueError, r"mask has shape \[2, 3\]: needs bool \[3, 3\]"),
-    (with_mask(FREE.to("meta")), ValueError, "mask is on meta"),
-    (with_mask(FREE.to_sparse()), TypeError, "mask is of layout"),
-    (with_mask(0.1), TypeError, "mask is 0.1, a float: needs one of fusedloss.masks, or a bool tensor"),
-    (with_mask([masks.not_self()]), TypeError, "mask is a list"),
-    (with_mask(masks.same_id), TypeError, "mask is a function"),
-    (with_mask(masks.score_margin(0.0, IDS)), ValueError, r"exempt has shape \[3\]: needs int64 \[3, any\]"),
-    (with_mask(masks.score_margin(0.0, X)), TypeError, "score_margin's exempt is torch.float32"),
-    (with_mask(masks.score_margin(0.0, ELSEWHERE[:, None])), ValueError, "score_margin's exempt is on meta"),
-    (lambda: masks.score_margin("0"), TypeError, "margin is a str: needs a number"),
-    (lambda: masks.score_margin(math.nan), ValueError, "margin is nan: needs a finite number"),
-    (lambda: masks.guide(X, X, margin=None), TypeError, "margin is a NoneType"),
-    (lambda: masks.guide(X, X, strategy="percentage"), ValueError, "strategy is 'percentage': needs one of 'absolute'"),
-    (lambda: masks.guide(X, X[:, :2]), ValueError, "guide_key has D = 2 and guide_query has D = 4"),
-    (lambda: masks.guide(IDS, X), TypeError, "guide_query has dtype torch.int64"),
-    (lambda: masks.guide(X, X.to("meta")), ValueError, "guide_key is on meta and guide_query on cpu"),
-    (with_mask(masks.guide(X[:2], X)), ValueError, "guide_query has 2 rows: needs 3, as many as the loss's own"),
-    (with_mask(masks.guide(X, X[:2])), ValueError, "guide_key has 2 rows: needs 3"),
-    (with_mask(masks.guide(*[X.to("meta")] * 2)), ValueError, "guide_query is on meta"),
-    (lambda: masks.not_self(1.0), TypeError, "offset is a float: needs a whole number"),
-    (lambda: masks.guide(X, X) & masks.guide(X, X), ValueError, "mask joins two of masks.guide: needs at most one"),
-    (lambda: masks.not_self() & masks.not_self(1), ValueError, "mask joins two of masks.not_self"),
-    (lambda: masks.score_margin(1) & FREE & masks.score_margin(2), ValueError, "mask joins two of masks.score_margin"),
-    (lambda: masks.not_self() & 3, TypeError, "mask joins 3, an int: needs one of fusedloss.masks"),
+    (
+        with_mask(masks.same_id(IDS.int(), IDS)),
+        TypeError,
+        r"same_id's row_ids must be a tensor of int64 .*, got torch.int32",
+    ),
+    (
+        with_mask(masks.same_id(IDS, IDS.float())),
+        TypeError,
+        r"same_id's key_ids must be a tensor of int64 \[3\], got torch.float32",
+    ),
+    (
+        with_mask(masks.same_id([0, 1, 2], IDS)),
+        TypeError,
+        r"same_id's row_ids must be a tensor of int64 \[3\], got a list",
+    ),
+    (with_mask(masks.same_id(IDS[:2], IDS)), ValueError, r"same_id's row_ids must be int64 \[3\], got shape \[2\]"),
+    (
+        with_mask(masks.same_id(IDS, IDS[:, None])),
+        ValueError,
+        r"same_id's key_ids must be int64 \[3\], got shape \[3, 1\]",
+    ),
+    (
+        with_mask(masks.same_id(IDS, ELSEWHERE)),
+        ValueError,
+        "same_id's key_ids must be on cpu, like the embeddings, got meta",
+    ),
+    (
+        with_mask(masks.same_group(IDS.bool(), IDS)),
+        TypeError,
+        r"same_group's row_groups must be a tensor of int64 \[3\], got torch.bool",
+    ),
+    (
+        with_mask(masks.same_group(IDS, IDS[:1])),
+        ValueError,
+        r"same_group's key_groups must be int64 \[3\], got shape \[1\]",
+    ),
+    (
+        with_mask(masks.same_group(ELSEWHERE, IDS)),
+        ValueError,
+        "same_group's row_groups must be on cpu, like the embeddings, got meta",
+    ),
+    (with_mask(FREE.float()), TypeError, r"mask must be a tensor of bool \[3, 3\], got torch.float32"),
+    (with_mask(FREE[:2]), ValueError, r"mask must be bool \[3, 3\], got shape \[2, 3\]"),
+    (with_mask(FREE.to("meta")), ValueError, "mask must be on cpu, like the embeddings, got meta"),
+    (with_mask(FREE.to_sparse()), TypeError, "mask must be a dense tensor, got layout torch.sparse_coo"),
+    (with_mask(0.1), TypeError, "mask must be one of fusedloss.masks or a bool tensor, got 0.1, a float"),
+    (with_mask([masks.not_self()]), TypeError, "mask must be one of fusedloss.masks or a bool tensor, got a list"),
+    (with_mask(masks.same_id), TypeError, "mask must be one of fusedloss.masks or a bool tensor, got a function"),
+    (with_mask(masks.score_margin(0.0, IDS)), ValueError, r"exempt must be int64 \[3, any\], got shape \[3\]"),
+    (
+        with_mask(masks.score_margin(0.0, X)),
+        TypeError,
+        r"score_margin's exempt must be a tensor of int64 \[3, any\], got torch.float32",
+    ),
+    (
+        with_mask(masks.score_margin(0.0, ELSEWHERE[:, None])),
+        ValueError,
+        "score_margin's exempt must be on cpu, like the embeddings, got meta",
+    ),
+    (lambda: masks.score_margin("0"), TypeError, "margin must be a number, got '.*', a str"),
+    (lambda: masks.score_margin(math.nan), ValueError, "margin must be a finite number, got nan"),
+    (lambda: masks.guide(X, X, margin=None), TypeError, "margin must be a number, got None"),
+    (
+        lambda: masks.guide(X, X, strategy="percentage"),
+        ValueError,
+        "strategy must be one of 'absolute'.*, got 'percentage'",
+    ),
+    (lambda: masks.guide(X, X[:, :2]), ValueError, "guide_key must have D = 4, like guide_query, got D = 2"),
+    (
+        lambda: masks.guide(IDS, X),
+        TypeError,
+        "guide_query must be float16, bfloat16, float32 or float64, got torch.int64",
+    ),
+    (lambda: masks.guide(X, X.to("meta")), ValueError, "guide_key must be on cpu, like guide_query, got meta"),
+    (with_mask(masks.guide(X[:2], X)), ValueError, "guide_query must have 3 rows, as many as the loss has, got 2"),
+    (with_mask(masks.guide(X, X[:2])), ValueError, "guide_key must have 3 rows, as many as the loss has, got 2"),
+    (
+        with_mask(masks.guide(*[X.to("meta")] * 2)),
+        ValueError,
+        "guide_query must be on cpu, like the embeddings, got meta",
+    ),
+    (lambda: masks.not_self(1.0), TypeError, "offset must be a whole number, got 1.0, a float"),
+    (lambda: masks.guide(X, X) & masks.guide(X, X), ValueError, "a mask must hold at most one masks.guide, got two"),
+    (lambda: masks.not_self() & masks.not_self(1), ValueError, "a mask must hold at most one masks.not_self, got two"),
+    (
+        lambda: masks.score_margin(1) & FREE & masks.score_margin(2),
+        ValueError,
+        "a mask must hold at most one masks.score_margin, got two",
+    ),
+    (
+        lambda: masks.not_self() & 3,
+        TypeError,
+        r"a mask must be joined with one of fusedloss.masks or a bool tensor \[M, N\], got 3, an int",
+    ),
     (
         lambda: fusedloss.multiple_negatives_ranking(X, X, X, mask=FREE),
         ValueError,
-        r"mask has shape \[3, 3\]: needs bool \[3, 6\]",
+        r"mask must be bool \[3, 6\], got shape \[3, 3\]",
     ),
-    (lambda: fusedloss.clip(X, X, 1.0, mask="same_id"), TypeError, "mask is .same_id., a str"),
+    (
+        lambda: fusedloss.clip(X, X, 1.0, mask="same_id"),
+        TypeError,
+        "mask must be one of fusedloss.masks or a bool tensor, got 'same_id', a str",
+    ),
 ]
 
 

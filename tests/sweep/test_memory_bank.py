@@ -129,7 +129,7 @@ def test_a_queue_may_be_overwritten_before_the_backward(backend, reduction):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=0)
 
 
-NAMED = "^`bank`, or .* must stay as it is until the last backward .*; write to it after that, or pass bank.clone"
+NAMED = r"`bank`, or another tensor of the loss, must stay as it is .*, got one that was modified"
 
 
 def overwritten(**given):
@@ -276,16 +276,24 @@ QUERY = torch.randn(4, 3)
 @pytest.mark.parametrize(
     "given, error, message",
     [
-        ({"bank": [1.0]}, TypeError, "bank is a list: needs a tensor"),
-        ({"bank": torch.randn(5)}, ValueError, r"bank has shape \[5\]: needs two dimensions"),
-        ({"bank": torch.randn(5, 2)}, ValueError, "bank has D = 2 and query has D = 3"),
-        ({"bank": torch.randn(5, 3).double()}, TypeError, "bank is torch.float64 and query is torch.float32"),
-        ({"bank": torch.randn(5, 3), "target": torch.full((4,), 6)}, IndexError, "needs an index from 0 to 3"),
-        ({"bank": torch.randn(5, 3), "key_bias": torch.zeros(4)}, ValueError, r"key_bias has shape \[4\]: needs \[9\]"),
+        ({"bank": [1.0]}, TypeError, "bank must be a tensor .*got a list"),
+        ({"bank": torch.randn(5)}, ValueError, r"bank must have two dimensions \[rows, D\], got shape \[5\]"),
+        ({"bank": torch.randn(5, 2)}, ValueError, "bank must have D = 3, like query, got D = 2"),
+        ({"bank": torch.randn(5, 3).double()}, TypeError, "bank must be torch.float32, like query, got torch.float64"),
+        (
+            {"bank": torch.randn(5, 3), "target": torch.full((4,), 6)},
+            IndexError,
+            r"target\[0\] must be an index from 0 to 3, or -100 to leave the row out, got 6",
+        ),
+        (
+            {"bank": torch.randn(5, 3), "key_bias": torch.zeros(4)},
+            ValueError,
+            r"key_bias must have shape \[9\], one number per key and row of the bank, got \[4\]",
+        ),
         (
             {"bank": torch.randn(5, 3), "mask": torch.ones(4, 4, dtype=torch.bool)},
             ValueError,
-            r"mask has shape \[4, 4\]: needs bool \[4, 9\]",
+            r"mask must be bool \[4, 9\], got shape \[4, 4\]",
         ),
     ],
 )
@@ -295,5 +303,5 @@ def test_errors_name_the_bank(given, error, message):
 
 
 def test_prefixes_of_a_bank_are_columns_of_another_loss():
-    with pytest.raises(ValueError, match="bank has no prefixes here"):
+    with pytest.raises(ValueError, match="bank must not be given with info_nce under matryoshka, got it"):
         fusedloss.matryoshka(fusedloss.info_nce, QUERY, QUERY, dims=(3, 2), bank=QUERY)

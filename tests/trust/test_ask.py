@@ -936,8 +936,8 @@ def test_verify_says_why_nothing_runs(capsys, monkeypatch):
     "wrong, message",
     [
         (["--backend", "chunked"], "invalid choice: 'chunked'"),
-        (["--family", "statistics"], "--family statistics: needs one of rows, stats"),
-        (["--device", "tpu"], "tpu: needs cpu, cuda, xpu, cuda:INDEX or xpu:INDEX"),
+        (["--family", "statistics"], "--family must be one of rows, stats"),
+        (["--device", "tpu"], "must be cpu, cuda, xpu, cuda:INDEX or xpu:INDEX, got 'tpu'"),
         (["--device", "cuda:7"], "--device cuda:7: torch .* sees no GPU here"),
         (["--device", "xpu"], "--device xpu: torch .* sees no GPU here"),
     ],

@@ -347,7 +347,7 @@ def exp_rows(
 ) -> tuple[RowSums, None]:
     """Write E = exp(z - shift). A scale that is known beforehand has no gradient, so there is no q."""
     if target_sim is not None:
-        raise ValueError("exp_rows has no q: a scale with a gradient is not known beforehand")
+        raise ValueError("q must be None in exp_rows, got one; a scale with a gradient has no bound known beforehand")
     sums = [_exp(problem, strip, out, tally, score, False)[0] for strip, out in zip(strips, outs, strict=True)]
     return RowSums(exp_shift(problem), _stacked(sums)), None
 

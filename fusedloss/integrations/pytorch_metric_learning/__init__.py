@@ -77,9 +77,9 @@ def _labelled(
         return "the pairs are given as an indices_tuple"
     for given, rows in ((labels, embeddings), (labels if ref_labels is None else ref_labels, ref_emb)):
         if not isinstance(given, Tensor) or given.dtype.is_floating_point or given.dtype.is_complex:
-            return "labels are no integers"
+            return "labels are not integers"
         if given.shape != rows.shape[:1] or given.device != rows.device:
-            return "labels and embeddings do not fit together"
+            return "labels are not one number per row on the device of the embeddings"
     return None
 
 
@@ -367,7 +367,7 @@ def _classed(
         return "of its distance, which has no fused form here"
     reason = refusal(checks.embeddings, embeddings=embeddings)
     if reason or vectors.dim() != 2 or vectors.shape[1] != embeddings.shape[1] or not vectors.shape[0]:
-        return reason or "the vectors of the classes do not fit"
+        return reason or "the class vectors have another shape, dtype or device"
     return None if len(embeddings) else "the batch is empty"
 
 
@@ -394,7 +394,7 @@ class _MarginSoftmax:
         if reason is None and not only(self.cross_entropy, nn.CrossEntropyLoss, **stock):
             reason = "cross_entropy is not the CrossEntropyLoss of the constructor"
         if reason is None and self.collect_stats:
-            reason = "statistics of the angles are wanted"
+            reason = "its collect_stats is set"
         rows, classes = len(embeddings), self.W.shape[1]
         reason = reason or refusal(checks.target, "labels", labels, rows, classes, None, embeddings)
         reason = reason or refusal(checks.number, "margin", self.margin)

@@ -84,7 +84,7 @@ NUMBERS = (*checks.FLOATING, *INTEGERS)
 def labels_fit(labels: Any, rows: int, dtypes: tuple[torch.dtype, ...] = (*NUMBERS, torch.bool)) -> str | None:
     """One label for each row."""
     if not isinstance(labels, Tensor) or labels.layout != torch.strided:
-        return "the labels are no dense tensor"
+        return "the labels are not a dense tensor"
     if labels.numel() != rows:
         return "there is not one label for each row"
     if labels.dtype not in dtypes:
@@ -120,7 +120,7 @@ def plain(criterion: Any, kind: type[nn.Module], **options: Any) -> str | None:
 def linear_fits(module: Any, name: str) -> str | None:
     """Whether a layer whose parameters the fused code reads is torch's own, whole, and without hooks."""
     if not untouched(module, nn.Linear):
-        return f"its {name} is no linear layer of its own, or has hooks"
+        return f"its {name} is not torch's nn.Linear, or has hooks"
     if any(type(p) not in (Tensor, nn.Parameter) for p in (module.weight, module.bias) if p is not None):
         return f"its {name} is a {type(module.weight).__name__}"
     return None

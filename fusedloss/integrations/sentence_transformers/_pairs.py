@@ -248,7 +248,7 @@ class EmbedDistillLoss(_EmbedDistillLoss):
 
     def _fits(self, embeddings: Sequence[Tensor], teachers: Sequence[Tensor]) -> str | None:
         if not embeddings or len(embeddings) != len(teachers):
-            return "the teacher has other columns"
+            return "the teacher has another number of columns"
         if self.distance_metric not in ("cosine", "mse", "l2"):
             return "its distance_metric is unknown"
         width = embeddings[0].shape[-1] if self.projection is None else self.projection.out_features

@@ -120,12 +120,12 @@ def gist_fits(loss: Any, owner: type, embeddings: Sequence[Tensor], guides: Sequ
     """Of GISTEmbedLoss and its cached form."""
     return first(
         gist_is_plain(loss, owner),
-        "the guide has other columns" if len(embeddings) != len(guides) else None,
+        "the guide has another number of columns" if len(embeddings) != len(guides) else None,
         "there are fewer than two columns" if len(embeddings) < 2 else None,
         _fits.embeddings_fit(*embeddings),
         _fits.embeddings_fit(*guides),
-        "the guide has other rows" if len(guides[0]) != len(embeddings[0]) else None,
-        "the guide is elsewhere" if guides[0].device != embeddings[0].device else None,
+        "the guide has another number of rows" if len(guides[0]) != len(embeddings[0]) else None,
+        "the guide is on another device" if guides[0].device != embeddings[0].device else None,
     )
 
 

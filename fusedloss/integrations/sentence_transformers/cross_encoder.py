@@ -82,7 +82,7 @@ def no_type_error() -> Iterator[None]:
 
 def scores_fit(scores: Any) -> str | None:
     if type(scores) is not Tensor or scores.layout != torch.strided or scores.dtype not in FLOATING:
-        return "the scores are no dense floating tensor"
+        return "the scores are not a dense floating tensor"
     return None if scores.numel() else "there are no scores"
 
 
@@ -109,7 +109,9 @@ def binary_cross_entropy(criterion: Any, scores: Tensor, labels: Tensor) -> Tens
 
 def binary_cross_entropy_fits(criterion: Any, scores: Tensor, labels: Tensor) -> str | None:
     fit = _broadcasts(criterion.weight, scores) and _broadcasts(criterion.pos_weight, scores)
-    return first(squared_error_fits(criterion, scores, labels), None if fit else "its weights are not the scores'")
+    return first(
+        squared_error_fits(criterion, scores, labels), None if fit else "its weights do not broadcast to the scores"
+    )
 
 
 def squared_error(criterion: Any, scores: Tensor, labels: Tensor) -> Tensor:
@@ -118,7 +120,7 @@ def squared_error(criterion: Any, scores: Tensor, labels: Tensor) -> Tensor:
 
 def squared_error_fits(criterion: Any, scores: Tensor, labels: Tensor) -> str | None:
     alike = labels.shape == scores.shape and labels.device == scores.device and labels.dtype in FLOATING
-    return None if alike else "the labels are not the scores'"
+    return None if alike else "the labels do not have the shape, dtype or device of the scores"
 
 
 def cross_entropy(criterion: Any, scores: Tensor, labels: Tensor) -> Tensor:
@@ -134,7 +136,7 @@ def cross_entropy(criterion: Any, scores: Tensor, labels: Tensor) -> Tensor:
 
 def cross_entropy_fits(criterion: Any, scores: Tensor, labels: Tensor) -> str | None:
     if scores.dim() != 2 or not isinstance(labels, Tensor) or labels.device != scores.device:
-        return "the scores are no matrix beside labels"
+        return "the scores are not a matrix with one label per row"
     shares = labels.dtype in FLOATING
     if labels.shape != (scores.shape if shares else scores.shape[:1]) or not (shares or labels.dtype == torch.int64):
         return "the labels are neither classes nor shares of them"
@@ -143,13 +145,13 @@ def cross_entropy_fits(criterion: Any, scores: Tensor, labels: Tensor) -> str | 
     if not shares and reads_values(labels):
         outside = (labels != criterion.ignore_index) & ((labels < 0) | (labels >= scores.shape[1]))
         if bool(outside.any()):
-            return "a label is no class"
+            return "a label is not a class"
     if criterion.weight is not None and (
         criterion.weight.dtype != scores.dtype
         or criterion.weight.shape != scores.shape[1:]
         or criterion.weight.device != scores.device
     ):
-        return "its weight is not the classes'"
+        return "its weight does not have one number for each class"
     return None
 
 
@@ -289,7 +291,7 @@ class _OfLists(nn.Module):
             if type(x) is not Tensor or x.dim() != 1 or x.dtype not in (*_fits.NUMBERS, torch.bool):
                 return "the labels are not one tensor of numbers for each query"
             if x.device != scores.device or x.requires_grad:
-                return "the labels are on another device, or train"
+                return "the labels are on another device, or require gradients"
         if scores.shape != (sum(map(len, labels)),) or scores.device.type != self.model.device.type:
             return "the scores are not one for each document"
         if scores.dtype != torch.get_default_dtype():
@@ -350,7 +352,7 @@ class LambdaLoss(_OfLists, _LambdaLoss):
     def _why_not(self) -> str | None:
         return first(
             scheme_is_known(self.weighting_scheme),
-            None if self.k is None or (type(self.k) is int and self.k >= 0) else "its k is no number of documents",
+            None if self.k is None or (type(self.k) is int and self.k >= 0) else "its k is not a number of documents",
             _fits.number_fits("sigma", self.sigma, positive=True),
             _fits.number_fits("eps", self.eps),
         )

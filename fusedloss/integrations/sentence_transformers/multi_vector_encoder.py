@@ -75,7 +75,7 @@ def _package() -> Callable[..., Tensor] | None:
 def _tokens_fit(query: Tensor, documents: Tensor, query_mask: Any, document_mask: Any, dimensions: int) -> str | None:
     for x, dims, mask in ((query, 3, query_mask), (documents, dimensions, document_mask)):
         if type(x) is not Tensor or x.dim() != dims or not x.numel():
-            return "the token embeddings are no padded tensors"
+            return "the token embeddings are not padded tensors"
         if x.device.type != DEVICE:
             return "the token embeddings are not on a GPU"
         if _dtype(x) not in (torch.float16, torch.bfloat16) or _dtype(x) != _dtype(query):
@@ -127,7 +127,7 @@ def _routed(loss: Any, method: Callable[..., Tensor], *args: Any, **kwargs: Any)
     function = next((known for known in KNOWN if known is loss.similarity_fct), None)
     why_not = first(
         "neither late-interaction-kernels nor flash-maxsim is installed" if _package() is None else None,
-        "its score function is none of MaxSim's" if function is None else None,
+        "its score function is not one of MaxSim's" if function is None else None,
     )
     if function is None or why_not is not None:
         runs_fused(name, why_not)
