@@ -1,4 +1,4 @@
-"""What the losses share whose rows are folded otherwise than by one softmax."""
+"""Shared by the losses whose rows are not one softmax: the fold's problem, its result, and row maxima."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ._options import Call
 
 
 def fold_loss(problem: Problem, call: Call, over: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """The weighted losses, or their sum, and the sum of what the fold counted.
+    """Returns the weighted losses, or their sum, and the sum of the rows that the fold counted.
 
-    over: what the mean divides the sum by; None: the caller does.
+    over: the number that the mean divides the sum by; None: the caller divides.
     """
     backend = select(problem, call.backend)
     if over is not None and call.reduction == "mean":
@@ -58,7 +58,7 @@ def top(
     cosine: bool,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The column of each row's largest `scale * sim + bias` among those that the mask admits; -1 for none."""
+    """Returns the column of each row's largest `scale * sim + bias` among those that the mask admits; -1 for none."""
     operands = [x.detach() for x in operands]
     rows, device = operands[0].shape[0], operands[0].device
     multiplier = torch.full((), scale, dtype=stats_dtype(operands[0].dtype), device=device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import distributed
 from ..core import checks
 
-# Those that a constructor can check before there are embeddings, by name: a name means the same in every loss.
+# Checks that a constructor can run before there are embeddings. A name means the same in every loss.
 CHECKS: dict[str, Callable[[Any], None]] = {
     "temperature": lambda value: checks.scalar("temperature", value, None, positive=True),
     "scale": lambda value: checks.scalar("scale", value, None, positive=True),
@@ -29,10 +29,10 @@ CHECKS: dict[str, Callable[[Any], None]] = {
 
 
 class LossModule(nn.Module):
-    """Takes its constructor from `function`: the keyword-only parameters but for the tensors named in `tensors`.
+    """Base of the modules. The constructor takes `function`'s keyword-only parameters, except the tensors in `tensors`.
 
-    choices: of an option, where they are not those that the name has in CHECKS. learnt: options that may be modules or
-        parameters, which are then this module's.
+    choices: allowed values of an option, if they differ from those in CHECKS. learnt: options that may be modules or
+    parameters; they are registered with this module.
     """
 
     function: ClassVar[Callable[..., Any]]
@@ -61,7 +61,7 @@ class LossModule(nn.Module):
 
     @classmethod
     def _set_inputs(cls) -> None:
-        """What `forward` takes: all that is no option. `most`: how many of it stand before any number of others."""
+        """Sets the arguments of `forward`: all but the options. `most`: how many stand before a variable number."""
         cls.__signature__ = cls.signature  # type: ignore[attr-defined]  # what help() and inspect show
         parameters = inspect.signature(cls.function).parameters.values()
         inputs = [p for p in parameters if p.name not in cls.signature.parameters and p.kind is not p.VAR_POSITIONAL]
@@ -109,11 +109,11 @@ class LossModule(nn.Module):
             return cls.function(*args, **kwargs, **chosen)
         if len(args) > len(cls.inputs):
             self._refuse(f"got {len(args)} arguments; {cls._takes()}")
-        # By name: the function's own order may have options in between.
+        # Passed by name, because the function may have options between its tensors.
         return cls.function(**dict(zip(given, args, strict=True)), **kwargs, **chosen)
 
     def _refuse(self, what: str) -> NoReturn:
-        """On all ranks, where there are several."""
+        """Raises on all ranks of a group."""
         error = TypeError(f"{type(self).__name__}.forward {what}")
         if getattr(self, "group", None) is not None:
             distributed.refuse(self.group, error)

@@ -41,7 +41,7 @@ class RowBackendOptions(BackendOptions, total=False):
 
 
 class RowOptions(ReductionOptions, RowBackendOptions, total=False):
-    """Of a loss that is computed row by row."""
+    """Options of a loss that is computed row by row."""
 
 
 class WorkspaceOptions(BackendOptions, total=False):
@@ -72,24 +72,24 @@ class RankOptions(TypedDict, total=False):
 
 
 class SweepOptions(ReductionOptions, WorkspaceOptions, total=False):
-    """Of a loss over in-batch similarities."""
+    """Options of a loss over in-batch similarities."""
 
 
 class CountingOptions(SweepOptions, StatsOptions, total=False):
-    """Of one that can count what its rows look like."""
+    """Options of one that can also return statistics."""
 
 
 class AcrossOptions(SweepOptions, RankOptions, total=False):
-    """Of one that also runs over the batches of all ranks."""
+    """Options of one that also runs over the batches of all ranks."""
 
 
 class CountingAcrossOptions(CountingOptions, RankOptions, total=False):
-    """Of one that does both."""
+    """Options of one that does both."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What one call of a loss was asked for; a loss without one of these options has its default."""
+    """The options of one call of a loss; a loss without one of these options has its default."""
 
     reduction: str = "mean"
     backend: str = "auto"
@@ -100,8 +100,8 @@ class Call:
     grad_scale: str = "ddp"
 
     def __post_init__(self) -> None:
-        """Those of the ranks are checked by `ranks` and, on all of them, by `distributed.agree`."""
-        # A default needs none: half a microsecond a call.
+        """Checks all but the rank options, which `ranks` checks and `distributed.agree` compares."""
+        # A default needs no check, which saves half a microsecond a call.
         if self.reduction is not Call.reduction:
             checks.choice("reduction", self.reduction, checks.REDUCTIONS)
         if self.backend is not Call.backend:
@@ -110,12 +110,12 @@ class Call:
             checks.count("workspace_bytes", self.workspace_bytes)
 
     def request(self, what: str, *problems: Problem, ignore_index: int | None = None) -> Request:
-        """As ranks agree on it."""
+        """Returns this call as the request that ranks agree on."""
         return Request(what, problems, self.backend, self.reduction, ignore_index)
 
 
 def ranks(options: RankOptions) -> World | None:
-    """The ranks that share the batch, where a group is given; else the other two must be what they are by default."""
+    """Returns the ranks that share the batch. Without a group strategy and grad_scale must be their defaults."""
     group = options.get("group")
     strategy, grad_scale = options.get("strategy", Call.strategy), options.get("grad_scale", Call.grad_scale)
     if group is not None:
@@ -132,14 +132,14 @@ def ranks(options: RankOptions) -> World | None:
 
 
 def _named(text: str) -> str:
-    """With the names of backends; csrc/ has no kernels for rows."""
+    """Fills in the names of backends; csrc/ has no kernels for row-wise losses."""
     for place, names in {"{backends}": checks.NAMES, "{rows}": [n for n in checks.NAMES if n != "cuda"]}.items():
         text = text.replace(place, " or ".join(", ".join(f'"{name}"' for name in names).rsplit(", ", 1)))
     return text
 
 
 def _documented(*kinds: Any) -> Iterator[tuple[str, str]]:
-    """Each option's name and text, on one line."""
+    """Yields each option's name and text, on one line."""
     for kind in kinds:
         _, *parts = re.split(r"^ *(\w+): ", inspect.cleandoc(kind.__doc__ or ""), flags=re.MULTILINE)
         for name, text in zip(parts[::2], parts[1::2], strict=True):
@@ -157,9 +157,9 @@ FIELDS = {
 
 
 def expanded(function: Callable[P, R]) -> Callable[P, R]:
-    """`checks.explained`, with each of the shared options in the signature and under `Args:` of the docstring.
+    """Decorates with `checks.explained`, and adds the shared options to the signature and to the docstring's `Args:`.
 
-    An option that the docstring has a line for keeps that line.
+    An option that already has a line in the docstring keeps it.
     """
     *own, options = inspect.signature(function).parameters.values()
     (kind,) = get_args(get_type_hints(function)[options.name])  # of Unpack[kind]
@@ -171,7 +171,7 @@ def expanded(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def documented(function: Function) -> Function:
-    """The function itself, whose docstring has the names of backends: for one that enumerates its options."""
+    """Fills the names of backends into the docstring of a function that enumerates its options."""
     function.__doc__ = _named(inspect.cleandoc(function.__doc__ or ""))
     return function
 
@@ -179,7 +179,7 @@ def documented(function: Function) -> Function:
 def _with_options(doc: str, names: list[str]) -> str:
     doc = _named(doc)
     before, args, after = doc.partition("\nArgs:\n")
-    if not args:  # they are those of another loss, which it names
+    if not args:  # the docstring refers to another loss's arguments
         return doc
     told, blank, rest = after.partition("\n\n")
     known = re.findall(r"^ {4}(\w+): ", told, re.MULTILINE)

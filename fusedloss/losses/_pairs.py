@@ -1,4 +1,4 @@
-"""What the losses of pairs share: their checks, and similarities that are larger for nearer rows."""
+"""Shared by the losses of pairs: their checks, and similarities that are larger for nearer rows."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ SIMILARITIES = ("cos", "dot", "euclidean", "manhattan", "angle")
 
 
 def similarities(name: str, query: Tensor, *others: Tensor, backend: str) -> tuple[Tensor, ...]:
-    """`[B]` K times; of a distance its negative, as in sentence-transformers."""
+    """Returns K similarities `[B]`; a distance counts as its negative, as in sentence-transformers."""
     found = columns(name, query, *others, backend=backend)
     return tuple(-x for x in found) if name in ("euclidean", "manhattan") else found
 
 
 def squares(found: Tensor, wanted: Tensor, reduction: str) -> Tensor:
-    """Squared differences of rows that all count; of none the mean is 0."""
+    """Reduces squared differences of rows that all count; the mean of no rows is 0."""
     return F.mse_loss(found, wanted, reduction=reduction if len(found) else "sum" if reduction == "mean" else reduction)
 
 
 def check_rows(**embeddings: Tensor) -> None:
-    """Matrices [B, D] of one B."""
+    """Checks matrices [B, D] of one B."""
     checks.embeddings(**embeddings)
     (first_name, first), *others = embeddings.items()
     for name, x in others:
@@ -41,7 +41,7 @@ def check_columns(query: Tensor, positive: Tensor, negatives: Sequence[Tensor]) 
 
 
 def check_not_negative(name: str, value: Tensor) -> None:
-    """On a CPU: a label that says how much two things are the same."""
+    """Checks, on a CPU, that a label of likeness is not negative."""
     if checks.reads_values(value) and value.dtype.is_signed and bool((value < 0).any()):
         row = int((value < 0).nonzero()[0, 0])
         raise ValueError(
@@ -51,7 +51,7 @@ def check_not_negative(name: str, value: Tensor) -> None:
 
 
 def check_numbers(name: str, value: Tensor, shapes: Sequence[tuple[int, ...]], like: Tensor) -> Tensor:
-    """A label: real numbers of any dtype, of one of these shapes; as autograd can save it."""
+    """Checks a label of real numbers, of any dtype and one of these shapes; returns it as autograd can save it."""
     if not isinstance(value, Tensor) or value.dtype.is_complex:
         got = value.dtype if isinstance(value, Tensor) else checks.a(value)
         raise TypeError(f"{name} must be a tensor of real numbers {_either(shapes)}, got {got}")

@@ -1,4 +1,4 @@
-"""Twins of torch.nn.functional: what they share with each other, and their modules."""
+"""Shared by the twins of torch.nn.functional: their checks and the base of their modules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLAIN = (Tensor, nn.Parameter)
 
 
 def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    """Torch's: the deprecated pair goes before `reduction`, and warns."""
+    """Returns the reduction as torch does: the deprecated pair overrides `reduction`, and warns."""
     if size_average is not None or reduce is not None:
         return _reduction.legacy_get_string(size_average, reduce)
     if reduction not in checks.REDUCTIONS:
@@ -28,7 +28,7 @@ def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str)
 
 
 def ordinary(input: Tensor, target: Tensor) -> bool:
-    """Whether these are what a kernel takes: dense floating tensors on one device. All else is left to torch."""
+    """Whether a kernel takes these: dense floating tensors on one device. Everything else is left to torch."""
     return (
         type(input) in PLAIN
         and type(target) in PLAIN
@@ -41,7 +41,7 @@ def ordinary(input: Tensor, target: Tensor) -> bool:
 
 
 def tensors(input: object, target: object) -> None:
-    """What torch would meet without a word on which of them it is."""
+    """Checks that both are tensors, because torch's error would not say which is not."""
     for name, x, need in (("input", input, "a tensor"), ("target", target, "a tensor of input's shape")):
         if not isinstance(x, Tensor):
             shape = f", {list(input.shape)}" if x is target and isinstance(input, Tensor) else ""
@@ -49,7 +49,7 @@ def tensors(input: object, target: object) -> None:
 
 
 def same_shape(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Both broadcast to each other, with torch's warning where they differ."""
+    """Broadcasts both to one shape, with torch's warning if they differ."""
     if input.shape == target.shape:
         return input, target
     warnings.warn(
@@ -63,7 +63,7 @@ def same_shape(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_weight(name: str, weight: object, like: Tensor) -> None:
-    """A tensor of real numbers that broadcasts to the loss."""
+    """Checks that a weight is real and broadcasts to the loss."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a tensor or None, got {checks.a(weight)}")
     if weight.dtype.is_complex:
@@ -78,13 +78,13 @@ def check_weight(name: str, weight: object, like: Tensor) -> None:
 
 
 def promoted(x: Tensor, y: Tensor) -> torch.dtype:
-    """The dtype of a product of these, as autocast leaves it: torch's losses run in fp32 under it."""
+    """Returns the dtype of a product of these. Under autocast torch's losses run in fp32."""
     dtype = x.dtype if x.dtype == y.dtype else torch.promote_types(x.dtype, y.dtype)
     return torch.float32 if dtype.itemsize == 2 and autocasting(x) else dtype
 
 
 class TwinModule(LossModule, function=lambda: None):
-    """Takes the constructor of torch's class `like`, and then, by name, what `function` has beside it."""
+    """Base of the twins. The constructor is that of torch's class `like`, then `function`'s further options by name."""
 
     like: ClassVar[type[nn.Module]]
     size_average: bool | None
@@ -104,7 +104,7 @@ class TwinModule(LossModule, function=lambda: None):
             self.reduction = _reduction.legacy_get_string(self.size_average, self.reduce)
             self.size_average = self.reduce = None
         for name, value in [(name, getattr(self, name)) for name in self.signature.parameters]:
-            if isinstance(value, Tensor):  # as torch: it moves with the module and is part of its state
+            if isinstance(value, Tensor):  # as in torch: it moves with the module and is part of its state
                 delattr(self, name)
                 self.register_buffer(name, value)
 

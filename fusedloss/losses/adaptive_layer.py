@@ -1,4 +1,4 @@
-"""Losses of several layers of an encoder, so that its last layers may be left away; alone, or of prefixes as well."""
+"""Losses of several layers of an encoder, so that its last layers can be dropped; alone, or of prefixes as well."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def adaptive_layer(
         columns: for each of the embeddings that the loss takes, those of all layers, the last one last: a tensor
             `[layers, rows, D]` or a sequence of matrices `[rows, D]`.
         layer_indices: the layers before the last that count in this step, from 0 (the embedding layer's output); None:
-            all. The paper takes one, drawn anew for each step: `random.sample(range(layers - 1), 1)`.
-        last_layer_weight, prior_layers_weight, kl_div_weight: as above.
-        kl_temperature: of the KL term; 0: none.
+            all. The paper draws one at random in each step: `random.sample(range(layers - 1), 1)`.
+        last_layer_weight, prior_layers_weight, kl_div_weight: see the formula.
+        kl_temperature: T of the KL term; 0 leaves the term out.
         layer_weighting: of the prior layers' losses, `w_i`: "uniform": 1, "log": `1 / (1 + ln(1 + i))`, "linear":
             `1 / (1 + i)`, or a function of i.
         loss_options: given to the loss as they are.
@@ -59,8 +59,8 @@ def adaptive_layer(
         What the loss returns, a 0-dim tensor.
 
     Raises:
-        ValueError, TypeError, IndexError: columns of different numbers of layers, indices that are no prior layer, an
-            unknown weighting, and what the loss raises.
+        ValueError, TypeError, IndexError: columns of different numbers of layers, indices of no prior layer, an unknown
+            weighting; and what the loss raises.
 
     Example:
         >>> layers = [model.layer(text, i) for i in range(13)], [model.layer(answer, i) for i in range(13)]
@@ -176,7 +176,7 @@ def _prior(indices: Sequence[int] | None, count: int) -> Sequence[int]:
 
 
 def _divergence(students: Sequence[Tensor], teachers: Sequence[Tensor], temperature: float) -> Tensor:
-    """The mean over all rows of `KL(softmax(teacher / T) || softmax(student / T))`."""
+    """Returns the mean over all rows of `KL(softmax(teacher / T) || softmax(student / T))`."""
     rows = max(sum(len(x) for x in students), 1)
     total = None
     for student, teacher in zip(students, teachers, strict=True):

@@ -28,27 +28,28 @@ def batch_all_triplet(
     distance: str = "euclidean",
     **options: Unpack[WorkspaceOptions],
 ) -> Tensor:
-    """The mean over all valid triplets of a batch that lose anything (Hermans et al. 2017; sentence-transformers).
+    """Batch-all triplet loss: the mean over the valid triplets with a loss above 0 (Hermans et al. 2017;
+    sentence-transformers).
 
         loss = sum over (a, p, n) of relu(d_ap - d_an + margin) / (number of those above 0 + 1e-16)
                p != a, labels_p == labels_a != labels_n
 
-    Each row's positives and negatives are sorted and summed from there: O(N log N) a row, no tensor of triplets.
-    Without a triplet the loss is 0.
+    Each row's positives and negatives are sorted, and sums follow from the order: O(N log N) a row, no tensor of
+    triplets. Without a triplet the loss is 0.
 
     Args:
         embeddings: `[N, D]`. labels: int64 `[N]`, any values.
         margin: in the unit of the distance.
         distance: "euclidean" (gradient 0 at distance 0), "squared" (its square) or "cosine" (1 - cosine).
         workspace_bytes: the most that one chunk of distances may take; see `info_nce`. Sorting a chunk takes two to
-            three times that beside it.
+            three times that in addition.
 
     Returns:
         A 0-dim tensor, float32, or float64 for float64 inputs.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> fusedloss.batch_all_triplet(encoder(x), y, margin=0.2, distance="cosine").backward()
@@ -66,12 +67,13 @@ def batch_semi_hard_triplet(
     distance: str = "euclidean",
     **options: Unpack[WorkspaceOptions],
 ) -> Tensor:
-    """For each pair of a label, the nearest negative that is farther (Schroff et al. 2015; sentence-transformers).
+    """Semi-hard triplet loss: each pair against the nearest negative that is farther (Schroff et al. 2015;
+    sentence-transformers).
 
         neg(i, j) = min{d_ik > d_ij : labels_k != labels_i}, or where there is none max{d_ik : labels_k != labels_i}
         loss      = mean over ordered pairs (i, j), labels_i == labels_j, of relu(d_ij - neg(i, j) + margin)
 
-    Where all labels are equal, neg falls back to the row's smallest distance, as upstream. Parameters, result and
+    If all labels are equal, neg is the row's smallest distance, as in sentence-transformers. Parameters, result and
     errors are `batch_all_triplet`'s.
 
     Example:
@@ -95,9 +97,9 @@ def batch_hard_triplet(
         hp_i   = max(0, max{d_ij : j != i, labels_j == labels_i}),  hn_i = min{d_ij : labels_j != labels_i}
         loss_i = relu(hp_i - hn_i + margin)
 
-    All rows count in the mean. A row without a positive has hp = 0; in a batch of one label hn = hp, so that its rows
-    lose `margin` and have no gradient, as upstream. The first index on ties takes the gradient. Rows and columns are
-    searched tile by tile; the gradient is that of 2 N pairs.
+    All rows count in the mean. A row without a positive has hp = 0; in a batch of one label hn = hp, so its rows have
+    loss `margin` and no gradient, as in sentence-transformers. On ties the first index takes the gradient. Rows and
+    columns are searched tile by tile; the gradient is that of 2 N pairs.
 
     Args:
         embeddings: `[N, D]`. labels: int64 `[N]`, any values.
@@ -111,7 +113,7 @@ def batch_hard_triplet(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> fusedloss.batch_hard_triplet(encoder(x), y, margin=0.3, distance="cosine").backward()
@@ -156,7 +158,7 @@ def _folded(
     distance: str,
     call: Call,
 ) -> tuple[Tensor, Tensor]:
-    """The sum, and what the fold counted."""
+    """Returns the sum, and the number that the fold counted."""
     _check(embeddings, labels, distance)
     checks.number("margin", margin)
     one = torch.ones((), dtype=stats_dtype(embeddings.dtype), device=embeddings.device)
@@ -167,7 +169,7 @@ def _folded(
 
 
 def _hardest(embeddings: Tensor, labels: Tensor, distance: str, call: Call) -> Tensor:
-    """hp - hn of each row."""
+    """Returns hp - hn of each row."""
     _check(embeddings, labels, distance)
     cosine = distance == "cosine"
     # |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y>: the order of the distances of a row does not need |x|^2.
@@ -180,7 +182,7 @@ def _hardest(embeddings: Tensor, labels: Tensor, distance: str, call: Call) -> T
     apart = DISTANCES[distance]
     positive = of_pairs(apart, embeddings, embeddings, farthest).clamp(min=0)
     negative = of_pairs(apart, embeddings, embeddings, nearest)
-    # A NaN is the largest and the nearest of nothing: its row, which found no pair, shows it here.
+    # A row with a NaN finds no pair, because comparisons with NaN are False; its loss is set to NaN here.
     shown = embeddings.detach().sum(1, dtype=stats_dtype(embeddings.dtype)) * 0
     return (positive - negative).masked_fill(nearest < 0, 0) + shown
 

@@ -27,19 +27,18 @@ def binary_cross_entropy_with_logits(
 
         loss_i = weight_i * ((1 - target_i) * softplus(input_i) + pos_weight_i * target_i * softplus(-input_i))
 
-    The derivative is found in the same pass and is all that is kept for the backward pass: half of what torch keeps.
-    It is taken from sigmoid(-|input|), so that it keeps its digits where the prediction is almost certain, as does the
-    loss, which is computed without subtracting large numbers; torch's formula loses both. Inputs of 16 bits are
-    computed in fp32.
+    The derivative is computed in the same pass, and only it is kept for the backward pass: half of what torch keeps. It
+    is computed from sigmoid(-|input|), so it keeps its digits if the prediction is almost certain. So does the loss,
+    which subtracts no large numbers. torch's formula loses both. Inputs of 16 bits are computed in fp32.
 
     Args:
         input: logits, any shape and strides.
-        target: labels of the same shape, from 0 to 1; others count as the formula has it.
-        weight: of the elements, broadcasts to `input`'s shape. The mean is divided by the number of elements, as in
+        target: labels of the same shape, from 0 to 1; the formula also holds for others.
+        weight: one for each element; broadcasts to `input`'s shape. The mean divides by the number of elements, as in
             torch.
-        size_average, reduce: deprecated in torch, as there.
+        size_average, reduce: deprecated, as in torch.
         reduction: "mean" (NaN of nothing, as in torch), "sum" or "none".
-        pos_weight: of the positive labels, broadcasts to `input`'s shape: `[C]` by class.
+        pos_weight: of the positive labels; broadcasts to `input`'s shape, e.g. `[C]`, one per class.
         backend: {rows}; second derivatives need "reference".
 
     All four tensors receive gradients. Tensor subclasses are left to torch.
@@ -49,7 +48,7 @@ def binary_cross_entropy_with_logits(
 
     Raises:
         ValueError, TypeError, RuntimeError: where torch raises; options that do not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> loss = fusedloss.binary_cross_entropy_with_logits(logits, labels, pos_weight=negatives / positives)
@@ -61,7 +60,7 @@ def binary_cross_entropy_with_logits(
         tensors(input, target)
         try:
             return F.binary_cross_entropy_with_logits(input, target, weight, reduction=reduction, pos_weight=pos_weight)
-        except RuntimeError as error:  # torch's kind, with the remedy that it does not name
+        except RuntimeError as error:  # torch's type of error, with a remedy, which torch does not name
             if target.dtype.is_floating_point or not input.dtype.is_floating_point:
                 raise
             message = f"target must be a floating tensor of 0 and 1, got {target.dtype}; call .float()"
@@ -78,7 +77,7 @@ def binary_cross_entropy_with_logits(
 
 
 class BCEWithLogitsLoss(TwinModule, function=binary_cross_entropy_with_logits, like=nn.BCEWithLogitsLoss):
-    """`torch.nn.BCEWithLogitsLoss` with `backend`; `forward(input, target)`. Its weights are buffers, as there."""
+    """`torch.nn.BCEWithLogitsLoss` with `backend`; `forward(input, target)`. Its weights are buffers, as in torch."""
 
 
-BinaryCrossEntropyLoss = BCEWithLogitsLoss  # as sentence-transformers' cross-encoders call it
+BinaryCrossEntropyLoss = BCEWithLogitsLoss  # the name in sentence-transformers' cross-encoders

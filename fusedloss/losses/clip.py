@@ -38,10 +38,10 @@ def clip(
         text_features: `[B, D]`, the dtype and device of `image_features`.
         logit_scale: the multiplier itself (already exponentiated): a number, or a tensor of one element, which
             receives a gradient.
-        logit_bias: shifts all logits alike, so the loss does not depend on it; accepted for open_clip's sake, and
-            given its gradient, 0.
-        mask: which pairs may compete, in both directions: `masks.same_id`, `masks.same_group`, or bool `[B, B]`. The
-            pairs of the batch themselves always may.
+        logit_bias: shifts all logits alike, so the loss does not depend on it and its gradient is 0; accepted because
+            open_clip has it.
+        mask: the pairs that may compete, in both directions: `masks.same_id`, `masks.same_group`, or bool `[B, B]`. A
+            positive pair always may.
         normalize: divide each row of both by `max(|row|, 1e-12)` first. The norms act on the fp32 accumulator, so unit
             vectors are never rounded to 16 bits; and where `logit_scale` is a number, the logits' bound is known.
         reduction: "mean", "sum", or "none" (`[B]`: `(row_i + column_i) / 2`).
@@ -52,7 +52,7 @@ def clip(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> image, text = F.normalize(vision(pixels), dim=1), F.normalize(language(tokens), dim=1)

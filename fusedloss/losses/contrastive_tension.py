@@ -25,8 +25,8 @@ def contrastive_tension_in_batch(
         loss_i = (logsumexp_j z_ij + logsumexp_j z_ji) / 2 - z_ii
 
     a, b: `[B, D]`, the same sentences by two encoders; normalised inside. logit_scale: the multiplier itself; in
-    sentence-transformers it is the exponential of a learnt parameter that starts at log(20). It is `clip` with
-    `normalize=True`, whose other parameters, result and errors it has.
+    sentence-transformers it is the exponential of a learnt parameter that starts at log(20). This is `clip` with
+    `normalize=True`: see there for the other parameters, the result and errors.
 
     Example:
         >>> fusedloss.contrastive_tension_in_batch(encoder_1(x), encoder_2(x), log_scale.exp()).backward()

@@ -25,12 +25,12 @@ def cosent(
     similarity: str = "cos",
     **options: Unpack[RowBackendOptions],
 ) -> Tensor:
-    """CoSENT (Huang et al. 2024), as in sentence-transformers: a pair of a higher score is to be more similar.
+    """CoSENT (Huang et al. 2024), as in sentence-transformers: a pair with a higher score should be more similar.
 
         loss = log(1 + sum over score_i < score_j of exp(scale (s_i - s_j)))
 
-    Pairs are sorted by score, so that it takes O(B log B) time and O(B) memory beside the embeddings; the sums are of
-    logarithms, in fp64. Equal scores are not compared; where all are equal the loss is 0.
+    Pairs are sorted by score: O(B log B) time, and O(B) memory beside the embeddings. Sums are kept as logarithms, in
+    fp64. Equal scores are not compared; if all are equal the loss is 0.
 
     Args:
         a, b: `[B, D]`, float16, bfloat16, float32 or float64, any strides.
@@ -45,7 +45,7 @@ def cosent(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> gold = torch.tensor([1.0, 0.3, 0.7])
@@ -78,8 +78,8 @@ def angle(
         a, b: `[B, D]`, the pairs; or the anchors and their positives.
         score: `[B]`, any real dtype, of the pairs; or the first of the negatives, `[B, D]`.
         negatives: `[B, D]` each. They make pairs with the anchors, too.
-        label: `[B]`, the positives' score, where there are negatives, whose score is then `1 - label`. Default 1.
-        scale: as in `cosent`, whose result and errors it has.
+        label: `[B]`, the positives' score if there are negatives, whose score is then `1 - label`. Default 1.
+        scale: as in `cosent`, as are the result and errors.
 
     Example:
         >>> fusedloss.angle(encoder(a), encoder(b), gold).backward()

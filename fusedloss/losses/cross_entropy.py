@@ -35,16 +35,16 @@ def cross_entropy(
                = -sum_j weight_j target_ij log softmax(z_i)_j    for class probabilities
         smoothed: (1 - label_smoothing) loss_i - label_smoothing / C sum_j weight_j log softmax(z_i)_j
 
-    The loss of a class index is log(1 + sum_{j != t} exp(z_ij - z_it)), and the target's entry of the gradient minus
-    the sum of the other probabilities: both keep their digits where the target is certain, where log_softmax gives 0.
-    Logits of +-1e4 overflow nothing. All is computed in fp32 (fp64 for fp64). What is kept for backward is the
-    gradient, of the input's size and dtype; a second derivative needs backend="reference".
+    The loss of a class index is log(1 + sum_{j != t} exp(z_ij - z_it)), and the target's entry of the gradient is minus
+    the sum of the other probabilities. Both keep their digits if the target is certain, where log_softmax gives 0.
+    Logits of +-1e4 do not overflow. Everything is computed in fp32 (fp64 for fp64). Only the gradient is kept for
+    backward, of the input's size and dtype; a second derivative needs backend="reference".
 
     Args:
         input: logits `[C]`, `[N, C]` or `[N, C, d1, ...]`, float16, bfloat16, float32 or float64, any strides.
         target: int64 (or uint8) classes, `input`'s shape without C; or floating class probabilities of its shape.
-        weight: `[C]`, one number per class; the mean of class indices is divided by the sum of their weights. With
-            a gradient, as also probabilities with one, the loss runs as the formula of "reference".
+        weight: `[C]`, one number per class; the mean of class indices is divided by the sum of their weights. If it or
+            the class probabilities require a gradient, the loss runs as the formula of "reference".
         size_average, reduce: deprecated, as in torch.
         ignore_index: rows of this class are left out, also of the gradient. Not for probabilities.
         reduction: "mean", "sum" or "none" (`target`'s shape, or without C).
@@ -59,8 +59,8 @@ def cross_entropy(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        IndexError: on a CPU, a class that is none. On a GPU values are not read back and the loss is NaN.
-        UnsupportedError: the backend asked for cannot run this.
+        IndexError: on a CPU, a class out of range. On a GPU values are not read back and the loss is NaN.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> logits = model(tokens)
@@ -73,7 +73,7 @@ def cross_entropy(
     shares = target.dtype.is_floating_point
     if shares and ignore_index >= 0:
         raise ValueError(f"ignore_index must be negative if target holds class probabilities, got {ignore_index}")
-    if not input.numel():  # what torch makes of nothing
+    if not input.numel():  # no elements: torch's result
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     x = input if input.dim() == 2 else input[None] if input.dim() == 1 else input.flatten(2)
     if dtype == torch.float64 and x.dtype != dtype:
@@ -113,7 +113,7 @@ def _check_options(
 
 
 def _check_tensors(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
-    """Gives the dtype of the result."""
+    """Checks the tensors; returns the dtype of the result."""
     if isinstance(input, nn.Module):
         checks.options_not_modules(input=input)
     if not isinstance(input, Tensor) or input.dtype not in checks.FLOATING:

@@ -32,8 +32,8 @@ def distill_kl_div(
         p_i = softmax_k(s(query_i, candidate_ik) / t_student),  q_i = softmax_k(label_ik / t_teacher)
         loss_i = t_student^2 sum_k q_ik log(q_ik / p_ik)            (Hinton et al. 2015; Lin et al. 2020)
 
-    What follows the similarities is computed in fp64, log q as a log-softmax. A candidate to which the teacher gives
-    nothing, by a score of -inf or because it underflows, adds nothing. A NaN score makes the loss NaN.
+    Everything after the similarities is computed in fp64, log q as a log-softmax. A candidate with a teacher's
+    probability of 0, from a score of -inf or by underflow, adds 0. A NaN score makes the loss NaN.
 
     Args:
         query, positive, negatives: `[B, D]` each, float16, bfloat16, float32 or float64, any strides. The candidates
@@ -42,7 +42,7 @@ def distill_kl_div(
         similarity: "dot", "cos" (norms of at least 1e-12), "angle", or the negative of a distance, "euclidean" or
             "manhattan".
         temperature: a positive number, or a tensor of one element, which receives a gradient.
-        student_temperature, teacher_temperature: of one side only, instead of `temperature`.
+        student_temperature, teacher_temperature: replace `temperature` on one side.
         reduction: "mean", "sum" or "none" (`[B]`).
 
     Returns:
@@ -50,7 +50,7 @@ def distill_kl_div(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> scores = cross_encoder(texts)  # [B, 2]
@@ -64,7 +64,8 @@ def distill_kl_div(
     student = _or(temperature, "student_temperature", student_temperature, query)
     teacher = _or(temperature, "teacher_temperature", teacher_temperature, query)
     found = torch.stack(similarities(similarity, query, positive, *negatives, backend=call.backend), dim=1)
-    # O(B K) numbers in fp64: their divergence is of second order, and in fp32 that of a well-fitted batch is noise.
+    # fp64 for these O(B K) numbers: the divergence is of second order, and in fp32 that of a well-fitted batch is
+    # noise.
     wide = torch.float64 if found.device.type in ("cpu", "cuda") else found.dtype
     log_p = (found.to(wide) / student).log_softmax(1)
     log_q = (label.detach().to(wide) / teacher).log_softmax(1)

@@ -1,4 +1,4 @@
-"""A student's embeddings beside a teacher's."""
+"""Distances from a student's embeddings to a teacher's."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def embed_distill(
 
     Args:
         student: `[B, D]`, or a list of columns of that shape: float16, bfloat16, float32 or float64, any strides.
-        teacher: `[B, T]` for all columns, or `[B, columns, T]`, or a list; T is D but for a projection. Any floating
-            dtype, as it is: it is not rounded to the student's. It has no gradient.
+        teacher: `[B, T]` for all columns, or `[B, columns, T]`, or a list; T is D unless there is a projection. Any
+            floating dtype; it is not rounded to the student's and receives no gradient.
         distance: "cosine" (1 - cosine, norms of at least 1e-8), "mse" (the mean of squares over T) or "l2" (the norm of
             the difference, whose gradient is 0 at 0).
         projection: from the student's dimension to the teacher's: a weight `[T, D]`, multiplied in fp32 whatever its
-            dtype, or a function or module, as `torch.nn.Linear(D, T)`, which runs as it is: in 16 bits its outputs are
-            rounded before the distance. Trained alongside.
+            dtype, or a function or module such as `torch.nn.Linear(D, T)`, whose 16-bit outputs are rounded before the
+            distance. It is trained with the student.
         reduction: "mean", "sum" or "none" (`[B]`).
 
     Returns:
@@ -51,7 +51,7 @@ def embed_distill(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> fusedloss.embed_distill(student(texts), teacher_embeddings, distance="mse").backward()
@@ -91,12 +91,12 @@ def _projected(x: Tensor, projection: Tensor | Callable[[Tensor], Tensor]) -> Te
     if projection.dim() != 2 or projection.shape[1] != x.shape[1]:
         raise ValueError(f"projection must have shape [T, {x.shape[1]}], got {list(projection.shape)}")
     dtype = stats_dtype(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):  # a product in 16 bits would be rounded to them
+    with torch.autocast(x.device.type, enabled=False):  # autocast would round the product to 16 bits
         return F.linear(savable(x.to(dtype)), savable(projection.to(dtype)))
 
 
 def _teachers(teacher: Tensor | Sequence[Tensor], students: Sequence[Tensor]) -> list[Tensor]:
-    """One for all columns, or one each."""
+    """Returns one teacher for all columns, or one for each."""
     (rows, dim), count, first = students[0].shape, len(students), students[0]
     if isinstance(teacher, Tensor):
         if teacher.shape not in ((rows, dim), (rows, count, dim)):
@@ -120,4 +120,4 @@ def _teachers(teacher: Tensor | Sequence[Tensor], students: Sequence[Tensor]) ->
 
 
 class EmbedDistillLoss(LossModule, function=embed_distill, choices={"distance": DISTANCES}, learnt=("projection",)):
-    """`embed_distill` with its options in the constructor and `forward(student, teacher)`; a projection is its own."""
+    """`embed_distill` with its options in the constructor and `forward(student, teacher)`; it owns the projection."""

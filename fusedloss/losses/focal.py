@@ -1,4 +1,4 @@
-"""Focal loss: cross-entropy with less weight on what is already well classified."""
+"""Focal loss: cross-entropy with less weight on well-classified examples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def focal(
     ignore_index: int = -100,
     backend: str = "auto",
 ) -> Tensor:
-    """Focal loss (Lin et al. 2017), of independent labels or of classes, as the target's dtype says.
+    """Focal loss (Lin et al. 2017) of independent labels or of classes, by the target's dtype.
 
         loss = alpha_t * (1 - p_t)^gamma * -log(p_t)
 
@@ -36,7 +36,7 @@ def focal(
     are those of the target's class.
 
     Value and gradient are finite and exact for logits of any size and every gamma >= 0: 1 - p_t is computed from the
-    small side. The derivative is found in the same pass and is all that is kept for the backward pass.
+    small side. The derivative is computed in the same pass, and only it is kept for the backward pass.
 
     Args:
         input: logits; `[M, C]` or `[M, C, d1, ...]` for classes, any shape for labels.
@@ -54,7 +54,7 @@ def focal(
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
         IndexError: a class out of range, on a CPU. On a GPU, where values are not read, the loss is NaN.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> loss = fusedloss.focal(detector(images), labels, gamma=2.0, alpha=0.25)

@@ -1,4 +1,4 @@
-"""GISTEmbed: multiple negatives ranking whose false negatives a guide model takes out."""
+"""GISTEmbed: multiple negatives ranking; a guide model removes false negatives."""
 
 from __future__ import annotations
 
@@ -37,31 +37,31 @@ def gist_embed(
 
     The columns of row i, each a cosine over `temperature`, dropped where the guide's cosine of the same pair is larger
     than th_i: (anchor_i, positive_j); (anchor_i, anchor_j) with `contrast_anchors`; (positive_i, positive_j) with
-    `contrast_positives`; (anchor_i, negative_j) of each column of negatives. The own positive always stays. As
-    upstream, nothing else drops the pair of a row with itself in the second and third set than the guide's own 1:
-    where th_i reaches that (a guide that takes both for the same, a negative margin), it stays.
+    `contrast_positives`; (anchor_i, negative_j) of each column of negatives. The row's own positive always stays. As in
+    sentence-transformers, a row's pair with itself (in the second and third set) is dropped only because the guide
+    gives it similarity 1. If th_i is 1 or more (a guide with equal embeddings, a negative margin), the pair stays.
 
-    A guide's cosine within (4 + G / 4) eps of the threshold is a tie, which stays, as an exact duplicate of the
-    positive does. No [B, B] matrix is stored: the guide's products are computed beside the model's, and their outcome
-    kept as a mask of one row chunk.
+    A guide's cosine within (4 + G / 4) eps of the threshold is a tie, which stays, as does an exact duplicate of the
+    positive. No [B, B] matrix is stored: the guide's products are computed beside the model's, and kept as a mask of
+    one row chunk.
 
     Args:
-        anchor: `[B, D]`. positive: `[N, D]` with N >= B: row i belongs to anchor i, further rows are positives of no
-            anchor here. negatives: any number of `[K, D]`.
+        anchor: `[B, D]`. positive: `[N, D]` with N >= B: row i belongs to anchor i, further rows are positives without
+            an anchor. negatives: any number of `[K, D]`.
         guide: `(guide_anchor, guide_positive, *guide_negatives)`, embeddings of the same texts by the guide, of any
             dimension; they receive no gradient.
         temperature: a positive number, or a tensor of one element, which receives a gradient.
         margin_strategy, margin: see above.
-        contrast_anchors, contrast_positives: whether anchors meet anchors, and positives positives.
+        contrast_anchors, contrast_positives: whether anchors compete with anchors, and positives with positives.
         reduction: "mean", "sum" or "none" (`[B]`).
-        return_stats: return `(loss, Stats)`; `Stats.masked` is the share that the guide drops.
+        return_stats: return `(loss, Stats)`; `Stats.masked` is the share of negatives that the guide drops.
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> guides = [teacher(texts) for texts in (questions, answers)]

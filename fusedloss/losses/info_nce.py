@@ -51,21 +51,21 @@ def info_nce(
         target: int64 `[M]`, the index into `key` of each row's positive. Default `arange(M)`, which needs N >= M.
         temperature: a positive number, or a tensor of one element, which receives a gradient.
         negatives: `[M, K, D]`, K more columns for each row that no other row sees. They have no bias, and masks do not
-            concern them. The rows' sums are then merged outside of the sweep, which costs it a fourth product.
+            apply to them. Their sums are merged outside the sweep, which costs a fourth product.
         bank: `[K, D]`, K more columns that every row sees, behind the keys: a queue (MoCo), a memory (XBM). It is read
-            where it lies, in any strides, never copied (but for autocast, if it is not in its dtype, or if it was made
-            under inference_mode: autograd cannot keep that), and receives no gradient, also where it requires one. It
-            may be overwritten as soon as the loss is there; a backward that needs it again (reduction "none",
-            `negatives`, a second backward, create_graph) then raises a RuntimeError that names it, and with backend
-            "reference" torch's own.
+            in place, with any strides, and never copied, except under autocast if its dtype differs, or if it was made
+            under inference_mode, which autograd cannot save. It receives no gradient, even if it requires one. It may
+            be overwritten as soon as the loss is computed. A backward that reads it again (reduction "none",
+            `negatives`, a second backward, create_graph) then raises a RuntimeError that names it; backend "reference"
+            raises torch's.
         key_bias: `[N]`, added to every row's logits (logQ correction: minus the log of each key's sampling
-            probability). -inf removes a key, and leaves out the rows whose target it is. Receives a gradient.
-            With a bank `[N + K]`.
-        mask: which keys may compete in a row: one of `fusedloss.masks`, or bool `[M, N]`, True for those that may. The
-            target always may. With a bank it concerns N + K columns.
+            probability). -inf removes a key, and leaves out the rows whose target it is. Receives a gradient. `[N + K]`
+            with a bank.
+        mask: the keys that may compete in a row: one of `fusedloss.masks`, or bool `[M, N]`, True for those that may.
+            The target always may. It covers N + K columns with a bank.
         weight: `[M]`, multiplies each row's loss; the mean is `sum(w * loss) / sum(w)`. Receives no gradient.
         label_smoothing: share of the target mass spread evenly over the row's admissible keys.
-        ignore_index: rows whose target is this are left out. The default target ignores none.
+        ignore_index: rows with this target are left out. The default target leaves out none.
         normalize: divide each row of both by `max(|row|, 1e-12)` first. The norms act on the fp32 accumulator, so unit
             vectors are never rounded to 16 bits.
         reduction: "mean" (over the rows that count; 0 if none does), "sum", or "none" (`[M]`, 0 for left-out rows).
@@ -76,7 +76,7 @@ def info_nce(
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
         IndexError: on a CPU, a target outside `key`. On a GPU values are not read back and the loss is NaN.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> query, key = encode(questions), encode(answers)
@@ -89,18 +89,18 @@ def info_nce(
         ...     with torch.no_grad():
         ...         key = F.normalize(slow_encoder(second))
         ...     loss = fusedloss.info_nce(F.normalize(encoder(first)), key, bank=queue, temperature=0.2)
-        ...     queue[start : start + len(key)] = key  # the gradient is known already
-        ...     start = (start + len(key)) % len(queue)  # of a length that batches divide
+        ...     queue[start : start + len(key)] = key  # allowed: the forward has computed the gradient
+        ...     start = (start + len(key)) % len(queue)  # the batch size divides the length
         ...     loss.backward()
 
-        The batch's other keys compete as well, which MoCo's do not: `mask=masks.same_id(zeros, columns)`, with zeros
-        `[M]` and columns M zeros and K ones, leaves them out. XBM (Wang et al. 2020) remembers the encoder's own
-        embeddings and their labels:
+        The batch's other keys compete as well, unlike in MoCo: `mask=masks.same_id(zeros, columns)`, with zeros `[M]`
+        and columns M zeros and K ones, leaves them out. XBM (Wang et al. 2020) remembers the encoder's own embeddings
+        and their labels:
 
         >>> memory, seen = torch.empty(8192, 128), torch.empty(8192, dtype=torch.long)
         >>> for step, (x, key_x, label) in enumerate(loader):
         ...     query, key, rows = encoder(x), encoder(key_x), len(label)
-        ...     full = min(step * rows, len(memory))  # those that were filled before
+        ...     full = min(step * rows, len(memory))  # the rows filled so far
         ...     mask = masks.same_id(label, torch.cat([label, seen[:full]]))  # equal labels are no negatives
         ...     loss = fusedloss.info_nce(query, key, bank=memory[:full], mask=mask, normalize=True)
         ...     start = step * rows % len(memory)
@@ -150,7 +150,7 @@ def info_nce_problem(
     normalize: bool,
     call: Call,
 ) -> Problem:
-    """With a group the target is an index into the keys of all ranks, in their order."""
+    """Builds the problem. With a group, targets index the keys of all ranks, in rank order."""
     across = call.group is not None
     if bank is None:
         checks.embeddings(query=query, key=key)
@@ -201,7 +201,7 @@ def info_nce_problem(
 
 
 def _with_private(problem: Problem, call: Call, query: Tensor, negatives: Tensor) -> Tensor:
-    """With columns of each row's own: `log(exp(loss) + sum_k exp(z_ik - z_it))`, exact also where the loss is tiny."""
+    """Adds each row's private columns: `log(exp(loss) + sum_k exp(z_ik - z_it))`, exact for tiny losses, too."""
     if not isinstance(negatives, Tensor) or negatives.dim() != 3 or negatives.shape[::2] != query.shape:
         got = f"shape {list(negatives.shape)}" if isinstance(negatives, Tensor) else checks.a(negatives)
         raise ValueError(f"negatives must be [M, K, D] = [{len(query)}, any, {query.shape[1]}], got {got}")
@@ -211,13 +211,13 @@ def _with_private(problem: Problem, call: Call, query: Tensor, negatives: Tensor
         what = "label_smoothing" if problem.label_smoothing else "return_stats=True"
         raise ValueError(f"negatives must not be given together with {what}, got both; leave one of them out")
     weight = problem.weight
-    # Rows that are left out stay so, whatever their own columns are; those that count are weighted afterwards.
+    # A left-out row stays left out whatever its private columns hold. Rows that count are weighted afterwards.
     counts = torch.where(weight == 0, 0, torch.ones_like(weight))
     loss = mean_of([replace(problem, weight=counts)], replace(call, reduction="none"))
     if columns:
         block = problem.blocks[0]
         x, y = problem.operands[block.query], problem.operands[block.key]
-        backend = "auto" if call.backend == "cuda" else call.backend  # which has no kernel for pairs of rows
+        backend = "auto" if call.backend == "cuda" else call.backend  # `cuda` has no kernel for pairs of rows
         z = scores("cos" if problem.cosine else "dot", x, *autocast(*columns), backend=backend) * problem.scale
         own = of_pairs(cosine if problem.cosine else dot, x, y, problem.target) * problem.scale
         if block.bias is not None:

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer's logits that are never materialised: a vocabulary's or a classifier's head."""
+"""Cross-entropy of a linear layer, a vocabulary's or classifier's head, without materialised logits."""
 
 from __future__ import annotations
 
@@ -43,32 +43,32 @@ def linear_cross_entropy(
         loss_i = weight_target (logsumexp_c z_ic - z_i,target)    z_loss:  + weight_target z_loss logsumexp_c(z_ic)^2
 
     Memory is O((N + C) D) plus a bounded workspace. In 16 bits the logits are fp32 from the accumulator to the
-    exponential. Class probabilities and K-dimensional weights are torch's alone.
+    exponential. Only torch's function takes class probabilities and K-dimensional weights.
 
     Args:
         input: `[N, D]`, or `[D]`, or `[..., D]`; float16, bfloat16, float32 or float64, any strides.
         linear_weight: `[C, D]`, the dtype and device of `input`. Receives a gradient, as `input` and `linear_bias` do.
         target: int64 of `input`'s shape without D: class indices.
         linear_bias: `[C]`. -inf removes a class, also from what smoothing is spread over.
-        weight: `[C]`, of classes: multiplies the loss of a row whose target it is; the mean divides by the sum over the
-            rows. Receives no gradient.
+        weight: `[C]`, one per class: multiplies the loss of the rows with that target; the mean divides by the sum over
+            the rows. Receives no gradient.
         reduction: "mean" (NaN without a row that counts, as in torch), "sum", or "none" (`target`'s shape).
         ignore_index: rows with this target are left out; None is -100.
-        label_smoothing: share of the target mass spread over all classes, by `weight` where there is one; beside a
+        label_smoothing: share of the target mass spread over all classes, in proportion to `weight` if given. With
             `weight`, neither softcap nor z_loss can be given.
-        options: torch's LinearCrossEntropyOptions, for its callers' sake: chunks follow from `workspace_bytes`.
-        softcap: bends logits to within +-softcap (Gemma 2), after the bias.
+        options: torch's LinearCrossEntropyOptions, accepted without effect: chunks follow from `workspace_bytes`.
+        softcap: limits logits to +-softcap by tanh (Gemma 2), after the bias.
         z_loss: weight of the squared log-normaliser (PaLM).
-        compact: whether rows that are left out are taken out before the products. Their number must be read for that:
-            None does so on a CPU, where it costs nothing, and not on a GPU, where it waits for the device.
+        compact: remove left-out rows before the products. This reads their number back: None is True on a CPU, where
+            that costs nothing, and False on a GPU, where it waits for the device.
 
     Returns:
         A 0-dim tensor (`target`'s shape for "none"), float32, or float64 for float64 inputs.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        IndexError: on a CPU, a target that is no class. On a GPU values are not read back and the loss is NaN.
-        UnsupportedError: the backend asked for cannot run this.
+        IndexError: on a CPU, a target out of range. On a GPU values are not read back and the loss is NaN.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> hidden = decoder(tokens)                                                     # [B, T, D]
@@ -110,7 +110,7 @@ def linear_cross_entropy(
         weight = savable(weight).detach().to(scale.dtype)
         row_weight = share = counts * weight[index]
         if label_smoothing:
-            # eps / C sum_c w_c (lse - z_c) is a multiple of the cross-entropy, and of a difference linear in x.
+            # eps / C sum_c w_c (lse - z_c) is a multiple of the cross-entropy plus a difference that is linear in x.
             row_weight = (1 - label_smoothing) * share + label_smoothing * weight.mean() * counts
             smoothed = label_smoothing * _apart(x, y, linear_bias, index, weight).masked_fill(counts == 0, 0)
             label_smoothing = 0.0
@@ -133,7 +133,7 @@ def linear_cross_entropy(
         loss, _ = loss_mean(problem, chosen, divisor)
         if smoothed is not None:
             loss = loss + smoothed.sum() / divisor
-        return torch.where(total == 0, torch.nan, loss)  # the gradients of a mean over nothing are 0, as torch's are
+        return torch.where(total == 0, torch.nan, loss)  # the gradients of a mean over no rows are 0, as in torch
     loss, _ = loss_rows_or_sum(problem, chosen, reduction == "none")
     if smoothed is not None:
         loss = loss + (smoothed if reduction == "none" else smoothed.sum())
@@ -145,7 +145,7 @@ def linear_cross_entropy(
 
 
 def _rows(input: Tensor, linear_weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """`input` as `[N, D]` and `target` as `[N]`."""
+    """Returns `input` as `[N, D]` and `target` as `[N]`."""
     if not isinstance(input, Tensor) or input.dim() == 0:
         got = f"shape {list(input.shape)}" if isinstance(input, Tensor) else checks.a(input)
         raise TypeError(f"input must be a floating tensor [..., D], got {got}")
@@ -166,7 +166,7 @@ def _rows(input: Tensor, linear_weight: Tensor, target: Tensor) -> tuple[Tensor,
 
 
 def _apart(x: Tensor, y: Tensor, bias: Tensor | None, index: Tensor, weight: Tensor) -> Tensor:
-    """`1/C sum_c weight_c (z_i,target - z_ic)` for each row, O((N + C) D)."""
+    """Returns `1/C sum_c weight_c (z_i,target - z_ic)` for each row, in O((N + C) D)."""
     with torch.autocast(x.device.type, enabled=False):
         x, y = x.to(weight.dtype), y.to(weight.dtype)
         apart = weight.sum() * (x * y.index_select(0, index)).sum(1) - x @ (weight @ y)
@@ -179,5 +179,5 @@ def _apart(x: Tensor, y: Tensor, bias: Tensor | None, index: Tensor, weight: Ten
 class LinearCrossEntropyLoss(LossModule, function=linear_cross_entropy, tensors=("linear_bias", "weight")):
     """`linear_cross_entropy` with its options in the constructor and `forward(input, linear_weight, target, ...)`.
 
-    The layer's own parameters stay the model's: torch's module of this name holds a layer of its own.
+    It takes the model's weight in `forward`; torch's module of this name holds a layer of its own.
     """

@@ -15,7 +15,7 @@ from ._module import LossModule
 from ._options import Call, RowOptions, expanded
 
 WEIGHTINGS = ("ndcg_loss2pp", "ndcg_loss2", "ndcg_loss1", "lambda_rank")
-UNITS = {"binary": lists.LN2, "natural": 1.0}  # a loss in bits is one in nats, over log 2
+UNITS = {"binary": lists.LN2, "natural": 1.0}  # a loss in bits is the loss in nats / log 2
 
 Lists = Tensor | Sequence[Tensor]
 
@@ -48,34 +48,34 @@ def lambda_loss(
         "ndcg_loss1"     G_i / D_i, over all pairs: equal labels and i = j, too
         None             1: RankNet
 
-    No [Q, n, n] is made: pairs are visited in blocks, and the gradient is found in the same pass. Weights carry no
-    gradient; equal scores rank as they came. Scores enter clamped to +-1e8 and without gradient beyond
-    (sentence-transformers clamps their differences): an infinite score gives finite numbers. A NaN score or label makes
-    the loss NaN (there, a NaN score counts as a tie). So does an infinite label, and a gain that overflows (a label
-    over 1023), unless all of the query's labels are equal.
+    No [Q, n, n] tensor is made: pairs are visited in blocks, and the gradient is computed in the same pass. Weights
+    carry no gradient; equal scores keep their order. Scores are clamped to +-1e8, without gradient beyond
+    (sentence-transformers clamps their differences), so an infinite score gives finite numbers. A NaN score or label
+    makes the loss NaN (in sentence-transformers a NaN score counts as a tie). So does an infinite label, and a gain
+    that overflows (a label over 1023), unless all of the query's labels are equal.
 
     Args:
         scores: `[Q, n]`, floating, any strides; or a list of 1-D tensors, one a query.
         labels: likewise, any real dtype: the higher, the more relevant.
-        mask: bool `[Q, n]`, True for documents. What padding holds, NaN included, is not looked at.
-        weighting: a name of the above, or a function (gain `[Q, n]`, discount D `[1, n]`, labels `[Q, n]`, both by
+        mask: bool `[Q, n]`, True for documents. Values in the padding are not read, NaN included.
+        weighting: a name from the table, or a function (gain `[Q, n]`, discount D `[1, n]`, labels `[Q, n]`, both by
             score and padding 0) -> weights that broadcast to `[Q, n, n]`, as a scheme of sentence-transformers. It is
             called for a few queries at once, whose n x n weights exist; those without gradient on "reference" only.
-        k: how many of the best scores count as the top; None is all.
+        k: number of best scores that count as the top; None is all.
         sigma: multiplies the scores, above 0.
-        eps: the least that the best DCG counts as.
+        eps: lower bound of the best DCG.
         reduction_log: "binary" (bits) or "natural".
         mu: of "ndcg_loss2pp".
         reduction: "mean" over all pairs that count (0 without one), "sum", or "none": `[Q]`, sums over each query.
         backend: {rows}; with a function not "triton".
-            Second derivatives need "reference", as nothing but the gradient is kept.
+            Second derivatives need "reference", because only the gradient is kept.
 
     Returns:
         A 0-dim tensor (`[Q]` for "none"), float32, or float64 for float64 scores.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> scores = reranker(queries, documents)  # [Q, n]
@@ -114,7 +114,7 @@ def rank_net(
     reduction_log: str = "binary",
     **options: Unpack[RowOptions],
 ) -> Tensor:
-    """RankNet (Burges et al. 2005): `lambda_loss` with weights of 1, whose parameters, result and errors it has.
+    """RankNet (Burges et al. 2005): `lambda_loss` with weights of 1, and its parameters, result and errors.
 
         loss = mean of -log2 sigmoid(sigma (s_i - s_j)) over pairs of a query's documents with label_i > label_j
 
@@ -172,7 +172,7 @@ def list_mle(
 
         loss_q = sum_i logsumexp_(j >= i) s_j - s_i
 
-    It is `plist_mle` with weights of 1, whose parameters, result and errors it has.
+    This is `plist_mle` with weights of 1, and its parameters, result and errors.
 
     Example:
         >>> fusedloss.list_mle(scores, labels, respect_input_order=False).backward()
@@ -202,16 +202,16 @@ def plist_mle(
         loss_q = sum_i w_i / (sum w + 1e-10) (logsumexp_(j >= i) s_j - s_i)
         w_i    = 2^(n - i) - 1 at the i-th place of n documents
 
-    w is divided by 2^(n - 127) in lists of more than 127 documents, so that it stays finite. A query without documents
-    has loss 0 and counts in the mean.
+    In lists of more than 127 documents, w is divided by 2^(n - 127) to stay finite. A query without documents has loss
+    0 and counts in the mean.
 
     Args:
         scores, labels, mask: see `lambda_loss`. A place without a document is skipped, wherever it stands.
         lambda_weight: "default"; None for weights of 1, not divided by their sum; or a function of the mask, bool
             `[Q, n]` in the list's order, that returns weights of that shape.
-        respect_input_order: documents stand in the right order; the labels' values are not looked at. Else they are
-            sorted by label, the highest first and equal ones as they came (in sentence-transformers, where their
-            order is the sort's choice, the loss of equal labels depends on it from 17 documents on).
+        respect_input_order: documents are in the right order and the labels' values are not read. Otherwise they are
+            sorted by label, the highest first; equal labels keep their order (sentence-transformers' sort is not stable
+            from 17 documents on, so there the loss of equal labels depends on it).
         reduction: "mean" over queries, "sum" or "none" (`[Q]`).
         backend: {rows}; "triton" takes up to 4096
             documents. Second derivatives need "reference".
@@ -252,11 +252,11 @@ def adr_mse(
         R_i    = 1 + sum_(j != i) sigmoid(alpha (s_j - s_i))                     the soft rank
         loss_i = (t_i - R_i)^2 / log2(1 + t_i)                                   t_i: the label's rank, ties averaged
 
-    No [Q, n, n] is made: pairs are visited in blocks, once for the ranks and once for the gradient.
+    No [Q, n, n] tensor is made: pairs are visited in blocks, once for the ranks and once for the gradient.
 
     Args:
         scores, labels, mask: see `lambda_loss`; clamping and NaN likewise.
-        alpha: above 0; the higher, the closer is R to the rank.
+        alpha: above 0; the higher, the closer R is to the rank.
         reduction: "mean" over documents (0 without one), "sum", or "none": `[Q]`, sums over each query.
         backend: {rows}; second derivatives need "reference".
 
@@ -277,7 +277,7 @@ def adr_mse(
 
 
 def _padded(scores: Lists, labels: Lists, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scores and labels `[Q, n]`, and which of them are documents."""
+    """Returns scores and labels `[Q, n]`, and a mask of the documents."""
     if isinstance(scores, Tensor) and isinstance(labels, Tensor):
         if scores.dtype not in checks.FLOATING:
             raise TypeError(f"scores must be float16, bfloat16, float32 or float64, got {scores.dtype}")
@@ -319,7 +319,7 @@ def _padded(scores: Lists, labels: Lists, mask: Tensor | None) -> tuple[Tensor, 
     padded, relevance = (nn.utils.rnn.pad_sequence(list(given), batch_first=True) for given in (scores, labels))
     real = None
     if any(n != lengths[0] for n in lengths):
-        # Padded likewise: lengths copied to a GPU would make it wait, and could not be captured.
+        # Padded in the same way: copying lengths to a GPU would wait for it, and cannot be captured in a CUDA graph.
         ones = torch.ones(sum(lengths), dtype=torch.bool, device=padded.device)
         real = nn.utils.rnn.pad_sequence(ones.split(lengths), batch_first=True)
     return _padded(padded, relevance, real)
@@ -341,7 +341,7 @@ def _positive(name: str, value: float) -> None:
 
 
 def _nothing(scores: Tensor, reduction: str) -> Tensor:
-    """No documents: zeros that backward still goes through."""
+    """Returns zeros with a graph, for no documents."""
     sums = scores.to(lists.stats_dtype(scores.dtype)).sum(1)
     return sums if reduction == "none" else sums.sum()
 
@@ -350,7 +350,7 @@ def _nothing(scores: Tensor, reduction: str) -> Tensor:
 
 
 class _WithFunction(LossModule, function=lambda_loss, tensors=("mask",)):
-    """Of a loss one of whose options, `takes_module`, may be an nn.Module: a scheme of sentence-transformers, say."""
+    """Module of a loss whose option `takes_module` may be an nn.Module, such as a scheme of sentence-transformers."""
 
     takes_module: str
 

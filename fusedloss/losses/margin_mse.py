@@ -31,7 +31,7 @@ def margin_mse(
     Args:
         query, positive, negatives: `[B, D]` each, K negatives, float16, bfloat16, float32 or float64, any strides.
         label: the teacher's margins, `[B, K]`, or `[B]` for one negative; or its scores `[B, K + 1]`, the positive's
-            first, from which they follow. Any real dtype; without a gradient.
+            first. Any real dtype; without a gradient.
         similarity: "dot", "cos" (norms of at least 1e-12), "angle", or the negative of a distance, "euclidean" or
             "manhattan".
         reduction: "mean", "sum" or "none" (`[B]`).
@@ -41,7 +41,7 @@ def margin_mse(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> margins = teacher_scores[:, 0] - teacher_scores[:, 1]
@@ -50,7 +50,7 @@ def margin_mse(
     call = Call(**options)
     check_columns(query, positive, negatives)
     rows, count = query.shape[0], len(negatives)
-    # A single negative's [B] and [B, 1] are the same; K + 1 scores are looked for before K margins.
+    # For a single negative [B] and [B, 1] are the same. K + 1 scores are recognised before K margins.
     shapes = [(rows, count + 1), (rows, count), *([(rows,)] if count == 1 else [])]
     label = check_numbers("label", label, shapes, query)
     checks.choice("similarity", similarity, SIMILARITIES)

@@ -1,4 +1,4 @@
-"""Softmax over classes whose own class must win by a margin: ArcFace and CosFace."""
+"""Softmax over classes in which the target must win by a margin: ArcFace and CosFace."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def arcface(
         z_ic   = scale cos(theta_ic), and scale cos(theta_it + margin) at the target t
         loss_i = logsumexp_c z_ic - z_it
 
-    Where theta + margin exceeds pi, the target has cos(theta) - margin sin(margin) instead, as in
-    pytorch-metric-learning, whose margin is in degrees. Angles are taken in fp64, from sines: the derivative of acos is
-    not asked for. A row that is parallel to its class vector, to sqrt(eps) of the accumulator, has no direction to be
-    turned in; its gradient there has only the cosine's part.
+    If theta + margin exceeds pi, the target has cos(theta) - margin sin(margin) instead, as in pytorch-metric-learning,
+    whose margin is in degrees. Angles are computed in fp64 from sines, because the derivative of acos is infinite at 1.
+    A row parallel to its class vector, to sqrt(eps) of the accumulator, has no direction to turn in; its gradient has
+    only the cosine's part.
 
     Args:
         embeddings: `[B, D]`, normalised inside; float16, bfloat16, float32 or float64, any strides.
@@ -49,8 +49,8 @@ def arcface(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        IndexError: on a CPU, a target that is no class. On a GPU values are not read back and the loss is NaN.
-        UnsupportedError: the backend asked for cannot run this.
+        IndexError: on a CPU, a target out of range. On a GPU values are not read back and the loss is NaN.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.randn(people, 512))
@@ -85,7 +85,7 @@ def cosface(
         embeddings: `[B, D]`, normalised inside; float16, bfloat16, float32 or float64, any strides.
         target: int64 `[B]`, class indices.
         weight: `[C, D]`, a vector of each class, normalised inside: `W.T` of pytorch-metric-learning's `W`.
-        margin: what is taken from the target's cosine.
+        margin: subtracted from the target's cosine.
         scale: a positive number.
         ignore_index: rows with this target are left out.
         reduction: "mean" (over the rows that count; 0 if none does), "sum", or "none" (`[B]`).
@@ -95,8 +95,8 @@ def cosface(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        IndexError: on a CPU, a target that is no class. On a GPU values are not read back and the loss is NaN.
-        UnsupportedError: the backend asked for cannot run this.
+        IndexError: on a CPU, a target out of range. On a GPU values are not read back and the loss is NaN.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.randn(people, 512))

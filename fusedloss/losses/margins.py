@@ -30,11 +30,11 @@ def mega_batch_margin(
 
         loss_i = relu(positive_margin - s_ii) + relu(max_{j != i} s_ij - negative_margin)
 
-    A batch of one has no second term. The first index on ties takes the gradient.
+    A batch of one has no second term. On ties the first index takes the gradient.
 
     Args:
         anchor, positive: `[B, D]`, normalised inside.
-        positive_margin, negative_margin: cosines.
+        positive_margin, negative_margin: thresholds of the cosine.
         reduction: "mean", "sum" or "none" (`[B]`).
         workspace_bytes: accepted as in the other losses; nothing is stored that it could bound.
 
@@ -43,7 +43,7 @@ def mega_batch_margin(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> fusedloss.mega_batch_margin(encoder(a), encoder(b), positive_margin=0.8).backward()
@@ -69,7 +69,7 @@ def in_batch_margin_ranking(
     similarity: str = "cos",
     **options: Unpack[SweepOptions],
 ) -> Tensor:
-    """Margin ranking against every other positive of the batch: the hinge of a ranking SVM, over all negatives.
+    """Margin ranking against every other positive of the batch: a ranking SVM's hinge over all negatives.
 
         loss_i = 1/(N - 1) sum_{j != i} relu(margin - s(anchor_i, positive_i) + s(anchor_i, positive_j))
 
@@ -84,7 +84,7 @@ def in_batch_margin_ranking(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> fusedloss.in_batch_margin_ranking(encoder(questions), encoder(answers), margin=0.3).backward()

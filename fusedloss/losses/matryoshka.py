@@ -21,7 +21,7 @@ from .info_nce import info_nce, info_nce_problem
 from .multiple_negatives_ranking import multiple_negatives_ranking, multiple_negatives_ranking_problems
 from .nt_xent import nt_xent, nt_xent_problem
 
-# Those whose prefixes share one similarity product.
+# Losses whose prefixes share one similarity product.
 PROBLEMS: dict[Callable[..., Any], Callable[..., Problem | list[Problem]]] = {
     clip: clip_problem,
     gist_embed: gist_embed_problem,
@@ -30,7 +30,7 @@ PROBLEMS: dict[Callable[..., Any], Callable[..., Problem | list[Problem]]] = {
     nt_xent: nt_xent_problem,
 }
 KEYWORDS = {loss: checks.keywords(loss) for loss in PROBLEMS}
-# Of the options that are a loss's own.
+# Defaults of the options that only this loss has.
 DEFAULTS = {
     loss: {
         p.name: p.default
@@ -62,7 +62,7 @@ def matryoshka(
         loss: one of this package's functions, or any callable of embeddings.
         embeddings: what the loss takes first, each `[rows, D]`.
         dims: distinct numbers from 1 to D, in any order.
-        weights: one for each dim; None: 1 each.
+        weights: one for each of dims; None is 1 each.
         loss_options: given to the loss as they are (a guide's embeddings are not cut).
 
     Returns:
@@ -138,7 +138,7 @@ def _checked_dims(dims: Sequence[int], D: int) -> tuple[int, ...]:
 
 
 def _one_directional(problem: Problem, dims: tuple[int, ...], weights: Sequence[float]) -> list[Problem]:
-    """Symmetric losses are the mean of both directions, which have normalisers of their own for every prefix."""
+    """Splits a symmetric loss into both directions, because each has its own normaliser for every prefix."""
     prefixed = replace(
         problem,
         cosine=True,
@@ -155,7 +155,7 @@ def _one_directional(problem: Problem, dims: tuple[int, ...], weights: Sequence[
 
 
 def _at_once(problem: Problem, call: Call) -> bool:
-    """Whether the backend that would run it sums all prefixes in one sweep."""
+    """Whether the backend that would run this sums all prefixes in one sweep."""
     plain = not (problem.label_smoothing or any(b.mask.margin is not None for b in problem.blocks))
     if not plain or any(b.penalty or b.own_penalty for b in problem.blocks):
         return False

@@ -43,7 +43,7 @@ def multi_similarity(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> fusedloss.multi_similarity(encoder(x), y).backward()
@@ -82,7 +82,7 @@ def circle(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> fusedloss.circle(encoder(x), y, m=0.25, gamma=256).backward()
@@ -103,7 +103,7 @@ def _folded(
     *,
     every_row: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """every_row: a mean counts all of them."""
+    """every_row: the mean counts all rows."""
     checks.embeddings(embeddings=embeddings)
     checks.integers("labels", labels, (embeddings.shape[0],), embeddings)
     (x,) = autocast(embeddings)

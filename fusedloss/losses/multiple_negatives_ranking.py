@@ -48,15 +48,15 @@ def multiple_negatives_ranking(
         doc_to_doc      scale * s(d, positive_i)        all documents but those of anchor i
 
     `partition_mode="joint"` (Li et al. 2023, GTE) puts all of them under one logsumexp; `"per_direction"` (Günther et
-    al. 2024) takes one for each and their mean. Blocks share a row's normaliser in one sweep: neither the score matrix
-    nor a concatenation of the documents is made.
+    al. 2024) takes one for each and their mean. Blocks share a row's normaliser in one sweep, without the score matrix
+    or a concatenation of the documents.
 
     Args:
         anchor: `[B, D]`.
-        positive: `[N, D]` with N >= B: row i belongs to anchor i, further rows are documents of no anchor (from query
-            to document only; other directions and hardness need N = B).
-        negatives: any number of `[K, D]` columns of hard negatives; K = B where doc_to_doc or hardness needs to know
-            whose they are.
+        positive: `[N, D]` with N >= B: row i belongs to anchor i, further rows are documents without an anchor
+            (query_to_doc only; other directions and hardness need N = B).
+        negatives: any number of `[K, D]` columns of hard negatives; K = B with doc_to_doc or hardness, where each
+            belongs to an anchor.
         scale: the inverse temperature: a number, or a tensor of one element, which receives a gradient.
         similarity: "cos" (rows divided by `max(|row|, 1e-12)`) or "dot".
         directions: query_to_doc and any of the other three.
@@ -70,14 +70,14 @@ def multiple_negatives_ranking(
         anchors: `[A, D]`, the anchors of all processes, `anchor` first, where `positive` and `negatives` are those of
             all processes: for who gathers beforehand, in the place of `group`.
         reduction: "mean", "sum" or "none" (`[B]`).
-        return_stats: return `(loss, Stats)`; under "per_direction" those from query to document.
+        return_stats: return `(loss, Stats)`; under "per_direction" those of query_to_doc.
 
     Returns:
         A 0-dim tensor (`[B]` for "none"), float32, or float64 for float64 inputs.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> anchor, positive, hard = encode(questions), encode(answers), encode(near_misses)
@@ -161,7 +161,7 @@ def multiple_negatives_ranking_problems(
             for number, (key, part) in enumerate(zip(documents, bound, strict=True))
         ],
         "query_to_query": [Block(query, queries, mask=own)],
-        # Jointly, the positive stands here once more: counted as a second copy of the target.
+        # Under "joint" the positive appears here once more, and is counted as a second copy of the target.
         "doc_to_query": [Block(answer, queries, mask=own if partition_mode == "joint" else Mask())],
         "doc_to_doc": [Block(answer, key, mask=own) for key in documents],
     }
@@ -169,7 +169,7 @@ def multiple_negatives_ranking_problems(
         sets = [[block for name in DIRECTIONS if name in directions for block in parts[name]]]
     else:
         sets = [parts[name] for name in DIRECTIONS if name in directions]
-    # Both directions over one matrix: they share its products.
+    # Both directions over one matrix share its products.
     symmetric = len(sets) == 2 and len(documents) == 1 and owners == rows and mask is None and not strength
     if symmetric:
         sets = sets[:1]

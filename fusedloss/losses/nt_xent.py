@@ -1,4 +1,4 @@
-"""NT-Xent (SimCLR) and its decoupled form (DCL): two views of a batch, every view against all the others."""
+"""NT-Xent (SimCLR) and its decoupled form (DCL): two views of a batch, each view against all others."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def nt_xent(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> z1, z2 = projector(encoder(augment(x))), projector(encoder(augment(x)))
@@ -57,7 +57,7 @@ def decoupled_contrastive(
     temperature: float | Tensor = 0.1,
     **options: Unpack[CountingOptions],
 ) -> Loss:
-    """Decoupled contrastive learning (Yeh et al. 2022, DCL): NT-Xent whose positive is not in the denominator.
+    """Decoupled contrastive learning (Yeh et al. 2022, DCL): NT-Xent without the positive in the denominator.
 
         loss_i = logsumexp_{j != i, pos(i)} <u_i, u_j> / temperature  -  <u_i, u_pos(i)> / temperature
 

@@ -10,7 +10,7 @@ from ..core.numerics import stats_dtype, unit_rows
 from ._module import LossModule
 
 AGGREGATIONS = ("mean", "sum")
-LEAST_ROWS = 256  # at a time: smaller blocks are all overhead
+LEAST_ROWS = 256  # of a block: in smaller ones overhead dominates
 
 
 def global_orthogonal_regularization(
@@ -25,12 +25,13 @@ def global_orthogonal_regularization(
         M1   = mean_{i != j} s_ij,   M2 = mean_{i != j} s_ij^2         over the similarities of a column with itself
         loss = mean_weight * M1^2 + second_moment_weight * relu(M2 - 1/D)
 
-    From sum_ij s_ij = <sum_i x_i, sum_j y_j> and sum_ij s_ij^2 = <X^T X, Y^T Y> of two sets of rows: no [B, B] matrix.
+    Computed from sum_ij s_ij = <sum_i x_i, sum_j y_j> and sum_ij s_ij^2 = <X^T X, Y^T Y> of two sets of rows, without a
+    [B, B] matrix.
 
     Args:
         embeddings: columns `[B, D]`, each regularised on its own.
         similarity: "cos" (rows divided by `max(|row|, 1e-12)`) or "dot".
-        mean_weight, second_moment_weight: of the two terms.
+        mean_weight, second_moment_weight: weights of the two terms.
         aggregation: "mean" or "sum" over the columns.
 
     Returns:
@@ -61,25 +62,25 @@ def global_orthogonal_regularization(
 
 
 def moments(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
-    """A column's `M1^2` and `relu(M2 - 1/D)`, in float64."""
+    """Returns a column's `M1^2` and `relu(M2 - 1/D)`, in float64."""
     with torch.autocast(x.device.type, enabled=False):
-        # M2 - 1/D cancels most of the sum on spread-out embeddings: everything in fp64.
+        # fp64, because M2 - 1/D cancels most of the sum for spread-out embeddings.
         rows = unit_rows(x.to(torch.float64)) if cosine else x.to(torch.float64)
         pairs = x.shape[0] * (x.shape[0] - 1)
-        if pairs == 0:  # where the rounding of the two sums would be left
+        if pairs == 0:  # otherwise the rounding of the two sums would remain
             zero = rows.sum() * 0
             return zero, zero
         total, squares = _off_diagonal(rows)
         mean, second = total / pairs, squares / pairs
-        # Not clamp, whose slope is 1 where M2 is 1/D, as of rows of +-1.
+        # Not clamp: its slope is 1 at M2 = 1/D, which rows of +-1 have.
         return mean.square(), torch.relu(second - 1 / x.shape[1])
 
 
 def _off_diagonal(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of s_ij over i != j, and of its square, in O(B D^2).
+    """Returns the sum of s_ij over i != j, and of its square, in O(B D^2).
 
-    A block of rows at a time: what they have with each other, and with all before them. Subtracted from the sums over
-    all i and j, the diagonal of one row 1000 times longer than the others was 1e12 times what is left.
+    Each block of rows is taken with itself and with all rows before it. Subtracting the diagonal from the sums over all
+    i and j would cancel: with one row 1000 times longer than the others, it was 1e12 times the rest.
     """
     D = rows.shape[1]
     total = squares = rows.new_zeros(())

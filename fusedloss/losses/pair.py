@@ -1,4 +1,4 @@
-"""A pair of embeddings and what is known of it: the same or not, or how similar."""
+"""Pairs of embeddings with a label, the same or not, or with a score of similarity."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def contrastive(
     margin: float = 0.5,
     **options: Unpack[RowOptions],
 ) -> Tensor:
-    """Contrastive loss (Hadsell et al. 2006), as in sentence-transformers: y = 1 is pulled, y = 0 pushed beyond margin.
+    """Contrastive loss (Hadsell et al. 2006), as in sentence-transformers: pulls y = 1, pushes y = 0 beyond margin.
 
         loss_i = (y_i d_i^2 + (1 - y_i) relu(margin - d_i)^2) / 2
 
     Args:
         a, b: `[B, D]`, float16, bfloat16, float32 or float64, any strides.
-        label: `[B]`, any real dtype; numbers between 0 and 1 weigh both terms as the formula says. One below 0, as of
-            labels +1 and -1, has no meaning: an error on a CPU, where values are read.
+        label: `[B]`, any real dtype; numbers between 0 and 1 weigh both terms. A label below 0, as of labels +1 and -1,
+            has no meaning and is an error on a CPU, where values are read.
         distance: "cosine" (1 - cosine, norms of at least 1e-8, a constant to the gradient of a shorter row), or
             "euclidean" or "manhattan" of `a - b + 1e-6`, as torch.nn.functional.pairwise_distance has them: equal rows
             have a finite gradient.
@@ -48,7 +48,7 @@ def contrastive(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> same = torch.tensor([1, 0, 1])
@@ -75,9 +75,9 @@ def online_contrastive(
         loss = sum over y_i = 1 with d_i > min{d_j : y_j = 0} of d_i^2
              + sum over y_i = 0 with d_i < max{d_j : y_j = 1} of relu(margin - d_i)^2
 
-    Where one class is missing, the threshold is the mean distance of the other. Pairs with any other label take no
-    part, and labels below 0 are an error on a CPU. Of a GPU nothing is read back: masks, no selection. A NaN distance
-    counts as hard, and so shows. Parameters but for `reduction`, and errors, are `contrastive`'s.
+    If one class is missing, the threshold is the mean distance of the other. Pairs with any other label take no part,
+    and labels below 0 are an error on a CPU. Nothing is read back from a GPU: pairs are masked, not selected. A NaN
+    distance counts as hard, so that it shows. Parameters, except `reduction`, and errors are `contrastive`'s.
 
     Example:
         >>> fusedloss.online_contrastive(encoder(a), encoder(b), same, margin=0.5).backward()
@@ -90,7 +90,7 @@ def online_contrastive(
         far, near = d.masked_fill(~positive, -torch.inf).amax(), d.masked_fill(~negative, torch.inf).amin()
         far = torch.where(positive.any(), far, _mean(d, negative))
         near = torch.where(negative.any(), near, _mean(d, positive))
-        # Not above and not below rather than below and above: a comparison with NaN is False.
+        # `~(above)` and `~(below)` instead of `below` and `above`, because a comparison with NaN is False.
         pulled, pushed = positive & ~(d <= near), negative & ~(d >= far)
     return d.where(pulled, (margin - d).relu().where(pushed, 0)).square().sum()
 
@@ -126,10 +126,10 @@ def cosine_similarity(
 
     Args:
         a, b: `[B, D]`; the cosine takes norms of at least 1e-8. The gradient of a shorter row is that of this value,
-            a constant norm and no projection; torch's own projects, all the same.
+            with a constant norm and no projection; torch projects it.
         score: `[B]`, any real dtype, in the unit of what `transform` returns.
-        loss: "mse", or a function (or module) of two tensors [B], as `torch.nn.L1Loss()`, which reduces them itself.
-        transform: applied to the cosines [B] first, as `torch.nn.Sigmoid()`; None: nothing.
+        loss: "mse", or a function (or module) of two tensors [B], such as `torch.nn.L1Loss()`, which reduces by itself.
+        transform: applied to the cosines [B] first, such as `torch.nn.Sigmoid()`; None leaves them as they are.
         reduction: "mean", "sum" or "none" (`[B]`); of "mse".
 
     Returns:
@@ -137,7 +137,7 @@ def cosine_similarity(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> gold = torch.tensor([1.0, 0.3])
@@ -180,7 +180,7 @@ def contrastive_tension(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> same = torch.tensor([1, 0, 0, 0, 0, 0, 0, 0])
@@ -192,7 +192,7 @@ def contrastive_tension(
     call = Call(reduction=reduction, **options)
     dots = columns("dot", a, b, backend=call.backend)[0]
     y = label.to(dots.dtype)
-    # torch's binary cross-entropy subtracts dots of 5 from 5.008: a small loss would be left with half its digits.
+    # torch's binary cross-entropy would subtract dots of 5 from 5.008, which leaves a small loss half its digits.
     return of_rows((y - 1) * F.logsigmoid(-dots) - y * F.logsigmoid(dots), call.reduction)
 
 

@@ -1,4 +1,4 @@
-"""A vector of each class in the place of its other members: Proxy-NCA and Proxy-Anchor."""
+"""Losses against one learnt vector per class: Proxy-NCA and Proxy-Anchor."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def proxy_nca(
         z_ic   = -scale |u_i - p_c|^2 = 2 scale <u_i, p_c> + a constant
         loss_i = logsumexp_c z_ic - z_i,target        decoupled: without c = target in the sum, as in the paper
 
-    By default pytorch-metric-learning's ProxyNCALoss and its softmax_scale, without a [B, C] matrix. It leaves out rows
-    whose probability is 0 in their precision; here their loss is what it is.
+    By default this is pytorch-metric-learning's ProxyNCALoss with its softmax_scale, without a [B, C] matrix. That
+    class drops rows whose probability underflows to 0; here they keep their loss.
 
     Args:
         embeddings: `[B, D]`, normalised inside; float16, bfloat16, float32 or float64, any strides.
@@ -41,7 +41,7 @@ def proxy_nca(
         proxies: `[C, D]`, a vector of each class, normalised inside.
         scale: a positive number, or a tensor of one element, which receives a gradient. The paper's is 1;
             ProxyNCA++ (Teh et al. 2020) has 9.
-        decoupled: leave a row's own proxy out of its sum.
+        decoupled: leave the target's proxy out of a row's sum.
         ignore_index: rows with this target are left out.
         reduction: "mean" (over the rows that count; 0 if none does), "sum", or "none" (`[B]`).
 
@@ -50,8 +50,8 @@ def proxy_nca(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        IndexError: on a CPU, a target that is no class. On a GPU values are not read back and the loss is NaN.
-        UnsupportedError: the backend asked for cannot run this.
+        IndexError: on a CPU, a target out of range. On a GPU values are not read back and the loss is NaN.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> proxies = torch.nn.Parameter(torch.randn(classes, 128))
@@ -92,14 +92,14 @@ def proxy_anchor(
         loss_c = C / |P+| log(1 + sum_{i: target_i  = c} exp(-alpha (s_ci - margin)))
                         + log(1 + sum_{i: target_i != c} exp( alpha (s_ci + margin)))
 
-    The rows are the C proxies; |P+| is how many of them have an embedding in the batch. pytorch-metric-learning's
-    ProxyAnchorLoss is the mean, without a [B, C] matrix; sums are shifted by their largest term.
+    The rows are the C proxies; |P+| is the number of proxies with an embedding in the batch. The mean is
+    pytorch-metric-learning's ProxyAnchorLoss, without a [B, C] matrix; sums are shifted by their largest term.
 
     Args:
         embeddings: `[B, D]`, normalised inside; float16, bfloat16, float32 or float64, any strides.
         target: int64 `[B]`, class indices.
         proxies: `[C, D]`, a vector of each class, normalised inside.
-        margin: of the cosine. alpha: the scale, positive.
+        margin: in the unit of the cosine. alpha: the scale, positive.
         reduction: "mean" over the proxies, "sum", or "none" (`[C]`).
 
     Returns:
@@ -107,8 +107,8 @@ def proxy_anchor(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        IndexError: on a CPU, a target that is no class. On a GPU values are not read back and the loss is NaN.
-        UnsupportedError: the backend asked for cannot run this.
+        IndexError: on a CPU, a target out of range. On a GPU values are not read back and the loss is NaN.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> proxies = torch.nn.Parameter(torch.randn(classes, 128))
@@ -126,7 +126,7 @@ def proxy_anchor(
     if not len(target):  # log(1 + 0) each
         return of_rows(0 * proxies.to(one.dtype).sum(1) + 0 * embeddings.sum(), call.reduction)
     present = one.new_zeros(classes).index_fill(0, index, 1).sum()
-    # NaN where a target is no class: it is part of every proxy's loss.
+    # A target out of range makes the loss NaN, because it is part of every proxy's loss.
     weight = one.expand(classes).masked_fill(outside.any(), torch.nan)
     labels = (torch.arange(classes, device=target.device), index)
     fold = Fold("proxy_anchor", (float(margin), float(alpha)), labels, scalars=(classes / present.clamp_min(1),))
@@ -135,7 +135,8 @@ def proxy_anchor(
 
 
 def _of_short(proxies: Tensor, scale: Tensor) -> Tensor | None:
-    """`[C]`, what -scale |e - p|^2 has beside 2 scale e p, less what it has for unit rows: 0 but for proxies of 0.
+    """Returns `[C]`, the terms of -scale |e - p|^2 besides 2 scale e p, minus their value for unit rows: 0, except for
+    zero proxies.
 
     None where nobody has to ask on a GPU, which would wait for the answer: there a bias costs a second sweep at most.
     """

@@ -30,21 +30,21 @@ def mse(
     over: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
-    """The squared error, a twin of `torch.nn.functional.mse_loss`: to swap the import is all there is to do.
+    """The squared error, a drop-in twin of `torch.nn.functional.mse_loss`.
 
         loss_i = weight_i * side_i * (input_i - target_i)^2        side = under where input < target, else over
 
-    The derivative is found in the same pass and is all that is kept for the backward pass: half of what torch keeps.
+    The derivative is computed in the same pass, and only it is kept for the backward pass: half of what torch keeps.
     Inputs of 16 bits are computed in fp32.
 
     Args:
         input: the prediction, any shape and strides.
         target: the same shape; shapes that differ broadcast, with torch's warning.
-        size_average, reduce: deprecated in torch, as there.
+        size_average, reduce: deprecated, as in torch.
         reduction: "mean" (NaN of nothing, as in torch), "sum" or "none".
-        weight: of the elements. Torch needs `input`'s shape; here anything that broadcasts to the loss does, such as
-            `[C]` by column or `[M, 1]` by row. A weighted mean is `sum(weight * loss) / sum(weight)`, as in torch.
-        under, over: what the losses of predictions below and above their target are multiplied by.
+        weight: one for each element. It may have any shape that broadcasts to the loss, such as `[C]` by column or `[M,
+            1]` by row; torch needs `input`'s shape. A weighted mean is `sum(weight * loss) / sum(weight)`, as in torch.
+        under, over: factors of the losses of predictions below and above their target.
         backend: {rows}; second derivatives need "reference".
 
     `input`, `target` and `weight` receive gradients. Integers, complex numbers and tensor subclasses are left to torch.
@@ -54,7 +54,7 @@ def mse(
 
     Raises:
         ValueError, TypeError, RuntimeError: where torch raises; options that do not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> loss = fusedloss.mse(model(features), price, under=2.0)
@@ -140,8 +140,8 @@ def smooth_l1(
         d = input - target
         loss_i = weight_i * side_i * (d^2 / (2 beta) where |d| < beta, else |d| - beta / 2)
 
-    side is under where input < target, else over. beta = 0 is l1. `weight`, which torch has not, is as in `l1` and
-    `mse`: a weighted mean is divided by the sum of the weights. All else as in `mse`.
+    side is under where input < target, else over. beta = 0 is l1. `weight`, which torch does not have, is as in `l1`
+    and `mse`: a weighted mean is divided by the sum of the weights. All else as in `mse`.
 
     Example:
         >>> loss = fusedloss.smooth_l1(boxes, anchors, reduction="sum", beta=0.1)
@@ -160,7 +160,7 @@ mse_loss, l1_loss, huber_loss, smooth_l1_loss = mse, l1, huber, smooth_l1
 
 
 def _number(name: str, value: Any) -> float:
-    """What torch takes for a float: any number, or a tensor of one element."""
+    """Converts whatever torch takes as a float: any number, or a tensor of one element."""
     try:
         if not isinstance(value, str | bytes):
             return float(value)
@@ -184,7 +184,7 @@ def _difference(
     if under != 1.0 or over != 1.0:
         for name, value in (("under", under), ("over", over)):
             checks.number(name, value, least=0)
-    by_input = twin is F.huber_loss  # whose result has input's dtype, and whose weighted mean is one of all elements
+    by_input = twin is F.huber_loss  # its result has input's dtype, its weighted mean divides by all elements
     if not ordinary(input, target) or (by_input and input.dtype != target.dtype):
         return _left_to_torch(twin, delta, input, target, reduction, weight, under, over, backend)
     x, t = same_shape(input, target)
@@ -212,7 +212,7 @@ def _left_to_torch(
     over: float,
     backend: str,
 ) -> Tensor:
-    """Integers, complex numbers, subclasses, and mistakes, which raise there."""
+    """Calls torch for integers, complex numbers, subclasses, and mistakes, for which torch raises."""
     checks.backend(backend)
     tensors(input, target)
     if not under == over == 1.0 or (weight is not None and twin is F.smooth_l1_loss):

@@ -32,18 +32,19 @@ def softmax_pair(
         z_i    = weight @ [u_i; v_i; |u_i - v_i|; u_i v_i] + bias,   of the parts in `concatenation`
         loss_i = logsumexp_c z_ic - z_i,target_i
 
-    The concatenation is never built: the parts are formed a block of rows at a time (on "triton" in registers), again
-    in backward, which is products in torch on every backend. Kept are u, v, weight and the gradient by z, `[B, C]`.
+    The concatenation is never built: the parts are formed a block of rows at a time (in registers on "triton"), and
+    again in backward, which runs torch products on every backend. u, v, weight and the gradient by z, `[B, C]`, are
+    kept.
 
     Args:
         u, v: `[B, D]`, float16, bfloat16, float32 or float64, one dtype, any strides.
-        weight: `[C, k D]` as in `torch.nn.Linear`, any floating dtype: D columns for each part, "rep" having two.
+        weight: `[C, k D]` as in `torch.nn.Linear`, any floating dtype: D columns for each part, 2 D for "rep".
         bias: `[C]`, or None.
         target: int64 `[B]`, or class probabilities `[B, C]`; None gives the logits `[B, C]` instead of a loss.
-        concatenation: which parts, of "rep" (u and v), "difference" (|u - v|) and "multiplication" (u v). Their order
-            in `weight` is this one, however they are listed.
+        concatenation: some of "rep" (u and v), "difference" (|u - v|) and "multiplication" (u v). `weight` has them in
+            this order, however they are listed.
         class_weight: `[C]`, no gradient; as `weight` of `cross_entropy`.
-        ignore_index: rows whose target is this are left out.
+        ignore_index: rows with this target are left out.
         label_smoothing: from 0 to 1, the share of the target that is spread evenly over the classes.
         reduction: "mean" (0 if no row counts), "sum", or "none" (`[B]`, 0 for left-out rows).
         backend: {rows}; second derivatives need "reference".
@@ -53,8 +54,8 @@ def softmax_pair(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        IndexError: on a CPU, a target that is no class. On a GPU values are not read back and the loss is NaN.
-        UnsupportedError: the backend asked for cannot run this.
+        IndexError: on a CPU, a target out of range. On a GPU values are not read back and the loss is NaN.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> classifier = torch.nn.Linear(3 * 768, 3)

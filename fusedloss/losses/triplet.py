@@ -1,4 +1,4 @@
-"""An anchor nearer to its positive than to its negative, by a margin."""
+"""Triplet loss: an anchor must be nearer to its positive than to its negative by a margin."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def triplet(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
-        UnsupportedError: the backend asked for cannot run this.
+        UnsupportedError: the chosen backend cannot run this.
 
     Example:
         >>> query, answer, other = encode(questions), encode(answers), encode(others)
@@ -54,7 +54,7 @@ def triplet(
     checks.number("margin", margin)
     if distance == "cosine":
         near, far = columns("cos", anchor, positive, negative, backend=call.backend)
-        apart = far - near  # (1 - near) - (1 - far) would be rounded twice more
+        apart = far - near  # (1 - near) - (1 - far) would round twice more
     else:
         near, far = columns(distance, anchor, positive, negative, backend=call.backend)
         apart = near - far
