@@ -1,9 +1,9 @@
-"""Which columns may compete in a row's loss: small specifications, evaluated tile by tile, joined by `&`.
+"""Masks: the columns that may compete in a row's loss. Small specifications, evaluated tile by tile, joined by `&`.
 
     mask = masks.same_id(document_ids, document_ids) & masks.score_margin(0.1)
     fusedloss.info_nce(query, key, mask=mask)
 
-A column competes where every part lets it. The row's own target always does, but for `not_self`.
+A column competes if every part admits it. The row's own target always competes, except under `not_self`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ STRATEGIES = ("absolute", "relative")
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Made by the functions of this module; `a & b` lets compete what both let."""
+    """A mask made by this module's functions; `a & b` admits the columns that both admit."""
 
-    compare: tuple[tuple[str, core.Compare], ...] = ()  # by the names of the functions that made them
+    compare: tuple[tuple[str, core.Compare], ...] = ()  # with the name of the function that made each
     dense: Tensor | None = None
     margin: float | None = None
     exempt: Tensor | None = None
@@ -67,7 +67,7 @@ class Mask:
 
 
 def same_id(row_ids: Tensor, key_ids: Tensor) -> Mask:
-    """Drops columns whose id is the row's own (duplicates, the same label), other than the target.
+    """Drops columns with the row's id (duplicates, the same label), except the target.
 
     row_ids: int64 `[M]`. key_ids: int64 `[N]`.
     """
@@ -82,16 +82,16 @@ def same_group(row_groups: Tensor, key_groups: Tensor) -> Mask:
 def score_margin(margin: float, exempt: Tensor | None = None) -> Mask:
     """Drops negatives whose similarity, before temperature and bias, exceeds the target's by more than `margin`.
 
-    exempt: int64 `[M, E]`, columns that it does not concern (curated hard negatives); -1 for none. Scores within
-    (4 + D / 4) eps of both lengths of the threshold are ties, which stay; within 2^-9 more where torch's switch lets
-    fp32 products be of tf32.
+    exempt: int64 `[M, E]`, columns that are never dropped (curated hard negatives); -1 for none. Scores within (4 + D /
+    4) eps of the threshold, times both lengths, are ties and stay; within 2^-9 more if torch's switch allows TF32 for
+    fp32 products.
     """
     checks.number("margin", margin)
     return Mask(margin=float(margin), exempt=exempt)
 
 
 def guide(guide_query: Tensor, guide_key: Tensor, *, margin: float = 0.0, strategy: str = "absolute") -> Mask:
-    """Drops what a guide model finds closer than the row's own target (GISTEmbed, Solatorio 2024).
+    """Drops columns that a guide model finds closer than the row's own target (GISTEmbed, Solatorio 2024).
 
         dropped where cos(gq_i, gk_j) > t_i - margin          (absolute), or
                       cos(gq_i, gk_j) > t_i - |t_i| * margin  (relative);    t_i = cos(gq_i, gk_target_i)
@@ -107,15 +107,15 @@ def guide(guide_query: Tensor, guide_key: Tensor, *, margin: float = 0.0, strate
 
 
 def not_self(offset: int = 0) -> Mask:
-    """Drops column `i + offset` of row i, the row itself, also where it is the target: that row is then left out."""
+    """Drops column `i + offset` of row i, the row itself. If that is the target, the row is left out."""
     checks.index("offset", offset)
     return Mask(offset=int(offset))
 
 
 def bind(mask: Mask | Tensor | None, rows: int, widths: Sequence[int], like: Tensor) -> list[core.Mask]:
-    """The mask of each block, whose columns stand side by side; checked against the batch.
+    """Checks the mask against the batch, and returns that of each block; blocks stand side by side.
 
-    Compiled graphs keep one shape for a mask that is None: no tensors at all.
+    A mask that is None has no tensors at all, so that compiled graphs keep one shape for it.
     """
     if mask is None:
         return [core.Mask()] * len(widths)

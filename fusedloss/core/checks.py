@@ -1,7 +1,7 @@
-"""Argument checks. Each error names the argument, what it got and what it needs.
+"""Argument checks. Each error says what an argument must be, what it got, and what to do.
 
-Messages are made where they are raised and not before: a check that finds nothing costs a microsecond, and under
-torch.compile a size may be a symbol, which has no text.
+Messages are formatted only when they are raised, so that a passing check costs a microsecond; and under torch.compile a
+size may be a symbol, which has no text.
 
 Values inside tensors are checked on a CPU only: reading them back from a GPU would synchronise. There an out-of-range
 target makes the loss NaN, and FUSEDLOSS_CHECK=1 turns these checks on everywhere.
@@ -29,11 +29,11 @@ DISTANCES = ("euclidean", "squared", "cosine")
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = environment.BACKENDS
 NAMES = ("auto", *BACKENDS)
-WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 896 << 20}  # by default
+WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 896 << 20}  # the defaults
 
 
 def embeddings(**tensors: Tensor) -> None:
-    """Matrices [rows, D] of one floating dtype, one device and one D."""
+    """Checks matrices [rows, D] of one floating dtype, one device and one D."""
     (first_name, first), *_ = tensors.items()
     for name, x in tensors.items():
         if _alike(x, first):
@@ -61,7 +61,7 @@ def embeddings(**tensors: Tensor) -> None:
 
 
 def _alike(x: object, first: object) -> bool:
-    """Whether nothing is wrong, in one microsecond: the checks that say what is wrong take four."""
+    """Whether all checks pass, in one microsecond; the checks that word an error take four."""
     return (
         type(x) is Tensor is type(first)
         and x.dtype is first.dtype
@@ -75,7 +75,7 @@ def _alike(x: object, first: object) -> bool:
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether torch.autocast would bring `x` to its own dtype in a matmul."""
+    """Whether torch.autocast would cast `x` in a matmul."""
     return x.dtype != torch.float64 and autocasting(x)
 
 
@@ -85,7 +85,7 @@ def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def a(value: object) -> str:
-    """What it is, with what it holds where that is short."""
+    """Describes what was got: its type, and a short value."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     name = type(value).__name__
@@ -96,7 +96,7 @@ def a(value: object) -> str:
 
 
 def remedy(value: object) -> str:
-    """For what should be a tensor and is not."""
+    """Returns a remedy for a value that should be a tensor."""
     return "; torch.as_tensor makes one" if isinstance(value, list | tuple) or hasattr(value, "__array__") else ""
 
 
@@ -150,16 +150,16 @@ def count(name: str, value: int | None, *, optional: bool = True) -> None:
 
 
 def budget(workspace_bytes: int | None) -> tuple[str, int | None]:
-    """Who bounds the workspace, the argument or the environment, and to how much; None: the device's default."""
+    """Returns the name and value of the workspace's bound, argument or environment; None: the device's default."""
     if workspace_bytes is None and (given := environment.workspace_bytes()) is not None:
         return "FUSEDLOSS_WORKSPACE_BYTES", given
     return "workspace_bytes", workspace_bytes
 
 
 def reads_values(x: Tensor) -> bool:
-    """Whether this tensor's values may be looked at without a synchronisation the user did not ask for.
+    """Whether this tensor's values may be read without a synchronisation that the user did not ask for.
 
-    A compiler and torch.func's transforms have no values to look at.
+    Under a compiler and under torch.func's transforms there are no values to read.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
@@ -167,9 +167,10 @@ def reads_values(x: Tensor) -> bool:
 
 
 def scalar(name: str, value: float | Tensor, like: Tensor | None, *, positive: bool) -> None:
-    """A Python number, or a tensor of one element on the embeddings' device (a CPU scalar is refused beside CUDA).
+    """Checks a Python number, or a tensor of one element on the embeddings' device (a CPU scalar beside CUDA is an
+    error).
 
-    `like` is None where there are no embeddings yet, in a module's constructor.
+    `like` is None in a module's constructor, which has no embeddings yet.
     """
     need = "a positive number" if positive else "a finite number"
     if isinstance(value, Tensor):
@@ -191,7 +192,7 @@ def scalar(name: str, value: float | Tensor, like: Tensor | None, *, positive: b
     else:
         raise TypeError(f"{name} must be {need} or a tensor of one element, got {a(value)}")
     if isinstance(value, Tensor) and number != number:
-        return  # as in torch, a tensor's NaN shows in the loss; a written number cannot be meant to be one
+        return  # as in torch, a tensor's NaN shows in the loss; a NaN written as a number is a mistake
     # Comparisons, not math.isfinite: torch.compile traces floats symbolically.
     if not (0 if positive else -math.inf) < number < math.inf:
         raise ValueError(f"{name} must be {need}, got {number}")
@@ -211,7 +212,7 @@ def number(name: str, value: float, *, least: float | None = None) -> None:
 
 
 def sequence(name: str, value: object, what: str, example: str) -> None:
-    """A list, a tuple or the like, and no text."""
+    """Checks for a list, a tuple or the like, but not a string."""
     if type(value) in (tuple, list):
         return
     if isinstance(value, nn.Module):
@@ -223,13 +224,13 @@ def sequence(name: str, value: object, what: str, example: str) -> None:
 
 
 def function(name: str, value: object, example: str) -> None:
-    """What computes: no class, which would be made instead of called, and nothing else."""
+    """Checks for a callable that is not a class: calling a class would construct it."""
     if isinstance(value, type) or not callable(value):
         raise TypeError(f"{name} must be a function or a module's instance, such as {example}, got {a(value)}")
 
 
 def integers(name: str, value: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
-    """int64 of a shape; None: any length."""
+    """Checks an int64 tensor of a shape; None is any length."""
     _typed(name, value, torch.int64, shape, like)
 
 
@@ -260,7 +261,7 @@ def index(name: str, value: int) -> None:
 
 
 def target(name: str, value: Tensor, rows: int, columns: int | None, ignore_index: int | None, like: Tensor) -> None:
-    """`ignore_index` None: every row counts. `columns` None: how many there are is not known yet."""
+    """Checks indices. `ignore_index` None: every row counts. `columns` None: their number is not known yet."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
         got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else a(value)
         raise TypeError(f"{name} must be an int64 tensor [{rows}] of column indices, got {got}{_indices(value)}")
@@ -280,12 +281,12 @@ def target(name: str, value: Tensor, rows: int, columns: int | None, ignore_inde
 
 P = ParamSpec("P")
 R = TypeVar("R")
-# The same knob, turned the other way.
+# Options that are each other's inverse.
 INVERSE = {"temperature": ("scale", "logit_scale"), "scale": ("temperature",), "logit_scale": ("temperature",)}
 
 
 def explained(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, whose refusal of an unknown keyword names what it takes instead."""
+    """Wraps `function` so that an unknown keyword raises an error that names the right one."""
     known = keywords(function)
 
     @functools.wraps(function)
@@ -315,12 +316,12 @@ def unexpected(owner: str, name: str, value: object, signature: inspect.Signatur
 
 
 def shown(signature: inspect.Signature) -> str:
-    """Names and defaults."""
+    """Returns the signature's names and defaults."""
     return str(inspect.Signature([p.replace(annotation=p.empty) for p in signature.parameters.values()]))
 
 
 def _indices(value: object) -> str:
-    """How to come by a target."""
+    """Returns a remedy for a value that is no target."""
     if isinstance(value, float):
         return f"; did you mean temperature={value}?"
     if isinstance(value, Tensor) and value.dim() == 2:
@@ -329,7 +330,7 @@ def _indices(value: object) -> str:
 
 
 def untransformed(backend: str) -> None:
-    """Before what torch.func, vmap and forward-mode derivatives cannot look into, or look into and get NaN from."""
+    """Raises under torch.func, vmap and forward-mode derivatives, which would fail or give NaN."""
     if torch.compiler.is_compiling():
         return
     functional = torch._C._are_functorch_transforms_active()
@@ -339,12 +340,12 @@ def untransformed(backend: str) -> None:
 
 
 def options(module: nn.Module, **defaults: object) -> str:
-    """For extra_repr: the options of `module` that differ from their defaults."""
+    """Returns, for extra_repr, the options of `module` that differ from their defaults."""
     given = ((name, getattr(module, name), default) for name, default in defaults.items())
     return ", ".join(f"{name}={value!r}" for name, value, default in given if value != default)
 
 
-# sentence-transformers has losses of these names, which take a model; those of CROSS_ENCODER for a cross-encoder.
+# Names of losses that take a model in sentence-transformers; those of CROSS_ENCODER take a cross-encoder.
 MODEL = frozenset(
     """
     AnglELoss BatchAllTripletLoss BatchHardSoftMarginTripletLoss BatchHardTripletLoss BatchSemiHardTripletLoss
@@ -359,7 +360,7 @@ CROSS_ENCODER = frozenset(
 
 
 def where_models_go(owner: str) -> str:
-    """owner: the class that was given a model."""
+    """Says where losses that take a model are. owner: the class that was given a model."""
     package = "fusedloss.integrations.sentence_transformers"
     if owner in MODEL | CROSS_ENCODER:
         return f"{package}{'.cross_encoder' if owner in CROSS_ENCODER else ''}.{owner} takes a model"

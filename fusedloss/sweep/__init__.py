@@ -3,8 +3,8 @@
     for each row chunk:   z tile -> exp or dz in the workspace       (a backend's primitive)
                           dx[chunk] = W @ y,   dy += W.T @ x[chunk]   (torch.mm, fp32 accumulation)
 
-No tensor here grows with M x N. What comes out are gradients of the *sum* of the weighted losses; the caller multiplies
-by upstream / denominator in fp32.
+No tensor here grows with M x N. The results are gradients of the *sum* of the weighted losses; the caller multiplies by
+upstream / denominator in fp32.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Result(NamedTuple):
     scale: Tensor | None
     biases: tuple[Tensor | None, ...]
     scalars: tuple[Tensor | None, ...]
-    counted: list[Tensor]  # each [M]: the start of a Tally and the target's logit, or what a fold's sum is divided by
+    counted: list[Tensor]  # each [M]: the start of a Tally and the target's logit, or the divisor of a fold's sum
 
 
 @torch.no_grad()
 def run(problem: Problem, backend: Sweeps, wants: Wants) -> Result:
-    """The weighted losses and the gradients of their sum."""
+    """Runs the sweep: the weighted losses and the gradients of their sum."""
     once = _prefixed if problem.prefixes else _swept
     if not autocasting(problem.operands[0]):
         return once(problem, backend, wants)
@@ -58,7 +58,7 @@ def _swept(problem: Problem, backend: Sweeps, wants: Wants) -> Result:
 
 
 def _prefixed(problem: Problem, backend: Sweeps, wants: Wants) -> Result:
-    """All prefixes out of one similarity product: `prefixes.py`, which walks the same chunks."""
+    """Runs all prefixes from one similarity product: `prefixes.py`, which walks the same chunks."""
     width, columns = len(problem.prefixes), problem.columns
     chunk = chunks.stats_rows(problem.device)
     if wants.any:
@@ -73,7 +73,7 @@ def _prefixed(problem: Problem, backend: Sweeps, wants: Wants) -> Result:
 
 @torch.no_grad()
 def top_rows(problem: Problem, backend: Sweeps) -> tuple[Tensor, Tensor]:
-    """Each row's largest logit and its column, the first on ties; -inf and -1 where no column competes."""
+    """Returns each row's largest logit and its column, the first on ties; -inf and -1 if no column competes."""
     if not problem.rows or not problem.columns:
         return torch.full_like(problem.weight, -torch.inf), torch.full_like(problem.target, -1)
     with torch.autocast(problem.device.type, enabled=False):
@@ -84,7 +84,7 @@ def top_rows(problem: Problem, backend: Sweeps) -> tuple[Tensor, Tensor]:
 
 
 class _Sweep:
-    """One sweep: its inputs, what may compete, its gradients, and the modes in which chunks are walked."""
+    """One sweep: its inputs, admission, gradients, and the modes in which chunks are walked."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class _Sweep:
         return Result(losses, operands, narrowed[0], tuple(gradients.biases), tuple(narrowed[1:]), counted)
 
     def _chunks(self) -> list[tuple[slice, list[Tensor]]]:
-        """Of rows, and each block's part of the workspace for them."""
+        """Yields chunks of rows, and each block's part of the workspace for them."""
         workspace = chunks.workspace(self.problem, self.backend)
         return [
             (chunk, chunks.of_blocks(self.problem, workspace, chunk))
@@ -150,7 +150,7 @@ class _Sweep:
         return _joined([write(chunk, outs).loss for chunk, outs in self._chunks()])
 
     def _exp_chunk(self, chunk: slice, outs: list[Tensor]) -> Settled:
-        """E = exp(z - shift) in the workspace; weight / l is folded into the operands of the two GEMMs."""
+        """Writes E = exp(z - shift) to the workspace; weight / l is folded into the operands of the two GEMMs."""
         inputs, gradients = self.inputs, self.gradients
         strips, target_sim = self.admission.strips(chunk), part(inputs.target_sim, chunk)
         sums, q = self.backend.exp_rows(self.problem, strips, outs, target_sim, *self._counts(chunk))
@@ -167,7 +167,7 @@ class _Sweep:
         return rows
 
     def _grad_chunk(self, chunk: slice, outs: list[Tensor]) -> Settled:
-        """Where no shift is known to be safe: the row's log-sum-exp first, then dz itself."""
+        """Without a safe shift: computes the row's log-sum-exp first, then dz itself."""
         strips = self.admission.strips(chunk)
         rows, smooth = self._stats(chunk, strips)
         self._grad(chunk, strips, outs, rows.softmax(part(self.inputs.target_sim, chunk)), None, rows.entry, smooth)
@@ -188,7 +188,7 @@ class _Sweep:
         self.gradients.add_scale(q)
 
     def _stats(self, chunk: slice, strips: list[Strip]) -> tuple[Settled, Tensor | None]:
-        """The rows' losses, and what smoothing takes from each admissible entry where a mask makes that differ."""
+        """Returns the rows' losses, and what smoothing subtracts from each admissible entry if rows differ in it."""
         inputs = self.inputs
         sums = self.backend.stats_rows(strips, *self._counts(chunk))
         if not self.by_row_smoothing or self.tally is None:
@@ -228,7 +228,7 @@ class _Sweep:
     def _symmetric(self) -> Tensor:
         """Both normalisers must be known before any dz: one stats sweep that folds rows and columns, one grad sweep.
 
-        Where all of E fits the workspace and one shift serves rows and columns, it is stored instead of computed twice.
+        If all of E fits the workspace and one shift serves rows and columns, E is stored instead of computed twice.
         """
         problem, backend, inputs, ranks = self.problem, self.backend, self.inputs, self.problem.ranks
         score, weight = inputs.prepared.score, problem.weight / 2
@@ -248,7 +248,7 @@ class _Sweep:
             found = [(weight, weight, weight, weight)]
         loss, shift, over_l, entries = (_joined(vectors) for vectors in zip(*found, strict=True))
         rows = Settled(loss, shift, over_l, entries, [])
-        if ranks is not None:  # this rank settles its own columns, whose targets are its rows
+        if ranks is not None:  # this rank settles its own columns: their targets are its rows
             shift, total = merge_columns(columns or RowSums.empty(problem.columns, weight), ranks)
             columns = RowSums(shift[: problem.rows], total[: problem.rows])
         assert columns is not None  # found has a chunk, or ranks have
@@ -263,7 +263,7 @@ class _Sweep:
         return rows.loss + by_column.loss
 
     def _differentiate(self, rows: Softmax, columns: Softmax | None, entry: Tensor) -> None:
-        """Of all rows, whose softmax is known; `entry` is the targets'."""
+        """Computes the gradients of all rows, whose softmax is known; `entry` is the targets'."""
         for chunk, outs in self._chunks():
             of_chunk = rows.map(functools.partial(rows_of, part=chunk))
             self._grad(chunk, self.admission.strips(chunk), outs, of_chunk, columns, rows_of(entry, chunk))
@@ -281,19 +281,19 @@ class _Sweep:
 
 
 class Partial(_Sweep):
-    """A sweep over some of a row's columns, whose normaliser is known only when all have been seen (`ring`)."""
+    """A sweep over some of a row's columns; the normaliser is known only after all of them (`ring`)."""
 
     @property
     def prepared(self) -> Prepared:
         return self.inputs.prepared
 
     def taken_along(self) -> Elsewhere:
-        """What sweeps over other columns need to be told: this one has the targets."""
+        """Returns what sweeps over other columns need from this one, which has the targets."""
         thresholds = tuple(None if mask is None else mask.threshold for mask in self.admission.masks)
         return Elsewhere(thresholds, self.admission.guide_scores())
 
     def sums(self) -> tuple[RowSums, RowSums | None]:
-        """Of the rows; and of the columns, where the problem is symmetric."""
+        """Returns the rows' sums, and the columns' if the problem is symmetric."""
         problem, backend, found = self.problem, self.backend, []
         columns = RowSums.empty(problem.columns, problem.weight) if problem.symmetric else None
         for chunk in self.admission.stats_chunks() if problem.columns else ():
@@ -309,7 +309,7 @@ class Partial(_Sweep):
         return RowSums(*(_joined(vectors) for vectors in zip(*found, strict=True))), columns
 
     def differentiate(self, rows: Softmax, columns: Softmax | None, entry: Tensor) -> Result:
-        """The gradients of the sum of the losses of rows whose softmax is known; `entry` is the targets'."""
+        """Returns the gradients of the sum of the losses of rows whose softmax is known; `entry` is the targets'."""
         if self.problem.rows and self.problem.columns:
             self._differentiate(rows, columns, entry)
         return self._result(entry, [])

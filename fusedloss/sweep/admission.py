@@ -1,4 +1,4 @@
-"""Which columns may compete in a row: a block's mask, sliced to a chunk, and what a guide says of it."""
+"""Which columns may compete in a row: a block's mask and a guide's, for one chunk."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .inputs import Elsewhere, Inputs, part, unit
 
 
 class Admission:
-    """masks: of each block, for all rows. guides: the guide's embeddings as strips of all rows, by the blocks that it
-    masks; in the first stands the target."""
+    """masks: each block's, for all rows. guides: a strip of all rows for each masked block; block 0 has the
+    target."""
 
     def __init__(self, inputs: Inputs, elsewhere: Elsewhere | None = None):
         problem = inputs.problem
         self.inputs, self.problem, self.backend, self.elsewhere = inputs, problem, inputs.backend, elsewhere
         self.masks = [self._mask(number, block) for number, block in enumerate(problem.blocks)]
         self.guides = self._guides()
-        self.room: Tensor | None = None  # for what guides say of a chunk
-        self.chunk = slice(0, 0)  # that `admitted` was last asked for, and its masks
+        self.room: Tensor | None = None  # of the guide's similarities of a chunk
+        self.chunk = slice(0, 0)  # the chunk of the last call of `admitted`, and its masks
         self.last: list[StripMask | None] = []
 
     def _mask(self, number: int, block: Block) -> StripMask | None:
-        """The threshold of a margin is the target's similarity and the margin."""
+        """Returns a block's mask; a margin's threshold is the target's similarity plus the margin."""
         mask = block.mask
         if not mask.given:
             return None
@@ -46,7 +46,7 @@ class Admission:
 
     @functools.cached_property
     def ties(self) -> Tensor | float:
-        """By how much a similarity may exceed the row's target's and still be a tie, `[M]` or a number."""
+        """Returns the most by which a similarity may exceed the target's and still be a tie, `[M]` or a number."""
         first, operands = self.problem.blocks[0], self.inputs.operands
         if self.problem.cosine:
             return tie_to_exact(operands[first.query])
@@ -66,7 +66,7 @@ class Admission:
             sides[place] = (unit(x, factor), None) if units else (x, factor)
         one, strips = torch.ones_like(problem.scale), {}
         for number, block in enumerate(problem.blocks):
-            if block.mask.guide is None:  # a direction that the mask does not concern
+            if block.mask.guide is None:  # the guide does not mask this direction
                 continue
             (x, row_factor), (y, col_factor) = (sides[id(side)] for side in block.mask.guide)
             target = problem.target if number == 0 else None
@@ -74,7 +74,7 @@ class Admission:
         return strips
 
     def strips(self, chunk: slice) -> list[Strip]:
-        """The blocks of a chunk of rows, with their masks."""
+        """Returns the strips of a chunk of rows, with their masks."""
         masks = [None if mask is None else mask.rows(chunk) for mask in self.masks]
         if self.guides:
             parts = [self._guide(number, chunk) for number in self.guides]
@@ -85,14 +85,14 @@ class Admission:
         return [self.inputs.strip(number, chunk, mask) for number, mask in enumerate(masks)]
 
     def admitted(self, block: int, rows: slice, columns: slice) -> Tensor | None:
-        """A tile, True where a column may compete; None: all may. Ask for the tiles of a chunk one after the other."""
+        """Returns a tile, True for columns that may compete; None: all. Tiles are asked for chunk by chunk."""
         if rows != self.chunk:
             self.last, self.chunk = [strip.mask for strip in self.strips(rows)], rows
         mask = self.last[block]
         return None if mask is None else cast(Admits, self.backend).admitted(mask, columns)
 
     def guide_scores(self) -> Tensor | None:
-        """What a guide's thresholds are read out of, for all rows."""
+        """Returns the guide's similarities of the targets, for all rows."""
         if not self.guides:
             return None
         found = []
@@ -112,7 +112,7 @@ class Admission:
         return self.room
 
     def stats_chunks(self) -> Iterator[slice]:
-        """Where nothing is stored. With a guide those of the sweep that stores: both must find the same mask."""
+        """Chunks of a sweep that stores nothing; with a guide the storing sweep's, so that both have one mask."""
         problem = self.problem
         rows = chunks.workspace_shape(problem, self.backend)[0][0] if self.guides else chunks.stats_rows(problem.device)
         return chunks.slices(problem.rows, rows)

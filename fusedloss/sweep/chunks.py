@@ -1,4 +1,4 @@
-"""How many rows a chunk of a sweep has, and the workspace that holds it."""
+"""The number of rows in a chunk of a sweep, and the workspace that holds it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ GIB = 1 << 30
 CPU_BYTES, CPU_ROWS = checks.WORKSPACE_BYTES["cpu"], 1024
 MIN_ROWS = 64  # fewer make dy's rank-k update memory-bound
 # On a GPU dy's accumulation costs 244 / rows of the products' time on an H200 (6 % at 4096), at any N and D: a chunk of
-# 4096 rows is worth 1 GiB at N = 131072, 8 GiB at N = 2**20, where the card has it.
+# 4096 rows is worth 1 GiB at N = 131072, 8 GiB at N = 2**20, if the card has that memory.
 CUDA_BYTES, CUDA_ROWS = checks.WORKSPACE_BYTES["cuda"], 8448
-CUDA_LEAST_ROWS, CUDA_SHARE = 3840, 16  # rows that the default may exceed CUDA_BYTES for; at most this part of the card
+CUDA_LEAST_ROWS, CUDA_SHARE = 3840, 16  # the default exceeds CUDA_BYTES for so many rows; at most this part of the card
 STATS_ROWS = {"cpu": 1024, "cuda": CUDA_ROWS}  # a sweep that stores nothing has partial sums only
-CONVERTED_COLUMNS = 4096  # where a product wants another dtype, the workspace is converted tile by tile
+CONVERTED_COLUMNS = 4096  # at a time, if a product needs the workspace in another dtype
 PAD = 16  # elements: each block's part of a workspace row starts aligned for 16-byte accesses
 
 
 def chunk_rows(M: int, N: int, D: int, itemsize: int, device: torch.device, workspace_bytes: int | None = None) -> int:
-    """Rows a chunk, so that `rows * N * itemsize` keeps to the budget: the argument, the environment, the default."""
+    """Returns the rows of a chunk, so that `rows * N * itemsize` fits the budget: argument, environment or default."""
     name, workspace_bytes = checks.budget(workspace_bytes)
     row_bytes = max(1, N * itemsize)
     if workspace_bytes is not None and workspace_bytes < row_bytes and M:
@@ -50,7 +50,7 @@ def chunk_rows(M: int, N: int, D: int, itemsize: int, device: torch.device, work
 
 
 def workspace_shape(problem: Problem, backend: Sweeps) -> tuple[tuple[int, int], torch.dtype]:
-    """(rows, columns) and dtype of the workspace; raises where the budget does not allow one."""
+    """Returns (rows, columns) and dtype of the workspace; raises if the budget does not allow one."""
     dtype, D = backend.workspace_dtype(problem), problem.operands[0].shape[1]
     width = sum(_block_widths(problem))
     beside = math.ceil(width * backend.workspace_copies(problem))
@@ -73,7 +73,7 @@ def workspace(problem: Problem, backend: Sweeps) -> Tensor:
 
 
 def of_blocks(problem: Problem, workspace: Tensor, chunk: slice) -> list[Tensor]:
-    """Each block's part of the workspace, for the rows of a chunk."""
+    """Returns each block's part of the workspace, for the rows of a chunk."""
     outs, start = [], 0
     rows = chunk.stop - chunk.start
     for block, width in zip(problem.blocks, _block_widths(problem), strict=True):
@@ -83,7 +83,7 @@ def of_blocks(problem: Problem, workspace: Tensor, chunk: slice) -> list[Tensor]
 
 
 def stats_rows(device: torch.device) -> int:
-    """Rows a chunk where nothing is stored."""
+    """Returns the rows of a chunk in a sweep that stores nothing."""
     return STATS_ROWS.get(device.type, STATS_ROWS["cpu"])
 
 

@@ -1,4 +1,4 @@
-"""Losses of a row's similarities that are no softmax: whole rows of a chunk, then the gradient by them."""
+"""Losses of a row's similarities other than a softmax: whole rows of a chunk, then the gradient by them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..core.strips import Strip
 from .gradients import Gradients
 from .inputs import Inputs
 
-DISTANCE_COLUMNS = 512  # whose distances stand in fp64: 4 MiB at 1024 rows, a few times
+DISTANCE_COLUMNS = 512  # distances in fp64 at a time: 4 MiB at 1024 rows, a few times
 
 
 def fold_chunk(inputs: Inputs, gradients: Gradients, chunk: slice, strip: Strip, out: Tensor) -> Folded:
-    """The chunk's losses; what they give the gradients is added. out: the chunk's part of the workspace."""
+    """Returns the chunk's losses and adds their gradients. out: the chunk's part of the workspace."""
     problem, backend, fold, wanted = inputs.problem, inputs.backend, inputs.problem.fold, gradients.wants.any
     assert fold is not None
     part = fold_part(problem, chunk)
@@ -29,7 +29,7 @@ def fold_chunk(inputs: Inputs, gradients: Gradients, chunk: slice, strip: Strip,
         score = rows_of(inputs.prepared.score, chunk)
         folded = cast(FoldsRows, backend).fold_rows(problem, strip, out if wanted else None, part, score)
     else:
-        apart = _values(inputs, fold, chunk, strip, out)
+        distances = _values(inputs, fold, chunk, strip, out)
         folded = FOLDS[fold.name][0](out, part, fold_scalars(problem), fold.options, wanted)
     if not wanted:
         return folded
@@ -37,13 +37,13 @@ def fold_chunk(inputs: Inputs, gradients: Gradients, chunk: slice, strip: Strip,
         if total is not None:
             total += terms
     if not backend.can_fold(problem):
-        out = _by_similarity(inputs, gradients, fold, chunk, strip, out, apart)
+        out = _by_similarity(inputs, gradients, fold, chunk, strip, out, distances)
     gradients.contract(chunk, [out])
     return folded
 
 
 def _values(inputs: Inputs, fold: Fold, chunk: slice, strip: Strip, out: Tensor) -> Tensor | None:
-    """Writes what the fold sees, similarities or distances; a copy of the latter, where their gradient needs one."""
+    """Writes the fold's input, similarities or distances; returns a copy of distances if their gradient needs one."""
     if fold.distance in ("euclidean", "squared"):
         return _distances(inputs, fold, chunk, out)
     inputs.backend.similarities(strip, out)
@@ -53,7 +53,7 @@ def _values(inputs: Inputs, fold: Fold, chunk: slice, strip: Strip, out: Tensor)
 
 
 def _distances(inputs: Inputs, fold: Fold, chunk: slice, out: Tensor) -> Tensor:
-    """A tile of columns at a time, in torch on every backend."""
+    """Writes distances, a tile of columns at a time, in torch on every backend."""
     block = inputs.problem.blocks[0]
     x, y = inputs.operands[block.query][chunk], inputs.operands[block.key]
     for start in range(0, len(y), DISTANCE_COLUMNS):
@@ -65,18 +65,18 @@ def _distances(inputs: Inputs, fold: Fold, chunk: slice, out: Tensor) -> Tensor:
 
 
 def _by_similarity(
-    inputs: Inputs, gradients: Gradients, fold: Fold, chunk: slice, strip: Strip, out: Tensor, apart: Tensor | None
+    inputs: Inputs, gradients: Gradients, fold: Fold, chunk: slice, strip: Strip, out: Tensor, distances: Tensor | None
 ) -> Tensor:
-    """From the gradient by what the fold saw to the one by the similarities, ready for the products."""
+    """Turns the gradient by the fold's input into the one by the similarities, for the products."""
     if fold.distance == "cosine":
         out.neg_()
-    elif apart is not None:
-        # d |x - y|^2 = 2 (x - y) (dx - dy), and d|x - y| its half over the distance; 0 where that is 0.
-        out.div_(apart).masked_fill_(apart == 0, 0) if fold.distance == "euclidean" else out.mul_(2)
+    elif distances is not None:
+        # d |x - y|^2 = 2 (x - y) (dx - dy), and d|x - y| is half of that over the distance; 0 at distance 0.
+        out.div_(distances).masked_fill_(distances == 0, 0) if fold.distance == "euclidean" else out.mul_(2)
     if strip.row_factor is not None and strip.col_factor is not None:
         out.mul_(strip.row_factor[:, None]).mul_(strip.col_factor)
     out = _narrowed(inputs, gradients, out)
-    if apart is not None:  # of what is multiplied: `dx_i = sum_j dz_ij (x_i - y_j)` may cancel
+    if distances is not None:  # sums of the rounded dz, as multiplied: `dx_i = sum_j dz_ij (x_i - y_j)` may cancel
         block = inputs.problem.blocks[0]
         for number, rows, dim in ((block.query, chunk, 1), (block.key, slice(None), 0)):
             gradient = gradients.operands[number]
@@ -88,7 +88,7 @@ def _by_similarity(
 
 
 def _narrowed(inputs: Inputs, gradients: Gradients, out: Tensor) -> Tensor:
-    """The gradient by the similarities in the inputs' dtype, where that is what the device multiplies fastest."""
+    """Returns the gradient by the similarities in the inputs' dtype, if the device multiplies that fastest."""
     dtype = inputs.problem.dtype
     if not products.narrow(dtype, inputs.problem.device):
         return out
@@ -98,10 +98,10 @@ def _narrowed(inputs: Inputs, gradients: Gradients, out: Tensor) -> Tensor:
 
 
 def fit(out: Tensor, gradients: Gradients) -> None:
-    """`out` times the gain, made smaller first where `out` would leave fp16.
+    """Multiplies `out` by the gain, which is made smaller first if `out` would leave fp16.
 
-    How large a fold's derivative gets is only seen when it is there. What was accumulated in the larger gain is
-    brought to the smaller one: both are powers of two.
+    The size of a fold's derivative is known only once it is computed. Sums accumulated with the larger gain are brought
+    to the smaller one: both are powers of two.
     """
     gain = gradients.gain
     assert gain is not None

@@ -1,4 +1,4 @@
-"""What a sweep writes: the gradients while chunks come in, and the two products that each chunk adds to them."""
+"""The outputs of a sweep: gradients, to which each chunk adds two products."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .inputs import Inputs, part
 
 
 class Wants(NamedTuple):
-    """Which gradients are asked for."""
+    """Which gradients are wanted."""
 
     operands: tuple[bool, ...]
     scale: bool
@@ -37,17 +37,17 @@ class Wants(NamedTuple):
 
 
 class Gradients:
-    """Of one sweep. gain: what dz is times in fp16, or None."""
+    """The gradients of one sweep. gain: the factor of dz in fp16, or None."""
 
     def __init__(self, inputs: Inputs, wants: Wants, into: Mapping[int, Tensor] | None = None):
-        """into: where the gradient of an operand that is only ever a query is added; the others then are in fp32."""
+        """into: the tensors that gradients of pure queries are added to; the others then are in fp32."""
         problem = inputs.problem
         self.inputs, self.problem, self.wants = inputs, problem, wants
         self.biases = [
             torch.zeros_like(bias) if wanted and bias is not None else None
             for bias, wanted in zip(inputs.biases, wants.biases, strict=True)
         ]
-        # Of rows and chunks whose parts cancel: fp64 costs nothing here.
+        # In fp64, which costs nothing here, because the parts of rows and chunks cancel.
         wide = torch.float64 if problem.device.type in ("cpu", "cuda") else inputs.dtype
         self.scale = torch.zeros_like(problem.scale, dtype=wide) if wants.scale else None
         self.scalars = [torch.zeros_like(problem.scale, dtype=wide) if x else None for x in wants.scalars]
@@ -62,7 +62,8 @@ class Gradients:
         finish, scale, gain = inputs.backend.finish, self.problem.scale, self.gain
         if self.problem.fold is not None:
             scale = torch.ones_like(scale)  # folds give the gradient by the similarity itself
-        # Nothing of `self` below: a cycle would keep the gradients until the next collection, and autograd copy them.
+        # The closures below do not hold `self`: a cycle would keep the gradients until the next collection, and
+        # autograd would copy them.
         operand, norms, units = inputs.given[number], inputs.norms[number], inputs.units
 
         def apply(total: Tensor, over_l: Tensor | None, rows: slice, out: Tensor) -> None:
@@ -84,7 +85,7 @@ class Gradients:
             self.scale += terms.sum(dtype=self.scale.dtype)
 
     def queries(self, chunk: slice) -> dict[int, Tensor]:
-        """The chunk's rows of what stands against keys whose gradient is wanted: dy += W.T @ x."""
+        """Returns the chunk's rows of the queries whose keys want a gradient: dy += W.T @ x."""
         numbers = {block.query for block in self.problem.blocks if self.wants.operands[block.key]}
         return {number: rows_of(self.inputs.operands[number], chunk) for number in sorted(numbers)}
 
@@ -97,7 +98,7 @@ class Gradients:
     ) -> None:
         """`dx[chunk] += over_l * (W @ y)`, `dy += W.T @ queries`, `dbias += W.T @ over_l`.
 
-        `queries` are the rows of x that belong to the chunk, already times `over_l` where there is one.
+        `queries` are the chunk's rows of x, already times `over_l` if that is given.
         """
         problem, inputs = self.problem, self.inputs
         queries = self.queries(chunk) if queries is None else queries
@@ -125,36 +126,36 @@ class Gradients:
                 dx.end_chunk(chunk, over_l)
 
     def undo_gain(self) -> None:
-        """Of the biases' gradients: what their products left out is known without the others' norms."""
+        """Divides the biases' gradients by the gain and the columns' factors."""
         for block, dbias in zip(self.problem.blocks, self.biases, strict=True):
             if dbias is not None:
                 col_factor, gain = self.inputs.factors[block.key], 1.0 if self.gain is None else self.gain
                 dbias.div_(gain if col_factor is None else col_factor * gain)
 
     def finished(self) -> tuple[Tensor | None, ...]:
-        """Of the operands: the scale, the gain and the norms' projection are applied."""
+        """Returns the operands' gradients, with the scale, the gain and the norms' projection applied."""
         return tuple(None if g is None else g.finished() for g in self.operands)
 
 
 class Gradient:
     """The gradient of one operand while chunks come in.
 
-    What is only ever a query has all of its row when its chunk ends: one product, finished and written once, in the
-    dtype that is kept. What is a key somewhere accumulates over chunks, in fp32.
+    An operand that is only a query has its whole row when the chunk ends: one product, finished and written once, in
+    the saved dtype. An operand that is a key somewhere accumulates over chunks, in fp32.
     """
 
     def __init__(
         self, problem: Problem, number: int, finish: Callable[..., None], into: Mapping[int, Tensor] | None = None
     ):
         self.like, self.shape = problem.scale, problem.operands[number].shape
-        # A part of a sum is not rounded.
+        # Partial sums are not rounded.
         self.dtype = saved_dtype(problem.dtype) if into is None else problem.scale.dtype
         self.into = (into or {}).get(number)
-        self.apply = finish  # (total, over_l, rows, out): what the products left out
+        self.apply = finish  # (total, over_l, rows, out): applies what the products leave out
         queries, keys = ({getattr(block, side) for block in problem.blocks} for side in ("query", "key"))
         at_once = not problem.label_smoothing and number in queries - keys
         if problem.fold is not None and problem.fold.distance in ("euclidean", "squared"):
-            at_once = False  # the lengths of both sides add a multiple of each row
+            at_once = False  # distances add a multiple of each row to the total
         self.kept = (fresh(self.like, self.shape, self.dtype) if self.into is None else self.into) if at_once else None
         self.total: Tensor | None = None  # over all chunks
         self.product: Tensor | None = None  # of this chunk
@@ -202,11 +203,11 @@ class Gradient:
 
 
 def _gain(inputs: Inputs) -> Tensor | None:
-    """Of dz in fp16: the power of two that brings the largest possible one to its upper half.
+    """Returns the gain of dz in fp16: the power of two that scales its largest possible value to fp16's upper half.
 
-    What is small would round to 0. |dz| is at most its row's weight times both factors, at the target times its
-    slope, and times 1 + 2 z_loss lse, for which there is room up to 16. A fold's is found as it goes, by `folded.fit`.
-    Computed on the device; undone in fp32 after the GEMMs. A row of NaN is the only one that it spoils.
+    Without it small values would round to 0. |dz| is at most the row's weight times both factors, at the target times
+    its slope, and times 1 + 2 z_loss lse, for which there is room up to 16. The gain of a fold is adjusted per chunk by
+    `folded.fit`. It is computed on the device and undone in fp32 after the GEMMs. A row of NaN spoils only itself.
     """
     problem, backend = inputs.problem, inputs.backend
     one = torch.ones_like(problem.scale)
@@ -224,7 +225,7 @@ def _gain(inputs: Inputs) -> Tensor | None:
 
 
 def gemm_dtype(problem: Problem, stored: torch.dtype) -> torch.dtype:
-    """bf16 inputs meet a bf16 copy of the tile where the CPU has bf16 matrix units; else what the workspace holds."""
+    """Returns bf16 for bf16 inputs on a CPU with bf16 matrix units, else the workspace's dtype."""
     if problem.device.type == "cpu" and problem.dtype == torch.bfloat16 and _cpu_multiplies_bf16():
         return torch.bfloat16
     return stored

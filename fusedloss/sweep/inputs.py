@@ -1,4 +1,4 @@
-"""What a sweep reads: operands as the backend wants them, factors, and what is known of the targets beforehand."""
+"""The inputs of a sweep: operands in the backend's form, factors, and the targets' logits."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..core.strips import Patch, Prepared, RowSums, Settled, Strip, StripMask
 
 
 class Elsewhere(NamedTuple):
-    """What a sweep over columns that hold no targets is told of them; rows `[M]`."""
+    """Values of the targets for a sweep over columns that hold none; rows `[M]`."""
 
-    thresholds: tuple[Tensor | None, ...]  # of each block's margin
+    thresholds: tuple[Tensor | None, ...]  # threshold of each block's margin
     guide: Tensor | None  # the guide's similarity of the target
-    targets: bool = False  # some rows' targets are here all the same
+    targets: bool = False  # some rows' targets are among these columns nevertheless
 
 
 class Inputs:
-    """given: the operands as the backend wants them. operands: those, or unit rows of fp32 where it takes `units`;
+    """given: the operands in the backend's form. operands: the same, or fp32 unit rows if the backend takes `units`;
     their factors then are None. scales: by penalty."""
 
     def __init__(self, problem: Problem, backend: Sweeps, by_scale: bool, elsewhere: Elsewhere | None = None):
@@ -73,7 +73,7 @@ class Inputs:
         ]
 
     def strip(self, number: int, chunk: slice, mask: StripMask | None) -> Strip:
-        """A block of a chunk of rows."""
+        """Returns the strip of a block and a chunk of rows."""
         block = self.problem.blocks[number]
         other_own = block.own_penalty != block.penalty and number > 0  # in block 0 it is the target
         return Strip(

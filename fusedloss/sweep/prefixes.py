@@ -13,8 +13,8 @@ and dy alike, with the transpose and column sums. The three products of the long
 against 6 MN sum_k d_k for a loop. Two passes over a row chunk: the first stores the logits of all prefixes and sums
 their exponentials; the second turns a tile of them into dz, its suffix sums and products while it is in cache.
 
-Where the device multiplies 16-bit matrices into fp32, all three products are of the embeddings as they are, and the
-suffix sums are rounded once for each of the two that they enter.
+If the device multiplies 16-bit matrices into fp32, all three products take the embeddings as they are, and the suffix
+sums are rounded once for each of the two products that they enter.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from ..core.strips import RowSums
 from .gradients import Wants
 
 LOG2E = math.log2(math.e)
-# A tile [384, 1536] of one prefix is 2.25 MiB of fp32, near what two cores keep in their L2. More
-# rows would make the products no faster, and fresh memory is dear: 0.48 ms the first time a tile is written, then 0.06.
+# A tile [384, 1536] of one prefix is 2.25 MiB of fp32, near what two cores keep in their L2. More rows would not make
+# the products faster, and fresh memory is slow: writing a tile takes 0.48 ms the first time, then 0.06.
 CPU_ROWS, TILE_COLUMNS = 384, 1536
 SCORE_ROWS = 128  # at a time in fp64: 768 KiB at D = 768
-# Up to this scale neither exp(z) nor its sum leaves fp32, so no maximum is searched; and exp(-2 * 30) = 2**-87 leaves
-# nothing to flush.
+# Up to this scale neither exp(z) nor its sum leaves fp32, so no maximum is computed; and no exponential is small enough
+# to flush: exp(-2 * 30) = 2**-87.
 SAFE_SCALE = 30.0
 FLUSH = 2.0**-100  # smaller exponentials turn products into denormals, 2 to 5 times slower on a CPU
 
@@ -55,31 +55,30 @@ class Prefixed(NamedTuple):
 
 @torch.no_grad()
 def sweep_prefixes(problem: Problem, wants: Wants, chunk: int, admit: Admit | None = None) -> Prefixed:
-    """The weighted losses of the cosine logits of all prefixes, in any order, and the gradients of their sum.
+    """Returns the weighted losses of the cosine logits of all prefixes, in any order, and the gradients of their sum.
 
-    chunk: rows at a time, at most. The workspace takes chunk * len(prefixes) * columns elements; without gradients
-        there is none.
-    admit: (block, rows, columns) -> which may compete, [rows, columns] bool, or None for all. It is asked twice, and
-        has no say about targets.
+    chunk: the largest number of rows at a time. The workspace takes chunk * len(prefixes) * columns elements; without
+    gradients there is none. admit: (block, rows, columns) -> bool [rows, columns], True for columns that may compete,
+    or None for all. It is called twice, and does not apply to targets.
     """
     return _Prefixes(problem, wants, admit).run(chunk)
 
 
-# What the loops over tiles and prefixes index is cut once: a view takes 2 us, and a step has dozens.
+# The views that the loops over tiles and prefixes use are made once: a view takes 2 us, and a step has dozens.
 
 
 class _Queries(NamedTuple):
     """Rows of one operand in a chunk: `x` divided by its norm at the longest prefix and times scale * log2(e).
 
-    Of 16-bit products `x` and `signed` are the rows as they are, and the tile is multiplied instead.
+    For 16-bit products `x` and `signed` are the rows as they are, and the tile is multiplied instead.
     """
 
     x: list[Tensor]  # per segment [R, d_k - d_{k-1}]
     signed: list[Tensor]  # times the sign of the row's weight
     factor: Tensor  # [R]
     ratio: Tensor  # [K, R] |x|_K / |x|_k
-    ratios: list[Tensor]  # per prefix [R, 1], times what `x` is not
-    times: list[Tensor]  # per prefix [R, 1], what `signed` is not
+    ratios: list[Tensor]  # per prefix [R, 1], including the factor that `x` lacks
+    times: list[Tensor]  # per prefix [R, 1], the factor that `signed` lacks
     dx: list[Tensor] | None  # per segment
 
 
@@ -91,7 +90,7 @@ class _Tile(NamedTuple):
     columns: slice
     y: Tensor  # [columns, d_K], in the input dtype
     inverse: list[Tensor]  # per prefix [columns], 1 / norms
-    times: list[Tensor]  # per prefix [columns], what 16-bit keys are not; 0 where they are
+    times: list[Tensor]  # per prefix [columns], 1 / norms, which 16-bit keys lack; 0 for zero rows
     step: list[Tensor]  # |y|_k / |y|_{k+1}
     along: list[Tensor] | None
     dy: list[Tensor] | None  # per segment
@@ -107,7 +106,7 @@ class _Part(NamedTuple):
 
 
 class _Normalised(NamedTuple):
-    """What the second pass needs of the first, [K, R]: `|dz| = weight 2^(z - shift)` off the target."""
+    """Results of the first pass that the second needs, [K, R]: `|dz| = weight 2^(z - shift)` off the target."""
 
     shift: Tensor
     weight: Tensor
@@ -117,7 +116,7 @@ class _Normalised(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """The same per prefix, [R, 1], as one operand's rows want it: weight and entry times their ratio."""
+    """The same per prefix, [R, 1], for one operand's rows: weight and entry times their ratio."""
 
     shift: list[Tensor]
     weight: list[Tensor]
@@ -130,7 +129,7 @@ class _Prefixes:
     def __init__(self, problem: Problem, wants: Wants, admit: Admit | None):
         operands = problem.operands
         self.dtype, self.device = stats_dtype(problem.dtype), problem.device
-        self.wide = torch.float64 if self.device.type in ("cpu", "cuda") else self.dtype  # fp64 is not everywhere
+        self.wide = torch.float64 if self.device.type in ("cpu", "cuda") else self.dtype  # not every device has fp64
         self.operands, self.admit, self.rule = operands, admit, problem.rule
         self.target, self.weight = problem.target, problem.weight.to(self.dtype)
         self.narrow = products.narrow(problem.dtype, self.device)
@@ -144,8 +143,8 @@ class _Prefixes:
         self.dim_weights = [by_dim[dim] for dim in self.dims]
         self.segments = [slice(low, high) for low, high in zip([0, *self.dims], self.dims, strict=False)]
 
-        # Logits are kept in units of log 2. A scale of 0 would leave nothing to learn the cosines from; the gradients
-        # are multiplied by the true one.
+        # Logits are kept in units of log 2. A scale of 0 is replaced here, because the cosines could not be recovered
+        # from logits of 0; the gradients are multiplied by the true scale.
         self.scale = problem.scale.to(self.dtype)
         self.unit = torch.where(self.scale == 0, 1e-20, self.scale) * LOG2E
         self.natural = self.scale.to(self.wide) / self.unit.to(self.wide)
@@ -159,7 +158,7 @@ class _Prefixes:
         # [K, rows] per operand
         self.inverse_wide = {n: self._inverse_norms(operands[n]) for n in used}
         self.inverse = {n: inverse.to(self.dtype) for n, inverse in self.inverse_wide.items()}
-        # Of what is multiplied as it is. A row of zeros leaves 0 whatever its factor, and 1e12 would not fit fp16.
+        # For matrices that are multiplied as they are. A zero row gives 0 with any factor, and 1e12 would not fit fp16.
         self.times = self.inverse
         if self.narrow:
             self.times = {n: inverse.masked_fill(inverse >= 1 / NORM_EPS, 0) for n, inverse in self.inverse.items()}
@@ -168,7 +167,7 @@ class _Prefixes:
         self.totals = [
             x.new_zeros(x.shape, dtype=self.dtype) if w else None for x, w in zip(operands, wants.operands, strict=True)
         ]
-        # sum of dz z over the other side, by prefix and row; what the gradient loses to the norms follows from it
+        # sum of dz z over the other side, by prefix and row; the projection through the norms follows from it
         self.along = {n: torch.zeros_like(self.inverse[n]) for n in used if self.wants[n]}
         self.scale_grad = torch.zeros_like(self.scale, dtype=self.wide) if wants.scale else None
         self.bias_grads = [
@@ -212,7 +211,7 @@ class _Prefixes:
     # The parts of a chunk -------------------------------------------------------------------------------------------
 
     def _queries(self, number: int, part: slice) -> _Queries:
-        # The rows' factors are rounded once each: scale 100 would magnify four roundings past eager's.
+        # Each of the rows' factors is rounded once: scale 100 would magnify four roundings beyond eager's error.
         exact = self.inverse_wide[number][:, part] * self.unit.to(self.wide)
         factor = exact[-1].to(self.dtype)
         ratio = (exact / factor.to(self.wide)).to(self.dtype)
@@ -240,7 +239,8 @@ class _Prefixes:
         )
 
     def _gain(self) -> Tensor:
-        """The power of two that brings the largest possible suffix sum, with either side's factors, to fp16's top.
+        """Returns the power of two that scales the largest possible suffix sum, with either side's factors, to fp16's
+        maximum.
 
         |dz_k| is at most c_k weight_i, and norms grow with the prefix.
         """
@@ -297,7 +297,7 @@ class _Prefixes:
         index = self.target[part] - tile.start
         inside = (index >= 0) & (index < tile.stop - tile.start)
         if self.device.type == "cpu" and not inside.any():
-            return None  # elsewhere the host reads nothing back
+            return None  # on other devices the host reads nothing back
         return inside[:, None], index.clamp(0, tile.stop - tile.start - 1)[:, None]
 
     def _wide(self, x: Tensor) -> Tensor:
@@ -328,7 +328,7 @@ class _Prefixes:
             scratch = self._buffer(0, rows, tile)
             z_last = self._buffer(1, rows, tile) if logits is None else logits[-1]
             for k in range(last + 1):
-                # Dot products accumulate where the last prefix's logits will stand.
+                # Dot products accumulate in the memory of the last prefix's logits.
                 if k == 0:
                     products.mm(z_last, x[k], y[k])
                 else:
@@ -375,7 +375,7 @@ class _Prefixes:
         self, part: slice, queries: dict[int, _Queries], shift: Tensor, total: Tensor
     ) -> tuple[Tensor, _Normalised]:
         own, weight = self._scores(part, queries[self.blocks[0][0]]), self.weight[part]
-        # z in natural units is `back` times what the workspace holds: exactly, also where `unit` was rounded.
+        # z in natural units is `back` times the workspace's value, exactly, even if `unit` was rounded.
         natural, score = shift.to(self.wide) * self.natural, own * self.natural
         bias = self.biases[0]
         if bias is not None:
@@ -389,7 +389,7 @@ class _Prefixes:
         return losses, _Normalised(shift, over_l.abs(), entry * sign, sign, own.to(self.dtype))
 
     def _scores(self, part: slice, rows: _Queries) -> Tensor:
-        """[K, R] of the targets, as the workspace has them but in fp64: well-fitted pairs owe their loss to these."""
+        """Returns the targets' logits [K, R], in fp64 because the loss of a well-fitted pair depends on them."""
         wide = self.wide
         query, key = self.blocks[0]
         target, D = self.target[part], self.dims[-1]
@@ -433,14 +433,14 @@ class _Prefixes:
                 self._add_bias_(dz, tile).exp2_()
                 if flush:
                     torch.ops.aten.hardshrink.out(dz, FLUSH, out=dz)
-            # A pass of its own: as an addend of the exponent 1 / l would be rounded by up to ulp(16) / 2 = 5e-7.
+            # A separate pass: added to the exponent, 1 / l would be rounded by up to ulp(16) / 2 = 5e-7.
             dz.mul_(settled.weight[k])
             self._leave_out(dz, hits, admitted, 0.0)
             if hits is not None:
                 inside, index = hits
                 dz.scatter_add_(1, index, torch.where(inside, settled.entry[k], 0))
             if self.scale_grad is not None:
-                # A row of dz sums to 0: less the target's the logits give the same, and have little to cancel.
+                # A row of dz sums to 0, so logits minus the target's give the same sum with less cancellation.
                 torch.sub(z, settled.score[k], out=product).mul_(dz)
                 self.scale_grad += torch.dot(product.sum(1).to(self.wide), sign.to(self.wide)) / self.unit
             # Row and column sums of dz z, of the very dz that is multiplied: its errors along x cancel.
@@ -455,7 +455,7 @@ class _Prefixes:
                 tile.dbias.addmv_(dz.T, sign)
             if self.dim_weights[k] < 0:
                 dz.neg_()
-            # suffix = sum_{m >= k} dz_m / |y|_m * |y|_k: the columns' 1/norms wait for the products.
+            # suffix = sum_{m >= k} dz_m / |y|_m * |y|_k: the columns' 1/norms are applied after the products.
             if k == last:
                 dz, suffix = suffix, dz
             else:
@@ -474,7 +474,7 @@ class _Prefixes:
         return out.copy_(torch.mul(suffix, factor, out=scratch))
 
     def _end_chunk(self, number: int, part: slice, rows: _Queries) -> None:
-        """dx to the units of what `_finish` multiplies: there a key's gradient and a query's are one matrix."""
+        """Brings dx to the units that `_finish` multiplies, where a key's gradient and a query's may be one matrix."""
         total = self.totals[number]
         if total is None or rows.dx is None:
             return
@@ -488,10 +488,11 @@ class _Prefixes:
             self._finish(number, part)
 
     def _finish(self, number: int, part: slice) -> None:
-        """Applies the norms and their projection; a row shorter than 1e-12 is divided by a constant: none.
+        """Applies the norms and their projection. A row shorter than 1e-12 is divided by a constant and has no
+        projection.
 
-        All prefixes' sums of dz z add up to the product of the gradient, norms held fixed, with x. The last one
-        follows from it: a pass less, and what remains is orthogonal to x to the last digit.
+        All prefixes' sums of dz z add up to the product of the gradient, norms held fixed, with x. The last one follows
+        from it, which saves a pass and makes the rest orthogonal to x to the last digit.
         """
         total = self.totals[number]
         if total is None:

@@ -1,4 +1,4 @@
-"""Label smoothing where every row has the same admissible columns."""
+"""Label smoothing for rows that all have the same admissible columns."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Smoothing:
         return loss.masked_fill(weight == 0, 0)
 
     def add_to(self, gradients: Gradients) -> None:
-        """To the accumulators, which the scale and the gain's inverse are still to multiply."""
+        """Adds to the accumulators, before the scale and the gain's inverse multiply them."""
         inputs, problem, weight = self.inputs, self.inputs.problem, self.inputs.problem.weight
         if gradients.scale is not None and inputs.target_sim is not None:
             terms = weight * (inputs.target_sim - self.mean_sim)
@@ -69,7 +69,7 @@ class Smoothing:
 
 
 def _weighted_sum(x: Tensor, weight: Tensor) -> Tensor:
-    """`weight @ x` in the dtype of `weight`, without a converted copy of `x`."""
+    """Returns `weight @ x` in the dtype of `weight`, without a converted copy of `x`."""
     total = weight.new_zeros(x.shape[1])
     for chunk in row_chunks(x):
         total += weight[chunk] @ x[chunk].to(weight.dtype)
