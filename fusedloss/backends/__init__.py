@@ -25,29 +25,29 @@ from .protocol import Sweeps
 SWEEPS: dict[str, Sweeps] = {"cuda": cuda, "triton": triton, "chunked": chunked}
 BACKENDS: dict[str, ModuleType] = dict(zip(checks.BACKENDS, (cuda, triton, chunked, reference), strict=True))
 
-Candidates = Sequence[tuple[str, bool]]  # in order, and whether it is settled that its kernels may run
+Candidates = Sequence[tuple[str, bool]]  # in order, each with True if its kernels need no further proof
 
-KERNELS = families.BACKENDS  # `auto` takes these where they are proved
+KERNELS = families.BACKENDS  # `auto` takes these once their kernels are proved here
 
 AUTO: dict[str, tuple[str, ...]] = {
     "cpu": ("chunked", "reference"),
     "cuda": ("cuda", "triton", "chunked", "reference"),
     "xpu": ("triton", "chunked", "reference"),
 }
-# csrc/ has no tcgen05 kernel: on paper the vendor's products are faster there.
+# csrc/ has no tcgen05 kernel, so on these GPUs the vendor's products should be faster (not measured).
 AUTO_FROM_SM_100 = ("triton", "chunked", "cuda", "reference")
-WITHOUT_KERNELS = ("chunked", "reference")  # of other devices
+WITHOUT_KERNELS = ("chunked", "reference")  # on devices without kernels
 PLAIN = (order_.REFERENCE, True)
-MOST_CHOSEN = 1024  # sizes, mostly
+MOST_CHOSEN = 1024  # entries, mostly sizes
 AUTOMATIC = "backend='auto'"
 UNPROVED = "not proved on this device, which `python -m fusedloss verify` does"
 
 
 def select(problem: Problem, backend: str, *, plain: bool = True) -> str:
-    """The name of the backend that runs `problem`: the one asked for, or the first of `auto` that can and is proved.
+    """Returns the name of the backend for `problem`: the given one, or the first of `auto` that can and is proved.
 
-    Where `auto` has kernels, what was faster at such a size is before the others. plain: whether that may be plain
-    torch, which knows no ranks.
+    Among kernels, `auto` tries the one that was faster at such a size first. plain: `reference` may run it, which
+    cannot run across ranks.
     """
     checks.backend(backend)
     named = environment.backend() if backend == "auto" else backend
@@ -64,8 +64,8 @@ def select(problem: Problem, backend: str, *, plain: bool = True) -> str:
 
 
 def _automatic(problem: Problem, plain: bool) -> Candidates:
-    """Of `auto`. What calls before have settled is looked up, in 2 us."""
-    if torch.compiler.is_compiling():  # sizes may be symbols, and every comparison of one would be a guard
+    """The candidates of `auto`. Results of earlier calls are looked up, in 2 us."""
+    if torch.compiler.is_compiling():  # sizes may be symbols, and comparing one would add a guard
         return [(name, name not in KERNELS) for name in _auto(problem.device)]
     operands, first, chosen = problem.operands, problem.blocks[0], order_.chosen
     x, flags = operands[0], families.flags(problem)
@@ -87,7 +87,7 @@ def _automatic(problem: Problem, plain: bool) -> Candidates:
 def _remembered(
     chosen: dict[Any, Candidates], key: Any, names: Sequence[str], needed: Mapping[str, tuple[str, ...]], x: Tensor
 ) -> Candidates:
-    """Without those that are settled and not proved. Of a guide, which may be of another dtype, nothing is."""
+    """Stores and returns the candidates, without unproved ones. A guide, whose dtype may differ, is never settled."""
     known = {
         name: None if "guide" in families else ask.settled(name, families, x.dtype, x.device)
         for name, families in needed.items()
@@ -115,28 +115,28 @@ def _why_not(name: str, problem: Problem, asked: str) -> str:
 
 
 def _asked(named: str, backend: str) -> str:
-    """Who named the backend, in a message."""
+    """Returns, for a message, where the backend was named."""
     if named == "auto":
         return AUTOMATIC
     return f"backend={backend!r}" if backend != "auto" else f"FUSEDLOSS_BACKEND={named}"
 
 
 def _named(named: str, backend: str, device: torch.device, kernels: tuple[str, ...]) -> Candidates:
-    """The backends to ask, in order. kernels: those that have some for such losses.
+    """Returns the candidates, in order. kernels: the backends that have kernels for such losses.
 
-    An argument is an order, and needs no proof. FUSEDLOSS_BACKEND is a whole script's preference: what has no kernel
-    there goes to `auto`. But a backend that runs nothing on this device is not passed over in silence.
+    A backend named as an argument is taken without proof. FUSEDLOSS_BACKEND is a preference for a whole script: losses
+    that it has no kernel for go to `auto`. But a backend that runs nothing at all on this device raises.
     """
     if backend != "auto":
         return ((named, True),)
-    absent = named in kernels and BACKENDS[named].why_not_on(torch.float32, device)  # float32: what all of them take
+    absent = named in kernels and BACKENDS[named].why_not_on(torch.float32, device)  # float32, which all of them take
     others = () if absent else _auto(device)
     return [(named, True), *((name, name not in KERNELS) for name in others if name != named)]
 
 
 @environment.constant
 def _auto(device: torch.device) -> tuple[str, ...]:
-    """In the order in which `auto` takes them where nothing was raced."""
+    """Returns `auto`'s order of backends without results of races."""
     kind = device.type
     if kind == "cuda" and torch.version.hip is None and cuda.capability_of(device) >= 100:
         return AUTO_FROM_SM_100
@@ -150,10 +150,10 @@ def _remedy(asked: str) -> str:
 def select_rowwise(
     backend: str, x: Tensor, family: str | None, *, multiplies: bool = False, unsupported: str | None = None
 ) -> str:
-    """Of a loss without a sweep: "reference", "chunked" or "triton"; of `auto` the first that can and is proved.
+    """Returns the backend of a loss without a sweep: "reference", "chunked" or "triton"; `auto` as in `select`.
 
-    family: of the kernels that would run, one of `families.ROWWISE`; None: there are none, and nothing to prove.
-    multiplies: the kernel has products of tiles. unsupported: why no kernel takes these arguments.
+    family: the family of the kernels that would run, one of `families.ROWWISE`; None: no kernels, nothing to prove.
+    multiplies: the kernel multiplies tiles. unsupported: the reason why no kernel takes these arguments.
     """
     checks.backend(backend)
     named = environment.backend() if backend == "auto" else backend
@@ -182,7 +182,7 @@ def _automatic_rowwise(x: Tensor, family: str | None) -> Candidates:
 
 def _why_not_rowwise(backend: str, x: Tensor, multiplies: bool, unsupported: str | None) -> str | None:
     if backend == "triton":
-        # What the interpreter cannot do with bfloat16 is to multiply tiles.
+        # The interpreter handles bfloat16, except for products of tiles.
         dtype = torch.float32 if x.dtype == torch.bfloat16 and not multiplies else x.dtype
         return unsupported or triton.why_not_on(dtype, x.device)
     return "fusedloss._C has no kernel for this loss" if backend == "cuda" else None

@@ -1,4 +1,4 @@
-"""What both sets of hand-written kernels are told: a shift that is safe beforehand, and how vectors must lie."""
+"""Shared by both sets of hand-written kernels: a shift known to be safe, and the check of vectors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def can_exp(problem: Problem) -> bool:
 
 
 def exp_shift(problem: Problem) -> float:
-    """Logits within +-bound: exponents at most 0, or higher where the lowest would underflow."""
+    """Returns the shift for logits within +-bound: exponents are at most 0, or higher if the lowest would underflow."""
     bound = problem.softcap or problem.scale_bound
     if bound is None:
         raise ValueError("exp_rows must have scale_bound or a softcap, got neither; see can_exp")
@@ -23,7 +23,7 @@ def exp_shift(problem: Problem) -> float:
 
 
 def check_vector(name: str, x: Tensor) -> None:
-    """A net: kernels take a vector's address and no stride, so another one would be read beside its numbers."""
+    """Checks a vector's stride: kernels take no stride, and would read the wrong numbers."""
     if x.dim() == 1 and not x.is_contiguous():
         raise RuntimeError(
             f"internal error: {name} must be a vector of stride 1 where a kernel reads it, got stride {x.stride(0)}; "

@@ -26,7 +26,7 @@ def contrastive_tension_in_batch(
 
     a, b: `[B, D]`, the same sentences by two encoders; normalised inside. logit_scale: the multiplier itself; in
     sentence-transformers it is the exponential of a learnt parameter that starts at log(20). This is `clip` with
-    `normalize=True`: see there for the other parameters, the result and errors.
+    `normalize=True`, whose other parameters, result and errors it shares.
 
     Example:
         >>> fusedloss.contrastive_tension_in_batch(encoder_1(x), encoder_2(x), log_scale.exp()).backward()

@@ -114,7 +114,7 @@ def rank_net(
     reduction_log: str = "binary",
     **options: Unpack[RowOptions],
 ) -> Tensor:
-    """RankNet (Burges et al. 2005): `lambda_loss` with weights of 1, and its parameters, result and errors.
+    """RankNet (Burges et al. 2005): `lambda_loss` with weights of 1, whose parameters, result and errors it has.
 
         loss = mean of -log2 sigmoid(sigma (s_i - s_j)) over pairs of a query's documents with label_i > label_j
 
@@ -172,7 +172,7 @@ def list_mle(
 
         loss_q = sum_i logsumexp_(j >= i) s_j - s_i
 
-    This is `plist_mle` with weights of 1, and its parameters, result and errors.
+    This is `plist_mle` with weights of 1, whose parameters, result and errors it has.
 
     Example:
         >>> fusedloss.list_mle(scores, labels, respect_input_order=False).backward()

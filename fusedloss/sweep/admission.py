@@ -20,8 +20,7 @@ from .inputs import Elsewhere, Inputs, part, unit
 
 
 class Admission:
-    """masks: each block's, for all rows. guides: a strip of all rows for each masked block; block 0 has the
-    target."""
+    """masks: each block's, for all rows. guides: a strip of all rows for each masked block; block 0 has targets."""
 
     def __init__(self, inputs: Inputs, elsewhere: Elsewhere | None = None):
         problem = inputs.problem

@@ -125,7 +125,7 @@ def test_by_lightlys_code(caplog, monkeypatch):
 
         torch.testing.assert_close(Mine()(*views()), upstream.DCLLoss()(*views()))
     reasons = [record.getMessage().split("because ")[1] for record in caplog.records]
-    assert "temperature is -1.0" in reasons[0]
+    assert "temperature must be a positive number, got -1.0" in reasons[0]
     assert reasons[1:] == [
         "cross_entropy is not the CrossEntropyLoss of the constructor",
         "the batch is empty",

@@ -1,6 +1,6 @@
 """The sweep's primitives as CUDA C++ kernels: launchers for `fusedloss._C`, which is built from csrc/ by nvcc.
 
-The extension knows nothing of torch: what it is handed are pointers, sizes, strides and a stream.
+The extension does not use torch: it takes pointers, sizes, strides and a stream.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from .rows import weigh as weigh
 NOT_BUILT = (
     "not built: there was no nvcc or no GPU at installation; install with FUSEDLOSS_CUDA=1, which takes nvcc alone"
 )
-ALIGNMENT = 16  # bytes: what one cp.async moves, and where TMA wants rows to start
+ALIGNMENT = 16  # bytes: the size of one cp.async, and TMA's alignment of rows
 MAX_COMPARES, MAX_EXEMPT = 4, 8  # csrc/similarity.h
-LARGEST = 2**31 - 256  # a tile beyond the last row, column or feature is counted in 32 bits
+LARGEST = 2**31 - 256  # indices up to a tile beyond the last row, column or feature must fit 32 bits
 FOLD_COPIES = 12  # see chunked
 
 
 def build_info() -> Mapping[str, object] | None:
-    """What fusedloss._C was built with, or None where it was not built."""
+    """Returns what fusedloss._C was built with, or None if it was not built."""
     try:
         return extension().build_info()
     except ImportError:
@@ -71,7 +71,7 @@ def why_not(problem: Problem) -> str | None:
 
 @environment.constant
 def why_not_on(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why no kernel runs for tensors like that."""
+    """Returns the reason why no kernel runs for such tensors, or None."""
     return _why_not(dtype, device, extension)
 
 
@@ -87,7 +87,7 @@ def _why_not_mask(mask: Mask) -> str | None:
 
 @functools.cache
 def _why_not(dtype: torch.dtype, device: torch.device, load: Any) -> str | None:
-    """Once per dtype, device and extension."""
+    """Cached per dtype, device and extension."""
     info = build_info()
     if info is None:
         return f"the extension fusedloss._C was {NOT_BUILT}"
@@ -108,7 +108,7 @@ def _why_not(dtype: torch.dtype, device: torch.device, load: Any) -> str | None:
 
 
 def old_driver(info: Mapping[str, object], capability: tuple[int, int]) -> str | None:
-    """Why the driver runs nothing of fusedloss._C, by CUDA's rules of compatibility.
+    """Returns the reason why the driver cannot run fusedloss._C, by CUDA's rules of compatibility, or None.
 
     A runtime needs a driver of its major version, whatever the minor one; the driver compiles PTX of its own version or
     of an older one.
@@ -132,14 +132,14 @@ def old_driver(info: Mapping[str, object], capability: tuple[int, int]) -> str |
     return None
 
 
-# Machine code neither comes to these from another architecture nor leaves them for one.
+# Machine code of these does not run on other architectures, nor theirs on these.
 INTEGRATED = {(8, 7), (10, 1), (11, 0)}
 
 
 def runs_on(archs: list[str], capability: tuple[int, int]) -> bool:
-    """By CUDA's rules: machine code runs on its major version from its minor on, PTX on everything newer.
+    """By CUDA's rules, machine code runs on its major version from its minor on, PTX on everything newer.
 
-    With an "a", both run on their very architecture; with an "f", both on its major version from its minor on.
+    With an "a", both run on exactly that architecture; with an "f", both on its major version from its minor on.
     """
     for arch in archs:
         kind, _, number = arch.partition("_")
@@ -164,7 +164,7 @@ def workspace_copies(problem: Problem) -> float:
 
 
 def workspace_dtype(problem: Problem) -> torch.dtype:
-    """Folds in torch see the similarities in fp32."""
+    """Returns the workspace's dtype; folds in torch take similarities in fp32."""
     return stats_dtype(problem.dtype) if problem.fold is not None and not can_fold(problem) else problem.dtype
 
 
@@ -173,16 +173,16 @@ def can_store(problem: Problem) -> bool:
 
 
 def can_fold(problem: Problem) -> bool:
-    """Sums over a row's similarities. fp16 has not the range for their smallest derivatives."""
+    """True for sums over a row's similarities. fp16 lacks the range for their smallest derivatives."""
     fold = problem.fold
     known = fold is not None and fold.name in FOLDS and not fold.distance
     return known and problem.dtype != torch.float16
 
 
 def operand(x: Tensor) -> Tensor:
-    """`x` itself where the kernels copy 16 bytes at a time, by row or by column, or one padded copy.
+    """Returns `x` itself if the kernels can copy 16 bytes at a time, by row or by column, else a padded copy.
 
-    TMA takes rows alone.
+    TMA takes only rows.
     """
     by_row = _aligned(x)
     if by_row or (_aligned(x.T) and capability_of(x.device) != 90):
@@ -215,10 +215,10 @@ def _plan(load: Any, capability: int, tensor_cores: bool, aligned: bool, narrow:
 
 
 class _Launch:
-    """One strip's launch: how it is planned, its tables, and the call."""
+    """One strip's launch: its plan, its tables, and the call."""
 
     def __init__(self, strip: Strip, *, narrow: bool = False):
-        """narrow: the epilogue is, whatever the strip (`NARROW` in csrc/epilogues/)."""
+        """narrow: the epilogue needs the narrow tile, whatever the strip (`NARROW` in csrc/epilogues/)."""
         self.strip = strip
         narrow = narrow or strip.x.dtype == torch.float32 or bool(strip.softcap) or strip.own is not None
         if strip.mask is not None and not narrow:
@@ -273,7 +273,7 @@ class _Launch:
         ids = [[c.contiguous() for c in columns] for columns in (
             [c.rows for c in drops], [c.keys for c in drops], [c.rows for c in keeps], [c.keys for c in keeps], exempt
         )]  # fmt: skip
-        self.kept = ids  # until the launch: contiguous() may have copied
+        self.kept = ids  # keeps copies that contiguous() made alive until the launch
         return struct(
             "Masks",
             **dict(zip(("drop_rows", "drop_keys", "keep_rows", "keep_keys", "exempt"), ids, strict=True)),
@@ -290,7 +290,7 @@ class _Launch:
 
 
 class _Counts:
-    """Tables of what is counted, and what they add to."""
+    """Tables of counts, and the tensors that they are added to."""
 
     def __init__(self, run: _Launch, tally: Tally | None, score: Tensor | None):
         self.tally = tally
@@ -345,7 +345,7 @@ def exp_rows(
     tally: Tally | None = None,
     score: Tensor | None = None,
 ) -> tuple[RowSums, None]:
-    """Write E = exp(z - shift). A scale that is known beforehand has no gradient, so there is no q."""
+    """Writes E = exp(z - shift). A scale that is known beforehand has no gradient, so there is no q."""
     if target_sim is not None:
         raise ValueError("q must be None in exp_rows, got one; a scale with a gradient has no bound known beforehand")
     sums = [_exp(problem, strip, out, tally, score, False)[0] for strip, out in zip(strips, outs, strict=True)]
@@ -379,7 +379,7 @@ def grad_rows(
     gain: Tensor | None,
     smooth: Tensor | None = None,
 ) -> Tensor | None:
-    """Write gain * dz. q holds the tiles' sums of dz_ij (sim_ij - target's), j != t, where targets are given."""
+    """Writes gain * dz. q holds the tiles' sums of dz_ij (sim_ij - target's), j != t, if targets are given."""
     wants_q = rows.target_sim is not None
     by_column = columns or Softmax(None, None, None)  # type: ignore[arg-type]
     qs = []
@@ -417,17 +417,17 @@ def top_rows(strips: list[Strip]) -> tuple[Tensor, Tensor]:
 
 
 def similarities(strip: Strip, out: Tensor) -> None:
-    """`out = row_factor * col_factor * <x, y>`, nothing else."""
+    """Writes `out = row_factor * col_factor * <x, y>`, nothing else."""
     bare = strip._replace(bias=None, target=None, mask=None, own=None, own_scale=None, softcap=0.0)
     _Launch(bare)("store", struct("StoreArgs"), out)
 
 
 def guide_room(strip: Strip) -> tuple[int, int]:
-    return 0, 0  # nothing is stored but bits
+    return 0, 0  # only bits are stored
 
 
 def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor, own: Tensor | None = None) -> list[Tensor]:
-    """What the guide drops of each block, one bit a column."""
+    """Returns the columns of each block that the guide drops, one bit a column."""
     threshold = guide_threshold(guide_scores(strips[0], room) if own is None else own, rule, strips[0].x.shape[1])
     dropped = []
     for strip in strips:

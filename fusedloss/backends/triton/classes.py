@@ -12,11 +12,11 @@ from torch import Tensor
 from ...core.rows import tf32
 from .launching import cdiv, launch, on_nvidia
 
-Found = tuple[Tensor, Tensor | None, Tensor | None]  # losses of rows, their gradient, and what that is multiplied by
+Found = tuple[Tensor, Tensor | None, Tensor | None]  # losses of rows, their gradient, and its factor
 
 
 def rows(x: Tensor, terms: Any, wants_grad: bool) -> Found:
-    """As `chunked` of `rowwise/classes.py`, whose `Terms` these are."""
+    """Computes `chunked` of `rowwise/classes.py`, with its `Terms`."""
     loss, grad, gain = _outputs(x, wants_grad)
     R, C, S, options = _shape(x)
     if not R:
@@ -64,7 +64,7 @@ def rows(x: Tensor, terms: Any, wants_grad: bool) -> Found:
 
 
 def soft_rows(logits: Tensor, beside: tuple[Tensor, Tensor | None], wants_grad: bool) -> Found:
-    """As `soft_chunked`."""
+    """Computes `soft_chunked` of `rowwise/classes.py`."""
     target_logits, mask = beside
     loss, grad, gain = _outputs(logits, wants_grad)
     if logits.shape[0]:
@@ -119,7 +119,7 @@ def _share_rows(
 
 
 def pair_logits(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, parts: tuple[str, ...]) -> Tensor:
-    """`[B, C]` in fp32."""
+    """Returns the logits `[B, C]` in fp32."""
     (B, D), C = u.shape, weight.shape[0]
     out = torch.empty((B, C), dtype=torch.float32, device=u.device)
     if not B or not C:
@@ -145,8 +145,8 @@ def pair_logits(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, parts
         REP="rep" in parts,
         DIFFERENCE="difference" in parts,
         MULTIPLICATION="multiplication" in parts,
-        # Three products on tensor cores, fp32 but for a few bits: without them 64 x 64 tiles spilled 750 bytes. AMD's
-        # have no tf32x3; with bf16x6 a tile spills 217 registers on gfx1100, of 32 rows in fp32 none.
+        # Three products on tensor cores, accurate to a few bits of fp32: without them 64 x 64 tiles spilled 750 bytes.
+        # AMD's have no tf32x3; with bf16x6 a tile spills 217 registers on gfx1100, of 32 rows in fp32 none.
         INPUT_PRECISION="ieee" if not nvidia else "tf32" if tf32() else "tf32x3",
         BLOCK_B=block_b,
         BLOCK_C=block_c,
@@ -164,7 +164,7 @@ def _outputs(x: Tensor, wants_grad: bool) -> Found:
 
 
 def _shape(x: Tensor) -> tuple[int, int, int, dict[str, int]]:
-    """Rows, classes, positions behind them, and the options of a launch."""
+    """Returns rows, classes, positions after the classes, and the options of a launch."""
     C, S = x.shape[1], x.shape[2] if x.dim() == 3 else 1
     return x.shape[0] * S, C, S, _sizes(C, S, x.device.type == "cpu")
 
@@ -181,7 +181,7 @@ def _strides(x: Tensor | None) -> tuple[int, int, int]:
 
 
 def _of_rows(value: float | Tensor, loss: Tensor) -> tuple[Tensor | None, float]:
-    """A tensor per row, or a number for all."""
+    """Returns a tensor per row, or a number for all."""
     if not isinstance(value, Tensor):
         return None, float(value)
     return value.to(loss.dtype).expand_as(loss).contiguous(), 0.0

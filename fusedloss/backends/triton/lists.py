@@ -25,7 +25,7 @@ def lambdas(
     *,
     gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sums of queries, and the gradient by z, both in ranked order. inverse: fp64 [n], 1 / discount."""
+    """Returns the queries' sums, and the gradient by z, in ranked order. inverse: fp64 [n], 1 / discount."""
     Q, n = z.shape
     high = low = near = None
     if weighting in ("lambda_rank", "ndcg_loss2pp"):
@@ -62,7 +62,7 @@ def lambdas(
 def adr(
     scores: Tensor, labels: Tensor, mask: Tensor | None, alpha: float, largest: float, *, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Four times the loss, sums of queries; and the gradient of that over alpha."""
+    """Returns four times the loss as the queries' sums, and its gradient over alpha."""
     Q, n = scores.shape
     (scores, labels, mask), (stride_sq, stride_yq, stride_mq) = _operands(scores, labels, mask)
     block = min(TILE, _power(n))
@@ -104,7 +104,7 @@ def list_mle(z: Tensor, weight: Tensor | None, *, gradient: bool) -> tuple[Tenso
 
 
 def _operands(scores: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """Rows of unit stride, and what lies between rows."""
+    """Returns the operands with rows of unit stride, and their row strides."""
     labels = labels if labels.is_floating_point() else labels.to(torch.float32)
     found = [x if x is None or x.stride(1) == 1 else x.contiguous() for x in (scores, labels, mask)]
     strides = tuple(0 if x is None else x.stride(0) for x in found)
@@ -112,7 +112,7 @@ def _operands(scores: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[tupl
 
 
 def _power(n: int) -> int:
-    """The power of 2 from n on, at least 16."""
+    """Returns the next power of 2 from n on, at least 16."""
     return max(16, 1 << (n - 1).bit_length())
 
 

@@ -15,7 +15,7 @@ from .rows import row_options
 
 
 def forward(kind: str, eps: float, query: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """[K, M] scores (with AnglE's sign), and for cosines the norms [1 + K, M]."""
+    """Returns scores [K, M] (with AnglE's sign), and for cosines the norms [1 + K, M]."""
     M, K = query.shape[0], len(others)
     value = query.new_empty((K, M), dtype=torch.float32)
     norm = query.new_empty((1 + K, M), dtype=torch.float32) if kind in ("cos", "angle") else None
@@ -41,7 +41,7 @@ def backward(
 
 
 def _operand(x: Tensor) -> Tensor:
-    """With rows of unit stride."""
+    """Returns `x` with rows of unit stride."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .launching import cdiv, launch
 
-BLOCK = 1024  # elements a program, 8 a thread; more under the interpreter, which takes as long for many as for few
+BLOCK = 1024  # elements a program, 8 a thread; more under the interpreter, whose time does not depend on them
 INTERPRETED_BLOCK = 1 << 14
 
 
@@ -30,7 +30,7 @@ def evaluate(
     losses: Tensor | None,
     columns: int,
 ) -> Tensor:
-    """The sum of the losses over the formula's `value_factor`, in fp64; or `losses` where they are wanted.
+    """Returns the sum of the losses over the formula's `value_factor`, in fp64; writes `losses` if given.
 
     x, t: of one shape. Weights: `[rows, columns]`, any strides, also 0.
     """
@@ -64,7 +64,7 @@ def evaluate(
 
 
 def times(kept: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    """`out = kept * factor`, rounded once; factor is 0-dim fp32. `out` may be `kept`."""
+    """Writes `out = kept * factor`, rounded once; factor is 0-dim fp32. `out` may be `kept`."""
     block = _block(kept.device)
     if kept.numel():
         grid = (cdiv(kept.numel(), block),)
@@ -73,7 +73,7 @@ def times(kept: Tensor, factor: Tensor, out: Tensor) -> Tensor:
 
 
 def _formula(formula: Any) -> tuple[Any, tuple[float, ...]]:
-    """The device function, and the numbers it takes."""
+    """Returns the device function and its numbers."""
     kernels = _kernels()
     match type(formula).__name__:
         case "Difference":
