@@ -1,4 +1,4 @@
-"""Losses that need no similarity sweep: one pass over what they are given, and the gradient beside the value.
+"""Losses that need no similarity sweep: one pass over the inputs gives the value and the gradient.
 
     pointwise.py   elements: a prediction and its target            (regression, binary classification)
     classes.py     rows of logits: one class, or a share of each    (cross-entropy)

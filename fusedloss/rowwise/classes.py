@@ -1,4 +1,4 @@
-"""Rows of logits against a class, or against a share of each class: cross-entropy, focal loss, distilled scores.
+"""Losses of rows of logits with a class, or a share of each class: cross-entropy, focal loss, distilled scores.
 
 With `p = softmax(z)` and target `t`, a row's loss is
 
@@ -6,8 +6,8 @@ With `p = softmax(z)` and target `t`, a row's loss is
 
 where `hard sum_j w_j q_j (-log p_j)` stands first if the target is a distribution `q`. The target stays out of the
 sum `s = sum_{j != t} p_j`, as in `epilogues.py`: `-log p_t = log(1 + s / p_t)`, and the target's entry of the gradient
-is `-s`. What a row counts in a mean is part of `hard`, `smooth` and `square`, so that the walk leaves the finished
-gradient of the loss behind.
+is `-s`. A row's weight in a mean is part of `hard`, `smooth` and `square`, so that the walk computes the final gradient
+of the loss.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from ..core.numerics import savable, stats_dtype
 from ..core.softmax import softmax_rows
 from .pointwise import last_use, once_only, transformed
 
-# Elements at a time on a CPU: with 2^18 the starts of threads took 10 to 60 % more of 2^20 elements, also of 2^23.
+# Elements at a time on a CPU: with 2^18, starting threads made 2^20 and 2^23 elements take 10 to 60 % longer.
 BLOCK = 1 << 20
 # torch's log_softmax takes single steps along a last dimension of fewer classes than a vector has lanes: ten times the
 # time, so there the classes go first and the rows are the vectors.
 FEW_CLASSES = 16
-FEW_ELEMENTS = 1 << 12  # up to here turning them round takes longer
-LEAST = 1e-30  # of a probability that has all its digits
-FP16_LARGEST = 2.0**14  # of a row's gradient as it is kept: down to 2^-38 of that it does not underflow
+FEW_ELEMENTS = 1 << 12  # up to this size the transposition takes longer
+LEAST = 1e-30  # smallest probability with all its digits
+FP16_LARGEST = 2.0**14  # of a row's saved gradient: numbers down to 2^-38 of that do not underflow
 
 # One for all rows, or `[M]`, or `[N, S]` beside logits `[N, C, S]`.
 PerRow = float | Tensor
 
 
 def _counts(factor: Tensor | float) -> bool:
-    """Whether a factor of all rows, or one of each, may be other than 0."""
+    """Whether a factor, of all rows or of each, may differ from 0."""
     return isinstance(factor, Tensor) or factor != 0
 
 
 class Terms(NamedTuple):
-    """What the loss of a row of logits `[M, C]` or `[N, C, S]` is made of; rows are `[M]` or `[N, S]`."""
+    """The terms of a row's loss, for logits `[M, C]` or `[N, C, S]`; rows are `[M]` or `[N, S]`."""
 
     target: Tensor | None = None  # int64 per row, within the classes
     share: Tensor | None = None  # q, of the logits' shape
     weight: Tensor | None = None  # w, [C]
-    left_out: Tensor | None = None  # bool per row: no loss and no gradient, whatever its logits
+    left_out: Tensor | None = None  # bool per row: no loss and no gradient, for any logits
     hard: PerRow = 1.0
     smooth: PerRow = 0.0
     square: PerRow = 0.0
@@ -58,7 +58,7 @@ class Terms(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Cross-entropy of classes and nothing else, and every row counts alike."""
+        """Whether this is plain cross-entropy of classes, with every row counted alike."""
         return not (
             self.share is not None
             or self.weight is not None
@@ -79,7 +79,7 @@ class Terms(NamedTuple):
         return _counts(self.square)
 
     def at(self, where: tuple[slice, ...]) -> Terms:
-        """Those of a block of rows."""
+        """Returns the terms of a block of rows."""
         per_row = ("target", "left_out", "hard", "smooth", "square")
         values = {name: getattr(self, name) for name in per_row}
         part: dict[str, Any] = {n: v[where] for n, v in values.items() if isinstance(v, Tensor) and v.dim()}
@@ -89,7 +89,7 @@ class Terms(NamedTuple):
 
 
 def of_rows(where: tuple[slice, ...]) -> tuple[slice, ...]:
-    """All classes of a block of rows."""
+    """Returns all classes of a block of rows."""
     return (*where[:1], slice(None), *where[1:])
 
 
@@ -106,16 +106,16 @@ def cross_entropy(
     empty: float = float("nan"),
     backend: str = "auto",
 ) -> Tensor:
-    """As `torch.nn.functional.cross_entropy`; logits `[M, C]` or `[N, C, S]`, and classes or probabilities as target.
+    """Computes `torch.nn.functional.cross_entropy` of logits `[M, C]` or `[N, C, S]`, and classes or probabilities.
 
-    The class weights of a mean's rows sum to its denominator; `z_loss` counts rows. A mean of none of them is `empty`.
+    A mean divides by the sum of its rows' class weights; `z_loss` counts rows. A mean of no rows is `empty`.
     """
     x, target, weight = savable(x), savable(target), None if weight is None else savable(weight)
     hard: PerRow = 1 - label_smoothing
     smooth: PerRow = label_smoothing / x.shape[1]
     square: PerRow = z_loss
     share = index = left_out = None
-    total: Tensor | None = None  # of the class weights
+    total: Tensor | None = None  # sum of the class weights
     count: int | Tensor = x.numel() // x.shape[1]
     if target.dim() == x.dim():
         share = target
@@ -151,8 +151,8 @@ def focal_classes(
     """`-alpha_t (1 - p_t)^gamma log p_t` (Lin et al. 2017) of `p = softmax(input)`, fp32 or fp64.
 
     input: `[M, C]` or `[N, C, d1, ...]`. target: int64, its shape without C. alpha: `[C]`. The mean counts the rows
-    that are not ignored, and is 0 without any. Where p_t rounds to 1, 1 - p_t is the sum of the others: neither the
-    loss nor its gradient is 0, and a gamma below 1 divides nothing by 0.
+    that are not ignored, and is 0 without any. 1 - p_t is the sum of the other probabilities: if p_t rounds to 1,
+    neither the loss nor its gradient is 0, and a gamma below 1 does not divide by 0.
     """
     input, target, alpha = savable(input), savable(target), None if alpha is None else savable(alpha)
     rows = input.shape[:1] + input.shape[2:]
@@ -172,7 +172,7 @@ def soft_cross_entropy_rows(
 ) -> Tensor:
     """`-sum_j softmax(target_logits)_j log softmax(logits)_j` of each row of `[Q, n]`, over the entries of `mask`.
 
-    A row without any gives 0. The gradient is the logits' alone; nothing but it, `[Q, n]`, is kept.
+    A row without entries gives 0. Only the logits receive a gradient, and only it, `[Q, n]`, is kept.
     """
     backend = select_rowwise(backend, logits, "classes")
     target_logits, mask = savable(target_logits.detach()), None if mask is None else savable(mask)
@@ -187,9 +187,10 @@ def soft_cross_entropy_rows(
 def admitted(
     target: Tensor, columns: int, ignore_index: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None, int | Tensor]:
-    """The target within the classes, rows that are left out, rows out of range, and how many are not left out.
+    """Returns the target within the classes, left-out rows, rows out of range, and the number of rows not left out.
 
-    Where values may be read, no row is out of range (IndexError) and None is left out where nothing is: most batches.
+    If values may be read, a row out of range raises IndexError, and left-out rows are None if there are none, as in
+    most batches.
     """
     reads = checks.reads_values(target) and target.numel() > 0 and not transformed()
     if reads:
@@ -215,12 +216,12 @@ def _nan_outside(hard: PerRow, outside: Tensor | None, dtype: torch.dtype) -> Pe
 
 
 def loss(x: Tensor, terms: Terms, *, reduced: bool, backend: str) -> Tensor:
-    """The rows' losses, or their sum, in the statistics dtype."""
+    """Returns the rows' losses, or their sum, in the statistics dtype."""
     backend = select_rowwise(backend, x, "classes")
     if (
         backend == "reference"
         or not x.numel()
-        or transformed()  # a compiler fuses the formula, where it would unroll a loop over blocks
+        or transformed()  # a compiler fuses the formula, but would unroll a loop over blocks
         or (torch.is_grad_enabled() and any(_learns(t) for t in (terms.hard, terms.weight, terms.share)))
     ):
         rows = formula(x, terms)
@@ -240,7 +241,7 @@ def _learns(value: object) -> bool:
 
 
 def formula(x: Tensor, terms: Terms) -> Tensor:
-    """Each row's loss; differentiable in logits, class weights and shares."""
+    """Returns each row's loss; differentiable by logits, class weights and shares."""
     shape = x.shape[:1] + x.shape[2:]
     z, C = x.to(stats_dtype(x.dtype)), x.shape[1]
     if terms.left_out is not None:
@@ -257,9 +258,9 @@ def formula(x: Tensor, terms: Terms) -> Tensor:
         first = softmax_rows(z, terms.target.reshape(-1))
         if terms.gamma:
             s = -torch.expm1(-first)
-            first = s.masked_fill(s == 0, 1) ** terms.gamma * first  # 0^(gamma - 1) has no gradient, and 0 counts 0
+            first = s.masked_fill(s == 0, 1) ** terms.gamma * first  # s = 0 gives 0, but no gradient
     rows = terms.hard * first.reshape(shape)
-    if _counts(terms.smooth):  # torch 2.10's compiler knows no properties of a NamedTuple
+    if _counts(terms.smooth):  # torch 2.10's compiler cannot trace properties of a NamedTuple
         rows = rows - terms.smooth * (weight * z.log_softmax(1)).sum(1).reshape(shape)
     if _counts(terms.square):
         rows = rows + terms.square * _logsumexp(z).square().reshape(shape)
@@ -267,7 +268,7 @@ def formula(x: Tensor, terms: Terms) -> Tensor:
 
 
 def _logsumexp(z: Tensor) -> Tensor:
-    """Of large logits too with all digits of its gradient, which torch finds from exp(z - logsumexp(z))."""
+    """Keeps all digits of the gradient for large logits, for which torch's exp(z - logsumexp(z)) loses them."""
     shift = z.detach().amax(1, keepdim=True)
     shift = shift.masked_fill(shift.isinf(), 0)
     return (z - shift).logsumexp(1) + shift[:, 0]
@@ -281,7 +282,7 @@ def soft_formula(logits: Tensor, target_logits: Tensor, mask: Tensor | None) -> 
 
 
 def _log_softmax(z: Tensor, mask: Tensor | None) -> Tensor:
-    """Over the entries of the mask; finite in a row without any."""
+    """Computes log_softmax over the mask's entries; finite for a row without any."""
     if mask is None:
         return z.log_softmax(1)
     return z.masked_fill(~mask & mask.any(1, keepdim=True), -torch.inf).log_softmax(1)
@@ -291,8 +292,8 @@ def _log_softmax(z: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def chunked(x: Tensor, terms: Terms, wants_grad: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The rows' losses, the gradient of their sum by `x` in its dtype, and what that is to be multiplied by per row."""
-    # Few positions a row behind the classes are no vectors either.
+    """Returns the rows' losses, the gradient of their sum by `x` in its dtype, and that gradient's factor per row."""
+    # A few positions per row after the classes do not fill vectors either.
     narrow = x.shape[1] < FEW_CLASSES or (x.dim() == 3 and x.shape[2] < FEW_CLASSES)
     d = 0 if narrow and x.numel() > FEW_ELEMENTS else 1
     if x.numel() <= BLOCK or x.device.type != "cpu":
@@ -311,7 +312,7 @@ def chunked(x: Tensor, terms: Terms, wants_grad: bool) -> tuple[Tensor, Tensor |
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[slice, ...]]:
-    """Of rows: along `M`; of `[N, C, S]` along N, and along S where one of N is too much."""
+    """Yields blocks of rows: along `M`; of `[N, C, S]` along N, and along S if one of N is too large."""
     N, C = x.shape[:2]
     if x.dim() == 2:
         yield from ((slice(i, i + max(1, BLOCK // C)),) for i in range(0, N, max(1, BLOCK // C)))
@@ -325,12 +326,12 @@ def _blocks(x: Tensor) -> Iterator[tuple[slice, ...]]:
 def _block(
     x: Tensor, terms: Terms, d: int, wants_grad: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `chunked`, for rows that stay in the caches. The gradient stands in `out`, where that is given.
+    """Computes `chunked` for rows that fit the caches. The gradient is written to `out`, if given.
 
-    d: where the classes stand while the block is worked on.
+    d: the dimension of the classes inside the block.
     """
     dtype = stats_dtype(x.dtype)
-    if d and terms.plain and x.dtype == dtype:  # the general case in as few calls as it takes
+    if d and terms.plain and x.dtype == dtype:  # the common case, in as few calls as possible
         p, target, _, s, loss = _without_target(x, torch.softmax, terms.target, d, out)
         hard = loss.new_full((), terms.hard)  # type: ignore[arg-type]  # plain: it is a number
         if wants_grad:
@@ -344,8 +345,8 @@ def _block(
         capped = torch.tanh(z / terms.softcap)
         z = terms.softcap * capped
     hard = _beside(terms.hard, d)
-    rest: Any = None  # times p in the gradient, beside the target's own
-    more: Any = None  # in the loss, likewise
+    rest: Any = None  # factor of p in the gradient, besides the target's
+    more: Any = None  # summand of the loss, likewise
     weight = None if terms.weight is None else terms.weight.to(dtype).view(-1, *(1,) * (x.dim() - 1 - d))
     if terms.squares:
         square, lse = _beside(terms.square, d), torch.logsumexp(z, d, keepdim=True)
@@ -371,7 +372,7 @@ def _block(
         softmax = (lambda *_, **__: log_p.exp_()) if terms.smooths else torch.softmax
         p, target, p_t, s, loss = _without_target(z, softmax, terms.target, d, out)
         if terms.gamma:
-            # At s = 0, -log p_t / s is 1, and 0^0 too.
+            # At s = 0, -log p_t / s is 1, and so is 0^0.
             slope = (loss / s).masked_fill_(s == 0, 1).mul_(p_t).mul_(terms.gamma).add_(1)
             focus = s**terms.gamma
             loss, hard = loss * focus * hard, hard * focus * slope
@@ -406,7 +407,7 @@ def _block(
 def _without_target(
     z: Tensor, softmax: Callable[..., Tensor], target: Tensor | None, d: int, out: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """p with 0 at the target, the target's place, p_t, s and -log p_t. p stands in `out` where that suits it."""
+    """Returns p with 0 at the target, the target's place, p_t, s and -log p_t. p is in `out` if that fits."""
     assert target is not None
     if out is not None and out.dtype == z.dtype and out.is_contiguous():
         p = softmax(z, d, out=out)
@@ -417,10 +418,10 @@ def _without_target(
     p.scatter_(d, target, 0)
     s = p.sum(d, True)
     loss = (s / p_t).log1p_()
-    s.div_(s + p_t)  # what rounds all shares alike goes: of equal logits the gradient was twice as far off as torch's
-    # Where p_t has no digits left, log p_t is that of s = 1. Rare: on a CPU it is looked for.
+    s.div_(s + p_t)  # removes an error common to all shares: for equal logits the gradient's error was twice torch's
+    # If p_t has lost its digits, log p_t is computed with s = 1. This is rare, so a CPU tests for it first.
     if z.device.type != "cpu" or not p_t.amin().item() > LEAST:
-        # Of an infinite logit p_t is NaN, and so stays the loss.
+        # For an infinite logit p_t is NaN, and the loss stays NaN.
         loss = torch.where(p_t <= LEAST, torch.logsumexp(z, d, keepdim=True) - z.gather(d, target), loss)
     return p, target, p_t, s, loss
 
@@ -428,7 +429,7 @@ def _without_target(
 def soft_chunked(
     logits: Tensor, beside: tuple[Tensor, Tensor | None], wants_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`soft_formula`, its gradient p - q, and what that is to be multiplied by."""
+    """Returns `soft_formula`, its gradient p - q, and that gradient's factor."""
     target_logits, mask = beside
     dtype = stats_dtype(logits.dtype)
     loss = logits.new_empty(logits.shape[0], dtype=dtype)
@@ -452,7 +453,7 @@ def soft_chunked(
 
 
 def _take_gain(grad: Tensor, d: int) -> Tensor:
-    """Divides each row's gradient to where fp16 holds it, in place; gives what it is to be multiplied by."""
+    """Divides each row's gradient in place, so that fp16 holds it; returns the factor that undoes this."""
     gain = grad.abs().amax(d, keepdim=True).div_(FP16_LARGEST)
     gain.masked_fill_(gain == 0, 1)
     grad.div_(gain)
@@ -460,14 +461,14 @@ def _take_gain(grad: Tensor, d: int) -> Tensor:
 
 
 def _beside(value: PerRow | None, d: int) -> Any:
-    """A number per row with one more dimension, the classes'."""
+    """Returns a number per row with one more dimension, for the classes."""
     return value.unsqueeze(d) if isinstance(value, Tensor) and value.dim() else value
 
 
 def _copied(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous, in `dtype`."""
+    """Returns a contiguous copy in `dtype`."""
     out = x.new_empty(x.shape, dtype=dtype)
-    # copy_ transposes in tiles of 60 x 60, on one thread: four times the time where one side is under 16.
+    # copy_ transposes in tiles of 60 x 60 on one thread, which takes four times as long if one side is under 16.
     return torch.mul(x, 1, out=out) if x.dtype == dtype else out.copy_(x)
 
 
@@ -490,12 +491,12 @@ class _Walk(torch.autograd.Function):
 
 
 def scaled(grad: Tensor, upstream: Tensor, gain: Tensor | None = None) -> Tensor:
-    """`grad * upstream`, and per row times `gain`; rounded once."""
+    """Returns `grad * upstream`, times `gain` per row, rounded once."""
     if gain is not None:
         upstream = upstream * gain.unsqueeze(1)
     if not upstream.dim():
-        # A loss that nothing is done to but backward(): on a CPU that is worth a look, as the product costs a third.
-        # Not where the graph is kept: what is given away is then also what the next backward pass reads.
+        # If upstream is 1, as after a plain backward(), the product is skipped: a CPU tests for it, because the product
+        # costs a third. Not if the graph is kept, because the next backward pass reads this tensor again.
         unscaled = upstream.device.type == "cpu" and last_use(upstream) and upstream.item() == 1
         return grad if unscaled else grad * upstream
     if grad.dtype == upstream.dtype:

@@ -3,10 +3,10 @@
     pairwise   RankNet, LambdaLoss, ADR-MSE: n^2 pairs a query, visited in blocks, none of them kept
     listwise   ListNet, ListMLE, PListMLE: one pass over each row
 
-The pairwise ones sort the documents by score first. With i ranked above j, `s_j - s_i` is never positive: exponentials
-cannot overflow, every pair is met once, and what it adds to document i it takes from document j, so that a block's
-gradient is its row sums less its column sums. A function here knows its gradient when it knows its value; what is saved
-for backward is that gradient, in fp32: no pair's share underflows in 16 bits before upstream enlarges it.
+The pairwise losses sort the documents by score first. With i ranked above j, `s_j - s_i` is never positive:
+exponentials cannot overflow, every pair is visited once, and its gradient by document j is minus that by document i, so
+a block's gradient is its row sums minus its column sums. Every function computes its gradient with its value. Only that
+gradient is saved for backward, in fp32, so that no pair's share underflows in 16 bits before upstream enlarges it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from .pointwise import once_only
 
 LN2 = math.log(2)
 LARGEST = 1e8  # scores are clamped to this: -inf ranks last and gives finite numbers
-PADDING = -1e30  # the score and the label of a place without a document: below all others, and 0 times it is 0
+PADDING = -1e30  # the score and the label of a place without a document: below all others, and finite
 BLOCK = {"cpu": 1 << 17, "cuda": 1 << 24}  # pairs or elements at once: five buffers of them stay in two cores' caches
-ROWS = 32, 128  # of a block, at least and at most: the more, the more pairs below the diagonal are computed for nothing
-ONE_BLOCK = 64  # up to so many documents a block has all of them
+ROWS = 32, 128  # of a block, least and most: larger blocks waste more pairs below the diagonal
+ONE_BLOCK = 64  # documents of a query that always form one block
 
 Weighting = str | Callable[[Tensor, Tensor, Tensor], Tensor] | None
 RankWeight = str | Callable[[Tensor], Tensor] | None
@@ -39,7 +39,7 @@ RankWeight = str | Callable[[Tensor], Tensor] | None
 
 
 class _Known(torch.autograd.Function):
-    """`loss`, whose gradient by the scores was found beside it: `factor * gradient`."""
+    """`loss`, with a gradient by the scores that is already computed: `factor * gradient`."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, loss: Tensor, gradient: Tensor, factor: Tensor | float) -> Tensor:
@@ -65,9 +65,9 @@ def _reduced(
     unit: float = 1.0,
     scale: float = 1.0,
 ) -> Tensor:
-    """Sums of queries as what was asked for, in `unit`s. gradient: of their sum by `scale * scores`, or None.
+    """Reduces the queries' sums, in `unit`s. gradient: of their sum by `scale * scores`, or None.
 
-    In fp64 and rounded once: three roundings of a mean in fp32 are more than the pairs' own, which average out.
+    In fp64, rounded once: three fp32 roundings of a mean exceed the error of the pairs, which averages out.
     """
     sums = sums.double()
     over: Tensor | float = unit
@@ -92,10 +92,10 @@ def _row_blocks(Q: int, n: int, device: torch.device) -> Iterator[slice]:
 
 
 def _entered(scores: Tensor, labels: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """As the pairwise losses see them: fp32 or fp64, scores within their bounds and times the scale, padding marked."""
+    """Prepares the pairwise losses' inputs: fp32 or fp64, scores clamped and times the scale, padding marked."""
     dtype = stats_dtype(scores.dtype)
     y = labels.to(dtype)
-    # 0 times a label: one that is NaN or infinite makes the query's loss NaN.
+    # Adds 0 times the label, so that a NaN or infinite label makes the query's loss NaN.
     z = torch.add(scores.to(dtype).clamp(-LARGEST, LARGEST), y, alpha=0)
     if mask is not None:
         z, y = z.where(mask, PADDING), y.where(mask, PADDING)
@@ -103,31 +103,31 @@ def _entered(scores: Tensor, labels: Tensor, mask: Tensor | None, scale: float) 
 
 
 def _left_out(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """What has no gradient: padding, and scores that were clamped."""
+    """Returns the places without a gradient: padding, and clamped scores."""
     clamped = scores.abs() > LARGEST
     return clamped if mask is None else clamped.logical_or_(~mask)
 
 
 class Pairs(NamedTuple):
-    """A block of pairs (i, j), i of `rows` and j of `columns`, which are the rows and all documents after them."""
+    """A block of pairs (i, j): i in `rows`, and j in `columns`, the rows and all documents after them."""
 
     queries: slice
     rows: slice
     columns: slice
     workspace: Sequence[Tensor]  # [queries, rows, columns] each
-    whole: bool  # all pairs there are
+    whole: bool  # whether the block has all pairs
 
     def difference(self, x: Tensor, out: Tensor) -> Tensor:
         """x_j - x_i"""
         if self.whole:
-            return torch.sub(x.unsqueeze(1), x.unsqueeze(2), out=out)  # a third of the time that slices take
+            return torch.sub(x.unsqueeze(1), x.unsqueeze(2), out=out)  # takes a third of the time of slices
         return torch.sub(x[self.queries, None, self.columns], x[self.queries, self.rows, None], out=out)
 
     def square(self, block: Tensor) -> Tensor:
         return block[..., : block.shape[1]]
 
     def add_odd(self, total: Tensor, value: Tensor) -> None:
-        """total_i += value_ij and total_j -= value_ij, where value_ji = -value_ij: the square has both."""
+        """Adds value_ij to total_i and subtracts it from total_j. The square holds value_ji = -value_ij, too."""
         if self.whole:
             total.add_(value.sum(2))
             return
@@ -137,7 +137,7 @@ class Pairs(NamedTuple):
 
 
 def _pairs(z: Tensor, top: int, buffers: int) -> Iterator[Pairs]:
-    """Blocks that together have every pair i < j with i among the `top`."""
+    """Yields blocks that together have every pair i < j with i among the `top`."""
     Q, n = z.shape
     block = BLOCK.get(z.device.type, BLOCK["cuda"])
     if n <= ONE_BLOCK and Q * n * n <= block:
@@ -160,7 +160,7 @@ def _pairs(z: Tensor, top: int, buffers: int) -> Iterator[Pairs]:
 
 
 class Ranked(NamedTuple):
-    """Every query's documents, the highest score first (equal ones as they came) and padding last."""
+    """Every query's documents, the highest score first (equal ones in input order) and padding last."""
 
     score: Tensor  # [Q, n], times sigma
     label: Tensor  # [Q, n]
@@ -179,19 +179,19 @@ def _in_input_order(by_rank: Tensor, order: Tensor, left_out: Tensor) -> Tensor:
 
 
 def _discounts(n: int, device: torch.device) -> Tensor:
-    """[n]: 1 / log2(1 + position), in fp64: differences of neighbours cancel, in fp32 by 3e-4 at the thousandth."""
+    """Returns 1 / log2(1 + position) [n] in fp64: neighbours' differences cancel, in fp32 by 3e-4 at the thousandth."""
     return torch.arange(2, n + 2, dtype=torch.float64, device=device).log2_().reciprocal_()
 
 
 def _unequal(labels: Tensor, length: Tensor | int) -> tuple[Tensor, Tensor]:
-    """int64 [Q]: how many pairs of documents have different labels; and the labels in ascending order."""
+    """Returns the number of pairs with different labels, int64 [Q], and the labels in ascending order."""
     ascending = labels.sort(1).values
     lower = torch.searchsorted(ascending, ascending).sum(1)
-    return lower - length * (labels.shape[1] - length), ascending  # padding is lower than all
+    return lower - length * (labels.shape[1] - length), ascending  # padding is below all labels
 
 
 def _gains(by_rank: Ranked, k: int, eps: float, ascending: Tensor, inverse: Tensor) -> Tensor:
-    """[Q, n]: (2^label - 1) / max(DCG@k of the best order, eps), negative labels as 0; in fp64 until the last."""
+    """Returns (2^label - 1) / max(DCG@k of the best order, eps) [Q, n], negative labels as 0; computed in fp64."""
     best = torch.expm1(ascending[:, ascending.shape[1] - k :].double().clamp(min=0) * LN2)
     ideal = (best * inverse[:k].flip(0)).sum(1).clamp(min=eps)
     gain = torch.expm1(by_rank.label.double().clamp(min=0) * LN2) / ideal[:, None]
@@ -199,21 +199,21 @@ def _gains(by_rank: Ranked, k: int, eps: float, ascending: Tensor, inverse: Tens
 
 
 def _selected(by_rank: Ranked, weighting: Weighting, k: int) -> tuple[Tensor, Tensor]:
-    """int64 [Q]: the ordered pairs that count; and the labels in ascending order."""
+    """Returns the number of ordered pairs that count, int64 [Q], and the labels in ascending order."""
     n = by_rank.label.shape[1]
     count, ascending = _unequal(by_rank.label, by_rank.length)
-    if k < n:  # less those outside the top
+    if k < n:  # minus those outside the top
         rest = by_rank.length - k
         rest = rest.clamp(min=0) if isinstance(rest, Tensor) else rest
         count = count - _unequal(by_rank.label[:, k:].contiguous(), rest)[0]
-    if weighting == "ndcg_loss1":  # every two documents, and each with itself
+    if weighting == "ndcg_loss1":  # all pairs of documents, and each with itself
         length = by_rank.length if isinstance(by_rank.length, Tensor) else torch.full_like(count, by_rank.length)
         count = length**2 - (length - k).clamp(min=0) ** 2
     return count, ascending
 
 
 def _expanded(weighting: Callable[..., Tensor], by_rank: Ranked, gain: Tensor, inverse: Tensor) -> Tensor:
-    """What a user's function gives, `[Q, n, n]`; it is called as sentence-transformers calls its schemes."""
+    """Calls a user's function as sentence-transformers calls its schemes; returns weights `[Q, n, n]`."""
     Q, n = gain.shape
     discount = inverse.reciprocal()[None].to(gain.dtype)
     with torch.enable_grad():
@@ -242,7 +242,8 @@ def lambda_loss(
     reduction: str,
     backend: str,
 ) -> Tensor:
-    """`-sum w_ij log sigmoid(sigma (s_i - s_j))` over the pairs that count, / their number under "mean"."""
+    """Returns `-sum w_ij log sigmoid(sigma (s_i - s_j))` over the pairs that count, divided by their number under
+    "mean"."""
     reason = "a function as weighting gives weights that no kernel knows" if callable(weighting) else None
     name = select_rowwise(backend, scores, "lists", unsupported=reason)
     top = min(k or scores.shape[1], scores.shape[1])
@@ -258,7 +259,7 @@ def lambda_loss(
         count, ascending = _selected(by_rank, weighting, top)
         lambdas = _lambda_kernel if name == "triton" else _lambdas
         found = lambdas(by_rank, weighting, top, eps, mu, ascending, gradient=wanted)
-        # Where no pair counts, gains that overflowed (inf / inf) do not, either.
+        # If no pair counts, gains that overflowed (inf / inf) are ignored.
         none = count == 0
         sums = found.loss.masked_fill_(none, 0)
         gradient = None
@@ -278,7 +279,7 @@ def lambda_gradients(
     eps: float,
     mu: float,
 ) -> tuple[Tensor, Tensor]:
-    """Of the sum of pair losses, first and second derivatives by each score, weights held fixed."""
+    """Returns first and second derivatives of the sum of pair losses by each score, with weights held fixed."""
     with torch.no_grad():
         top = min(k or scores.shape[1], scores.shape[1])
         by_rank = ranked(scores, labels, mask, sigma)
@@ -324,7 +325,7 @@ def _lambda_formula(
 
 
 class Lambdas(NamedTuple):
-    loss: Tensor  # fp64 [Q]: the sum of the query's pairs
+    loss: Tensor  # fp64 [Q]: the sum over the query's pairs
     gradient: Tensor | None  # [Q, n], in ranked order, by sigma * score
     curvature: Tensor | None = None
 
@@ -349,13 +350,13 @@ def _lambdas(
     if not callable(weighting):
         if weighting == "ndcg_loss1":
             assert inverse is not None
-            # A document with itself: log 2, and no gradient.
+            # The pair of a document with itself has loss log 2 and no gradient.
             gain = gain * inverse.to(z.dtype)
             found.loss.add_(gain[:, :top].sum(1), alpha=LN2)
         _walk(z, top, _weigher(weighting, gain, inverse, mu), found)
         return found
     assert inverse is not None
-    # A user's weights are as many as the pairs: those of a few queries at once.
+    # A user's weights are one per pair, so they are made for a few queries at a time.
     for queries in _row_blocks(Q, n * n, device):
         few = by_rank._replace(score=z[queries], label=by_rank.label[queries])
         weight = _expanded(weighting, few, gain[queries], inverse)
@@ -373,11 +374,12 @@ Weigher = Callable[[slice, slice, slice, Tensor, Tensor], None]
 
 
 def _weigher(weighting: str | Tensor | None, value: Tensor, inverse: Tensor | None, mu: float) -> Weigher:
-    """Writes a block's `weight`, w_ij + w_ji (one of them is 0 but for ndcg_loss1), and `wrong`: -w_ji, j the better.
+    """Returns a function that writes a block's `weight`, w_ij + w_ji (one is 0 except for ndcg_loss1), and `wrong`,
+    -w_ji.
 
-    value: gains, gain / discount for ndcg_loss1, labels for None or given weights.
+    value: gains, gain / discount for ndcg_loss1, or labels for None and given weights.
     """
-    positions: list[Tensor] = []  # of the present rows and columns, the same for all queries
+    positions: list[Tensor] = []  # of the current rows and columns, the same for all queries
 
     def weigh(queries: slice, rows: slice, columns: slice, weight: Tensor, wrong: Tensor) -> None:
         upper, lower = value[queries, rows, None], value[queries, None, columns]
@@ -405,7 +407,7 @@ def _weigher(weighting: str | Tensor | None, value: Tensor, inverse: Tensor | No
 
 
 def _by_position(weighting: str, inverse: Tensor, mu: float, rows: slice, columns: slice) -> Tensor:
-    """fp64 [rows, columns]: what multiplies |gain_i - gain_j|; anything where j <= i."""
+    """Returns the factor of |gain_i - gain_j|, fp64 [rows, columns]; undefined for j <= i."""
     far = torch.sub(inverse[rows, None], inverse[columns])
     if weighting == "lambda_rank":
         return far
@@ -416,7 +418,7 @@ def _by_position(weighting: str, inverse: Tensor, mu: float, rows: slice, column
 
 
 def _walk(z: Tensor, top: int, weigh: Weigher, found: Lambdas) -> None:
-    """Adds every pair to what is wanted. Padding adds nothing: it is the worst, and infinitely far below."""
+    """Adds every pair to the sums and gradients. Padding adds nothing: it ranks last, infinitely far below."""
     for block in _pairs(z, top, 5):
         queries, rows, columns, (below, weight, wrong, loss, room), _ = block
         block.difference(z, out=below)
@@ -424,7 +426,7 @@ def _walk(z: Tensor, top: int, weigh: Weigher, found: Lambdas) -> None:
         weigh(queries, rows, columns, weight, wrong)
         for half in (weight, wrong):  # i < j
             block.square(half).triu_(1)
-        # i is above j. If it should be: log(1 + exp(z_j - z_i)), and if not: that plus z_i - z_j.
+        # i is ranked above j. If that is right, the loss is log(1 + exp(z_j - z_i)), otherwise that plus z_i - z_j.
         torch.mul(wrong, below, out=loss)
         share = below.sigmoid_()  # at most 1/2
         loss.addcmul_(weight, torch.neg(share, out=room).log1p_(), value=-1)
@@ -481,16 +483,16 @@ def adr_mse(
 
 
 def _adr_rows(leads: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
-    """Four times the loss, sums of queries; and the slope of the loss by the soft rank.
+    """Returns four times the loss as the queries' sums, and the loss's derivative by the soft rank.
 
-    The true rank is (n + 1 + leads) / 2. excess: twice what the soft rank has more.
+    The true rank is (n + 1 + leads) / 2. excess: twice the soft rank minus the true rank.
     """
     slope = excess / (leads + (leads.shape[1] + 3)).log2_().sub_(1)  # over log2(1 + true rank)
     return (slope * excess).sum(1), slope
 
 
 def _adr_formula(z: Tensor, y: Tensor) -> Tensor:
-    """With 2 sigmoid(2x) = 1 + tanh(x): what a pair adds to either rank is odd, and 0 where they agree."""
+    """The formula with 2 sigmoid(2x) = 1 + tanh(x): a pair's part of the ranks is odd, and 0 at equal scores."""
     above = (y[:, None, :] - y[:, :, None]).sign()
     leads = above.sum(2)
     excess = ((z[:, None, :] - z[:, :, None]).tanh() - above).sum(2)
@@ -522,7 +524,7 @@ def _adr(z: Tensor, y: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None
 
 
 def list_net(scores: Tensor, labels: Tensor, mask: Tensor | None, *, reduction: str, backend: str) -> Tensor:
-    """Cross-entropy of softmax(scores) from softmax(labels), a query a row; 0 for one without documents."""
+    """Computes the cross-entropy of softmax(scores) from softmax(labels), one query a row; 0 without documents."""
     name = select_rowwise(backend, scores, "classes")
     Q = scores.shape[0]
     if name == "reference" or torch.compiler.is_compiling() or labels.requires_grad:
@@ -556,7 +558,7 @@ def _list_net(scores: Tensor, labels: Tensor, mask: Tensor | None, *, gradient: 
         sums[rows], log_share, target = _list_net_terms(scores[rows], labels[rows], part)
         if by_score is not None:
             torch.sub(log_share.exp_(), target, out=by_score[rows])
-            if part is not None:  # where no document is, both are 1 / n, rounded
+            if part is not None:  # in a row without documents both are 1 / n, rounded
                 by_score[rows].masked_fill_(~part, 0)
     return sums, by_score
 
@@ -574,7 +576,7 @@ def list_mle(
     reduction: str,
     backend: str,
 ) -> Tensor:
-    """`sum_i w_i (logsumexp_{j >= i} s_j - s_i)`, in the input's order or the labels'."""
+    """Computes `sum_i w_i (logsumexp_{j >= i} s_j - s_i)`, in the input's order or the labels'."""
     Q, n = scores.shape
     name = select_rowwise(backend, scores, "lists")
     if name == "triton" and n > 4096:
@@ -602,7 +604,7 @@ def list_mle(
 
 
 def _by_label(labels: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The highest first, padding last."""
+    """Returns the order of the labels, the highest first, padding last."""
     labels = labels.detach().to(dtype)
     if mask is not None:
         labels = labels.where(mask, PADDING)
@@ -610,17 +612,17 @@ def _by_label(labels: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor
 
 
 def _listed(scores: Tensor, labels: Tensor, mask: Tensor | None, order: Tensor | None) -> Tensor:
-    """Scores in the list's order; padding at PADDING."""
+    """Returns the scores in the list's order; padding is PADDING."""
     z = scores.to(stats_dtype(scores.dtype))
     if order is not None:
-        z = torch.add(z, labels.detach(), alpha=0).to(z.dtype)  # a label that is NaN shows
+        z = torch.add(z, labels.detach(), alpha=0).to(z.dtype)  # a NaN label makes the loss NaN
     if mask is not None:
         z = z.where(mask, PADDING)
     return z if order is None else z.gather(1, order)
 
 
 def _rank_weights(lambda_weight: RankWeight, mask: Tensor | None, scores: Tensor) -> Tensor | None:
-    """[Q, n] or [1, n], 0 for padding, in the list's order, of sum 1 in fp64; None: all are 1."""
+    """Returns weights [Q, n] or [1, n] in the list's order, 0 for padding, normalised in fp64; None: all are 1."""
     dtype = torch.float64
     Q, n = scores.shape
     if lambda_weight is None:
@@ -639,7 +641,7 @@ def _rank_weights(lambda_weight: RankWeight, mask: Tensor | None, scores: Tensor
         else:
             rank = mask.cumsum(1)
             length = rank[:, -1:]
-        # 2^(n - rank) - 1; of more than 127 documents divided by 2^(n - 127), so that the sum stays finite.
+        # 2^(n - rank) - 1; divided by 2^(n - 127) for more than 127 documents, so that the sum stays finite.
         excess = (length - 127).clamp(min=0)
         weight = torch.exp2((length - rank - excess).to(dtype)) - torch.exp2(-excess.to(dtype))
     if mask is not None:
@@ -652,28 +654,28 @@ def _suffix_lse(z: Tensor) -> Tensor:
 
 
 def _suffix_lse_twice_differentiable(z: Tensor) -> Tensor:
-    """The same by doubling reaches: the second derivative of logcumsumexp is NaN."""
+    """The same by doubling the reach, because the second derivative of logcumsumexp is NaN."""
     reach = 1
     while reach < z.shape[1]:
         later = nn.functional.pad(z[:, reach:], (0, reach), value=PADDING)
         apart = z - later
         soft = nn.functional.logsigmoid
-        z = torch.where(apart > 0, z - soft(apart), later - soft(-apart))  # from the larger: padding has no digits
+        z = torch.where(apart > 0, z - soft(apart), later - soft(-apart))  # from the larger: padding loses all digits
         reach *= 2
     return z
 
 
 def _list_mle_formula(z: Tensor, weight: Tensor | None) -> Tensor:
-    """In fp64: what a document's chance loses to the rounding of its logarithm is as large as the scores are."""
+    """The formula in fp64: the rounding error of a log-probability is proportional to the scores."""
     wide = z.double()
-    # A compiler has no use for the doubling: what it compiles is not differentiated twice.
+    # A compiler does not need the doubling: compiled code is not differentiated twice.
     suffix_lse = _suffix_lse if torch.compiler.is_compiling() else _suffix_lse_twice_differentiable
     terms = suffix_lse(wide) - wide
     return (terms if weight is None else terms * weight).sum(1)
 
 
 def _list_mle(z: Tensor, weight: Tensor | None, *, gradient: bool, signed: bool) -> tuple[Tensor, Tensor | None]:
-    """In fp64, likewise; a scan takes as long in fp32."""
+    """Computes loss and gradient in fp64, too; a scan takes as long in fp32."""
     Q, n = z.shape
     sums = z.new_empty(Q, dtype=torch.float64)
     by_score = torch.empty_like(z) if gradient else None

@@ -1,4 +1,4 @@
-"""Scores against the order of their labels: the softplus-like loss of all pairs at once (CoSENT)."""
+"""The loss of scores against the order of their labels, over all pairs at once (CoSENT)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..core.softmax import softplus
 
 
 def ordered_pairs(z: Tensor, label: Tensor, backend: str = "auto") -> Tensor:
-    """`log(1 + sum over label_i < label_j of exp(z_i - z_j))`, 0-dim; z, label: `[B]`.
+    """Returns `log(1 + sum over label_i < label_j of exp(z_i - z_j))`, 0-dim; z, label: `[B]`.
 
     The formula takes B^2 memory; sorted by label it takes O(B), and O(B log B) time. A NaN anywhere makes it NaN.
     """
@@ -28,7 +28,7 @@ def ordered_pairs(z: Tensor, label: Tensor, backend: str = "auto") -> Tensor:
 
 def _formula(z: Tensor, label: Tensor) -> Tensor:
     pairs = (z[:, None] - z).masked_fill(~(label[:, None] < label), -torch.inf)
-    # Not one logsumexp with the 0 among the pairs: of a loss of 1e-5 that leaves two digits.
+    # Not one logsumexp with 0 among the pairs, which leaves a loss of 1e-5 two digits.
     loss = softplus(pairs.flatten().logsumexp(0))
     return loss * torch.where((z.isnan() | label.isnan()).any(), torch.nan, 1.0)
 
@@ -40,7 +40,7 @@ class _OrderedPairs(torch.autograd.Function):
         wide, rows = torch.float64 if z.device.type in ("cpu", "cuda") else z.dtype, len(z)
         levels, order = label.sort()
         x = z[order].to(wide)
-        # By how many rows are taken: the log of the sum of exp(x) over the first, and of exp(-x) over the last.
+        # Indexed by the number of rows: the log of the sum of exp(x) over the first rows, and of exp(-x) over the last.
         sums = torch.stack([x, -x.flip(0)]).logcumsumexp(1)
         sums = torch.cat([x.new_full((2, 1), -torch.inf), sums], 1)
         lower = sums[0][torch.searchsorted(levels, levels)]
@@ -60,6 +60,6 @@ class _OrderedPairs(torch.autograd.Function):
         gradient, z, label = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return upstream * gradient, None
-        with torch.enable_grad():  # create_graph=True: once more, as a formula
+        with torch.enable_grad():  # create_graph=True: the formula, which autograd can differentiate again
             (found,) = torch.autograd.grad(_formula(z, label), z, upstream, create_graph=True)
         return found, None

@@ -1,7 +1,7 @@
 """Logits of a linear layer on pairs of embeddings, [u; v; |u - v|; u v], without the concatenation.
 
-The logits are the sum of each part's product with its own columns of the weight. Kept for backward are u, v and the
-weight; |u - v| and u v are formed again, a block of rows at a time.
+The logits are the sum of each part's product with its own columns of the weight. u, v and the weight are kept for
+backward, where |u - v| and u v are formed again, a block of rows at a time.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from ..core.numerics import savable, stats_dtype
 from .pointwise import once_only, transformed
 
 BLOCK = {"cpu": 1 << 19, "cuda": 1 << 26}  # elements of u at a time
-SMALL = 1 << 15  # elements up to which a CPU is faster with the concatenation: what it keeps is 100 KiB a part
-PARTS = {"rep": 2, "difference": 1, "multiplication": 1}  # in this order: how many times D columns
+SMALL = 1 << 15  # elements up to which a CPU is faster with the concatenation, which keeps 100 KiB a part
+PARTS = {"rep": 2, "difference": 1, "multiplication": 1}  # in this order, with the number of D columns that each takes
 
 
 def pair_logits(
     u: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, parts: tuple[str, ...], backend: str = "auto"
 ) -> Tensor:
-    """`[B, C]`, fp32 or fp64; weight `[C, k D]`."""
+    """Returns `[B, C]`, fp32 or fp64; weight `[C, k D]`."""
     u, v, weight = savable(u), savable(v), savable(weight)
     widest = torch.promote_types(u.dtype, weight.dtype)
     backend = select_rowwise(backend, weight if weight.dtype == widest else u, "pair_logits")
-    # In 16 bits the formula keeps all in fp32, which is more than is given up for its speed.
+    # Not in 16 bits: the formula would keep everything in fp32, which is too much memory for its speed.
     small = u.numel() <= SMALL and u.device.type == "cpu" and u.dtype == weight.dtype == stats_dtype(widest)
     if backend == "reference" or transformed() or (small and backend == "chunked"):
         return formula(u, v, weight, bias, parts)
@@ -114,7 +114,7 @@ def _dtype(u: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _slices(weight: Tensor, parts: tuple[str, ...]) -> dict[str, list[Tensor]]:
-    """The columns of each part."""
+    """Yields the columns of each part."""
     D = weight.shape[1] // sum(PARTS[part] for part in parts)
     columns = iter(weight.split(D, dim=1))
     return {part: [next(columns) for _ in range(count)] for part, count in PARTS.items() if part in parts}

@@ -1,10 +1,10 @@
 """Rows of one matrix against the same rows of others, and mined pairs: nothing of M x D is kept or copied.
 
-`scores` is what pair, triplet and distillation losses are made of. It saves its inputs and a few numbers a row, and its
+Pair, triplet and distillation losses are built on `scores`. It saves its inputs and a few numbers a row, and its
 backward reads the inputs again: a normalised copy, or a difference, would cost another M x D of memory and a write.
 
-`of_pairs` is for what a sweep over all pairs has found (the hardest positive, the hardest negative). It is computed
-again here, where its gradient is two rows and not a matrix.
+`of_pairs` is for pairs found by a sweep (the hardest positive, the hardest negative). Their scores are computed again
+here, where the gradient has two rows and is no matrix.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from ..core.numerics import NORM_EPS, savable, stats_dtype
 from .pointwise import transformed
 
 # Elements of a block. On a CPU each call wakes the other threads: blocks of 2^18 elements took up to 1.3 times as long
-# as these of 4 MiB. On a GPU it only bounds what the fp32 copies of 16-bit inputs take.
+# as these of 4 MiB. On a GPU this only bounds the fp32 copies of 16-bit inputs.
 BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}
-# Up to here (256 KiB a matrix) a step is calls, and an autograd.Function's cost more than those of its formula.
+# Up to this size (256 KiB a matrix) the overhead of calls dominates, and an autograd.Function has more of it than its
+# formula.
 SMALL = 1 << 16
 
 
@@ -39,7 +40,7 @@ def cosine(x: Tensor, y: Tensor, eps: float = NORM_EPS) -> Tensor:
 
 
 def angle(x: Tensor, y: Tensor, eps: float = NORM_EPS) -> Tensor:
-    """AnglE's: unit rows read as complex numbers (dims i and i + ceil(D / 2)); |Re + Im| of the sum of x conj(y)."""
+    """AnglE's: rows as complex numbers (dims i and i + ceil(D / 2) of unit rows); |Re + Im| of the sum of x conj(y)."""
     half, rest = (x.shape[1] + 1) // 2, x.shape[1] // 2
     imaginary = dot(x[:, half:], y[:, :rest]) - dot(x[:, :rest], y[:, half:])
     return ((dot(x, y) + imaginary) / (_length(x, eps) * _length(y, eps))).abs()
@@ -50,12 +51,12 @@ def squared_distance(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
 
 
 def euclidean_distance(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
-    """Of 0 the gradient is 0, not infinity; its second derivatives are NaN, as torch's."""
+    """The gradient at distance 0 is 0 instead of infinity; second derivatives there are NaN, as in torch."""
     return torch.linalg.vector_norm(_apart(x, y, eps), dim=1)
 
 
 def distance_of_mined(x: Tensor, y: Tensor) -> Tensor:
-    """Of 0, which a row and itself are apart, second derivatives are 0 as well."""
+    """At distance 0, as between a row and itself, second derivatives are 0 as well."""
     squared = squared_distance(x, y)
     zero = squared == 0
     return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
@@ -80,7 +81,7 @@ def _length(x: Tensor, eps: float) -> Tensor:
 
 class Kind(NamedTuple):
     formula: Callable[[Tensor, Tensor, float], Tensor]
-    eps: float  # what `scores` takes by default
+    eps: float  # the default of `scores`
     cosine: bool = False  # divides rows by their norms
 
 
@@ -99,7 +100,7 @@ DISTANCES = {"euclidean": distance_of_mined, "squared": squared_distance, "cosin
 
 
 def scores(kind: str, query: Tensor, *others: Tensor, eps: float | None = None, backend: str = "auto") -> Tensor:
-    """`[M, K]`, of which `columns` gives the columns."""
+    """Returns `[M, K]`, the columns of `columns` stacked."""
     found = columns(kind, query, *others, eps=eps, backend=backend)
     return found[0][:, None] if len(found) == 1 else torch.stack(found, dim=1)
 
@@ -107,7 +108,8 @@ def scores(kind: str, query: Tensor, *others: Tensor, eps: float | None = None, 
 def columns(
     kind: str, query: Tensor, *others: Tensor, eps: float | None = None, backend: str = "auto"
 ) -> tuple[Tensor, ...]:
-    """`[M]` K times: each row of `query` [M, D] with the same row of each of the K others; fp32, fp64 for fp64 queries.
+    """Returns K scores `[M]`: each row of `query` [M, D] with the same row of the K others; fp32, fp64 for fp64
+    queries.
 
     kind: "dot"; "cos" and "angle" (AnglE's), of rows divided by `max(|row|, eps)`; "euclidean", "squared" and
         "manhattan", of the difference plus `eps`, as in torch.nn.functional.pairwise_distance.
@@ -124,7 +126,7 @@ def columns(
 
 
 def _plain(kind: str, query: Tensor, others: Sequence[Tensor]) -> bool:
-    """Whether the formula does as well: it makes no fp32 copies, and the batch is small or it keeps its inputs only."""
+    """Whether the formula is as good: it makes no fp32 copies, and the batch is small or only inputs are kept."""
     inputs_only = kind in ("dot", "squared") and len(others) == 1
     wide = stats_dtype(query.dtype)
     return (inputs_only or query.numel() <= SMALL) and all(x.dtype == wide for x in (query, *others))
@@ -153,9 +155,9 @@ class _Scores(torch.autograd.Function):
         if not torch.is_grad_enabled():
             backward = triton_pairs.backward if ctx.backend == "triton" else _backward
             return None, None, None, *backward(ctx.kind, ctx.eps, upstream, matrices, value, norm, wanted)
-        # create_graph=True: once more, as a formula.
+        # create_graph=True: the formula, which autograd can differentiate again.
         with torch.enable_grad():
-            # Apart, where several are one tensor: else each would get the gradient of all.
+            # Views, in case several are one tensor: otherwise each would get the gradient of all.
             query, *others = (x.view_as(x) for x in matrices)
             inputs = [x for x, want in zip((query, *others), wanted, strict=True) if want]
             values = torch.stack(_formula(ctx.kind, ctx.eps, query, others), dim=1)
@@ -164,7 +166,7 @@ class _Scores(torch.autograd.Function):
 
 
 def _blocks(x: Tensor) -> Iterator[slice | None]:
-    """Of rows; None: all of them, which saves the slicing of a small batch."""
+    """Yields blocks of rows; None: all rows, which saves the slicing of a small batch."""
     rows = max(1, BLOCK.get(x.device.type, BLOCK["cuda"]) // x.shape[1])
     if x.shape[0] <= rows:
         yield None
@@ -178,7 +180,7 @@ def _rows(x: Tensor, rows: slice | None) -> Tensor:
 
 
 def _forward(kind: str, eps: float, query: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """[K, M] scores (with AnglE's sign), and for cosines the norms [1 + K, M]."""
+    """Returns scores [K, M] (with AnglE's sign), and for cosines the norms [1 + K, M]."""
     dtype, M = stats_dtype(query.dtype), query.shape[0]
     value = query.new_empty((len(others), M), dtype=dtype)
     norm = query.new_empty((1 + len(others), M), dtype=dtype) if KINDS[kind].cosine else None
@@ -209,7 +211,7 @@ def _forward(kind: str, eps: float, query: Tensor, others: Sequence[Tensor]) -> 
     if norm is not None:
         for x, length in zip((query, *others), norm, strict=True):
             if x.dtype == torch.float16:
-                length.masked_fill_(length == 0, 1)  # 1 / eps is beyond fp16, for the gradient; the score is 0 anyway
+                length.masked_fill_(length == 0, 1)  # the gradient's 1 / eps would overflow fp16; the score is 0 anyway
         factor = norm.clamp_min(eps).reciprocal_()
         value.mul_(factor[0]).mul_(factor[1:])
     return value, norm
@@ -226,14 +228,14 @@ def _backward(
 ) -> list[Tensor | None]:
     dtype = stats_dtype(matrices[0].dtype)
     gradients = [torch.empty_like(x) if want else None for x, want in zip(matrices, wanted, strict=True)]
-    weight = upstream.T.to(dtype)  # [K, M], of the other side, or of the difference
-    own = None  # [1 + K, M], of the row itself
+    weight = upstream.T.to(dtype)  # [K, M], factor of the other side, or of the difference
+    own = None  # [1 + K, M], factor of the row itself
     if norm is not None and value is not None:
         if kind == "angle":
             weight = weight * value.sign()
         factor = norm.clamp_min(eps).reciprocal_()
         along = weight * value
-        # Through the norms: -<dx, x> / |x|^2 of x itself; nothing where eps took the norm's place.
+        # Through the norms: -<dx, x> / |x|^2 times x itself; 0 if eps replaced the norm.
         own = torch.cat([along.sum(0, keepdim=True), along]).neg_() * factor.square().masked_fill_(norm < eps, 0)
         weight = weight * factor[0] * factor[1:]
     elif kind == "squared":
@@ -242,7 +244,7 @@ def _backward(
         weight = (weight / value).masked_fill_(value == 0, 0)
     for rows in _blocks(matrices[0]):
         x, *ys = (_rows(matrix, rows).to(dtype) for matrix in matrices)
-        # Where a gradient is written: in its place, or in fp32 before it is rounded to that.
+        # A gradient is written to its tensor, or to fp32 before it is rounded.
         outs = [out if out is None else _rows(out, rows) for out in gradients]
         dx, *dys = (out if out is None or out.dtype == dtype else torch.empty_like(x) for out in outs)
         for k, (y, dy) in enumerate(zip(ys, dys, strict=True)):
@@ -273,7 +275,7 @@ def _backward(
 
 
 def _times(weight: Tensor, y: Tensor, out: Tensor, add: bool = False, turn: int = 0) -> None:
-    """`out = weight y`, or `out += weight y`; turn: AnglE's, y plus (+1) or minus (-1) the complex i y."""
+    """Writes `out = weight y`, or `out += weight y`; turn: for AnglE, y plus (+1) or minus (-1) the complex i y."""
     if add:
         out.addcmul_(y, weight)
     else:
@@ -290,13 +292,13 @@ def _times(weight: Tensor, y: Tensor, out: Tensor, add: bool = False, turn: int 
 def of_pairs(
     function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, column: Tensor, row: Tensor | None = None
 ) -> Tensor:
-    """`function(x_i, y_column_i)` for each row i, `[M]`, fp32 or fp64; 0 where `column_i` is -1.
+    """Returns `function(x_i, y_column_i)` for each row i, `[M]`, fp32 or fp64; 0 if `column_i` is -1.
 
     row: int64, as long as `column`: `function(x_row_k, y_column_k)` for each k instead.
     """
     none = column < 0
     x, y, column, row = savable(x), savable(y), column.clamp(min=0), None if row is None else savable(row)
-    if transformed():  # the compiler fuses it, where a loop over chunks would be unrolled
+    if transformed():  # the compiler fuses the formula, but would unroll a loop over chunks
         values = function(*_wide(_at(x, row), y[column]))
     else:
         values = _OfPairs.apply(function, x, y, column, row)
@@ -304,7 +306,7 @@ def of_pairs(
 
 
 def _some_pairs(x: Tensor, column: Tensor) -> Iterator[slice]:
-    """So many that a matrix of them takes 1 MiB in fp32: some eight are alive in the backward."""
+    """Returns the number of pairs whose matrix takes 1 MiB in fp32: some eight are alive in the backward."""
     rows = max(1, (1 << 18) // x.shape[1])
     for start in range(0, len(column), rows):
         yield slice(start, start + rows)
@@ -339,7 +341,7 @@ class _OfPairs(torch.autograd.Function):
         x, y, column, row = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: once more, as a formula
             with torch.enable_grad():
-                # Apart, where both are one tensor: else each would get the gradient of both.
+                # Views, in case both are one tensor: otherwise each would get the gradient of both.
                 x, y = x.view_as(x), y.view_as(y)
                 values = ctx.function(*_wide(_at(x, row), y[column]))
                 inputs = [t for t, want in zip((x, y), ctx.needs_input_grad[1:3], strict=True) if want]
@@ -347,7 +349,7 @@ class _OfPairs(torch.autograd.Function):
             return (None, *(next(found) if want else None for want in ctx.needs_input_grad[1:3]), None, None)
         dtype = stats_dtype(x.dtype)
         dx = torch.zeros_like(x, dtype=dtype) if ctx.needs_input_grad[1] else None
-        # One tensor on both sides has one gradient: written once, and not added up from two.
+        # One tensor on both sides has one gradient, which is written once instead of added up from two.
         dy = None if not ctx.needs_input_grad[2] else dx if ctx.same else torch.zeros_like(y, dtype=dtype)
         for chunk in _some_pairs(x, column):
             with torch.enable_grad():

@@ -1,11 +1,11 @@
-"""Losses of elements: a prediction x and its target t, each pair by itself.
+"""Losses of elements: of a prediction x and its target t, each pair on its own.
 
-    Difference          mse, l1, huber, smooth_l1: what d = x - t costs
+    Difference          mse, l1, huber, smooth_l1: a function of d = x - t
     BinaryCrossEntropy  a logit and a label from 0 to 1
-    Focal               the same, with less weight on what is already well classified
+    Focal               the same, with less weight on well-classified elements
 
-Each has its formula twice: `values`, differentiable, and `block`, which finds the loss and the derivative by x of one
-block that stays in a core's cache. The derivative is all that is kept for the backward pass.
+Each has its formula twice: `values`, differentiable, and `block`, which computes the loss and the derivative by x of
+one block that stays in a core's cache. Only the derivative is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from ..backends import select_rowwise
 from ..core.errors import UnsupportedError
 from ..core.numerics import savable, stats_dtype
 
-BLOCK = 1 << 19  # elements on a CPU: 2 MiB in fp32; with fewer the starts of threads are felt, with 2^21 the caches are
+BLOCK = 1 << 19  # elements on a CPU, 2 MiB in fp32: fewer make thread starts noticeable, 2^21 exceed the caches
 # Derivatives of logits are at most about 1 and often tiny: in fp16 they are kept times this. 1024 would overflow for
 # a label of 64, 64 does for one of 1024.
 FP16_GAIN = 64.0
 
 
 class Elements(NamedTuple):
-    """What a formula's `block` reads and writes, all of one shape (weights broadcast), in any dtypes."""
+    """The tensors that a formula's `block` reads and writes, all of one shape (weights broadcast), in any dtypes."""
 
     x: Tensor
     t: Tensor
     weight: Tensor | None
     pos_weight: Tensor | None
-    slope: Tensor | None  # in the dtype of the computation: the derivative by x over `slope_factor`, where it is wanted
+    slope: Tensor | None  # in the dtype of the computation: the derivative by x over `slope_factor`, if wanted
     losses: Tensor | None  # over `value_factor`; without it their sum is wanted
 
 
@@ -45,8 +45,8 @@ class Elements(NamedTuple):
 class Difference:
     """factor * c * (d - c / 2) with d = x - t, and c = d clamped to +-delta; its derivative by x is factor * c.
 
-    mse is delta = inf and factor = 2, huber any delta and 1, smooth_l1 delta = beta and 1 / beta, and l1 what that
-    tends to for delta = 0: |d|, with c the sign of d. Losses are multiplied by under where d < 0, by over where d > 0.
+    mse is delta = inf and factor = 2, huber any delta and 1, smooth_l1 delta = beta and 1 / beta, and l1 its limit for
+    delta = 0: |d|, with c the sign of d. Losses are multiplied by under where d < 0, by over where d > 0.
     """
 
     delta: float
@@ -78,7 +78,7 @@ class Difference:
     def block(self, e: Elements, wide: torch.dtype) -> Tensor:
         squares, signs = self.delta == math.inf, self.delta == 0
         symmetric = self.under == 1.0 == self.over
-        out = e.slope if symmetric and e.weight is None else None  # where c is the slope it is written there at once
+        out = e.slope if symmetric and e.weight is None else None  # if c is the slope, it is written there directly
         if e.x.dtype == wide or e.t.dtype == wide:
             d = torch.sub(e.x, e.t, out=out if squares else None)
         else:
@@ -106,13 +106,13 @@ class Difference:
 class BinaryCrossEntropy:
     """b * softplus(x) + a * softplus(-x) with a = pos_weight * t, b = 1 - t; its derivative is b * s(x) - a * s(-x).
 
-    s is the sigmoid. A block has them from small = s(-|x|), which keeps its digits where s(x) is almost 1, and from
-    log1p(exp(-|x|)) = -log1p(-small):
+    s is the sigmoid. A block computes them from small = s(-|x|), which keeps its digits where s(x) is almost 1, and
+    from log1p(exp(-|x|)) = -log1p(-small):
 
         side = b where x > 0, else -a      loss = side * x - (a + b) * log1p(-small)
                                            derivative = side - (a + b) * small * sign(x)
 
-    For labels from 0 to 1 no term of the loss is below 0, so that nothing cancels in the sum either.
+    For labels from 0 to 1 no term of the loss is below 0, so nothing cancels in the sum.
     """
 
     value_factor: ClassVar[float] = 1.0
@@ -126,7 +126,7 @@ class BinaryCrossEntropy:
         x, t = e.x.to(wide), e.t.to(wide)
         small, log = _tails(x)
         positive = _positive(x)
-        both = None  # a + b, where it is not 1
+        both = None  # a + b, if it is not 1
         if e.weight is None and e.pos_weight is None:
             side = positive - t
         else:
@@ -147,11 +147,11 @@ class BinaryCrossEntropy:
 
 @dataclass
 class Focal:
-    """alpha_t * q^gamma * ce: q = 1 - p_t is the share that is still wrong, ce the binary cross-entropy.
+    """alpha_t * q^gamma * ce: q = 1 - p_t is the wrong share, ce the binary cross-entropy.
 
-    q = p (1 - t) + (1 - p) t and alpha_t = alpha t + (1 - alpha) (1 - t). Both p and 1 - p come from sigmoids, so that
-    q keeps its digits down to the smallest normal number, where it stops: q^gamma * ce is 0 there to every digit, and
-    its derivative is no 0 * inf for gamma < 1.
+    q = p (1 - t) + (1 - p) t and alpha_t = alpha t + (1 - alpha) (1 - t). Both p and 1 - p are sigmoids, so q keeps its
+    digits down to the smallest normal number, at which it is clamped: there q^gamma * ce is 0 to every digit, and its
+    derivative for gamma < 1 is not 0 * inf.
     """
 
     gamma: float
@@ -189,13 +189,13 @@ Formula = Difference | BinaryCrossEntropy | Focal
 
 
 def _tails(x: Tensor) -> tuple[Tensor, Tensor]:
-    """sigmoid(-|x|) and log(sigmoid(|x|)) = -log1p(exp(-|x|)), each to its last digits."""
+    """Returns sigmoid(-|x|) and log(sigmoid(|x|)) = -log1p(exp(-|x|)), each to its last digits."""
     small = x.abs().neg_().sigmoid_()
     return small, small.neg().log1p_()
 
 
 def _positive(x: Tensor) -> Tensor:
-    """1 where x > 0, else 0: in a floating dtype, as comparisons that write bool take 7 times as long on a CPU."""
+    """Returns 1 if x > 0, else 0, in a floating dtype: comparisons that write bool take 7 times as long on a CPU."""
     return torch.gt(x, 0, out=torch.empty_like(x))
 
 
@@ -204,21 +204,21 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Task(NamedTuple):
-    """All but x and t."""
+    """All inputs except x and t."""
 
     formula: Formula
     weight: Tensor | None
     pos_weight: Tensor | None
     reduction: str
     dtype: torch.dtype  # of the loss
-    weight_sum: Tensor | None  # what a mean is divided by, where that is not the number of elements
+    weight_sum: Tensor | None  # the divisor of a mean, if it is not the number of elements
     backend: str
 
     def wide(self, x: Tensor, t: Tensor) -> torch.dtype:
         return stats_dtype(x.dtype if x.dtype == t.dtype else torch.promote_types(x.dtype, t.dtype))
 
     def gain(self, kept: torch.dtype) -> float:
-        """What the kept derivative is multiplied by."""
+        """The factor of the kept derivative."""
         return FP16_GAIN if kept == torch.float16 and not isinstance(self.formula, Difference) else 1.0
 
 
@@ -234,9 +234,9 @@ def loss(
     weight_sum: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The loss in `dtype`; x and t are of one shape, to which the weights broadcast.
+    """Returns the loss in `dtype`; x and t have one shape, to which the weights broadcast.
 
-    A mean is divided by `weight_sum`, or else by the number of elements; that of none is NaN, as in torch.
+    A mean divides by `weight_sum`, or by the number of elements; the mean of no elements is NaN, as in torch.
     """
     task = Task(formula, weight, pos_weight, reduction, dtype, weight_sum, select_rowwise(backend, x, "pointwise"))
     if (
@@ -253,7 +253,7 @@ def loss(
 
 
 def transformed() -> bool:
-    """Whether something needs to see ordinary torch: a compiler, which fuses it, torch.func, forward-mode autograd."""
+    """Whether ordinary torch is needed: for a compiler, which fuses it, torch.func, or forward-mode autograd."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -282,7 +282,7 @@ class _Pointwise(torch.autograd.Function):
         if ctx.needs_input_grad[1] and t.dtype != dtype:
             dtype = torch.promote_types(dtype, t.dtype)
         if dtype == torch.float16 and (task.weight is not None or task.pos_weight is not None):
-            dtype = torch.float32  # a weight may lie anywhere
+            dtype = torch.float32  # a weight may have any strides
         kept = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
         value = _evaluate(x, t, task, kept)
         ctx.reduction, ctx.backend, ctx.dtypes = task.reduction, task.backend, (x.dtype, t.dtype)
@@ -298,16 +298,16 @@ class _Pointwise(torch.autograd.Function):
         once_only()
         kept, *weight_sum = ctx.saved_tensors
         wide = stats_dtype(kept.dtype)
-        # Of no further use, it becomes the gradient: a fresh tensor's pages take longer than the multiplication.
+        # The kept derivative becomes the gradient in place: a fresh tensor's pages take longer than the product.
         out = kept if last_use(upstream) else None
         if ctx.reduction == "none" and any(upstream.stride()):
             if upstream.dtype != kept.dtype:
                 kept, upstream, out = kept.to(wide), upstream.to(wide), None
             grad = torch.addcmul(kept.new_zeros(()), kept, upstream, value=ctx.factor, out=out)
         else:
-            if upstream.dim():  # of a sum: one number for all; addcmul takes twice as long with two of them
+            if upstream.dim():  # a sum's is one number for all; addcmul takes twice as long with two factors
                 upstream = upstream[(0,) * upstream.dim()] if upstream.numel() else upstream.new_zeros(())
-            # In fp32: 1 / 2^26 is nothing in fp16.
+            # In fp32, because 1 / 2^26 is 0 in fp16.
             factor = (upstream if upstream.dtype == wide else upstream.to(wide)) * ctx.factor
             if weight_sum:
                 factor = factor / weight_sum[0]
@@ -321,7 +321,7 @@ class _Pointwise(torch.autograd.Function):
 
 
 def once_only() -> None:
-    """For the backward pass of what keeps its derivative alone: nothing is left to be differentiated again."""
+    """Raises in a backward pass under create_graph, because only the first derivative was kept."""
     if torch.is_grad_enabled():
         raise UnsupportedError(
             "backend must be 'reference' for second derivatives (create_graph=True) of this loss, got one that keeps "
@@ -330,7 +330,7 @@ def once_only() -> None:
 
 
 def last_use(upstream: Tensor) -> bool:
-    """Whether the backward pass that runs frees the graph (no retain_graph), and is no vmap over upstream gradients."""
+    """Whether the running backward pass frees the graph (no retain_graph), and is no vmap over upstream gradients."""
     return not (
         torch._C._autograd._get_current_graph_task_keep_graph()
         or torch._C._are_functorch_transforms_active()
@@ -339,9 +339,9 @@ def last_use(upstream: Tensor) -> bool:
 
 
 def _times(kept: Tensor, factor: Tensor, backend: str, out: Tensor | None) -> Tensor:
-    """`kept * factor` in kept's dtype, multiplied in the factor's, which is fp32 or wider."""
+    """Returns `kept * factor` in kept's dtype, multiplied in the factor's, which is fp32 or wider."""
     if kept.dtype == factor.dtype or kept.device.type == "cpu":
-        return torch.mul(kept, factor, out=out)  # on a CPU a number keeps its digits beside a 16-bit tensor
+        return torch.mul(kept, factor, out=out)  # on a CPU a number keeps its digits in a product with 16 bits
     if backend == "triton":
         from ..backends.triton import pointwise as triton_pointwise
 
@@ -350,7 +350,7 @@ def _times(kept: Tensor, factor: Tensor, backend: str, out: Tensor | None) -> Te
 
 
 def _evaluate(x: Tensor, t: Tensor, task: Task, kept: Tensor | None) -> Tensor:
-    """The loss, and into `kept` the derivative by x over the formula's `slope_factor`, times `gain`."""
+    """Returns the loss, and writes to `kept` the derivative by x over the formula's `slope_factor`, times `gain`."""
     losses = None
     if task.reduction == "none":
         losses = torch.empty_like(x, dtype=task.dtype, memory_format=torch.contiguous_format)
@@ -372,7 +372,7 @@ def _evaluate(x: Tensor, t: Tensor, task: Task, kept: Tensor | None) -> Tensor:
 
 
 def _walk(x: Tensor, t: Tensor, task: Task, kept: Tensor | None, losses: Tensor | None) -> Tensor:
-    """Block by block on a CPU, all at once elsewhere. Sums of blocks are added in fp64."""
+    """Walks block by block on a CPU, all at once elsewhere. Sums of blocks are added in fp64."""
     wide = task.wide(x, t)
     if x.numel() <= BLOCK or x.device.type != "cpu":
         return _step(Elements(x, t, task.weight, task.pos_weight, kept, losses), task, wide)
@@ -383,7 +383,7 @@ def _walk(x: Tensor, t: Tensor, task: Task, kept: Tensor | None, losses: Tensor 
 
 
 def _step(e: Elements, task: Task, wide: torch.dtype) -> Tensor:
-    """One block: the sum of its losses over `value_factor`, or the losses themselves."""
+    """Computes one block: the sum of its losses over `value_factor`, or the losses themselves."""
     kept = e.slope
     if kept is not None and kept.dtype != wide:
         e = e._replace(slope=torch.empty_like(kept, dtype=wide))
@@ -397,7 +397,7 @@ def _step(e: Elements, task: Task, wide: torch.dtype) -> Tensor:
 
 
 def _blocks(x: Tensor | None, rows: int, columns: int) -> Iterable[Any]:
-    """Of `[rows, columns]`, about BLOCK elements each: a piece of a row, or a few rows."""
+    """Yields blocks of `[rows, columns]` with about BLOCK elements: a piece of a row, or a few rows."""
     if x is None:
         return itertools.repeat(None)
     if rows == 1:
@@ -406,7 +406,7 @@ def _blocks(x: Tensor | None, rows: int, columns: int) -> Iterable[Any]:
     if columns > BLOCK:
         return itertools.chain.from_iterable(row.split(BLOCK) for row in x.unbind(0))
     many = BLOCK // columns
-    if x.stride(0) == 0:  # a weight by column: one block of it, which stays in the cache, serves all
+    if x.stride(0) == 0:  # a weight by column: one block of it stays in the cache and serves all rows
         whole = x[:many].contiguous()
         return itertools.chain(itertools.repeat(whole, rows // many), (whole[: rows % many],))
     return x.split(many)
@@ -415,10 +415,11 @@ def _blocks(x: Tensor | None, rows: int, columns: int) -> Iterable[Any]:
 def grid(
     shape: torch.Size, weight: Tensor | None, pos_weight: Tensor | None
 ) -> tuple[int, int, Tensor | None, Tensor | None]:
-    """rows * columns elements, such that each weight is `[rows, columns]` with strides of 0 where it broadcasts.
+    """Returns rows and columns of the elements, such that each weight is `[rows, columns]` with strides of 0 to
+    broadcast.
 
-    No copy for a weight by element, by row or by column. What lies otherwise, such as `[C, 1, 1]` in `[B, C, H, W]`, is
-    copied to all dimensions from its first on.
+    A weight by element, by row or by column is not copied. Another one, such as `[C, 1, 1]` in `[B, C, H, W]`, is
+    expanded to all dimensions from its first on, and copied.
     """
     if weight is None and pos_weight is None:
         return 1, shape.numel(), None, None

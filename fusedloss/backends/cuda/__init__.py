@@ -273,7 +273,7 @@ class _Launch:
         ids = [[c.contiguous() for c in columns] for columns in (
             [c.rows for c in drops], [c.keys for c in drops], [c.rows for c in keeps], [c.keys for c in keeps], exempt
         )]  # fmt: skip
-        self.kept = ids  # keeps copies that contiguous() made alive until the launch
+        self.kept = ids  # keeps copies of contiguous() until the launch
         return struct(
             "Masks",
             **dict(zip(("drop_rows", "drop_keys", "keep_rows", "keep_keys", "exempt"), ids, strict=True)),
