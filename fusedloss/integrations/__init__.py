@@ -5,10 +5,10 @@
     fused.patch()                                        # every class, wherever it is already imported; one line
     loss = fused.MultipleNegativesRankingLoss(model)     # or one by one
 
-Each submodule has classes of the library's names that subclass the library's: same constructors, attributes and
-configuration, of which only the score stage is ours. Where a call cannot be fused (a similarity of your own, sparse
-tensors, an overridden method) the library's own code runs, and a warning of the logger "fusedloss" says so once.
-`FUSEDLOSS_DISABLE=1` turns all of it off. `calls` counts what ran fused.
+Each submodule has subclasses of the library's classes with the same names, constructors, attributes and configuration;
+only the score stage is replaced. If a call cannot be fused (a similarity of your own, sparse tensors, an overridden
+method), the library's code runs, and the logger "fusedloss" warns once. `FUSEDLOSS_DISABLE=1` turns all of it off.
+`calls` counts the calls that ran fused.
 """
 
 from ._drop_in import Patch as Patch

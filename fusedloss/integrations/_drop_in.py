@@ -1,4 +1,4 @@
-"""What the drop-ins share: whether a call runs fused code, how that is told, and how they take the originals' place."""
+"""Shared by the drop-ins: the decision whether a call runs fused code, its log, and the patching of libraries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fusedloss.core import environment
 
 logger = logging.getLogger("fusedloss")
 
-# How often each drop-in ran fused code, by "library.Class": what shows that an accelerated script is accelerated.
+# Number of fused calls of each drop-in, by "library.Class". It shows whether a script is accelerated.
 calls: Counter[str] = Counter()
 _told: set[tuple[str, str]] = set()
 _running: ContextVar[list[str] | None] = ContextVar("running", default=None)
@@ -33,11 +33,11 @@ def disabled() -> bool:
 
 
 def runs_fused(name: str, why_not: str | None) -> bool:
-    """Whether this call of drop-in `name` runs fused code: counts it, or tells the reason once.
+    """Whether this call of drop-in `name` runs fused code. Counts it, or warns of the reason once.
 
-    Inside of a function that is `counted` it counts when that returns.
+    Inside a `counted` function, the call is counted when that function returns.
 
-    why_not: what stands against it, in words that follow "because".
+    why_not: the reason against it, worded to follow "because"; or None.
     """
     if disabled():
         return False
@@ -55,7 +55,7 @@ def runs_fused(name: str, why_not: str | None) -> bool:
 
 
 def counted(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, whose fused calls count when it returns: one that raises has not run."""
+    """Wraps `function` so that its fused calls count when it returns; a call that raises does not count."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -74,7 +74,7 @@ def counted(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def library(name: str, distribution: str, tested: str, least: str = "") -> ModuleType:
-    """The library, imported; or an ImportError that says what to install. least: the first version that will do."""
+    """Imports the library, or raises an ImportError that says what to install. least: the oldest version that works."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -86,12 +86,12 @@ def library(name: str, distribution: str, tested: str, least: str = "") -> Modul
 
 
 class Patch:
-    """Objects of a library replaced by ours in every module that holds them. `undo()`, or the end of a `with`, reverts.
+    """Replaces objects of a library by ours in every module that holds them. `undo()`, or the end of a `with`, reverts.
 
-    That includes modules that are imported meanwhile; a module that held ours beforehand keeps it. While the patch
+    `undo()` also reverts modules imported in the meantime; a module that held ours beforehand keeps it. While the patch
     stands our classes carry the originals' `__module__`: model cards link to the library's documentation, and pickle
-    finds them by that name. An object of an original class, made beforehand, is pickled and copied by the same name,
-    so it comes back as ours while the patch stands, and as the library's elsewhere.
+    finds them by that name. An object of an original class, made beforehand, is pickled and copied by the same name, so
+    it comes back as ours while the patch stands, and as the library's elsewhere.
     """
 
     def __init__(self, replacements: Mapping[Any, Any]):
@@ -102,13 +102,13 @@ class Patch:
             setattr(module, name, own)
         self._modules: dict[type, tuple[type, str]] = {}
         for original, own in self._replacements.items():
-            if isinstance(own, type) and own.__module__ != original.__module__:  # as where another patch stands
+            if isinstance(own, type) and own.__module__ != original.__module__:  # else another patch is active
                 self._modules[own] = original, own.__module__
                 own.__module__ = original.__module__
                 copyreg.pickle(original, functools.partial(_by_name, own))
 
     def undo(self) -> None:
-        """Puts the originals back; a second time there is nothing to do."""
+        """Puts the originals back. A second call does nothing."""
         for module, name, original in _places({id(own): original for original, own in self._replacements.items()}):
             if (module.__name__, name) not in self._chosen:
                 setattr(module, name, original)
@@ -130,16 +130,17 @@ class Patch:
 
 
 def _by_name(own: type, instance: object) -> tuple[Any, ...]:
-    """How an object of the original class is pickled while its name leads to ours."""
+    """Pickles an object of the original class while its name leads to ours."""
     reduced = instance.__reduce_ex__(2)
     assert isinstance(reduced, tuple)
     return object.__new__, (own,), *reduced[2:]
 
 
 def _places(wanted: Mapping[int, Any]) -> list[tuple[ModuleType, str, Any]]:
-    """(module, name, replacement) for every name of a loaded module that is bound to an object of that id.
+    """Returns (module, name, replacement) for every name of a loaded module that is bound to an object with that id.
 
-    vars(), not getattr: a lazy module would load all that it lists. Our own modules hold the originals as bases.
+    vars(), not getattr, because a lazy module would load everything that it lists. Our own modules hold the originals
+    as bases.
     """
     return [
         (module, name, wanted[id(value)])

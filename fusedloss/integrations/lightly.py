@@ -4,9 +4,8 @@
 
     fused.patch()       # before `NTXentLoss(...)` is built
 
-NTXentLoss is also fused with a memory bank, which lightly's own module keeps, and with `gather_distributed`, for which
-its own layer gathers. A negative temperature, and DCLLoss with `gather_distributed` on several ranks, run lightly's
-code.
+NTXentLoss is also fused with a memory bank, kept by lightly's module, and with `gather_distributed`, gathered by
+lightly's layer. A negative temperature, and DCLLoss with `gather_distributed` on several ranks, run lightly's code.
 """
 
 from __future__ import annotations
@@ -69,14 +68,14 @@ class NTXentLoss(_NTXentLoss):
         return None if bank.bank.dtype == out0.dtype else "the memory bank and the projections have different dtypes"
 
     def _against(self, out0: Tensor, out1: Tensor, negatives: Tensor) -> Tensor:
-        """MoCo: row i's keys are its own view and the bank [D, K]; other rows' views have the id that it avoids."""
+        """MoCo: row i's keys are its other view and the bank [D, K]; ids mask the other rows' views."""
         ids = torch.zeros(len(out0), dtype=torch.int64, device=out0.device)
         columns = torch.cat([ids, ids.new_ones(negatives.shape[1])])
         keys = torch.cat([out1, negatives.T])
         return info_nce(out0, keys, temperature=self.temperature, mask=masks.same_id(ids, columns))
 
     def _gathered(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """Each view of this rank against both views of all ranks, but itself."""
+        """Each view of this rank against both views of all ranks, except itself."""
         rows, all0, all1 = len(out0), torch.cat(dist.gather(out0), 0), torch.cat(dist.gather(out1), 0)
         first = dist.rank() * rows
         own = torch.arange(first, first + rows, device=out0.device)
@@ -89,7 +88,7 @@ class NTXentLoss(_NTXentLoss):
 
 
 class DCLLoss(_DCLLoss):
-    """lightly's DCLLoss in O(B D) memory; `weight_fn` is called as lightly calls it."""
+    """lightly's DCLLoss in O(B D) memory; `weight_fn` is called as in lightly."""
 
     @counted
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
@@ -118,5 +117,5 @@ class DCLWLoss(_DCLWLoss, DCLLoss):
 
 
 def patch() -> Patch:
-    """Puts these classes in the place of lightly's, wherever those are imported; `undo()` or `with` reverts it."""
+    """Replaces lightly's classes by these, wherever they are imported; `undo()` or `with` reverts it."""
     return Patch({_NTXentLoss: NTXentLoss, _DCLLoss: DCLLoss, _DCLWLoss: DCLWLoss})

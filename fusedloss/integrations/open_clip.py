@@ -4,12 +4,12 @@
 
     fused.patch()       # before open_clip_train.main runs, or before your own `ClipLoss(...)`
 
-With `world_size > 1` the features travel by open_clip's own code, and what each rank then computes is fused: ClipLoss
-with and without `local_loss`, every exchange of SigLipLoss, DistillClipLoss without `local_loss`. Logits are
-accumulated in fp32 where open_clip rounds them to the autocast dtype, and the loss is fp32.
+With `world_size > 1` open_clip's code exchanges the features, and each rank's computation is fused: ClipLoss with and
+without `local_loss`, every exchange of SigLipLoss, DistillClipLoss without `local_loss`. Logits are accumulated in
+fp32, while open_clip rounds them to the autocast dtype, and the loss is fp32.
 
-Keyword arguments that only other versions of open_clip know (`use_horovod`, `chunk_size`) are accepted, and so are
-outputs of a model that a loss has no use for, as in `loss(**model(...), output_dict=True)`.
+Keyword arguments of other versions of open_clip (`use_horovod`, `chunk_size`) are accepted, as are model outputs that a
+loss does not use, as in `loss(**model(...), output_dict=True)`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ OTHER_VERSIONS = ("use_horovod", "chunk_size")
 
 
 def _known(upstream: type, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Without those that another version of this class takes."""
+    """Drops keyword arguments that only another version of this class takes."""
     taken = inspect.signature(upstream).parameters
     return {name: value for name, value in arguments.items() if name in taken or name not in OTHER_VERSIONS}
 
@@ -111,11 +111,11 @@ class ClipLoss(_ClipLoss):
         by_image = info_nce(image, all_text, labels, temperature=1 / scale)
         by_text = info_nce(text, all_image, labels, temperature=1 / scale)
         loss = (by_image + by_text) / 2
-        # The loss does not depend on it; a parameter without a gradient would stop DistributedDataParallel.
+        # The loss does not depend on the bias, but DistributedDataParallel stops at a parameter without a gradient.
         return loss + 0 * bias.reshape(()).to(loss.dtype) if isinstance(bias, Tensor) else loss
 
 
-# mypy does not know open_clip: it takes ClipLoss above for the only base, and its forward for what super() finds.
+# mypy does not know open_clip: it sees ClipLoss above as the only base, and its forward as super()'s.
 class CoCaLoss(_CoCaLoss, ClipLoss):
     """open_clip's CoCaLoss: ClipLoss as above, and the caption's cross-entropy in one pass over its logits."""
 
@@ -136,9 +136,9 @@ class CoCaLoss(_CoCaLoss, ClipLoss):
         if not runs_fused("open_clip.CoCaLoss.caption_loss", self._why_not_caption(logits, labels)):
             forward: Any = super().forward
             return forward(image_features, text_features, logits, labels, logit_scale, output_dict)
-        contrastive = torch.zeros((), dtype=torch.int64, device=logits.device)  # made there: nothing is copied
+        contrastive = torch.zeros((), dtype=torch.int64, device=logits.device)  # made on the device, without a copy
         if self.clip_loss_weight:
-            # The contrastive part is that of the class above upstream's.
+            # The contrastive part is that of ClipLoss above.
             contrastive = self.clip_loss_weight * super(_CoCaLoss, self).forward(
                 image_features, text_features, logit_scale
             )
@@ -186,7 +186,7 @@ class DistillClipLoss(_DistillClipLoss, ClipLoss):
             return forward(*student, *teacher, output_dict)
         image, text = self._gathered(image_features, text_features)
         teachers = self._gathered(dist_image_features, dist_text_features)
-        self.get_ground_truth(image.device, len(image))  # for its cache
+        self.get_ground_truth(image.device, len(image))  # fills open_clip's cache
         contrastive = clip(image, text, logit_scale)
         distill = clip_distill(image, text, logit_scale, *teachers, dist_logit_scale)
         distill = distill + _entropy(*teachers, dist_logit_scale)
@@ -210,10 +210,11 @@ class DistillClipLoss(_DistillClipLoss, ClipLoss):
 
 @torch.no_grad()
 def _entropy(image: Tensor, text: Tensor, scale: Scale) -> Tensor:
-    """The mean entropy of the teacher's softmaxes, both directions: what open_clip has above the divergence.
+    """Returns the mean entropy of the teacher's softmaxes in both directions, by which open_clip's loss exceeds the
+    divergence.
 
-    H(p) = log Z - E_p[z], and E_p[z] is the scale times the derivative of log Z by it: of CLIP's loss, whose diagonal
-    cancels.
+    H(p) = log Z - E_p[z], and E_p[z] is the scale times the derivative of log Z by the scale. It is taken from CLIP's
+    loss, whose diagonal cancels.
     """
     dtype = stats_dtype(image.dtype)
     if isinstance(scale, Tensor):
@@ -257,17 +258,17 @@ class SigLipLoss(_SigLipLoss):
         if not runs_fused("open_clip.SigLipLoss", why_not):
             return super()._loss(image_features, text_features, logit_scale, logit_bias, negative_only)
         target = None
-        if negative_only:  # positives are pairs of equal ids
+        if negative_only:  # no pair has equal ids, so none is positive
             ids = torch.zeros(len(image_features), dtype=torch.int64, device=image_features.device)
             target = masks.same_id(ids, ids + 1)
         return siglip(image_features, text_features, logit_scale, logit_bias, target=target)
 
 
 def _name(loss: nn.Module) -> str:
-    """Of the class of this module that the object is of."""
+    """Returns the name of the class of this module that the object belongs to."""
     return next(kind.__name__ for kind in type(loss).__mro__ if kind in (ClipLoss, CoCaLoss, DistillClipLoss))
 
 
 def patch() -> Patch:
-    """Puts these classes in the place of open_clip's, wherever those are imported; `undo()` or `with` reverts it."""
+    """Replaces open_clip's classes by these, wherever they are imported; `undo()` or `with` reverts it."""
     return Patch({_ClipLoss: ClipLoss, _CoCaLoss: CoCaLoss, _DistillClipLoss: DistillClipLoss, _SigLipLoss: SigLipLoss})

@@ -258,7 +258,7 @@ def formula(x: Tensor, terms: Terms) -> Tensor:
         first = softmax_rows(z, terms.target.reshape(-1))
         if terms.gamma:
             s = -torch.expm1(-first)
-            first = s.masked_fill(s == 0, 1) ** terms.gamma * first  # s = 0 gives 0, but no gradient
+            first = s.masked_fill(s == 0, 1) ** terms.gamma * first  # first is 0 there, and 0^(gamma - 1) inf
     rows = terms.hard * first.reshape(shape)
     if _counts(terms.smooth):  # torch 2.10's compiler cannot trace properties of a NamedTuple
         rows = rows - terms.smooth * (weight * z.log_softmax(1)).sum(1).reshape(shape)

@@ -4,16 +4,16 @@
 
     fused.patch()       # before `NTXentLoss(...)` is built
 
-Where the labels alone say what is a pair, nothing of N x N is stored, also with `ref_emb`: neither similarities nor
-lists of indices. Losses of rows (SupCon, MultiSimilarity, Circle, ArcFace, CosFace, ProxyNCA) come as a vector, so
-that every reducer and regularizer of the library works as it is. Losses of pairs and triplets come as sums, which
-MeanReducer, SumReducer and AvgNonZeroReducer can take; with other reducers ContrastiveLoss and TripletMarginLoss run
-the library's code.
+If labels define the pairs, nothing of size N x N is stored, also with `ref_emb`: neither similarities nor lists of
+indices. Losses of rows (SupCon, MultiSimilarity, Circle, ArcFace, CosFace, ProxyNCA) are computed as vectors, so every
+reducer and regularizer of the library works. Losses of pairs and triplets are computed as sums, for MeanReducer,
+SumReducer and AvgNonZeroReducer; with other reducers ContrastiveLoss and TripletMarginLoss run the library's code.
 
-With an `indices_tuple`, NTXentLoss is linear in the number of pairs (upstream multiplies positive by negative pairs),
-and TripletMarginLoss computes the distances of the listed triplets only, if those are fewer than the batch has pairs.
+With an `indices_tuple`, NTXentLoss is linear in the number of pairs (the library multiplies positive by negative
+pairs), and TripletMarginLoss computes the distances of the listed triplets only, if those are fewer than the batch has
+pairs.
 
-All is computed in fp32 (fp64 for fp64) and returned in the embeddings' dtype.
+Everything is computed in fp32 (fp64 for fp64) and returned in the embeddings' dtype.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ from ._pairs import Kind, Pairs, kind_of, listed, record, reduced, reducer_of, t
 
 NAME = "pytorch_metric_learning."
 SIMILARITIES = ("dot",)
-# A pair in a list costs about as much as this many of a matrix product: gathers, and no reuse. So many are listed all
-# the same: their distances are those of differences, 0 where rows are equal, and reducers count what is above 0.
+# A listed pair costs about as much as this many pairs of a matrix product: it gathers, without reuse. Up to so many are
+# listed nevertheless: their distances come from differences, so equal rows have exactly 0, and reducers count losses
+# above 0.
 LISTED, FEW = 8, 1 << 16
 
 
@@ -68,7 +69,7 @@ def _fits(loss: Any, embeddings: Any, ref_emb: Any, kinds: tuple[str, ...]) -> s
 def _labelled(
     loss: Any, arguments: tuple[Any, ...], ours: type, *hooks: str, kinds: tuple[str, ...] = SIMILARITIES
 ) -> str | None:
-    """What stands against pairs by label. arguments: those of compute_loss."""
+    """Returns the reason against pairs by label, or None. arguments: those of compute_loss."""
     embeddings, labels, indices_tuple, ref_emb, ref_labels = arguments
     reason = overridden(loss, ours, *hooks) or _fits(loss, embeddings, ref_emb, kinds)
     if reason:
@@ -98,7 +99,7 @@ def _elements(loss: Tensor, like: Tensor) -> dict[str, Any]:
 
 
 class NTXentLoss(_NTXentLoss):
-    """NTXentLoss in O(N D) memory by labels, O(pairs) with an indices_tuple, where upstream's is cubic.
+    """NTXentLoss in O(N D) memory by labels, O(pairs) with an indices_tuple; the library's is cubic.
 
     By labels: one log-sum-exp of each row's negatives in a sweep, and the similarities of the positive pairs.
     """
@@ -129,7 +130,7 @@ class NTXentLoss(_NTXentLoss):
     def _by_list(
         self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
     ) -> dict[str, Any]:
-        """Of any distance, as the library computes it; in fp32, as by label, of 16-bit embeddings."""
+        """Computes the loss of listed pairs, with any distance of the library; in fp32 for 16-bit embeddings."""
         row, column, anchors, others = lmu.convert_to_pairs(indices_tuple, labels, ref_labels)
         if min(len(row), len(anchors)) == 0 or max(len(row), len(anchors)) <= 1:
             return self.zero_losses()
@@ -145,7 +146,7 @@ class NTXentLoss(_NTXentLoss):
     def _of_pairs(
         negative: Tensor, positive: Tensor, indices: tuple[Tensor, Tensor], embeddings: Tensor
     ) -> dict[str, Any]:
-        """`log(1 + exp(negative - positive))`; upstream adds the smallest number of its dtype to the probability."""
+        """Returns `log(1 + exp(negative - positive))`; the library adds the dtype's tiny to the probability."""
         loss = torch.logaddexp(negative - positive, torch.zeros_like(positive))
         least = math.log(torch.finfo(_product_dtype(embeddings)).tiny)
         loss = -torch.logaddexp(-loss, torch.full_like(loss, least))
@@ -153,12 +154,12 @@ class NTXentLoss(_NTXentLoss):
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    """Of a matrix product of `x`."""
+    """Returns the dtype of a matrix product of `x`."""
     return torch.get_autocast_dtype(x.device.type) if autocasting(x) and x.dtype != torch.float64 else x.dtype
 
 
 def _log_sum_exp(z: Tensor, group: Tensor, groups: int) -> Tensor:
-    """`[groups]`, over the elements of each group; -inf for none."""
+    """Returns the log-sum-exp of each group's elements `[groups]`; -inf for none."""
     shift = z.new_full((groups,), -torch.inf).scatter_reduce_(0, group, z.detach(), "amax")
     shift = shift.masked_fill(shift.isinf(), 0)
     total = torch.zeros_like(shift).index_add(0, group, (z - shift[group]).exp())
@@ -208,7 +209,7 @@ class MultiSimilarityLoss(_MultiSimilarityLoss):
 
 
 class CircleLoss(_CircleLoss):
-    """CircleLoss in one sweep, in O(N D) memory; float16 embeddings run upstream's code."""
+    """CircleLoss in one sweep, in O(N D) memory; float16 embeddings run the library's code."""
 
     @counted
     def compute_loss(
@@ -224,7 +225,7 @@ class CircleLoss(_CircleLoss):
             if not own or not only(self.soft_plus, nn.Softplus, beta=1):
                 why_not = "op, on, delta_p, delta_n or soft_plus are not those of the constructor"
         if why_not is None and embeddings.dtype == torch.float16:
-            # A rounding of fp16 times gamma is a whole number: what upstream gives there is of its order of operations.
+            # A rounding of fp16 times gamma is a whole number: the library's result depends on its order of operations.
             why_not = "in float16 gamma multiplies the rounding of upstream's cosines"
         if not runs_fused(NAME + "CircleLoss", why_not):
             return super().compute_loss(*arguments)
@@ -236,7 +237,7 @@ class CircleLoss(_CircleLoss):
 
 
 class ContrastiveLoss(_ContrastiveLoss):
-    """ContrastiveLoss in O(N D) memory: a sweep for the negative pairs, and a list of the positive ones or another."""
+    """ContrastiveLoss in O(N D) memory: a sweep of the negative pairs, and a list or a sweep of the positive ones."""
 
     @counted
     def compute_loss(
@@ -262,7 +263,7 @@ class ContrastiveLoss(_ContrastiveLoss):
         pairs = _pairs(self, arguments)
         if max(pairs.counts) <= 1:
             return self.zero_losses()
-        # Upstream's margin(x, y) is x - y of distances and y - x of similarities.
+        # The library's margin(x, y) is x - y for distances and y - x for similarities.
         sign = -1.0 if pairs.kind.inverted else 1.0
         found = {"pos_loss": self.zero_loss(), "neg_loss": self.zero_loss()}
         for name, margin, slope, number in (
@@ -284,16 +285,16 @@ class ContrastiveLoss(_ContrastiveLoss):
             if not takes_sums(reducer):
                 return None
             total, above = pairs.fold("pair_hinge", (float(margin), slope, float(pulls)), summed=True)
-            if total.isnan():  # which upstream's AvgNonZeroReducer leaves out
+            if total.isnan():  # the library's AvgNonZeroReducer leaves NaN out
                 return None
             found[name] = reduced(reducer, total, above, number, pairs.x.dtype)
         return found
 
 
 class TripletMarginLoss(_TripletMarginLoss):
-    """TripletMarginLoss over all triplets of the labels by sorting each row, in O(N D) memory; upstream's is cubic.
+    """TripletMarginLoss over all triplets of the labels by sorting each row, in O(N D) memory; the library's is cubic.
 
-    Triplets that are given, or drawn by `triplets_per_anchor`, cost the distances of their pairs.
+    For given triplets, or those drawn by `triplets_per_anchor`, only the distances of their pairs are computed.
     """
 
     @counted
@@ -311,7 +312,7 @@ class TripletMarginLoss(_TripletMarginLoss):
             why_not = _fits(self, embeddings, ref_emb, kinds)
             if why_not is None and LISTED * len(chosen[0]) > embeddings.shape[0] * ref_emb.shape[0]:
                 why_not = "there are more triplets than distances are saved"
-            # Upstream with what was drawn: drawing again would draw others.
+            # Passes the drawn triplets to the library, which would draw others.
             arguments = embeddings, labels, chosen, ref_emb, ref_labels
             found = None if why_not else self._chosen(embeddings, ref_emb, chosen)
         else:
@@ -375,7 +376,7 @@ COSINE = Kind("dot", True)
 
 
 class _MarginSoftmax:
-    """What ArcFaceLoss and CosFaceLoss share: the score stage of LargeMarginSoftmaxLoss.compute_loss."""
+    """Shared by ArcFaceLoss and CosFaceLoss: the score stage of LargeMarginSoftmaxLoss.compute_loss."""
 
     HOOKS = (
         "modify_cosine_of_target_classes",
@@ -468,7 +469,7 @@ class ProxyNCALoss(_ProxyNCALoss):
             return super().compute_loss(*arguments)
         self.cast_types(embeddings.dtype, embeddings.device)
         record(self.distance, embeddings, self.proxies)
-        # -|u - p|^2 is 2 <u, p> and a constant, of unit rows.
+        # For unit rows -|u - p|^2 is 2 <u, p> plus a constant.
         scale = self.softmax_scale / 2 if kind.inverted else self.softmax_scale
         known = (labels >= 0) & (labels < len(self.proxies))
         loss = proxy_nca(embeddings, labels.masked_fill(~known, -100), self.proxies, scale=scale, reduction="none")
@@ -481,7 +482,7 @@ class ProxyNCALoss(_ProxyNCALoss):
 
 
 class ProxyAnchorLoss(_ProxyAnchorLoss):
-    """ProxyAnchorLoss in one sweep, without a [B, C] matrix. Its two parts come as one, in the place of the first."""
+    """ProxyAnchorLoss in one sweep, without a [B, C] matrix. Both its parts are returned as the first."""
 
     @counted
     def compute_loss(
@@ -515,7 +516,7 @@ class ProxyAnchorLoss(_ProxyAnchorLoss):
 
 
 def patch() -> Patch:
-    """Puts these classes in the place of the library's, wherever those are imported; `undo()` or `with` reverts it."""
+    """Replaces the library's classes by these, wherever they are imported; `undo()` or `with` reverts it."""
     return Patch(
         {
             _ArcFaceLoss: ArcFaceLoss,

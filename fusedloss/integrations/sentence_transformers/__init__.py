@@ -6,9 +6,9 @@
     trainer = SentenceTransformerTrainer(model=model, train_dataset=dataset, loss=loss)
 
 Constructors, attributes, configuration and citation are the library's; embedding, gradient caching and the checks of
-columns and labels run its code. Results are float32 scalars (float64 for float64 embeddings) where it returns those
-of the embeddings' dtype. Losses of sparse encoders are in `.sparse_encoder`, of cross-encoders in `.cross_encoder`,
-MaxSim losses in `.multi_vector_encoder`. Tested with 6.2.0; 6.0 or newer is needed.
+columns and labels run its code. Results are float32 scalars (float64 for float64 embeddings); the library's have the
+embeddings' dtype. Losses of sparse encoders are in `.sparse_encoder`, of cross-encoders in `.cross_encoder`, MaxSim
+losses in `.multi_vector_encoder`. Tested with 6.2.0; 6.0 or newer is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from .._drop_in import Patch, library
 
-# The part that 6.x has and earlier versions have not.
+# A module that 6.x has and earlier versions lack.
 library("sentence_transformers.base.losses.merged_forward", "sentence-transformers", "6.2.0", least="6.0")
 
 from sentence_transformers.sentence_transformer.losses import (  # noqa: E402
@@ -70,7 +70,7 @@ from .mining import mine_hard_negatives as mine_hard_negatives  # noqa: E402
 
 
 def drop_ins(module: Any) -> dict[type, type]:
-    """The library's classes, by ours: those in `module` that derive from one of the same name."""
+    """Maps the library's classes to ours: those in `module` that derive from one of the same name."""
     found = {}
     for own in vars(module).values():
         if isinstance(own, type):
@@ -80,9 +80,9 @@ def drop_ins(module: Any) -> dict[type, type]:
 
 
 def patch() -> Patch:
-    """Puts the drop-ins in the place of the library's classes, wherever those are imported, of all its kinds of models.
+    """Replaces the library's classes by the drop-ins, for all its kinds of models, wherever they are imported.
 
-    Returns what takes it back: `.undo()`, or the end of a `with`. FUSEDLOSS_DISABLE=1 makes it do nothing.
+    Returns a Patch; its `.undo()`, or the end of a `with`, reverts it. With FUSEDLOSS_DISABLE=1 nothing is replaced.
 
     Example:
         >>> from fusedloss.integrations import sentence_transformers as fused

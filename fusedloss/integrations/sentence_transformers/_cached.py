@@ -1,6 +1,6 @@
 """Gradient-cached losses: the library's engine embeds and replays; the loss stage is one sweep over the whole batch.
 
-`mini_batch_size` only says how many texts are embedded at a time.
+`mini_batch_size` is only the number of texts embedded at a time.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class CachedMultipleNegativesRankingLoss(_CachedMultipleNegativesRankingLoss):
         if not fused(self, ranking_fits(self, columns)):
             return super().calculate_loss(reps, labels, with_backward=with_backward)
         loss = settled(ranking(self, _cached_ranking, columns), with_backward)
-        # Under autocast its dtype, by which callers (the library's tests are one) tell that autocast was on.
+        # Under autocast the result has its dtype, by which callers (the library's tests, for one) see that it was on.
         return loss.to(torch.get_autocast_dtype(loss.device.type)) if checks.autocasts(columns[0]) else loss
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # meant for its users
+    warnings.simplefilter("ignore", DeprecationWarning)  # the warning is for the library's users
 
     @deprecated(_CachedMultipleNegativesSymmetricRankingLoss.__deprecated__)
     class CachedMultipleNegativesSymmetricRankingLoss(

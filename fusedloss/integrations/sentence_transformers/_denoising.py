@@ -15,7 +15,7 @@ from fusedloss.core.checks import FLOATING
 from .._drop_in import counted
 from ._fits import fused, linear_fits
 
-# Whose logits are their output embeddings' linear layer and nothing after it.
+# Decoders whose logits are their output embeddings' linear layer, with nothing after it.
 DECODERS = (BertLMHeadModel, RobertaForCausalLM, XLMRobertaForCausalLM)
 
 

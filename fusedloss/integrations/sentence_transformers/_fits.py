@@ -1,7 +1,7 @@
-"""What the library's losses are asked before each call: are these embeddings, this similarity, these hooks known?
+"""The questions before each call of the library's losses: are the embeddings, the similarity and the hooks known?
 
-Every question is answered with None, or with words that follow "because": then the library's own code runs, and what it
-would raise is raised by it.
+Each function returns None, or a reason worded to follow "because". Then the library's code runs, and raises its own
+errors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PAIRS = {
 
 
 def fused(loss: nn.Module, why_not: str | None) -> bool:
-    """Whether this call of `loss` runs fused code: counted, or the reason told once."""
+    """Whether this call of `loss` runs fused code. Counts it, or warns of the reason once."""
     return runs_fused(f"sentence_transformers.{type(loss).__name__}", why_not)
 
 
@@ -41,7 +41,7 @@ def first(*reasons: str | None) -> str | None:
 
 
 def similarity(function: Any, known: dict[Any, str]) -> str | None:
-    """The name of a similarity that is one of the library's functions itself, or a model's method that calls one."""
+    """Returns the name of a similarity that is one of the library's functions, or a model's method that calls one."""
     model = getattr(function, "__self__", None)
     if isinstance(model, nn.Module) and type(function.__func__).__name__ == "function":
         method = function.__func__
@@ -61,7 +61,7 @@ def similarity_is_known(function: Any, known: dict[Any, str]) -> str | None:
 
 
 def embeddings_fit(*embeddings: Tensor, same_rows: bool = True) -> str | None:
-    """Dense matrices [rows, D] of one dtype, device and D, with at least one row; no subclass of Tensor."""
+    """Checks for dense matrices [rows, D] of one dtype, device and D, with at least one row; no subclass of Tensor."""
     for x in embeddings:
         if type(x) not in (Tensor, nn.Parameter):
             return f"an embedding is a {type(x).__name__}"
@@ -82,7 +82,7 @@ NUMBERS = (*checks.FLOATING, *INTEGERS)
 
 
 def labels_fit(labels: Any, rows: int, dtypes: tuple[torch.dtype, ...] = (*NUMBERS, torch.bool)) -> str | None:
-    """One label for each row."""
+    """Checks for one label per row."""
     if not isinstance(labels, Tensor) or labels.layout != torch.strided:
         return "the labels are not a dense tensor"
     if labels.numel() != rows:
@@ -93,7 +93,7 @@ def labels_fit(labels: Any, rows: int, dtypes: tuple[torch.dtype, ...] = (*NUMBE
 
 
 def number_fits(name: str, value: Any, *, positive: bool = False, tensor: bool = False) -> str | None:
-    """A finite number; `tensor`: or one that may be learnt, which is positive."""
+    """Checks for a finite number; `tensor`: or a learnable one, which is positive."""
     if tensor and isinstance(value, Tensor):
         return refusal(checks.scalar, name, value, None, positive=True)
     reason = refusal(checks.number, name, value)
@@ -101,7 +101,7 @@ def number_fits(name: str, value: Any, *, positive: bool = False, tensor: bool =
 
 
 def plain(criterion: Any, kind: type[nn.Module], **options: Any) -> str | None:
-    """Whether a criterion is torch's own, as the library builds it."""
+    """Checks that a criterion is torch's class, as the library builds it."""
     default = kind(**options)
     if (
         type(criterion) is not kind
@@ -118,7 +118,7 @@ def plain(criterion: Any, kind: type[nn.Module], **options: Any) -> str | None:
 
 
 def linear_fits(module: Any, name: str) -> str | None:
-    """Whether a layer whose parameters the fused code reads is torch's own, whole, and without hooks."""
+    """Checks that a layer whose parameters the fused code reads is torch's, with plain parameters and without hooks."""
     if not untouched(module, nn.Linear):
         return f"its {name} is not torch's nn.Linear, or has hooks"
     if any(type(p) not in (Tensor, nn.Parameter) for p in (module.weight, module.bias) if p is not None):
@@ -127,7 +127,7 @@ def linear_fits(module: Any, name: str) -> str | None:
 
 
 def untouched(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether what `module` computes is what its class does: no subclass, and no hooks, which would not be run."""
+    """Whether `module` computes what its class does: it is no subclass, and has no hooks, which would not run."""
     return type(module) is kind and not (
         "forward" in vars(module)
         or module._forward_hooks
@@ -139,13 +139,13 @@ def untouched(module: Any, kind: type[nn.Module]) -> bool:
 
 @contextlib.contextmanager
 def autocast_off(x: Tensor) -> Iterator[None]:
-    """For losses that the library computes in the embeddings' own dtype, or in fp32, under autocast."""
+    """Disables autocast, for losses that the library computes in the embeddings' dtype or in fp32."""
     with torch.autocast(x.device.type, enabled=False):
         yield
 
 
 class Given(nn.Module):
-    """Stands in for a model whose embeddings are there already."""
+    """Replaces a model whose embeddings are already computed."""
 
     def __init__(self, key: str):
         super().__init__()
@@ -162,14 +162,14 @@ def replay(
     labels: Any,
     **attributes: Any,
 ) -> Any:
-    """The library's `forward` from embeddings that have been computed: `models[attribute]` holds those of one model.
+    """Runs the library's `forward` on computed embeddings: `models[attribute]` holds those of one model.
 
-    For losses whose score stage is no method of its own.
+    For losses whose score stage is not a separate method.
     """
     twin = copy.copy(loss)
     twin._modules = {**loss._modules, **{name: Given(name) for name in models}}
     for name in models:
-        vars(twin).pop(name, None)  # a model that is no module
+        vars(twin).pop(name, None)  # a model that is not an nn.Module
     vars(twin).update(attributes)
     columns = [dict(zip(models, row, strict=True)) for row in zip(*models.values(), strict=True)]
     with column_merging_disabled():

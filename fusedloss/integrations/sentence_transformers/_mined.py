@@ -29,7 +29,7 @@ DISTANCES = {_Distances.euclidean_distance: "euclidean", _Distances.cosine_dista
 def _mined(
     function: Callable[..., Tensor], loss: nn.Module, labels: Any, embeddings: Tensor, **options: float
 ) -> Tensor | None:
-    """The loss, or None where the library's own code has to run."""
+    """Returns the loss, or None if the library's code has to run."""
     metric: Any = loss.distance_metric
     distance = next((name for own, name in DISTANCES.items() if own is metric), None)
     why_not = first(
@@ -40,7 +40,7 @@ def _mined(
     )
     if not fused(loss, why_not):
         return None
-    # As the library widens 16 bits: distances between long vectors are differences of large products.
+    # Widens 16 bits as the library does: distances of long vectors are differences of large products.
     embeddings = embeddings.to(stats_dtype(embeddings.dtype))
     with _fits.autocast_off(embeddings):
         return function(embeddings, labels.view(-1).to(torch.int64), distance=distance, **options)

@@ -31,7 +31,7 @@ from ._ranking import (
 
 
 def prefixes_fit(loss: Any, dims: Sequence[int], weights: Sequence[Any], embeddings: Sequence[Tensor]) -> str | None:
-    """Whether all prefixes of the ranking loss `loss` are one sweep."""
+    """Checks that one sweep computes all prefixes of the ranking loss `loss`."""
     return first(
         "it gathers across devices" if loss.gather_across_devices else None,
         ranking_fits(loss, embeddings),
@@ -49,15 +49,15 @@ def prefixes(loss: Any, dims: Sequence[int], weights: Sequence[float], embedding
 
 
 def steps(count: int, chosen: int) -> Sequence[int]:
-    """Which of the dimensions this step takes; draws from `random` as the library does."""
+    """Returns the dimensions of this step; draws from `random` as the library does."""
     return random.sample(range(count), chosen) if 0 < chosen < count else range(count)
 
 
 class CachedLossDecorator(_matryoshka.CachedLossDecorator):
-    """All dimensions in one sweep, where the decorated loss is our CachedMultipleNegativesRankingLoss."""
+    """All dimensions in one sweep, if the decorated loss is our CachedMultipleNegativesRankingLoss."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As the library's, which loads where fusedloss is not installed; MatryoshkaLoss makes it ours again."""
+        """Pickles as the library's class, which loads without fusedloss; MatryoshkaLoss makes it ours again."""
         return object.__new__, (_matryoshka.CachedLossDecorator,), vars(self)
 
     @counted

@@ -50,7 +50,7 @@ def distance_is_known(metric: Any, known: dict[Any, str]) -> str | None:
 
 
 def _siamese_fits(loss: Any, embeddings: Sequence[Tensor], labels: Any) -> str | None:
-    """Of both contrastive losses: the first batch's labels are looked at, as there, for a warning."""
+    """Checks both contrastive losses. The first batch's labels are read, as in the library, for its warning."""
     why_not = first(
         "there are not two columns" if len(embeddings) != 2 else None,
         distance_is_known(loss.distance_metric, SIAMESE),
@@ -85,8 +85,8 @@ class ContrastiveLoss(_ContrastiveLoss):
 
 
 class OnlineContrastiveLoss(_OnlineContrastiveLoss):
-    """sentence-transformers' loss of this name, without waiting for a GPU. A NaN distance shows, where upstream's
-    selection drops it."""
+    """sentence-transformers' loss of this name, without waiting for a GPU. A NaN distance gives NaN; the library drops
+    it."""
 
     @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
@@ -322,7 +322,7 @@ class ContrastiveTensionLoss(_ContrastiveTensionLoss):
 
 
 def _same_tokens(one: dict[str, Tensor], other: dict[str, Tensor], like: Tensor) -> Tensor:
-    """1 for a text that stands beside itself, whatever the padding."""
+    """Returns 1 for pairs of the same text, with any padding."""
     if "attention_mask" not in one or "attention_mask" not in other:
         return (one["input_ids"] == other["input_ids"]).all(dim=1).float()
     texts = (

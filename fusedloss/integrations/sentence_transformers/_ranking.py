@@ -38,9 +38,9 @@ from ._fits import MATRICES, first, fused
 
 
 def gathered(loss: nn.Module, library: ModuleType, *columns: Tensor) -> list[Tensor]:
-    """The columns of all processes, this one's rows first: the order of the others does not matter to a loss.
+    """Returns the columns of all processes, this one's rows first. The order of the others does not matter to a loss.
 
-    library: the module whose names the library's own loss would look up.
+    library: the module in which the library's loss looks up its names.
     """
     if not loss.gather_across_devices:
         return list(columns)
@@ -50,7 +50,7 @@ def gathered(loss: nn.Module, library: ModuleType, *columns: Tensor) -> list[Ten
 
 
 def ranking_fits(loss: Any, embeddings: Sequence[Tensor]) -> str | None:
-    """Of MultipleNegativesRankingLoss and its cached form."""
+    """Checks MultipleNegativesRankingLoss and its cached form."""
     directions = loss.directions
     if len(embeddings) < 2:
         return "there are fewer than two columns"
@@ -109,7 +109,7 @@ class MultipleNegativesRankingLoss(_MultipleNegativesRankingLoss):
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # meant for its users
+    warnings.simplefilter("ignore", DeprecationWarning)  # the warning is for the library's users
 
     @deprecated(_MultipleNegativesSymmetricRankingLoss.__deprecated__)
     class MultipleNegativesSymmetricRankingLoss(_MultipleNegativesSymmetricRankingLoss, MultipleNegativesRankingLoss):
@@ -117,7 +117,7 @@ with warnings.catch_warnings():
 
 
 def gist_fits(loss: Any, owner: type, embeddings: Sequence[Tensor], guides: Sequence[Tensor]) -> str | None:
-    """Of GISTEmbedLoss and its cached form."""
+    """Checks GISTEmbedLoss and its cached form."""
     return first(
         gist_is_plain(loss, owner),
         "the guide has another number of columns" if len(embeddings) != len(guides) else None,
@@ -144,7 +144,7 @@ def gist_is_plain(loss: Any, owner: type) -> str | None:
 
 
 def gist(loss: Any, library: ModuleType, embeddings: Sequence[Tensor], guides: Sequence[Tensor]) -> Tensor:
-    """The anchors stay this process's own. A guide of 16 bits is compared in fp32, where the library rounds."""
+    """Returns the loss. Anchors stay this process's own. A 16-bit guide is compared in fp32; the library rounds."""
     anchor, *candidates = embeddings
     guide, *guide_candidates = guides
     everywhere = gathered(loss, library, *candidates, *guide_candidates)
@@ -189,7 +189,7 @@ class GISTEmbedLoss(_GISTEmbedLoss):
         return gist(self, _gist_embed, embeddings, guides)
 
     def _for_guide(self, column: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A column's texts, in the guide's tokens."""
+        """Returns a column's texts in the guide's tokens."""
         ids: Any = column["input_ids"]
         if "cu_seq_lens_q" in column:  # several texts in one row
             ends = column["cu_seq_lens_q"].tolist()
@@ -241,7 +241,7 @@ class MegaBatchMarginLoss(_MegaBatchMarginLoss):
 
 
 def settled(loss: Tensor, with_backward: bool) -> Tensor:
-    """What a cached loss returns: its leaves have their gradients, and no graph outlives the call."""
+    """Returns a cached loss whose leaves already have their gradients, so that no graph outlives the call."""
     if not with_backward:
         return loss
     loss.backward()

@@ -5,8 +5,8 @@
     loss = losses.LambdaLoss(model)
     trainer = CrossEncoderTrainer(model=model, train_dataset=dataset, loss=loss)
 
-The model takes nearly all the time of a step here: what is saved are launches, and of the pairwise losses
-(LambdaLoss, RankNetLoss, ADRMSELoss) the n x n matrices of each query. All else runs the library's code.
+The model takes nearly all the time of a step here: the drop-ins save launches, and in the pairwise losses (LambdaLoss,
+RankNetLoss, ADRMSELoss) the n x n matrices of each query. Everything else runs the library's code.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ from ._fits import first, untouched
 
 
 def patch() -> Patch:
-    """Puts these drop-ins in the place of the library's classes; `patch()` of the package does those of all models."""
+    """Replaces the library's classes by these drop-ins; the package's `patch()` does so for all kinds of models."""
     return Patch(drop_ins(sys.modules[__name__]))
 
 
 def fused(loss: nn.Module, why_not: str | None) -> bool:
-    """Whether this call of `loss` runs fused code: counted, or the reason told once."""
+    """Whether this call of `loss` runs fused code. Counts it, or warns of the reason once."""
     return runs_fused(f"sentence_transformers.cross_encoder.{type(loss).__name__}", why_not)
 
 
 @contextlib.contextmanager
 def standing_in(loss: nn.Module, name: str, other: Callable[..., Tensor]) -> Iterator[None]:
-    """`other` where the library's code looks up the module `name` of the loss: an entry of __dict__ is found first."""
+    """Makes the library's code find `other` as the loss's module `name`: an entry of __dict__ is found first."""
     own = vars(loss)
     before = {name: own[name]} if name in own else {}
     own[name] = other
@@ -73,7 +73,7 @@ def standing_in(loss: nn.Module, name: str, other: Callable[..., Tensor]) -> Ite
 
 @contextlib.contextmanager
 def no_type_error() -> Iterator[None]:
-    """The trainer takes a TypeError to mean that a loss knows no prompts, and calls it again without a word."""
+    """Turns a TypeError into a RuntimeError: at a TypeError the trainer silently calls the loss without prompts."""
     try:
         yield
     except TypeError as error:
@@ -156,9 +156,9 @@ def cross_entropy_fits(criterion: Any, scores: Tensor, labels: Tensor) -> str | 
 
 
 class Criterion:
-    """A module of torch's that ends a loss, and its twin here.
+    """A torch module at the end of a loss, and its twin here.
 
-    The library's code up to it, its checks and its messages stay; the twin stands in for the call.
+    The library's code before it, with its checks and messages, stays; the twin replaces the call.
     """
 
     def __init__(self, name: str, kind: type[nn.Module], twin: Callable[..., Tensor], fits: Callable[..., str | None]):
@@ -193,7 +193,7 @@ class _WithCriterion(nn.Module):
 
 class BinaryCrossEntropyLoss(_WithCriterion, _BinaryCrossEntropyLoss):
     """sentence-transformers' loss of this name; value and derivative in one pass. An infinite score that is wrong gives
-    an infinite loss, where torch's formula is NaN."""
+    an infinite loss; torch's formula gives NaN."""
 
     _criterion = Criterion(
         "bce_with_logits_loss", nn.BCEWithLogitsLoss, binary_cross_entropy, binary_cross_entropy_fits
@@ -240,12 +240,12 @@ class CachedMultipleNegativesRankingLoss(_CachedMultipleNegativesRankingLoss, Mu
 
 # Losses of lists ------------------------------------------------------------------------------------------------------
 
-LARGEST = 5e7  # of a score: beyond, both sides clamp, each in its own way
+LARGEST = 5e7  # of a score: beyond this both sides clamp, each differently
 LARGEST_GRADE = 100.0  # of a label whose gain is 2^label
 
 
 class _Scored(Exception):
-    """Leaves the library's forward with its scores, behind which it has no method of its own."""
+    """Leaves the library's forward with its scores, because what follows is not a separate method."""
 
     def __init__(self, scores: Tensor):
         super().__init__()
@@ -253,7 +253,7 @@ class _Scored(Exception):
 
 
 class _OfLists(nn.Module):
-    """The library checks, tokenises and scores; the loss of the scores is ours."""
+    """Base of the list losses: the library checks, tokenises and scores; the loss of the scores is ours."""
 
     activation_fn: Callable[[Tensor], Tensor]
     model: Any
@@ -278,7 +278,7 @@ class _OfLists(nn.Module):
             return self._of_scores(*padded(scores, labels))
 
     def _why_not(self) -> str | None:
-        """What of the options stands against fused code."""
+        """Returns the reason, among the options, against fused code."""
         raise NotImplementedError
 
     def _of_scores(self, scores: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
@@ -296,7 +296,7 @@ class _OfLists(nn.Module):
             return "the scores are not one for each document"
         if scores.dtype != torch.get_default_dtype():
             return "the scores have another dtype than the library's matrix of them"
-        # The library reads values back, too.
+        # Reading values back is no extra cost: the library does so, too.
         fit = (scores.detach().abs() <= LARGEST).all() & (
             torch.cat(list(labels)).float().abs() <= self._largest_label
         ).all()
@@ -304,7 +304,7 @@ class _OfLists(nn.Module):
 
 
 def padded(scores: Tensor, labels: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scores and labels `[queries, documents]`, and which of them are documents if not all are."""
+    """Returns scores and labels `[queries, documents]`, and a mask of documents if not all are."""
     lengths = [len(x) for x in labels]
     Q, n = len(lengths), max(lengths)
     y = torch.cat(list(labels)).float()
@@ -415,7 +415,7 @@ class PListMLELoss(_OfLists, _PListMLELoss):
         )
         if not torch.any(
             losses
-        ):  # single documents: as there, no gradient, and not one of 0, which would decay weights
+        ):  # single documents: as in the library, no gradient; a gradient of 0 would let weights decay
             return torch.zeros((), device=self.model.device, requires_grad=True)
         return losses.mean()
 

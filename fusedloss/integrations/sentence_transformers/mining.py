@@ -1,8 +1,8 @@
-"""`mine_hard_negatives` on an exact search that holds no scores but the best: the library's function, its search ours.
+"""`mine_hard_negatives` with an exact search that keeps only the best scores: the library's function with our search.
 
-The library's function runs as it is, with a model that answers `similarity` with a promise: `torch.topk` of that is
-`fusedloss.search.top_k`. Anything else done to it computes the matrix that the library would have had. What is found
-is `_Ranked`: the library takes a second `torch.topk` of it, which keeps the order of equal scores.
+The library's function runs unchanged, with a model whose `similarity` returns a promise: `torch.topk` of the promise is
+`fusedloss.search.top_k`. Any other operation computes the library's matrix. The result is a `_Ranked`, because the
+library takes a second `torch.topk` of it, which must keep the order of equal scores.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ R = TypeVar("R")
 
 
 class _Ranked(Tensor):
-    """Scores in their order, of which `torch.topk` along the rows takes the first of equal ones, where torch's own may
-    take any. What topk returns is plain again.
+    """Sorted scores. `torch.topk` of their rows takes the first of equal scores; torch's may take any. It returns plain
+    tensors.
     """
 
     @classmethod
@@ -46,7 +46,7 @@ class _Ranked(Tensor):
 
 
 class _Scores:
-    """What `model.similarity(query, corpus)` would return."""
+    """The promise of `model.similarity(query, corpus)`."""
 
     def __init__(self, query: Tensor, corpus: Tensor, kind: str, compute: Callable[[], Tensor]):
         self._query, self._corpus, self._kind, self._compute = query, corpus, kind, compute
@@ -63,7 +63,7 @@ class _Scores:
         return self._compute().to(self._device)
 
     def _top_k(self, k: int) -> tuple[Tensor, Tensor]:
-        """Where the library has the results, if that is a GPU: it would search on the CPU, where it encodes to."""
+        """Searches on the model's device if that is a GPU; the library would search on the CPU, to which it encodes."""
         query = self._query.to(self._device) if self._device.type == "cuda" else self._query
         scores, indices = top_k(query, self._corpus, k, similarity=self._kind)
         return scores.to(self._device).as_subclass(_Ranked), indices.to(self._device)
@@ -79,7 +79,7 @@ class _Scores:
 
 
 class _Model:
-    """The model, but for `similarity`."""
+    """The model, except for `similarity`."""
 
     def __init__(self, model: Any):
         self._model = model
@@ -96,7 +96,7 @@ class _Model:
             embeddings_fit(x, y, same_rows=False),
             "autocast is on" if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else None,
         )
-        if self._runs is None or why_not is not None:  # told, or counted once though queries come in batches
+        if self._runs is None or why_not is not None:  # logged, or counted once, although queries come in batches
             self._runs = runs_fused(NAME, why_not)
         if not self._runs:
             return method(query, corpus)
@@ -108,22 +108,22 @@ class _Model:
 def _searching(upstream: Callable[P, R]) -> Callable[P, R]:
     @counted
     def mine_hard_negatives(*args: P.args, **kwargs: P.kwargs) -> R:
-        """The library's `mine_hard_negatives`, whose search holds the best scores only, whatever the corpus.
+        """The library's `mine_hard_negatives` with a search that keeps only the best scores, for any corpus.
 
         Arguments, checks, output and printing are the library's. Without FAISS it scores `faiss_batch_size` queries
-        (16384) against the whole corpus at a time, a matrix of 61 GiB for a million passages; here the scores are
-        walked in tiles of 32 MiB, on the model's device where that is a GPU. Among equal scores the first of the corpus
-        is mined, where the library leaves the order open; scores agree up to the rounding of the products. Of equal
-        scores of a cross-encoder the one the model finds nearer comes first. `corpus` may be any sequence of texts, a
-        column of a `datasets.Dataset` too, where the library takes a list only.
+        (16384) against the whole corpus at a time, a matrix of 61 GiB for a million passages; here scores are computed
+        in tiles of 32 MiB, on the model's device if that is a GPU. Among equal scores the first of the corpus is mined;
+        the library leaves the order open. Scores agree up to the rounding of the products. Among equal scores of a
+        cross-encoder the one that the model finds nearer comes first. `corpus` may be any sequence of texts, such as a
+        column of a `datasets.Dataset`; the library takes only a list.
 
-        With `use_faiss=True` FAISS searches, as it does there. A similarity other than the library's four, or one that
+        With `use_faiss=True` FAISS searches, as in the library. A similarity other than the library's four, or one that
         a model overrides, runs the library's search.
         """
         try:
             bound = inspect.signature(upstream).bind(*args, **kwargs)
         except TypeError:
-            return upstream(*args, **kwargs)  # which raises its own
+            return upstream(*args, **kwargs)  # the library raises its own error
         if disabled():
             return upstream(*args, **kwargs)
         corpus = bound.arguments.get("corpus")

@@ -1,10 +1,10 @@
 """The MaxSim losses of multi-vector encoders, scored by an installed kernel package: late-interaction-kernels or
 flash-maxsim.
 
-Their score functions materialise all similarities of query and document tokens; the kernels hold none. They compute in
-16 bits, so float32 tokens are scored by them under autocast only, and by the library otherwise, as are score functions
-other than the six of MaxSim, masks that are not bool, and tokens that are not on a GPU. Without either package the
-library's own code runs. Tested with stand-ins for late-interaction-kernels 0.4.5 and flash-maxsim 0.3.0.
+The library's score functions materialise all similarities of query and document tokens; the kernels store none. The
+kernels compute in 16 bits, so they score float32 tokens only under autocast. The library scores the rest: score
+functions other than the six of MaxSim, masks that are not bool, and tokens that are not on a GPU. Without either
+package the library's code runs. Tested with stand-ins for late-interaction-kernels 0.4.5 and flash-maxsim 0.3.0.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 from .._drop_in import counted, disabled, runs_fused
 from ._fits import first
 
-# Of each score function: what it compares, and whether it divides by the number of query tokens.
+# For each score function: what it compares, and whether it divides by the number of query tokens.
 KNOWN: dict[Any, tuple[str, bool]] = {
     scoring.colbert_scores: ("all", False),
     scoring.colbert_kd_scores: ("own", False),
@@ -52,7 +52,7 @@ def _late_interaction_kernels(query: Tensor, documents: Tensor, query_mask: Tens
 
 
 def _flash_maxsim(query: Tensor, documents: Tensor, query_mask: Tensor, document_mask: Tensor) -> Tensor:
-    """It takes lengths for masks, so the tokens that count come first; their order does not matter."""
+    """Takes lengths instead of masks, so masked-in tokens are moved to the front; their order does not matter."""
     kernels = importlib.import_module("flash_maxsim")
     (query, query_lengths), (documents, lengths) = _counted(query, query_mask), _counted(documents, document_mask)
     return kernels.flash_maxsim_batched_train(
@@ -86,7 +86,7 @@ def _tokens_fit(query: Tensor, documents: Tensor, query_mask: Any, document_mask
 
 
 def _dtype(x: Tensor) -> torch.dtype:
-    """In which the library would multiply them."""
+    """Returns the dtype in which the library would multiply the tokens."""
     on = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
     return torch.get_autocast_dtype(x.device.type) if on else x.dtype
 
@@ -100,7 +100,7 @@ def _scores(
     queries_mask: Any = None,
     documents_mask: Any = None,
 ) -> Tensor:
-    """What `function` returns, from the kernels where the tensors fit."""
+    """Returns the scores of `function`, from the kernels if the tensors fit."""
     compared, mean = KNOWN[function]
     why_not = _tokens_fit(queries, documents, queries_mask, documents_mask, 3 if compared == "pairs" else 4)
     package = _package()
@@ -120,7 +120,7 @@ def _scores(
 
 
 def _routed(loss: Any, method: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """`method` of the library, with the score function of `loss` replaced in a copy of it."""
+    """Runs the library's `method` on a copy of `loss` with its score function replaced."""
     if disabled():
         return method(loss, *args, **kwargs)
     name = f"sentence_transformers.{type(loss).__name__}"
@@ -136,7 +136,7 @@ def _routed(loss: Any, method: Callable[..., Tensor], *args: Any, **kwargs: Any)
     vars(twin)["similarity_fct"] = functools.partial(_scores, name, function)
     try:
         return method(twin, *args, **kwargs)
-    finally:  # what a call notes down stays
+    finally:  # attributes that the call sets are kept
         vars(loss).update({key: value for key, value in vars(twin).items() if key != "similarity_fct"})
 
 
