@@ -26,7 +26,7 @@ from .zones import Zones
 
 Make = Callable[[Draw], Run]
 CASES: dict[str, dict[str, Make]] = sweeps.CASES | rowwise.CASES
-# What `check` shows on every backend: one of each kind of loss.
+# The cases that `check` shows on every backend: one of each kind of loss.
 CHECKED: dict[str, Make] = {
     "info_nce": CASES["grad"]["ragged"],
     "clip": CASES["grad+columns"]["ragged"],
@@ -38,7 +38,8 @@ CHECKED: dict[str, Make] = {
     "mse": CASES["pointwise"]["squares"],
 }
 DRAWS = 2
-# What operands are moved by: four roundings of fp32 (a product, its scale, exp and the sum after it), one of tf32.
+# The step that operands are moved by: four roundings of fp32 (a product, its scale, exp and the sum after it), one of
+# tf32.
 STEPS = {"tf32": 2.0**-11}
 STEP = 2 * torch.finfo(torch.float32).eps
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
@@ -47,7 +48,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, 
 class Proof(NamedTuple):
     """state: "proved" or "failed". worst: the largest error as a share of the budget, of which 1 is allowed.
 
-    reason: where it failed the case and the figure, else what could not be run here; mostly empty.
+    reason: of a failure the case and the figure, otherwise the cases that could not run here; mostly empty.
     """
 
     state: str
@@ -60,11 +61,11 @@ class Proof(NamedTuple):
 def prove(
     backend: str, family: str, precision: str, device: torch.device, begins: Callable[[str], None] = lambda case: None
 ) -> Proof:
-    """Runs the cases of a family until one fails. begins: is told which.
+    """Runs the cases of a family until one fails. begins: called with each case.
 
-    Raises ValueError for a family that `backend` has not, or not in this precision; UnsupportedError where the backend
-    runs nothing of this precision on `device`; and torch.OutOfMemoryError, which says nothing of a kernel. Whatever
-    else a case raises is its failure.
+    Raises ValueError for a family that `backend` lacks, or lacks in this precision; UnsupportedError if the backend
+    runs nothing of this precision on `device`; and torch.OutOfMemoryError, which proves nothing about a kernel. Any
+    other error is a failure of the case.
     """
     known = families.of_backend(backend, precision)
     if family not in known:
@@ -81,27 +82,27 @@ def prove(
             share, reason = _proved(name, make, backend, precision, device)
             worst = max(worst, share)
             if "2^31" in name and device.type == "cuda":
-                torch.cuda.empty_cache()  # gigabytes, which others may want
+                torch.cuda.empty_cache()  # frees gigabytes for other processes
             if reason:
                 return Proof("failed", count, time.perf_counter() - start, worst, f"{name}: {reason}")
     return Proof("proved", len(CASES[family]) - bool(left_out), time.perf_counter() - start, worst, left_out)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Graphs are captured on the current device."""
+    """Makes the device current, because graphs are captured on the current device."""
     return contextlib.nullcontext() if device.index is None or device.type != "cuda" else torch.cuda.device(device)
 
 
 def why_not(backend: str, family: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a family has no proof there."""
+    """Returns the reason why a family has no proof on the device, or None."""
     if family == "pair_logits" or family not in families.ROWWISE:
         return BACKENDS[backend].why_not_on(dtype, device)
-    # What the interpreter cannot do with bfloat16 is to multiply tiles.
+    # The interpreter handles bfloat16, except for products of tiles.
     return triton.why_not_on(torch.float32 if dtype == torch.bfloat16 else dtype, device)
 
 
 def _absent(name: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Rows beyond 2^31 elements: on a CPU memory that nobody touches, on a card 4 to 8 GiB where it has them free."""
+    """Returns a reason against rows beyond 2^31 elements: a CPU never touches that memory, a card needs 4 to 8 GiB."""
     if "2^31" not in name or device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > 2 * 2 * far_bytes(dtype):
         return None
     return f"takes {2 * far_bytes(dtype) >> 30} GiB, half of what must be free"
@@ -109,7 +110,7 @@ def _absent(name: str, dtype: torch.dtype, device: torch.device) -> str | None:
 
 @contextlib.contextmanager
 def products(precision: str) -> Iterator[None]:
-    """With torch's own switch for products of fp32 where the precision has it, and where it was afterwards."""
+    """Sets torch's switch for fp32 products by the precision, and resets it afterwards."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
@@ -120,7 +121,7 @@ def products(precision: str) -> Iterator[None]:
 
 
 def errors(name: str, backend: str, precision: str, device: torch.device) -> dict[str, float]:
-    """Of one of CHECKED, each output's error as a share of its budget: the losses' first, then the gradients'."""
+    """Returns the errors of one of CHECKED as shares of the budget: the losses' first, then the gradients'."""
     make = CHECKED[name]
     found = make(Draw(name, DTYPES[precision], device))(backend)
     return shares_of(found, name, make, precision, device)
@@ -130,7 +131,7 @@ def errors(name: str, backend: str, precision: str, device: torch.device) -> dic
 
 
 def _proved(name: str, make: Make, backend: str, precision: str, device: torch.device) -> tuple[float, str]:
-    """The largest share of the budget, and why that is no proof."""
+    """Returns the largest share of the budget, and the reason why that is no proof, or ""."""
     zones = Zones(device)
     try:
         run = make(Draw(name, DTYPES[precision], device, zones=zones))
@@ -154,7 +155,7 @@ def _proved(name: str, make: Make, backend: str, precision: str, device: torch.d
 
 
 def _different(found: Outputs, again: Outputs) -> str | None:
-    """The first output whose bits are not the same; every NaN is like another."""
+    """Returns the first output whose bits differ; all NaN are equal."""
     for name, x in found.items():
         y = again[name]
         if x.dtype != y.dtype or not bool(((x == y) | (x.isnan() & y.isnan())).all()):
@@ -173,12 +174,13 @@ def _captured(run: Run, backend: str) -> Outputs:
 
 
 def shares_of(found: Outputs, name: str, make: Make, precision: str, device: torch.device) -> dict[str, float]:
-    """The error of each output as a share of its budget: 2 x the error of eager, a rounding, and the condition's part.
+    """Returns each output's error as a share of its budget: 2 x the error of eager, a rounding, and the condition's
+    part.
 
     Eager is the formula in the same precision, by torch's own switches on a GPU; where a CPU stands in for tensor cores
-    its operands are rounded instead. The condition's part is by how much the output moves, in fp64, with the last bits
-    of the operands: of few rows eager may be as lucky as ours is not. In 16 bits it is also by how much the output
-    moves with what tensor cores may cut off a sum. What is NaN or infinite in fp64 must be so, and nothing else.
+    its operands are rounded instead. The condition's part is the change of the output, in fp64, with the last bits of
+    the operands: with few rows eager may be lucky and we not. In 16 bits it also has the change by what tensor cores
+    may cut off a sum. An output must be NaN or infinite exactly where fp64 is.
     """
     dtype, cut = DTYPES[precision], precision == "tf32" and device.type == "cpu"
     exact = make(Draw(name, dtype, device, wide=True))("reference")
@@ -191,19 +193,19 @@ def shares_of(found: Outputs, name: str, make: Make, precision: str, device: tor
     for draw in others:
         other = make(draw)("reference")
         for what in found:
-            if not (draw.short and what.startswith("counted")):  # columns that tie tie in any precision
+            if not (draw.short and what.startswith("counted")):  # ties are ties in any precision
                 moves[what] = max(moves[what], _largest(other[what].double() - exact[what].double()))
     return {what: _share(what, x, eager[what], exact, moves[what], precision) for what, x in found.items()}
 
 
 def _largest(x: Tensor) -> float:
-    """Of the absolute values that are finite."""
+    """Returns the largest finite absolute value."""
     return x.abs().nan_to_num(0, 0, 0).amax().item()
 
 
 def _share(what: str, out: Tensor, eager: Tensor, exact: Outputs, moves: float, precision: str) -> float:
     wanted, terms = exact[what].double(), exact.get(f"{what}: terms")
-    if terms is not None:  # a sum that cancels: a logit's rounding is that of its product
+    if terms is not None:  # a sum that cancels, because a logit's rounding is that of its product
         rounding = 2**13 if precision == "tf32" else 1
         return testing.condition_share(out, wanted, rounding * terms, exact["bound"].item())
     finite = wanted.isfinite()
@@ -212,7 +214,7 @@ def _share(what: str, out: Tensor, eager: Tensor, exact: Outputs, moves: float, 
         return float("inf")
     if not bool(finite.any()):
         return 0.0
-    # Statistics are in fp32 whatever the operands are; what is a whole number is exact.
+    # Statistics are in fp32 for all operands; whole numbers are exact.
     dtype = (
         DTYPES[precision] if what.startswith("gradient") else out.dtype if out.is_floating_point() else torch.float32
     )

@@ -1,4 +1,4 @@
-"""Times of what is proved beside `chunked` and plain torch: entries of the tables that `auto` goes by (`order.py`)."""
+"""Times of proved kernels, `chunked` and plain torch: entries of the tables that `auto` uses (`order.py`)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from . import cases
 
 ALL_KINDS = (*KINDS[0], *KINDS[1])
 VERIFIED = tuple((N, N, D) for N in (1024, 4096, 16384, 65536) for D in (128, 384, 768, 1024, 4096))
-SAMPLE = 2e-3  # seconds that a sample takes at least: several steps where they are shorter
+SAMPLE = 2e-3  # least seconds of a sample, which has several steps if they are shorter
 SCALE = 20.0
-CPU_ROOM = 1 << 30  # of plain torch's matrices
-LEAST = 16384  # rows and columns of the largest size around a loss
+CPU_ROOM = 1 << 30  # bytes of plain torch's matrices
+LEAST = 16384  # least rows and columns of the largest size around a loss
 MOST = 1 << 42  # M N D of it: a bf16 step takes 50 ms of an H200's tensor cores, an fp32 one a second of most others
 ROOM = 1 << 28  # elements of its embeddings: 1 GiB in fp32
 
@@ -32,8 +32,8 @@ Point = tuple[int, int, int]
 def around(M: int, N: int, D: int) -> list[Point]:
     """Three sizes, by equal factors of rows and columns: a fourth, itself and four times that.
 
-    The largest counts for all sizes beyond: of a small loss it is LEAST. Where it would take too long, or too much
-    memory, all three are smaller. The one nearest to what was asked for is first.
+    The largest serves all sizes beyond; for a small loss it is LEAST. If it would take too long, or too much memory,
+    all three are smaller. The one nearest to the given size is first.
     """
     fits = min(math.sqrt(MOST / (M * N * D)), ROOM / ((M + N) * D))
     top = min(max(4.0, LEAST / math.sqrt(M * N)), fits)
@@ -67,7 +67,7 @@ def race(
     """
     capability = order.capability(device)
     dtype = cases.DTYPES[precision]
-    if dtype == torch.float16:  # no shift is safe there: whatever is bounded runs as what is not
+    if dtype == torch.float16:  # fp16 has no safe shift: a bounded loss runs like an unbounded one
         kinds = [kind for kind in kinds if not kind.endswith("bounded")]
     for M, N, D in points:
         for kind in kinds:
@@ -88,7 +88,7 @@ def _times(
     rounds: int,
     limit: float,
 ) -> dict[str, float]:
-    """By backend, the fastest first."""
+    """Returns times by backend, the fastest first."""
     M, N, D = point
     names = [*backends, "chunked", *([order.REFERENCE] if _materialises(device, M, N) else [])]
     calls, repeats = {}, {}
@@ -99,8 +99,8 @@ def _times(
             try:
                 call()  # compiles
                 repeats[name] = max(1, math.ceil(SAMPLE / max(measure.seconds(call), 1e-6)))
-            except (UnsupportedError, RuntimeError):  # out of memory is one
-                measure.free_memory()  # raises where the device is lost
+            except (UnsupportedError, RuntimeError):  # includes out of memory
+                measure.free_memory()  # raises if the device is lost
                 continue
             calls[name] = call
         seconds = measure.time_interleaved(calls, rounds, warmup=0, repeats=repeats, limit=limit)

@@ -17,13 +17,13 @@ Make = Callable[[Draw], Run]
 
 
 def differentiated(draw: Draw, leaves: Sequence[Tensor], function: Callable[..., Tensor]) -> Run:
-    """function: of the leaves and the backend's name. Upstream gradients differ from row to row where it has rows."""
+    """function: of the leaves and the backend's name. Upstream gradients differ from row to row, if it returns rows."""
     upstream: list[Tensor] = []
 
     def run(backend: str) -> Outputs:
         fresh = [x.detach().requires_grad_() for x in leaves]
         losses = function(*fresh, backend)
-        if not upstream:  # the same in all runs
+        if not upstream:  # made once, for all runs
             drawn = torch.rand(losses.shape, generator=draw.generator, dtype=torch.float64) + 0.5
             upstream.append(draw.vector(drawn).to(losses.dtype))
         found = torch.autograd.grad(losses, fresh, upstream[0])
@@ -104,7 +104,7 @@ def _pairs(
 def _lists(
     draw: Draw, queries: int, documents: int, loss: Callable[..., Tensor], masked: bool = True, **options: Any
 ) -> Run:
-    """Scores that differ by more than any rounding: an order of theirs is the same in all precisions."""
+    """Returns scores that differ by more than any rounding, so that their order is the same in all precisions."""
     Q, documents = draw.size(queries), draw.length(documents)
     order = torch.rand(Q, documents, generator=draw.generator).argsort(1)
     x = draw.matrix((order - documents / 2) * (8 / max(documents, 8)) if documents < 200 else (order - 1000) / 128)

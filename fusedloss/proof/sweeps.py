@@ -47,8 +47,8 @@ def softmax(
 ) -> Run:
     """A softmax over one or two blocks of columns.
 
-    keys: the keys' layout, where it is another. learns: the scale is a tensor with a gradient, else a number. chunk:
-    rows a chunk. spoilt: a NaN in a row of the queries, whose gradient alone is wanted. more: of Problem.
+    keys: the keys' layout, if it differs. learns: the scale is a tensor with a gradient, else a number. chunk: rows of
+    a chunk. spoilt: a NaN in a row of the queries; only their gradient is wanted. more: fields of Problem.
     """
     M, N, dim = draw.size(rows), draw.size(columns), draw.length(dim)
     x, y = draw.pair(kind, M, N, dim)
@@ -62,7 +62,7 @@ def softmax(
     target = (torch.arange(M) if own else 5 * torch.arange(M) + 3) % N
     weight = draw.normal(M).abs() + 0.1 if weighted else torch.ones(M)
     if weighted and not symmetric:
-        weight[1 :: max(2, M // 3)] = 0  # the first row counts: of one row there is no other
+        weight[1 :: max(2, M // 3)] = 0  # the first row counts: there may be only one
     biases: list[Tensor | None] = [None] * blocks
     if bias:
         for number, count in enumerate((N, *(len(y) for y in operands[2:]))):
@@ -72,7 +72,7 @@ def softmax(
     first = Mask() if mask is None else mask(draw, M, N)
     if guide is not None:
         first = first._replace(guide=_guide(draw, M, N))
-    made = [Block(0, 1, _maybe(draw, biases[0]), first, penalty[0])]  # but for the target
+    made = [Block(0, 1, _maybe(draw, biases[0]), first, penalty[0])]  # except the target
     for number in range(1, blocks):
         other = Mask() if guide is None else Mask(guide=_guide(draw, M, len(operands[1 + number])))
         made.append(Block(0, 1 + number, _maybe(draw, biases[number]), other, *penalty))
@@ -121,7 +121,7 @@ def fold(
     chunk: int | None = None,
     learns: bool = True,
 ) -> Run:
-    """A fold. same: one matrix on both sides; scale: of the folds that have one, with a gradient where it learns."""
+    """A fold. same: one matrix on both sides; scale: of folds that have one, with a gradient if `learns`."""
     M, N, dim = draw.size(rows), draw.size(columns), draw.length(dim)
     x, y = draw.pair(kind, M, N, dim)
     if spoilt:
@@ -129,11 +129,11 @@ def fold(
     operands = [draw.matrix(t, layout, exact=kind == "lattice") for t in ((x,) if same else (x, y))]
     if same:
         N = M
-    # The last label is the last row's or column's alone.
+    # Only the last row or column has the last label.
     ids = [torch.where(torch.arange(count) == count - 1, 6, draw.below(6, count)) for count in (M, N)]
     given = (draw.fixed(ids[0]), draw.fixed(ids[0] if same else ids[1])) if labels else None
     weight = draw.normal(M).abs() + 0.1
-    weight[1 :: max(2, M // 3)] = 0  # the first row counts: of one row there is no other
+    weight[1 :: max(2, M // 3)] = 0  # the first row counts: there may be only one
     made = Fold(
         name,
         options,
@@ -191,7 +191,7 @@ def top(draw: Draw, rows: int, columns: int, dim: int, *, mask: Masking | None =
 
 
 def partial(draw: Draw, rows: int, columns: int, dim: int, *, symmetric: bool) -> Run:
-    """Sums over some of the columns, merged as those of other ranks are: the log-sum-exps of rows, and of columns."""
+    """Sums over some of the columns, merged like those of other ranks: the log-sum-exps of rows and of columns."""
     M, N = draw.size(rows), draw.size(columns)
     operands = tuple(draw.matrix(t) for t in draw.pair("clustered", M, N, dim))
     target, weight = torch.full((M,), -1), torch.ones(M)
@@ -235,7 +235,7 @@ def _run(problem: Problem, wants: Wants, lost: float) -> Run:
 
 
 def _by_formula(problem: Problem, wants: Wants, lost: float) -> Outputs:
-    """In fp64 a scale and a scalar have a value for each pair, so that the terms that their gradients are of show."""
+    """In fp64 a scale and a scalar have a value for each pair, so that the terms of their gradients are seen."""
     wide = problem.scale.dtype == torch.float64
     pairs = (problem.rows, problem.columns)
 
@@ -270,12 +270,12 @@ def _by_formula(problem: Problem, wants: Wants, lost: float) -> Outputs:
 
 
 def _of_rows_left_in(problem: Problem, counted: list[Tensor]) -> list[Tensor]:
-    """Nobody asks what was counted of the others."""
+    """Keeps the counts of rows that are not left out; others are undefined."""
     return [x.masked_fill(problem.weight == 0, 0) for x in counted]
 
 
 def _largest(problem: Problem) -> Tensor:
-    """What no logit exceeds: its rounding is a share of this."""
+    """Returns an upper bound of the logits: their rounding is a share of it."""
     lengths = [x.double().norm(dim=1).nan_to_num(0).amax() for x in problem.operands]
     bound = torch.ones_like(lengths[0]) if problem.cosine else lengths[0] * torch.stack(lengths[1:] or lengths).amax()
     largest = bound * problem.scale.double().abs()
@@ -286,7 +286,7 @@ def _largest(problem: Problem) -> Tensor:
 
 
 def _budget(problem: Problem, draw: Draw, rows: int) -> int:
-    """workspace_bytes that allow so many rows a chunk."""
+    """Returns the workspace_bytes for this many rows of a chunk."""
     count = draw.size(rows)
     return count * sum(-(-problem.operands[block.key].shape[0] // 16) * 16 for block in problem.blocks) * 4
 
@@ -299,7 +299,7 @@ def _maybe(draw: Draw, x: Tensor | None) -> Tensor | None:
 
 
 def _guide(draw: Draw, M: int, N: int) -> Guide:
-    """Cosines of 0, 0.2, 0.8 and 1: none of them within rounding of another, less a margin of 0.1."""
+    """Cosines of 0, 0.2, 0.8 and 1: none is within rounding of another minus the margin 0.1."""
 
     def embeddings(count: int, first: int) -> Tensor:
         place = torch.arange(count)
@@ -316,26 +316,26 @@ def drops(draw: Draw, M: int, N: int) -> Mask:
 
 
 def keeps(draw: Draw, M: int, N: int) -> Mask:
-    """Also what agrees in 32 bits alone."""
+    """Also labels that agree only in 32 bits."""
     compare = _compare(draw, M, N, 3, True)
     keys = compare.keys + (compare.keys == 2) * 2**32
     return Mask(compare=(compare._replace(keys=draw.fixed(keys)),))
 
 
 def dense(draw: Draw, M: int, N: int) -> Mask:
-    """A row of which nothing may compete, and one of which everything may; by columns."""
+    """Has a row in which no column may compete, and one in which all may; by columns."""
     admitted = torch.rand(N, M, generator=draw.generator) < 0.6
     admitted[:, M // 2], admitted[:, 0] = False, True
     return Mask(dense=draw.fixed(admitted).T)
 
 
 def nothing(draw: Draw, M: int, N: int) -> Mask:
-    """But for the targets. One row of bits for all of them."""
+    """Nothing may compete, except targets. One row of bits for all rows."""
     return Mask(dense=draw.fixed(torch.zeros(1, N, dtype=torch.bool)).expand(M, N))
 
 
 def margin(draw: Draw, M: int, N: int) -> Mask:
-    """Between two products of the lattice."""
+    """A margin between two products of the lattice."""
     exempt = torch.stack([(torch.arange(M) + 1) % N, torch.where(torch.arange(M) % 2 == 0, -1, N - 1)], 1)
     return Mask(margin=0.53125, exempt=draw.fixed(exempt))
 
@@ -373,7 +373,7 @@ def _wave(draw: Draw, dim: int, **options: Any) -> Run:
 
 
 def _one_way(**options: Any) -> dict[str, Make]:
-    """What breaks a tile of any epilogue; of cosines where that is said, since only they have a safe shift."""
+    """Cases that break tiles of any epilogue; with cosines if asked, because only they have a safe shift."""
     cosine = options.get("cosine", False)
     sharp, sharper = (59.0, -59.0) if cosine else (100.0, 1000.0)
     return {
@@ -412,7 +412,7 @@ def _both_ways(**options: Any) -> dict[str, Make]:
 
 
 def _unsafe(**options: Any) -> dict[str, Make]:
-    """What has no shift that is known to be safe."""
+    """Cases without a shift that is known to be safe."""
     return {
         "bias of -inf": _case(softmax, 130, 200, 48, bias=True, **options),
         "bias of -inf, two blocks": _case(softmax, 67, 131, 24, blocks=2, bias=True, **options),

@@ -1,12 +1,12 @@
-"""Red zones and poison around what is allocated on a device while a case runs.
+"""Red zones and poison around memory that is allocated on a device while a case runs.
 
     zones = Zones(device)
     with zones:
         run()
     beside = zones.written()  # None, or where something was written that nobody had asked for
 
-Each tensor that torch hands out lies between two red zones; what was not to be filled with a number is poisoned: NaN,
-or the largest integer. A kernel that reads what nobody wrote, or beyond a tensor's end, so computes NaN.
+Each tensor that torch allocates is between two red zones. Memory that is not filled with a number is poisoned: NaN, or
+the largest integer. So a kernel that reads unwritten memory, or beyond a tensor's end, computes NaN.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ZONE = 16384  # bytes on either side: 20 rows of a workspace of 391 columns in 16 bits; whole units of any alignment
-# Halves of zones: NaN in bf16, fp16 and, two by two, fp32, so that what is read there shows. Each zone starts elsewhere
-# in them: arithmetic on a CPU keeps a NaN's payload, and what was read of one zone would be written to another unseen.
+# 16-bit values of zones: NaN in bf16, fp16 and, in pairs, fp32, so that reading them shows. Each zone starts at a
+# different one: CPU arithmetic keeps a NaN's payload, so a value read from one zone and written to another would
+# otherwise be unnoticed.
 LOWEST, HIGHEST, STARTS = -63, -1, 512  # 0xFFC1 to 0xFFFE
 
 _aten = torch.ops.aten
@@ -57,7 +58,7 @@ class _Zoned(NamedTuple):
 
 
 class Zones(TorchDispatchMode):
-    """The allocations on `device` while it is entered, also by autograd's threads; it may be entered again."""
+    """Context that wraps allocations on `device`, also by autograd's threads; it may be entered again."""
 
     def __init__(self, device: torch.device):
         super().__init__()
@@ -75,11 +76,11 @@ class Zones(TorchDispatchMode):
         return out.copy_(found) if func in FILLED else out
 
     def holding(self, x: Tensor) -> Tensor:
-        """A copy of `x`, of its strides, between zones; what lies between its rows is poison."""
+        """Returns a copy of `x` between zones, with its strides; gaps between its rows are poison."""
         return self.between(x.shape, x.stride(), x.dtype).copy_(x)
 
     def between(self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A poisoned tensor between zones."""
+        """Returns a poisoned tensor between zones."""
         span = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         end = ZONE + span * dtype.itemsize
         memory = torch.empty(end + ZONE, dtype=torch.uint8, device=self.device)
@@ -90,7 +91,7 @@ class Zones(TorchDispatchMode):
         return memory[ZONE:end].view(dtype).fill_(_poison(dtype)).as_strided(shape, stride)
 
     def written(self) -> str | None:
-        """Where a zone was written to. Reads values back: it waits for the device."""
+        """Returns where a zone was written to, or None. Reads values back, so it waits for the device."""
         if not self.zoned:
             return None
         touched = [torch.stack([(z.before != z.expected).any(), (z.behind != z.expected).any()]) for z in self.zoned]
@@ -108,7 +109,7 @@ def _poison(dtype: torch.dtype) -> float | int | bool:
 
 @functools.cache
 def _pattern(device: torch.device) -> Tensor:
-    """Bytes: enough for a zone that starts at any of STARTS halves."""
+    """Returns bytes for a zone that starts at any of STARTS values."""
     generator = torch.Generator().manual_seed(0)
     halves = torch.randint(LOWEST, HIGHEST, (ZONE // 2 + STARTS,), generator=generator, dtype=torch.int16)
     return halves.view(torch.uint8).to(device)

@@ -1,4 +1,4 @@
-"""Kernels prove themselves on the device where they run, before `auto` uses them.
+"""Kernels are proved on the device where they run, before `auto` uses them.
 
 families.py   what can be right or wrong on its own, and which of it a problem takes
 verdicts.py   what was found of them: the key, the file, the lock

@@ -1,14 +1,15 @@
-"""Whether `auto` may take a backend: by what is known of the families that a problem takes, or after asking a child.
+"""Decides whether `auto` may take a backend, by known verdicts of a problem's families, or by a child process.
 
 FUSEDLOSS_VERIFY = first    what is unknown is proved before its first use, by a child process; the call waits for it
                    off      nothing is proved; what is known counts, the rest runs elsewhere
                    inline   as first, in this process (for a debugger; a hang hangs, an illegal access ends it)
                    trust    what is unknown counts as proved
 
-The child is a fresh interpreter with a time limit. An illegal access or a hang takes it, and not the training. It says
-which family it tries; the one in which it dies has failed, and a new child goes on with the next. Where it cannot work
-at all (no memory, no second context on the card) families stay unknown: that is said once and not kept. After the
-proofs it times what is proved at three sizes around the call's, for `order.py`; no verdict hangs on that.
+The child is a fresh interpreter with a time limit. An illegal access or a hang ends the child, not the training. It
+reports each family before it tries it. If it dies, that family has failed, and a new child goes on with the next. If it
+cannot run at all (no memory, no second context on the card), families stay unknown: this is reported once and not
+stored. After the proofs it times the proved backends at three sizes around the call's, for `order.py`; no verdict
+depends on that.
 """
 
 from __future__ import annotations
@@ -39,29 +40,29 @@ from . import order, verdicts
 from .verdicts import FAILED, PROVED, UNKNOWN, Verdict
 
 COMMAND = [sys.executable, "-m", "fusedloss", "verify", "--child"]
-SILENCE = 120.0  # seconds that one kernel may compile, or a family's cases run, without a word
-RACE = 60.0  # that the race after a proof may take, within TOTAL
-TOTAL = 300.0  # of all that one call waits for: less than what other ranks wait for it in a collective
-TIMED = ("cuda",)  # ROCm's is called so, too; of others `measure` does not wait for the work
+SILENCE = 120.0  # seconds without a message in which one kernel may compile, or a family's cases run
+RACE = 60.0  # seconds of the race after a proof, within TOTAL
+TOTAL = 300.0  # seconds that one call may wait: less than other ranks wait for it in a collective
+TIMED = ("cuda",)  # includes ROCm; on other devices `measure` does not wait for the work
 AHEAD = "`python -m fusedloss verify` does it ahead of time"
-# Who ends processes sends these, or the host without memory; no kernel does.
+# Signals of users, schedulers and the out-of-memory killer; no kernel raises them.
 FROM_OUTSIDE = [-getattr(signal, name) for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 Size = tuple[str, int, int, int]  # of a call: its kind in the tables of `order.py`, M, N and D
 logger = logging.getLogger("fusedloss")
 
-_known: dict[torch.device, dict[str, Verdict]] = {}  # of this process: the file's, and what it has seen itself
-_settled: dict[tuple[str, tuple[str, ...], str | None, torch.device], bool] = {}  # what `admits` says in any mode
+_known: dict[torch.device, dict[str, Verdict]] = {}  # this process's verdicts: the file's, and its own
+_settled: dict[tuple[str, tuple[str, ...], str | None, torch.device], bool] = {}  # results that hold in any mode
 _said: set[str] = set()
-_asks = True  # not within `unasked`
+_asks = True  # False within `unasked`
 _one_at_a_time = threading.RLock()
 
 
 def admits(
     backend: str, families: tuple[str, ...], dtype: torch.dtype, device: torch.device, size: Size | None = None
 ) -> bool:
-    """Whether `auto` may run these families of a backend there.
+    """Whether `auto` may run these families of a backend on the device.
 
-    size: around which they are timed once they are proved; None: nowhere.
+    size: the size around which they are timed after the proof; None: they are not timed.
     """
     if torch.compiler.is_compiling():
         return _while_tracing(backend, families, dtype, device)
@@ -71,7 +72,7 @@ def admits(
 
 
 def settled(backend: str, families: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> bool | None:
-    """What `admits` says in any mode, or None: it has to be asked."""
+    """Returns the result of `admits` if it holds in any mode, or None."""
     return _settled.get((backend, families, families_.precision(dtype), device))
 
 
@@ -108,7 +109,7 @@ def _decide(
                 return False
             _verify(device, unknown, mode, size if mode == "first" and device.type in TIMED else None)
         admitted = _all_hold(names, device, mode)
-        # What hangs on the mode is decided anew at each call.
+        # Results that depend on the mode are decided at each call.
         if all(_state(device, name) != UNKNOWN for name in names):
             _settled[backend, families, precision, device] = admitted
             order.choose_anew()
@@ -126,14 +127,14 @@ def _state(device: torch.device, name: str) -> str:
 
 
 def known(device: torch.device) -> dict[str, Verdict]:
-    """By name, what this process knows of a device; of state UNKNOWN is what a child could not tell."""
+    """Returns this process's verdicts of a device, by name; UNKNOWN are those that a child could not decide."""
     if device not in _known:
         _known[device] = verdicts.read(device).verdicts
     return _known[device]
 
 
 def learn(device: torch.device, found: dict[str, Verdict]) -> str:
-    """From now on these hold, here and in the file; "" or why the file cannot be written."""
+    """Adds verdicts here and to the file; returns "", or why the file cannot be written."""
     with _one_at_a_time:
         known(device).update(found)
         _settled.clear()
@@ -142,7 +143,7 @@ def learn(device: torch.device, found: dict[str, Verdict]) -> str:
 
 
 def forget() -> None:
-    """What this process knows: files are read anew."""
+    """Forgets this process's verdicts, so that files are read again."""
     for memo in (_known, _settled, _said):
         memo.clear()
     verdicts.key.cache_clear()
@@ -151,7 +152,7 @@ def forget() -> None:
 
 @contextlib.contextmanager
 def unasked() -> Iterator[None]:
-    """Within, nothing is proved: what `auto` would take by what is known."""
+    """Context in which nothing is proved: `auto` goes by known verdicts."""
     global _asks
     before, _asks = _asks, False
     try:
@@ -175,7 +176,7 @@ def _say_once(text: str) -> None:
 
 
 def _say(text: str) -> None:
-    """A warning: where logging was not set up it is all that is shown."""
+    """Logs a warning, the lowest level that is shown if logging was not set up."""
     logger.warning("fusedloss: %s", text)
 
 
@@ -183,7 +184,7 @@ def _say(text: str) -> None:
 
 
 def _verify(device: torch.device, names: list[str], mode: str, size: Size | None) -> None:
-    """A verdict of each name, or UNKNOWN for this process, and times around a size; one line before and one after."""
+    """Finds each name's verdict, or UNKNOWN for this process, and times around a size; logs a line before and after."""
 
     def left() -> list[str]:
         kept = verdicts.read(device).verdicts
@@ -192,7 +193,7 @@ def _verify(device: torch.device, names: list[str], mode: str, size: Size | None
 
     start = time.monotonic()
     try:
-        # Who is to have the times waits until whoever takes them is done.
+        # A process that wants the times waits until the one that takes them is done.
         with verdicts.locked(device, TOTAL, lambda: size is None and not left()) as held:
             names = left()
             if names and held:
@@ -244,7 +245,7 @@ def _prove(device: torch.device, names: list[str], mode: str, size: Size | None,
 
 @dataclasses.dataclass
 class _Race:
-    """What a child times once all is proved that it was asked for, what it said of that, and why it said no more."""
+    """A race in a child after all its proofs: its options, the entries it sent, and why it ended early."""
 
     device: torch.device
     asked: dict[str, Any]  # options of `child.race`
@@ -257,7 +258,7 @@ class _Race:
 
 
 def _race(device: torch.device, names: Sequence[str], size: Size) -> _Race | None:
-    """Of the backends that are proved in what such a race launches once these names are; None: nothing new is timed."""
+    """Returns the race of the backends that these names' proofs complete, or None if there is nothing new."""
     asked, _, precision = verdicts.parts_of(names[0])
     kind, *around = size
 
@@ -283,7 +284,7 @@ def _summed(names: Sequence[str]) -> str:
 
 
 def prove_inline(device: torch.device, names: Sequence[str], found: Callable[[str, Verdict], None]) -> str:
-    """In this process; "" or why some are unknown."""
+    """Proves in this process; returns "", or why some are unknown."""
     why: list[str] = []
 
     def say(kind: str, **fields: Any) -> None:
@@ -292,7 +293,7 @@ def prove_inline(device: torch.device, names: Sequence[str], found: Callable[[st
         elif kind == "unknown":
             why.append(fields["reason"])
 
-    # By name: the library does not stand on what proves it.
+    # Imported by name, because the library must not depend on its proofs.
     importlib.import_module(f"{__package__}.child").prove(device, names, say)
     return "; ".join(why)
 
@@ -305,9 +306,10 @@ def prove_in_child(
     limit: float = math.inf,
     race: _Race | None = None,
 ) -> str:
-    """In one child after another; "" or why some are unknown. begin: is told what is tried. limit: seconds, of all.
+    """Proves in one child after another; returns "", or why some are unknown. begin: called with each name. limit:
+    seconds in all.
 
-    race: runs in the first child, if that proves all of them.
+    race: run by the first child, if that proves all names.
     """
     left, why = list(names), ""
     deadline = time.monotonic() + limit
@@ -366,7 +368,7 @@ def race_in_child(
     points: Sequence[tuple[int, int, int]],
     found: Callable[[dict[str, Any]], None],
 ) -> str:
-    """Times, by precision, of these backends; "" or why the child ended before its last point."""
+    """Times these backends, by precision; returns "", or why the child ended before its last point."""
     try:
         child = _Child(device, _to_race({"backends": backends, "points": points}))
     except OSError as error:
@@ -387,21 +389,21 @@ def _to_race(asked: Mapping[str, Any]) -> list[str]:
 
 
 class _Child:
-    """A process that proves families, one after another; what it says, a JSON object a line."""
+    """A process that proves families, one after another; its messages are JSON objects, one a line."""
 
     def __init__(self, device: torch.device, names: Sequence[str]):
         variables = {name: value for name, value in os.environ.items() if name not in environment.VARIABLES}
-        # What this process imports, the child shall import, and not what lies in the current folder.
+        # The child must import what this process does, and nothing from the current folder.
         variables |= {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path), "PYTHONSAFEPATH": "1"}
         self.process = subprocess.Popen(
             [*COMMAND, str(device), *names],
             env=variables | {"FUSEDLOSS_VERIFY": "off"},
-            stdin=subprocess.PIPE,  # whose end it sees, should this process be gone
+            stdin=subprocess.PIPE,  # the child sees its end if this process is gone
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="replace",
-            start_new_session=True,  # a terminal's Ctrl-C is this process's affair
+            start_new_session=True,  # a terminal's Ctrl-C reaches only this process
         )
         self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.errors: collections.deque[str] = collections.deque(maxlen=20)
@@ -424,10 +426,10 @@ class _Child:
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs may not let it go
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a hanging driver may keep the process
             self.process.wait(10)
         for reader in self.readers:
-            reader.join(5)  # longer only where a grandchild holds the pipe
+            reader.join(5)  # longer only if a grandchild holds the pipe
         if not any(reader.is_alive() for reader in self.readers):
             for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
                 assert pipe is not None
@@ -442,7 +444,7 @@ class _Child:
 
     @functools.cached_property
     def code(self) -> int:
-        """Of its end: it has closed its pipe."""
+        """Returns the exit code, after the child has closed its pipe."""
         try:
             return self.process.wait(10)
         except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""Families of kernels: what can be right or wrong on its own, and which of it a loss takes.
+"""Families of kernels: groups that can be right or wrong independently, and the families that a loss takes.
 
 A verdict is of a family on one backend in one precision. A sweep takes several, all of which must be good; a loss
 without a sweep takes one. `cases.py` proves each.
@@ -45,7 +45,7 @@ SWEEP = (
     *(f"fold:{name}" for name in FOLDS),
 )
 ROWWISE = ("classes", "pair_logits", "pairs", "lists", "pointwise")
-BACKENDS = ("cuda", "triton")  # those that have kernels
+BACKENDS = ("cuda", "triton")  # the backends with kernels
 PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
 
 Flags = tuple[tuple[str, str] | None, bool, bool, bool, bool, bool, bool, bool, bool, bool]
@@ -55,7 +55,7 @@ _NO_MASK = Block.__dataclass_fields__["mask"].default
 
 
 def precision(dtype: torch.dtype) -> str | None:
-    """How products of such numbers are computed: one of PRECISIONS, None for fp64, which no kernel takes."""
+    """Returns the precision of products of a dtype: one of PRECISIONS, None for fp64, which no kernel takes."""
     if dtype == torch.float32:
         return "tf32" if tf32() else "fp32"
     return _NAMES.get(dtype)
@@ -63,9 +63,9 @@ def precision(dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def of_backend(backend: str, precision: str | None = None) -> tuple[str, ...]:
-    """Every family that "cuda" or "triton" has; with a precision, those that are ever launched in it.
+    """Returns the families of "cuda" or "triton"; with a precision, those that are ever launched in it.
 
-    fp16 stores no exponentials, and `cuda` folds it in torch: derivatives of a fold may be under its range.
+    fp16 stores no exponentials, and `cuda` folds it in torch, because a fold's derivatives may be below its range.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; no other has kernels")
@@ -76,10 +76,10 @@ def of_backend(backend: str, precision: str | None = None) -> tuple[str, ...]:
 
 
 def of_problem(problem: Problem, backend: str) -> tuple[str, ...]:
-    """What a forward and a backward of `problem` may launch on "cuda" or "triton", in the precision of its operands.
+    """Returns the families that a forward and a backward of `problem` may launch, in the precision of its operands.
 
-    Never too few; which gradients are wanted is not known, nor whether a row's columns come from several ranks.
-    Guides may be of another dtype: see `guide_dtypes`.
+    Never too few: wanted gradients are not known here, nor whether a row's columns come from several ranks. Guides may
+    be of another dtype: see `guide_dtypes`.
     """
     return of_flags(backend, flags(problem))
 
@@ -90,7 +90,7 @@ def of_flags(backend: str, flags: Flags) -> tuple[str, ...]:
 
 
 def flags(problem: Problem) -> Flags:
-    """What decides of a problem which families it takes: the arguments of `_found`."""
+    """Returns the properties of a problem that decide its families: the arguments of `_found`."""
     masked = guided = False
     for block in problem.blocks:
         mask = block.mask
@@ -113,7 +113,7 @@ def flags(problem: Problem) -> Flags:
 
 
 def guide_dtypes(problem: Problem) -> tuple[torch.dtype, ...]:
-    """Dtypes of guides other than the operands': in their precision a sweep takes `rows` and `guide`, too."""
+    """Returns the guides' dtypes other than the operands'. In their precision a sweep takes `rows` and `guide`, too."""
     found = {x.dtype: None for block in problem.blocks for x in block.mask.guide or ()}  # in order
     return tuple(dtype for dtype in found if dtype != problem.dtype)
 
@@ -136,7 +136,7 @@ def _found(
         name, distance = fold
         if backend == "cuda" and name in FOLDS and not distance and not fp16:
             taken.add(f"fold:{name}")
-        elif distance in ("", "cosine"):  # other distances are found in torch
+        elif distance in ("", "cosine"):  # other distances are computed in torch
             taken.add("similarities")
     elif top:
         taken.add("top")
@@ -154,6 +154,6 @@ _families = functools.cache(_found)
 
 
 def plain(backend: str, *, symmetric: bool, safe: bool, fp16: bool) -> tuple[str, ...]:
-    """Of a softmax loss without further options."""
+    """Returns the families of a softmax loss without further options."""
     options = dict.fromkeys(("top", "masked", "guided", "softcap", "tally", "smoothing"), False)
     return _found(backend, None, symmetric=symmetric, safe=safe and not fp16, fp16=fp16, **options)

@@ -1,13 +1,13 @@
-"""In which order `auto` tries backends: by what was timed at the nearest point, else as it was.
+"""The order in which `auto` tries backends: by times at the nearest point, otherwise as given.
 
-Asked are the races of this machine, which its verdict file holds, and then the table that ships, `fastest.json`, which
-benchmarks/fastest.py writes from a race on a GPU. Both hold entries of one form:
+Times come from the races of this machine, in its verdict file, and then from the shipped table `fastest.json`, which
+benchmarks/fastest.py writes from a race on a GPU. Both have entries of one form:
 
     {"capability": [9, 0], "dtype": "bf16", "kind": "one direction", "N": 4096, "D": 768,
      "backend": "triton", "seconds": {"triton": 1.1e-3, "chunked": 2.4e-3, "reference": 3.0e-3}}
 
-dtype: how products are computed, `families.PRECISIONS`. kind: `kind`. backend: the first in seconds. "M" stands beside
-them where there were not N rows, too.
+dtype: how products are computed, `families.PRECISIONS`. kind: `kind`. backend: the first in seconds. "M" is given if
+there were not N rows.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ MATERIALISED = 4
 Entry = dict[str, Any]
 
 _races: dict[torch.device, list[Entry]] = {}
-chosen: dict[Any, Sequence[tuple[str, bool]]] = {}  # by `backends`, of a problem's flags, dtype, device and sizes
+chosen: dict[Any, Sequence[tuple[str, bool]]] = {}  # by `backends`: by a problem's flags, dtype, device, sizes
 
 
 def order(names: tuple[str, ...], problem: Problem) -> tuple[str, ...]:
-    """`names`, the fastest first."""
-    M, (N, D) = problem.rows, problem.operands[problem.blocks[0].key].shape  # a block is a launch
+    """Returns `names`, the fastest first."""
+    M, (N, D) = problem.rows, problem.operands[problem.blocks[0].key].shape  # one launch per block
     place = (capability(problem.device), families.precision(problem.dtype), kind(problem))
     nearest = _nearest(problem.device, place, M, N, D)
     seconds = {} if nearest is None else nearest["seconds"]
@@ -48,30 +48,30 @@ def order(names: tuple[str, ...], problem: Problem) -> tuple[str, ...]:
 
 
 def kind(problem: Problem) -> str | None:
-    """What the race tells apart. Masks and further blocks were not raced: they go with their kind; a fold has none."""
+    """Returns a problem's kind in a race. Masks and further blocks were not raced and are ignored; folds have none."""
     if problem.fold is not None:
         return None
     return KINDS[problem.symmetric][problem.has_safe_shift]
 
 
 def raced_as(problem: Problem) -> tuple[str, int, int, int] | None:
-    """The kind that tells its place in a table, and M, N, D; None: of such a problem nothing is raced."""
+    """Returns a problem's kind, M, N and D in the tables; None: such problems are not raced."""
     of, (N, D), M = kind(problem), problem.operands[problem.blocks[0].key].shape, problem.rows
     if of is None or M * N == 0:
         return None
-    if problem.symmetric:  # across ranks a block of some rows; the race has squares
+    if problem.symmetric:  # across ranks it is a block of some rows, but the race has squares
         M = N = math.isqrt(M * N)
     return of, M, N, D
 
 
 def needs(backend: str, precision: str, kind: str) -> tuple[str, ...]:
-    """The families that a loss of this kind takes, of those that are raced: without masks."""
+    """Returns the families of a raced loss of this kind, without masks."""
     both = kind in KINDS[True]
     return families.plain(backend, symmetric=both, safe=kind == KINDS[both][True], fp16=precision == "fp16")
 
 
 def materialises(problem: Problem) -> bool:
-    """Whether plain torch was raced on such a problem, and has room for it."""
+    """Whether plain torch was raced on such a problem, and has the memory for it."""
     if problem.top or problem.masked or problem.wants_tally or problem.prefixes or len(problem.blocks) > 1:
         return False
     _, budget = checks.budget(problem.workspace_bytes)
@@ -80,32 +80,32 @@ def materialises(problem: Problem) -> bool:
 
 
 def forget() -> None:
-    """Races are read anew."""
+    """Forgets the races, so that files are read again."""
     _races.clear()
     choose_anew()
 
 
 def choose_anew() -> None:
-    """Something has changed on which a choice of `auto` hangs: a verdict, a time."""
+    """Resets the choices of `auto`, after a change of a verdict or a time."""
     global chosen
-    chosen = {}  # and not cleared: who chooses in this moment, by what was before, writes into the old one
+    chosen = {}  # not cleared: a thread that chooses at this moment, by old values, writes to the old dict
 
 
 def read_again(device: torch.device) -> None:
-    """What other processes raced since is known, too."""
+    """Reads the races of other processes since then."""
     _races[device] = merged(raced(device), kept(device))
     choose_anew()
 
 
 def learn(device: torch.device, entry: Entry) -> str:
-    """From now on it counts, here and in the file; "" or why the file cannot be written."""
+    """Adds an entry here and to the file; returns "", or why the file cannot be written."""
     _races[device] = merged(merged(raced(device), kept(device)), [entry])
     choose_anew()
     return verdicts.keep(device, {}, _races[device])
 
 
 def _nearest(device: torch.device, place: tuple[object, ...], M: int, N: int, D: int) -> Entry | None:
-    """The entry nearest by ratio, in the first table that has one of the same capability, precision and kind."""
+    """Returns the entry nearest by ratio, in the first table with one of the same capability, precision and kind."""
 
     def off(entry: Entry) -> float:
         by_rows, by_columns = math.log(rows_of(entry) / max(M, 1)), math.log(entry["N"] / max(N, 1))
@@ -131,14 +131,14 @@ def capability(device: torch.device) -> list[int]:
 
 
 def raced(device: torch.device) -> list[Entry]:
-    """What this process knows: the file's when it was first asked, and what was raced since."""
+    """Returns this process's entries: the file's at the first call, and those raced since."""
     if device not in _races:
         _races[device] = kept(device)
     return _races[device]
 
 
 def kept(device: torch.device) -> list[Entry]:
-    """What the file has now."""
+    """Returns the file's current entries."""
     return [entry for entry in verdicts.read(device).races if is_entry(entry)]
 
 
@@ -148,7 +148,7 @@ def _shipped() -> list[Entry]:
 
 
 def is_entry(found: Any) -> bool:
-    """A file may hold anything."""
+    """Whether `found` is an entry; a file may hold anything."""
     if not isinstance(found, dict) or any(type(found.get(name)) is not form for name, form in FORM.items()):
         return False
     times, rows = found["seconds"], rows_of(found)
@@ -160,7 +160,7 @@ def is_entry(found: Any) -> bool:
 
 
 def merged(old: list[Entry], new: list[Entry]) -> list[Entry]:
-    """One entry for each point: what is new stands in the place of what was there."""
+    """Returns one entry for each point; new entries replace old ones."""
     place = lambda entry: [*(entry[name] for name in ("capability", "dtype", "kind", "N", "D")), rows_of(entry)]
     by_place = {json.dumps(place(entry)): entry for entry in (*old, *new)}
     return sorted(by_place.values(), key=place)

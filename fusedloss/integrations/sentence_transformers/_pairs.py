@@ -85,8 +85,10 @@ class ContrastiveLoss(_ContrastiveLoss):
 
 
 class OnlineContrastiveLoss(_OnlineContrastiveLoss):
-    """sentence-transformers' loss of this name, without waiting for a GPU. A NaN distance gives NaN; the library drops
-    it."""
+    """sentence-transformers' loss of this name, without waiting for a GPU.
+
+    A NaN distance makes the loss NaN; the library drops it.
+    """
 
     @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
