@@ -66,8 +66,8 @@ gpu-build:
 	rm -rf build/gpu
 	$(PYTHON) setup.py --quiet build --build-lib build/gpu
 
-# What runs as `fusedloss`: Triton's kernels, whether they are proved there or not. In the race `cuda` runs beside them, by
-# name; losses without a sweep have Triton's kernels alone.
+# The races set FUSEDLOSS_BACKEND=triton, so that `fusedloss` runs Triton's kernels whether they are proved or not. `cuda`
+# is raced explicitly, by name; losses without a sweep have only Triton's kernels.
 RACES := FUSEDLOSS_BACKEND=triton $(GPU)
 
 gpu: gpu-build ## the kernels' proofs, the GPU tests and a race, with $(PYTHON), its torch and nvcc; installs nothing

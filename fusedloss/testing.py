@@ -146,7 +146,10 @@ def budget_share(out: Tensor, eager: Tensor, oracle: Tensor, dtype: torch.dtype,
 def typical_budget_share(
     outs: Sequence[Tensor], eagers: Sequence[Tensor], oracles: Sequence[Tensor], dtype: torch.dtype
 ) -> float:
-    """Of several draws, where few rows make one as much luck on either side: the geometric mean, the worst by four."""
+    """Budget share over several random draws: the geometric mean, or a quarter of the worst if that is larger.
+
+    One small draw is mostly luck.
+    """
     shares = [budget_share(*draw, dtype) for draw in zip(outs, eagers, oracles, strict=True)]
     mean = sum(math.log(max(share, 0.125)) for share in shares) / len(shares)
     return max(math.exp(mean), max(shares) / 4 if len(shares) > 1 else 0.0)

@@ -1,7 +1,7 @@
-"""Rows of logits against a class, or against a share of each class: the loss of a row and its gradient.
+"""Rows of logits with a class, or a share of each class: a row's loss and its gradient.
 
-One program folds a few rows over blocks of classes, with a running maximum, and walks them once more
-for the gradient. Rows are those of [N, C, S], any strides: row r is n = r // S, s = r % S.
+One program folds a few rows over blocks of classes, with a running maximum, and walks them again for the gradient. Rows
+are those of [N, C, S], with any strides: row r is n = r // S, s = r % S.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ FP16_LARGEST = tl.constexpr(2.0**14)  # see fusedloss/rowwise/classes.py
 
 
 class Sizes(NamedTuple):
-    """Tile of a launch."""
+    """The tile of a launch."""
 
     BLOCK_R: int
     BLOCK_C: int
@@ -24,7 +24,7 @@ class Sizes(NamedTuple):
 
 
 def pick_sizes(C: int, S: int, *, interpreted: bool) -> Sizes:
-    """16 elements a thread and pass. Where rows lie side by side (S > 1), a warp reads 32 of them."""
+    """Returns a tile of 16 elements a thread and pass. If rows are adjacent (S > 1), a warp reads 32 of them."""
     if interpreted:
         return Sizes(16, 32, 4)
     width = min(triton.next_power_of_2(C), 4096)
@@ -46,7 +46,7 @@ def class_rows_kernel(
     Square,
     Loss,  # [R]
     Grad,  # or None
-    Gain,  # [R] or None: what fp16 gradients are to be multiplied by
+    Gain,  # [R] or None: factor of fp16 gradients
     hard,
     smooth,
     square,
@@ -78,7 +78,7 @@ def class_rows_kernel(
         own_z = softcap * _tanh(own_z / softcap)
     maximum = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
-    above = tl.zeros((BLOCK_R,), tl.float32)  # sum of w_j (z_j - z_t): what cancels is a difference of two logits
+    above = tl.zeros((BLOCK_R,), tl.float32)  # sum of w_j (z_j - z_t), so that only differences of two logits cancel
     weights = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, C, BLOCK_C):
         offs_c = start + tl.arange(0, BLOCK_C)
@@ -100,7 +100,7 @@ def class_rows_kernel(
     others, own = total * exponential(maximum - shift), exponential(own_z - shift)
     over_l = 1.0 / (others + own)
     s, p_t = others * over_l, own * over_l
-    # fp64, once a row: well-fitted rows owe all of their loss to this difference.
+    # fp64, once a row: the loss of a well-fitted row is this difference.
     difference = tl.log(total.to(tl.float64)) + (maximum.to(tl.float64) - own_z.to(tl.float64))
     nll = (tl.maximum(difference, 0.0) + _log1p(tl.exp(-tl.abs(difference)))).to(tl.float32)
     hard = _per_row(Hard, hard, offs, mask, BLOCK_R)
@@ -152,7 +152,7 @@ def class_rows_kernel(
 @triton.jit
 def share_rows_kernel(
     X,  # logits
-    Share,  # of each class, or the logits of a softmax that gives them
+    Share,  # of each class, or logits whose softmax is the shares
     Mask,  # uint8 [R, C] or None
     Weight,  # [C] or None
     Loss,  # [R]
@@ -264,7 +264,7 @@ def share_rows_kernel(
 def pair_logits_kernel(
     U,  # [B, D]
     V,
-    Weight,  # [C, k D]: slices for u, v, |u - v|, u v, of those that there are
+    Weight,  # [C, k D]: slices for those of u, v, |u - v|, u v that are used
     Bias,  # [C] or None
     Out,  # [B, C] fp32
     B,
@@ -285,7 +285,7 @@ def pair_logits_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Logits of the concatenation [u; v; |u - v|; u v], whose parts exist only in registers."""
+    """The logits of the concatenation [u; v; |u - v|; u v], whose parts exist only in registers."""
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     rows = offs_b < B
@@ -326,7 +326,7 @@ def _load(X, base, offs_c, stride, inside, other):
 
 @triton.jit
 def _share_logits(Share, base, offs_c, stride, inside):
-    """Of any dtype: integers have no -inf, which is what stands where nothing is."""
+    """Loads logits of shares in any dtype, with -inf for missing ones: integers have no -inf."""
     if Share.dtype.element_ty.is_floating():
         return _load(Share, base, offs_c, stride, inside, float("-inf"))
     else:
@@ -375,7 +375,7 @@ def _store_gain(Gain, bound, offs, mask):
 
 @triton.jit
 def _tanh(x):
-    """Without cancellation: a series up to 0.15, where its next term is 6e-9 of it."""
+    """tanh without cancellation: a series up to 0.15, where its next term is a share of 6e-9."""
     square = x * x
     series = x * (1 + square * (-1 / 3 + square * (2 / 15 - square * 17 / 315)))
     e = exponential(-2 * tl.abs(x))

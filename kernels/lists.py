@@ -1,7 +1,7 @@
 """Losses of a query's documents: pairs in tiles, or a whole list in one program.
 
-The maths stands beside it in torch, under the same names: fusedloss/rowwise/lists.py. Pair kernels give a program a
-block of documents i, which meets all documents j: a pair is met from both sides, and nothing is added across programs.
+fusedloss/rowwise/lists.py has the maths in torch, under the same names. In pair kernels a program has a block of
+documents i and visits all documents j: each pair is visited from both sides, and programs add nothing to each other.
 """
 
 import triton
@@ -12,7 +12,7 @@ from .softmax import finite
 
 @triton.jit
 def log1p(x):
-    """For 0 <= x <= 1: log(1 + x) alone loses x below 6e-8. (Kahan)"""
+    """log1p for 0 <= x <= 1 (Kahan): log(1 + x) alone loses x below 6e-8."""
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 
@@ -24,7 +24,7 @@ def lambda_kernel(
     Length,  # int64 [Q], or None: n documents
     High,  # [n] or None: 1 / discount, its fp32 part and the rest: differences of neighbours cancel in fp32
     Low,
-    Near,  # [n] or None: the weight of positions so far apart
+    Near,  # [n] or None: the weight by the distance of positions
     Loss,  # [Q, blocks]
     Gradient,  # [Q, n] or None
     n,
@@ -48,7 +48,7 @@ def lambda_kernel(
         j = start + tl.arange(0, BLOCK_J)
         z_j = tl.load(Z + q * n + j, mask=j < n, other=0.0)[None, :]
         v_j = tl.load(Value + q * n + j, mask=j < n, other=0.0)[None, :]
-        # Weights of "i should be above j" and of the opposite.
+        # Weights of "i should be above j" and of the reverse.
         if OWN:
             win = v_i + 0.0 * v_j
             lose = v_j + 0.0 * v_i
@@ -82,7 +82,7 @@ def lambda_kernel(
 
 @triton.jit
 def _score(Scores, Mask, at, at_mask, inside, scale, LARGEST: tl.constexpr):
-    """Within bounds and times the scale; and whether there is a document."""
+    """Loads scores, clamped and times the scale, and whether there is a document."""
     real = inside
     if Mask is not None:
         real = inside & (tl.load(Mask + at_mask, mask=inside, other=0) != 0)
@@ -96,7 +96,7 @@ def adr_ranks_kernel(
     Labels,
     Mask,  # uint8 or None
     Loss,  # [Q, blocks]: 4 times it
-    Slope,  # [Q, n]: of the loss by the soft rank
+    Slope,  # [Q, n]: derivative of the loss by the soft rank
     scale,
     n,
     stride_sq,
@@ -123,7 +123,7 @@ def adr_ranks_kernel(
         above = tl.where(apart > 0, 1.0, tl.where(apart < 0, -1.0, apart))  # a NaN stays
         sign = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
         e = tl.exp(-tl.abs(x))
-        pull = (sign - above) - sign * (2.0 * e / (1.0 + e))  # 2 sigmoid(x) - 1, less the label's sign
+        pull = (sign - above) - sign * (2.0 * e / (1.0 + e))  # 2 sigmoid(x) - 1, minus the label's sign
         leads += tl.sum(tl.where(real_j[None, :], above, 0.0), axis=1)
         excess += tl.sum(tl.where(real_j[None, :], pull, 0.0), axis=1)
         count += tl.sum(real_j.to(tl.float32), axis=0)
@@ -166,7 +166,7 @@ def adr_gradient_kernel(
 
 @triton.jit
 def _added(m1, t1, m2, t2):
-    """exp(m1) t1 + exp(m2) t2, as such a pair. t may have either sign."""
+    """Adds exp(m1) t1 and exp(m2) t2, as such a pair. t may have either sign."""
     m = tl.maximum(m1, m2)
     shift = finite(m)
     return m, t1 * tl.exp(m1 - shift) + t2 * tl.exp(m2 - shift)
@@ -190,7 +190,7 @@ def list_mle_kernel(
     weight = inside.to(tl.float32)
     if Weight is not None:
         weight = tl.load(Weight + q * stride_wq + j, mask=inside, other=0.0)
-    # Shift and sum stay apart: their logarithm is rounded as the scores are large.
+    # Shift and sum are kept separate: their logarithm would round in proportion to the scores.
     shift, total = tl.associative_scan((z, inside.to(tl.float32)), 0, _added, reverse=True)
     total = tl.where(inside, total, 1.0)
     loss = tl.where(inside, weight * ((shift - z) + tl.log(total)), 0.0)

@@ -1,4 +1,4 @@
-"""Masks inside the tile: which columns compete, from a few numbers per row and per column."""
+"""Masks inside the tile: the columns that compete, from a few numbers per row and per column."""
 
 from typing import Any, NamedTuple
 
@@ -9,17 +9,17 @@ from .softmax import hits
 
 
 class MaskArgs(NamedTuple):
-    """Columns stay where all that is given agrees; tuples hold one pair of vectors each."""
+    """A column stays if every given part admits it; tuples hold a vector for each pair."""
 
     DropRows: Any  # tuple of int64 [M]: equal columns are dropped
     DropKeys: Any  # tuple of int64 [N]
-    KeepRows: Any  # equal columns are kept
+    KeepRows: Any  # tuple of int64 [M]: only equal columns are kept
     KeepKeys: Any
     Dense: Any  # uint8 [M, N] or None: 0 is dropped
     Bits: Any  # int32 [M, cdiv(N, 32)] or None: 1 is dropped
-    Threshold: Any  # [M] or None: larger similarities are dropped, but for
-    Exempt: Any  # a tuple of int64 [M], columns
-    Skip: Any  # int64 [M] or None: the column that is dropped
+    Threshold: Any  # [M] or None: larger similarities are dropped, except
+    Exempt: Any  # a tuple of int64 [M]: these columns
+    Skip: Any  # int64 [M] or None: this column is dropped
     Own: Any  # int64 [M] or None: the column whose similarity
     OwnScale: Any  # [] multiplies instead
     stride_dm: Any
@@ -28,7 +28,7 @@ class MaskArgs(NamedTuple):
 
 @triton.jit
 def admitted(sim, mask_m, mask_n, offs_m, offs_n, pid_n, N, masks, BLOCK_N: tl.constexpr):
-    """True where a column may compete; the target is not asked for."""
+    """Returns True for columns that may compete; the target is handled elsewhere."""
     admit = mask_m[:, None] & mask_n[None, :]
     for number in tl.static_range(len(masks.DropRows)):
         rows = tl.load(masks.DropRows[number] + offs_m, mask=mask_m, other=0)
@@ -61,7 +61,7 @@ class PickArgs(NamedTuple):
 
 @triton.jit
 def pick(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args):
-    """Reads one column a row out of the products themselves: a dot product beside them rounds otherwise."""
+    """Reads one column per row from the products: a separate dot product would round differently."""
     hit = hits(Target, offs_m, offs_m < M, pid_n, z.shape[1])
     found = tl.sum(tl.where(hit, sim, 0.0), axis=1)
     tl.store(args.Picked + offs_m, found, mask=(offs_m < M) & (tl.sum(hit.to(tl.int32), axis=1) > 0))
@@ -75,7 +75,7 @@ class BitsArgs(NamedTuple):
 
 @triton.jit
 def bits(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args):
-    """One bit a column: 1 where its similarity exceeds the row's threshold."""
+    """Writes one bit a column: 1 if its similarity exceeds the row's threshold."""
     BLOCK_M: tl.constexpr = z.shape[0]
     BLOCK_W: tl.constexpr = z.shape[1] // 32
     above = sim > tl.load(args.Threshold + offs_m, mask=offs_m < M, other=0.0)[:, None]
@@ -89,7 +89,7 @@ def bits(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args):
 
 class TopArgs(NamedTuple):
     Top: Any  # [n_tiles, M]: the tile's largest logit
-    Column: Any  # int64 [n_tiles, M]: where, the first on ties
+    Column: Any  # int64 [n_tiles, M]: its column, the first on ties
 
 
 @triton.jit
@@ -104,5 +104,5 @@ def top(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args):
 
 @triton.jit
 def store(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args):
-    """The similarities themselves."""
+    """Stores the similarities."""
     return sim

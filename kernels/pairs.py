@@ -1,7 +1,7 @@
-"""Rows of one matrix against the same rows of others: a score each, and its gradients.
+"""Rows of one matrix with the same rows of others: their scores and gradients.
 
-The K others are a tuple of pointers. They are met one after the other; the rows of the query that a program holds are
-then in its L1, so that every matrix is read from memory once, and every gradient written once.
+The K others are a tuple of pointers, visited one after the other. The query's rows of a program then stay in L1, so
+every matrix is read from memory once, and every gradient written once.
 """
 
 import triton
@@ -14,7 +14,7 @@ from .rows import _load, _store
 def score_kernel(
     Query,  # [M, D]
     others,  # K matrices [M, D]
-    Value,  # [K, M]: the scores, AnglE's with their sign
+    Value,  # [K, M]: the scores, with sign for AnglE
     Norm,  # [1 + K, M] or None: the rows' lengths
     M,
     D,
@@ -69,7 +69,7 @@ def score_backward_kernel(
     others,
     Value,  # [K, M] or None
     Norm,
-    DQuery,  # [M, D] or None: not wanted
+    DQuery,  # [M, D], or None if not wanted
     dothers,  # likewise, K of them
     M,
     D,
@@ -89,7 +89,7 @@ def score_backward_kernel(
         dx = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         if KIND == "angle":
             dx_hi = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-        x_own = tl.zeros((BLOCK_R,), tl.float32)  # weight of the row itself, through its norm
+        x_own = tl.zeros((BLOCK_R,), tl.float32)  # factor of the row itself, through its norm
         for k in tl.static_range(len(others)):
             weight = tl.load(Upstream + offs * stride_um + k * stride_uk, mask=mask, other=0.0).to(tl.float32)
             if Value is not None:
@@ -145,13 +145,13 @@ def score_backward_kernel(
 
 @triton.jit
 def _place(k, M, offs):
-    """In row k of a [K, M] table."""
+    """Returns the offsets in row k of a [K, M] table."""
     return tl.full((), k, tl.int64) * M + offs
 
 
 @triton.jit
 def _halves(X, Y, rows, stride_x, stride_y, start, half, D, mask, BLOCK_D: tl.constexpr):
-    """AnglE's complex numbers: dims i and i + half. Past the end of an odd D are zeros."""
+    """Loads AnglE's complex numbers, dims i and i + half; zeros past the end of an odd D."""
     x = _load(X, rows, stride_x, start, half, mask, BLOCK_D)
     x_hi = _load(X, rows, stride_x, start + half, D, mask, BLOCK_D)
     y = _load(Y, rows, stride_y, start, half, mask, BLOCK_D)
@@ -161,7 +161,7 @@ def _halves(X, Y, rows, stride_x, stride_y, start, half, D, mask, BLOCK_D: tl.co
 
 @triton.jit
 def _apart(x, y, eps, start, D, BLOCK_D: tl.constexpr):
-    """x - y + eps, and 0 past D."""
+    """Returns x - y + eps, and 0 past D."""
     return tl.where((start + tl.arange(0, BLOCK_D) < D)[None, :], x - y + eps, 0.0)
 
 
@@ -169,7 +169,7 @@ def _apart(x, y, eps, start, D, BLOCK_D: tl.constexpr):
 def _length(squared, X):
     length = tl.sqrt_rn(squared)
     if X.dtype.element_ty == tl.float16:
-        length = tl.where(length == 0, 1.0, length)  # 1 / eps is beyond fp16, for the gradient; the score is 0 anyway
+        length = tl.where(length == 0, 1.0, length)  # the gradient's 1 / eps would overflow fp16; the score is 0 anyway
     return length
 
 
@@ -180,6 +180,6 @@ def _inverse(norm, eps):
 
 @triton.jit
 def _through(along, norm, eps):
-    """Over the square of a norm; nothing where eps took its place."""
+    """Divides by the square of a norm; 0 if eps replaced the norm."""
     factor = _inverse(norm, eps)
     return tl.where(norm < eps, 0.0, along * factor * factor)

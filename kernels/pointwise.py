@@ -1,7 +1,7 @@
 """Losses of elements in one pass: the loss, its sum by program, and the derivative by the prediction.
 
-A formula is `(x, t, pos_weight, numbers) -> loss, derivative`, all in fp32; its mathematics stands in
-fusedloss/rowwise/pointwise.py, with the same names.
+A formula is `(x, t, pos_weight, numbers) -> loss, derivative`, all in fp32; fusedloss/rowwise/pointwise.py has its
+mathematics, with the same names.
 """
 
 import triton
@@ -25,7 +25,7 @@ def pointwise_kernel(
     stride_pc,
     value_factor,  # of Losses
     gain,  # of Kept
-    numbers,  # the formula's own: a tuple of floats
+    numbers,  # of the formula: a tuple of floats
     FORMULA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -54,7 +54,7 @@ def pointwise_kernel(
 
 @triton.jit
 def times_kernel(Kept, Factor, Out, n, BLOCK: tl.constexpr):
-    """A 16-bit tensor times an fp32 scalar, multiplied in fp32."""
+    """Multiplies a 16-bit tensor by an fp32 scalar, in fp32."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
     kept = tl.load(Kept + offs, mask=mask, other=0.0).to(tl.float32)
@@ -105,11 +105,11 @@ def binary_cross_entropy(x, t, pos_weight, numbers):
 
 @triton.jit
 def focal(x, t, pos_weight, numbers):
-    gamma, alpha, rest = numbers  # of a label 1 and of a label 0
+    gamma, alpha, rest = numbers  # alpha is for label 1, rest for label 0
     small, log, positive = _tails(x)
     large = 1 - small
     p, not_p = tl.where(positive, large, small), tl.where(positive, small, large)
-    # Of NaN the maximum is a number: ce and the derivative are NaN by themselves.
+    # The maximum drops a NaN, but ce and the derivative are NaN anyway.
     q = tl.maximum(p * (1 - t) + not_p * t, 1.1754943508222875e-38)
     side = tl.where(positive, 1 - t, -t)
     ce = side * x + log
@@ -120,7 +120,7 @@ def focal(x, t, pos_weight, numbers):
 
 @triton.jit
 def _tails(x):
-    """sigmoid(-|x|), log1p(exp(-|x|)) and whether x > 0. The logarithm by Kahan's identity: exact for small e."""
+    """Returns sigmoid(-|x|), log1p(exp(-|x|)) and whether x > 0. Kahan's logarithm is exact for small e."""
     e = tl.exp(-tl.abs(x))
     u = 1 + e
     log = tl.where(u == 1, e, tl.log(u) * (e / tl.where(u == 1, 1.0, u - 1)))

@@ -8,8 +8,8 @@ Two kernels, one fold, one table of epilogues (`softmax.py`):
                         and up) or through pointers (cp.async below)
     panel_kernel        the similarities of a panel of columns were written in fp32 by the vendor's GEMM
 
-N's divisibility by 16 gives the stores their width, M's saves predicates: where it was not specialised, "exp" took 237
-registers on sm_90 for 210, "grad" 255 for 231.
+N's divisibility by 16 allows wide stores, M's saves predicates: without specialising M, "exp" took 237 registers on
+sm_90 instead of 210, "grad" 255 instead of 231.
 
 Logits stay in fp32 from the accumulator to the exponential. The target, columns out of range and
 removed columns (bias = -inf) have z = -inf.
@@ -50,8 +50,8 @@ def similarity_kernel(
     GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
 ):
-    # Persistent: as many programs as run at once walk all tiles. Not flattened: one loop over tiles
-    # and D keeps a second accumulator alive and spills (3.7.1 and 3.9.0, 128 x 256).
+    # Persistent: only as many programs as can run at once walk all tiles. Not flattened: one loop over tiles and D
+    # keeps a second accumulator alive and spills (3.7.1 and 3.9.0, 128 x 256).
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=False):
         pid_m, pid_n = _place(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -109,7 +109,7 @@ def panel_kernel(
     N,
     stride_sm,
     stride_om,
-    first_tile,  # of the panel: its first column is first_tile * BLOCK_N
+    first_tile,  # the panel's first column is first_tile * BLOCK_N
     EPILOGUE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -127,7 +127,7 @@ def panel_kernel(
 
 @triton.jit
 def _place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """GROUP_M row tiles walk the columns together: x stays in L2, a y tile is fetched once for all."""
+    """GROUP_M row tiles walk the columns together, so that x stays in L2, and a y tile is fetched once for all."""
     m_tiles = tl.cdiv(M, BLOCK_M)
     group_size = GROUP_M * tl.cdiv(N, BLOCK_N)
     first_m = tile // group_size * GROUP_M
@@ -148,7 +148,7 @@ def _fold(
     pid_m, pid_n,
     EPILOGUE: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """From the accumulator to logits with everything inadmissible at -inf, the epilogue, the store."""
+    """Turns the accumulator into logits, with -inf for inadmissible columns; then the epilogue and the store."""
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
@@ -163,7 +163,7 @@ def _fold(
             z = tl.where(hits(masks.Own, offs_m, mask_m, pid_n, BLOCK_N), sim * tl.load(masks.OwnScale), z)
     if Bias is not None:
         bias = tl.load(Bias + offs_n, mask=mask_n, other=float("-inf"))
-        # Not a sum alone: NaN in a removed column must not outlive the -inf.
+        # Not only an addition of -inf, because NaN in a removed column would stay NaN.
         z = tl.where(bias[None, :] == float("-inf"), float("-inf"), _bent(z + bias[None, :], softcap))
     else:
         z = tl.where(mask_n[None, :], _bent(z, softcap), float("-inf"))
@@ -175,7 +175,8 @@ def _fold(
     value = EPILOGUE(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args)
     if Out is not None:
         if softcap is not None:
-            # The softcap's derivative, 1 - tanh^2; what was dropped is 0 and the target's entry has its own.
+            # The softcap's derivative, 1 - tanh^2. Dropped columns are 0, and the target's entry has a slope of its
+            # own.
             bend = tl.where(z == float("-inf"), 0.0, z / softcap)
             value *= 1 - bend * bend
         # Factors enter before rounding, so that the next two GEMMs take x and y as they are. They

@@ -1,4 +1,4 @@
-"""Epilogues of the softmax losses: what a tile of logits folds into, and what of it is stored.
+"""Epilogues of the softmax losses: the sums that a tile of logits folds into, and the stored values.
 
 Called with z (the target and inadmissible columns at -inf), the similarities and the tile's place;
 they return the value to store. Sums are written
@@ -16,19 +16,19 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def finite(maximum):
-    """A shift for exponents: -inf - -inf would be NaN where every column is masked."""
+    """Returns a finite shift for exponents: -inf - -inf would be NaN if every column is masked."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit
 def exponential(x):
-    """log2(e) enters after the shift is subtracted: large logits do not magnify its rounding."""
+    """Multiplies by log2(e) after subtracting the shift, so that large logits do not magnify its rounding."""
     return tl.exp2(x * LOG2E)
 
 
 @triton.jit
 def tanh(x):
-    """To 2 ulp: where 1 - exp(-2 |x|) would cancel, the series."""
+    """tanh to 2 ulp; a series replaces 1 - exp(-2 |x|) where that would cancel."""
     square = x * x
     series = 62.0 / 2835 * square - 17.0 / 315
     series = ((series * square + 2.0 / 15) * square - 1.0 / 3) * square
@@ -39,16 +39,16 @@ def tanh(x):
 
 @triton.jit
 def hits(Target, offs_m, mask_m, pid_n, BLOCK_N: tl.constexpr):
-    """Where the tile holds a row's target: int64 once a row, 32 bits an element."""
+    """Returns True at a row's target in the tile: int64 once a row, 32 bits an element."""
     column = tl.load(Target + offs_m, mask=mask_m, other=-1) - pid_n.to(tl.int64) * BLOCK_N
     column = tl.where((column >= 0) & (column < BLOCK_N), column, -1).to(tl.int32)
     return tl.arange(0, BLOCK_N)[None, :] == column[:, None]
 
 
 class TallyArgs(NamedTuple):
-    """What is counted of a row's admissible negatives, [n_tiles, M] each."""
+    """Counts of a row's admissible negatives, [n_tiles, M] each."""
 
-    Score: Any  # [M]: above it a logit ranks before the target's
+    Score: Any  # [M]: logits above it rank before the target's
     Count: Any
     Above: Any
     Max: Any
@@ -124,7 +124,7 @@ class GradArgs(NamedTuple):
 
     Stored is `gain * dz`, and `gain * entry` at the target. Q receives the row sums of
     dz (sim - target_sim), without the gain and the target, where the row's term is taken against
-    the row's target and the column's against the column's. Smooth is taken from every admissible dz.
+    the row's target and the column's against the column's. Smooth is subtracted from every admissible dz.
     """
 
     Gain: Any  # 0-dim or None
@@ -141,7 +141,7 @@ class GradArgs(NamedTuple):
 
 @triton.jit
 def _load_softmax(Shift, Weight, offs, mask):
-    """Shift and weight; a weight of 0 gets shift +inf, because 0 * exp(z - shift) may be NaN."""
+    """Loads shift and weight; a weight of 0 gets shift +inf, because 0 * exp(z - shift) may be NaN."""
     weight = tl.load(Weight + offs, mask=mask, other=0.0)
     shift = tl.load(Shift + offs, mask=mask, other=0.0)
     return tl.where(weight == 0, float("inf"), shift), weight
@@ -169,7 +169,7 @@ def grad(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args):
         smooth = tl.load(args.Smooth + offs_m, mask=mask_m, other=0.0)
         dz -= tl.where(z > float("-inf"), smooth[:, None], 0.0)
     if Target is not None:
-        # Found once more: kept since the logits, a tile of predicates spills 16 bytes on sm_100.
+        # Computed again: keeping a tile of predicates since the logits spills 16 bytes on sm_100.
         hit = hits(Target, offs_m, mask_m, pid_n, z.shape[1])
         dz = tl.where(hit, tl.load(args.Entry + offs_m, mask=mask_m, other=0.0)[:, None], dz)
     if args.Gain is not None:

@@ -172,7 +172,10 @@ _PRECISION = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 
 def tf32() -> bool:
-    """Whether products of fp32 are: torch's switch for its own. Its old getter raises once the new setter was used."""
+    """True if fp32 matmuls may use TF32, following torch's setting.
+
+    Reads the new attribute first, because the old getter raises once the new setter was used.
+    """
     if _PRECISION is not None:
         return _PRECISION("cuda", "matmul") == "tf32"
     return torch.get_float32_matmul_precision() != "highest"

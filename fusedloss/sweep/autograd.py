@@ -138,7 +138,8 @@ class _Loss(torch.autograd.Function):
         if torch.is_grad_enabled() or ctx.gradients is None:
             gradients = _Loss._from_inputs(ctx, upstream)
         else:
-            # The inputs stay packed: a queue of negatives may have been overwritten since the forward read it.
+            # Do not unpack `saved_tensors` here: autograd's version check would reject a memory bank that was
+            # overwritten after the forward.
             kept, ctx.gradients = ctx.gradients, None  # scaled in place, so this state serves once
             gradients = _scaled(kept, upstream)
         return (None,) * 5 + tuple(_cast(gradients, ctx.dtypes))

@@ -1,4 +1,4 @@
-"""Tile shapes as pure functions of the problem: no search, and every run is alike."""
+"""Tile shapes as pure functions of the problem: no search, so every run is the same."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Config(NamedTuple):
 ELSEWHERE = (0, 0)
 # Under half a wave of 128 x 128 tiles on 132 SMs, smaller tiles keep more SMs busy.
 FEW_TILES = 66
-# From here on cuBLAS and a pass over fp32 panels should beat the fused GEMM, on paper: a kernel at
-# 80 % of the peak where cuBLAS has 92 % loses 4.1e-16 D seconds an element, the pass costs 1e-12.
+# From this D on cuBLAS and a pass over fp32 panels should beat the fused GEMM, on paper: a kernel at 80 % of the peak
+# where cuBLAS has 92 % loses 4.1e-16 D seconds an element, the pass costs 1e-12.
 LIBRARY_D = 2304
 
 
@@ -47,8 +47,8 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
 
     `dtype` is "bf16", "fp16", "tf32" or "fp32" (full precision, no tensor cores); `capability` is the GPU's,
     ELSEWHERE for one that is not NVIDIA's, None in the interpreter; `mode` is the epilogue and its options:
-    "stats", "exp", "grad, columns, q, masked" and so on. A measured config of the same GPU, dtype and mode is
-    taken where measured.json has one, at the nearest D.
+    "stats", "exp", "grad, columns, q, masked" and so on. If measured.json has a config of the same GPU, dtype and mode,
+    the one at the nearest D is taken.
     """
     if capability is None:
         return Config("pointers", 64, 64, 64)
@@ -58,7 +58,7 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
     if dtype == "fp32":
         return Config("pointers", 128, 64, 16, num_stages=2)
     if capability == ELSEWHERE:
-        # Within the 64 KiB that a workgroup has on gfx942 and gfx1100, and within gfx1100's 256 registers.
+        # Fits the 64 KiB of a workgroup on gfx942 and gfx1100, and gfx1100's 256 registers.
         small = few or "masked" in mode or mode == "guide"
         return Config("pointers", 64 if small else 128, 64, 32, num_stages=2)
     narrow = dtype in ("bf16", "fp16")
@@ -87,7 +87,7 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
 
 
 def pick_rows(kernel: str, *, interpreted: bool) -> dict[str, int]:
-    """Launch options of the kernels in `rows.py`: 8 or 16 elements a thread and pass."""
+    """Returns launch options of the kernels in `rows.py`: 8 or 16 elements a thread and pass."""
     if interpreted:
         sizes = {"BLOCK_R": 64, "BLOCK_T": 16, "BLOCK_D": 128}
     elif kernel == "merge_kernel":
@@ -97,14 +97,14 @@ def pick_rows(kernel: str, *, interpreted: bool) -> dict[str, int]:
     else:
         sizes = {"BLOCK_R": 4, "BLOCK_D": 256}
     if kernel == "score_backward_kernel" and not interpreted:
-        # By 4 warps, some of its variants spill a uniform register on sm_100 and sm_120: 3 of 6, at under 80 registers.
+        # With 4 warps 3 of its 6 variants, which use under 80 registers, spill a uniform register on sm_100 and sm_120.
         return sizes | {"num_warps": 8}
     used = {"merge_kernel": ("BLOCK_R", "BLOCK_T"), "settle_kernel": ("BLOCK_R", "BLOCK_T", "BLOCK_D")}
     return {name: sizes[name] for name in used.get(kernel, ("BLOCK_R", "BLOCK_D"))}
 
 
 def _measured(D: int, dtype: str, capability: tuple[int, int], mode: str) -> Config | None:
-    """The config measured fastest at the nearest D, by ratio."""
+    """Returns the config measured fastest at the nearest D, by ratio."""
     found = [
         entry
         for entry in _table()
