@@ -58,9 +58,9 @@ def select(problem: Problem, backend: str, *, plain: bool = True) -> str:
     for name, settled in found:
         if BACKENDS[name].why_not(problem) is None and (settled or _proved(name, problem)):
             return name
-    asked = _asked(named, backend)
-    reasons = "; ".join(f"{name}: {_why_not(name, problem, asked)}" for name in BACKENDS)
-    raise UnsupportedError(f"{asked} cannot run this problem. {reasons}{_remedy(asked)}")
+    named_by = _named_by(named, backend)
+    reasons = "; ".join(f"{name}: {_why_not(name, problem, named_by)}" for name in BACKENDS)
+    raise UnsupportedError(f"{named_by} cannot run this problem. {reasons}{_remedy(named_by)}")
 
 
 def _automatic(problem: Problem, plain: bool) -> Candidates:
@@ -110,11 +110,11 @@ def _proved(name: str, problem: Problem) -> bool:
     return all(ask.admits(name, ("rows", "guide"), dtype, x.device) for dtype in families.guide_dtypes(problem))
 
 
-def _why_not(name: str, problem: Problem, asked: str) -> str:
-    return BACKENDS[name].why_not(problem) or (UNPROVED if asked == AUTOMATIC and name in KERNELS else "can run it")
+def _why_not(name: str, problem: Problem, named_by: str) -> str:
+    return BACKENDS[name].why_not(problem) or (UNPROVED if named_by == AUTOMATIC and name in KERNELS else "can run it")
 
 
-def _asked(named: str, backend: str) -> str:
+def _named_by(named: str, backend: str) -> str:
     """Returns, for a message, where the backend was named."""
     if named == "auto":
         return AUTOMATIC
@@ -143,8 +143,8 @@ def _auto(device: torch.device) -> tuple[str, ...]:
     return AUTO.get(kind, WITHOUT_KERNELS)
 
 
-def _remedy(asked: str) -> str:
-    return "; unset FUSEDLOSS_BACKEND or pass backend='chunked'" if asked.startswith("FUSEDLOSS") else ""
+def _remedy(named_by: str) -> str:
+    return "; unset FUSEDLOSS_BACKEND or pass backend='chunked'" if named_by.startswith("FUSEDLOSS") else ""
 
 
 def select_rowwise(
@@ -166,9 +166,9 @@ def select_rowwise(
             settled or family is None or ask.admits(name, (family,), x.dtype, x.device)
         ):
             return name
-    asked, name = _asked(named, backend), found[0][0] if found else "triton"
+    named_by, name = _named_by(named, backend), found[0][0] if found else "triton"
     reason = _why_not_rowwise(name, x, multiplies, unsupported) or UNPROVED
-    raise UnsupportedError(f"{asked} cannot run this loss. {name}: {reason}; chunked: can run it{_remedy(asked)}")
+    raise UnsupportedError(f"{named_by} cannot run this loss. {name}: {reason}; chunked: can run it{_remedy(named_by)}")
 
 
 def _automatic_rowwise(x: Tensor, family: str | None) -> Candidates:

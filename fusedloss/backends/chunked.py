@@ -482,7 +482,7 @@ def _exp_rows_narrow(
             e = _view(buffers[0], rows, tile)
             _similarity(strip, x, tile, e)
             if target_sim is not None:
-                apart = torch.sub(e, target_sim[:, None], out=_view(buffers[1], rows, tile))
+                difference = torch.sub(e, target_sim[:, None], out=_view(buffers[1], rows, tile))
                 e.mul_(strip.scale * unit)
             _admit_(e, strip, tile, unit)
             if tally is not None and score is not None:
@@ -501,7 +501,7 @@ def _exp_rows_narrow(
             if strip.softcap:
                 e.mul_(slope)
             if q is not None:
-                q += apart.mul_(e).sum(1)
+                q += difference.mul_(e).sum(1)
             _factors_(e, strip, tile)
             out[:, tile] = e
             written.append((out[:, tile], exponent))
@@ -585,7 +585,7 @@ def _exp_rows_in_steps(
         for tile in _tiles(strip):
             e = out[:, tile]
             if target_sim is not None:
-                apart = torch.sub(e, target_sim[:, None], out=_view(buffer, rows, tile))
+                difference = torch.sub(e, target_sim[:, None], out=_view(buffer, rows, tile))
                 _admit_(e.mul_(strip.scale), strip, tile)
             if strip.softcap:
                 slope = _slope(e, strip.softcap, _view(buffer, rows, tile))
@@ -595,7 +595,7 @@ def _exp_rows_in_steps(
             if strip.softcap:
                 e.mul_(slope)
             if q is not None:
-                q += apart.mul_(e).sum(1)
+                q += difference.mul_(e).sum(1)
             _factors_(e, strip, tile)
     return _sums(maximum, total), q
 

@@ -390,8 +390,8 @@ def ring_loss(shards: Shards, backend: str, per_row: bool) -> Tensor:
     biases = [block.bias for block in problem.blocks if block.bias is not None]
     scalars = problem.fold.scalars if problem.fold else ()
     tensors = [problem.scale, *problem.operands, *biases, *scalars]
-    asked = [torch.is_grad_enabled() and x.requires_grad for x in tensors]
-    by_scale, *rest = asked
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in tensors]
+    by_scale, *rest = wanted
     flags = iter(rest)
     by_operand = tuple(next(flags) for _ in problem.operands)
     by_bias = tuple(block.bias is not None and next(flags) for block in problem.blocks)

@@ -21,7 +21,7 @@ logger = logging.getLogger("fusedloss")
 
 # Number of fused calls of each drop-in, by "library.Class". It shows whether a script is accelerated.
 calls: Counter[str] = Counter()
-_told: set[tuple[str, str]] = set()
+_warned: set[tuple[str, str]] = set()
 _running: ContextVar[list[str] | None] = ContextVar("running", default=None)
 
 P = ParamSpec("P")
@@ -48,8 +48,8 @@ def runs_fused(name: str, why_not: str | None) -> bool:
         else:
             running.append(name)
         return True
-    if (name, why_not) not in _told:
-        _told.add((name, why_not))
+    if (name, why_not) not in _warned:
+        _warned.add((name, why_not))
         logger.warning("%s runs the library's own code, because %s", name, why_not)
     return False
 

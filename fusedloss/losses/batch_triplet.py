@@ -179,9 +179,9 @@ def _hardest(embeddings: Tensor, labels: Tensor, distance: str, call: Call) -> T
     less = None if squares is None else -squares
     farthest = top([embeddings], -scale, same, call, cosine=cosine, bias=squares)
     nearest = top([embeddings], scale, others, call, cosine=cosine, bias=less)
-    apart = DISTANCES[distance]
-    positive = of_pairs(apart, embeddings, embeddings, farthest).clamp(min=0)
-    negative = of_pairs(apart, embeddings, embeddings, nearest)
+    distance_of = DISTANCES[distance]
+    positive = of_pairs(distance_of, embeddings, embeddings, farthest).clamp(min=0)
+    negative = of_pairs(distance_of, embeddings, embeddings, nearest)
     # A row with a NaN finds no pair, because comparisons with NaN are False; its loss is set to NaN here.
     shown = embeddings.detach().sum(1, dtype=stats_dtype(embeddings.dtype)) * 0
     return (positive - negative).masked_fill(nearest < 0, 0) + shown

@@ -112,7 +112,7 @@ def linear_cross_entropy(
         if label_smoothing:
             # eps / C sum_c w_c (lse - z_c) is a multiple of the cross-entropy plus a difference that is linear in x.
             row_weight = (1 - label_smoothing) * share + label_smoothing * weight.mean() * counts
-            smoothed = label_smoothing * _apart(x, y, linear_bias, index, weight).masked_fill(counts == 0, 0)
+            smoothed = label_smoothing * _mean_difference(x, y, linear_bias, index, weight).masked_fill(counts == 0, 0)
             label_smoothing = 0.0
     operands, (query, key) = distinct(x, y)
     problem = Problem(
@@ -165,15 +165,15 @@ def _rows(input: Tensor, linear_weight: Tensor, target: Tensor) -> tuple[Tensor,
     return x, target.reshape(-1) if isinstance(target, Tensor) else target
 
 
-def _apart(x: Tensor, y: Tensor, bias: Tensor | None, index: Tensor, weight: Tensor) -> Tensor:
+def _mean_difference(x: Tensor, y: Tensor, bias: Tensor | None, index: Tensor, weight: Tensor) -> Tensor:
     """Returns `1/C sum_c weight_c (z_i,target - z_ic)` for each row, in O((N + C) D)."""
     with torch.autocast(x.device.type, enabled=False):
         x, y = x.to(weight.dtype), y.to(weight.dtype)
-        apart = weight.sum() * (x * y.index_select(0, index)).sum(1) - x @ (weight @ y)
+        difference = weight.sum() * (x * y.index_select(0, index)).sum(1) - x @ (weight @ y)
         if bias is not None:
             bias = bias.to(weight.dtype)
-            apart = apart + weight.sum() * bias[index] - weight @ bias
-        return apart / len(weight)
+            difference = difference + weight.sum() * bias[index] - weight @ bias
+        return difference / len(weight)
 
 
 class LinearCrossEntropyLoss(LossModule, function=linear_cross_entropy, tensors=("linear_bias", "weight")):

@@ -60,8 +60,8 @@ def margin_mse(
         margins = margins[:, :1] - margins[:, 1:]
     if count == 1:
         return squares(near - far[0], margins.reshape(rows), call.reduction)
-    apart = near[:, None] - torch.stack(far, dim=1)
-    return of_rows(F.mse_loss(apart, margins, reduction="none").mean(1), call.reduction)
+    difference = near[:, None] - torch.stack(far, dim=1)
+    return of_rows(F.mse_loss(difference, margins, reduction="none").mean(1), call.reduction)
 
 
 class MarginMSELoss(LossModule, function=margin_mse, tensors=("label",), choices={"similarity": SIMILARITIES}):

@@ -54,11 +54,11 @@ def triplet(
     checks.number("margin", margin)
     if distance == "cosine":
         near, far = columns("cos", anchor, positive, negative, backend=call.backend)
-        apart = far - near  # (1 - near) - (1 - far) would round twice more
+        difference = far - near  # (1 - near) - (1 - far) would round twice more
     else:
         near, far = columns(distance, anchor, positive, negative, backend=call.backend)
-        apart = near - far
-    return of_rows((apart + margin).relu(), call.reduction)
+        difference = near - far
+    return of_rows((difference + margin).relu(), call.reduction)
 
 
 class TripletLoss(LossModule, function=triplet, choices={"distance": DISTANCES}):

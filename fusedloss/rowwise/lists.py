@@ -313,13 +313,13 @@ def _lambda_formula(
         delta = torch.cat([inverse.new_zeros(1), inverse[:-1] - inverse[1:]]).to(z.dtype)
         near = delta[(place[:, None] - place).abs()]
         far = (inverse[:, None] - inverse).abs().to(z.dtype)
-        apart = (gain[:, :, None] - gain[:, None, :]).abs()
+        difference = (gain[:, :, None] - gain[:, None, :]).abs()
         if callable(weighting):
             weight = _expanded(weighting, by_rank, gain, inverse)
         elif weighting == "ndcg_loss1":
             weight = (gain * inverse.to(z.dtype))[:, :, None]
         else:
-            weight = apart * {"ndcg_loss2": near, "lambda_rank": far, "ndcg_loss2pp": mu * near + far}[weighting]
+            weight = difference * {"ndcg_loss2": near, "lambda_rank": far, "ndcg_loss2pp": mu * near + far}[weighting]
     losses = nn.functional.logsigmoid(z[:, :, None] - z[:, None, :])
     return -(weight.where(counts, 0) * losses).sum((1, 2))
 
@@ -658,9 +658,11 @@ def _suffix_lse_twice_differentiable(z: Tensor) -> Tensor:
     reach = 1
     while reach < z.shape[1]:
         later = nn.functional.pad(z[:, reach:], (0, reach), value=PADDING)
-        apart = z - later
+        difference = z - later
         soft = nn.functional.logsigmoid
-        z = torch.where(apart > 0, z - soft(apart), later - soft(-apart))  # from the larger: padding loses all digits
+        z = torch.where(
+            difference > 0, z - soft(difference), later - soft(-difference)
+        )  # from the larger: padding loses all digits
         reach *= 2
     return z
 

@@ -91,13 +91,13 @@ class _PairLogits(torch.autograd.Function):
                 for dw, z in zip(dslices["rep"], (x, y), strict=True):
                     dw.addmm_(dz.T, z)
             if "difference" in slices:
-                apart = x - y
+                difference = x - y
                 if own is not None or other is not None:
-                    by_apart = torch.mm(dz, slices["difference"][0]).mul_(apart.sign())
-                    _ = own is not None and own.add_(by_apart)
-                    _ = other is not None and other.sub_(by_apart)
+                    by_difference = torch.mm(dz, slices["difference"][0]).mul_(difference.sign())
+                    _ = own is not None and own.add_(by_difference)
+                    _ = other is not None and other.sub_(by_difference)
                 if dslices:
-                    dslices["difference"][0].addmm_(dz.T, apart.abs_())
+                    dslices["difference"][0].addmm_(dz.T, difference.abs_())
             if "multiplication" in slices:
                 if own is not None or other is not None:
                     by_product = torch.mm(dz, slices["multiplication"][0])

@@ -52,7 +52,7 @@ def squared_distance(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
 
 def euclidean_distance(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
     """The gradient at distance 0 is 0 instead of infinity; second derivatives there are NaN, as in torch."""
-    return torch.linalg.vector_norm(_apart(x, y, eps), dim=1)
+    return torch.linalg.vector_norm(_difference(x, y, eps), dim=1)
 
 
 def distance_of_mined(x: Tensor, y: Tensor) -> Tensor:
@@ -63,12 +63,12 @@ def distance_of_mined(x: Tensor, y: Tensor) -> Tensor:
 
 
 def manhattan_distance(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
-    return _apart(x, y, eps).abs().sum(1)
+    return _difference(x, y, eps).abs().sum(1)
 
 
-def _apart(x: Tensor, y: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-    apart = torch.sub(x, y, out=out)
-    return apart.add_(eps) if eps else apart
+def _difference(x: Tensor, y: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    difference = torch.sub(x, y, out=out)
+    return difference.add_(eps) if eps else difference
 
 
 def cosine_distance(x: Tensor, y: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ def _forward(kind: str, eps: float, query: Tensor, others: Sequence[Tensor]) -> 
                     room[:, :rest].addcmul_(x[:, :rest], y[:, half:], value=-1)
                 torch.sum(room, 1, out=out)
                 continue
-            _apart(x, y, eps, room)
+            _difference(x, y, eps, room)
             if kind == "manhattan":
                 torch.sum(room.abs_(), 1, out=out)
             else:
@@ -257,15 +257,15 @@ def _backward(
                     if own is not None:
                         dy.addcmul_(y, _rows(own[k + 1], rows)[:, None])
             elif dx is not None or dy is not None:
-                apart = dx if dx is not None and k == 0 else dy if dy is not None else torch.empty_like(x)
-                _apart(x, y, eps, apart)
+                difference = dx if dx is not None and k == 0 else dy if dy is not None else torch.empty_like(x)
+                _difference(x, y, eps, difference)
                 if kind == "manhattan":
-                    apart.sign_()
-                apart.mul_(by)
-                if dx is not None and apart is not dx:
-                    dx.add_(apart)
+                    difference.sign_()
+                difference.mul_(by)
+                if dx is not None and difference is not dx:
+                    dx.add_(difference)
                 if dy is not None:
-                    torch.neg(apart, out=dy)
+                    torch.neg(difference, out=dy)
         if own is not None and dx is not None:
             dx.addcmul_(x, _rows(own[0], rows)[:, None])
         for out, found in zip(outs, (dx, *dys), strict=True):

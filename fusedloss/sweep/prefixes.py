@@ -324,7 +324,7 @@ class _Prefixes:
             x, ratios = queries[tile.query].x, queries[tile.query].ratios
             y = [segment.T for segment in self._cut(tile.y if self.narrow else tile.y.to(self.dtype))]
             admitted = None if self.admit is None else self.admit(tile.block, part, tile.columns)
-            apart = self.biases[tile.block] is not None or admitted is not None or hits is not None
+            leaves_out = self.biases[tile.block] is not None or admitted is not None or hits is not None
             scratch = self._buffer(0, rows, tile)
             z_last = self._buffer(1, rows, tile) if logits is None else logits[-1]
             for k in range(last + 1):
@@ -344,7 +344,7 @@ class _Prefixes:
                     torch.exp2(z, out=scratch)
                     self._leave_out(scratch, hits, admitted, 0.0)
                 else:
-                    if apart:
+                    if leaves_out:
                         z = self._add_bias_(scratch.copy_(z), tile)
                         self._leave_out(z, hits, admitted, -torch.inf)
                     new = torch.maximum(maxima[k], z.amax(1))

@@ -390,7 +390,7 @@ FALLBACKS = [
 def test_options_of_ones_own(name, options, reason, in_double, caplog):
     from fusedloss.integrations import _drop_in
 
-    _drop_in._told.clear()
+    _drop_in._warned.clear()
     with caplog.at_level(logging.WARNING, logger="fusedloss"):
         for _ in range(2):
             check(name, lists(SIZES["padded"]), grades(SIZES["padded"]), runs_fused=False, **options)

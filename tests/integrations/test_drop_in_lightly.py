@@ -109,7 +109,7 @@ def test_nan_and_zeros(name):
 
 
 def test_by_lightlys_code(caplog, monkeypatch):
-    monkeypatch.setattr(_drop_in, "_told", set())
+    monkeypatch.setattr(_drop_in, "_warned", set())
     with caplog.at_level(logging.WARNING, logger="fusedloss"):
         same("NTXentLoss", {"temperature": -1.0}, views(), counted=False)
         loss = fused.NTXentLoss()

@@ -352,7 +352,7 @@ def test_given_pairs_of_ntxent():
 
 
 def test_reasons_are_told(caplog, monkeypatch):
-    monkeypatch.setattr(_drop_in, "_told", set())
+    monkeypatch.setattr(_drop_in, "_warned", set())
     x, labels = batch()
 
     class Mine(fused.SupConLoss):

@@ -192,7 +192,7 @@ class Own(SentenceTransformer):
 
 
 def test_an_own_similarity_runs_the_librarys_search(pairs, caplog, monkeypatch):
-    monkeypatch.setattr("fusedloss.integrations._drop_in._told", set())
+    monkeypatch.setattr("fusedloss.integrations._drop_in._warned", set())
     with caplog.at_level(logging.WARNING, logger="fusedloss"):
         for _ in range(2):
             same(Own(modules=[Texts()], device="cpu"), pairs, fused=False, corpus=CORPUS, faiss_batch_size=40)

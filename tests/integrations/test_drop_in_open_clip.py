@@ -190,7 +190,7 @@ def test_unknown_arguments():
 
 
 def test_reasons_are_told(caplog, monkeypatch):
-    monkeypatch.setattr(_drop_in, "_told", set())
+    monkeypatch.setattr(_drop_in, "_warned", set())
 
     class Mine(fused.ClipLoss):
         def get_logits(self, *arguments, **more):

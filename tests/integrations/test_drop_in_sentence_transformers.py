@@ -590,7 +590,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(("name", "columns", "labels", "change", "reason"), OTHERS)
 def test_the_librarys_code_runs_and_the_reason_is_told(name, columns, labels, change, reason, caplog, monkeypatch):
-    monkeypatch.setattr("fusedloss.integrations._drop_in._told", set())
+    monkeypatch.setattr("fusedloss.integrations._drop_in._warned", set())
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING, logger="fusedloss"):
         warnings.simplefilter("ignore")
         ours, theirs, ran = both(name, columns, labels, change=change)
