@@ -1,7 +1,7 @@
-"""What happens once per row, beside the similarity GEMM: each kernel replaces a dozen small ones.
+"""Computations once per row, besides the similarity GEMM: each kernel replaces a dozen small ones.
 
-Sizes here are M x D and M x n_tiles. Scores of targets are fp64 and so is the loss: O(M) work, and
-well-fitted pairs owe all of their loss to these numbers.
+Sizes here are M x D and M x n_tiles. Scores of targets and losses are fp64: this is O(M) work, and a well-fitted pair's
+loss is the difference of these numbers.
 """
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .softmax import finite
 
-# A row shorter than this is divided by it, as in torch.nn.functional.normalize.
+# Rows shorter than this are divided by it, as in torch.nn.functional.normalize.
 NORM_EPS = tl.constexpr(1e-12)
 FP32_EPS = tl.constexpr(2.0**-23)
 
@@ -25,18 +25,18 @@ def prepare_kernel(
     Bias,  # [N] or None
     Score,  # [M] fp64 or None: the target's logit
     TargetSim,  # [M] or None: row_factor_i * col_factor_t * <x_i, y_t>
-    Slope,  # [M] or None: of the score by its `scale * sim`
+    Slope,  # [M] or None: derivative of the score by its `scale * sim`
     M,
     N,
     D,
     stride_xm,
     stride_yn,
     SOFTCAP: tl.constexpr,  # or None
-    MARGIN: tl.constexpr,  # angle, its sine and cosine, and what a cosine is less; or None
+    MARGIN: tl.constexpr,  # angle, its sine and cosine, and the amount subtracted from a cosine; or None
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Numbers that scores depend on are constants: an argument would be rounded to fp32.
+    # Numbers that scores depend on are constants, because an argument would be rounded to fp32.
     offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     if X is not None:
         mask = offs < M
@@ -59,11 +59,11 @@ def prepare_kernel(
                     x_exact += tl.sum(x.to(tl.float64) * x.to(tl.float64), axis=1)
                     t_exact += tl.sum(t.to(tl.float64) * t.to(tl.float64), axis=1)
             if MARGIN is not None:
-                # An angle is the root of a difference: rounded factors would cost it half its digits.
+                # An angle is the root of a difference, so rounded factors would cost half its digits.
                 dot /= tl.maximum(tl.sqrt(x_exact), NORM_EPS, propagate_nan=tl.PropagateNan.ALL)
                 dot /= tl.maximum(tl.sqrt(t_exact), NORM_EPS, propagate_nan=tl.PropagateNan.ALL)
             elif RowFactor is not None:
-                # The very factors that the tile meets, rounded alike.
+                # The same factors as in the tile, with the same rounding.
                 dot *= _inverse_norm(x_squared, X).to(tl.float64)
                 dot *= _inverse_norm(t_squared, X).to(tl.float64)
             dot = tl.where(none, 0.0, dot)
@@ -107,7 +107,7 @@ def merge_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Fold one more table of partial sums into the running ones, as columns meet chunk after chunk."""
+    """Adds a table of partial sums to the running ones; columns get one per chunk."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = offs < R
     maximum, total = _merged(Max, Sum, n_tiles, R, offs, mask, BLOCK_R, BLOCK_T)
@@ -128,11 +128,11 @@ def settle_kernel(
     Score,  # [R] fp64, the target's logit
     Weight,  # [R]
     label_smoothing,
-    copies,  # how often the target stands in l
+    copies,  # number of times that the target is in l
     z_loss,  # or None
     Shift,  # [R] outputs: the row's shift, or None
     OverL,  # weight / l
-    Entry,  # of the target in the gradient
+    Entry,  # the target's entry of the gradient
     Loss,  # weight * loss, or None
     Out,  # the workspace whose target entries are patched, or None
     Target,
@@ -145,15 +145,15 @@ def settle_kernel(
     D,
     stride_om,
     strides,  # of xs and of scaled
-    Smooth,  # [R] or None: what smoothing takes from every admissible entry
-    Slope,  # [R] or None: what the target's entry is times
+    Smooth,  # [R] or None: subtracted from every admissible entry by smoothing
+    Slope,  # [R] or None: factor of the target's entry
     RELATIVE: tl.constexpr,  # entries are relative to over_l
     DECOUPLED: tl.constexpr,  # the target stays out of l
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """From partial sums to the loss, weight / l, the target's entry and the scaled operands of dy."""
+    """Turns partial sums into the loss, weight / l, the target's entry and the scaled operands of dy."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = offs < R
     score = tl.load(Score + offs, mask=mask, other=0.0)
@@ -165,7 +165,7 @@ def settle_kernel(
     else:
         total = _summed(Sum, n_tiles, R, offs, mask, BLOCK_R, BLOCK_T)
         row_shift = tl.full((BLOCK_R,), shift, tl.float32)
-    # A row without negatives: 1 / l is 1 and not exp(-score).
+    # For a row without negatives, 1 / l is 1 and not exp(-score).
     row_shift = tl.where(total == 0, score.to(tl.float32), row_shift)
     above = score - row_shift.to(tl.float64)
     # Bounded: see core/rows.py.
@@ -240,7 +240,7 @@ def weigh_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dz = E (w_i / l_i + w_j / l_j), where E was stored until both normalisers were known."""
+    """Computes dz = E (w_i / l_i + w_j / l_j) from E, which was stored until both normalisers were known."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = offs < R
     row_weight = tl.load(RowWeight + offs, mask=mask, other=0.0)
@@ -274,9 +274,9 @@ def finish_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """What the products left out: 1 / l, the scale, the gain, and the projection through the norms.
+    """Applies what the products leave out: 1 / l, the scale, the gain, and the projection through the norms.
 
-    From the gradient with 1 / norms held fixed to the one through them: dx -= f^2 <dx, x> x.
+    The gradient with 1 / norms held fixed becomes the one through them: dx -= f^2 <dx, x> x.
     """
     offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = offs < R
@@ -291,7 +291,7 @@ def finish_kernel(
             dx = _load(Sum, offs, stride_sm, start, D, mask, BLOCK_D) * multiplier[:, None]
             along += tl.sum(dx * _load(X, offs, stride_xm, start, D, mask, BLOCK_D), axis=1)
         factor = tl.load(Factor + offs, mask=mask, other=0.0)
-        # A row shorter than NORM_EPS is divided by a constant: nothing to project.
+        # A row shorter than NORM_EPS is divided by a constant, so there is no projection.
         along *= tl.where(factor >= 1 / NORM_EPS, 0.0, factor * factor)
     for start in range(0, D, BLOCK_D):
         dx = _load(Sum, offs, stride_sm, start, D, mask, BLOCK_D) * multiplier[:, None]
@@ -302,7 +302,7 @@ def finish_kernel(
 
 @triton.jit
 def _load(X, rows, stride, start, D, mask, BLOCK_D: tl.constexpr):
-    """fp32 [BLOCK_R, BLOCK_D]."""
+    """Loads an fp32 tile [BLOCK_R, BLOCK_D]."""
     offs_d = start + tl.arange(0, BLOCK_D)
     inside = mask[:, None] & (offs_d < D)[None, :]
     return tl.load(X + rows[:, None] * stride + offs_d[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -324,7 +324,7 @@ def _inverse_norm(squared, X):
 
 @triton.jit
 def _merged(Max, Sum, n_tiles, R, offs, mask, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Maximum and sum of exp(z - maximum) over all tiles, in a fixed order. A maximum may be -inf."""
+    """Merges maxima and sums of exp(z - maximum) of all tiles, in a fixed order. A maximum may be -inf."""
     maximum = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     for start in range(0, n_tiles, BLOCK_T):
@@ -368,12 +368,12 @@ def _marginal(cosine, MARGIN: tl.constexpr):
 
 @triton.jit
 def _tanh(x):
-    """fp64, to an absolute 1e-16."""
+    """tanh in fp64, with an absolute error of 1e-16."""
     e = tl.exp(-2 * tl.abs(x))
     return tl.where(x < 0, e - 1, 1 - e) / (1 + e)
 
 
 @triton.jit
 def _log1p(x):
-    """fp64, to fp32's precision down to the smallest x: log(1 + x) alone loses x below 1e-16."""
+    """log1p in fp64, to fp32's precision down to the smallest x: log(1 + x) alone loses x below 1e-16."""
     return tl.where(x < 1e-6, x - 0.5 * x * x, tl.log(1 + x))

@@ -3,8 +3,8 @@
 Exponentials are powers of two: on CPUs torch.exp2 takes a quarter of exp's time (0.08 against 0.32 ns an element, two
 Zen 5 cores). log2(e) multiplies after the maximum is subtracted, so that its rounding is not magnified by the logits.
 
-Where the device multiplies 16-bit matrices into fp32 (`products.narrow`), rows and keys are multiplied as they are, and
-norms, scale and log2(e) act on the fp32 tile. A tile's passes end with a copy into the workspace, which is 16-bit.
+If the device multiplies 16-bit matrices into fp32 (`products.narrow`), rows and keys are multiplied as they are, and
+norms, scale and log2(e) act on the fp32 tile. A tile's passes end with a copy into the 16-bit workspace.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..core.numerics import SAFE_SCALE as SHIFTED_SCALE
 from ..core.numerics import inverse_norms as inverse_norms
 from ..core.numerics import stats_dtype
 from ..core.problem import GuideRule, Problem
-from ..core.rows import finish as finish  # torch has no faster way to this, nor to the others that are handed on
+from ..core.rows import finish as finish  # torch has no faster form of these, which are used as they are
 from ..core.rows import guide_threshold, patch_target
 from ..core.rows import merge as merge
 from ..core.rows import operand as operand
@@ -33,21 +33,21 @@ from .shared import exp_shift
 
 LOG2E = math.log2(math.e)
 BIT_ROWS = 128  # at a time in fp64: 768 KiB at D = 768
-# Columns a GEMM computes at once: the passes that follow find [1024, 1024] fp32, 4 MiB, in a CPU's caches. At 4096 a
-# step took 4 % longer.
+# Columns of one GEMM: for the passes that follow, [1024, 1024] in fp32, 4 MiB, stay in a CPU's caches. At 4096 a step
+# took 4 % longer.
 TILE_COLUMNS = 1024
 # Exponentials below this share of the row's largest are 0. Smaller ones turn products into denormals, which made the
 # GEMMs 2 to 5 times slower at cold temperatures. 2**-100 leaves 26 bits above the denormals for the other factor.
 FLUSH = 2.0**-100
-# Up to this scale neither exp(cosine * scale) nor a sum of 2**40 of them leaves fp32: no maximum is searched, and
-# exp(-2 * 30) = 2**-87 leaves nothing to flush.
+# Up to this scale neither exp(cosine * scale) nor a sum of 2**40 of them leaves fp32: no maximum is computed, and no
+# exponential is small enough to flush: exp(-2 * 30) = 2**-87.
 SAFE_SCALE = 30.0
-BENT_FAR = -1e15  # as a tanh
-FAR = -1e30  # beyond every logit, and its exponential is 0
-# Of unit copies of the embeddings, which spare two passes over every tile and one over the keys for every chunk. Where
-# the workspace is bounded they take no more than it.
+BENT_FAR = -1e15  # its tanh is -1
+FAR = -1e30  # below every logit; its exponential is 0
+# Most bytes of unit copies of the embeddings, which save two passes over every tile and one over the keys for every
+# chunk. They take no more than a bounded workspace does.
 UNIT_BYTES = 32 << 20
-FOLD_COPIES = 12  # what a chunk of a fold takes: sorted values and their int64 places, masks
+FOLD_COPIES = 12  # matrices of a chunk that a fold needs: sorted values and their int64 places, masks
 
 
 def why_not(problem: Problem) -> str | None:
@@ -55,9 +55,9 @@ def why_not(problem: Problem) -> str | None:
 
 
 def can_exp(problem: Problem) -> bool:
-    """exp_rows finds each row's maximum on its own; smoothing over what a mask leaves needs its sums.
+    """Whether `exp_rows` may run. It computes a row's maximum itself, but smoothing with a mask needs sums first.
 
-    fp16 has not the range for exponentials relative to a maximum that may still grow, only for dz and its gain.
+    fp16 lacks the range for exponentials relative to a maximum that may still grow; it holds only dz and its gain.
     """
     return not problem.smooths_by_row and workspace_dtype(problem) != torch.float16
 
@@ -67,7 +67,7 @@ def can_store(problem: Problem) -> bool:
 
 
 def takes_units(problem: Problem) -> bool:
-    """Whether the sweep hands out unit rows instead of factors: fp32 copies, so never of 16-bit embeddings."""
+    """Whether the sweep passes unit rows instead of factors: fp32 copies, so never of 16-bit embeddings."""
     size = sum(x.numel() * x.element_size() for x in problem.operands)
     wide = problem.dtype == stats_dtype(problem.dtype)
     if not problem.cosine or not wide or problem.label_smoothing:
@@ -81,7 +81,7 @@ def can_fold(problem: Problem) -> bool:
 
 
 def workspace_copies(problem: Problem) -> float:
-    """How much memory a chunk needs, in matrices of its size: a guide's bounds of block 0 stand beside it, in fp32."""
+    """Returns a chunk's memory in matrices of its size; a guide's fp32 similarities of block 0 are one more."""
     if problem.fold is not None:
         return FOLD_COPIES
     guide = problem.blocks[0].mask.guide
@@ -107,7 +107,7 @@ class Rows(NamedTuple):
     """The left side of a product."""
 
     x: Tensor  # [R, D]
-    factor: Tensor | None = None  # [R, 1], of the product: 16-bit rows are multiplied as they are
+    factor: Tensor | None = None  # [R, 1], applied to the product, because 16-bit rows are multiplied as they are
 
 
 def _narrow(strip: Strip) -> bool:
@@ -123,9 +123,9 @@ def _rows(strip: Strip) -> Rows:
 
 
 def _matmul_into(out: Tensor, x: Tensor, y: Tensor, narrow: bool) -> None:
-    """`out = x @ y.T` in fp32 arithmetic. `narrow`: the inputs of the loss are 16-bit, cast up.
+    """Writes `out = x @ y.T` in fp32 arithmetic. `narrow`: the inputs are 16-bit, cast up.
 
-    For those, oneDNN's fp32 GEMM is used where torch has it: its accumulation is fp32 like MKL's, and on CPUs where MKL
+    For these, oneDNN's fp32 GEMM is used if torch has it: its accumulation is fp32 like MKL's, and on CPUs where MKL
     runs at half rate it more than doubles the speed of this step (465 against 200 GFLOP/s on two Zen 5 cores). fp32
     inputs stay with torch.mm, so that they follow torch.set_float32_matmul_precision.
     """
@@ -155,10 +155,10 @@ def _logits(sim: Tensor, strip: Strip, tile: slice, out: Tensor) -> Tensor:
 
 
 def _admit_(z: Tensor, strip: Strip, tile: slice, unit: float = 1.0, far: float | None = None) -> Tensor:
-    """From `unit * scale * sim` to logits, bent, -inf where a column does not compete, whatever is there, NaN included.
+    """Turns `unit * scale * sim` into logits, with softcap, and -inf for columns that may not compete, even NaN.
 
-    The target is one of these: the sums leave it out. `far`: what to add instead where a guide drops a column, in one
-    pass of a tenth of `masked_fill_`'s time.
+    The target gets -inf, too, because the sums leave it out. `far`: added to columns that a guide drops, instead of
+    -inf, in a tenth of `masked_fill_`'s time.
     """
     dropped = [] if strip.mask is None else list(_dropped(z, strip.mask, strip.scale * unit, tile))
     if strip.own_scale is not None:
@@ -190,12 +190,12 @@ def _admit_(z: Tensor, strip: Strip, tile: slice, unit: float = 1.0, far: float 
 
 
 def _slope(z: Tensor, softcap: float, out: Tensor) -> Tensor:
-    """The softcap's derivative where it gave z, `1 - (z / softcap)^2`; 0 for the -inf of a dropped column."""
+    """Returns the softcap's derivative from its value z, `1 - (z / softcap)^2`; 0 for the -inf of a dropped column."""
     return torch.addcmul(z.new_ones(()), z, z, value=-(softcap**-2), out=out).clamp_(min=0)
 
 
 def _dropped(z: Tensor, mask: StripMask, scale: Tensor | None, tile: slice) -> Iterator[Tensor]:
-    """What the masks, but for the guide's, drop of the tile `z = scale * sim`, one bool matrix each."""
+    """Yields a bool matrix of dropped columns of the tile `z = scale * sim` for each mask except the guide's."""
     for compare in mask.compare:
         test = torch.ne if compare.keep else torch.eq
         yield test(compare.rows[:, None], compare.keys[tile])
@@ -210,7 +210,7 @@ def _dropped(z: Tensor, mask: StripMask, scale: Tensor | None, tile: slice) -> I
 
 
 def admitted(mask: StripMask, tile: slice) -> Tensor:
-    """Where no part of a mask drops a column, for masks that do not depend on the similarities."""
+    """Returns True for columns that no part of a mask drops, for masks that do not depend on similarities."""
     drops = None if mask.dropped is None else _drops(mask.dropped, tile)
     like = next(t for t in (*(c.rows for c in mask.compare), mask.dense, mask.skip, drops) if t is not None)
     z = torch.zeros(like.shape[0], tile.stop - tile.start, device=like.device)
@@ -222,7 +222,7 @@ def admitted(mask: StripMask, tile: slice) -> Tensor:
 
 
 def _hits(columns: Tensor | None, tile: slice) -> tuple[Tensor, Tensor]:
-    """Rows whose column lies in the tile, and where in it; as (mask, index), so that no shape depends on values."""
+    """Returns the rows whose column is in the tile, and its place, as (mask, index): no shape depends on values."""
     assert columns is not None
     index = columns - tile.start
     inside = (index >= 0) & (index < tile.stop - tile.start)
@@ -230,13 +230,13 @@ def _hits(columns: Tensor | None, tile: slice) -> tuple[Tensor, Tensor]:
 
 
 def _fill_(values: Tensor, columns: Tensor, tile: slice, value: float) -> Tensor:
-    """`values[i, columns[i]] = value` where that lies in the tile."""
+    """Sets `values[i, columns[i]] = value` if that is in the tile."""
     inside, index = _hits(columns, tile)
     return values.scatter_(1, index, torch.where(inside, value, values.gather(1, index)))
 
 
 def _count_(tally: Tally | None, strip: Strip, z: Tensor, sim: Tensor | None, score: Tensor) -> None:
-    """Adds the tile to the tally. `sim` None: it is `z / scale`, and nobody asks for its sum."""
+    """Adds the tile to the tally. `sim` None: it is `z / scale`, and its sum is not wanted."""
     if tally is None:
         return
     admitted = z > -math.inf
@@ -263,10 +263,10 @@ def _flush_(exponentials: Tensor) -> Tensor:
 
 
 def _accumulate(maximum: Tensor, total: Tensor, z: Tensor, dim: int, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """Fold the tile `z` into the running (maximum, sum of exponentials relative to it) along `dim`."""
+    """Folds the tile `z` into the running (maximum, sum of exponentials relative to it) along `dim`."""
     new = torch.maximum(maximum, z.amax(dim))
     torch.sub(z, _finite(new).unsqueeze(dim), out=scratch)
-    # Where nothing came before, the old maximum is -inf and its total 0: exp(-inf - ...) keeps it 0.
+    # At the first tile the old maximum is -inf and its total 0: exp(-inf - ...) keeps it 0.
     return new, total * torch.exp(maximum - _finite(new)) + _exp_(scratch).sum(dim)
 
 
@@ -306,7 +306,7 @@ def stats_rows(strips: list[Strip], tally: Tally | None = None, score: Tensor | 
 
 
 def top_rows(strips: list[Strip]) -> tuple[Tensor, Tensor]:
-    """Each row's largest logit and its column, the first on ties; -inf and -1 where no column competes."""
+    """Returns each row's largest logit and its column, the first on ties; -inf and -1 if no column competes."""
     (strip,) = strips
     rows = strip.x.shape[0]
     maximum, column = strip.scale.new_full((rows,), -math.inf), torch.full((rows,), -1, device=strip.x.device)
@@ -321,16 +321,16 @@ def top_rows(strips: list[Strip]) -> tuple[Tensor, Tensor]:
 
 
 def similarities(strip: Strip, out: Tensor) -> None:
-    """`out = row_factor * col_factor * <x, y>`, nothing else."""
+    """Writes `out = row_factor * col_factor * <x, y>`, nothing else."""
     x = _rows(strip)
     for tile in _tiles(strip):
         _similarity(strip, x, tile, out[:, tile])
 
 
 class Drops(NamedTuple):
-    """What a guide drops of a block: 1 where it does, else 0."""
+    """The columns of a block that a guide drops: 1, else 0."""
 
-    stored: Tensor | None  # block 0's, out of which the threshold was read; the others' are computed tile by tile
+    stored: Tensor | None  # block 0's, from which the threshold was read; others are computed tile by tile
     strip: Strip
     x: Rows
     threshold: Tensor
@@ -342,10 +342,11 @@ def guide_room(strip: Strip) -> tuple[int, int]:
 
 
 def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor, own: Tensor | None = None) -> list[Drops]:
-    """What the guide says of each block of a chunk. `strips` hold its embeddings; `room` is for block 0.
+    """Returns the guide's drops of each block of a chunk. `strips` hold its embeddings; `room` is for block 0.
 
-    The threshold is read out of the product that the target stands in: a dot product beside it rounds otherwise, and
-    half the positives would lie above their own. own: `[R]`, what was read, where the target is in none of the blocks.
+    The threshold is read from the product that contains the target: a separate dot product would round differently, and
+    half the positives would exceed their own threshold. own: `[R]`, the values read earlier, if no block has the
+    target.
     """
     first = strips[0]
     stored = room[: first.x.shape[0], : first.y.shape[0]]
@@ -363,7 +364,7 @@ def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor, own: Tensor |
 
 
 def guide_scores(strip: Strip, room: Tensor) -> Tensor:
-    """`[R]`, the guide's similarities of the rows' own targets, as `guide_rows` reads them."""
+    """Returns `[R]`, the guide's similarities of the rows' targets, as `guide_rows` reads them."""
     stored = room[: strip.x.shape[0], : strip.y.shape[0]]
     similarities(strip, stored)
     return _at_target(stored, strip.target)
@@ -409,9 +410,9 @@ def exp_rows(
     tally: Tally | None = None,
     score: Tensor | None = None,
 ) -> tuple[RowSums, Tensor | None]:
-    """Write `exp(z - shift)`, times the slope under a softcap; `q_i = sum_{j != t} E_ij (sim_ij - sim_it)`.
+    """Writes `exp(z - shift)`, times the slope under a softcap; `q_i = sum_{j != t} E_ij (sim_ij - sim_it)`.
 
-    The shift is the row's own maximum over all strips, or 0 where the host knows that nothing can overflow.
+    The shift is the row's maximum over all strips, or 0 if the host knows that nothing can overflow.
     """
     if outs[0].dtype != strips[0].scale.dtype:
         return _exp_rows_narrow(problem, strips, outs, target_sim, tally, score)
@@ -423,7 +424,7 @@ def exp_rows(
     rows = strips[0].x.shape[0]
     maximum, total = _empty_sums(strips[0], rows)
     guided = any(strip.mask is not None and strip.mask.dropped is not None for strip in strips)
-    columns = 2 * TILE_COLUMNS if safe and not guided else TILE_COLUMNS  # few passes follow: fewer calls win
+    columns = 2 * TILE_COLUMNS if safe and not guided else TILE_COLUMNS  # few passes: fewer calls are faster
     for strip, out in zip(strips, outs, strict=True):
         x = _rows_times(strip, LOG2E)
         for tile in _tiles(strip, columns):
@@ -437,14 +438,14 @@ def exp_rows(
                 maximum = torch.maximum(maximum, z.amax(1))
     if safe:
         return RowSums(torch.zeros_like(total), total), None
-    # Rows of which a guide leaves nothing: exp2(FAR) is 0, with a shift of 0.
+    # For rows without a column left by the guide: with a shift of 0, exp2(FAR) is 0.
     shift = _finite(maximum.masked_fill(maximum < FAR / 2, -math.inf))
     for strip, out in zip(strips, outs, strict=True):
         for tile in _tiles(strip):
             e = out[:, tile]
             total += e.sub_(shift[:, None]).exp2_().sum(1)
             _factors_(_flush_(e), strip, tile)
-    # In fp64, where there is one: rounded, it would be another shift than what was subtracted.
+    # In fp64, if the device has it: rounded, it would differ from the shift that was subtracted.
     return RowSums(shift.to(_wide(shift)) / LOG2E, total), None
 
 
@@ -460,10 +461,10 @@ def _exp_rows_narrow(
     tally: Tally | None,
     score: Tensor | None,
 ) -> tuple[RowSums, Tensor | None]:
-    """`exp_rows` where the workspace is bf16, which logits do not fit: each tile leaves its buffer as exponentials.
+    """`exp_rows` for a bf16 workspace, which cannot hold logits: each tile is written as exponentials.
 
-    They are relative to a power of two, at least the row's largest so far; where that grows, what was written before is
-    multiplied by powers of two, which rounds nothing. A power that the host knows to be safe takes one pass less.
+    They are relative to a power of two, at least the row's largest so far. If that grows, earlier tiles are multiplied
+    by powers of two, which rounds nothing. A power that the host knows to be safe saves a pass.
     """
     rows = strips[0].x.shape[0]
     exponent, total = _empty_sums(strips[0], rows)
@@ -471,7 +472,7 @@ def _exp_rows_narrow(
     if known:
         exponent.fill_(round(exp_shift(problem) * LOG2E))
     q = None if target_sim is None else torch.zeros_like(total)
-    # Counts and the softcap want logits in natural units, where the exponent of 2 is a shift by ln 2.
+    # Counts and the softcap need logits in natural units, in which a power of two is a shift by a multiple of ln 2.
     unit, shift_unit = (1.0, 1 / LOG2E) if tally is not None or strips[0].softcap else (LOG2E, 1.0)
     buffers = [_tile_buffer(strips), total if q is None else _tile_buffer(strips)]
     buffers.append(_tile_buffer(strips) if strips[0].softcap else total)
@@ -509,14 +510,15 @@ def _exp_rows_narrow(
     if not known:
         for values, then in written[:-1]:
             values.mul_(torch.exp2(then - shift)[:, None].to(values.dtype))
-    # As it was subtracted, see exp_rows.
+    # The shift that was subtracted, see exp_rows.
     return RowSums(shift.to(_wide(shift)) / LOG2E if unit == LOG2E else shift * shift_unit, total), q
 
 
 def _rows_times(strip: Strip, unit: float) -> Rows:
-    """Rows whose products with the keys are `unit` times the logits: times log2(e), exponentials are powers of two.
+    """Returns rows whose products with the keys are `unit` times the logits. With log2(e), exponentials are powers of
+    two.
 
-    Rounded once: log2(e) as a factor of its own would be magnified by the logits.
+    Rounded once: a separate factor log2(e) would have its rounding magnified by the logits.
     """
     wide = _wide(strip.scale)
     factor = (strip.scale.to(wide) * unit).expand(strip.x.shape[0])
@@ -532,7 +534,7 @@ def _rows_times(strip: Strip, unit: float) -> Rows:
 
 
 def _exp_rows_bent(strips: list[Strip], outs: list[Tensor]) -> RowSums:
-    """Under a softcap that bounds the exponents: a tile's slopes are at hand while it is in cache."""
+    """`exp_rows` under a softcap that bounds the exponents: a tile's slopes are computed while it is in cache."""
     rows = strips[0].x.shape[0]
     total, buffer = strips[0].scale.new_zeros(rows), _tile_buffer(strips)
     for strip, out in zip(strips, outs, strict=True):
@@ -544,7 +546,7 @@ def _exp_rows_bent(strips: list[Strip], outs: list[Tensor]) -> RowSums:
             if bias is not None:
                 tanh.add_(bias)
             tanh.tanh_()
-            # Dropped: the exponential of this is 0, and its square is finite.
+            # For dropped columns: its exponential is 0, and its square is finite.
             if bias is not None:
                 tanh.masked_fill_(bias == -math.inf, BENT_FAR)
             if strip.target is not None:
@@ -563,10 +565,10 @@ def _exp_rows_in_steps(
     tally: Tally | None,
     score: Tensor | None,
 ) -> tuple[RowSums, Tensor | None]:
-    """With counts, q or a softcap: logits in natural units, and similarities or slopes beside them."""
+    """`exp_rows` with counts, q or a softcap: logits in natural units, and similarities or slopes as well."""
     rows = strips[0].x.shape[0]
     maximum, total = _empty_sums(strips[0], rows)
-    # Where q is wanted the workspace holds similarities until the second pass, else logits right away.
+    # If q is wanted, the workspace holds similarities until the second pass, else logits.
     q = None if target_sim is None else torch.zeros_like(total)
     buffer = _tile_buffer(strips) if q is not None or strips[0].softcap else total
     for strip, out in zip(strips, outs, strict=True):
@@ -609,13 +611,13 @@ def grad_rows(
     gain: Tensor | None,
     smooth: Tensor | None = None,
 ) -> Tensor | None:
-    """Write `dz * gain`, at the target `entry * gain`; `smooth` is what every admissible column's dz has less.
+    """Writes `dz * gain`, and `entry * gain` at the target; `smooth` is subtracted from every admissible column's dz.
 
-    Returns `sum_{j != t} dz_ij (sim_ij - target's)` where the scale's gradient is wanted, without `smooth`.
+    Returns `sum_{j != t} dz_ij (sim_ij - target's)` if the scale's gradient is wanted, without `smooth`.
     """
     count = strips[0].x.shape[0]
     q = None if rows.target_sim is None else torch.zeros_like(rows.shift)
-    # A workspace of 16 bits takes finished values alone.
+    # A 16-bit workspace takes only finished values.
     wide = outs[0].dtype == strips[0].scale.dtype
     buffers = [_tile_buffer(strips) for _ in range(3 if wide else 4)]
     for strip, out in zip(strips, outs, strict=True):

@@ -1,6 +1,7 @@
-"""What the driver in `sweep/` asks of a backend, on one chunk of rows: mypy holds each of them to it.
+"""The protocol of a sweep backend, on one chunk of rows; mypy holds every backend to it.
 
-Writers store `value * row_factor * col_factor`, multiplied before rounding; at the target 0, `grad_rows` its entry.
+Functions that write store `value * row_factor * col_factor`, multiplied before rounding; at the target they store 0,
+and `grad_rows` its entry.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Rows(Protocol):
     """What happens once per row; `fusedloss.core.rows` is the definition."""
 
     def operand(self, x: Tensor) -> Tensor:
-        """x as the kernels read it: itself, or an aligned copy."""
+        """Returns x as the kernels read it: x itself, or an aligned copy."""
 
     def inverse_norms(self, y: Tensor, /) -> Tensor: ...
 
@@ -36,10 +37,10 @@ class Rows(Protocol):
         cosine: bool,
         wants_target_sim: bool,
     ) -> Prepared:
-        """1/norms and the targets' logits."""
+        """Returns 1/norms and the targets' logits."""
 
     def merge(self, running: RowSums, part: RowSums) -> RowSums:
-        """The sums over the union of two disjoint sets of columns."""
+        """Merges the sums over two disjoint sets of columns."""
 
     def settle(
         self,
@@ -54,7 +55,7 @@ class Rows(Protocol):
         scaled: Sequence[Tensor] = (),
         dtype: torch.dtype | None = None,
     ) -> Settled:
-        """Partial sums -> loss, weight / l, the target's entry."""
+        """Turns partial sums into loss, weight / l and the target's entry."""
 
     def finish(
         self,
@@ -66,31 +67,31 @@ class Rows(Protocol):
         factor: Tensor | None,
         out: Tensor,
     ) -> None:
-        """A product -> the gradient: scale, 1/l, the projection through the norms."""
+        """Turns a product into the gradient: applies scale, 1/l and the projection through the norms."""
 
 
 class Sweeps(Rows, Protocol):
     """The primitives of every backend. Strips are the blocks of a chunk, side by side under one normaliser."""
 
     def why_not(self, problem: Problem) -> str | None:
-        """Why this backend does not run the problem."""
+        """Returns the reason why this backend cannot run the problem, or None."""
 
     def takes_units(self, problem: Problem) -> bool:
         """Whether operands come as unit rows instead of with factors."""
 
     def can_exp(self, problem: Problem) -> bool:
-        """Whether `exp_rows` may be used: it finds, or the host knows, a safe shift."""
+        """Whether `exp_rows` may be used: it computes a safe shift, or the host knows one."""
 
     def can_store(self, problem: Problem) -> bool:
-        """Whether one shift serves rows and columns: the backend is one that `Stores`."""
+        """Whether one shift serves rows and columns; the backend then implements `Stores`."""
 
     def can_fold(self, problem: Problem) -> bool:
-        """Whether `fold_rows` does what is otherwise `similarities` and a fold in torch: the backend `FoldsRows`."""
+        """Whether `fold_rows` replaces `similarities` and a fold in torch; the backend then implements `FoldsRows`."""
 
     def workspace_dtype(self, problem: Problem) -> torch.dtype: ...
 
     def workspace_copies(self, problem: Problem) -> float:
-        """What stands beside the workspace, in its own size."""
+        """Returns the memory besides the workspace, in multiples of its size."""
 
     def stats_rows(self, strips: list[Strip], tally: Tally | None = None, score: Tensor | None = None) -> RowSums:
         """Adds to the tally, if any."""
@@ -126,17 +127,17 @@ class Sweeps(Rows, Protocol):
         """The largest logits, and their columns."""
 
     def similarities(self, strip: Strip, out: Tensor) -> None:
-        """Writes them, for folds in torch."""
+        """Writes the similarities, for folds in torch."""
 
     def guide_room(self, strip: Strip) -> tuple[int, int]: ...
 
     def guide_rows(
         self, strips: list[Strip], rule: GuideRule, room: Tensor, own: Tensor | None = None
     ) -> Sequence[Any]:
-        """A block's `StripMask.dropped` each, as the backend likes it."""
+        """Returns each block's `StripMask.dropped`, in the backend's own format."""
 
     def guide_scores(self, strip: Strip, room: Tensor) -> Tensor:
-        """What a guide's threshold is read out of, [R]."""
+        """Returns the guide's similarities of the targets, [R], from which thresholds follow."""
 
 
 class Stores(Sweeps, Protocol):
@@ -145,7 +146,7 @@ class Stores(Sweeps, Protocol):
     def exp_rows_and_columns(self, problem: Problem, strip: Strip, out: Tensor) -> tuple[RowSums, RowSums]: ...
 
     def weigh(self, patch: Patch, rows: Tensor, columns: Tensor, entry: Tensor) -> None:
-        """From E to dz, in place."""
+        """Turns E into dz, in place."""
 
 
 class FoldsRows(Sweeps, Protocol):

@@ -24,7 +24,7 @@ def why_not(problem: Problem) -> str | None:
 def loss_rows(problem: Problem, lost: float = 0.0) -> tuple[Tensor, list[Tensor]]:
     """`weight[i] * loss_i` for every row, [M], through ordinary autograd, and `sweep.Result.counted`.
 
-    Costs several [M, N] matrices. lost: a share of each similarity that is cut off, as tensor cores do: `rows.cut_off`.
+    Takes several [M, N] matrices. lost: the share that is cut off each similarity, as tensor cores do: `rows.cut_off`.
     """
     if not autocasting(problem.operands[0]):
         return _loss_rows(problem, lost)
@@ -33,7 +33,7 @@ def loss_rows(problem: Problem, lost: float = 0.0) -> tuple[Tensor, list[Tensor]
 
 
 def top_rows(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Each row's largest logit and its column, the first on ties; -inf and -1 where no column competes."""
+    """Returns each row's largest logit and its column, the first on ties; -inf and -1 if no column competes."""
     with torch.autocast(problem.device.type, enabled=False):
         z = _logits(problem, _rows(problem))
         if not z.numel():
@@ -60,9 +60,9 @@ def _loss_rows(problem: Problem, lost: float = 0.0) -> tuple[Tensor, list[Tensor
 
 
 def losses_of(problem: Problem, similarities: list[Tensor]) -> Tensor:
-    """The weighted losses [M], with each block's similarities [M, N] at hand instead of embeddings.
+    """Returns the weighted losses [M] from each block's similarities [M, N] instead of embeddings.
 
-    For masks and folds that read no embeddings, and no distances but those of cosines.
+    For masks and folds that do not read embeddings, and no distances other than cosine's.
     """
     if problem.fold is not None:
         values = 1 - similarities[0] if problem.fold.distance else similarities[0]
@@ -80,7 +80,7 @@ def _losses(problem: Problem, z: Tensor) -> Tensor:
     if problem.symmetric:
         diagonal = torch.arange(problem.rows, device=z.device)
         loss = (loss + softmax.softmax_rows(z.T, diagonal)) / 2
-    # Rows that are left out are exactly 0, also where their own logits are not finite.
+    # Left-out rows are exactly 0, even if their logits are not finite.
     return torch.where(problem.weight == 0, 0, problem.weight * loss)
 
 
@@ -92,7 +92,7 @@ def _rows(problem: Problem) -> list[Tensor]:
 def _logits(
     problem: Problem, rows: list[Tensor], similarities: list[Tensor] | None = None, lost: float = 0.0
 ) -> Tensor:
-    """[M, all columns], -inf where a mask drops; the target is exempt from all but `skip`."""
+    """Returns the logits [M, all columns], -inf for dropped columns; only `skip` drops the target."""
     M, parts = problem.rows, []
     with torch.no_grad():
         thresholds = _thresholds(problem, rows)
@@ -101,7 +101,7 @@ def _logits(
         sim = rows[block.query][:M] @ rows[block.key].T if similarities is None else similarities[number]
         own, own_penalty = (itself, block.own_penalty) if number else (problem.target, 0.0)
         z = sim * problem.scale
-        if lost:  # a target's own product is not one of the tile
+        if lost:  # a target's logit is a separate product, not of the tile
             short = (1 - lost) * z
             z = torch.where(_at(problem.target, z), z, short) if number == 0 else short
         if block.penalty or own_penalty:
@@ -116,7 +116,7 @@ def _logits(
         if problem.softcap:
             z = softmax.bent(z, problem.softcap)
         if block.bias is not None:
-            z = torch.where(block.bias == -torch.inf, -torch.inf, z)  # whatever z is there, NaN included
+            z = torch.where(block.bias == -torch.inf, -torch.inf, z)  # even if z is NaN there
         if block.mask.given:
             with torch.no_grad():
                 dropped = _dropped(problem, block.mask, sim, thresholds)
@@ -144,7 +144,7 @@ class _Thresholds(NamedTuple):
 
 
 def _thresholds(problem: Problem, rows: list[Tensor]) -> _Thresholds:
-    """What scores and guides are held against, [M, 1]: of the target, less or plus a margin."""
+    """Returns the thresholds of scores or a guide, [M, 1]: the target's similarity minus or plus a margin."""
     block, index = problem.blocks[0], problem.target.clamp(min=0)
     mask = block.mask
     sim = guide = None
@@ -204,7 +204,7 @@ def _fold_rows(problem: Problem, rows: list[Tensor], lost: float) -> tuple[Tenso
         zero = squared == 0
         if fold.itself:
             zero = zero | _at(torch.arange(len(x), device=x.device), zero)
-        # The root of 0 has gradient 0 here, not infinity.
+        # The root of 0 has gradient 0 here instead of infinity.
         root = torch.where(zero, 1, squared).sqrt() if fold.distance == "euclidean" else squared
         values = root.masked_fill(zero, 0).to(x.dtype)
     return _folded(problem, values)

@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
 
 def count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text}: needs a positive whole number")
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
     return int(text)
 
 
@@ -78,21 +78,21 @@ def positive(text: str) -> float:
     except ValueError:
         number = math.nan
     if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: needs a positive number")
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
     return number
 
 
 def device(text: str) -> str:
     kind, _, index = text.partition(":")
     if text not in ("cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text}: needs cpu, cuda or cuda:INDEX")
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:INDEX, got {text!r}")
     return text
 
 
 def place(text: str) -> str:
     kind, _, index = text.partition(":")
     if text not in ("cpu", "cuda", "xpu") and not (kind in ("cuda", "xpu") and index.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text}: needs cpu, cuda, xpu, cuda:INDEX or xpu:INDEX")
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda, xpu, cuda:INDEX or xpu:INDEX, got {text!r}")
     return text
 
 
@@ -101,13 +101,13 @@ def folder(text: str) -> str:
     try:
         Path(text).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text}: needs a folder ({error.strerror})") from None
+        raise argparse.ArgumentTypeError(f"must be a folder, got {text!r} ({error.strerror})") from None
     return text
 
 
 def file_name(text: str) -> str:
     if text != Path(text).name:
-        raise argparse.ArgumentTypeError(f"{text}: needs a file name; folders go into --out")
+        raise argparse.ArgumentTypeError(f"must be a file name, got {text!r}; pass the folder to --out")
     return text
 
 
@@ -163,7 +163,7 @@ def verify(arguments: argparse.Namespace) -> int:
         return 2
     known = dict.fromkeys(family for backend in families.BACKENDS for family in families.of_backend(backend))
     if arguments.family not in (None, *known):
-        print(f"--family {arguments.family}: needs one of {', '.join(known)}", file=sys.stderr)
+        print(f"--family must be one of {', '.join(known)}, got {arguments.family!r}", file=sys.stderr)
         return 2
     return verify(arguments) if has(arguments.device or "cpu") else 2
 
@@ -177,5 +177,5 @@ def has(device: str) -> bool:
     if int(index or 0) < count:
         return True
     found = f"{count} GPU{'s' * (count > 1)}" if count else "no GPU"
-    print(f"--device {device}: torch {torch.__version__} sees {found} here; --device cpu", file=sys.stderr)
+    print(f"--device {device}: torch {torch.__version__} sees {found} here; pass --device cpu", file=sys.stderr)
     return False

@@ -7,22 +7,22 @@ import contextlib
 import torch
 from torch import Tensor
 
-NORM_EPS = 1e-12  # F.normalize's: a zero row stays zero instead of turning into NaN
-SAFE_SCALE = 59.0  # up to here exponents lie within [-69, 49]: see `exp_shift` of backends/shared.py
+NORM_EPS = 1e-12  # as in F.normalize: a zero row stays zero instead of becoming NaN
+SAFE_SCALE = 59.0  # up to this scale exponents lie within [-69, 49]: see `exp_shift` of backends/shared.py
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Losses, log-sum-exps and accumulators: fp32, or fp64 for fp64 inputs."""
+    """Returns the dtype of losses, log-sum-exps and accumulators: fp32, or fp64 for fp64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def saved_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the gradients that a forward keeps. bf16 has fp32's range; fp16 would lose what a gradient scaler enlarges."""
+    """Returns the dtype of saved gradients. bf16 has fp32's range; fp16 would lose what a gradient scaler enlarges."""
     return dtype if dtype == torch.bfloat16 else stats_dtype(dtype)
 
 
 def autocasting(x: Tensor) -> bool:
-    """Whether torch.autocast is on where `x` is; asking about meta tensors raises."""
+    """Whether torch.autocast is on for the device of `x`. False for meta tensors, for which torch's query raises."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
@@ -32,19 +32,19 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def savable(x: Tensor) -> Tensor:
-    """`x`, or a copy of it where autograd could not save it: what is made under inference_mode, and used outside.
+    """Returns `x`, or a copy if autograd cannot save it: a tensor made under inference_mode and used outside.
 
-    Tracing has no such question, and what it sees are no inference tensors.
+    Tracing cannot ask, and traces no inference tensors.
     """
     return x if torch.compiler.is_compiling() or not (x.is_inference() and torch.is_grad_enabled()) else x.clone()
 
 
 def inverse_norms(x: Tensor) -> Tensor:
-    """`1 / max(|x_i|, 1e-12)` per row, in the statistics dtype, without a copy of `x`.
+    """Returns `1 / max(|x_i|, 1e-12)` per row, in the statistics dtype, without a copy of `x`.
 
-    A row of zeros in fp16 gets 1 instead: its similarities are 0 either way, and 1e12 would leave the other gradients
-    no room in an fp16 workspace. Its own gradient is multiplied by 1e12 in the end, so that it is that of the formula
-    in every dtype: as F.normalize's, the gradient by the zero unit row over 1e-12 (infinite in fp16, mostly).
+    A zero row in fp16 gets 1 instead: its similarities are 0 either way, and 1e12 would leave the other gradients no
+    room in an fp16 workspace. Its own gradient is multiplied by 1e12 at the end, so that it is the formula's in every
+    dtype: as with F.normalize, the gradient by the zero unit row over 1e-12 (mostly infinite in fp16).
     """
     norms = torch.linalg.vector_norm(x, dim=1, dtype=stats_dtype(x.dtype))
     if x.dtype == torch.float16:
@@ -53,7 +53,7 @@ def inverse_norms(x: Tensor) -> Tensor:
 
 
 def rows_of(x: Tensor, part: slice) -> Tensor:
-    """`x[part]`, at no cost where that is all of it: a slice takes 2 us, and small batches are one chunk."""
+    """Returns `x[part]`, and `x` itself for all of it: a slice takes 2 us, and small batches are one chunk."""
     return x if part.stop - part.start == x.shape[0] else x[part]
 
 

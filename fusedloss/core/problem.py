@@ -24,7 +24,7 @@ Learned = Annotated[Tensor, "may receive a gradient"]  # as a field's type; othe
 
 
 class Compare(NamedTuple):
-    """A number per row and per column: a column with the row's own number is dropped, or nothing else is kept."""
+    """A number per row and per column: columns with the row's number are dropped, or only they are kept."""
 
     rows: Tensor  # int64 [M]
     keys: Tensor  # int64 [N]
@@ -39,14 +39,14 @@ class Guide(NamedTuple):
 
 
 class GuideRule(NamedTuple):
-    """Drops what the guide finds closer than the row's own target, less a margin (a share of it if `relative`)."""
+    """Drops columns that the guide finds closer than the target minus a margin (a share of it if `relative`)."""
 
     margin: float = 0.0
     relative: bool = False
 
 
 class Margin(NamedTuple):
-    """What a target must win by: its cosine becomes `cos(theta + angle) - cosine` (`epilogues.marginal`)."""
+    """The margin of a target: its cosine becomes `cos(theta + angle) - cosine` (`epilogues.marginal`)."""
 
     angle: float = 0.0  # radians
     cosine: float = 0.0
@@ -56,9 +56,9 @@ NO_MARGIN = Margin()
 
 
 class RowRule(NamedTuple):
-    """What becomes of a row's logits beside its weight: `Problem` explains each. Columns' losses have no rule.
+    """The options that turn a row's sums into its loss; `Problem` explains each. Columns' losses have none.
 
-    It travels whole, so that no sweep, ring or backend can leave out one of them.
+    It is handed on whole, so that no sweep, ring or backend can leave out one of them.
     """
 
     label_smoothing: float = 0.0
@@ -73,13 +73,13 @@ NO_RULE = RowRule()
 
 
 class Mask(NamedTuple):
-    """Which columns of a block may compete; all that is given must agree. The target always may, but for `skip`.
+    """The columns of a block that may compete: those that every part admits. The target always may, except under
+    `skip`.
 
-    dense: bool [M, N], True: may compete.
-    margin: drops columns whose similarity exceeds the target's by more.
-    exempt: int64 [M, E], columns that the margin does not concern; -1: none.
-    skip: int64 [M], the one column that the row leaves out (itself); -1: none. skip_offset: how far that is from the
-        row's own; across ranks it may be another rank's.
+    dense: bool [M, N], True for columns that may compete. margin: drops columns whose similarity exceeds the target's
+    by more than this. exempt: int64 [M, E], columns that the margin never drops; -1: none. skip: int64 [M], the one
+    column that the row leaves out (itself); -1: none. skip_offset: its distance from column i; across ranks it may be
+    another rank's column.
     """
 
     compare: tuple[Compare, ...] = ()
@@ -101,18 +101,18 @@ class Mask(NamedTuple):
 
     @property
     def keys(self) -> list[Tensor]:
-        """What it holds of columns, a row for each; `dense` has rows and columns."""
+        """Its tensors with one entry per column. `dense`, which has rows and columns, is not among them."""
         return [*(c.keys for c in self.compare), *([] if self.guide is None else [self.guide.key])]
 
     def map_keys(self, function: Callable[[Tensor], Tensor]) -> Mask:
-        """With each of `keys` replaced, as where other ranks' columns are added to them."""
+        """Returns the mask with each of `keys` replaced, e.g. by the columns of all ranks."""
         compare = tuple(c._replace(keys=function(c.keys)) for c in self.compare)
         guide = None if self.guide is None else Guide(self.guide.query, function(self.guide.key))
         return self._replace(compare=compare, guide=guide)
 
     def columns(self, part: slice) -> Mask:
-        """Of some columns, counted from the first of them."""
-        # Without a function that holds `part`: torch.compile would take the sizes in it for constants.
+        """Returns the mask of some columns, counted from the first of them."""
+        # Not by a function that holds `part`: torch.compile would treat the sizes in it as constants.
         compare = tuple(Compare(c.rows, c.keys[part], c.keep) for c in self.compare)
         dense = None if self.dense is None else self.dense[:, part]
         guide = None if self.guide is None else Guide(self.guide.query, self.guide.key[part])
@@ -122,13 +122,13 @@ class Mask(NamedTuple):
         return self._replace(compare=compare, dense=dense, exempt=exempt, guide=guide, skip=skip)
 
     def turned(self) -> Mask:
-        """Of columns as rows; a margin, a guide and what a row skips are one direction's alone."""
+        """Returns the mask with rows and columns exchanged; a margin, a guide and `skip` belong to one direction."""
         compare = tuple(Compare(c.keys, c.rows, c.keep) for c in self.compare)
         return Mask(compare, None if self.dense is None else self.dense.T)
 
 
 class Ranks(NamedTuple):
-    """The processes that share a batch, where a sweep has to ask them (`collectives`)."""
+    """The processes that share a batch, for sweeps that use collectives."""
 
     group: str  # its name
     rank: int
@@ -140,7 +140,7 @@ class Ranks(NamedTuple):
 
 
 def _set(self: object, **fields: object) -> None:
-    """Of a frozen dataclass that is being made. Vectors enter contiguous: kernels take an address and no stride."""
+    """Sets fields of a frozen dataclass. Vectors are made contiguous, because kernels take no stride."""
     for name, value in fields.items():
         object.__setattr__(self, name, value)
 
@@ -167,11 +167,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Fold:
-    """A loss of a row's similarities that is no softmax: `folds.FOLDS[name]` on whole rows of one chunk.
+    """A loss of a row's similarities other than a softmax: `folds.FOLDS[name]` on whole rows of one chunk.
 
-    options: its numbers. labels: of rows and columns. itself: row i stands in column i and is not its own pair.
-    distance: "euclidean" or "squared" where the fold sees distances; "cosine": `1 - sim`.
-    scalars: 0-dim tensors after the scale, maybe learnable. teacher: embeddings whose logits are the second input.
+    options: its numbers. labels: of rows and columns. itself: column i is row i, which is not a pair. distance:
+    "euclidean" or "squared" if the fold takes distances; "cosine": `1 - sim`. scalars: 0-dim tensors after the scale,
+    maybe learnable. teacher: embeddings whose logits are the second input.
     """
 
     name: str
@@ -190,36 +190,29 @@ class Fold:
 
 @dataclass(frozen=True)
 class Problem:
-    """One sweep. Rows of every block are the same M rows; the target column lies in block 0.
+    """The description of one sweep. All blocks have the same M rows; the target's column is in block 0.
 
     operands: matrices [rows, D], each any floating dtype (all alike) and any strides.
     blocks: the parts of the row, side by side.
     scale: 0-dim tensor in the statistics dtype (fp32, or fp64 for fp64 operands).
     target: int64 [M], a column of block 0.
         -1 (where `decoupled`, or for a fold): none.
-    weight: [M] in the statistics dtype: what each row's loss is multiplied by; 0 leaves a row out.
-    cosine: rows of the operands enter as unit vectors; the 1/norms act on the fp32 accumulator.
-    label_smoothing: share of the target mass spread evenly over the row's admissible columns.
-    symmetric: columns are normalised too (CLIP): `weight[i]/2` of row i's loss plus `weight[j]/2` of column j's.
-    scale_bound: `scale` as a Python number where the host knows it, else None. It only ever selects a faster way to
-        the same result.
-    workspace_bytes: the most that the workspace may take; None: the device's default.
-    decoupled: the target stays out of its row's normaliser, too (DCL): `lse_neg - z_t`.
-    copies: how often the target's logit stands in its row; what stands in other blocks, too, is skipped there and
-        counted here, so that a well-fitted pair's gradient is not a difference of rounded halves.
-    guide_rule: how blocks' guides mask.
-    wants_tally: count what `Tally` holds.
-    fold: instead of the softmax.
-    prefixes, prefix_weights: instead of all of D, the weighted sum of the losses of these prefixes, each of whose rows
-        is divided by its own norm (`cosine`).
-    softcap: logits are bent to `cap * tanh(z / cap)` before the softmax; 0: they are not. The scale has no gradient
-        then, as under a margin.
-    margin: of the targets' cosines, before the scale (`cosine`).
-    z_loss: of the squared log-normaliser, added to each row's loss.
-    ranks: the columns are those of all these processes, this one's first; where `symmetric`, each column's normaliser
-        is over the rows of all of them.
-    top: no loss is asked for, but each row's largest logit (`op.top_rows`).
-    every_row: whether the host knows that every row counts, with weight 1; a mean then needs no sum of the weights.
+    weight: [M] in the statistics dtype: factor of each row's loss; 0 leaves a row out. cosine: rows of the operands
+    enter as unit vectors; the 1/norms act on the fp32 accumulator. label_smoothing: share of the target mass spread
+    evenly over the row's admissible columns. symmetric: columns are normalised too (CLIP): `weight[i]/2` of row i's
+    loss plus `weight[j]/2` of column j's. scale_bound: `scale` as a Python number if the host knows it, else None. It
+    only selects a faster way to the same result. workspace_bytes: the most that the workspace may take; None: the
+    device's default. decoupled: the target stays out of its row's normaliser, too (DCL): `lse_neg - z_t`. copies:
+    number of times the target appears in its row's normaliser. Further appearances (in other blocks) are skipped there
+    and counted here; otherwise the gradient of a well-fitted pair would be the difference of two rounded numbers.
+    guide_rule: the rule by which the blocks' guides mask. wants_tally: count the numbers of `Tally`. fold: replaces the
+    softmax. prefixes, prefix_weights: compute the weighted sum of the losses of these prefixes of D, each divided by
+    its own norms (`cosine`). softcap: logits become `cap * tanh(z / cap)` before the softmax; 0: no cap. With a
+    softcap, as with a margin, the scale has no gradient. margin: applied to the targets' cosines, before the scale
+    (`cosine`). z_loss: factor of the squared log-normaliser that is added to each row's loss. ranks: the columns are
+    those of all these processes, this one's first. If `symmetric`, each column's normaliser is over the rows of all of
+    them. top: compute each row's largest logit instead of a loss (`op.top_rows`). every_row: whether the host knows
+    that every row counts, with weight 1; a mean then needs no sum of the weights.
     """
 
     operands: tuple[Learned, ...]
@@ -260,12 +253,12 @@ class Problem:
 
     @property
     def smooths_by_row(self) -> bool:
-        """Whether smoothing needs each row's own sum of logits: otherwise it is a rank-one correction."""
+        """Whether smoothing needs each row's own sum of logits; otherwise it is a rank-one correction."""
         return self.label_smoothing != 0 and (self.masked or self.softcap != 0)
 
     @property
     def bound(self) -> float | None:
-        """What no logit but a target's exceeds, as far as the host knows."""
+        """A bound of every logit except the targets', if the host knows one."""
         if self.softcap:
             return self.softcap
         if not self.cosine or self.scale_bound is None:

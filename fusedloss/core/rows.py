@@ -67,7 +67,7 @@ def prepare(
     for chunk in row_chunks(x):
         own, other = x[chunk].to(wide), y[target[chunk]].to(wide)
         sim[chunk] = torch.linalg.vecdot(own, other)
-        if any(margin):  # An angle is the root of a difference: rounded factors would cost it half its digits.
+        if any(margin):  # An angle is the root of a difference, so rounded factors would cost half its digits.
             sim[chunk] /= _length(own) * _length(other)
     if row_factor is not None and col_factor is not None and not any(margin):
         sim = sim * row_factor * col_factor[target]
@@ -93,7 +93,7 @@ def _length(rows: Tensor) -> Tensor:
 
 
 def merge(running: RowSums, part: RowSums) -> RowSums:
-    """The sums over the union of two disjoint sets of columns."""
+    """Merges the sums over two disjoint sets of columns."""
     mine, others = (torch.where(sums.total == 0, -torch.inf, sums.shift) for sums in (running, part))
     shift = torch.maximum(mine, others)
     shift = shift.masked_fill(shift == -torch.inf, 0)

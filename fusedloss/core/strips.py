@@ -13,7 +13,7 @@ from .problem import Compare
 
 
 class Strip(NamedTuple):
-    """One block of one row chunk, as a backend sees it: `R` rows against all `N` columns of the block.
+    """One block of one row chunk, as backends take it: `R` rows against all `N` columns of the block.
 
     z[i, j] = scale * row_factor[i] * col_factor[j] * <x_i, y_j> + bias[j], bent by `softcap` where there is one
 
@@ -26,7 +26,7 @@ class Strip(NamedTuple):
     row_factor: Tensor | None  # [R]
     col_factor: Tensor | None  # [N]
     bias: Tensor | None  # [N], may hold -inf: that column is removed
-    target: Tensor | None  # [R] int64, this block's column that the sums leave out; -1 (or out of range): none
+    target: Tensor | None  # [R] int64, the column of this block that the sums leave out; -1 (or out of range): none
     mask: StripMask | None = None
     own: Tensor | None = None  # [R] int64, the column that `own_scale` multiplies instead
     own_scale: Tensor | None = None
@@ -41,10 +41,10 @@ class StripMask(NamedTuple):
     threshold: Tensor | None = None  # [R]: larger similarities are dropped
     exempt: Tensor | None = None  # [R, E], int64
     skip: Tensor | None = None  # [R]
-    dropped: Any = None  # by the guide, as the backend likes it: tiles on demand, packed bits
+    dropped: Any = None  # columns dropped by the guide, in the backend's own format: tiles on demand, packed bits
 
     def rows(self, part: slice) -> StripMask:
-        """Of some rows, before a guide has said anything of them."""
+        """Returns the mask of some rows, before a guide was applied."""
 
         def of(x: Tensor | None) -> Tensor | None:
             return None if x is None else rows_of(x, part)
@@ -54,10 +54,10 @@ class StripMask(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """What is counted of a row's admissible negatives where somebody asks; zeros and -inf to begin with."""
+    """Counts of a row's admissible negatives, for statistics and smoothing; zeros and -inf at first."""
 
-    admitted: Tensor  # [R], how many there are
-    above: Tensor  # how many have a larger logit than the target
+    admitted: Tensor  # [R], their number
+    above: Tensor  # the number with a larger logit than the target
     maximum: Tensor  # the largest logit
     z: Tensor  # sums of the logits, and of the similarities
     sim: Tensor
@@ -69,10 +69,10 @@ class Tally(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """A row's negatives, folded: `sum_{j != t} exp(z_ij) = total * exp(shift)`.
+    """The sum over a row's negatives: `sum_{j != t} exp(z_ij) = total * exp(shift)`.
 
     A row without negatives has total 0. Between two primitives of one backend the sums may still be partial: a leading
-    axis of tiles, a shift of -inf where a tile has no admissible column, or one number as everybody's shift.
+    axis of tiles, a shift of -inf for a tile without an admissible column, or one number as the shift of all rows.
     """
 
     shift: Tensor | float  # [R]
@@ -84,17 +84,17 @@ class RowSums(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What is known of block 0 before its logits are."""
+    """Values of block 0 that are computed before its logits."""
 
     row_factor: Tensor | None  # [M] 1/norms
     col_factor: Tensor | None  # [N]
     score: Tensor  # [M], wide: at scale 100 the half-ulp of an fp32 score is a relative 4e-6 of its pair
-    target_sim: Tensor | None  # [M], where the gradient of the scale is wanted
-    slope: Tensor | None = None  # [M], of the score by the target's `scale * sim`, where that is not 1
+    target_sim: Tensor | None  # [M], if the gradient of the scale is wanted
+    slope: Tensor | None = None  # [M], derivative of the score by the target's `scale * sim`, if that is not 1
 
 
 class Patch(NamedTuple):
-    """Where the targets' entries of a chunk stand: `out[i, target[i]]`, times both factors."""
+    """The places of the targets' entries of a chunk: `out[i, target[i]]`, times both factors."""
 
     out: Tensor  # [R, N]
     target: Tensor  # [R]
@@ -108,7 +108,7 @@ class Settled(NamedTuple):
     loss: Tensor  # [R], weighted; 0 for a row that is left out
     shift: Tensor
     weight: Tensor  # weight / l
-    entry: Tensor  # of the target, in the gradient
+    entry: Tensor  # the target's entry of the gradient
     scaled: list[Tensor]
 
     def softmax(self, target_sim: Tensor | None) -> Softmax:
@@ -124,7 +124,7 @@ class Softmax(NamedTuple):
 
     shift: Tensor
     weight: Tensor
-    target_sim: Tensor | None  # similarity of the target, where the gradient of the scale is wanted
+    target_sim: Tensor | None  # similarity of the target, if the gradient of the scale is wanted
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Softmax:
         sim = None if self.target_sim is None else function(self.target_sim)

@@ -2,20 +2,19 @@
 
     loss = fusedloss.info_nce(query, key, group="world")
 
-"world" are all ranks, once init_process_group has been called; before that it raises, where dist.group.WORLD is None
-and asks for the loss of this process alone. The columns of all ranks are gathered, each rank computes its own rows
-against them, and the gradients by the columns go back to whose they are, summed: one collective each way, of
-embeddings; logits never travel. Every rank gets the mean over all rows. With strategy="ring" a rank holds one shard of
-the columns at a time (`ring`).
+"world" means all ranks. Before init_process_group it raises, whereas dist.group.WORLD is then None, which means this
+process alone. The columns of all ranks are gathered, each rank computes its own rows against them, and the gradients by
+the columns are summed on the rank that owns them: one collective of embeddings each way; logits are never sent. Every
+rank gets the mean over all rows. With strategy="ring" a rank holds one shard of the columns at a time (`ring`).
 
-Every rank makes the same call. Before anything travels, ranks tell each other in one small collective what they are
-about to do: where one refuses its arguments, or they differ in more than numbers of rows, all of them raise at once.
-Options, dtypes, dimensions and Python numbers are compared, and learnable parameters by value where they are on a CPU
-(to 1e-6; a GPU's are not read back, but under FUSEDLOSS_CHECK=1). `weight`, `workspace_bytes` and `backend` are a
-rank's own: one without weights weighs its rows 1. A rank without rows passes what its encoder gives for none; where
-the encoder takes no empty batch, one row, cut off again: `encoder(padded)[:0]`.
+All ranks must make the same call; only the number of rows may differ. Ranks first exchange a description of the call in
+one small collective. If one rank's arguments are wrong, or the calls differ, every rank raises at once. Options,
+dtypes, dimensions and Python numbers are compared, and learnable parameters by value if they are on a CPU (to 1e-6; a
+GPU's are read back only under FUSEDLOSS_CHECK=1). `weight`, `workspace_bytes` and `backend` may differ: a rank without
+weights weighs its rows 1. A rank with an empty batch passes an empty tensor that is still attached to its encoder, e.g.
+`encoder(padded)[:0]`.
 
-That collective runs on the CPU where the group has a backend for it, as after init_process_group() or
+That collective runs on the CPU if the group has a backend for it, as after init_process_group() or
 init_process_group("cpu:gloo,cuda:nccl"); then nothing waits for a GPU. After init_process_group("nccl") it runs on the
 GPU and the host reads its result, once a call: ranks could not know each other's numbers of rows otherwise.
 

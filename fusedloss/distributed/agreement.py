@@ -20,11 +20,11 @@ from .world import GRAD_SCALES, STRATEGIES, World, world_of
 
 
 class Request(NamedTuple):
-    """What a rank is about to do, checked by itself.
+    """The call that a rank is about to make, checked by that rank.
 
     what: the loss and its options, which must be the same everywhere, a line each. problems: of this rank's rows and
-        columns alone; the loss is their mean. ignore_index: where the first problem's target indexes the columns of all
-        ranks, in their order: the one that leaves a row out.
+        columns alone; the loss is their mean. ignore_index: the target that leaves a row out, if the first problem's
+        target indexes the columns of all ranks, in rank order.
     """
 
     what: str
@@ -55,20 +55,20 @@ class Agreed(NamedTuple):
     world: World
 
 
-WIDTH = 48  # numbers of rows that are told at once
-PARAMETERS = 4  # values likewise
+WIDTH = 48  # numbers of rows in the first exchange
+PARAMETERS = 4  # values of parameters in it
 ALIKE = 1e-6  # relative: ranks whose CPUs differ may differ in a parameter's last bit
-UNREAD = -(2**63)  # a parameter whose value is not told
+UNREAD = -(2**63)  # stands for a parameter whose value was not read
 UNBOUNDED = 2**62
-COLUMN_BYTES = 256  # no backend takes as much for a column of one row of its workspace
+COLUMN_BYTES = 256  # more than any backend's workspace takes for one column of a row
 
 
 class _Row(NamedTuple):
-    """What a rank tells first, in front of its numbers of rows: all 8 bytes wide."""
+    """The first numbers that a rank sends, before its numbers of rows; each is 8 bytes wide."""
 
     refuses: int
     facts: int  # their checksum
-    length: int  # of the text behind it: facts, or why it refuses
+    length: int  # of the text that follows: the facts, or the error
     workspace: int  # bytes
     least: int  # of its targets
     most: int
@@ -87,9 +87,9 @@ class _Row(NamedTuple):
 
 
 def agree(world: World, ask: Callable[[], Request]) -> Agreed:
-    """What `ask` gives and how many rows every rank has; raises on all ranks where it raises on one, or they differ.
+    """Returns the result of `ask` and every rank's rows; all ranks raise if `ask` raises on one, or calls differ.
 
-    Else that rank would go on without the others, which would wait for it.
+    Otherwise that rank would go on, and the others would wait for it.
     """
     call: Request | None = None
     error: Exception | None = None
@@ -102,20 +102,20 @@ def agree(world: World, ask: Callable[[], Request]) -> Agreed:
         matrices = [x for problem in call.problems for x in problem.operands]
         said = "\n".join(_facts(call, world, matrices))
         row = _row(call, said, matrices)
-    except Exception as refusal:  # whatever it is, the others must hear of it
+    except Exception as refusal:  # any error must reach the other ranks
         error, said = refusal, _told(refusal)
         row = _Row(1, 0, len(said.encode()), UNBOUNDED, 0, -1, (), ())
     counts: list[Sequence[int]] = [[len(x) for x in matrices]]
     rows = [row]
     device = _meeting(world, matrices[0] if matrices else None)
     if world.size > 1:
-        # Of a width that does not depend on what is asked: ranks that do not ask the same must not hang.
+        # Its width does not depend on the call, because ranks with different calls must not hang.
         rows = [_Row.read(one) for one in _exchanged(world, row.numbers(), len(row.numbers()), device)]
         if any(one.refuses for one in rows) or len({one.facts for one in rows}) > 1:
             texts = _heard(world, said, [one.length for one in rows], device)
             _raise_refused(error, [text if one.refuses else "" for one, text in zip(rows, texts, strict=True)])
             raise ValueError(
-                "the ranks of group do not call the same loss with alike tensors: "
+                "all ranks of group must call one loss with tensors of the same dtypes and dimensions, got "
                 + _differences([text.split("\n") for text in texts])
             )
         counts = [one.counts[: len(matrices)] for one in rows]
@@ -133,7 +133,7 @@ def agree(world: World, ask: Callable[[], Request]) -> Agreed:
 
 
 def refuse(group: Any, error: Exception) -> None:
-    """Raises it, and tells the other ranks, which are about to call a loss with this group."""
+    """Raises the error here and on the other ranks, which are about to call a loss with this group."""
 
     def ask() -> Request:
         raise error
@@ -157,7 +157,7 @@ def _row(call: Request, said: str, matrices: Sequence[Tensor]) -> _Row:
 
 
 def _value(x: Tensor) -> int:
-    """A parameter as the 64 bits of a double."""
+    """Returns a parameter as the 64 bits of a double."""
     return struct.unpack("q", struct.pack("d", float(x.detach())))[0] if checks.reads_values(x) else UNREAD
 
 
@@ -167,27 +167,26 @@ def _compare_parameters(rows: Sequence[_Row]) -> None:
             continue
         numbers = [struct.unpack("d", struct.pack("q", value))[0] for value in values]
         if max(numbers) - min(numbers) > ALIKE * max(abs(number) for number in numbers):
-            told = ", ".join(f"{number:.9g} on rank {rank}" for rank, number in enumerate(numbers))
+            values_by_rank = ", ".join(f"{number:.9g} on rank {rank}" for rank, number in enumerate(numbers))
             raise ValueError(
-                f"the ranks of group have parameters (scale, 1 / temperature, bias) of different value: {told}; "
-                "they must start alike and be averaged alike: put them into the module that "
-                "DistributedDataParallel or FSDP wraps"
+                f"a learnable scale, temperature or bias must be equal on all ranks of group, got {values_by_rank}; "
+                "put it into the module that DistributedDataParallel or FSDP wraps"
             )
 
 
 def _check_targets(call: Request, first: Part, rows: Sequence[_Row], world: World) -> None:
-    """Those that were read; all ranks come to the same end."""
+    """Checks the targets that were read; all ranks reach the same result."""
     if call.ignore_index is None:
         return
     problem, columns = first.problem, first.columns
     if sum(first.rows.sizes) and not columns:
-        raise ValueError("key has no rows on any rank of group: needs at least one")
+        raise ValueError("key must have at least one row on some rank of group, got none")
     errors = [""] * len(rows)
     for rank, row in enumerate(rows):
         if row.least < 0 or row.most >= columns:
             outside = row.least if row.least < 0 else row.most
             errors[rank] = (
-                f"target holds {outside}: needs indices from 0 to {columns - 1}, over the columns of all ranks"
+                f"target must hold indices from 0 to {columns - 1}, over the columns of all ranks, got {outside}"
             )
     if errors[world.rank]:
         checks.target("target", problem.target, problem.rows, columns, call.ignore_index, problem.operands[0])
@@ -197,7 +196,7 @@ def _check_targets(call: Request, first: Part, rows: Sequence[_Row], world: Worl
 def _check_workspaces(
     call: Request, parts: Sequence[Part], rows: Sequence[_Row], world: World, device: torch.device
 ) -> None:
-    """A row of all ranks' similarities must fit every rank's bound; only where one is tight do they ask each other."""
+    """Checks that a row of all ranks' similarities fits every rank's bound. If none is tight, nothing is sent."""
     widest = max(part.columns + sweep.chunks.PAD * len(part.problem.blocks) for part in parts)
     if min(row.workspace for row in rows) >= COLUMN_BYTES * widest or not any(_stores(p.problem) for p in parts):
         return
@@ -221,19 +220,19 @@ def _check_workspaces(
 
 
 def _stores(problem: Problem) -> bool:
-    """Whether a sweep has a workspace: not for the values of a softmax alone."""
+    """Whether a sweep has a workspace; the values of a softmax need none."""
     tensors = [problem.scale, *problem.operands, *(b.bias for b in problem.blocks if b.bias is not None)]
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return gradients or problem.fold is not None or problem.blocks[0].mask.guide is not None
 
 
 def _most(sizes: Ranks, world: World) -> int:
-    """Rows of an operand that a rank has before it at a time."""
+    """Returns the most rows of an operand that a rank holds at a time."""
     return max(sizes.sizes) if world.strategy == "ring" else sum(sizes.sizes)
 
 
 def _raise_refused(error: Exception | None, texts: Sequence[str]) -> None:
-    """This rank's own error, or that of the first rank that has one. texts: "" of those that do not refuse."""
+    """Raises this rank's error, or that of the first rank with one. texts: "" for ranks without an error."""
     if error is not None:
         raise error
     for rank, text in enumerate(texts):
@@ -246,7 +245,7 @@ def _told(error: Exception) -> str:
 
 
 def _meeting(world: World, like: Tensor | None) -> torch.device:
-    """Where the host's numbers are exchanged: on the CPU, if the group has a backend for it."""
+    """Returns the device of the exchange: the CPU, if the group has a backend for it."""
     if any(pair.startswith("cpu:") for pair in dist.get_backend_config(world.group).split(",")):
         return torch.device("cpu")
     if like is not None:
@@ -256,7 +255,7 @@ def _meeting(world: World, like: Tensor | None) -> torch.device:
 
 
 def _exchanged(world: World, numbers: Sequence[int], width: int, device: torch.device) -> list[list[int]]:
-    """What each rank says, filled up to `width`."""
+    """Returns every rank's numbers, padded to `width`."""
     row = torch.tensor([*numbers, *[-1] * (width - len(numbers))], device=device)
     rows = [torch.empty_like(row) for _ in range(world.size)]
     dist.all_gather(rows, row, group=world.group)
@@ -264,13 +263,13 @@ def _exchanged(world: World, numbers: Sequence[int], width: int, device: torch.d
 
 
 def _heard(world: World, said: str, lengths: Sequence[int], device: torch.device) -> list[str]:
-    """The text of each rank."""
+    """Returns the text of each rank."""
     texts = _exchanged(world, list(said.encode()), max(lengths), device)
     return [bytes(text[:length]).decode() for text, length in zip(texts, lengths, strict=True)]
 
 
 def _differences(heard: Sequence[Sequence[str]]) -> str:
-    """What each rank says that not all of them say."""
+    """Lists each rank's facts that are not common to all."""
     common = set(heard[0]).intersection(*heard[1:])
     return "; ".join(
         f"rank {rank}: {', '.join(fact for fact in facts if fact not in common) or 'nothing more'}"
@@ -279,7 +278,7 @@ def _differences(heard: Sequence[Sequence[str]]) -> str:
 
 
 def _refuse(call: Request, world: World) -> None:
-    """Raises where this has no form across ranks."""
+    """Raises for options that do not work across ranks."""
     for problem in call.problems:
         refused = {
             "label_smoothing": problem.label_smoothing,
@@ -288,25 +287,30 @@ def _refuse(call: Request, world: World) -> None:
         }
         for name, given in refused.items():
             if given:
-                raise ValueError(f"{name} with group=: it has no form across ranks; leave one of them out")
+                raise ValueError(f"{name} must not be given together with group, got both; leave one of them out")
         if problem.symmetric and world.strategy == "gather":
             problem = replace(problem, ranks=Ranks(world.group.group_name, world.rank, (0,) * world.size))
         if select(problem, call.backend, plain=False) == "reference" and world.strategy == "ring":
-            raise UnsupportedError("backend='reference' has no ring; take 'chunked' or 'triton', or strategy='gather'")
+            raise UnsupportedError(
+                "strategy must be 'gather' with backend='reference', got 'ring'; or pass one of the backends "
+                + ", ".join(map(repr, SWEEPS))
+            )
     first = call.problems[0]
     blocks = first.blocks
     if call.ignore_index is not None and world.strategy == "ring":
         if first.rows and not len(first.operands[blocks[0].key]):
-            raise ValueError("key has no rows, with target and strategy='ring': needs one, or strategy='gather'")
+            raise ValueError(
+                "key must have at least one row with target and strategy='ring', got none; pass strategy='gather'"
+            )
         if any(block.mask.margin is not None or block.mask.guide for block in blocks):
             raise ValueError(
-                "target with strategy='ring' and a margin or a guide: their thresholds are known where the target is; "
-                "take strategy='gather'"
+                "strategy must be 'gather' with target and a mask of a margin or a guide, whose threshold only the "
+                "rank of the target knows, got 'ring'"
             )
 
 
 def _facts(call: Request, world: World, matrices: Sequence[Tensor]) -> list[str]:
-    """What ranks must have in common, a line each."""
+    """Returns the facts that ranks must have in common, a line each."""
     loss, *more = call.what.split("\n")
     kinds = (f"[rows, {x.shape[1]}] {x.dtype} {_grad(x)}" for x in matrices)
     lines = [
@@ -325,7 +329,7 @@ def _facts(call: Request, world: World, matrices: Sequence[Tensor]) -> list[str]
 
 
 def _form(problem: Problem) -> list[str]:
-    """What ranks must have in common beside their matrices, a line each."""
+    """Returns the other facts that ranks must have in common, besides their matrices, a line each."""
     scale = f"a tensor {_grad(problem.scale)}" if problem.scale_bound is None else f"up to {problem.scale_bound}"
     lines = [f"normalize {problem.cosine}", f"both ways {problem.symmetric}", f"scale {scale}"]
     fold = problem.fold
@@ -351,5 +355,5 @@ def _form(problem: Problem) -> list[str]:
 
 
 def _grad(x: Tensor) -> str:
-    """Backward passes have collectives, too: ranks must agree on who has one."""
+    """Says whether there is a backward pass: it has collectives, too, so ranks must agree on it."""
     return "with grad" if torch.is_grad_enabled() and x.requires_grad else "without grad"

@@ -22,7 +22,7 @@ from .world import World
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all ranks; backward sums what all ranks have for this one's."""
+    """The rows of all ranks; backward sums the gradients of all ranks for this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
@@ -36,7 +36,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """The same tensor, whose gradient is multiplied."""
+    """The same tensor; its gradient is multiplied."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
@@ -49,7 +49,7 @@ class _Scaled(torch.autograd.Function):
 
 
 class _Mean(torch.autograd.Function):
-    """Of all ranks' rows: the sum of their sums over the sum of their counts; the gradient is this rank's share."""
+    """The mean over all ranks' rows, the sum of sums over the sum of counts; the gradient is this rank's share."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, count: Tensor, ranks: Ranks, mean: bool) -> Tensor:
@@ -67,7 +67,7 @@ def scaled(x: Any, factor: float) -> Any:
 
 
 def everywhere(x: Tensor, ranks: Ranks) -> Tensor:
-    """`[N, ...]`, the rows of all ranks, this one's first."""
+    """Returns `[N, ...]`, the rows of all ranks, this one's first."""
     if len(ranks.sizes) == 1:
         return x
     return _Gather.apply(x, ranks) if x.requires_grad and torch.is_grad_enabled() else gather(x.detach(), ranks)
@@ -80,14 +80,14 @@ def averaged(value: Tensor, count: Tensor, ranks: Ranks, reduction: str) -> Tens
 def summed_across(
     function: Callable[..., Tensor], x: Tensor, constants: tuple[Tensor, ...], ranks: Ranks, strategy: str
 ) -> Tensor:
-    """`function(x, y, *constants, *others)` `[M]`, summed over the ranks' rows y and what they have as constants."""
+    """Returns `function(x, y, *constants, *others)` `[M]`, summed over the ranks' rows y and their constants."""
     if strategy == "ring":
         return ring.Summed.apply(function, ranks, x, *constants)
     return function(x, everywhere(x, ranks), *constants, *(everywhere(c, ranks) for c in constants))
 
 
 def _shared(part: Part, world: World, ignore_index: int | None) -> Problem:
-    """The problem, its gradients scaled and its targets and what rows skip among the columns of all ranks."""
+    """Returns the problem with scaled gradients, and with targets and `skip` among all ranks' columns."""
     problem, ranks = part
     by_rows, by_parameters = world.factors
     fold = problem.fold
@@ -112,8 +112,8 @@ def _shared(part: Part, world: World, ignore_index: int | None) -> Problem:
 
 
 def _skipping(blocks: Sequence[Block], ranks: Sequence[Ranks]) -> list[Block]:
-    """What a row skips beside its own column may be another rank's or another block's, or none."""
-    found, here, everywhere_ = [], 0, -ranks[blocks[0].key].offset  # where the block's columns start
+    """A row that skips a column other than its own may skip another rank's or block's column, or none."""
+    found, here, everywhere_ = [], 0, -ranks[blocks[0].key].offset  # the start of the block's columns
     for block in blocks:
         keys, mask = ranks[block.key], block.mask
         if mask.skip is not None and mask.skip_offset:
@@ -137,7 +137,7 @@ def shards(part: Part, world: World, ignore_index: int | None) -> Shards:
 
 
 def spread(part: Part, world: World, ignore_index: int | None) -> Problem:
-    """The problem of this rank's rows against the columns of all ranks.
+    """Returns the problem of this rank's rows against the columns of all ranks.
 
     Row i's column i stays column i, because a rank's own columns are the first that it sees.
     """
@@ -163,7 +163,7 @@ def spread(part: Part, world: World, ignore_index: int | None) -> Problem:
     fold = problem.fold
     if fold is not None and fold.labels is not None:
         fold = replace(fold, labels=(fold.labels[0], of_all(fold.labels[1], ranks[problem.blocks[0].key])))
-    # What no block takes rows of any more is left out.
+    # Operands that no block refers to any more are left out.
     used = sorted({block.query for block in blocks})
     moved = {old: new for new, old in enumerate(used)} | {place[k]: len(used) + n for n, k in enumerate(keys)}
     return replace(
@@ -176,7 +176,7 @@ def spread(part: Part, world: World, ignore_index: int | None) -> Problem:
 
 
 def loss_across(world: World, ask: Callable[[], Request]) -> Tensor:
-    """The mean of the call's losses over all ranks' rows, or this rank's rows' losses; gradients are its share, scaled.
+    """Returns the mean loss over all ranks' rows, or this rank's losses; gradients are this rank's share, scaled.
 
     ask: checks the arguments and builds the problems; whatever it raises is raised on all ranks.
     """
@@ -186,7 +186,7 @@ def loss_across(world: World, ask: Callable[[], Request]) -> Tensor:
 
 
 def part_across(agreed: Agreed, part: Part) -> Tensor:
-    """The loss of one part."""
+    """Returns the loss of one part."""
     call, world = agreed.call, agreed.world
     each, ignore_index = call.reduction == "none", call.ignore_index
     if world.strategy == "ring":
@@ -201,7 +201,7 @@ def part_across(agreed: Agreed, part: Part) -> Tensor:
 
 
 def _together(matrices: Sequence[Tensor], ranks: Sequence[Ranks]) -> list[Tensor]:
-    """The rows of all ranks of each matrix, by one collective."""
+    """Returns the rows of all ranks of each matrix, by one collective."""
     if len(matrices) == 1:
         return [everywhere(matrices[0], ranks[0])]
     sizes = tuple(sum(counts) for counts in zip(*(r.sizes for r in ranks), strict=True))

@@ -1,12 +1,12 @@
-"""A loss over the columns of all ranks of which each rank holds one shard at a time: they go around a ring.
+"""Losses over the columns of all ranks, which go around a ring: each rank holds one shard at a time.
 
     first time around    the sums of each row over the shard's columns, merged       2 M n D a shard
     second time around   dz of the shard, now that rows know their normaliser        6 M n D a shard
                          dx += dz @ y,   dy += dz.T @ x, which travels on with the shard and comes home complete
 
-While a rank works on a shard, the next one is on its way. Where columns have a normaliser too (CLIP), their sums travel
-in the first time around and come home complete; no product is computed twice for them. A loss that is a plain sum over
-columns (SigLIP) goes around once.
+While a rank works on a shard, it receives the next. If columns have a normaliser, too (CLIP), their sums are sent along
+in the first round and return complete; no product is computed twice for them. A loss that is a plain sum over columns
+(SigLIP) goes around once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Join = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
 
 class Parcel(NamedTuple):
-    """A tensor of this rank's columns that goes around, and how many rows each rank's has."""
+    """A tensor of this rank's columns that goes around, and each rank's number of rows."""
 
     tensor: Tensor
     sizes: tuple[int, ...]
@@ -48,10 +48,10 @@ def go_around(
     visit: Callable[[int, list[Tensor]], list[Parcel]],
     join: Join | None = None,
 ) -> list[Tensor]:
-    """`visit(shard, tensors)` for the shard of every rank, this one's first; the next is received meanwhile.
+    """Calls `visit(shard, tensors)` for every rank's shard, this one's first, while receiving the next.
 
-    What it returns is of the shard's columns, as many on every rank: joined with what the other ranks found it goes
-    home, and comes out here.
+    `visit` returns as many tensors of the shard's columns on every rank. They are joined with the other ranks', and
+    returned by the rank that owns the shard.
     """
     count, rank, group = len(ranks.sizes), ranks.rank, group_of(ranks)
     before, after = ((rank + step) % count for step in (-1, 1))
@@ -62,7 +62,7 @@ def go_around(
     for step, shard in enumerate(ring_order(ranks)):
         if step < count - 1:
             coming = _Exchange(held, before, after, group)
-        with without_autocast(held[0]):  # operands have the dtype they are to have
+        with without_autocast(held[0]):  # operands are already in autocast's dtype
             found = visit(shard, [x[: p.sizes[shard]] for x, p in zip(held, parcels, strict=True)])
         if found:
             sizes, mine = [p.sizes for p in found], [p.tensor for p in found]
@@ -88,13 +88,13 @@ def _sum(mine: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _padded(parcel: Parcel) -> Tensor:
-    """With as many rows as the largest shard: ranks receive before they know whose shard it is."""
+    """Pads to the largest shard's rows, because ranks receive before they know whose shard it is."""
     x, most = parcel.tensor.detach(), max(parcel.sizes)
     return x.contiguous() if len(x) == most else torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
 
 
 class _Exchange:
-    """Tensors on their way to one rank, and as many alike from another. What is sent lives until it is."""
+    """Sends tensors to one rank, and receives as many from another. Sent tensors are kept alive until then."""
 
     def __init__(self, tensors: Sequence[Tensor], to: int, source: int, group: Any):
         self.received = [torch.empty_like(x) for x in tensors]
@@ -114,9 +114,9 @@ class _Exchange:
 
 
 class Shards:
-    """A problem whose columns are spread: `problem` has this rank's.
+    """A problem whose columns are spread over ranks; `problem` holds this rank's.
 
-    Per block a key's sizes. What travels of a problem are its keys, biases, and what masks and folds hold of columns.
+    sizes: of each block's key. A problem's keys, biases, and its masks' and folds' tensors of columns go around.
     """
 
     def __init__(self, problem: Problem, ranks: Ranks, sizes: Sequence[tuple[int, ...]], target: Tensor | None):
@@ -134,10 +134,10 @@ class Shards:
         self.queries = sorted({block.query for block in problem.blocks})
 
     def at(self, shard: int, held: list[Tensor], weight: Tensor) -> tuple[Problem, list[int]]:
-        """This rank's rows against that shard's columns, and which blocks have some.
+        """Returns the problem of this rank's rows against that shard's columns, and the blocks that have any.
 
-        Its operands are the queries, in order, and then the keys. Away from home nothing is a row's target, or a row's
-        own: what is skipped or belongs to a row by its place is on this rank.
+        Its operands are the queries, in order, and then the keys. Other ranks' shards hold no targets, and no column
+        that is a row's own by its place: these are on this rank.
         """
         problem, home = self.problem, shard == self.ranks.rank
 
@@ -183,13 +183,13 @@ class Shards:
 
 
 def _within(index: Tensor, sizes: tuple[int, ...], shard: int) -> Tensor:
-    """Of all ranks' columns, in their order, those of the shard; -1 for the others."""
+    """Maps indices of all ranks' columns to those of the shard; -1 for the others."""
     start = sum(sizes[:shard])
     return torch.where((index >= start) & (index < start + sizes[shard]), index - start, -1)
 
 
 class TwoRounds:
-    """One loss: the rows once the ring has been gone around, and then the gradients of their sum."""
+    """One loss across a ring: the rows' losses after one round, then the gradients of their sum."""
 
     def __init__(self, shards: Shards, backend: Sweeps, wants: Wants):
         self.shards, self.backend, self.wants = shards, backend, wants
@@ -226,7 +226,7 @@ class TwoRounds:
         return self.rows.loss + self.columns.loss
 
     def gradients(self, factor: Tensor) -> list[Tensor | None]:
-        """Of `(factor * losses).sum()`: by the scale, the operands and the biases. factor: 0-dim or `[M]`."""
+        """Returns the gradients of `(factor * losses).sum()` by scale, operands and biases. factor: 0-dim or `[M]`."""
         problem, shards = self.shards.problem, self.shards
         target_sim = self.target_sim if self.wants.scale else None
         rows = Softmax(self.rows.shift, self.rows.weight * factor, target_sim)
@@ -252,7 +252,7 @@ class TwoRounds:
         return found.all(home)
 
     def _nothing(self) -> Wants:
-        """No gradient but what `prepared` needs to know of the scale's."""
+        """No gradient, except that `prepared` must know whether the scale wants one."""
         shards = self.shards
         operands = (False,) * (len(shards.queries) + len(shards.keys))
         return Wants(operands, self.wants.scale, (False,) * len(shards.problem.blocks))
@@ -268,12 +268,12 @@ class TwoRounds:
         if elsewhere is not None:
             elsewhere = elsewhere._replace(thresholds=tuple(elsewhere.thresholds[number] for number in self.kept))
         partial = Partial(problem, self.backend, wants, elsewhere, into or {})
-        if elsewhere is None:  # at home, where the ring starts
+        if elsewhere is None:  # this rank's own shard, where the ring starts
             self.elsewhere = partial.taken_along()._replace(targets=self.shards.target is not None)
         return partial
 
     def _note(self, partial: Partial, shard: int) -> None:
-        """The logits, similarities and slopes of the targets that this shard has."""
+        """Stores the logits, similarities and slopes of the targets that are in this shard."""
         here = partial.problem.target >= 0
         self.score = torch.where(here, partial.prepared.score.to(self.score.dtype), self.score)
         if partial.prepared.target_sim is not None:
@@ -283,7 +283,7 @@ class TwoRounds:
 
 
 class OneRound:
-    """A loss that is a sum over columns: it needs no normaliser, and goes around once, with its gradients if wanted."""
+    """A loss that is a sum over columns. It needs no normaliser, and one round also gives its gradients."""
 
     def __init__(self, shards: Shards, backend: Sweeps, wants: Wants):
         self.shards, self.backend, self.wants = shards, backend, wants
@@ -349,7 +349,7 @@ class _Ring(torch.autograd.Function):
 
 
 class Summed(torch.autograd.Function):
-    """`function(x, y, *constants, *others)` `[M]`, summed over the shards y of x and of the constants."""
+    """Returns `function(x, y, *constants, *others)` `[M]`, summed over the shards of y and of the constants."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], ranks: Ranks, x: Tensor, *constants: Tensor) -> Tensor:
@@ -385,7 +385,7 @@ class Summed(torch.autograd.Function):
 
 
 def ring_loss(shards: Shards, backend: str, per_row: bool) -> Tensor:
-    """The weighted losses of this rank's rows, or their sum."""
+    """Returns the weighted losses of this rank's rows, or their sum."""
     problem = shards.problem
     biases = [block.bias for block in problem.blocks if block.bias is not None]
     scalars = problem.fold.scalars if problem.fold else ()
@@ -401,7 +401,7 @@ def ring_loss(shards: Shards, backend: str, per_row: bool) -> Tensor:
 
 
 class _RingGradients:
-    """Gradients as they come in, shard by shard."""
+    """The gradients, accumulated shard by shard."""
 
     def __init__(self, ring: TwoRounds | OneRound):
         shards, wants = ring.shards, ring.wants
@@ -421,7 +421,7 @@ class _RingGradients:
         self.biased = [number for number, wanted in enumerate(wants.biases) if wanted]
 
     def take(self, result: sweep.Result | None, kept: list[int], held: list[Tensor]) -> list[Parcel]:
-        """Keeps what is the rows', and returns what is the columns' of this shard."""
+        """Adds the rows' gradients, and returns those of this shard's columns."""
         queries = len(self.shards.queries)
         if result is not None:
             if self.scale is not None and result.scale is not None:
@@ -451,7 +451,7 @@ class _RingGradients:
         return Parcel(gradient.to(self.like.dtype), sizes)
 
     def all(self, home: list[Tensor]) -> list[Tensor | None]:
-        """By the scale, the problem's operands, its biases and a fold's scalars."""
+        """Returns the gradients by the scale, the operands, the biases and a fold's scalars."""
         found = {self.shards.queries[number]: gradient for number, gradient in self.rows.items()}
         arrived = iter(home)
         queries = len(self.shards.queries)

@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from ..core import checks
+
 STRATEGIES = ("gather", "ring")
-# What each library's gradient is over the right one, after DDP's average: of the embeddings, and of the loss's own
-# parameters (temperature, scale, bias); "W" is the world size. From reading and a model of four ranks.
+# Each library's gradient divided by the exact one, after DDP's average: for the embeddings, and for the loss's
+# parameters (temperature, scale, bias); "W" is the world size. From reading their code and from a model of four ranks.
 MATCH = {
     "sentence_transformers": ("1", "1"),
     "lightly": ("1", "1"),
@@ -24,7 +26,7 @@ GRAD_SCALES = ("ddp", "sum", *(f"match:{library}" for library in MATCH))
 
 
 class World(NamedTuple):
-    """The ranks of a group and what is asked of them."""
+    """The ranks of a group, the strategy and the gradient scale of a call."""
 
     group: dist.ProcessGroup
     rank: int
@@ -35,7 +37,7 @@ class World(NamedTuple):
 
     @property
     def factors(self) -> tuple[float, float]:
-        """What gradients by embeddings and by the loss's parameters are times the share."""
+        """Returns the factors of this rank's gradients, for embeddings and for the loss's parameters."""
         known = {"1": 1.0, "W": float(self.size), "1/W": 1.0 / self.size}
         if self.grad_scale == "sum":
             return 1.0, 1.0
@@ -44,7 +46,7 @@ class World(NamedTuple):
         return whole * known[by_rows], whole * known[by_parameters]
 
     def of_rows(self) -> World:
-        """For `reduction="none"`: what becomes of the rows is the caller's, who averages over ranks as DDP does."""
+        """For `reduction="none"`, whose caller reduces the rows and averages over ranks as DDP does."""
         return self if self.grad_scale == "sum" else self._replace(weight=1.0 / self.size)
 
 
@@ -53,24 +55,22 @@ def world_of(group: dist.ProcessGroup | str, strategy: str, grad_scale: str) -> 
         group = _named(group)
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         if group is getattr(getattr(dist, "GroupMember", None), "NON_GROUP_MEMBER", ()):
-            raise ValueError("group is what new_group gives a rank that is not in it: pass a group of this rank's own")
-        raise TypeError(
-            f"group is a {type(group).__name__}: needs a ProcessGroup, or 'world', all ranks after init_process_group"
-        )
+            raise ValueError("group must contain this rank, got what new_group returns to a rank outside the group")
+        raise TypeError(f"group must be a ProcessGroup, or 'world' after init_process_group, got {checks.a(group)}")
     rank = dist.get_rank(group)
     if rank < 0:
-        raise ValueError(f"group is one that rank {dist.get_rank()} is not in: pass a group of this rank's own")
+        raise ValueError(f"group must contain this rank, {dist.get_rank()}, got a group without it")
     return World(group, rank, dist.get_world_size(group), strategy, grad_scale)
 
 
 def check_group(group: object) -> None:
-    """What can be said of it before there are processes."""
+    """Checks a group as far as possible before there are processes."""
     if isinstance(group, str) and group != "world":
-        raise ValueError(f"group is {group!r}: needs 'world', all ranks, or a ProcessGroup")
+        raise ValueError(f"group must be 'world' for all ranks, or a ProcessGroup, got {group!r}")
 
 
 def _named(group: str) -> dist.ProcessGroup:
     check_group(group)
     if not dist.is_available() or not dist.is_initialized():
-        raise ValueError("group='world' before init_process_group: call it first, or leave group out for one process")
+        raise ValueError("group must be None before init_process_group, got 'world'; call init_process_group first")
     return dist.distributed_c10d._get_default_group()

@@ -1,4 +1,4 @@
-"""Why a call cannot be fused: what the losses' checks say of its tensors, and whether a subclass has its own way."""
+"""Reasons why a call cannot be fused: errors of the losses' checks, and overridden methods."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def refusal(check: Callable[..., None], *args: Any, **kwargs: Any) -> str | None
 
 
 def overridden(module: nn.Module, ours: type, *methods: str) -> str | None:
-    """That a subclass of `ours`, or the object itself, has replaced one of these methods."""
+    """Returns a reason if a subclass of `ours`, or the object itself, has replaced one of these methods."""
     for name in methods:
         if name in vars(module) or getattr(type(module), name) is not getattr(ours, name):
             return f"{name} is overridden"
@@ -26,5 +26,5 @@ def overridden(module: nn.Module, ours: type, *methods: str) -> str | None:
 
 
 def only(module: Any, kind: type, **attributes: Any) -> bool:
-    """Whether it is this class itself, with these attributes."""
+    """Whether `module` is of exactly this class, with these attributes."""
     return type(module) is kind and all(getattr(module, name) == value for name, value in attributes.items())

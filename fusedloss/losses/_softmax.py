@@ -1,4 +1,4 @@
-"""What the in-batch losses share: autocast, the scale as a tensor, left-out rows, statistics, and the reduction."""
+"""Shared by the in-batch losses: autocast, the scale as a tensor, left-out rows, statistics, and the reduction."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from ._options import AcrossOptions, Call, ranks
 
 
 class Stats(NamedTuple):
-    """What a batch looks like to its loss, over the rows that count; 0-dim tensors without gradient.
+    """Statistics of a batch, over the rows that count; 0-dim tensors without gradient.
 
-    Scores are logits divided by the scale: similarities, where there is no bias.
+    Scores are logits divided by the scale: similarities if there is no bias.
     """
 
     accuracy: Tensor  # share of rows whose target has the largest logit; ties count for it: `masks.score_margin`
-    mean_reciprocal_rank: Tensor  # of the target among the row's admissible columns
-    positive_score: Tensor  # mean of the targets'
-    hardest_negative_score: Tensor  # mean of each row's largest, over the rows that have a negative
+    mean_reciprocal_rank: Tensor  # of the target's rank among the row's admissible columns
+    positive_score: Tensor  # mean over the rows of the target's score
+    hardest_negative_score: Tensor  # mean of each row's largest negative score, over the rows that have one
     masked: Tensor  # share of the negatives that masks and biases of -inf drop
 
 
-# Tensor, or (Tensor, Stats) under return_stats=True: a union would make every caller's type checker ask which.
+# A Tensor, or `(Tensor, Stats)` with return_stats=True. Typed as Any, because a union would force every caller to
+# narrow it.
 Loss = Any
 
 
 def autocast(*embeddings: Tensor) -> tuple[Tensor, ...]:
-    """Under torch.autocast, embeddings take its dtype, as a matmul's operands would; fp64 stays."""
+    """Casts embeddings to autocast's dtype under torch.autocast, as a matmul would; fp64 stays."""
     device = embeddings[0].device.type
     if not checks.autocasts(embeddings[0]):
         return embeddings
@@ -44,7 +45,7 @@ def autocast(*embeddings: Tensor) -> tuple[Tensor, ...]:
 
 
 def as_scale(value: float | Tensor, like: Tensor, *, inverse: bool) -> tuple[Tensor, float | None]:
-    """The multiplier of the logits as a 0-dim tensor in the statistics dtype, and as a number where it is one."""
+    """Returns the multiplier of the logits as a 0-dim tensor in the statistics dtype, and as a number if it was one."""
     dtype = stats_dtype(like.dtype)
     if isinstance(value, Tensor):
         scale = savable(value).reshape(()).to(dtype)
@@ -54,7 +55,7 @@ def as_scale(value: float | Tensor, like: Tensor, *, inverse: bool) -> tuple[Ten
 
 
 def distinct(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
-    """Each tensor once, and the places of all: one matrix on both sides is one operand, with one gradient."""
+    """Returns each tensor once, and every argument's index: a matrix on both sides is one operand."""
     operands: list[Tensor] = []
     places = []
     for x in tensors:
@@ -65,7 +66,7 @@ def distinct(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
 
 
 def mean_of(problems: Sequence[Problem], call: Call) -> Loss:
-    """The mean of several losses, with the statistics of the first, where those are asked for."""
+    """Returns the mean of several losses, with the statistics of the first under `return_stats`."""
     found = [_reduced(problem, call) for problem in problems]
     loss = torch.stack([loss for loss, _ in found]).mean(0) if len(found) > 1 else found[0][0]
     return (loss, _stats(problems[0], found[0][1])) if call.return_stats else loss
@@ -83,7 +84,7 @@ def _stats(problem: Problem, counted: list[Tensor]) -> Stats:
     rows = problem.weight != 0
     scale = problem.scale.detach()
     has_negative = rows & (maximum != -torch.inf)
-    above = above.masked_fill(score.isnan() | maximum.isnan(), torch.nan)  # of which nothing is known
+    above = above.masked_fill(score.isnan() | maximum.isnan(), torch.nan)  # a NaN has no rank
     negatives = rows.sum() * max(problem.columns - problem.copies, 0)
 
     def mean(values: Tensor, over_rows: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def _stats(problem: Problem, counted: list[Tensor]) -> Stats:
 
 
 def result_of(options: AcrossOptions, ask: Callable[[Call], Request]) -> Loss:
-    """The loss that `ask` checks and builds, here or over the ranks, which are told what it raises."""
+    """Runs the problems that `ask` checks and builds, here or across ranks, which all raise what `ask` raises."""
     world = ranks(options)
     if world is not None:
         return loss_across(world, lambda: ask(Call(**options)))
@@ -108,29 +109,29 @@ def result_of(options: AcrossOptions, ask: Callable[[Call], Request]) -> Loss:
 
 
 def reduced(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
-    """A sum as what was asked for; `counts` [M] is what each row counts in the mean."""
+    """Reduces a sum of losses: the mean divides it by the sum of `counts` [M]."""
     return over(loss, counts.sum()) if reduction == "mean" else loss
 
 
 def of_rows(loss: Tensor, reduction: str) -> Tensor:
-    """`[M]` losses of rows that all count, as what was asked for."""
+    """Reduces `[M]` losses of rows that all count."""
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" and len(loss) else loss.sum()
 
 
 def over(total: Tensor, count: Tensor) -> Tensor:
-    """`total / count`; without a count 0, without a gradient, but a NaN stays: of NaN rows a loss may count none."""
+    """Returns `total / count`; for a count of 0, 0 without a gradient. A NaN total stays NaN."""
     return total / divisor(count)
 
 
 def divisor(count: Tensor) -> Tensor:
-    """What gives 0 and no gradient where there is no count."""
+    """Returns `count` with infinity for 0: dividing by that gives 0 and no gradient."""
     return count.masked_fill(count == 0, torch.inf)
 
 
 class Rows(TypedDict):
-    """What a problem knows of its rows."""
+    """The fields of a Problem that describe its rows."""
 
     target: Tensor
     weight: Tensor
@@ -147,9 +148,9 @@ def counted(
     ignore_index: int = -100,
     elsewhere: bool = False,
 ) -> Rows:
-    """Each row's target, the diagonal by default, and its weight: 0 where the first block has no such target.
+    """Returns each row's target, the diagonal by default, and its weight: 0 if the first block lacks that target.
 
-    elsewhere: `target` is among the columns of all ranks: which rows it leaves out is known where those are.
+    elsewhere: `target` counts the columns of all ranks, so only their common problem can tell which rows it leaves out.
     """
     query, bias, skip = operands[block.query], block.bias, block.mask.skip
     rows, columns = query.shape[0], operands[block.key].shape[0]

@@ -1,4 +1,4 @@
-"""SigLIP: a sigmoid for every pair of the batch, no normaliser."""
+"""SigLIP: a sigmoid for every pair of the batch, without a normaliser."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def siglip(
         logit_scale: the multiplier itself (already exponentiated): a number, or a tensor of one element, which
             receives a gradient.
         logit_bias: a number, or a tensor of one element, which receives a gradient; None is 0.
-        target: which pairs are positives: None, pair i with i (needs N >= M); int64 `[M]`, each row's column; or
+        target: the positive pairs: None, pair i with i (needs N >= M); int64 `[M]`, each row's column; or
             `masks.same_id(image_ids, text_ids)`, every pair of equal ids.
         normalize: divide each row of both by `max(|row|, 1e-12)` first.
         reduction: "mean" (the sum over all pairs, divided by M), "sum", or "none" (`[M]`).
@@ -66,19 +66,19 @@ def siglip(
         if logit_bias is not None:
             checks.scalar("logit_bias", logit_bias, image_features, positive=False)
         if world is not None and isinstance(target, Tensor):
-            raise ValueError("target is a tensor with group=: needs None, or masks.same_id across ranks")
+            raise ValueError("target must be None or masks.same_id if group is given, got a tensor")
         labels, column = _positives(target, M, N, image_features)
         operands = autocast(*distinct(image_features, text_features)[0])
         scale, written = as_scale(logit_scale, image_features, inverse=False)
         bias, written_bias = as_scale(0.0 if logit_bias is None else logit_bias, image_features, inverse=False)
         weight = torch.ones(M, dtype=scale.dtype, device=scale.device)
         what = f"siglip{' with ids' if labels else ''}, scale {written}, bias {written_bias}"
-        if world is not None and labels is None:  # each pair has a number of its own on all ranks
+        if world is not None and labels is None:  # number the pairs of all ranks
             first = world.rank << 40
             labels = row_numbers(M, image_features) + first, row_numbers(N, image_features) + first
             column = None
         elif column is not None:
-            # Where values are not read back, a target outside is a NaN loss.
+            # If values are not read back, a target out of range makes the loss NaN.
             outside = (column < 0) | (column >= N)
             weight, column = weight.masked_fill(outside, torch.nan), column.masked_fill(outside, 0)
         fold = Fold("sigmoid", labels=labels, scalars=(bias,))
@@ -95,17 +95,19 @@ def siglip(
 def _positives(
     target: Tensor | masks.Mask | None, M: int, N: int, like: Tensor
 ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
-    """Either labels of both sides, or a column for each row."""
+    """Returns either labels of both sides, or a column for each row."""
     if isinstance(target, masks.Mask):
         (bound,) = masks.bind(target, M, [N], like)
         if len(target.compare) != 1 or target.compare[0][0] != "same_id" or bound._replace(compare=()).given:
-            raise ValueError("target is a mask of several parts, or not of masks.same_id: needs masks.same_id alone")
+            raise ValueError("target must be masks.same_id alone if it is a mask, got another one or several joined")
         return (bound.compare[0].rows, bound.compare[0].keys), None
     if target is not None:
         checks.target("target", target, M, N, None, like)
         return None, target
     if N < M:
-        raise ValueError(f"text_features has {N} rows and image_features {M}: the default target needs one text each")
+        raise ValueError(
+            f"text_features must have at least {M} rows, one per image, for the default target, got {N}; pass target"
+        )
     return None, row_numbers(M, like)
 
 

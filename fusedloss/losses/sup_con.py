@@ -23,7 +23,7 @@ from ._options import AcrossOptions, Call, expanded, ranks
 from ._softmax import as_scale, autocast, over, reduced
 
 FORMS = ("out", "in")
-PIECES = 5  # matrices [N, some of D] that class sums and their gradient take
+PIECES = 5  # matrices [N, some of D] that class sums and their gradient need at once
 
 
 @expanded
@@ -42,7 +42,7 @@ def sup_con(
         in:   loss_i = -log(1/|P(i)| sum_{p in P(i)} exp(z_ip - logsumexp_{j != i} z_ij))
 
     Rows without a positive are left out: 0 under "none", not in the mean. "out" is pytorch-metric-learning's
-    SupConLoss. Its positive part is a product with the class sums, so one sweep is all it needs.
+    SupConLoss. Its positive part is a product with the class sums, so it needs only one sweep.
 
     Args:
         embeddings: `[N, D]`, normalised inside. Two views of a batch: concatenate them, and their labels.
@@ -70,7 +70,7 @@ def sup_con(
         checks.scalar("temperature", temperature, embeddings, positive=True)
         checks.choice("form", form, FORMS)
         if world is not None and form == "in" and call.strategy == "ring":
-            raise ValueError("form='in' with strategy='ring': its two sums are one pass over whole rows; take 'gather'")
+            raise ValueError("strategy must be 'gather' with form='in', which sums whole rows in one pass, got 'ring'")
         scale, scale_bound = as_scale(temperature, embeddings, inverse=True)
         (x,) = autocast(embeddings)
         others = _sizes(group_numbers(labels)) - 1
@@ -98,7 +98,7 @@ def sup_con(
 
 
 def _log_sum_exp(x: Tensor, counts: Tensor, scale: Tensor, scale_bound: float | None, call: Call) -> Problem:
-    """Of each row that counts, over all others."""
+    """Returns the log-sum-exp over all other rows, of each row that counts."""
     return Problem(
         operands=(x,),
         blocks=(Block(0, 0, mask=Mask(skip=row_numbers(len(x), x))),),
@@ -113,7 +113,7 @@ def _log_sum_exp(x: Tensor, counts: Tensor, scale: Tensor, scale_bound: float | 
 
 
 def _across(world: World, ask: Callable[[], Request], labels: Tensor, form: str) -> Tensor:
-    """Positives are the rows of all ranks that have the label. Labels are gathered, 8 bytes each, also for a ring."""
+    """Runs across ranks: positives are of all ranks. Labels are gathered, 8 bytes each, also for a ring."""
     agreed, labels = agree(world, ask), savable(labels)
     (part,), reduction = agreed.parts, agreed.call.reduction
     (x,), scale, rows = part.problem.operands, part.problem.scale, part.rows
@@ -138,12 +138,12 @@ def _across(world: World, ask: Callable[[], Request], labels: Tensor, form: str)
 
 
 def _sizes(classes: Tensor) -> Tensor:
-    """`[N]`, how many rows have each row's label."""
+    """Returns `[N]`, the number of rows with each row's label."""
     return torch.zeros_like(classes).index_add_(0, classes, torch.ones_like(classes))[classes]
 
 
 def _same_label(u: Tensor, v: Tensor, labels: Tensor, others: Tensor) -> Tensor:
-    """`<u_i, sum of the rows v_j of i's label>`, `[M]`, O((M + N) D)."""
+    """Returns `<u_i, sum of the rows v_j of i's label>`, `[M]`, in O((M + N) D)."""
     classes = group_numbers(torch.cat([labels, others]))
     mine, theirs = classes[: len(labels)], classes[len(labels) :]
     sums = v.new_zeros(len(classes), v.shape[1]).index_add(0, theirs, v)
@@ -151,14 +151,14 @@ def _same_label(u: Tensor, v: Tensor, labels: Tensor, others: Tensor) -> Tensor:
 
 
 def _sums_of_others(x: Tensor, classes: Tensor, backend: str, workspace_bytes: int | None) -> Tensor:
-    """Compiled, the loop over dimensions would be unrolled; `reference` is what torch.func transforms."""
+    """Chooses the formula under torch.compile, which would unroll the loop over dimensions, and under torch.func."""
     if backend == "reference" or torch.compiler.is_compiling():
         return _others(x, classes)
     return _Others.apply(x, classes, checks.budget(workspace_bytes)[1] or sweep.chunks.CPU_BYTES)
 
 
 def _others(x: Tensor, classes: Tensor) -> Tensor:
-    """`<u_i, sum of the other unit rows of i's class>`, O(N D): the formula."""
+    """The formula of `<u_i, sum of the other unit rows of i's class>`, in O(N D)."""
     with without_autocast(x):
         u = unit_rows(x.to(stats_dtype(x.dtype)))
         sums = torch.zeros_like(u).index_add(0, classes, u)
@@ -166,7 +166,7 @@ def _others(x: Tensor, classes: Tensor) -> Tensor:
 
 
 class _Others(torch.autograd.Function):
-    """`_others`, some dimensions at a time: class sums are as large as the embeddings. It keeps its inputs alone."""
+    """`_others`, some dimensions at a time: class sums are as large as the embeddings. Only inputs are kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, classes: Tensor, budget: int) -> Tensor:
@@ -182,7 +182,7 @@ class _Others(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None]:
         x, classes = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: once more, as a formula
+        if torch.is_grad_enabled():  # create_graph=True: the formula, which autograd can differentiate again
             (gradient,) = torch.autograd.grad(_others(x, classes), x, upstream, create_graph=True)
             return gradient, None, None
         factor = _inverse_norms(x)
@@ -203,12 +203,12 @@ def _inverse_norms(x: Tensor) -> Tensor:
 
 
 def _class_sums(u: Tensor, classes: Tensor) -> Tensor:
-    """Each row's class's."""
+    """Returns the sum of each row's class."""
     return torch.zeros_like(u).index_add_(0, classes, u)[classes]
 
 
 def _dimensions(x: Tensor, budget: int) -> Iterator[slice]:
-    """So many that PIECES matrices of them fit."""
+    """Returns the number of dimensions of which PIECES matrices fit the workspace."""
     width = max(1, budget // max(1, PIECES * len(x) * stats_dtype(x.dtype).itemsize))
     for start in range(0, x.shape[1], width):
         yield slice(start, start + width)

@@ -1,9 +1,9 @@
-"""Rows of a run, computed once more in fp64: with FUSEDLOSS_AUDIT=1e-3 at one call in a thousand.
+"""Computes some rows of a run again in fp64: with FUSEDLOSS_AUDIT=1e-3 in one call of a thousand.
 
 Given the keys, a row of a loss can be computed alone. Its similarities give its loss, and the derivatives dz_j of the
-loss by its logits give its query's gradient, `sum_j dz_j scale y_j`. An audited call does this for up to 64 random
-rows and compares. What it finds stays on the device: the next audited call reads it, so that none waits for its own.
-A miss marks the families of that call as failed, so that `auto` runs elsewhere, and warns once.
+loss by its logits give its query's gradient, `sum_j dz_j scale y_j`. An audited call does this for up to 64 random rows
+and compares. The result stays on the device until the next audited call reads it, so that no call waits for its own. A
+miss marks the families of that call as failed, so that `auto` uses another backend, and warns once.
 
     audited             loss    gradient of the query
     one direction       yes     yes; not where the same matrix is a key, too, whose gradient needs all rows
@@ -35,25 +35,25 @@ from ..trust import ask, families, verdicts
 from ..trust.verdicts import FAILED, Verdict
 
 ROWS = 64
-# The formula and its gradient hold up to 16 numbers of 8 bytes for each similarity: 64 MiB up to 524288 columns.
+# The formula and its gradient take up to 16 numbers of 8 bytes per similarity: 64 MiB up to 524288 columns.
 SIMILARITIES = (64 << 20) // (16 * 8)
 TILE = 1 << 20  # numbers of a tile of keys: 8 MiB
-# A miss is an error of more than 4 budgets. The budget is of the sampled rows alone, where eager may be lucky: the
+# A miss is an error of more than 4 budgets. The budget is of the sampled rows alone, in which eager may be lucky: the
 # largest error of 4000 honest calls (tests/trust/test_audit.py draws them) was 0.6 budgets.
 MISS = 4.0
 # Four roundings of fp32 (a product, its scale, exp, the sum after it), one of tf32: as STEP and STEPS of cases.py.
 STEP, TF32_STEP = 2 * torch.finfo(torch.float32).eps, 2.0**-11
-FLUSHED = 2.0**-100  # of an exponential, a weight and a sum: what fp32 may lose where fp64 has it
+FLUSHED = 2.0**-100  # of an exponential, a weight and a sum: fp32 may lose it, fp64 does not
 
 logger = logging.getLogger("fusedloss")
 
-_draws = random.Random(0)  # its own: a user's draws stay as they are without it
+_draws = random.Random(0)  # separate, so that a user's draws do not change
 _held: dict[torch.device, _Held] = {}  # of each device's last audited call
 _said: set[tuple[torch.device, tuple[str, ...]]] = set()
 
 
 class _Held(NamedTuple):
-    """A comparison that nobody has read."""
+    """A comparison that has not been read yet."""
 
     shares: Tensor  # [2], of the budget: the losses' and the gradient's; on the host once `done`
     done: torch.Event | None
@@ -62,16 +62,16 @@ class _Held(NamedTuple):
 
 
 def due() -> bool:
-    """Whether this call is to be audited: by chance, since a model with two losses has every other call."""
+    """Whether this call is audited. Drawn at random: every n-th call could always hit the same loss of a model."""
     share = environment.audit()
     return share > 0 and _draws.random() < share
 
 
 def look(problem: Problem, backend: str, losses: Tensor, gradients: Sequence[Tensor | None]) -> None:
-    """Read what the last audited call left, and compare some rows of this one.
+    """Reads the last audited call's comparison, and compares some rows of this call.
 
-    losses: [M], weighted. gradients: of their sum, by the operands, None where not wanted. Only the reading waits for
-    the device, for work of an earlier call.
+    losses: [M], weighted. gradients: of their sum, by the operands, None if not wanted. Only the reading waits for the
+    device, for work of an earlier call.
     """
     precision, device = families.precision(problem.dtype), problem.device
     if backend not in KERNELS or precision is None or not auditable(problem) or ask.capturing(device):
@@ -80,7 +80,7 @@ def look(problem: Problem, backend: str, losses: Tensor, gradients: Sequence[Ten
     rows = _sample(problem.rows, max(1, min(ROWS, SIMILARITIES // problem.columns)), device)
     try:
         found, done = shares(problem, losses, gradients, rows), None
-    except torch.OutOfMemoryError:  # 100 MiB, where a step may have left none
+    except torch.OutOfMemoryError:  # it takes 100 MiB, which a step may not have left
         if (device, ()) not in _said:
             _said.add((device, ()))
             logger.warning("fusedloss: no memory is left on %s for an audit (FUSEDLOSS_AUDIT): it is left out", device)
@@ -94,7 +94,7 @@ def look(problem: Problem, backend: str, losses: Tensor, gradients: Sequence[Ten
 
 
 def auditable(problem: Problem) -> bool:
-    """Whether a row's loss depends on nothing but its own similarities, and smoothly."""
+    """Whether a row's loss depends only on its own similarities, and smoothly."""
     fold = problem.fold
     if problem.prefixes or problem.ranks is not None or any(problem.margin):
         return False
@@ -108,13 +108,13 @@ def auditable(problem: Problem) -> bool:
             return False
         if problem.symmetric and (mask.skip is not None or block.bias is not None):
             return False
-    # No loss has these, and those above, in both directions.
+    # No loss of both directions has these and those above.
     rest = problem.label_smoothing or problem.decoupled or problem.z_loss or problem.copies != 1
     return not (problem.symmetric and rest)
 
 
 def forget() -> None:
-    """What this process has held and said; its draws begin anew."""
+    """Forgets this process's comparisons and warnings, and restarts its draws."""
     _held.clear()
     _said.clear()
     _draws.seed(0)
@@ -124,7 +124,7 @@ def forget() -> None:
 
 
 def shares(problem: Problem, losses: Tensor, gradients: Sequence[Tensor | None], rows: Tensor) -> Tensor:
-    """[2]: the largest error of these rows' losses, and of their queries' gradient, as a share of the budget.
+    """Returns the largest error of these rows' losses, and of their queries' gradient, as shares of the budget [2].
 
     The budget is that of `testing.budget_share`, 2 x eager's error and a rounding, and for each row what its condition
     allows: `_Rows.loss_moves`, `_Rows.gradient_moves`.
@@ -141,7 +141,7 @@ def shares(problem: Problem, losses: Tensor, gradients: Sequence[Tensor | None],
 
 
 def _share(out: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype, moves: Tensor) -> Tensor:
-    """As `testing.budget_share`, without reading anything. Where eager is not finite, nothing is asked."""
+    """Computes `testing.budget_share` without reading anything back. If eager is not finite, the share is 0."""
     out, eager = out.double(), eager.double()
     counts = exact.isfinite() & eager.isfinite()
     error = torch.where(counts, (out - exact).abs(), 0).nan_to_num(torch.inf)
@@ -151,7 +151,7 @@ def _share(out: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype, moves:
 
 
 class _Rows(NamedTuple):
-    """What the formula says of some rows, and by how much roundings may move it."""
+    """The formula's results for some rows, and how much roundings may move them."""
 
     losses: Tensor  # [R]
     gradient: Tensor  # [R, D], of the queries
@@ -172,8 +172,8 @@ def _one_way(problem: Problem, rows: Tensor, dtype: torch.dtype) -> _Rows:
     cut, own = _cut(problem, rows, dtype), problem.blocks[0].query
     queries = {block.query: problem.operands[block.query].detach()[rows].to(dtype) for block in problem.blocks}
     similarities = []
-    lengths = torch.zeros(len(rows), dtype=dtype, device=rows.device)  # |x_i| |y_j|, at most
-    entry = lengths.new_zeros(())  # of a key, the largest
+    lengths = torch.zeros(len(rows), dtype=dtype, device=rows.device)  # upper bound of |x_i| |y_j|
+    entry = lengths.new_zeros(())  # largest entry of a key
     for block in problem.blocks:
         x = queries[block.query]
         x = unit_rows(x) if problem.cosine else x
@@ -191,7 +191,7 @@ def _one_way(problem: Problem, rows: Tensor, dtype: torch.dtype) -> _Rows:
     for block, by_sim in zip(problem.blocks, derivatives, strict=True):
         for part, y in _tiles(problem, block, dtype) if block.query == own else ():
             gradient = gradient + by_sim[:, part] @ y
-    moved = cut.scale.abs() * entry  # of the gradient, by a logit's derivative of 1
+    moved = cut.scale.abs() * entry  # change of the gradient by a logit's derivative of 1
     if problem.cosine:
         (gradient,) = torch.autograd.grad(unit_rows(x), x, gradient)
         moved = moved / x.detach().norm(dim=1).clamp_min(NORM_EPS)
@@ -204,7 +204,7 @@ def _one_way(problem: Problem, rows: Tensor, dtype: torch.dtype) -> _Rows:
         largest = largest + bias.abs().nan_to_num(0, 0, 0).amax() if bias.numel() else largest
     terms = sum(by_sim.abs().sum(1) for by_sim in derivatives) / scale.clamp_min(torch.finfo(dtype).tiny)  # sum |dz|
     moves = _step(problem) * largest * terms + problem.columns * FLUSHED
-    # Of a bent logit roundings are left where its derivative is 0: its own, and that of 1 - tanh^2.
+    # A softcapped logit keeps roundings where its derivative is 0: its own, and that of 1 - tanh^2.
     bent = STEP * cut.weight.abs() if problem.softcap else torch.zeros_like(moves)
     gradient_moves = (moves + torch.finfo(problem.dtype).eps * terms + bent) * moved
     return _Rows(losses.detach(), gradient, moves + problem.softcap * bent, gradient_moves)
@@ -218,7 +218,7 @@ def _step(problem: Problem) -> float:
 
 
 def _tiles(problem: Problem, block: Block, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """A block's keys as they enter the similarities, some at a time, and which."""
+    """Yields a block's keys as they enter the similarities, some at a time, with their places."""
     key = problem.operands[block.key].detach()
     size = max(1, TILE // key.shape[1])
     for start in range(0, len(key), size):
@@ -231,7 +231,7 @@ def _tiles(problem: Problem, block: Block, dtype: torch.dtype) -> Iterator[tuple
 
 
 def _cut(problem: Problem, rows: Tensor, dtype: torch.dtype) -> Problem:
-    """These rows alone, for `reference.losses_of`, which reads no embeddings."""
+    """Returns the problem of these rows alone, for `reference.losses_of`, which reads no embeddings."""
 
     def up(x: Tensor) -> Tensor:
         return x.detach().to(dtype, copy=True)  # autograd saves it, and cannot save what inference_mode made
@@ -262,7 +262,7 @@ def _cut(problem: Problem, rows: Tensor, dtype: torch.dtype) -> Problem:
 
 
 def _transposed(problem: Problem) -> Problem:
-    """The columns of both directions as rows."""
+    """Returns the columns of both directions as rows."""
     (block,) = problem.blocks
     mask = block.mask
     turned = mask._replace(

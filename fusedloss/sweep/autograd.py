@@ -79,7 +79,7 @@ def loss_mean(problem: Problem, backend: str, count: Tensor | int) -> tuple[Tens
 
 
 def top_rows(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    """Each row's largest logit and its column, the first on ties; -inf and -1 where no column competes."""
+    """Returns each row's largest logit and its column, the first on ties; -inf and -1 if no column competes."""
     if backend == "reference":
         return reference.top_rows(problem)
     checks.untransformed(backend)

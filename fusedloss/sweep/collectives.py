@@ -26,7 +26,7 @@ def group_of(ranks: Ranks) -> dist.ProcessGroup:
 
 
 def gather(x: Tensor, ranks: Ranks) -> Tensor:
-    """`[N, ...]`, the rows of all ranks, this one's first."""
+    """Returns `[N, ...]`, the rows of all ranks, this one's first."""
     sizes = ranks.sizes
     if len(sizes) == 1:
         return x

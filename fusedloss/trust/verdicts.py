@@ -1,9 +1,9 @@
-"""What was found of the kernels on a device: one JSON file for each combination of what could change that.
+"""Verdicts of the kernels on a device: one JSON file for each combination of everything that could change them.
 
     {"schema": 1, "key": {...}, "verdicts": {"triton stats bf16": {"state": "proved", ...}}, "races": [...]}
 
-Nothing in it is executed. A file that cannot be read, is of another schema or key, or belongs to another user than
-this one and root, is as good as none. Where nothing can be written, verdicts live as long as the process.
+Nothing in it is executed. A file that cannot be read, has another schema or key, or belongs to a user other than this
+one and root, is ignored. If nothing can be written, verdicts live as long as the process.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ SCHEMA = 1
 PROVED, FAILED, UNKNOWN = STATES = ("proved", "failed", "unknown")
 STALE = 900.0  # seconds after which a lock without fcntl counts as one of a process that is gone
 logger = logging.getLogger("fusedloss")
-_ignored: set[str] = set()  # files of which that was said
+_ignored: set[str] = set()  # files that were reported as ignored
 
 
 class Verdict(NamedTuple):
-    """Of one family: what a `cases.Proof` says. Unknown ones are never kept."""
+    """The verdict of one family, from a `cases.Proof`. Unknown ones are never stored."""
 
     state: str
     cases: int = 0
-    seconds: float = 0.0  # without those in which kernels were compiled
+    seconds: float = 0.0  # without the time of compilation
     worst: float = 0.0  # error as a share of the budget
     reason: str = ""
 
@@ -61,7 +61,7 @@ def name_of(backend: str, family: str, precision: str) -> str:
 
 
 def parts_of(name: str) -> tuple[str, str, str]:
-    """The backend, the family and the precision."""
+    """Returns the backend, the family and the precision of a name."""
     backend, family, precision = name.split(" ")
     return backend, family, precision
 
@@ -71,7 +71,7 @@ def parts_of(name: str) -> tuple[str, str, str]:
 
 @functools.cache
 def key(device: torch.device) -> dict[str, Any]:
-    """All on which a verdict hangs. Whatever differs in one of these is verified on its own."""
+    """Returns everything that a verdict depends on. A difference in any of it needs a new proof."""
 
     return {
         **_hardware(device),
@@ -100,7 +100,7 @@ def _hardware(device: torch.device) -> dict[str, Any]:
 
 
 def _driver() -> str:
-    """Its release where Linux tells it, and the newest CUDA that it runs where torch does."""
+    """Returns the driver's release, if Linux tells it, and the newest CUDA that it runs, if torch tells it."""
     release = ""
     with contextlib.suppress(OSError):
         release = Path("/proc/driver/nvidia/version").read_text().partition("\n")[0].strip()
@@ -116,7 +116,7 @@ def _triton() -> str:
 
 
 def sources() -> list[Path]:
-    """The kernels, with the tables of which tiles they take; their launchers; and what was asked of them."""
+    """Returns the source files: the kernels with their tables of tiles, their launchers, and the cases."""
     package = Path(__file__).parents[1]
     found = [package / "backends" / "shared.py"]
     found += [package / "proof" / f"{name}.py" for name in ("cases", "draws", "rowwise", "sweeps", "zones")]
@@ -130,13 +130,13 @@ def sources() -> list[Path]:
 
 
 def extension() -> list[Path]:
-    """The file of fusedloss._C, which is found without being loaded."""
+    """Returns the file of fusedloss._C, without loading it."""
     spec = importlib.util.find_spec("fusedloss._C")
     return [Path(spec.origin)] if spec and spec.origin else []
 
 
 def digest(files: Iterable[Path]) -> str:
-    """Of names and contents: times differ between two copies of the same package."""
+    """Hashes names and contents; modification times differ between copies of one package."""
     found = hashlib.sha256()
     for file in files:
         if file.is_file():
@@ -155,7 +155,7 @@ def path(device: torch.device) -> Path:
 
 
 def read(device: torch.device) -> Kept:
-    """What is kept of the device; one line says why a file that is there is not read."""
+    """Reads the device's file; logs one line if an existing file is ignored."""
     file = path(device)
     try:
         with file.open("rb") as opened:
@@ -172,7 +172,7 @@ def read(device: torch.device) -> Kept:
 
 
 def _check_owner(owner: int) -> None:
-    """Root's are taken: an image is often built by root, who needs no such file to do harm."""
+    """Accepts this user's files and root's: images are often built by root, who needs no such file to do harm."""
     getuid = getattr(os, "getuid", None)
     if getuid is not None and owner not in (getuid(), 0):
         raise ValueError(f"they belong to another user ({owner})")
@@ -190,7 +190,7 @@ def _parsed(found: Any, expected: Mapping[str, Any]) -> Kept:
 
 
 def verdict_of(fields: Any) -> Verdict:
-    """Of `fields_of`; ValueError where they have another form."""
+    """Returns the verdict of `fields_of`; ValueError if fields have another form."""
     form: dict[str, tuple[type, ...]] = {
         "state": (str,),
         "cases": (int,),
@@ -207,14 +207,14 @@ def verdict_of(fields: Any) -> Verdict:
 
 
 def fields_of(verdict: Verdict) -> dict[str, Any]:
-    """For JSON, which has no word for an infinite error, nor for NaN."""
+    """Returns fields for JSON, which cannot express an infinite error or NaN."""
     return verdict._asdict() | {"worst": verdict.worst if math.isfinite(verdict.worst) else None}
 
 
 def keep(device: torch.device, verdicts: Mapping[str, Verdict], races: list[dict[str, Any]] | None = None) -> str:
-    """Adds to what is kept, by replacing the file; "" or why that cannot be.
+    """Adds to the file by replacing it; returns "", or why that is not possible.
 
-    races: all there are from now on, or None for those that are there.
+    races: replace all stored ones; None keeps them.
     """
     file = path(device)
     kept = read(device)
@@ -231,7 +231,7 @@ def keep(device: torch.device, verdicts: Mapping[str, Verdict], races: list[dict
         handle, new = tempfile.mkstemp(prefix=file.stem, suffix=".new", dir=file.parent)
         with os.fdopen(handle, "w") as opened:
             json.dump(content, opened, indent=1)
-        os.chmod(new, 0o644)  # a cluster's prolog, as root, does it for everybody
+        os.chmod(new, 0o644)  # readable, because a cluster's prolog may write it as root for everybody
         os.replace(new, file)
     except OSError as error:
         if new is not None:
@@ -246,9 +246,9 @@ def keep(device: torch.device, verdicts: Mapping[str, Verdict], races: list[dict
 
 @contextlib.contextmanager
 def locked(device: torch.device, limit: float, done: Callable[[], bool]) -> Iterator[bool]:
-    """Whether nobody else is verifying this device: waits until so, until `done()`, or for `limit` seconds.
+    """Whether no other process verifies this device: waits for it, until `done()`, or for `limit` seconds.
 
-    Where no lock can be made, nothing can be kept either, and each process is on its own.
+    If no lock can be made, nothing can be stored either, and each process works alone.
     """
     file, deadline = path(device).with_suffix(".lock"), time.monotonic() + limit
     held: Callable[[], None] | None = None
@@ -275,16 +275,16 @@ def _nothing() -> None:
 
 
 def _take(file: Path) -> Callable[[], None] | None:
-    """What gives the lock back, or None where somebody has it; raises OSError where there can be none."""
+    """Returns a function that releases the lock, or None if another process has it; OSError if there can be none."""
     if fcntl is not None:
-        # Not truncated, and no link is followed: the folder may be one that others write to.
+        # Not truncated, and links are not followed, because others may write to the folder.
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
             return None
-        except OSError:  # a network's file system may have none
+        except OSError:  # a network file system may have no locks
             os.close(handle)
         else:
             return lambda: os.close(handle)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .config import Config
 
 FOLD_COPIES = 12  # see chunked
-PANEL_BYTES = 32 << 20  # fp32 similarities from the vendor's GEMM: they fit an H200's L2, where the fold reads them
+PANEL_BYTES = 32 << 20  # fp32 similarities of the vendor's GEMM, which fit an H200's L2 until the fold reads them
 
 
 def why_not(problem: Problem) -> str | None:
@@ -121,8 +121,8 @@ def top_rows(strips: list[Strip]) -> tuple[Tensor, Tensor]:
 
 
 def similarities(strip: Strip, out: Tensor) -> None:
-    """`out = row_factor * col_factor * <x, y>`, nothing else."""
-    # Writers multiply by the factors once more: here they come after.
+    """Writes `out = row_factor * col_factor * <x, y>`, nothing else."""
+    # The writing kernels multiply by the factors again, so they are applied afterwards here.
     bare = strip._replace(row_factor=None, col_factor=None, bias=None, target=None, mask=None, own=None, softcap=0.0)
     _similarities(_masks().store, bare, out, (), config_of(strip, "store"))
     if strip.row_factor is not None and strip.col_factor is not None:
@@ -130,11 +130,11 @@ def similarities(strip: Strip, out: Tensor) -> None:
 
 
 def guide_room(strip: Strip) -> tuple[int, int]:
-    return 0, 0  # nothing is stored but bits
+    return 0, 0  # only bits are stored
 
 
 def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor, own: Tensor | None = None) -> list[Tensor]:
-    """What the guide drops of each block, one bit a column."""
+    """Returns the columns of each block that the guide drops, one bit a column."""
     threshold = guide_threshold(guide_scores(strips[0], room) if own is None else own, rule, strips[0].x.shape[1])
     dropped = []
     for strip in strips:
@@ -168,9 +168,9 @@ def exp_rows(
     tally: Tally | None = None,
     score: Tensor | None = None,
 ) -> tuple[RowSums, None]:
-    """Write E = exp(z - shift). A scale that is known beforehand has no gradient, so there is no q."""
+    """Writes E = exp(z - shift). A scale that is known beforehand has no gradient, so there is no q."""
     if target_sim is not None:
-        raise ValueError("exp_rows has no q: a scale with a gradient is not known beforehand")
+        raise ValueError("q must be None in exp_rows, got one; a scale with a gradient has no bound known beforehand")
     shift = exp_shift(problem)
     sums = []
     for strip, out in zip(strips, outs, strict=True):
@@ -198,7 +198,7 @@ def grad_rows(
     gain: Tensor | None,
     smooth: Tensor | None = None,
 ) -> Tensor | None:
-    """Write gain * dz. q holds the tiles' sums of dz_ij (sim_ij - target's), j != t, where targets are given."""
+    """Writes gain * dz. q holds the tiles' sums of dz_ij (sim_ij - target's), j != t, if targets are given."""
     wants_q = rows.target_sim is not None
     qs = []
     for strip, out in zip(strips, outs, strict=True):
@@ -267,7 +267,7 @@ def _similarities(epilogue: Callable[..., None], strip: Strip, out: Tensor | Non
 
 
 def _panels(epilogue: Callable[..., None], strip: Strip, out: Tensor | None, args: tuple, config: Config) -> None:
-    """The vendor's GEMM into a panel of columns, fp32, and one pass over it while it is in L2."""
+    """Runs the vendor's GEMM into an fp32 panel of columns, and one pass over it while it is in L2."""
     x, y = strip.x, strip.y
     M, N = x.shape[0], y.shape[0]
     width = _panel_columns(strip, config)
@@ -297,14 +297,14 @@ def _panels(epilogue: Callable[..., None], strip: Strip, out: Tensor | None, arg
 
 
 def _panel_columns(strip: Strip, config: Config) -> int:
-    """Whole tiles of columns, and whole waves of the vendor's GEMM."""
+    """Returns a panel's columns: whole tiles, and whole waves of the vendor's GEMM."""
     M, N = strip.x.shape[0], strip.y.shape[0]
     columns = wave_rows(N, M, PANEL_BYTES // 4 // max(1, M), multiprocessors(strip.x.device))
     return max(config.BLOCK_N, columns // config.BLOCK_N * config.BLOCK_N)
 
 
 def _multiply(sim: Tensor, x: Tensor, y: Tensor) -> None:
-    """`sim = x @ y.T` in fp32."""
+    """Writes `sim = x @ y.T` in fp32."""
     if x.dtype == sim.dtype:
         torch.mm(x, y.T, out=sim)
     elif products.narrow(x.dtype, x.device):
@@ -345,7 +345,7 @@ def _mask_args(strip: Strip) -> Any:
 
 
 def operand(x: Tensor) -> Tensor:
-    """Rows of unit stride that start on 16-byte boundaries and do not overlap: `x` itself, or one padded copy.
+    """Returns rows of unit stride that start on 16-byte boundaries and do not overlap: `x` itself, or a padded copy.
 
     Rows that overlap or are expanded have no tensor map.
     """

@@ -25,13 +25,13 @@ ALIGNMENT = 16  # bytes: of a row's start, for wide copies and for tensor descri
 
 @environment.constant
 def why_not_on(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why no kernel runs for tensors like that."""
+    """Returns the reason why no kernel runs for such tensors, or None."""
     return _why_not(dtype, device, environment.get("TRITON_INTERPRET"))
 
 
 @functools.cache
 def _why_not(dtype: torch.dtype, device: torch.device, interpret: str | None) -> str | None:
-    """Looking for a package takes 20 us: once per dtype and device."""
+    """Cached per dtype and device, because looking for a package takes 20 us."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if importlib.util.find_spec("fusedloss.kernels") is None:
@@ -50,7 +50,7 @@ def _why_not(dtype: torch.dtype, device: torch.device, interpret: str | None) ->
     if device.type not in ("cuda", "xpu"):
         return f"needs a GPU (CUDA, ROCm or XPU), or TRITON_INTERPRET=1; the operands are on {device}"
     if not on_nvidia(device):
-        return None  # its proof says what runs there
+        return None  # on such GPUs only the proof says what runs
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"needs compute capability 8.0 or newer, not {'.'.join(map(str, capability))}"
@@ -81,7 +81,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **constants: Any) -> None:
-    """Every launch of every kernel."""
+    """Launches a kernel; every launch goes through here."""
     _check(args)
     with _on(device):
         try:
@@ -90,7 +90,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
             raise RuntimeError(_failed(kernel.fn.__name__, device, error)) from error
 
 
-# What a failed compile or launch asks for, by words of its error.
+# The remedies of a failed compile or launch, by words of its error.
 REMEDIES = {
     "C compiler": "install gcc, or name a C compiler in CC",
     "'-shared', '-fPIC'": "Python.h and a C compiler must be there: install gcc and python3-dev",  # the command's words
@@ -100,7 +100,7 @@ REMEDIES = {
     "kernel image is invalid": "update the driver: it knows no such cubin",
     "Permission denied": "name a folder that can be written in TRITON_CACHE_DIR",
     "No space left": "make room, or name another folder in TRITON_CACHE_DIR",
-    # These are found by whoever asks next, and no later call succeeds.
+    # These are reported by the next call, and every later call fails.
     "illegal memory access": "a kernel before this one failed: start again with CUDA_LAUNCH_BLOCKING=1 to see which",
     "launch failure": "a kernel before this one failed: start again with CUDA_LAUNCH_BLOCKING=1 to see which",
 }
@@ -137,7 +137,7 @@ def _check(args: tuple[Any, ...]) -> None:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, wherever the tensors are."""
+    """Makes the tensors' device current, because Triton launches on the current device."""
     if device.type == "xpu":
         return torch.xpu.device(device)
     if device.type != "cuda" or device.index == torch.cuda.current_device():
@@ -147,7 +147,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
 
 @functools.cache
 def capability_of(device: torch.device) -> tuple[int, int] | None:
-    """Of an NVIDIA GPU; config.ELSEWHERE of one of ROCm or XPU; None in the interpreter."""
+    """Returns an NVIDIA GPU's capability; config.ELSEWHERE for ROCm and XPU; None in the interpreter."""
     if device.type not in ("cuda", "xpu"):
         return None
     if on_nvidia(device):
@@ -158,7 +158,7 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
 
 
 def on_nvidia(device: torch.device) -> bool:
-    """Or in the interpreter, on a CPU; ROCm's devices are called cuda, too."""
+    """True on NVIDIA GPUs, and on a CPU in the interpreter; ROCm's devices are called cuda, too."""
     return device.type != "xpu" and torch.version.hip is None
 
 
@@ -170,9 +170,9 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def precision_of(dtype: torch.dtype, device: torch.device) -> str:
-    """fp32 follows torch's switch for its own matmuls. Products of 16-bit numbers are exact.
+    """Returns the precision of fp32 products, by torch's switch for matmuls. Products of 16-bit numbers are exact.
 
-    Of other GPUs Triton 3.7 multiplies tf32 on gfx942 alone: there fp32 is fp32.
+    On other GPUs Triton 3.7 multiplies tf32 only on gfx942, so fp32 stays fp32 there.
     """
     if dtype == torch.float32 and tf32() and on_nvidia(device):
         return "tf32"

@@ -155,7 +155,7 @@ def finish(
 
 
 def by_row(name: str, device: torch.device, R: int, *args: Any, **constants: Any) -> None:
-    """Launch a kernel of `kernels/rows.py`, a few rows a program."""
+    """Launches a kernel of `kernels/rows.py`, a few rows a program."""
     if R:
         options = row_options(name, device.type == "cpu")
         launch(getattr(_rows(), name), (cdiv(R, options["BLOCK_R"]),), device, *args, **constants, **options)

@@ -1,4 +1,4 @@
-"""Which pairs labels make, without a matrix of them; the distances that sweeps know; and what reducers make of sums."""
+"""The pairs that labels define, without a matrix; the distances that sweeps compute; and reducers on sums."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ...rowwise.pairs import cosine, dot, euclidean_distance, of_pairs, squared_
 
 
 class Kind(NamedTuple):
-    """A distance: what it is over rows that are divided by their norms first, or not."""
+    """A distance, and whether rows are divided by their norms first."""
 
     name: str  # "dot", "euclidean" or "squared"
     unit: bool
@@ -30,7 +30,7 @@ class Kind(NamedTuple):
 
 
 def kind_of(distance: Any) -> Kind | None:
-    """None: a distance of the user's own, or with a norm or a power that no sweep has."""
+    """Returns the Kind of a distance; None for a user's class, or a norm or power that no sweep has."""
     if distance.p != 2:
         return None
     unit = bool(distance.normalize_embeddings)
@@ -42,25 +42,25 @@ def kind_of(distance: Any) -> Kind | None:
 
 
 def record(distance: Any, x: Tensor, y: Tensor) -> None:
-    """The statistics that a distance takes down when it is called."""
+    """Updates the statistics that a distance records when it is called."""
     if distance.collect_stats:
         distance.reset_stats()
         distance.set_default_stats(x, y, distance.maybe_normalize(x), distance.maybe_normalize(y))
 
 
 class Pairs:
-    """Rows `x` [N, D] against columns `y` [M, D]: positives are columns of the row's label, but for the row itself."""
+    """Rows `x` [N, D] against columns `y` [M, D]: positives are columns with the row's label, except the row itself."""
 
     def __init__(self, kind: Kind, x: Tensor, labels: Tensor, y: Tensor, ref_labels: Tensor | None):
         self.kind = kind
-        self.itself = ref_labels is None or ref_labels is labels  # upstream's condition, whatever `y` is
+        self.itself = ref_labels is None or ref_labels is labels  # the library's condition, for any `y`
         self.x, self.y = x, y
         self.labels = labels.long()
         self.ref_labels = self.labels if self.itself or ref_labels is None else ref_labels.long()
 
     @cached_property
     def _groups(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Each row's group and each column's, and how many columns a group has."""
+        """Returns each row's group, each column's, and each group's number of columns."""
         joined = self.labels if self.itself else torch.cat([self.labels, self.ref_labels])
         group = group_numbers(joined)
         rows, columns = (group, group) if self.itself else group.split([len(self.labels), len(self.ref_labels)])
@@ -68,7 +68,7 @@ class Pairs:
 
     @cached_property
     def positives(self) -> Tensor:
-        """[N], how many each row has."""
+        """Returns each row's number of positives [N]."""
         rows, _, sizes = self._groups
         return sizes[rows] - int(self.itself)
 
@@ -78,12 +78,12 @@ class Pairs:
 
     @cached_property
     def counts(self) -> tuple[int, int]:
-        """Of positive and of negative pairs; read back, as upstream reads the lengths of its lists."""
+        """Returns the numbers of positive and negative pairs, read back as the library reads its lists' lengths."""
         positive = int(self.positives.sum())
         return positive, len(self.x) * (len(self.y) - int(self.itself)) - positive
 
     def positive_pairs(self) -> tuple[Tensor, Tensor]:
-        """Rows and columns of all positive pairs, in upstream's order."""
+        """Returns rows and columns of all positive pairs, in the library's order."""
         rows, columns, sizes = self._groups
         order = columns.argsort(stable=True)  # the members of each group, side by side
         start = (sizes.cumsum(0) - sizes)[rows]
@@ -95,7 +95,7 @@ class Pairs:
         return row, order[start[row] + number]
 
     def log_sum_exp(self, scale: float | Tensor, mask: Mask) -> Tensor:
-        """`[N]`, of `scale` times the similarities that the mask admits; 0 for none."""
+        """Returns the log-sum-exp `[N]` of `scale` times the similarities that the mask admits; 0 for none."""
         assert self.kind.inverted
         operands, (query, key) = distinct(self.x, self.y)
         multiplier, bound = as_scale(scale, self.x, inverse=False)
@@ -118,7 +118,7 @@ class Pairs:
         return self.log_sum_exp(scale, Mask(skip=row_numbers(len(self.x), self.x) if self.itself else None))
 
     def mean_positive(self) -> Tensor:
-        """`[N]`, the mean similarity of each row's positives, through the sums of each label; 0 for none."""
+        """Returns the mean similarity of each row's positives `[N]`, through the sums of each label; 0 for none."""
         assert self.kind.inverted
         rows, columns, _ = self._groups
         with torch.autocast(self.x.device.type, enabled=False):
@@ -147,7 +147,7 @@ class Pairs:
 
 
 def listed(kind: Kind, x: Tensor, y: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """The similarity or distance of each of these pairs, in chunks of them."""
+    """Returns the similarity or distance of each of these pairs, computed in chunks."""
     function: Callable[[Tensor, Tensor], Tensor] = {"dot": dot, "euclidean": euclidean_distance}.get(
         kind.name, squared_distance
     )
@@ -163,7 +163,7 @@ STOCK = (reducers.MeanReducer, reducers.SumReducer, reducers.AvgNonZeroReducer)
 
 
 def reducer_of(loss: Any, name: str) -> Any:
-    """The reducer of a sub-loss."""
+    """Returns the reducer of a sub-loss."""
     if type(loss.reducer) is reducers.MultipleReducers:
         inner = loss.reducer.reducers
         return inner[name] if name in inner else loss.reducer.default_reducer
@@ -171,14 +171,14 @@ def reducer_of(loss: Any, name: str) -> Any:
 
 
 def takes_sums(reducer: Any) -> bool:
-    """Whether it needs no more of the losses than their sum and how many there are, in all or above 0."""
+    """Whether a reducer needs only the sum of the losses and their number, in all or above 0."""
     if reducer.collect_stats or type(reducer) not in STOCK:
         return False
     return type(reducer) is not reducers.AvgNonZeroReducer or (reducer.low == 0 and reducer.high is None)
 
 
 def reduced(reducer: Any, total: Tensor, above: Tensor, number: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What the reducer makes of `number` losses whose sum is `total`, of which `above` are above 0."""
+    """Applies the reducer to `number` losses with sum `total`, of which `above` are above 0."""
     if type(reducer) is reducers.MeanReducer:
         total = total / number
     elif type(reducer) is reducers.AvgNonZeroReducer:
