@@ -33,7 +33,8 @@ import fusedloss
 from fusedloss import sweep
 from fusedloss.backends import BACKENDS, cuda
 from fusedloss.backends import triton as triton_backend
-from fusedloss.backends.cuda import rows as cuda_rows
+from fusedloss.backends.cuda import folds as cuda_folds
+from fusedloss.backends.cuda import launching as cuda_launching
 from fusedloss.backends.triton import launching
 from fusedloss.bench.machine import cpu_name, probe
 
@@ -74,8 +75,8 @@ def without_a_gpu() -> None:
     launching.capability_of, triton_backend.multiprocessors = lambda device: (9, 0), lambda device: 132
     if built := _extension():
         stub = _launching(built, lambda launch: lambda *arguments: None)
-        cuda.extension = cuda_rows.extension = lambda: stub
-        cuda.why_not, cuda.capability_of = lambda problem: None, lambda device: 90
+        cuda_launching.extension = lambda: stub
+        cuda.why_not, cuda_launching.capability_of = lambda problem: None, lambda device: 90
     torch.set_num_threads(1)
 
 
@@ -128,15 +129,16 @@ def launches(call: Callable[[], Any]) -> list[Callable[[], Any]]:
         fields_of_structs.append(fields)
         return struct(name, **fields)
 
-    struct = cuda_rows.struct
+    struct = cuda_launching.struct
     places = [(triton.JITFunction, "run"), (sweep.gradients, "mm"), (sweep.gradients, "add_mm")]
     with contextlib.ExitStack() as patches:
         for owner, name in places:
             patches.enter_context(mock.patch.object(owner, name, recorded(getattr(owner, name))))
         if cuda.build_info() is not None:
-            extension = _launching(cuda_rows.extension(), recorded)
-            for module in (cuda, cuda_rows):
-                patches.enter_context(mock.patch.multiple(module, extension=lambda: extension, struct=keeping))
+            extension = _launching(cuda_launching.extension(), recorded)
+            patches.enter_context(mock.patch.object(cuda_launching, "extension", lambda: extension))
+            for module in (cuda, cuda_launching, cuda_folds):
+                patches.enter_context(mock.patch.object(module, "struct", keeping))
         call()
     return found
 

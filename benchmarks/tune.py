@@ -27,7 +27,8 @@ import triton
 from tabulate import tabulate
 
 from fusedloss import sweep
-from fusedloss.backends import BACKENDS, cuda
+from fusedloss.backends import BACKENDS
+from fusedloss.backends.cuda import launching as cuda_launching
 from fusedloss.backends.triton import launching
 from fusedloss.backends.triton.config import Config
 from fusedloss.bench import measure
@@ -39,7 +40,7 @@ N = 65536
 DIMS = (768, 1024, 4096, 384)  # in order of worth, should the time run out
 MODES = ("exp", "stats", "grad", "stats, columns", "grad, columns", "grad, columns, q", "grad, q", "exp, columns")
 NARROW = ("grad, columns, q",)  # of these: csrc/similarity.h
-USUAL_CONFIG, USUAL_PLAN = launching.picked, cuda._plan
+USUAL_CONFIG, USUAL_PLAN = launching.picked, cuda_launching.plan_of
 MEASURED = Path(__file__).parents[1] / "fusedloss" / "backends" / "triton" / "measured.json"
 
 
@@ -50,7 +51,7 @@ class Plan(NamedTuple):
     cluster: int = 1
 
     def make(self, load: Any, device: int, tensor_cores: bool, aligned: bool, narrow: bool) -> Any:
-        """In the place of `cuda._plan`."""
+        """In the place of `cuda_launching.plan_of`."""
         plan = load().plan(self.capability, tensor_cores, aligned, narrow)
         if plan.capability != self.capability:
             raise LookupError(f"this build has no kernel of sm_{self.capability}")
@@ -136,7 +137,7 @@ def _tensors(found: Any) -> list[torch.Tensor]:
 def use(config: Config | Plan | None) -> None:
     """From the next launch on; None: what is usual."""
     launching.picked = (lambda *where: config) if isinstance(config, Config) else USUAL_CONFIG
-    cuda._plan = config.make if isinstance(config, Plan) else USUAL_PLAN
+    cuda_launching.plan_of = config.make if isinstance(config, Plan) else USUAL_PLAN
 
 
 def times(case: Case, configs: list[Config] | list[Plan], rounds: int) -> dict[Config | Plan | None, float]:

@@ -106,9 +106,7 @@ def cuda_kernels_on_a_cpu(request, monkeypatch):
     named = callspec and [value for name, value in callspec.params.items() if name != "device" and value == "cuda"]
     if GPU or not named:
         return
-    from fusedloss.backends import cuda
-    from fusedloss.backends.cuda import rows as cuda_rows
+    from fusedloss.backends.cuda import launching
 
     extension = request.getfixturevalue("host_extension")
-    for module in (cuda, cuda_rows):
-        monkeypatch.setattr(module, "extension", lambda: extension)
+    monkeypatch.setattr(launching, "extension", lambda: extension)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 import fusedloss
 from fusedloss.backends import cuda
-from fusedloss.backends.cuda import rows as cuda_rows
+from fusedloss.backends.cuda import launching
 from fusedloss.core.folds import FOLDS, Part
 from fusedloss.core.problem import Block, Compare, Fold, GuideRule, Problem
 from fusedloss.core.strips import Strip, StripMask, Tally
@@ -77,14 +77,15 @@ EPILOGUES_ON = ["inside one tile", "one more row and column than a tile has", "w
 def device(request, monkeypatch):
     if request.param == "cpu":
         on_the_host(request.getfixturevalue("host_extension"), monkeypatch)
-    elif reason := cuda._why_not(torch.float32, torch.device("cuda", torch.cuda.current_device()), cuda.extension):
+    elif reason := launching._why_not(
+        torch.float32, torch.device("cuda", torch.cuda.current_device()), launching.extension
+    ):
         pytest.skip(reason)
     return torch.device(request.param)
 
 
 def on_the_host(extension, monkeypatch):
-    for module in (cuda, cuda_rows):
-        monkeypatch.setattr(module, "extension", lambda: extension)
+    monkeypatch.setattr(launching, "extension", lambda: extension)
 
 
 @pytest.fixture(params=NUMBERS)
@@ -323,7 +324,7 @@ def test_products(device, shape, layout, number):
     strip = with_factors(Strip(x, y, torch.tensor(SCALE, device=device), None, None, None, target))
     # sm_80's kernel rounds ties away from 0, sm_90's loads to even: no GPU has said whether these do so at all.
     cut = number.precision == "high" and device.type == "cuda"
-    x, y = (rounded(t.contiguous(), number, to_even=cuda.capability_of(device) == 90) for t in (x, y))
+    x, y = (rounded(t.contiguous(), number, to_even=launching.capability_of(device) == 90) for t in (x, y))
     exact = strip if cut else strip._replace(x=x, y=y)
     size = x.double().abs() @ y.double().abs().T
     for each, right in ((strip, exact), *((s._replace(row_factor=None, col_factor=None) for s in (strip, exact)),)):
@@ -779,14 +780,13 @@ def test_what_the_sanitizers_run_has_every_kernel(host_extension, monkeypatch):
 
     on_the_host(host_extension, monkeypatch)
     ran = set()
-    original = cuda_rows.call
+    original = launching.call
 
     def call(name, device, *arguments):
         ran.add(name)
         original(name, device, *arguments)
 
-    monkeypatch.setattr(cuda_rows, "call", call)
-    monkeypatch.setattr(cuda, "call", call)
+    monkeypatch.setattr(launching, "call", call)
     sanitize.everything("cpu")
     launches = {name for name in dir(host_extension) if name[0].islower() and callable(getattr(host_extension, name))}
     assert ran >= launches - {"build_info", "plan"}

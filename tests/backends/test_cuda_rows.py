@@ -6,6 +6,7 @@ import pytest
 import torch
 from grids import DEVICES
 
+from fusedloss.backends.cuda import launching
 from fusedloss.backends.cuda import rows as cuda_rows
 from fusedloss.core import rows as plain
 from fusedloss.core.problem import Margin, RowRule
@@ -23,7 +24,7 @@ SHAPES = [(1, 1), (33, 8), (9, 264), (40, 100), (33, 515)]
 def device(request, monkeypatch):
     if request.param == "cpu":
         host = request.getfixturevalue("host_extension")
-        monkeypatch.setattr(cuda_rows, "extension", lambda: host)
+        monkeypatch.setattr(launching, "extension", lambda: host)
     else:
         pytest.importorskip("fusedloss._C", reason="fusedloss._C was not built")
     return torch.device(request.param)

@@ -73,13 +73,13 @@ host = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(host)
 extension = host.load(host.build(sanitize=True))
 from fusedloss.backends import cuda
-from fusedloss.backends.cuda import rows as cuda_rows
+from fusedloss.backends.cuda import launching
 from fusedloss.core.strips import Strip
 
-cuda.extension = cuda_rows.extension = lambda: extension
+launching.extension = lambda: extension
 x, y, out = torch.randn(128, 64), torch.randn(256, 64), torch.empty(128, 256)
 strip = Strip(x, y, torch.tensor(1.0), None, None, torch.zeros(256), torch.zeros(128, dtype=torch.int64))
-plain = cuda.struct
+plain = launching.struct
 
 def launch(field):
     def struct(name, **fields):
@@ -87,7 +87,7 @@ def launch(field):
             fields[field] += 1
         return plain(name, **fields)
 
-    cuda.struct = struct
+    launching.struct = struct
     cuda.stats_rows([strip]), cuda.similarities(strip, out)
 
 for field in ("", "M", "N", "D", "stride_xm", "stride_om"):

@@ -21,7 +21,7 @@ import pytest
 import test_cuda_kernels as kernels
 import torch
 
-from fusedloss.backends import cuda
+from fusedloss.backends.cuda import launching
 
 ROOT = Path(__file__).absolute().parents[2]
 NUMBERS = ("bf16", "fp16", "tf32")
@@ -116,8 +116,8 @@ def use(monkeypatch, load, cluster: int, blocks: int, capability: int = 90) -> l
         plans.append(made)
         return made
 
-    monkeypatch.setattr(cuda, "_plan", plan)
-    monkeypatch.setattr(cuda, "capability_of", lambda device: capability)
+    monkeypatch.setattr(launching, "plan_of", plan)
+    monkeypatch.setattr(launching, "capability_of", lambda device: capability)
     return plans
 
 
@@ -161,9 +161,9 @@ def test_an_h100(case, monkeypatch):
     device = torch.device("cuda", torch.cuda.current_device())
     if torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("needs compute capability 9.0")
-    if reason := cuda._why_not(torch.float32, device, cuda.extension):
+    if reason := launching._why_not(torch.float32, device, launching.extension):
         pytest.skip(reason)
-    check(case, device, use(monkeypatch, cuda.extension, case.cluster, case.cluster * (1 + case.index % 2)))
+    check(case, device, use(monkeypatch, launching.extension, case.cluster, case.cluster * (1 + case.index % 2)))
 
 
 # Faults that must be found --------------------------------------------------------------------------------------------

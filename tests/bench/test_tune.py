@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fusedloss.backends import BACKENDS
+from fusedloss.backends.cuda import launching as cuda_launching
 
 pytest.importorskip("triton")
 pytest.importorskip("tabulate")
@@ -36,15 +37,15 @@ def test_a_plan_is_made_in_place_of_the_usual_one(tune):
     def plan(capability, tensor_cores, aligned, narrow):
         return SimpleNamespace(capability=min(capability, built), cluster=1, asked=(tensor_cores, aligned, narrow))
 
-    built, cuda = 90, BACKENDS["cuda"]
+    built = 90
     tune.use(tune.Plan(90, 2))
-    made = cuda._plan(lambda: SimpleNamespace(plan=plan), 90, True, True, False)
+    made = cuda_launching.plan_of(lambda: SimpleNamespace(plan=plan), 90, True, True, False)
     assert (made.capability, made.cluster, made.asked) == (90, 2, (True, True, False))
     built = 80
     with pytest.raises(LookupError, match="no kernel of sm_90"):
-        cuda._plan(lambda: SimpleNamespace(plan=plan), 90, True, True, False)
+        cuda_launching.plan_of(lambda: SimpleNamespace(plan=plan), 90, True, True, False)
     tune.use(None)
-    assert cuda._plan is tune.USUAL_PLAN
+    assert cuda_launching.plan_of is tune.USUAL_PLAN
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

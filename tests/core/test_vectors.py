@@ -20,7 +20,7 @@ from fusedloss import functional as F
 from fusedloss import masks
 from fusedloss.backends import cuda
 from fusedloss.backends import triton as triton_backend
-from fusedloss.backends.cuda import rows as cuda_rows
+from fusedloss.backends.cuda import launching
 from fusedloss.backends.shared import check_vector
 from fusedloss.core.problem import Block, Compare, Fold, Mask, Problem
 
@@ -661,8 +661,8 @@ def test_a_problem_holds_contiguous_vectors():
 def test_launchers_refuse_a_vector_of_another_stride(vector):
     for refused in (
         lambda: check_vector("labels", vector),
-        lambda: cuda_rows.struct("SettleParams", weight=vector),
-        lambda: cuda_rows.struct("Masks", drop_rows=[vector]),
+        lambda: launching.struct("SettleParams", weight=vector),
+        lambda: launching.struct("Masks", drop_rows=[vector]),
         lambda: triton_backend.launch(None, (1,), vector.device, 1, (None, (vector,))),
     ):
         with pytest.raises(RuntimeError, match=r"internal error: .* must be a vector of stride 1 .* got stride [02]"):

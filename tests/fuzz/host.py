@@ -13,8 +13,7 @@ ROOT = Path(__file__).absolute().parents[2]
 def use(extension: ModuleType | None = None, put: Callable[..., None] = setattr) -> None:
     """For the whole process, unless `put` takes it back. Without an extension it is built into build/, minutes the
     first time."""
-    from fusedloss.backends import cuda
-    from fusedloss.backends.cuda import rows as cuda_rows
+    from fusedloss.backends.cuda import launching
 
     if extension is None:
         spec = importlib.util.spec_from_file_location("host_build", ROOT / "tests" / "host" / "build.py")
@@ -24,5 +23,4 @@ def use(extension: ModuleType | None = None, put: Callable[..., None] = setattr)
         if why := host.why_not():
             raise SystemExit(f"--cuda must have a compiler: {why}")
         extension = host.load(host.build(ROOT / "build" / "fuzz"))
-    for module in (cuda, cuda_rows):
-        put(module, "extension", lambda: extension)
+    put(launching, "extension", lambda: extension)

@@ -610,13 +610,12 @@ def table(head: Sequence[str], rows: dict[str, list[str]]) -> str:
 @pytest.fixture
 def kernels(host_extension, monkeypatch) -> None:
     """Both sets, on a CPU."""
-    from fusedloss.backends import cuda, triton
-    from fusedloss.backends.cuda import rows as cuda_rows
+    from fusedloss.backends import triton
+    from fusedloss.backends.cuda import launching
     from fusedloss.bench.machine import probe
     from fusedloss.rowwise import pair_logits, pairs
 
-    for module in (cuda, cuda_rows):
-        monkeypatch.setattr(module, "extension", lambda: host_extension)
+    monkeypatch.setattr(launching, "extension", lambda: host_extension)
     if reason := triton.why_not(probe("cpu")):
         pytest.skip(f"triton: {reason}")
     for module in (pairs, pair_logits):  # small inputs run as the formula: here they stand for large ones

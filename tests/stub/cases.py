@@ -31,6 +31,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import fusedloss  # noqa: E402
 from fusedloss import functional as F  # noqa: E402
 from fusedloss import masks  # noqa: E402
+from fusedloss.bench import machine as info  # noqa: E402
 from fusedloss.core.problem import Fold  # noqa: E402
 from fusedloss.core.strips import Strip  # noqa: E402
 from fusedloss.losses._folded import fold_loss, fold_problem  # noqa: E402
@@ -345,7 +346,7 @@ def devices_and_threads(machine: pose.Machine) -> Iterator[Case]:
 
 @group
 def mutants_are_noticed(machine: pose.Machine) -> Iterator[Case]:
-    rows, cuda = machine.rows, machine.cuda
+    launching = machine.launching
 
     def attempt(*, dtype: torch.dtype = torch.bfloat16) -> str:
         machine.reset()
@@ -368,23 +369,18 @@ def mutants_are_noticed(machine: pose.Machine) -> Iterator[Case]:
             setattr(module, name, kept)
 
     def unguarded(name: str, device: torch.device, *arguments: object) -> None:
-        getattr(rows.extension(), name)(*arguments, rows.stream(device))
+        getattr(launching.extension(), name)(*arguments, launching.stream(device))
 
     def no_guard() -> None:
-        kept = cuda.call
-        cuda.call = unguarded
-        try:
-            assert "cudaErrorInvalidResourceHandle" in changed(rows, "call", unguarded)
-            # On the default stream CUDA itself would not mind.
-            text = changed(rows, "call", unguarded, lambda: changed(rows, "stream", lambda device: 0))
-            assert "runs on device 0, an operand is on 1" in text, text
-        finally:
-            cuda.call = kept
+        assert "cudaErrorInvalidResourceHandle" in changed(launching, "call", unguarded)
+        # On the default stream CUDA itself would not mind.
+        text = changed(launching, "call", unguarded, lambda: changed(launching, "stream", lambda device: 0))
+        assert "runs on device 0, an operand is on 1" in text, text
 
     yield "a launch on the current device", no_guard
 
     def stream() -> None:
-        text = changed(rows, "stream", lambda device: machine.stream(torch.device("cuda", 0)))
+        text = changed(launching, "stream", lambda device: machine.stream(torch.device("cuda", 0)))
         assert "cudaErrorInvalidResourceHandle" in text, text
 
     yield "a stream of the current device", stream
@@ -396,7 +392,7 @@ def mutants_are_noticed(machine: pose.Machine) -> Iterator[Case]:
             return found(lambda: fusedloss.info_nce(*operands, backend="cuda"))
 
         assert run() == ""
-        text = changed(cuda, "_aligned", lambda x: True, run)
+        text = changed(launching, "is_aligned", lambda x: True, run)
         assert "cudaErrorInvalidValue" in text, text
 
     yield "rows that the accelerator cannot load", unaligned
@@ -411,9 +407,10 @@ def mutants_are_noticed(machine: pose.Machine) -> Iterator[Case]:
 
     def freed() -> None:
         machine.reset()
-        given = rows.struct("MergeParams", max=empty(2, 8), sum=empty(2, 8), running_max=empty(8), running_sum=empty(8),
-                            n_tiles=2, R=8)  # fmt: skip
-        rows.call("merge", DEVICE, given)
+        fields = {"max": empty(2, 8), "sum": empty(2, 8), "running_max": empty(8), "running_sum": empty(8)}
+        given = launching.struct("MergeParams", **fields, n_tiles=2, R=8)
+        del fields
+        launching.call("merge", DEVICE, given)
         assert machine.faults and all("a tensor that is gone" in fault for fault in machine.faults)
 
     yield "memory that was freed before its launch", freed
@@ -421,8 +418,10 @@ def mutants_are_noticed(machine: pose.Machine) -> Iterator[Case]:
     def behind() -> None:
         machine.reset()
         table, sums = empty(2, 8), empty(8)
-        given = rows.struct("MergeParams", max=table, sum=table[2:], running_max=sums, running_sum=sums, n_tiles=2, R=8)
-        rows.call("merge", DEVICE, given)
+        given = launching.struct(
+            "MergeParams", max=table, sum=table[2:], running_max=sums, running_sum=sums, n_tiles=2, R=8
+        )
+        launching.call("merge", DEVICE, given)
         assert [re.sub(r"\d+", "N", fault) for fault in machine.faults] == [
             "merge was given an address behind a tensor's N bytes"
         ]
@@ -431,7 +430,7 @@ def mutants_are_noticed(machine: pose.Machine) -> Iterator[Case]:
 
     def host() -> None:
         machine.reset()
-        given = rows.struct("MergeParams", max=empty(2, 8, device="cpu"), n_tiles=0, R=0)
+        given = launching.struct("MergeParams", max=empty(2, 8, device="cpu"), n_tiles=0, R=0)
         assert given and machine.faults == ["the address of a tensor on cpu is asked for"]
 
     yield "a tensor on the host", host
@@ -548,7 +547,7 @@ def an_old_driver_is_a_reason_against(machine: pose.Machine) -> Iterator[Case]:
         machine.runtime.stub_driver(driver)
         found = machine.cuda.why_not_on(torch.bfloat16, DEVICE)
         assert (found is None) if reason is None else (reason in found), found
-        line = machine.extension()
+        line = info.extension()
         if driver:
             assert f"; the driver runs CUDA up to {driver // 1000}.{driver % 1000 // 10}" in line, line
         assert (f"; runs on cuda:1 (sm_{capability})" in line) == (reason is None), line

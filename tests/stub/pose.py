@@ -39,6 +39,7 @@ class Machine:
         import torch
 
         import fusedloss.backends.cuda
+        import fusedloss.backends.cuda.launching
         import fusedloss.backends.cuda.rows
         from fusedloss import sweep
         from fusedloss.core import checks
@@ -46,6 +47,7 @@ class Machine:
 
         self.runtime, self.module, self.torch = runtime, module, torch
         self.cuda, self.rows = fusedloss.backends.cuda, fusedloss.backends.cuda.rows
+        self.launching = fusedloss.backends.cuda.launching
         self.sweep = sweep
         self.local = threading.local()
         self.spaces: dict[int, tuple[Any, int, int]] = {}  # by storage: a weak reference, the base, bytes
@@ -62,7 +64,9 @@ class Machine:
         self.capabilities = [capability] * 2
         for index in range(2):
             self.runtime.stub_device(index, capability, 132)
-        for cache in (self.cuda._why_not, self.cuda.capability_of, self.cuda._plan, self.sweep.chunks._properties):
+        launching = self.launching
+        caches = launching._why_not, launching.capability_of, launching.plan_of, self.sweep.chunks._properties
+        for cache in caches:
             cache.cache_clear()
 
     # torch.cuda -------------------------------------------------------------------------------------------------------
@@ -103,7 +107,7 @@ class Machine:
         )  # fmt: skip
         FakeTensor.data_ptr = lambda x: self.address(x)
         checks.Tensor, twin.PLAIN = FakeTensor, (FakeTensor,)  # other subclasses are left to torch, or checked slowly
-        self.cuda.extension = self.rows.extension = lambda: self.extension
+        self.launching.extension = lambda: self.extension
 
     # Memory -----------------------------------------------------------------------------------------------------------
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,24 +10,7 @@ from torch import Tensor
 
 from ...core.problem import NO_RULE, RowRule
 from ...core.strips import Patch, Prepared, RowSums, Settled
-from ..shared import check_vector
-
-LAUNCHES = ("prepare", "merge", "settle", "scale_rows", "weigh", "finish")
-PARAMS = {name: f"{name.title().replace('_', '')}Params" for name in LAUNCHES}
-NUMBERS = frozenset((int, float, bool))
-DTYPES = {getattr(torch, name): name for name in ("float32", "float16", "bfloat16")}
-
-
-@functools.cache
-def extension() -> ModuleType:
-    """Imported on first use: the package works without it."""
-    from ... import _C
-
-    return _C
-
-
-def stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+from .launching import launch
 
 
 def prepare(
@@ -192,72 +173,3 @@ def finish(
         stride_xd=x.stride(1),
         stride_om=out.stride(0),
     )
-
-
-def launch(name: str, device: torch.device, **fields: Any) -> None:
-    """Launches `_C.name` with the fields of its struct."""
-    call(name, device, struct(PARAMS[name], **fields))
-
-
-def call(name: str, device: torch.device, *arguments: Any) -> None:
-    """Calls on the tensors' device, because kernels are launched on the current device."""
-    run = getattr(extension(), name)
-    try:
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return run(*arguments, stream(device))
-        with torch.cuda.device(device):
-            run(*arguments, stream(device))
-    except RuntimeError as error:
-        raise RuntimeError(_failed(name, device, str(error))) from None
-
-
-# The remedies of CUDA's errors, by a part of their names.
-REMEDIES = {
-    "InsufficientDriver": "update the driver, or install fusedloss again with an nvcc of the driver's CUDA or older",
-    "NoKernelImage": "install fusedloss again with FUSEDLOSS_CUDA_ARCHS={arch}",
-    "UnsupportedPtx": "update the driver, or install fusedloss again with FUSEDLOSS_CUDA_ARCHS={arch}",
-    "InvalidPtx": "install fusedloss again with FUSEDLOSS_CUDA_ARCHS={arch}",
-    "MemoryAllocation": "free memory on {device}, or reduce the batch",
-    # These are reported by the next call, and every later call fails.
-    "IllegalAddress": "a kernel before this one failed: start again with CUDA_LAUNCH_BLOCKING=1 to see which",
-    "LaunchFailure": "a kernel before this one failed: start again with CUDA_LAUNCH_BLOCKING=1 to see which",
-    "Assert": "a kernel before this one failed: start again with CUDA_LAUNCH_BLOCKING=1 to see which",
-}
-
-
-def _failed(name: str, device: torch.device, error: str) -> str:
-    """Words a failed launch. error: "name: cudaErrorName: CUDA's text", from csrc/bindings.cpp."""
-    what, arch = str(device), ""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        arch = f"{major}{minor}"
-        what = f"{device} (sm_{arch})"
-    remedies = [remedy for part, remedy in REMEDIES.items() if f"cudaError{part}" in error]
-    remedy = "".join(f"{one.format(arch=arch, device=device)}; " for one in remedies[:1])
-    info = extension().build_info()
-    driver = f", the driver runs up to {info['driver_version']}" if info["driver_version"] else ""
-    return (
-        f"backend 'cuda': kernel {name!r} was not launched on {what}. {error}. fusedloss._C was built with CUDA "
-        f"{info['cuda_version']} for {', '.join(info['archs'])}{driver}. Remedy: {remedy}`python -m fusedloss info` "
-        "says what runs here, and backend='chunked' needs none of it"
-    )
-
-
-def struct(name: str, **fields: Any) -> Any:
-    """Fills a struct of csrc/: tensors for pointers, lists of them for arrays, torch's dtypes; None is the default."""
-    # Saves 0.3 us for each number, and a small batch's step passes 46.
-    given = {k: v if type(v) in NUMBERS else _plain(k, v) for k, v in fields.items() if v is not None}
-    return getattr(extension(), name)(**given)
-
-
-def number_format(dtype: torch.dtype) -> Any:
-    return getattr(extension().DType, DTYPES[dtype])
-
-
-def _plain(name: str, value: Any) -> Any:
-    if isinstance(value, Tensor):
-        check_vector(name, value)
-        return value.data_ptr()
-    if isinstance(value, torch.dtype):
-        return number_format(value)
-    return [_plain(name, each) for each in value] if isinstance(value, list) else value
