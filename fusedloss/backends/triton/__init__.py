@@ -114,7 +114,7 @@ def top_rows(strips: list[Strip]) -> tuple[Tensor, Tensor]:
     config = config_of(strip, _mode("top", strip, None))
     top = _row_table(strip, config)
     column = torch.empty_like(top, dtype=torch.int64)
-    _similarities(_masks().top, strip, None, _masks().TopArgs(top, column), config)
+    _similarities(_epilogues().top, strip, None, _epilogues().TopArgs(top, column), config)
     largest = top.amax(0)
     first = column.masked_fill(top != largest, strip.y.shape[0]).amin(0)
     return largest, first.masked_fill(largest == -torch.inf, -1)
@@ -124,7 +124,7 @@ def similarities(strip: Strip, out: Tensor) -> None:
     """Writes `out = row_factor * col_factor * <x, y>`, nothing else."""
     # The writing kernels multiply by the factors again, so they are applied afterwards here.
     bare = strip._replace(row_factor=None, col_factor=None, bias=None, target=None, mask=None, own=None, softcap=0.0)
-    _similarities(_masks().store, bare, out, (), config_of(strip, "store"))
+    _similarities(_epilogues().store, bare, out, (), config_of(strip, "store"))
     if strip.row_factor is not None and strip.col_factor is not None:
         out.mul_(strip.row_factor[:, None]).mul_(strip.col_factor)
 
@@ -139,15 +139,15 @@ def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor, own: Tensor |
     dropped = []
     for strip in strips:
         bits = torch.empty((strip.x.shape[0], cdiv(strip.y.shape[0], 32)), dtype=torch.int32, device=strip.x.device)
-        args = _masks().BitsArgs(threshold, bits)
-        _similarities(_masks().bits, strip, None, args, config_of(strip, "guide"))
+        args = _epilogues().BitsArgs(threshold, bits)
+        _similarities(_epilogues().bits, strip, None, args, config_of(strip, "guide"))
         dropped.append(bits)
     return dropped
 
 
 def guide_scores(strip: Strip, room: Tensor) -> Tensor:
     own = strip.scale.new_empty(strip.x.shape[0])
-    _similarities(_masks().pick, strip, None, _masks().PickArgs(own), config_of(strip, "guide"))
+    _similarities(_epilogues().pick, strip, None, _epilogues().PickArgs(own), config_of(strip, "guide"))
     return own
 
 
@@ -361,6 +361,13 @@ def _softmax() -> ModuleType:
     from ...kernels import softmax
 
     return softmax
+
+
+@functools.cache
+def _epilogues() -> ModuleType:
+    from ...kernels import epilogues
+
+    return epilogues
 
 
 @functools.cache
