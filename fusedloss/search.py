@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .core import checks
-from .core.numerics import stats_dtype
+from .core.numerics import cdiv, stats_dtype
 
 SIMILARITIES = ("cos", "dot", "euclidean", "manhattan")
 # Scores at a time, 32 MiB in fp32. Wide tiles are merged seldom, and merging sorts k columns and the new ones, at 55 ns
@@ -119,7 +119,7 @@ def _merge_(held: tuple[Tensor, Tensor], z: Tensor, first: int) -> None:
     group = math.gcd(z.shape[1], GROUP)
     above = ~(z.view(len(z), -1, group).amax(2) <= bound)
     parts = 1 if int(above.sum(1).amax()) * CROWDED <= above.shape[1] else CROWDED
-    step = -(-len(z) // parts)
+    step = cdiv(len(z), parts)
     for start in range(0, len(z), step):
         part = slice(start, start + step)
         _add_(scores[part], indices[part], z[part], above[part], bound[part], first)

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from ..core import checks, products
-from ..core.numerics import SAFE_SCALE as SHIFTED_SCALE
+from ..core.numerics import FLUSH, FOLD_COPIES, LOG2E, SAFE_SCALE, UNSHIFTED_SCALE, slices, stats_dtype, wide_dtype
 from ..core.numerics import inverse_norms as inverse_norms
-from ..core.numerics import stats_dtype
 from ..core.problem import GuideRule, Problem
 from ..core.rows import finish as finish  # torch has no faster form of these, which are used as they are
 from ..core.rows import guide_threshold, patch_target
@@ -31,23 +30,15 @@ from ..core.rows import settle as settle
 from ..core.strips import Patch, RowSums, Softmax, Strip, StripMask, Tally
 from .shared import exp_shift
 
-LOG2E = math.log2(math.e)
 BIT_ROWS = 128  # at a time in fp64: 768 KiB at D = 768
 # Columns of one GEMM: for the passes that follow, [1024, 1024] in fp32, 4 MiB, stay in a CPU's caches. At 4096 a step
 # took 4 % longer.
 TILE_COLUMNS = 1024
-# Exponentials below this share of the row's largest are 0. Smaller ones turn products into denormals, which made the
-# GEMMs 2 to 5 times slower at cold temperatures. 2**-100 leaves 26 bits above the denormals for the other factor.
-FLUSH = 2.0**-100
-# Up to this scale neither exp(cosine * scale) nor a sum of 2**40 of them leaves fp32: no maximum is computed, and no
-# exponential is small enough to flush: exp(-2 * 30) = 2**-87.
-SAFE_SCALE = 30.0
 BENT_FAR = -1e15  # its tanh is -1
 FAR = -1e30  # below every logit; its exponential is 0
 # Most bytes of unit copies of the embeddings, which save two passes over every tile and one over the keys for every
 # chunk. They take no more than a bounded workspace does.
 UNIT_BYTES = 32 << 20
-FOLD_COPIES = 12  # matrices of a chunk that a fold needs: sorted values and their int64 places, masks
 
 
 def why_not(problem: Problem) -> str | None:
@@ -98,9 +89,7 @@ def workspace_dtype(problem: Problem) -> torch.dtype:
 
 
 def _tiles(strip: Strip, columns: int | None = None) -> Iterator[slice]:
-    columns = columns or TILE_COLUMNS
-    for start in range(0, strip.y.shape[0], columns):
-        yield slice(start, min(start + columns, strip.y.shape[0]))
+    return slices(strip.y.shape[0], columns or TILE_COLUMNS)
 
 
 class Rows(NamedTuple):
@@ -416,7 +405,7 @@ def exp_rows(
     """
     if outs[0].dtype != strips[0].scale.dtype:
         return _exp_rows_narrow(problem, strips, outs, target_sim, tally, score)
-    safe = problem.bound is not None and problem.bound <= SAFE_SCALE
+    safe = problem.bound is not None and problem.bound <= UNSHIFTED_SCALE
     if problem.softcap and safe and tally is None and not problem.masked:
         return _exp_rows_bent(strips, outs), None
     if target_sim is not None or tally is not None or problem.softcap:
@@ -450,7 +439,7 @@ def exp_rows(
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.device.type in ("cpu", "cuda") else x.dtype
+    return wide_dtype(x.device, x.dtype)
 
 
 def _exp_rows_narrow(
@@ -468,7 +457,7 @@ def _exp_rows_narrow(
     """
     rows = strips[0].x.shape[0]
     exponent, total = _empty_sums(strips[0], rows)
-    known = problem.bound is not None and problem.bound <= SHIFTED_SCALE
+    known = problem.bound is not None and problem.bound <= SAFE_SCALE
     if known:
         exponent.fill_(round(exp_shift(problem) * LOG2E))
     q = None if target_sim is None else torch.zeros_like(total)
@@ -527,8 +516,7 @@ def _rows_times(strip: Strip, unit: float) -> Rows:
     if _narrow(strip):
         return Rows(strip.x, factor.to(strip.scale.dtype)[:, None])
     out = strip.scale.new_empty(strip.x.shape)
-    for start in range(0, strip.x.shape[0], BIT_ROWS):
-        part = slice(start, start + BIT_ROWS)
+    for part in slices(strip.x.shape[0], BIT_ROWS):
         out[part] = strip.x[part].to(wide) * factor[part, None]
     return Rows(out)
 

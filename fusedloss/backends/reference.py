@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core import softmax
 from ..core.folds import FOLDS
-from ..core.numerics import autocasting, stats_dtype, unit_rows
+from ..core.numerics import autocasting, stats_dtype, unit_rows, wide_dtype
 from ..core.problem import Guide, Mask, Problem
 from ..core.rows import above_ties, fold_part, fold_scalars, guide_threshold, score_ties, squared_distances
 
@@ -132,7 +132,7 @@ def _logits(
 def _marginal(problem: Problem, index: Tensor) -> Tensor:
     """Targets' logits under their margin. An angle is the root of a difference: half of a cosine's digits are lost."""
     block, narrow = problem.blocks[0], stats_dtype(problem.dtype)
-    dtype = torch.float64 if problem.device.type in ("cpu", "cuda") else narrow
+    dtype = wide_dtype(problem.device, narrow)
     x, y = problem.operands[block.query][: problem.rows], problem.operands[block.key][index]
     cosine = (unit_rows(x.to(dtype)) * unit_rows(y.to(dtype))).sum(1)
     return softmax.marginal(cosine, problem.margin, torch.finfo(narrow).eps)[0] * problem.scale

@@ -7,17 +7,16 @@ materialises whatever it likes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .numerics import FLUSH, slices, wide_dtype
 from .softmax import softplus
 
 TILE = 1024  # columns at a time, where a step needs wider types than the values'
-# Probabilities below this are 0: as denormals they would make the products that follow several times slower on a CPU.
-FLOOR = 2.0**-100
 FAR = -1e30  # a logit for what a formula leaves out: -inf would send NaN through autograd
 
 
@@ -95,7 +94,7 @@ def _shift(x: Tensor) -> Tensor:
 def _softmax_(x: Tensor, mask: Tensor) -> LogSum:
     """Softmax of each row over the columns in `mask`, in place, 0 elsewhere; without columns a shift of 0."""
     shift = _shift(x.masked_fill_(~mask, -torch.inf))
-    total = torch.threshold_(x.sub_(shift).exp_(), FLOOR, 0.0).sum(dim=1, keepdim=True)
+    total = torch.threshold_(x.sub_(shift).exp_(), FLUSH, 0.0).sum(dim=1, keepdim=True)
     x.div_(total.masked_fill(total == 0, 1))
     return LogSum(shift[:, 0], total.log_()[:, 0])
 
@@ -105,16 +104,11 @@ def _probabilities_(x: Tensor) -> tuple[Tensor, Tensor]:
     p = x.sub_(_shift(x)).exp()
     total = p.sum(dim=1, keepdim=True)
     total.masked_fill_(total == 0, 1)
-    return torch.threshold_(p.div_(total), FLOOR, 0.0), total
+    return torch.threshold_(p.div_(total), FLUSH, 0.0), total
 
 
 def _wide(values: Tensor) -> torch.dtype:
-    return torch.float64 if values.device.type in ("cpu", "cuda") else values.dtype
-
-
-def _tiles(columns: int) -> Iterator[slice]:
-    for start in range(0, columns, TILE):
-        yield slice(start, start + TILE)
+    return wide_dtype(values.device, values.dtype)
 
 
 # What formulas share --------------------------------------------------------------------------------------------------
@@ -426,7 +420,7 @@ def batch_all(values: Tensor, part: Part, scalars: Scalars, options: Options, gr
     slope.add_(reached.mul_(negative))
     wide = _wide(values)  # a triplet's loss is small beside its distances
     loss = margin * count.to(wide)
-    for tile in _tiles(values.shape[1]):
+    for tile in slices(values.shape[1], TILE):
         loss += torch.linalg.vecdot(values[:, tile].to(wide), slope[:, tile].to(wide))
     loss = _weighted(loss.to(values.dtype), part)
     if gradient:
@@ -457,7 +451,7 @@ def semi_hard(values: Tensor, part: Part, scalars: Scalars, options: Options, gr
     nearest = values.argmin(dim=1, keepdim=True)
     loss = values.new_zeros(values.shape[0])
     slope = torch.zeros_like(values)
-    for tile in _tiles(values.shape[1]):
+    for tile in slices(values.shape[1], TILE):
         distance = values[:, tile].contiguous()
         place = torch.minimum(torch.searchsorted(ascending, distance, right=True), last).clamp_min_(0)
         column = torch.where(last < 0, nearest, order.gather(1, place))

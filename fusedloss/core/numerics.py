@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 NORM_EPS = 1e-12  # as in F.normalize: a zero row stays zero instead of becoming NaN
 SAFE_SCALE = 59.0  # up to this scale exponents lie within [-69, 49]: see `exp_shift` of backends/shared.py
+# Up to this scale neither exp(cosine * scale) nor a sum of 2**40 of them leaves fp32: no maximum is computed, and no
+# exponential is small enough to flush: exp(-2 * 30) = 2**-87.
+UNSHIFTED_SCALE = 30.0
+LOG2E = math.log2(math.e)
+# Exponentials below this share of the row's largest are 0. Smaller ones turn products into denormals, which made the
+# GEMMs 2 to 5 times slower on a CPU at cold temperatures. 2**-100 leaves 26 bits above the denormals for the other
+# factor.
+FLUSH = 2.0**-100
+FOLD_COPIES = 12  # matrices of a chunk that a fold in torch needs: sorted values and their int64 places, masks
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype of losses, log-sum-exps and accumulators: fp32, or fp64 for fp64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def wide_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
+    """fp64 where the device has it."""
+    return torch.float64 if device.type in ("cpu", "cuda") else otherwise
 
 
 def saved_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -55,6 +71,17 @@ def inverse_norms(x: Tensor) -> Tensor:
 def rows_of(x: Tensor, part: slice) -> Tensor:
     """Returns `x[part]`, and `x` itself for all of it: a slice takes 2 us, and small batches are one chunk."""
     return x if part.stop - part.start == x.shape[0] else x[part]
+
+
+def cdiv(a: int, b: int) -> int:
+    """`a / b`, rounded up."""
+    return -(-a // b)
+
+
+def slices(count: int, size: int) -> Iterator[slice]:
+    """Of `size` each, the last one shorter."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
 
 
 def unit_rows(x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .numerics import cdiv
+
 GEMM_TILE = (128, 256)  # of the vendor's GEMMs on large products
 ACCUMULATION = 244  # reading and writing dy's fp32 sums once a chunk takes 244 / rows of the three products' time
 
@@ -16,11 +18,11 @@ def wave_rows(M: int, D: int, most: int, multiprocessors: int) -> int:
         return max(1, M)
     if most < 2 * tile_m:
         return max(1, most)
-    columns = -(-D // tile_n)
+    columns = cdiv(D, tile_n)
 
     def filled(rows: int) -> float:
         tiles = rows // tile_m * columns
-        return tiles / (-(-tiles // multiprocessors) * multiprocessors)
+        return tiles / (cdiv(tiles, multiprocessors) * multiprocessors)
 
     candidates = range(tile_m, most + 1, tile_m)
     # An idle part of dx's third of the work costs (1 / filled - 1) / 3.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.numerics import savable, stats_dtype
+from ..core.numerics import savable, stats_dtype, wide_dtype
 from ._module import LossModule
 from ._options import Call, RowOptions, expanded
 from ._pairs import SIMILARITIES, check_columns, check_numbers, similarities
@@ -66,7 +66,7 @@ def distill_kl_div(
     found = torch.stack(similarities(similarity, query, positive, *negatives, backend=call.backend), dim=1)
     # fp64 for these O(B K) numbers: the divergence is of second order, and in fp32 that of a well-fitted batch is
     # noise.
-    wide = torch.float64 if found.device.type in ("cpu", "cuda") else found.dtype
+    wide = wide_dtype(found.device, found.dtype)
     log_p = (found.to(wide) / student).log_softmax(1)
     log_q = (label.detach().to(wide) / teacher).log_softmax(1)
     q = log_q.exp()

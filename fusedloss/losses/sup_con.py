@@ -12,7 +12,16 @@ from torch import Tensor
 from .. import sweep
 from ..backends import select
 from ..core import checks
-from ..core.numerics import NORM_EPS, group_numbers, row_numbers, savable, stats_dtype, unit_rows, without_autocast
+from ..core.numerics import (
+    NORM_EPS,
+    group_numbers,
+    row_numbers,
+    savable,
+    slices,
+    stats_dtype,
+    unit_rows,
+    without_autocast,
+)
 from ..core.problem import Block, Fold, Mask, Problem
 from ..core.rows import finish
 from ..distributed import Request, World, agree, averaged, everywhere, part_across, scaled, summed_across
@@ -210,8 +219,7 @@ def _class_sums(u: Tensor, classes: Tensor) -> Tensor:
 def _dimensions(x: Tensor, budget: int) -> Iterator[slice]:
     """Returns the number of dimensions of which PIECES matrices fit the workspace."""
     width = max(1, budget // max(1, PIECES * len(x) * stats_dtype(x.dtype).itemsize))
-    for start in range(0, x.shape[1], width):
-        yield slice(start, start + width)
+    return slices(x.shape[1], width)
 
 
 class SupConLoss(LossModule, function=sup_con):

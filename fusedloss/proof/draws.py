@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..core.numerics import stats_dtype
+from ..core.numerics import cdiv, stats_dtype
 from ..core.rows import cut_off
 from ..testing import inputs
 from .zones import Zones
@@ -146,7 +146,7 @@ def _as_tf32(x: Tensor) -> Tensor:
 def _rows(x: Tensor, zones: Zones) -> Tensor:
     """Rows that start on 16 bytes, poison between them: what kernels read as it is."""
     wide = ALIGNMENT // x.itemsize
-    return zones.between(x.shape, (-(-x.shape[1] // wide) * wide + wide, 1), x.dtype).copy_(x)
+    return zones.between(x.shape, (cdiv(x.shape[1], wide) * wide + wide, 1), x.dtype).copy_(x)
 
 
 def _columns(x: Tensor, zones: Zones) -> Tensor:

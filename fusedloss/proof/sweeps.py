@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import sweep
 from ..backends import SWEEPS, reference
+from ..core.numerics import cdiv
 from ..core.problem import Block, Compare, Fold, Guide, GuideRule, Margin, Mask, Problem
 from ..core.rows import without_target
 from ..sweep import Partial, Wants
@@ -288,7 +289,7 @@ def _largest(problem: Problem) -> Tensor:
 def _budget(problem: Problem, draw: Draw, rows: int) -> int:
     """Returns the workspace_bytes for this many rows of a chunk."""
     count = draw.size(rows)
-    return count * sum(-(-problem.operands[block.key].shape[0] // 16) * 16 for block in problem.blocks) * 4
+    return count * sum(cdiv(problem.operands[block.key].shape[0], 16) * 16 for block in problem.blocks) * 4
 
 
 def _maybe(draw: Draw, x: Tensor | None) -> Tensor | None:

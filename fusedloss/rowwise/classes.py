@@ -12,6 +12,7 @@ of the loss.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..backends import select_rowwise
 from ..backends.triton import classes as triton_classes
 from ..core import checks
-from ..core.numerics import savable, stats_dtype
+from ..core.numerics import savable, slices, stats_dtype
 from ..core.softmax import softmax_rows
 from .pointwise import last_use, once_only, transformed
 
@@ -315,12 +316,11 @@ def _blocks(x: Tensor) -> Iterator[tuple[slice, ...]]:
     """Yields blocks of rows: along `M`; of `[N, C, S]` along N, and along S if one of N is too large."""
     N, C = x.shape[:2]
     if x.dim() == 2:
-        yield from ((slice(i, i + max(1, BLOCK // C)),) for i in range(0, N, max(1, BLOCK // C)))
+        yield from ((rows,) for rows in slices(N, max(1, BLOCK // C)))
         return
     S = x.shape[2]
     n, s = max(1, BLOCK // (C * S)), max(FEW_CLASSES, BLOCK // C)
-    for i in range(0, N, n):
-        yield from ((slice(i, i + n), slice(j, j + s)) for j in range(0, S, s))
+    yield from itertools.product(slices(N, n), slices(S, s))
 
 
 def _block(
@@ -436,8 +436,7 @@ def soft_chunked(
     grad = logits.new_empty(logits.shape) if wants_grad else None
     gain = loss.new_empty(loss.shape) if wants_grad and logits.dtype == torch.float16 else None
     step = max(1, BLOCK // max(1, logits.shape[1])) if logits.device.type == "cpu" else max(1, len(logits))
-    for i in range(0, logits.shape[0], step):
-        rows = slice(i, i + step)
+    for rows in slices(logits.shape[0], step):
         own = None if mask is None else mask[rows]
         log_q, log_p = (_log_softmax(t[rows].to(dtype), own) for t in (target_logits, logits))
         q = log_q.exp_()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..backends import select_rowwise
 from ..core import checks
-from ..core.numerics import stats_dtype
+from ..core.numerics import slices, stats_dtype
 from . import classes
 from .pointwise import once_only
 
@@ -84,8 +84,7 @@ def _wants_gradient(scores: Tensor) -> bool:
 
 def _row_blocks(Q: int, n: int, device: torch.device) -> Iterator[slice]:
     rows = max(1, BLOCK.get(device.type, BLOCK["cuda"]) // max(n, 1))
-    for start in range(0, Q, rows):
-        yield slice(start, min(start + rows, Q))
+    return slices(Q, rows)
 
 
 # Pairs of documents ---------------------------------------------------------------------------------------------------
@@ -147,11 +146,10 @@ def _pairs(z: Tensor, top: int, buffers: int) -> Iterator[Pairs]:
     height = n if n <= ONE_BLOCK else min(n, max(ROWS[0], min(ROWS[1], block // max(Q * n, 1))))
     batch = max(1, block // max(height * n, 1))
     room = z.new_empty(buffers, min(batch, Q) * min(height, top) * n)
-    for start in range(0, top, height):
-        rows = slice(start, min(start + height, top))
-        for first in range(0, Q, batch):
-            queries = slice(first, min(first + batch, Q))
-            shape = queries.stop - first, rows.stop - start, n - start
+    for rows in slices(top, height):
+        start = rows.start
+        for queries in slices(Q, batch):
+            shape = queries.stop - queries.start, rows.stop - start, n - start
             workspace = [flat[: math.prod(shape)].view(shape) for flat in room]
             yield Pairs(queries, rows, slice(start, n), workspace, False)
 

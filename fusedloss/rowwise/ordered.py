@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import select_rowwise
 from ..core import checks
-from ..core.numerics import savable
+from ..core.numerics import savable, wide_dtype
 from ..core.softmax import softplus
 
 
@@ -37,7 +37,7 @@ class _OrderedPairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, label: Tensor) -> Tensor:
         # O(B) work: in fp64, where exp(z_i - z_j - loss) keeps its digits at |z| = 1e4.
-        wide, rows = torch.float64 if z.device.type in ("cpu", "cuda") else z.dtype, len(z)
+        wide, rows = wide_dtype(z.device, z.dtype), len(z)
         levels, order = label.sort()
         x = z[order].to(wide)
         # Indexed by the number of rows: the log of the sum of exp(x) over the first rows, and of exp(-x) over the last.

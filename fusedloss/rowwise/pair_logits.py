@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import select_rowwise
 from ..backends.triton import classes as triton_classes
-from ..core.numerics import savable, stats_dtype
+from ..core.numerics import savable, slices, stats_dtype
 from .pointwise import once_only, transformed
 
 BLOCK = {"cpu": 1 << 19, "cuda": 1 << 26}  # elements of u at a time
@@ -122,4 +122,4 @@ def _slices(weight: Tensor, parts: tuple[str, ...]) -> dict[str, list[Tensor]]:
 
 def _blocks(u: Tensor) -> Iterator[slice]:
     step = max(1, BLOCK.get(u.device.type, 1 << 26) // u.shape[1])
-    yield from (slice(i, i + step) for i in range(0, u.shape[0], step))
+    return slices(u.shape[0], step)

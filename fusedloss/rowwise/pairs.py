@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..backends import select_rowwise
 from ..backends.triton import pairs as triton_pairs
-from ..core.numerics import NORM_EPS, savable, stats_dtype
+from ..core.numerics import NORM_EPS, savable, slices, stats_dtype
 from .pointwise import transformed
 
 # Elements of a block. On a CPU each call wakes the other threads: blocks of 2^18 elements took up to 1.3 times as long
@@ -171,8 +171,7 @@ def _blocks(x: Tensor) -> Iterator[slice | None]:
     if x.shape[0] <= rows:
         yield None
     else:
-        for start in range(0, x.shape[0], rows):
-            yield slice(start, start + rows)
+        yield from slices(x.shape[0], rows)
 
 
 def _rows(x: Tensor, rows: slice | None) -> Tensor:
@@ -308,8 +307,7 @@ def of_pairs(
 def _some_pairs(x: Tensor, column: Tensor) -> Iterator[slice]:
     """Returns the number of pairs whose matrix takes 1 MiB in fp32: some eight are alive in the backward."""
     rows = max(1, (1 << 18) // x.shape[1])
-    for start in range(0, len(column), rows):
-        yield slice(start, start + rows)
+    return slices(len(column), rows)
 
 
 def _at(x: Tensor, row: Tensor | None, chunk: slice = slice(None)) -> Tensor:

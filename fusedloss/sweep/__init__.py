@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backends.protocol import Stores, Sweeps
-from ..core.numerics import autocasting, rows_of, saved_dtype, stats_dtype
+from ..core.numerics import autocasting, rows_of, saved_dtype, slices, stats_dtype
 from ..core.problem import Problem
 from ..core.rows import above_ties
 from ..core.strips import Prepared, RowSums, Settled, Softmax, Strip, Tally
@@ -140,7 +140,7 @@ class _Sweep:
         workspace = chunks.workspace(self.problem, self.backend)
         return [
             (chunk, chunks.of_blocks(self.problem, workspace, chunk))
-            for chunk in chunks.slices(self.problem.rows, workspace.shape[0])
+            for chunk in slices(self.problem.rows, workspace.shape[0])
         ]
 
     # One direction ----------------------------------------------------------------------------------------------------

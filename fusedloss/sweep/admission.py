@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends.protocol import Admits
-from ..core.numerics import rows_of, stats_dtype
+from ..core.numerics import rows_of, slices, stats_dtype
 from ..core.problem import Block
 from ..core.rows import fresh, score_ties, tie_to_exact
 from ..core.strips import Strip, StripMask
@@ -114,4 +114,4 @@ class Admission:
         """Chunks of a sweep that stores nothing; with a guide the storing sweep's, so that both have one mask."""
         problem = self.problem
         rows = chunks.workspace_shape(problem, self.backend)[0][0] if self.guides else chunks.stats_rows(problem.device)
-        return chunks.slices(problem.rows, rows)
+        return slices(problem.rows, rows)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..backends import KERNELS, reference
 from ..core import environment
-from ..core.numerics import NORM_EPS, unit_rows, without_autocast
+from ..core.numerics import FLUSH, NORM_EPS, unit_rows, without_autocast
 from ..core.problem import Block, Compare, Problem
 from ..core.rows import cut_off
 from ..trust import ask, families, verdicts
@@ -43,7 +43,6 @@ TILE = 1 << 20  # numbers of a tile of keys: 8 MiB
 MISS = 4.0
 # Four roundings of fp32 (a product, its scale, exp, the sum after it), one of tf32: as STEP and STEPS of cases.py.
 STEP, TF32_STEP = 2 * torch.finfo(torch.float32).eps, 2.0**-11
-FLUSHED = 2.0**-100  # of an exponential, a weight and a sum: fp32 may lose it, fp64 does not
 
 logger = logging.getLogger("fusedloss")
 
@@ -203,7 +202,7 @@ def _one_way(problem: Problem, rows: Tensor, dtype: torch.dtype) -> _Rows:
     for bias in [b.bias for b in cut.blocks if b.bias is not None] + list(cut.fold.scalars if cut.fold else ()):
         largest = largest + bias.abs().nan_to_num(0, 0, 0).amax() if bias.numel() else largest
     terms = sum(by_sim.abs().sum(1) for by_sim in derivatives) / scale.clamp_min(torch.finfo(dtype).tiny)  # sum |dz|
-    moves = _step(problem) * largest * terms + problem.columns * FLUSHED
+    moves = _step(problem) * largest * terms + problem.columns * FLUSH
     # A softcapped logit keeps roundings where its derivative is 0: its own, and that of 1 - tanh^2.
     bent = STEP * cut.weight.abs() if problem.softcap else torch.zeros_like(moves)
     gradient_moves = (moves + torch.finfo(problem.dtype).eps * terms + bent) * moved

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..backends.protocol import Sweeps
 from ..core import checks
+from ..core.numerics import cdiv
 from ..core.problem import Problem
 from ..core.rows import fresh
 from ..core.waves import wave_rows
@@ -59,7 +59,7 @@ def workspace_shape(problem: Problem, backend: Sweeps) -> tuple[tuple[int, int],
 
 
 def _block_widths(problem: Problem) -> list[int]:
-    return [-(-problem.operands[block.key].shape[0] // PAD) * PAD for block in problem.blocks]
+    return [cdiv(problem.operands[block.key].shape[0], PAD) * PAD for block in problem.blocks]
 
 
 @functools.cache
@@ -85,8 +85,3 @@ def of_blocks(problem: Problem, workspace: Tensor, chunk: slice) -> list[Tensor]
 def stats_rows(device: torch.device) -> int:
     """Returns the rows of a chunk in a sweep that stores nothing."""
     return STATS_ROWS.get(device.type, STATS_ROWS["cpu"])
-
-
-def slices(count: int, rows: int) -> Iterator[slice]:
-    for start in range(0, count, rows):
-        yield slice(start, min(start + rows, count))

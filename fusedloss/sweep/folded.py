@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends.protocol import FoldsRows
 from ..core import products
 from ..core.folds import FOLDS, Folded
-from ..core.numerics import rows_of
+from ..core.numerics import rows_of, slices
 from ..core.problem import Fold
 from ..core.rows import fold_part, fold_scalars, largest_finite, power_of_two, squared_distances
 from ..core.strips import Strip
@@ -56,8 +56,7 @@ def _distances(inputs: Inputs, fold: Fold, chunk: slice, out: Tensor) -> Tensor:
     """Writes distances, a tile of columns at a time, in torch on every backend."""
     block = inputs.problem.blocks[0]
     x, y = inputs.operands[block.query][chunk], inputs.operands[block.key]
-    for start in range(0, len(y), DISTANCE_COLUMNS):
-        tile = slice(start, start + DISTANCE_COLUMNS)
+    for tile in slices(len(y), DISTANCE_COLUMNS):
         out[:, tile] = squared_distances(x, y[tile])
     if fold.itself:
         out.diagonal(chunk.start).zero_()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core import products
-from ..core.numerics import NORM_EPS, rows_of, saved_dtype
+from ..core.numerics import NORM_EPS, rows_of, saved_dtype, slices, wide_dtype
 from ..core.problem import Problem
 from ..core.products import add_mm, mm
 from ..core.rows import fresh, largest_finite, power_of_two
@@ -48,7 +48,7 @@ class Gradients:
             for bias, wanted in zip(inputs.biases, wants.biases, strict=True)
         ]
         # In fp64, which costs nothing here, because the parts of rows and chunks cancel.
-        wide = torch.float64 if problem.device.type in ("cpu", "cuda") else inputs.dtype
+        wide = wide_dtype(problem.device, inputs.dtype)
         self.scale = torch.zeros_like(problem.scale, dtype=wide) if wants.scale else None
         self.scalars = [torch.zeros_like(problem.scale, dtype=wide) if x else None for x in wants.scalars]
         self.gain = _gain(inputs)
@@ -107,8 +107,7 @@ class Gradients:
             dx, dy, dbias = self.operands[block.query], self.operands[block.key], self.biases[number]
             converts = not dtype == out.dtype == y.dtype or (dbias is not None and out.dtype != inputs.dtype)
             columns = chunks.CONVERTED_COLUMNS if converts else max(1, y.shape[0])
-            for start in range(0, y.shape[0], columns):
-                tile = slice(start, min(start + columns, y.shape[0]))
+            for tile in slices(y.shape[0], columns):
                 values = out if columns == y.shape[0] else out[:, tile]
                 if dbias is not None:
                     ones = torch.ones_like(problem.weight[chunk]) if over_l is None else over_l

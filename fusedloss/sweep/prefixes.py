@@ -19,7 +19,6 @@ sums are rounded once for each of the two products that they enter.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -27,21 +26,16 @@ import torch
 from torch import Tensor
 
 from ..core import products
-from ..core.numerics import NORM_EPS, stats_dtype
+from ..core.numerics import FLUSH, LOG2E, NORM_EPS, UNSHIFTED_SCALE, slices, stats_dtype, wide_dtype
 from ..core.problem import Problem
 from ..core.rows import fresh, largest_finite, power_of_two, row_chunks, settle
 from ..core.strips import RowSums
 from .gradients import Wants
 
-LOG2E = math.log2(math.e)
 # A tile [384, 1536] of one prefix is 2.25 MiB of fp32, near what two cores keep in their L2. More rows would not make
 # the products faster, and fresh memory is slow: writing a tile takes 0.48 ms the first time, then 0.06.
 CPU_ROWS, TILE_COLUMNS = 384, 1536
 SCORE_ROWS = 128  # at a time in fp64: 768 KiB at D = 768
-# Up to this scale neither exp(z) nor its sum leaves fp32, so no maximum is computed; and no exponential is small enough
-# to flush: exp(-2 * 30) = 2**-87.
-SAFE_SCALE = 30.0
-FLUSH = 2.0**-100  # smaller exponentials turn products into denormals, 2 to 5 times slower on a CPU
 
 Admit = Callable[[int, slice, slice], Tensor | None]
 
@@ -129,7 +123,7 @@ class _Prefixes:
     def __init__(self, problem: Problem, wants: Wants, admit: Admit | None):
         operands = problem.operands
         self.dtype, self.device = stats_dtype(problem.dtype), problem.device
-        self.wide = torch.float64 if self.device.type in ("cpu", "cuda") else self.dtype  # not every device has fp64
+        self.wide = wide_dtype(self.device, self.dtype)
         self.operands, self.admit, self.rule = operands, admit, problem.rule
         self.target, self.weight = problem.target, problem.weight.to(self.dtype)
         self.narrow = products.narrow(problem.dtype, self.device)
@@ -152,7 +146,7 @@ class _Prefixes:
         self.safe = (
             self.device.type == "cpu"
             and all(bias is None for bias in self.biases)
-            and abs(self.scale.item()) <= SAFE_SCALE
+            and abs(self.scale.item()) <= UNSHIFTED_SCALE
         )
         used = {number for block in self.blocks for number in block}
         # [K, rows] per operand
@@ -191,8 +185,7 @@ class _Prefixes:
         copies = 1 if self.narrow else 3
         self.rows = {n: [self.weight.new_empty((chunk, self.dims[-1])) for _ in range(copies)] for n, _ in self.blocks}
         tiles = list(self._tiles(width))
-        for start in range(0, M, chunk):
-            part = slice(start, min(start + chunk, M))
+        for part in slices(M, chunk):
             queries = {number: self._queries(number, part) for number, _ in self.blocks}
             parts = self._parts(part, tiles)
             losses[part], found = self._settle(part, queries, *self._sums(part, queries, parts))
@@ -265,8 +258,7 @@ class _Prefixes:
     def _tiles(self, width: int) -> Iterator[_Tile]:
         for block, (query, key) in enumerate(self.blocks):
             total, dbias = self.totals[key], self.bias_grads[block]
-            for start in range(0, self.columns[block], width):
-                tile = slice(start, min(start + width, self.columns[block]))
+            for tile in slices(self.columns[block], width):
                 inverse = self.inverse[key][:, tile]
                 yield _Tile(
                     block,
@@ -395,8 +387,7 @@ class _Prefixes:
         target, D = self.target[part], self.dims[-1]
         sim = torch.empty(rows.ratio.shape, dtype=wide, device=self.device)
         x = self.operands[query][part, :D]
-        for start in range(0, x.shape[0], SCORE_ROWS):
-            r = slice(start, start + SCORE_ROWS)
+        for r in slices(x.shape[0], SCORE_ROWS):
             product, other = (buffer[: target[r].shape[0]] for buffer in self.scores)
             product.copy_(self.operands[key][target[r], :D]).mul_(other.copy_(x[r]))
             for k, segment in enumerate(self.segments):

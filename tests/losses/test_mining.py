@@ -22,6 +22,7 @@ import fusedloss
 from fusedloss import sweep, testing
 from fusedloss.backends import chunked
 from fusedloss.bench import measure
+from fusedloss.core import numerics
 
 BACKENDS = ["chunked", "reference"]
 KERNELS = ["triton", "cuda"]
@@ -308,7 +309,7 @@ def test_a_small_workspace_gives_the_same(name):
     """Chunks as a user makes them: three here, the last one partly filled."""
     x, labels = randn(150, 5), torch.randint(0, 9, (150,))
     loss, _ = LABELLED[name]
-    least = 64 * 160 * 8 * chunked.FOLD_COPIES
+    least = 64 * 160 * 8 * numerics.FOLD_COPIES
     with pytest.raises(ValueError, match=f"workspace_bytes must be at least .*, got 1; allow .*{least} bytes"):
         loss(x, labels, workspace_bytes=1, backend="chunked")
     same(

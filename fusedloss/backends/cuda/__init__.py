@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.numerics import stats_dtype
+from ...core.numerics import FOLD_COPIES, cdiv, stats_dtype
 from ...core.problem import GuideRule, Mask, Problem
 from ...core.rows import guide_threshold
 from ...core.strips import RowSums, Softmax, Strip, Tally
@@ -33,7 +33,6 @@ from .rows import weigh as weigh
 
 MAX_COMPARES, MAX_EXEMPT = 4, 8  # csrc/similarity.h
 LARGEST = 2**31 - 256  # indices up to a tile beyond the last row, column or feature must fit 32 bits
-FOLD_COPIES = 12  # see chunked
 
 
 def why_not(problem: Problem) -> str | None:
@@ -230,7 +229,7 @@ def guide_rows(strips: list[Strip], rule: GuideRule, room: Tensor, own: Tensor |
     threshold = guide_threshold(guide_scores(strips[0], room) if own is None else own, rule, strips[0].x.shape[1])
     dropped = []
     for strip in strips:
-        words = -(-strip.y.shape[0] // 32)
+        words = cdiv(strip.y.shape[0], 32)
         bits = torch.empty((strip.x.shape[0], words), dtype=torch.int32, device=strip.x.device)
         args = struct("BitsArgs", threshold=threshold, bits=bits, words=words)
         Launch(strip)("guide", args)

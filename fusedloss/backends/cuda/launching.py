@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...core import environment
+from ...core.numerics import cdiv
 from ...core.rows import tf32
 from ...core.strips import Strip, StripMask
 from ..shared import check_vector
@@ -225,11 +226,11 @@ class Launch:
         self.plan = plan_of(extension, capability_of(strip.x.device), self.tensor_cores, aligned, narrow)
 
     def row_table(self) -> Tensor:
-        lines = -(-self.strip.y.shape[0] // self.plan.BLOCK_N)
+        lines = cdiv(self.strip.y.shape[0], self.plan.BLOCK_N)
         return self.strip.scale.new_empty((lines, self.strip.x.shape[0]))
 
     def column_table(self) -> Tensor:
-        lines = -(-self.strip.x.shape[0] // self.plan.BLOCK_M)
+        lines = cdiv(self.strip.x.shape[0], self.plan.BLOCK_M)
         return self.strip.scale.new_empty((lines, self.strip.y.shape[0]))
 
     def __call__(self, name: str, args: Any, out: Tensor | None = None) -> None:
@@ -293,5 +294,5 @@ def operand(x: Tensor) -> Tensor:
     if by_row or (is_aligned(x.T) and capability_of(x.device) != 90):
         return x
     wide = ALIGNMENT // x.itemsize
-    padded = x.new_empty((x.shape[0], -(-x.shape[1] // wide) * wide))
+    padded = x.new_empty((x.shape[0], cdiv(x.shape[1], wide) * wide))
     return padded[:, : x.shape[1]].copy_(x)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ...core import products
-from ...core.numerics import stats_dtype
+from ...core.numerics import FOLD_COPIES, cdiv, stats_dtype
 from ...core.problem import GuideRule, Problem
 from ...core.rows import guide_threshold
 from ...core.strips import RowSums, Softmax, Strip, StripMask, Tally
 from ...core.waves import wave_rows
 from ..shared import can_exp, exp_shift
-from .launching import ALIGNMENT, cdiv, config_of, descriptor, launch, multiprocessors, precision_of
+from .launching import ALIGNMENT, config_of, descriptor, launch, multiprocessors, precision_of
 from .launching import compiling as compiling
 from .launching import why_not_on as why_not_on
 from .rows import finish as finish
@@ -33,7 +33,6 @@ from .rows import weigh as weigh
 if TYPE_CHECKING:
     from .config import Config
 
-FOLD_COPIES = 12  # see chunked
 PANEL_BYTES = 32 << 20  # fp32 similarities of the vendor's GEMM, which fit an H200's L2 until the fold reads them
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.numerics import cdiv
 from ...core.rows import tf32
-from .launching import cdiv, launch, on_nvidia
+from .launching import launch, on_nvidia
 
 Found = tuple[Tensor, Tensor | None, Tensor | None]  # losses of rows, their gradient, and its factor
 

@@ -8,6 +8,8 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from ...core.numerics import cdiv
+
 
 class Config(NamedTuple):
     """How the similarities of one launch are computed.
@@ -52,7 +54,7 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
     """
     if capability is None:
         return Config("pointers", 64, 64, 64)
-    few = _cdiv(M, 128) * _cdiv(N, 128) < FEW_TILES
+    few = cdiv(M, 128) * cdiv(N, 128) < FEW_TILES
     if not few and (found := _measured(D, dtype, capability, mode)):
         return found
     if dtype == "fp32":
@@ -120,7 +122,3 @@ def _measured(D: int, dtype: str, capability: tuple[int, int], mode: str) -> Con
 def _table() -> list[dict]:
     """Written by benchmarks/tune.py on a GPU; empty until one has run it."""
     return json.loads((Path(__file__).parent / "measured.json").read_text())
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

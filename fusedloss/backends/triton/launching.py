@@ -76,10 +76,6 @@ def compiling(tell: Callable[[float], None]) -> Iterator[None]:
         knobs.listener = before
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **constants: Any) -> None:
     """Launches a kernel; every launch goes through here."""
     _check(args)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launching import cdiv, launch
+from ...core.numerics import cdiv
+from .launching import launch
 
 TILE = 32  # documents on either side of a tile of pairs, at most: with 64 columns lambdas take 230 registers
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launching import cdiv, launch
+from ...core.numerics import cdiv
+from .launching import launch
 from .rows import row_options
 
 

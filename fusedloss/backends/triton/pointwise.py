@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launching import cdiv, launch
+from ...core.numerics import cdiv
+from .launching import launch
 
 BLOCK = 1024  # elements a program, 8 a thread; more under the interpreter, whose time does not depend on them
 INTERPRETED_BLOCK = 1 << 14

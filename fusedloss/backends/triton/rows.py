@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...core.numerics import cdiv
 from ...core.problem import NO_RULE, RowRule
 from ...core.strips import Patch, Prepared, RowSums, Settled
-from .launching import cdiv, launch
+from .launching import launch
 
 if TYPE_CHECKING:
     pass
