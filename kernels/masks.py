@@ -7,6 +7,8 @@ import triton.language as tl
 
 from .softmax import hits
 
+# maths.md: Masks and thresholds
+
 
 class MaskArgs(NamedTuple):
     """A column stays if every given part admits it; tuples hold a vector for each pair."""

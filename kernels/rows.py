@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .softmax import finite
 
+# maths.md: Margin; Softcap; Online log-sum-exp; Settle; Symmetric; Contraction
 # Rows shorter than this are divided by it, as in torch.nn.functional.normalize.
 NORM_EPS = tl.constexpr(1e-12)
 FP32_EPS = tl.constexpr(2.0**-23)
@@ -188,7 +189,6 @@ def settle_kernel(
         loss = tl.where(difference == difference, loss, difference)  # maxima drop NaN
     spread = label_smoothing
     if z_loss is not None:
-        # See core/rows.py.
         lse = (score + loss).to(tl.float32)
         spread += 2 * z_loss * lse
         l /= 1 + 2 * z_loss * lse

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+# maths.md: Softcap; Tally; Online log-sum-exp; Gradient of the logits; Gradient by the scale; Symmetric
 LOG2E = tl.constexpr(1.4426950408889634)
 
 

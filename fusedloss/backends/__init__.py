@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..core import checks, environment
+from ..core.epilogues import Epilogue
 from ..core.errors import UnsupportedError
-from ..core.problem import Problem
+from ..core.problem import Block, Fold, Problem
 from ..trust import ask, families
 from ..trust import order as order_
 from . import chunked, cuda, reference, triton
@@ -41,6 +42,27 @@ PLAIN = (order_.REFERENCE, True)
 MOST_CHOSEN = 1024  # entries, mostly sizes
 AUTOMATIC = "backend='auto'"
 UNPROVED = "not proved on this device, which `python -m fusedloss verify` does"
+
+
+def forms(epilogue: Epilogue) -> dict[str, str]:
+    """By backend, how it computes an epilogue: "formula", "torch", "kernel"; a backend that is absent has not got it.
+
+    A fold that is no kernel is plain torch on the backend's similarities.
+    """
+    found = {}
+    for name, backend in SWEEPS.items():
+        kind = "kernel" if name in KERNELS else "torch"
+        if epilogue.name.startswith("fold:"):
+            found[name] = kind if backend.can_fold(_asks(epilogue.name.removeprefix("fold:"))) else "torch"
+        elif all(hasattr(backend, primitive) for primitive in epilogue.primitives):
+            found[name] = kind
+    return {**found, "reference": "formula"}
+
+
+def _asks(fold: str) -> Problem:
+    """The smallest problem with a fold."""
+    x, one = torch.ones(1, 1), torch.ones(())
+    return Problem((x,), (Block(0, 0),), one, torch.zeros(1, dtype=torch.int64), torch.ones(1), fold=Fold(fold))
 
 
 def select(problem: Problem, backend: str, *, plain: bool = True) -> str:

@@ -30,6 +30,7 @@ from ..core.rows import settle as settle
 from ..core.strips import Patch, RowSums, Softmax, Strip, StripMask, Tally
 from .shared import exp_shift
 
+# maths.md: Logits; Masks and thresholds; Softcap; Online log-sum-exp; Gradient of the logits; Gradient by the scale
 BIT_ROWS = 128  # at a time in fp64: 768 KiB at D = 768
 # Columns of one GEMM: for the passes that follow, [1024, 1024] in fp32, 4 MiB, stay in a CPU's caches. At 4096 a step
 # took 4 % longer.
@@ -179,7 +180,7 @@ def _admit_(z: Tensor, strip: Strip, tile: slice, unit: float = 1.0, far: float 
 
 
 def _slope(z: Tensor, softcap: float, out: Tensor) -> Tensor:
-    """Returns the softcap's derivative from its value z, `1 - (z / softcap)^2`; 0 for the -inf of a dropped column."""
+    """Returns the softcap's derivative from its value z; 0 for the -inf of a dropped column."""
     return torch.addcmul(z.new_ones(()), z, z, value=-(softcap**-2), out=out).clamp_(min=0)
 
 

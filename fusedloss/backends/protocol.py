@@ -4,6 +4,8 @@ Functions that write store `value * row_factor * col_factor`, multiplied before 
 and `grad_rows` its entry.
 """
 
+# maths.md: Names; Logits; Settle; Gradient of the logits; Contraction; Tally; Symmetric; Folds; Prefixes
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -213,5 +213,5 @@ def _fold_rows(problem: Problem, rows: list[Tensor], lost: float) -> tuple[Tenso
 def _folded(problem: Problem, values: Tensor) -> tuple[Tensor, list[Tensor]]:
     fold, part = problem.fold, fold_part(problem, slice(0, len(values)))
     assert fold is not None
-    loss, count = FOLDS[fold.name][1](values, part, fold_scalars(problem), fold.options)
+    loss, count = FOLDS[fold.name].formula(values, part, fold_scalars(problem), fold.options)
     return loss, [] if count is None else [count.detach()]

@@ -16,6 +16,7 @@ from torch import Tensor
 from .numerics import FLUSH, slices, wide_dtype
 from .softmax import softplus
 
+# maths.md: Folds
 TILE = 1024  # columns at a time, where a step needs wider types than the values'
 FAR = -1e30  # a logit for what a formula leaves out: -inf would send NaN through autograd
 
@@ -516,15 +517,31 @@ def distill_formula(values: Tensor, part: Part, scalars: Scalars, options: Optio
     return _left_in((torch.xlogy(p, p) - p * log_q).sum(dim=1), part), None
 
 
-FOLDS: dict[str, tuple[Fold, Formula]] = {
-    "sigmoid": (sigmoid, sigmoid_formula),
-    "margin_ranking": (margin_ranking, margin_ranking_formula),
-    "pair_hinge": (pair_hinge, pair_hinge_formula),
-    "multi_similarity": (multi_similarity, multi_similarity_formula),
-    "proxy_anchor": (proxy_anchor, proxy_anchor_formula),
-    "circle": (circle, circle_formula),
-    "sup_con_in": (sup_con_in, sup_con_in_formula),
-    "batch_all": (batch_all, batch_all_formula),
-    "semi_hard": (semi_hard, semi_hard_formula),
-    "distill": (distill, distill_formula),
+# What a fold sees of a row: similarities one at a time; two log-sum-exps, then similarities; the whole row at once.
+SUM, SIDES, ROW = (
+    "loss; count, or gradients by the scalars",
+    "log-sum-exps of positives and of negatives",
+    "the whole row",
+)
+
+
+class Forms(NamedTuple):
+    """A fold's row of the registry (`epilogues.py`)."""
+
+    torch: Fold
+    formula: Formula
+    sums: str  # SUM or SIDES: a kernel can make them in its tile; ROW: it takes the row as a whole
+
+
+FOLDS: dict[str, Forms] = {
+    "sigmoid": Forms(sigmoid, sigmoid_formula, SUM),
+    "margin_ranking": Forms(margin_ranking, margin_ranking_formula, SUM),
+    "pair_hinge": Forms(pair_hinge, pair_hinge_formula, SUM),
+    "multi_similarity": Forms(multi_similarity, multi_similarity_formula, SIDES),
+    "proxy_anchor": Forms(proxy_anchor, proxy_anchor_formula, SIDES),
+    "circle": Forms(circle, circle_formula, SIDES),
+    "sup_con_in": Forms(sup_con_in, sup_con_in_formula, SIDES),
+    "batch_all": Forms(batch_all, batch_all_formula, ROW),
+    "semi_hard": Forms(semi_hard, semi_hard_formula, ROW),
+    "distill": Forms(distill, distill_formula, ROW),
 }

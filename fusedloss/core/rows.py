@@ -19,6 +19,7 @@ from .problem import NO_RULE, GuideRule, Problem, RowRule
 from .softmax import bent, decoupled_loss, marginal, softmax_loss
 from .strips import Patch, Prepared, RowSums, Settled
 
+# maths.md: Margin; Softcap; Online log-sum-exp; Settle; Masks and thresholds; Symmetric; Contraction
 ROWS = 1024  # at a time, where rows are converted: fp32 copies stay in a CPU's caches
 
 
@@ -117,8 +118,6 @@ def settle(
     With `patch`, entries are relative to `weight / l` and written into the workspace, merged in fp32 before they are
     rounded; `scaled` are then the matrices whose rows are wanted times `weight / l`, rounded to `dtype`.
 
-    A row that is decoupled, and without negatives, has loss 0.
-
     smooth: what smoothing takes from every admissible entry, where it is known by row.
     slope: what the target's entry is times, see `Prepared`.
     """
@@ -138,9 +137,7 @@ def settle(
     l = total.clone() if rule.decoupled else total + rule.copies * own
     loss = decoupled_loss(shift, total, score) if rule.decoupled else softmax_loss(shift, total, score, rule.copies)
     spread: float | Tensor = rule.label_smoothing
-    if (
-        rule.z_loss
-    ):  # d lse^2 = 2 lse p: more of the softmax, and as much of the target's mass as makes its entry 2 lse p_t
+    if rule.z_loss:
         lse = (score + loss).to(total.dtype)
         spread = spread + 2 * rule.z_loss * lse
         l = l / (1 + 2 * rule.z_loss * lse)

@@ -30,7 +30,7 @@ def fold_chunk(inputs: Inputs, gradients: Gradients, chunk: slice, strip: Strip,
         folded = cast(FoldsRows, backend).fold_rows(problem, strip, out if wanted else None, part, score)
     else:
         distances = _values(inputs, fold, chunk, strip, out)
-        folded = FOLDS[fold.name][0](out, part, fold_scalars(problem), fold.options, wanted)
+        folded = FOLDS[fold.name].torch(out, part, fold_scalars(problem), fold.options, wanted)
     if not wanted:
         return folded
     for total, terms in zip([gradients.scale, *gradients.scalars], folded.scalars, strict=False):

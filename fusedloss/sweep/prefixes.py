@@ -1,17 +1,8 @@
 """Matryoshka in one sweep: softmax losses of several prefixes of the same embeddings, out of one similarity GEMM.
 
-    z_k[i, j] = scale <x_i[:d_k], y_j[:d_k]> / (|x_i[:d_k]| |y_j[:d_k]|) + bias_j
-    loss_i    = weight_i sum_k c_k CE(z_k[i], target_i)
-
-With segments [d_{k-1}, d_k) of the columns, and |x|_k, |y|_k the norms of the prefixes:
-
-    acc += x[:, segment k] @ y[:, segment k].T        after which acc holds the dot products of prefix k
-    H_k[i, j] = scale dz_k[i, j] / (|x_i|_k |y_j|_k)
-    dx[:, segment k] = (sum_{m >= k} H_m) @ y[:, segment k] - (sum_{m >= k} rowsum(dz_m z_m) / |x|_m^2) x[:, segment k]
-
-and dy alike, with the transpose and column sums. The three products of the longest prefix serve all of them: 6 MND,
-against 6 MN sum_k d_k for a loop. Two passes over a row chunk: the first stores the logits of all prefixes and sums
-their exponentials; the second turns a tile of them into dz, its suffix sums and products while it is in cache.
+The three products of the longest prefix serve all of them: 6 MND, against 6 MN sum_k d_k for a loop. Two passes over a
+row chunk: the first stores the logits of all prefixes and sums their exponentials; the second turns a tile of them into
+dz, its suffix sums and products while it is in cache.
 
 If the device multiplies 16-bit matrices into fp32, all three products take the embeddings as they are, and the suffix
 sums are rounded once for each of the two products that they enter.
@@ -32,6 +23,7 @@ from ..core.rows import fresh, largest_finite, power_of_two, row_chunks, settle
 from ..core.strips import RowSums
 from .gradients import Wants
 
+# maths.md: Prefixes; Online log-sum-exp; Gradient by the scale
 # A tile [384, 1536] of one prefix is 2.25 MiB of fp32, near what two cores keep in their L2. More rows would not make
 # the products faster, and fresh memory is slow: writing a tile takes 0.48 ms the first time, then 0.06.
 CPU_ROWS, TILE_COLUMNS = 384, 1536

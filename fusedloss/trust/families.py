@@ -3,15 +3,10 @@
 A verdict is of a family on one backend in one precision. A sweep takes several, all of which must be good; a loss
 without a sweep takes one. `cases.py` proves each.
 
-    rows            what happens once per row: prepare, inverse_norms, merge, settle, finish; under every sweep
-    stats           stats_rows                      stats+columns   stats_rows_and_columns
-    exp             exp_rows                        stored          exp_rows_and_columns, weigh
-    grad            grad_rows of rows               grad+columns    grad_rows of rows and columns
+    rows, stats, ...  the epilogues of a sweep, as `core/epilogues.py` names and explains them: "rows" is under every
+                    sweep, `fold:NAME` are the folds that `cuda` has in its tile
     masks           whatever drops columns, or scales a row's own: a branch of all of the above
     softcap, tally  branches of theirs, too; under tally also smoothing whose share differs from row to row
-    top             top_rows                        guide           guide_rows, guide_scores
-    similarities    similarities, for folds in torch
-    fold:NAME       fold_rows, of the folds that `cuda` has in its tile
 
     classes         rows of logits                  pair_logits     logits of pairs of embeddings
     pairs           rows of embeddings              lists           scores of documents
@@ -24,26 +19,14 @@ import functools
 
 import torch
 
+from ..core import folds
+from ..core.epilogues import EPILOGUES, OPTIONS
 from ..core.problem import Block, Problem
 from ..core.rows import tf32
 
-FOLDS = ("sigmoid", "margin_ranking", "pair_hinge", "multi_similarity", "proxy_anchor", "circle", "sup_con_in")
-SWEEP = (
-    "rows",
-    "stats",
-    "stats+columns",
-    "exp",
-    "stored",
-    "grad",
-    "grad+columns",
-    "masks",
-    "softcap",
-    "tally",
-    "top",
-    "guide",
-    "similarities",
-    *(f"fold:{name}" for name in FOLDS),
-)
+FOLDS = tuple(name for name, fold in folds.FOLDS.items() if fold.sums != folds.ROW)  # of sums in the tile
+_KERNELS = [name for name in EPILOGUES if name != "prefixes" and not name.startswith("fold:")]
+SWEEP = (*_KERNELS, *OPTIONS, *(f"fold:{name}" for name in FOLDS))
 ROWWISE = ("classes", "pair_logits", "pairs", "lists", "pointwise")
 BACKENDS = ("cuda", "triton")  # the backends with kernels
 PRECISIONS = ("bf16", "fp16", "tf32", "fp32")

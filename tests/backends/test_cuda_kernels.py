@@ -13,34 +13,39 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from grids import DEVICES
-from strips import (
-    assert_lse,
-    assert_near,
-    direction,
-    dropped,
-    factored,
-    formula,
-    gain_of,
-    grad_formula,
-    lse,
-    unpacked,
-    with_entry,
+from epilogue_checks import (
+    ALL_AT_ONCE,
+    SCALE,
+    SETS,
+    assert_fenced,
+    assert_stored,
+    check_exp,
+    check_grad,
+    check_stats,
+    check_stats_with_columns,
+    check_stored,
+    check_tally,
+    check_top,
+    chosen,
+    fenced,
+    packed,
+    problem_of,
+    with_factors,
+    with_threshold,
 )
+from grids import DEVICES
+from strips import assert_near, direction, dropped, factored, formula, lse, unpacked
 from torch import Tensor
 
 import fusedloss
 from fusedloss.backends import cuda
 from fusedloss.backends.cuda import launching
 from fusedloss.core.folds import FOLDS, Part
-from fusedloss.core.problem import Block, Compare, Fold, GuideRule, Problem
+from fusedloss.core.problem import Compare, Fold, GuideRule
 from fusedloss.core.strips import Strip, StripMask, Tally
 from fusedloss.masks import score_margin
 
 pytestmark = pytest.mark.host
-
-SCALE = 3.0
-FENCE = -777.0  # around what a kernel may write
 
 
 class Number(NamedTuple):
@@ -145,31 +150,6 @@ LAYOUTS = {
 }
 
 
-def fenced(M: int, N: int, dtype: torch.dtype, device: torch.device, aligned: bool = True) -> tuple[Tensor, Tensor]:
-    """A matrix to be written, and all that lies around it: a row above and below, columns on both sides."""
-    wide = 16 // torch.empty((), dtype=dtype).itemsize
-    left, width = (wide, -(-N // wide) * wide + 2 * wide) if aligned else (3, N + 6 + (N + 1) % 2)
-    buffer = torch.full((M + 2, width), FENCE, dtype=dtype, device=device)
-    return buffer[1 : 1 + M, left : left + N].fill_(math.nan), buffer
-
-
-def assert_fenced(out: Tensor, buffer: Tensor) -> None:
-    out.fill_(FENCE)
-    assert (buffer == FENCE).all(), "written outside"
-
-
-EXPONENTIAL = 1e-4  # what `assert_near` lets one be off, as a share
-
-
-def assert_stored(out: Tensor, value: Tensor, buffer: Tensor, magnitude: Tensor | None = None) -> None:
-    """Rounded once to the buffer's dtype."""
-    info = torch.finfo(out.dtype)
-    size = value.abs() if magnitude is None else magnitude
-    slack = (info.eps + EXPONENTIAL) * size + info.smallest_normal * info.eps
-    assert ((out.double() - value).abs() <= slack).all()
-    assert_fenced(out, buffer)
-
-
 def rounded(x: Tensor, number: Number, to_even: bool = False) -> Tensor:
     """What the products take: fp32 operands as tf32, to the nearest, ties away from 0 or to even."""
     if number.precision == "highest" or x.dtype != torch.float32:
@@ -190,124 +170,12 @@ def strip_of(shape, number, device, layout="rows", *given) -> Strip:
     (M, N), scale = (len(x), len(y)), torch.tensor(SCALE, device=device)
     target = torch.randint(N, (M,), device=device)
     strip = Strip(x, y, scale, None, None, None, target)
-    for name in given:
-        strip = GIVEN[name](strip)
-    return strip
-
-
-# What a strip may be given --------------------------------------------------------------------------------------------
-
-
-def with_factors(strip):
-    return strip._replace(row_factor=1 / strip.x.float().norm(dim=1), col_factor=1 / strip.y.float().norm(dim=1))
-
-
-def with_bias(strip):
-    bias = torch.randn(len(strip.y), device=strip.x.device)
-    return strip._replace(bias=bias.masked_fill(torch.rand_like(bias) < 0.3, -torch.inf))
-
-
-def with_strange_targets(strip):
-    """Out of range on either side, also where 32 bits would wrap around to a column."""
-    strange = torch.tensor([-1, len(strip.y), 2**32 + 1, -(2**32), -(2**63), 2**63 - 1], device=strip.x.device)
-    target = strip.target.clone()
-    target[::2] = strange[torch.arange(len(target[::2])) % len(strange)]
-    return strip._replace(target=target)
-
-
-def masked(part):
-    return lambda strip: strip._replace(mask=part(strip, strip.mask or StripMask()))
-
-
-def compares(*keeps):
-    """Numbers that agree in half of their bits, and are strided."""
-
-    def add(strip, mask):
-        M, N, device = len(strip.x), len(strip.y), strip.x.device
-        values = torch.tensor([-(2**63), 2**32, 0, 1, 2**32 + 1, -1, 2**62], device=device)
-        pick = lambda count: values[torch.randint(len(values), (count, 2), device=device)][:, 0]
-        rare = lambda ids: torch.where(torch.rand(ids.shape, device=device) < 0.9, values[0], ids)
-        # What is kept is nearly all of a kind, or nothing would be left.
-        made = (Compare(rare(pick(M)), rare(pick(N)), True) if k else Compare(pick(M), pick(N), False) for k in keeps)
-        return mask._replace(compare=(*mask.compare, *made))
-
-    return masked(add)
-
-
-def some(strip, share=0.7):
-    return torch.rand(len(strip.x), len(strip.y), device=strip.x.device) < share
-
-
-def packed(drop):
-    """A guide's words."""
-    M, N = drop.shape
-    padded = torch.nn.functional.pad(drop, (0, -N % 32)).view(M, -1, 32).long()
-    words = (padded << torch.arange(32, device=drop.device)).sum(2)
-    return torch.where(words < 2**31, words, words - 2**32).int()
-
-
-def with_threshold(strip, mask):
-    """Between two similarities of each row: in the widest gap of the middle half."""
-    sim = formula(strip)[0].sort(dim=1).values
-    N = sim.shape[1]
-    if N < 4:
-        return mask._replace(threshold=(sim[:, 0] + 0.5).float())
-    gaps = sim[:, N // 4 + 1 : 3 * N // 4 + 1] - sim[:, N // 4 : 3 * N // 4]
-    first = N // 4 + gaps.argmax(dim=1, keepdim=True)
-    return mask._replace(threshold=((sim.gather(1, first) + sim.gather(1, first + 1)) / 2)[:, 0].float())
-
-
-def with_exempt(strip, mask):
-    """Two columns a row, some of them none."""
-    exempt = torch.randint(-1, len(strip.y), (len(strip.x), 2), device=strip.x.device)
-    exempt[0] = torch.tensor([2**32, len(strip.y)], device=exempt.device)
-    return with_threshold(strip, mask)._replace(exempt=exempt)
-
-
-def with_skip(strip, mask):
-    return mask._replace(skip=torch.randint(-1, len(strip.y), (len(strip.x),), device=strip.x.device))
-
-
-def with_own(strip):
-    own = torch.randint(-1, len(strip.y), (len(strip.x),), device=strip.x.device)
-    return strip._replace(own=own, own_scale=torch.tensor(-0.75, device=strip.x.device))
-
-
-GIVEN = {
-    "factors": with_factors,
-    "bias": with_bias,
-    "strange targets": with_strange_targets,
-    "no target": lambda strip: strip._replace(target=None),
-    "dropped": compares(False),
-    "kept": compares(True),
-    "four dropped and two kept": compares(False, True, False, False, True, False),
-    "dense": masked(lambda strip, mask: mask._replace(dense=some(strip))),
-    "dense by columns": masked(lambda strip, mask: mask._replace(dense=some(strip).T.contiguous().T)),
-    "dense for all rows": masked(lambda strip, mask: mask._replace(dense=some(strip)[:1].expand(len(strip.x), -1))),
-    "dense, strided": masked(lambda strip, mask: mask._replace(dense=some(strip).repeat_interleave(2, 1)[:, ::2])),
-    "bits": masked(lambda strip, mask: mask._replace(dropped=packed(some(strip, 0.3)))),
-    "threshold": masked(with_threshold),
-    "threshold, exempt": masked(with_exempt),
-    "skip": masked(with_skip),
-    "own": with_own,
-    "softcap": lambda strip: strip._replace(softcap=4.0),
-}
-ALL_AT_ONCE = (
-    *("factors", "bias", "strange targets", "four dropped and two kept", "dense by columns", "bits"),
-    *("threshold, exempt", "skip", "own", "softcap"),
-)
-SETS = {"nothing else": (), **{name: (name,) for name in GIVEN}, "all at once": ALL_AT_ONCE}
+    return chosen(strip, given)
 
 
 @pytest.fixture(params=SETS.values(), ids=SETS.keys())
 def given(request):
     return request.param
-
-
-def problem_of(strip: Strip, scale_bound: float | None = SCALE, fold: Fold | None = None) -> Problem:
-    M = len(strip.x)
-    none, one = torch.full((M,), -1, device=strip.x.device), torch.ones(M, device=strip.x.device)
-    return Problem((strip.x, strip.y), (Block(0, 1),), strip.scale, none, one, scale_bound=scale_bound, fold=fold)
 
 
 # Products -------------------------------------------------------------------------------------------------------------
@@ -349,11 +217,8 @@ def random(M, N, D, device):
 @pytest.mark.parametrize("layout", ["rows", "columns anywhere and rows"])
 def test_stats(device, shape, layout, number):
     strip = strip_of(shape, number, device, layout)
-    z = formula(strip)[1]
-    assert_lse(cuda.stats_rows([strip]), z)
-    sums, by_column = cuda.stats_rows_and_columns(strip)
-    assert_lse(sums, z)
-    assert_lse(by_column, z.T)
+    check_stats(cuda, [strip])
+    check_stats_with_columns(cuda, strip)
 
 
 def test_stats_of_several_strips(device, one_of_each):
@@ -361,19 +226,15 @@ def test_stats_of_several_strips(device, one_of_each):
     first = strip_of("one more row and column than a tile has", one_of_each, device, "rows", "bias")
     y = rounded(torch.randn_like(first.y)[:60], one_of_each)
     second = first._replace(y=rows(y), bias=None, target=None)
-    z = torch.cat([formula(strip)[1] for strip in (first, second)], 1)
-    assert_lse(cuda.stats_rows([first, second]), z)
+    check_stats(cuda, [first, second])
 
 
 @pytest.mark.pairwise
 @pytest.mark.parametrize("shape", EPILOGUES_ON)
 def test_stats_of_what_is_masked(device, shape, given, one_of_each):
     strip = strip_of(shape, one_of_each, device, "rows", *given)
-    z = formula(strip)[1]
-    assert_lse(cuda.stats_rows([strip]), z)
-    sums, by_column = cuda.stats_rows_and_columns(strip)
-    assert_lse(sums, z)
-    assert_lse(by_column, z.T)
+    check_stats(cuda, [strip])
+    check_stats_with_columns(cuda, strip)
 
 
 @pytest.mark.pairwise
@@ -385,64 +246,24 @@ def test_what_is_counted(device, epilogue, names, shape, by_columns, one_of_each
     if epilogue == "exp" and by_columns:
         pytest.skip("nobody asks for both")
     strip = strip_of(shape, one_of_each, device, "rows", *names)
-    sim, z = formula(strip)
-    score = z.masked_fill(z == -torch.inf, 0).mean(1).float() + 1e-3
-    assert ((z - score.double()[:, None]).abs() > 1e-5).all()
-    tally = Tally.empty(len(strip.x), strip.scale)
-    tally.admitted.fill_(100), tally.sim.fill_(-2), tally.maximum.fill_(0.5)  # what is counted is added
-    if epilogue == "exp":
-        out, _ = fenced(*z.shape, strip.x.dtype, device)
-        cuda.exp_rows(problem_of(strip), [strip], [out], None, tally, score)
-    elif by_columns:
-        cuda.stats_rows_and_columns(strip, tally, score)
-    else:
-        cuda.stats_rows([strip], tally, score)
-    here = z > -torch.inf
-    assert torch.equal(tally.admitted - 100, here.sum(1).float())
-    assert torch.equal(tally.above, (z > score[:, None]).sum(1).float())
-    assert_near(tally.maximum, z.amax(1).clamp_min(0.5), magnitude=1.0)
-    for found, terms, start in ((tally.z, z, 0), (tally.sim, sim, -2)):
-        terms = terms.masked_fill(~here, 0)
-        assert_near(found, terms.sum(1) + start, magnitude=terms.abs().sum(1) + 2)
+    check_tally(cuda, "stats+columns" if by_columns else epilogue, strip)
 
 
 @pytest.mark.parametrize("shape", ON)
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "anywhere"])
 @pytest.mark.parametrize("names", [(), ("factors", "no target")], ids=["targets", "factors"])
 def test_exp(device, shape, names, aligned, one_of_each):
-    check_exp(strip_of(shape, one_of_each, device, "rows", *names), aligned)
+    strip = strip_of(shape, one_of_each, device, "rows", *names)
+    check_exp(cuda, [strip], aligned)
+    check_stored(cuda, strip, aligned)
 
 
 @pytest.mark.pairwise
 @pytest.mark.parametrize("shape", EPILOGUES_ON)
 def test_exp_of_what_is_masked(device, shape, given, one_of_each):
-    check_exp(strip_of(shape, one_of_each, device, "rows", *given))
-
-
-def check_exp(strip, aligned=True):
-    problem, z = problem_of(strip), formula(strip)[1]
-    out, buffer = fenced(*z.shape, strip.x.dtype, strip.x.device, aligned)
-    sums, q = cuda.exp_rows(problem, [strip], [out], None)
-    e = torch.exp(z - sums.shift)
-    value, size = factored(e * bend(z, strip), strip), factored(e * bend_room(z, strip), strip).abs()
-    assert q is None
-    assert_near(sums.total.double().sum(0), e.sum(1))
-    assert_stored(out, value, buffer, size)
-    out, buffer = fenced(*z.shape, strip.x.dtype, strip.x.device, aligned)
-    sums, by_column = cuda.exp_rows_and_columns(problem, strip, out)
-    assert_near(sums.total.double().sum(0), e.sum(1))
-    assert_near(by_column.total.double().sum(0), e.sum(0))
-    assert_stored(out, value, buffer, size)
-
-
-def bend(z, strip):
-    """The softcap's derivative; 1 at the target, whose entry has its own."""
-    return (1 - (z / strip.softcap) ** 2).masked_fill(z == -torch.inf, 1) if strip.softcap else 1.0
-
-
-def bend_room(z, strip):
-    """1 - tanh^2 is off by 2^-21, however small it is: two ulp of exp2, and the roundings of tanh and of its square."""
-    return bend(z, strip) + (2**-21 / EXPONENTIAL if strip.softcap else 0.0)
+    strip = strip_of(shape, one_of_each, device, "rows", *given)
+    check_exp(cuda, [strip])
+    check_stored(cuda, strip)
 
 
 @pytest.mark.pairwise
@@ -455,14 +276,14 @@ def test_grad(device, shape, aligned, by_columns, with_q, number):
         pytest.skip("stored as bf16 is")
     factored = with_q and (shape != "one feature" or number.dtype != torch.float16)  # which would overflow
     strip = strip_of(shape, number, device, "rows", *(("factors",) if factored else ()))
-    check_grad(strip, by_columns, with_q, aligned=aligned)
+    check_grad(cuda, [strip], by_columns, with_q, aligned=aligned)
 
 
 @pytest.mark.pairwise
 @pytest.mark.parametrize("shape", EPILOGUES_ON)
 @pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "both"])
 def test_grad_of_what_is_masked(device, shape, by_columns, given, one_of_each):
-    check_grad(strip_of(shape, one_of_each, device, "rows", *given), by_columns, True)
+    check_grad(cuda, [strip_of(shape, one_of_each, device, "rows", *given)], by_columns)
 
 
 @pytest.mark.pairwise
@@ -471,39 +292,7 @@ def test_grad_of_what_is_masked(device, shape, by_columns, given, one_of_each):
 @pytest.mark.parametrize("with_q", [False, True], ids=["no q", "q"])
 def test_grad_that_is_smoothed(device, shape, with_q, names, number):
     strip = strip_of(shape, number, device, "rows", *names)
-    check_grad(strip, False, with_q, smooth=torch.rand(len(strip.x), device=device) / 8)
-
-
-def check_grad(strip, by_columns, with_q, smooth=None, aligned=True):
-    sim, z = formula(strip)
-    M, N = z.shape
-    dtype, device = strip.x.dtype, strip.x.device
-    by_row, by_column = direction(z, with_q), direction(z.T, with_q) if by_columns else None
-    by_row = by_row._replace(weight=by_row.weight / 8)  # all together within fp16
-    by_column = None if by_column is None else by_column._replace(weight=by_column.weight / 8)
-    entry, gain = torch.rand(M, device=device) / 4 - 0.1, gain_of(dtype, device)
-    out, buffer = fenced(M, N, dtype, device, aligned)
-    q = cuda.grad_rows([strip], [out], by_row, by_column, entry, gain, smooth)
-    dz, terms = grad_formula(z, sim, by_row)
-    size, room = dz.abs(), terms.abs().sum(1) + by_row.weight.abs()
-    wanted_q = terms.sum(1)
-    if by_column is not None:
-        more, terms = (t.T for t in grad_formula(z.T, sim.T, by_column))
-        dz, size = dz + more, size + more.abs()
-        wanted_q, room = wanted_q + terms.sum(1), room + terms.abs().sum(1)
-    if smooth is not None:
-        here = (z > -torch.inf) * smooth.double()[:, None]
-        dz, size = dz - here, size + here
-    if with_q:
-        assert_near(q.double().sum(0), wanted_q, magnitude=room)
-    else:
-        assert q is None
-    gain = 1 if gain is None else gain.double()
-    value, size = (
-        gain * factored(with_entry(v, e, strip), strip)
-        for v, e in ((dz * bend(z, strip), entry), (size * bend_room(z, strip), entry.abs()))
-    )
-    assert_stored(out, value, buffer, size)
+    check_grad(cuda, [strip], False, with_q, smooth=torch.rand(len(strip.x), device=device) / 8)
 
 
 # Masks' own -----------------------------------------------------------------------------------------------------------
@@ -512,14 +301,7 @@ def check_grad(strip, by_columns, with_q, smooth=None, aligned=True):
 @pytest.mark.parametrize("shape", ON)
 @pytest.mark.parametrize("names", [(), ("bias",), ("softcap", "skip"), ALL_AT_ONCE], ids=str)
 def test_top(device, shape, names, one_of_each):
-    strip = strip_of(shape, one_of_each, device, "rows", *names)
-    z = formula(strip)[1]
-    top, column = cuda.top_rows([strip])
-    none = z.amax(1) == -torch.inf
-    assert torch.equal(column == -1, none) and torch.equal(top == -torch.inf, none)
-    assert_near(top, z.amax(1), magnitude=1.0)
-    found = z.gather(1, column.clamp_min(0)[:, None])[:, 0]
-    assert_near(found[~none], z.amax(1)[~none], magnitude=1.0)
+    check_top(cuda, strip_of(shape, one_of_each, device, "rows", *names))
 
 
 def test_the_first_of_equal_ones_is_the_top(device, one_of_each):
@@ -599,7 +381,7 @@ def test_folds(device, shape, kind, labelled, aligned, one_of_each):
         options = (between(sim, options[0]), *options[1:])
     problem = problem_of(strip, fold=Fold(name, options, scalars=(bias,) if name == "sigmoid" else ()))
     slope, scalars = sim.clone(), (strip.scale.double(), bias.double()) if name == "sigmoid" else ()
-    wanted = FOLDS[name][0](slope, part._replace(weight=weight.double()), scalars, options, True)
+    wanted = FOLDS[name].torch(slope, part._replace(weight=weight.double()), scalars, options, True)
     out, buffer = fenced(M, N, strip.x.dtype, device, aligned)
     found = cuda.fold_rows(problem, strip, out, part, score)
     assert_near(found.loss, wanted.loss, magnitude=weight.double())

@@ -41,7 +41,8 @@ def dropped(mask: StripMask, sim: Tensor) -> Tensor:
     if mask.dense is not None:
         drop |= ~mask.dense
     if mask.dropped is not None:
-        drop |= unpacked(mask.dropped, sim.shape[1])
+        found = mask.dropped
+        drop |= unpacked(found, sim.shape[1]) if isinstance(found, Tensor) else found.stored > 0
     if mask.threshold is not None:
         above = sim > mask.threshold.double()[:, None]
         for exempt in () if mask.exempt is None else mask.exempt.unbind(1):
@@ -74,22 +75,25 @@ def assert_near(actual: Tensor, expected: Tensor, magnitude: Tensor | float = 0.
 
 
 def lse(sums: RowSums) -> Tensor:
-    """Of the tiles' partial sums."""
+    """Of the tiles' partial sums, or of sums that are whole."""
     shift = sums.shift if isinstance(sums.shift, Tensor) else torch.full_like(sums.total, sums.shift)
-    return torch.logsumexp(shift.double() + sums.total.double().log(), 0)
+    logs = shift.double() + sums.total.double().log()
+    return torch.logsumexp(logs, 0) if logs.dim() == 2 else logs
 
 
 def assert_lse(sums: RowSums, z: Tensor) -> None:
     assert_near(lse(sums), torch.logsumexp(z, 1), magnitude=1.0)
 
 
-def direction(z: Tensor, with_q: bool) -> Softmax:
-    """Weights of either sign; every third row left out, with whatever its shift may then be."""
+def direction(z: Tensor, with_q: bool, wild: bool = True) -> Softmax:
+    """Weights of either sign; every third row left out, with whatever its shift may then be: `wild`."""
     shift = z.amax(1).float()
     weight = 2 * torch.rand(shift.shape, device=z.device) - 1  # |gain * dz| <= 2**15 in fp16
     weight[shift == -torch.inf] = 0
     weight[::3] = 0
-    for start, value in enumerate([-torch.inf, torch.inf, torch.nan]):
+    if not wild:
+        shift[weight == 0] = 0
+    for start, value in enumerate([-torch.inf, torch.inf, torch.nan] if wild else ()):
         shift[3 * start :: 9] = value
     target_sim = torch.randn(shift.shape, device=z.device) if with_q else None
     return Softmax(shift, weight, target_sim)

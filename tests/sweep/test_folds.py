@@ -48,7 +48,7 @@ def run(name, values, part, scalars=None, options=None, gradient=True):
     slope = values.clone()
     scalars = scalars_of(name, values.dtype) if scalars is None else scalars
     options = CASES[name][1] if options is None else options
-    return FOLDS[name][0](slope, part, scalars, options, gradient), slope
+    return FOLDS[name].torch(slope, part, scalars, options, gradient), slope
 
 
 def differentiate(name, values, part, scalars=None, options=None):
@@ -56,7 +56,7 @@ def differentiate(name, values, part, scalars=None, options=None):
     values = values.clone().requires_grad_()
     scalars = scalars_of(name, values.dtype) if scalars is None else scalars
     scalars = tuple(scalar.clone().requires_grad_() for scalar in scalars)
-    loss, count = FOLDS[name][1](values, part, scalars, CASES[name][1] if options is None else options)
+    loss, count = FOLDS[name].formula(values, part, scalars, CASES[name][1] if options is None else options)
     gradients = torch.autograd.grad(loss.sum(), (values, *(() if name in CONSTANT else scalars)))
     return loss.detach(), count, gradients[0], gradients[1:]
 
@@ -181,7 +181,7 @@ def test_values_may_be_a_window_of_a_workspace(name):
     around = workspace.clone()
     window.zero_(), around[1:7, 2:9].zero_()
     window += part.teacher
-    found = FOLDS[name][0](window, part, scalars_of(name), CASES[name][1], True)
+    found = FOLDS[name].torch(window, part, scalars_of(name), CASES[name][1], True)
     assert torch.equal(found.loss, wanted.loss) and torch.equal(window, slope)
     window.zero_()
     assert torch.equal(workspace, around)
@@ -470,7 +470,7 @@ class Swept(NamedTuple):
         labels = (None, None) if self.labels is None else self.labels
         part = Part(rows, self.weight.to(x.dtype), self.target, *labels, rows if self.itself else None)
         scalars = tuple(s.to(x.dtype) for s in scalars) if self.name == "sigmoid" else ()
-        loss, count = FOLDS[self.name][1](x @ y.T, part, scalars, self.options)
+        loss, count = FOLDS[self.name].formula(x @ y.T, part, scalars, self.options)
         return loss, None if count is None else count.sum()
 
 

@@ -1,0 +1,54 @@
+"""The registry of epilogues: what a chunk's logits become, each declared once, whichever backend computes it.
+
+`tests/conformance/` runs every row on every backend that has it, and `docs/internals/epilogues.md` is printed from it.
+The names are those of the families of kernels (`trust/families.py`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .folds import FOLDS
+
+OPTIONS = ("masks", "softcap", "tally")  # branches of an epilogue; tally: also smoothing with a share for each row
+
+
+class Epilogue(NamedTuple):
+    """One row of the registry.
+
+    name: the loss-independent name; `fold:NAME` for a fold.
+    primitives: those of `backends/protocol.py` that compute it.
+    sums: what it sums over a row.
+    columns: whether it makes the same sums of columns.
+    stores: what it writes in place of the logits; "" for nothing.
+    options: those of OPTIONS that it can be asked for.
+    """
+
+    name: str
+    primitives: tuple[str, ...]
+    sums: str = ""
+    columns: bool = False
+    stores: str = ""
+    options: tuple[str, ...] = ()
+
+
+_ROW = ("operand", "inverse_norms", "prepare", "merge", "settle", "finish")
+_NORMALISER = "maximum, sum of exp(z - maximum)"
+
+EPILOGUES: dict[str, Epilogue] = {
+    row.name: row
+    for row in (
+        Epilogue("rows", _ROW, "once per row: norms, target's score, loss, weight/l, entry"),
+        Epilogue("stats", ("stats_rows",), _NORMALISER, options=OPTIONS),
+        Epilogue("stats+columns", ("stats_rows_and_columns",), _NORMALISER, True, options=OPTIONS),
+        Epilogue("exp", ("exp_rows",), "E, q", stores="E = exp(z - shift)", options=OPTIONS),
+        Epilogue("stored", ("exp_rows_and_columns", "weigh"), "E", True, "E, then dz", ("masks", "softcap")),
+        Epilogue("grad", ("grad_rows",), "q", stores="gain * dz", options=OPTIONS),
+        Epilogue("grad+columns", ("grad_rows",), "q", True, "gain * dz", ("masks", "softcap")),
+        Epilogue("top", ("top_rows",), "maximum and its column", options=("masks", "softcap")),
+        Epilogue("guide", ("guide_room", "guide_rows", "guide_scores"), stores="one bit a column: dropped or not"),
+        Epilogue("similarities", ("similarities",), stores="similarities"),
+        Epilogue("prefixes", ("admitted",), "a log-sum-exp for each prefix", stores="dz of all prefixes"),
+        *(Epilogue(f"fold:{name}", ("fold_rows",), fold.sums, stores="dloss/dvalue") for name, fold in FOLDS.items()),
+    )
+}
