@@ -46,7 +46,7 @@ class GuideRule(NamedTuple):
 
 
 class Margin(NamedTuple):
-    """The margin of a target: its cosine becomes `cos(theta + angle) - cosine` (`epilogues.marginal`)."""
+    """The margin of a target: its cosine becomes `cos(theta + angle) - cosine` (`softmax.marginal`)."""
 
     angle: float = 0.0  # radians
     cosine: float = 0.0

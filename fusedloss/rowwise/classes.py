@@ -5,7 +5,7 @@ With `p = softmax(z)` and target `t`, a row's loss is
     loss = hard (1 - p_t)^gamma (-log p_t) - smooth sum_j w_j log p_j + square logsumexp(z)^2
 
 where `hard sum_j w_j q_j (-log p_j)` stands first if the target is a distribution `q`. The target stays out of the
-sum `s = sum_{j != t} p_j`, as in `epilogues.py`: `-log p_t = log(1 + s / p_t)`, and the target's entry of the gradient
+sum `s = sum_{j != t} p_j`, as in `core/softmax.py`: `-log p_t = log(1 + s / p_t)`, and the target's entry of the gradient
 is `-s`. A row's weight in a mean is part of `hard`, `smooth` and `square`, so that the walk computes the final gradient
 of the loss.
 """
