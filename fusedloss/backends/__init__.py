@@ -45,9 +45,9 @@ UNPROVED = "not proved on this device, which `python -m fusedloss verify` does"
 
 
 def forms(epilogue: Epilogue) -> dict[str, str]:
-    """By backend, how it computes an epilogue: "formula", "torch", "kernel"; a backend that is absent has not got it.
+    """Returns how each backend computes an epilogue: "formula", "torch" or "kernel", without those that do not have it.
 
-    A fold that is no kernel is plain torch on the backend's similarities.
+    A fold without a kernel is plain torch on the backend's similarities.
     """
     found = {}
     for name, backend in SWEEPS.items():
@@ -60,7 +60,7 @@ def forms(epilogue: Epilogue) -> dict[str, str]:
 
 
 def _asks(fold: str) -> Problem:
-    """The smallest problem with a fold."""
+    """Returns the smallest problem with a fold."""
     x, one = torch.ones(1, 1), torch.ones(())
     return Problem((x,), (Block(0, 0),), one, torch.zeros(1, dtype=torch.int64), torch.ones(1), fold=Fold(fold))
 

@@ -1,4 +1,4 @@
-"""The registry of epilogues: what a chunk's logits become, each declared once, whichever backend computes it.
+"""The registry of epilogues: what a chunk's logits become. Each is declared once, whichever backend computes it.
 
 `tests/conformance/` runs every row on every backend that has it, and `docs/internals/epilogues.md` is printed from it.
 The names are those of the families of kernels (`trust/families.py`).
@@ -16,12 +16,9 @@ OPTIONS = ("masks", "softcap", "tally")  # branches of an epilogue; tally: also 
 class Epilogue(NamedTuple):
     """One row of the registry.
 
-    name: the loss-independent name; `fold:NAME` for a fold.
-    primitives: those of `backends/protocol.py` that compute it.
-    sums: what it sums over a row.
-    columns: whether it makes the same sums of columns.
-    stores: what it writes in place of the logits; "" for nothing.
-    options: those of OPTIONS that it can be asked for.
+    name: `fold:NAME` for a fold. primitives: the functions of `backends/protocol.py` that compute it.
+    sums: what it sums over a row. columns: whether it makes the same sums over a column.
+    stores: what it writes in place of the logits; "" for nothing. options: the members of OPTIONS that it takes.
     """
 
     name: str

@@ -526,7 +526,7 @@ SUM, SIDES, ROW = (
 
 
 class Forms(NamedTuple):
-    """A fold's row of the registry (`epilogues.py`)."""
+    """What the registry (`epilogues.py`) knows of a fold."""
 
     torch: Fold
     formula: Formula

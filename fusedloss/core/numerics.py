@@ -28,7 +28,7 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def wide_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
-    """fp64 where the device has it."""
+    """Returns fp64 if the device has it."""
     return torch.float64 if device.type in ("cpu", "cuda") else otherwise
 
 
@@ -74,12 +74,12 @@ def rows_of(x: Tensor, part: slice) -> Tensor:
 
 
 def cdiv(a: int, b: int) -> int:
-    """`a / b`, rounded up."""
+    """Returns `a / b`, rounded up."""
     return -(-a // b)
 
 
 def slices(count: int, size: int) -> Iterator[slice]:
-    """Of `size` each, the last one shorter."""
+    """Yields slices of `size`, the last one shorter."""
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 

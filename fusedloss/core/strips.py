@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .numerics import rows_of
-from .problem import Compare
+from .problem import Compare, Mask
 
 
 class Strip(NamedTuple):
@@ -43,14 +43,21 @@ class StripMask(NamedTuple):
     skip: Tensor | None = None  # [R]
     dropped: Any = None  # columns dropped by the guide, in the backend's own format: tiles on demand, packed bits
 
+    @classmethod
+    def of(cls, mask: Mask, threshold: Tensor | None) -> StripMask:
+        """Returns a block's mask for all rows, with a threshold in place of its margin."""
+        shared = {name: getattr(mask, name) for name in cls._fields if name in Mask._fields}
+        return cls(**shared, threshold=threshold)
+
     def rows(self, part: slice) -> StripMask:
-        """Returns the mask of some rows, before a guide was applied."""
+        """Returns the mask of some rows, before a guide has dropped any column."""
+        tensors = {name: rows_of(x, part) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(compare=tuple(c._replace(rows=rows_of(c.rows, part)) for c in self.compare), **tensors)
 
-        def of(x: Tensor | None) -> Tensor | None:
-            return None if x is None else rows_of(x, part)
-
-        compare = tuple(c._replace(rows=rows_of(c.rows, part)) for c in self.compare)
-        return StripMask(compare, of(self.dense), of(self.threshold), of(self.exempt), of(self.skip))
+    @property
+    def vectors(self) -> dict[str, Tensor | None]:
+        """Returns the parts that are one number per row, by the names under which kernels read them."""
+        return {"threshold": self.threshold, "skip": self.skip}
 
 
 class Tally(NamedTuple):

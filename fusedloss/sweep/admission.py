@@ -41,7 +41,7 @@ class Admission:
             target_sim = self.inputs.prepared.target_sim
             assert target_sim is not None
             threshold = target_sim + (self.ties + mask.margin)
-        return StripMask(mask.compare, mask.dense, threshold, mask.exempt, mask.skip)
+        return StripMask.of(mask, threshold)
 
     @functools.cached_property
     def ties(self) -> Tensor | float:

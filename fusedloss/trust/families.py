@@ -3,10 +3,10 @@
 A verdict is of a family on one backend in one precision. A sweep takes several, all of which must be good; a loss
 without a sweep takes one. `cases.py` proves each.
 
-    rows, stats, ...  the epilogues of a sweep, as `core/epilogues.py` names and explains them: "rows" is under every
-                    sweep, `fold:NAME` are the folds that `cuda` has in its tile
-    masks           whatever drops columns, or scales a row's own: a branch of all of the above
-    softcap, tally  branches of theirs, too; under tally also smoothing whose share differs from row to row
+    rows, stats, .. the epilogues of a sweep, which `core/epilogues.py` explains: "rows" belongs to every sweep,
+                    `fold:NAME` are the folds that `cuda` computes in its tile
+    masks           whatever drops columns, or scales a row's own column: a branch of all of the above
+    softcap, tally  branches of them, too; tally includes smoothing whose share differs from row to row
 
     classes         rows of logits                  pair_logits     logits of pairs of embeddings
     pairs           rows of embeddings              lists           scores of documents

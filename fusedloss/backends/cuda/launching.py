@@ -218,9 +218,7 @@ class Launch:
         self.strip = strip
         narrow = narrow or strip.x.dtype == torch.float32 or bool(strip.softcap) or strip.own is not None
         if strip.mask is not None and not narrow:
-            mask = strip.mask
-            parts = (mask.compare, mask.dense, mask.threshold, mask.skip, mask.dropped)
-            narrow = any(part is not None and part != () for part in parts)
+            narrow = any(part is not None and part != () for part in strip.mask)
         self.tensor_cores = strip.x.dtype != torch.float32 or tf32()
         aligned = is_aligned(strip.x) and is_aligned(strip.y)
         self.plan = plan_of(extension, capability_of(strip.x.device), self.tensor_cores, aligned, narrow)
@@ -275,8 +273,7 @@ class Launch:
             **dict(zip(("drop_rows", "drop_keys", "keep_rows", "keep_keys", "exempt"), ids, strict=True)),
             dense=dense,
             bits=bits,
-            threshold=mask.threshold,
-            skip=mask.skip,
+            **mask.vectors,
             own=self.strip.own,
             own_scale=self.strip.own_scale,
             stride_dm=0 if dense is None else dense.stride(0),

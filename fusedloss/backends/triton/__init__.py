@@ -324,19 +324,20 @@ def _mask_args(strip: Strip) -> Any:
     drops, keeps = ([c for c in mask.compare if c.keep == keep] for keep in (False, True))
     dense, bits = mask.dense, mask.dropped
     exempt = () if mask.exempt is None else tuple(c.contiguous() for c in mask.exempt.unbind(1))
+    stride_dm, stride_dn = (0, 0) if dense is None else dense.stride()
     return _masks().MaskArgs(
-        tuple(c.rows.contiguous() for c in drops),
-        tuple(c.keys.contiguous() for c in drops),
-        tuple(c.rows.contiguous() for c in keeps),
-        tuple(c.keys.contiguous() for c in keeps),
-        None if dense is None else dense.view(torch.uint8),
-        bits,
-        mask.threshold,
-        exempt,
-        mask.skip,
-        strip.own,
-        strip.own_scale,
-        *((0, 0) if dense is None else dense.stride()),
+        DropRows=tuple(c.rows.contiguous() for c in drops),
+        DropKeys=tuple(c.keys.contiguous() for c in drops),
+        KeepRows=tuple(c.rows.contiguous() for c in keeps),
+        KeepKeys=tuple(c.keys.contiguous() for c in keeps),
+        Dense=None if dense is None else dense.view(torch.uint8),
+        Bits=bits,
+        Exempt=exempt,
+        Own=strip.own,
+        OwnScale=strip.own_scale,
+        stride_dm=stride_dm,
+        stride_dn=stride_dn,
+        **{name.title().replace("_", ""): x for name, x in mask.vectors.items()},
     )
 
 
