@@ -5,9 +5,9 @@ With `p = softmax(z)` and target `t`, a row's loss is
     loss = hard (1 - p_t)^gamma (-log p_t) - smooth sum_j w_j log p_j + square logsumexp(z)^2
 
 where `hard sum_j w_j q_j (-log p_j)` stands first if the target is a distribution `q`. The target stays out of the
-sum `s = sum_{j != t} p_j`, as in `core/softmax.py`: `-log p_t = log(1 + s / p_t)`, and the target's entry of the gradient
-is `-s`. A row's weight in a mean is part of `hard`, `smooth` and `square`, so that the walk computes the final gradient
-of the loss.
+sum `s = sum_{j != t} p_j`, as in `core/softmax.py`: `-log p_t = log(1 + s / p_t)`, and the target's entry of the
+gradient is `-s`. A row's weight in a mean is part of `hard`, `smooth` and `square`, so that the walk computes the final
+gradient of the loss.
 """
 
 from __future__ import annotations
@@ -331,59 +331,24 @@ def _block(
     d: the dimension of the classes inside the block.
     """
     dtype = stats_dtype(x.dtype)
-    if d and terms.plain and x.dtype == dtype:  # the common case, in as few calls as possible
-        p, target, _, s, loss = _without_target(x, torch.softmax, terms.target, d, out)
-        hard = loss.new_full((), terms.hard)  # type: ignore[arg-type]  # plain: it is a number
-        if wants_grad:
-            p.scatter_(d, target, s.neg_()).mul_(hard)
-            p = p if out is None or p is out else out.copy_(p)
-        return loss.mul_(hard).squeeze(d), p if wants_grad else None, None
+    if d and terms.plain and x.dtype == dtype:
+        return _plain_block(x, terms, wants_grad, out)
     if d == 0:
         x, out = x.movedim(1, 0), None if out is None else out.movedim(1, 0)
     z = x if d and x.dtype == dtype else _copied(x, dtype)
     if terms.softcap is not None:
         capped = torch.tanh(z / terms.softcap)
         z = terms.softcap * capped
-    hard = _beside(terms.hard, d)
-    rest: Any = None  # factor of p in the gradient, besides the target's
-    more: Any = None  # summand of the loss, likewise
     weight = None if terms.weight is None else terms.weight.to(dtype).view(-1, *(1,) * (x.dim() - 1 - d))
-    if terms.squares:
-        square, lse = _beside(terms.square, d), torch.logsumexp(z, d, keepdim=True)
-        rest, more = 2 * square * lse, square * lse.square()
-    if terms.smooths or terms.share is not None:
-        log_p = torch.log_softmax(z, d)
-    if terms.smooths:
-        smooth = _beside(terms.smooth, d)
-        cost = smooth * (log_p if weight is None else log_p * weight).sum(d, keepdim=True)
-        more = -cost if more is None else more - cost
-        total = smooth * (x.shape[d] if weight is None else weight.sum())
-        rest = total if rest is None else rest + total
-    if terms.share is not None:
-        q = (terms.share if d else terms.share.movedim(1, 0)).to(dtype)
-        q = q if weight is None else q * weight
-        loss = (q * log_p).sum(d, keepdim=True).mul_(-hard)
-        p = log_p.exp_()
-        if wants_grad:
-            total = hard * q.sum(d, keepdim=True)
-            p.mul_(total if rest is None else total + rest)
-            p = p.addcmul_(hard, q, value=-1) if isinstance(hard, Tensor) else p.sub_(q, alpha=hard)
+    log_p = torch.log_softmax(z, d) if terms.smooths or terms.share is not None else None
+    cost, factor = _beside_the_target(z, log_p, terms, weight, d)
+    if terms.share is None:
+        loss, p = _hard_target(z, log_p, terms, factor, d, wants_grad, out)
     else:
-        softmax = (lambda *_, **__: log_p.exp_()) if terms.smooths else torch.softmax
-        p, target, p_t, s, loss = _without_target(z, softmax, terms.target, d, out)
-        if terms.gamma:
-            # At s = 0, -log p_t / s is 1, and so is 0^0.
-            slope = (loss / s).masked_fill_(s == 0, 1).mul_(p_t).mul_(terms.gamma).add_(1)
-            focus = s**terms.gamma
-            loss, hard = loss * focus * hard, hard * focus * slope
-        else:
-            loss.mul_(hard)
-        if wants_grad and rest is None:
-            p.scatter_(d, target, s.neg_()).mul_(hard)
-        elif wants_grad:
-            p.mul_(hard + rest).scatter_(d, target, rest * p_t - hard * s)
-    if more is not None:
-        loss = loss + more
+        assert log_p is not None
+        loss, p = _share(log_p, terms, weight, factor, d, wants_grad)
+    if cost is not None:
+        loss = loss + cost
     left_out = _beside(terms.left_out, d)
     if left_out is not None:
         loss.masked_fill_(left_out, 0)
@@ -391,6 +356,7 @@ def _block(
     if not wants_grad:
         return loss, None, None
     if terms.smooths:
+        smooth = _beside(terms.smooth, d)
         p.sub_(smooth if weight is None else smooth * weight)
     if terms.softcap is not None:
         p.mul_(1 - capped.square())
@@ -402,6 +368,73 @@ def _block(
     if out is not p:
         out.copy_(p)
     return loss, (out if d else out.movedim(0, 1)), gain
+
+
+def _plain_block(
+    x: Tensor, terms: Terms, wants_grad: bool, out: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Computes a block of the common case, a hard target and no option, in as few calls as possible."""
+    p, target, _, s, loss = _without_target(x, torch.softmax, terms.target, 1, out)
+    hard = loss.new_full((), terms.hard)  # type: ignore[arg-type]  # plain: it is a number
+    if wants_grad:
+        p.scatter_(1, target, s.neg_()).mul_(hard)
+        p = p if out is None or p is out else out.copy_(p)
+    return loss.mul_(hard).squeeze(1), p if wants_grad else None, None
+
+
+def _beside_the_target(z: Tensor, log_p: Tensor | None, terms: Terms, weight: Tensor | None, d: int) -> tuple[Any, Any]:
+    """Returns what z_loss and smoothing add to the loss, and their factor of p in the gradient; None for neither."""
+    cost: Any = None
+    factor: Any = None
+    if terms.squares:
+        square, lse = _beside(terms.square, d), torch.logsumexp(z, d, keepdim=True)
+        cost, factor = square * lse.square(), 2 * square * lse
+    if terms.smooths:
+        assert log_p is not None
+        smooth = _beside(terms.smooth, d)
+        own = smooth * (log_p if weight is None else log_p * weight).sum(d, keepdim=True)
+        total = smooth * (z.shape[d] if weight is None else weight.sum())
+        cost = -own if cost is None else cost - own
+        factor = total if factor is None else factor + total
+    return cost, factor
+
+
+def _share(
+    log_p: Tensor, terms: Terms, weight: Tensor | None, factor: Any, d: int, wants_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the loss of targets that are shares, and the gradient by z but for the smoothing's own entry."""
+    assert terms.share is not None
+    hard = _beside(terms.hard, d)
+    q = (terms.share if d else terms.share.movedim(1, 0)).to(log_p.dtype)
+    q = q if weight is None else q * weight
+    loss = (q * log_p).sum(d, keepdim=True).mul_(-hard)
+    p = log_p.exp_()
+    if wants_grad:
+        total = hard * q.sum(d, keepdim=True)
+        p.mul_(total if factor is None else total + factor)
+        p = p.addcmul_(hard, q, value=-1) if isinstance(hard, Tensor) else p.sub_(q, alpha=hard)
+    return loss, p
+
+
+def _hard_target(
+    z: Tensor, log_p: Tensor | None, terms: Terms, factor: Any, d: int, wants_grad: bool, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Returns the loss of targets that are one class each, focal or not, and the gradient as `_share` does."""
+    hard: Any = _beside(terms.hard, d)
+    softmax = torch.softmax if log_p is None else (lambda *_, **__: log_p.exp_())
+    p, target, p_t, s, loss = _without_target(z, softmax, terms.target, d, out)
+    if terms.gamma:
+        # At s = 0, -log p_t / s is 1, and so is 0^0.
+        slope = (loss / s).masked_fill_(s == 0, 1).mul_(p_t).mul_(terms.gamma).add_(1)
+        focus = s**terms.gamma
+        loss, hard = loss * focus * hard, hard * focus * slope
+    else:
+        loss.mul_(hard)
+    if wants_grad and factor is None:
+        p.scatter_(d, target, s.neg_()).mul_(hard)
+    elif wants_grad:
+        p.mul_(hard + factor).scatter_(d, target, factor * p_t - hard * s)
+    return loss, p
 
 
 def _without_target(
