@@ -211,6 +211,12 @@ def number(name: str, value: float, *, least: float | None = None) -> None:
         raise ValueError(f"{name} must be a number of at least {least:g}, got {value}")
 
 
+def softcap(value: float | None) -> None:
+    if value is not None:
+        number("softcap", value)
+        scalar("softcap", value, None, positive=True)
+
+
 def sequence(name: str, value: object, what: str, example: str) -> None:
     """Checks for a list, a tuple or the like, but not a string."""
     if type(value) in (tuple, list):

@@ -291,3 +291,16 @@ class Problem:
     @property
     def device(self) -> torch.device:
         return self.operands[0].device
+
+
+class Stats(NamedTuple):
+    """Statistics of a batch, over the rows that count; 0-dim tensors without gradient.
+
+    Scores are logits divided by the scale: similarities if there is no bias.
+    """
+
+    accuracy: Tensor  # share of rows whose target has the largest logit; ties count for it: `masks.score_margin`
+    mean_reciprocal_rank: Tensor  # of the target's rank among the row's admissible columns
+    positive_score: Tensor  # mean over the rows of the target's score
+    hardest_negative_score: Tensor  # mean of each row's largest negative score, over the rows that have one
+    masked: Tensor  # share of the negatives that masks and biases of -inf drop

@@ -1,4 +1,4 @@
-"""Every loss's `nn.Module` twin: options in the constructor, tensors in `forward`."""
+"""What the modules of `nn` share: options in the constructor, tensors in `forward`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor, nn
+from torch.nn import _reduction
 
 from .. import distributed
 from ..core import checks
@@ -20,6 +21,8 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "ignore_index": lambda value: None if value is None else checks.index("ignore_index", value),
     "similarity": lambda value: checks.choice("similarity", value, checks.SIMILARITIES),
     "distance": lambda value: checks.choice("distance", value, checks.DISTANCES),
+    "z_loss": lambda value: checks.number("z_loss", value, least=0),
+    "softcap": checks.softcap,
     "margin": lambda value: checks.number("margin", value),
     "reduction": lambda value: checks.choice("reduction", value, checks.REDUCTIONS),
     "backend": checks.backend,
@@ -32,43 +35,57 @@ class LossModule(nn.Module):
     """Base of the modules. The constructor takes `function`'s keyword-only parameters, except the tensors in `tensors`.
 
     choices: allowed values of an option, if they differ from those in CHECKS. learnt: options that may be modules or
-    parameters; they are registered with this module.
+    parameters; they are registered with this module. buffered: options whose tensors are buffers. like: torch's class,
+    whose constructor comes first; `function`'s further options are then passed by name.
     """
 
     function: ClassVar[Callable[..., Any]]
-    tensors: ClassVar[tuple[str, ...]] = ()
-    choices: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
-    learnt: ClassVar[tuple[str, ...]] = ()
+    choices: ClassVar[Mapping[str, tuple[str, ...]]]
+    learnt: ClassVar[tuple[str, ...]]
+    buffered: ClassVar[tuple[str, ...]]
     signature: ClassVar[inspect.Signature]
     inputs: ClassVar[tuple[str, ...]]
     required: ClassVar[tuple[str, ...]]
-    most: ClassVar[int | None]
+    most: ClassVar[int | None]  # how many inputs stand before any number of others
+    reduction: Any
+    size_average: Any
+    reduce: Any
 
     def __init_subclass__(
         cls,
         *,
-        function: Callable[..., Any],
+        function: Callable[..., Any] | None = None,
         tensors: tuple[str, ...] = (),
         choices: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
         learnt: tuple[str, ...] = (),
+        buffered: tuple[str, ...] = (),
+        like: type[nn.Module] | None = None,
     ) -> None:
         super().__init_subclass__()
-        cls.function, cls.tensors, cls.choices, cls.learnt = staticmethod(function), tensors, choices, learnt
+        if function is None:  # a user's own subclass
+            return
+        cls.function, cls.choices, cls.learnt, cls.buffered = staticmethod(function), choices, learnt, buffered
         parameters = inspect.signature(function).parameters.values()
-        named = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in tensors]
-        cls.signature = inspect.Signature([p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in named])
-        cls._set_inputs()
-
-    @classmethod
-    def _set_inputs(cls) -> None:
-        """Sets the arguments of `forward`: all but the options. `most`: how many stand before a variable number."""
+        theirs = {} if like is None else inspect.signature(like).parameters
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if like is None else inspect.Parameter.KEYWORD_ONLY
+        options = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in (*tensors, *theirs)]
+        cls.signature = inspect.Signature([*theirs.values(), *(p.replace(kind=kind) for p in options)])
         cls.__signature__ = cls.signature  # type: ignore[attr-defined]  # what help() and inspect show
-        parameters = inspect.signature(cls.function).parameters.values()
         inputs = [p for p in parameters if p.name not in cls.signature.parameters and p.kind is not p.VAR_POSITIONAL]
         cls.inputs = tuple(p.name for p in inputs)
         cls.required = tuple(p.name for p in inputs if p.default is p.empty)
         several = any(p.kind is p.VAR_POSITIONAL for p in parameters)
         cls.most = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in inputs) if several else None
+        cls.__doc__ = cls.__doc__ or cls._described()
+
+    @classmethod
+    def _described(cls) -> str:
+        """What it computes, in the words of the function, and what goes where."""
+        name, (what, *more) = cls.function.__name__, inspect.getdoc(cls.function).split("\n\n")  # type: ignore[union-attr]
+        formula = [more[0]] if more and more[0].startswith(" ") else []
+        use = f"`{name}` with its options in the constructor and `forward{cls._forward()}`."
+        model = [checks.where_models_go(cls.__name__)] if cls.__name__ in checks.MODEL | checks.CROSS_ENCODER else []
+        return "\n\n".join([what, *formula, use, *model])
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__()
@@ -92,7 +109,13 @@ class LossModule(nn.Module):
                 checks.choice(name, value, self.choices[name])
             elif name in CHECKS:
                 CHECKS[name](value)
-            setattr(self, name, value)
+            if name in self.buffered and isinstance(value, Tensor):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+        if "reduce" in bound.arguments and (self.size_average is not None or self.reduce is not None):
+            self.reduction = _reduction.legacy_get_string(self.size_average, self.reduce)
+            self.size_average = self.reduce = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cls = type(self)
@@ -121,12 +144,16 @@ class LossModule(nn.Module):
 
     @classmethod
     def _takes(cls) -> str:
+        return f"it takes {cls._forward()}"
+
+    @classmethod
+    def _forward(cls) -> str:
         function = inspect.signature(cls.function).parameters
         inputs = [p for name, p in function.items() if name in cls.inputs or p.kind is p.VAR_POSITIONAL]
-        return f"it takes {checks.shown(inspect.Signature(inputs))}"
+        return checks.shown(inspect.Signature(inputs))
 
     def extra_repr(self) -> str:
-        always = [p.name for p in self.signature.parameters.values() if p.name in ("temperature", "scale")]
-        shown_by_torch = [n for n in self.learnt if isinstance(getattr(self, n), nn.Module | Tensor)]
-        defaults = {p.name: p.default for p in self.signature.parameters.values() if p.name not in shown_by_torch}
-        return checks.options(self, **{n: None if n in always else default for n, default in defaults.items()})
+        always = ("temperature", "scale")
+        hidden = [n for n in (*self.learnt, *self.buffered) if isinstance(getattr(self, n), nn.Module | Tensor)]
+        shown = [p for p in self.signature.parameters.values() if p.name not in hidden]
+        return checks.options(self, **{p.name: None if p.name in always else p.default for p in shown})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -11,29 +11,13 @@ from torch import Tensor
 from ..backends import select
 from ..core import checks
 from ..core.numerics import savable, stats_dtype
-from ..core.problem import Block, Problem
+from ..core.problem import Block, Problem, Stats
 from ..core.rows import columns_and_weights, without_target
 from ..distributed import Request, loss_across
 from ..sweep.autograd import loss_mean, loss_rows_or_sum
 from ._options import AcrossOptions, Call, ranks
 
-
-class Stats(NamedTuple):
-    """Statistics of a batch, over the rows that count; 0-dim tensors without gradient.
-
-    Scores are logits divided by the scale: similarities if there is no bias.
-    """
-
-    accuracy: Tensor  # share of rows whose target has the largest logit; ties count for it: `masks.score_margin`
-    mean_reciprocal_rank: Tensor  # of the target's rank among the row's admissible columns
-    positive_score: Tensor  # mean over the rows of the target's score
-    hardest_negative_score: Tensor  # mean of each row's largest negative score, over the rows that have one
-    masked: Tensor  # share of the negatives that masks and biases of -inf drop
-
-
-# A Tensor, or `(Tensor, Stats)` with return_stats=True. Typed as Any, because a union would force every caller to
-# narrow it.
-Loss = Any
+Loss = Tensor | tuple[Tensor, Stats]  # functional.pyi says which
 
 
 def autocast(*embeddings: Tensor) -> tuple[Tensor, ...]:
@@ -65,11 +49,22 @@ def distinct(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
     return operands, places
 
 
-def mean_of(problems: Sequence[Problem], call: Call) -> Loss:
+def mean_of(problems: Sequence[Problem], call: Call) -> Tensor:
+    """Returns the mean of several losses."""
+    return _mean(problems, call)[0]
+
+
+def counting_mean_of(problems: Sequence[Problem], call: Call) -> Loss:
     """Returns the mean of several losses, with the statistics of the first under `return_stats`."""
+    loss, counted = _mean(problems, call)
+    return (loss, _stats(problems[0], counted)) if call.return_stats else loss
+
+
+def _mean(problems: Sequence[Problem], call: Call) -> tuple[Tensor, list[Tensor]]:
+    """Returns the mean of several losses, and what the first of them counted."""
     found = [_reduced(problem, call) for problem in problems]
     loss = torch.stack([loss for loss, _ in found]).mean(0) if len(found) > 1 else found[0][0]
-    return (loss, _stats(problems[0], found[0][1])) if call.return_stats else loss
+    return loss, found[0][1]
 
 
 def _reduced(problem: Problem, call: Call) -> tuple[Tensor, list[Tensor]]:
@@ -105,7 +100,7 @@ def result_of(options: AcrossOptions, ask: Callable[[Call], Request]) -> Loss:
     if world is not None:
         return loss_across(world, lambda: ask(Call(**options)))
     call = Call(**options)
-    return mean_of(ask(call).problems, call)
+    return counting_mean_of(ask(call).problems, call)
 
 
 def reduced(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:

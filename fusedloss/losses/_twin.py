@@ -1,10 +1,8 @@
-"""Shared by the twins of torch.nn.functional: their checks and the base of their modules."""
+"""Shared by the twins of torch.nn.functional: their checks."""
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +10,6 @@ from torch.nn import _reduction
 
 from ..core import checks
 from ..core.numerics import autocasting
-from ._module import LossModule
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -81,37 +78,3 @@ def promoted(x: Tensor, y: Tensor) -> torch.dtype:
     """Returns the dtype of a product of these. Under autocast torch's losses run in fp32."""
     dtype = x.dtype if x.dtype == y.dtype else torch.promote_types(x.dtype, y.dtype)
     return torch.float32 if dtype.itemsize == 2 and autocasting(x) else dtype
-
-
-class TwinModule(LossModule, function=lambda: None):
-    """Base of the twins. The constructor is that of torch's class `like`, then `function`'s further options by name."""
-
-    like: ClassVar[type[nn.Module]]
-    size_average: bool | None
-    reduce: bool | None
-
-    def __init_subclass__(cls, *, function: Any, like: type[nn.Module], tensors: tuple[str, ...] = ()) -> None:
-        super().__init_subclass__(function=function, tensors=tensors)
-        cls.like = like
-        theirs = inspect.signature(like).parameters
-        ours = [p.replace(kind=p.KEYWORD_ONLY) for name, p in cls.signature.parameters.items() if name not in theirs]
-        cls.signature = inspect.Signature([*theirs.values(), *ours])
-        cls._set_inputs()
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        if "reduce" in self.signature.parameters and (self.size_average is not None or self.reduce is not None):
-            self.reduction = _reduction.legacy_get_string(self.size_average, self.reduce)
-            self.size_average = self.reduce = None
-        for name, value in [(name, getattr(self, name)) for name in self.signature.parameters]:
-            if isinstance(value, Tensor):  # as in torch: it moves with the module and is part of its state
-                delattr(self, name)
-                self.register_buffer(name, value)
-
-    def extra_repr(self) -> str:
-        shown = {
-            name: p.default
-            for name, p in self.signature.parameters.items()
-            if not isinstance(getattr(self, name), Tensor)
-        }
-        return checks.options(self, **shown)

@@ -14,7 +14,6 @@ from ..core.rows import row_chunks
 from ..core.softmax import softplus
 from ..rowwise.pairs import DISTANCES, of_pairs
 from ._folded import fold_loss, fold_problem, top
-from ._module import LossModule
 from ._options import Call, SweepOptions, WorkspaceOptions, expanded
 from ._softmax import of_rows, over
 
@@ -190,19 +189,3 @@ def _hardest(embeddings: Tensor, labels: Tensor, distance: str, call: Call) -> T
 def _squares(x: Tensor) -> Tensor:
     parts = [x[chunk].detach().to(stats_dtype(x.dtype)).square().sum(1) for chunk in row_chunks(x)]
     return torch.cat(parts) if parts else x.new_empty(0, dtype=stats_dtype(x.dtype))
-
-
-class BatchAllTripletLoss(LossModule, function=batch_all_triplet):
-    """`batch_all_triplet` with its options in the constructor and `forward(embeddings, labels)`."""
-
-
-class BatchHardTripletLoss(LossModule, function=batch_hard_triplet):
-    """`batch_hard_triplet` with its options in the constructor and `forward(embeddings, labels)`."""
-
-
-class BatchHardSoftMarginTripletLoss(LossModule, function=batch_hard_soft_margin_triplet):
-    """`batch_hard_soft_margin_triplet` with its options in the constructor and `forward(embeddings, labels)`."""
-
-
-class BatchSemiHardTripletLoss(LossModule, function=batch_semi_hard_triplet):
-    """`batch_semi_hard_triplet` with its options in the constructor and `forward(embeddings, labels)`."""

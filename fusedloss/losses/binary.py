@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import checks
 from ..rowwise.pointwise import BinaryCrossEntropy, loss
 from ._options import documented
-from ._twin import TwinModule, check_weight, ordinary, promoted, reduction_of, tensors
+from ._twin import check_weight, ordinary, promoted, reduction_of, tensors
 
 
 @documented
@@ -74,10 +74,3 @@ def binary_cross_entropy_with_logits(
     return loss(
         BinaryCrossEntropy(), input, target, weight, pos_weight, reduction=reduction, dtype=dtype, backend=backend
     )
-
-
-class BCEWithLogitsLoss(TwinModule, function=binary_cross_entropy_with_logits, like=nn.BCEWithLogitsLoss):
-    """`torch.nn.BCEWithLogitsLoss` with `backend`; `forward(input, target)`. Its weights are buffers, as in torch."""
-
-
-BinaryCrossEntropyLoss = BCEWithLogitsLoss  # the name in sentence-transformers' cross-encoders

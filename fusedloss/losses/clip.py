@@ -10,7 +10,6 @@ from .. import masks
 from ..core import checks
 from ..core.problem import Block, Problem
 from ..distributed import Request
-from ._module import LossModule
 from ._options import Call, CountingAcrossOptions, expanded
 from ._softmax import Loss, as_scale, autocast, counted, distinct, result_of
 
@@ -113,7 +112,3 @@ def clip_problem(
         workspace_bytes=call.workspace_bytes,
         wants_tally=call.return_stats,
     )
-
-
-class ClipLoss(LossModule, function=clip, tensors=("mask",)):
-    """`clip` with its options in the constructor and tensors in `forward(image_features, text_features, ...)`."""

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..core import checks
 from ..core.problem import Fold, Guide
 from ._folded import fold_loss, fold_problem
-from ._module import LossModule
 from ._options import Call, SweepOptions, expanded
 from ._softmax import as_scale, autocast, distinct
 
@@ -82,7 +81,3 @@ def clip_distill(
         problem = fold_problem(operands, scale, weight, fold, call, cosine=normalize)
         losses.append(fold_loss(problem, call, over=rows)[0])
     return losses[0] + losses[1]
-
-
-class ClipDistillLoss(LossModule, function=clip_distill):
-    """`clip_distill` with its options in the constructor and its tensors in `forward`."""

@@ -7,7 +7,6 @@ from typing import Unpack
 from torch import Tensor
 
 from ..core import checks
-from ._module import LossModule
 from ._options import SweepOptions, expanded
 from .clip import clip
 
@@ -37,7 +36,3 @@ def contrastive_tension_in_batch(
     loss = clip(a, b, logit_scale, normalize=True, **options)
     assert isinstance(loss, Tensor)
     return loss
-
-
-class ContrastiveTensionInBatchLoss(LossModule, function=contrastive_tension_in_batch):
-    """`contrastive_tension_in_batch` with its options in the constructor and `forward(a, b, logit_scale=20.0)`."""

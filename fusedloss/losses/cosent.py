@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..core import checks
 from ..rowwise.ordered import ordered_pairs
-from ._module import LossModule
 from ._options import Call, RowBackendOptions, expanded
 from ._pairs import SIMILARITIES, check_numbers, check_rows, similarities
 from ._softmax import as_scale
@@ -116,11 +115,3 @@ def _ordered(
     found = columns[0] if len(columns) == 1 else torch.cat(columns)
     gold = score.detach()  # only compared
     return ordered_pairs(found * factor, gold.byte() if gold.dtype == torch.bool else gold, call.backend)
-
-
-class CoSENTLoss(LossModule, function=cosent, choices={"similarity": SIMILARITIES}):
-    """`cosent` with its options in the constructor and `forward(a, b, score)`."""
-
-
-class AnglELoss(LossModule, function=angle, tensors=("label",)):
-    """`angle` with its options in the constructor and `forward(a, b, score)`, or with negatives."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import _reduction as legacy
@@ -106,9 +104,7 @@ def _check_options(
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.share("label_smoothing", label_smoothing)
     checks.number("z_loss", z_loss, least=0)
-    if softcap is not None:
-        checks.number("softcap", softcap)
-        checks.scalar("softcap", softcap, None, positive=True)
+    checks.softcap(softcap)
     checks.backend(backend)
 
 
@@ -147,42 +143,3 @@ def _check_tensors(input: Tensor, target: Tensor, weight: Tensor | None) -> torc
     if weight is not None:
         checks.vector("weight", weight, shape[0 if len(shape) == 1 else 1], "class", input)
     return dtype
-
-
-class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """`cross_entropy` as `torch.nn.CrossEntropyLoss`: its constructor and buffer, and `forward(input, target)`."""
-
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        size_average: bool | None = None,
-        ignore_index: int = -100,
-        reduce: bool | None = None,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        *,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-        backend: str = "auto",
-    ):
-        checks.options_not_modules(type(self).__name__, weight=weight)
-        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        _check_options(ignore_index, self.reduction, label_smoothing, z_loss, softcap, backend)
-        self.z_loss, self.softcap, self.backend = z_loss, softcap, backend
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return cross_entropy(
-            input,
-            target,
-            self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            backend=self.backend,
-        )
-
-    def extra_repr(self) -> str:
-        defaults: dict[str, Any] = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
-        return checks.options(self, **defaults, z_loss=0.0, softcap=None, backend="auto")

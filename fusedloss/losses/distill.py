@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.numerics import savable, stats_dtype, wide_dtype
-from ._module import LossModule
 from ._options import Call, RowOptions, expanded
 from ._pairs import SIMILARITIES, check_columns, check_numbers, similarities
 from ._softmax import of_rows
@@ -80,7 +79,3 @@ def _or(temperature: float | Tensor, name: str, value: float | Tensor | None, li
     else:
         checks.scalar(name, value, like, positive=True)
     return savable(value).reshape(()).to(stats_dtype(like.dtype)) if isinstance(value, Tensor) else value
-
-
-class DistillKLDivLoss(LossModule, function=distill_kl_div, tensors=("label",), choices={"similarity": SIMILARITIES}):
-    """`distill_kl_div` with its options in the constructor and `forward(query, positive, *negatives, label=...)`."""

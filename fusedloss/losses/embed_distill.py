@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from ..core import checks
 from ..core.numerics import savable, stats_dtype
 from ..rowwise.pairs import columns
-from ._module import LossModule
 from ._options import Call, RowOptions, expanded
 from ._pairs import check_rows
 from ._softmax import of_rows
@@ -117,7 +116,3 @@ def _teachers(teacher: Tensor | Sequence[Tensor], students: Sequence[Tensor]) ->
         checks.same_device("teacher", x, "student", first)
     dtype = stats_dtype(first.dtype)
     return [x.detach() if stats_dtype(x.dtype) == dtype else x.detach().to(dtype) for x in found]
-
-
-class EmbedDistillLoss(LossModule, function=embed_distill, choices={"distance": DISTANCES}, learnt=("projection",)):
-    """`embed_distill` with its options in the constructor and `forward(student, teacher)`; it owns the projection."""

@@ -11,7 +11,6 @@ from ..core import checks
 from ..core.numerics import stats_dtype
 from ..rowwise.classes import focal_classes
 from ..rowwise.pointwise import Focal, loss, transformed
-from ._module import LossModule
 from ._options import documented
 
 
@@ -114,14 +113,3 @@ def _multiclass(
     if alpha is not None:
         checks.vector("alpha", alpha, input.shape[1], "class", input)
     return focal_classes(input, target, gamma, alpha, ignore_index, reduction, backend)
-
-
-class FocalLoss(LossModule, function=focal):
-    """`focal` with its options in the constructor and `forward(input, target)`; a tensor `alpha` is a buffer."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        alpha = self.alpha
-        if isinstance(alpha, Tensor):
-            del self.alpha
-            self.register_buffer("alpha", alpha)

@@ -11,7 +11,6 @@ from .. import masks
 from ..core import checks
 from ..core.problem import Block, Guide, GuideRule, Mask, Problem
 from ..distributed import Request
-from ._module import LossModule
 from ._options import Call, CountingAcrossOptions, expanded
 from ._softmax import Loss, as_scale, autocast, counted, distinct, result_of
 
@@ -146,10 +145,3 @@ def _guides(guide: Sequence[Tensor], named: dict[str, Tensor]) -> list[Tensor]:
             raise ValueError(f"guide[{i}] must have {own.shape[0]} rows, like {name}, got {x.shape[0]}")
         checks.same_device(f"guide[{i}]", x, name, own)
     return [x.detach() for x in guide]
-
-
-class GISTEmbedLoss(LossModule, function=gist_embed, tensors=("guide",)):
-    """`gist_embed` with its options in the constructor and `forward(anchor, positive, *negatives, guide=...)`.
-
-    It takes embeddings; `fusedloss.integrations.sentence_transformers` has a class of this name that takes a model.
-    """

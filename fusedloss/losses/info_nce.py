@@ -15,7 +15,6 @@ from ..core.problem import Block, Problem
 from ..core.softmax import softplus
 from ..distributed import Request
 from ..rowwise.pairs import cosine, dot, of_pairs, scores
-from ._module import LossModule
 from ._options import Call, CountingAcrossOptions, expanded, ranks
 from ._softmax import Loss, as_scale, autocast, counted, distinct, mean_of, over, result_of
 
@@ -228,7 +227,3 @@ def _with_private(problem: Problem, call: Call, query: Tensor, negatives: Tensor
     if call.reduction == "none":
         return loss
     return over(loss.sum(), weight.sum()) if call.reduction == "mean" else loss.sum()
-
-
-class InfoNCELoss(LossModule, function=info_nce, tensors=("negatives", "bank", "key_bias", "mask", "weight")):
-    """`info_nce` with its options in the constructor and tensors in `forward(query, key, target=None, ...)`."""

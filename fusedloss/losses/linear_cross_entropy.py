@@ -12,7 +12,6 @@ from ..core import checks
 from ..core.numerics import savable
 from ..core.problem import Block, Problem
 from ..sweep.autograd import loss_mean, loss_rows_or_sum
-from ._module import LossModule
 from ._options import Call, WorkspaceOptions, expanded
 from ._softmax import as_scale, autocast, columns_and_weights, distinct
 
@@ -88,9 +87,7 @@ def linear_cross_entropy(
         checks.vector("weight", weight, classes, "class", x)
     checks.share("label_smoothing", label_smoothing)
     checks.number("z_loss", z_loss, least=0)
-    if softcap is not None:
-        checks.number("softcap", softcap)
-        checks.scalar("softcap", softcap, x, positive=True)
+    checks.softcap(softcap)
     if weight is not None and label_smoothing and (softcap is not None or z_loss):
         other = "softcap" if softcap is not None else "z_loss"
         raise ValueError(
@@ -174,10 +171,3 @@ def _mean_difference(x: Tensor, y: Tensor, bias: Tensor | None, index: Tensor, w
             bias = bias.to(weight.dtype)
             difference = difference + weight.sum() * bias[index] - weight @ bias
         return difference / len(weight)
-
-
-class LinearCrossEntropyLoss(LossModule, function=linear_cross_entropy, tensors=("linear_bias", "weight")):
-    """`linear_cross_entropy` with its options in the constructor and `forward(input, linear_weight, target, ...)`.
-
-    It takes the model's weight in `forward`; torch's module of this name holds a layer of its own.
-    """

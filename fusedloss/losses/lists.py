@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..core import checks
 from ..core.numerics import savable
 from ..rowwise import lists
-from ._module import LossModule
 from ._options import Call, RowOptions, expanded
 
 WEIGHTINGS = ("ndcg_loss2pp", "ndcg_loss2", "ndcg_loss1", "lambda_rank")
@@ -344,48 +343,3 @@ def _nothing(scores: Tensor, reduction: str) -> Tensor:
     """Returns zeros with a graph, for no documents."""
     sums = scores.to(lists.stats_dtype(scores.dtype)).sum(1)
     return sums if reduction == "none" else sums.sum()
-
-
-# Modules --------------------------------------------------------------------------------------------------------------
-
-
-class _WithFunction(LossModule, function=lambda_loss, tensors=("mask",)):
-    """Module of a loss whose option `takes_module` may be an nn.Module, such as a scheme of sentence-transformers."""
-
-    takes_module: str
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        module = kwargs.get(self.takes_module)
-        if isinstance(module, nn.Module):
-            kwargs[self.takes_module] = None
-        super().__init__(*args, **kwargs)
-        if isinstance(module, nn.Module):
-            setattr(self, self.takes_module, module)
-
-
-class LambdaLoss(_WithFunction, function=lambda_loss, tensors=("mask",)):
-    """`lambda_loss` with its options in the constructor and `forward(scores, labels, mask=None)`."""
-
-    takes_module = "weighting"
-
-
-class RankNetLoss(LossModule, function=rank_net, tensors=("mask",)):
-    """`rank_net` with its options in the constructor and `forward(scores, labels, mask=None)`."""
-
-
-class ListNetLoss(LossModule, function=list_net, tensors=("mask",)):
-    """`list_net` with its options in the constructor and `forward(scores, labels, mask=None)`."""
-
-
-class ListMLELoss(LossModule, function=list_mle, tensors=("mask",)):
-    """`list_mle` with its options in the constructor and `forward(scores, labels, mask=None)`."""
-
-
-class PListMLELoss(_WithFunction, function=plist_mle, tensors=("mask",)):
-    """`plist_mle` with its options in the constructor and `forward(scores, labels, mask=None)`."""
-
-    takes_module = "lambda_weight"
-
-
-class ADRMSELoss(LossModule, function=adr_mse, tensors=("mask",)):
-    """`adr_mse` with its options in the constructor and `forward(scores, labels, mask=None)`."""

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import checks
-from ._module import LossModule
 from ._options import Call, RowOptions, expanded
 from ._pairs import SIMILARITIES, check_columns, check_numbers, similarities, squares
 from ._softmax import of_rows
@@ -62,7 +61,3 @@ def margin_mse(
         return squares(near - far[0], margins.reshape(rows), call.reduction)
     difference = near[:, None] - torch.stack(far, dim=1)
     return of_rows(F.mse_loss(difference, margins, reduction="none").mean(1), call.reduction)
-
-
-class MarginMSELoss(LossModule, function=margin_mse, tensors=("label",), choices={"similarity": SIMILARITIES}):
-    """`margin_mse` with its options in the constructor and `forward(query, positive, *negatives, label=...)`."""

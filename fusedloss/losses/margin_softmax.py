@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.problem import Block, Margin, Problem
-from ._module import LossModule
 from ._options import Call, SweepOptions, expanded
 from ._softmax import as_scale, autocast, counted, distinct, mean_of
 
@@ -138,11 +137,3 @@ def _margin_softmax(
         margin=margin,
     )
     return mean_of([problem], call)
-
-
-class ArcFaceLoss(LossModule, function=arcface):
-    """`arcface` with its options in the constructor and `forward(embeddings, target, weight)`."""
-
-
-class CosFaceLoss(LossModule, function=cosface):
-    """`cosface` with its options in the constructor and `forward(embeddings, target, weight)`."""

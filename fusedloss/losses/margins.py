@@ -12,7 +12,6 @@ from ..core.numerics import row_numbers, stats_dtype
 from ..core.problem import Fold, Mask
 from ..rowwise.pairs import cosine, of_pairs
 from ._folded import fold_loss, fold_problem, top
-from ._module import LossModule
 from ._options import Call, SweepOptions, expanded
 from ._softmax import autocast, distinct, of_rows
 
@@ -108,11 +107,3 @@ def _pairs(anchor: Tensor, positive: Tensor, more_positives: bool = False) -> Te
     if columns < rows or (columns > rows and not more_positives):
         raise ValueError(f"positive must have at least {rows} rows, one per row of anchor, got {columns}")
     return row_numbers(rows, anchor)
-
-
-class MegaBatchMarginLoss(LossModule, function=mega_batch_margin):
-    """`mega_batch_margin` with its options in the constructor and `forward(anchor, positive)`."""
-
-
-class InBatchMarginRankingLoss(LossModule, function=in_batch_margin_ranking):
-    """`in_batch_margin_ranking` with its options in the constructor and `forward(anchor, positive)`."""

@@ -11,7 +11,6 @@ from ..core import checks
 from ..core.numerics import stats_dtype
 from ..core.problem import Fold
 from ._folded import fold_loss, fold_problem
-from ._module import LossModule
 from ._options import Call, SweepOptions, expanded
 from ._softmax import autocast, over
 
@@ -112,11 +111,3 @@ def _folded(
     fold = Fold(name, numbers, labels=(labels, labels), itself=True)
     problem = fold_problem([x], one, weight, fold, call, cosine=True)
     return fold_loss(problem, call, over=len(x) if every_row else None)
-
-
-class MultiSimilarityLoss(LossModule, function=multi_similarity):
-    """`multi_similarity` with its options in the constructor and `forward(embeddings, labels)`."""
-
-
-class CircleLoss(LossModule, function=circle):
-    """`circle` with its options in the constructor and `forward(embeddings, labels)`."""

@@ -12,7 +12,6 @@ from ..core import checks
 from ..core.numerics import row_numbers
 from ..core.problem import Block, Mask, Problem
 from ..distributed import Request
-from ._module import LossModule
 from ._options import Call, CountingAcrossOptions, expanded
 from ._softmax import Loss, as_scale, autocast, counted, distinct, result_of
 
@@ -134,8 +133,8 @@ def multiple_negatives_ranking_problems(
         raise ValueError(f"positive must have at least {rows} rows, one per row of anchor, got {positive.shape[0]}")
     checks.scalar("scale", scale, anchor, positive=True)
     checks.choice("similarity", similarity, checks.SIMILARITIES)
-    _check_directions(directions, partition_mode)
-    _check_hardness(hardness_mode, hardness_strength)
+    check_directions(directions, partition_mode)
+    check_hardness(hardness_mode, hardness_strength)
     owned = hardness_mode is not None or "doc_to_doc" in directions
     for name, x in {"positive": positive, **named}.items():
         needed = owned or (name == "positive" and len(directions) > 1)
@@ -191,7 +190,7 @@ def multiple_negatives_ranking_problems(
     ]
 
 
-def _check_directions(directions: Sequence[str], partition_mode: str) -> None:
+def check_directions(directions: Sequence[str], partition_mode: str) -> None:
     if not isinstance(directions, str):
         checks.sequence("directions", directions, "names", str(DIRECTIONS[:2]))
     if isinstance(directions, str) or not all(name in DIRECTIONS for name in directions):
@@ -209,24 +208,7 @@ def _check_directions(directions: Sequence[str], partition_mode: str) -> None:
         )
 
 
-def _check_hardness(mode: str | None, strength: float) -> None:
+def check_hardness(mode: str | None, strength: float) -> None:
     if mode is not None:
         checks.choice("hardness_mode", mode, HARDNESS_MODES)
     checks.number("hardness_strength", strength, least=0)
-
-
-class MultipleNegativesRankingLoss(LossModule, function=multiple_negatives_ranking, tensors=("mask", "anchors")):
-    """`multiple_negatives_ranking` with its options in the constructor and `forward(anchor, positive, *negatives)`.
-
-    It takes embeddings; `fusedloss.integrations.sentence_transformers` has a class of this name that takes a model.
-    """
-
-    directions: Sequence[str]
-    partition_mode: str
-    hardness_mode: str | None
-    hardness_strength: float
-
-    def __init__(self, *args: object, **kwargs: object):
-        super().__init__(*args, **kwargs)
-        _check_directions(self.directions, self.partition_mode)
-        _check_hardness(self.hardness_mode, self.hardness_strength)

@@ -10,9 +10,8 @@ from torch import Tensor
 from ..core import checks
 from ..core.numerics import row_numbers
 from ..core.problem import Block, Mask, Problem
-from ._module import LossModule
 from ._options import Call, CountingAcrossOptions, CountingOptions, expanded
-from ._softmax import Loss, as_scale, autocast, mean_of, result_of
+from ._softmax import Loss, as_scale, autocast, counting_mean_of, result_of
 
 
 @expanded
@@ -67,7 +66,7 @@ def decoupled_contrastive(
         >>> fusedloss.decoupled_contrastive(z1, z2, temperature=0.1).backward()
     """
     call = Call(**options)
-    return mean_of([nt_xent_problem(z1, z2, temperature, call, decoupled=True)], call)
+    return counting_mean_of([nt_xent_problem(z1, z2, temperature, call, decoupled=True)], call)
 
 
 def nt_xent_problem(
@@ -93,11 +92,3 @@ def nt_xent_problem(
         decoupled=decoupled,
         wants_tally=call.return_stats,
     )
-
-
-class NTXentLoss(LossModule, function=nt_xent):
-    """`nt_xent` with its options in the constructor and `forward(z1, z2)`."""
-
-
-class DCLLoss(LossModule, function=decoupled_contrastive):
-    """`decoupled_contrastive` with its options in the constructor and `forward(z1, z2)`."""

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.numerics import stats_dtype, unit_rows
-from ._module import LossModule
 
 AGGREGATIONS = ("mean", "sum")
 LEAST_ROWS = 256  # of a block: in smaller ones overhead dominates
@@ -93,7 +92,3 @@ def _off_diagonal(rows: Tensor) -> tuple[Tensor, Tensor]:
             total, squares = total + before @ both, squares + (products * own).sum()
             before, products = before + both, products + own
     return 2 * total, 2 * squares
-
-
-class GlobalOrthogonalRegularizationLoss(LossModule, function=global_orthogonal_regularization):
-    """`global_orthogonal_regularization` with its options in the constructor and `forward(*embeddings)`."""

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from ..core import checks
 from ..rowwise.pairs import columns
-from ._module import LossModule
 from ._options import Call, RowBackendOptions, RowOptions, expanded
 from ._pairs import check_not_negative, check_numbers, check_rows, squares
 from ._softmax import of_rows
@@ -194,19 +193,3 @@ def contrastive_tension(
     y = label.to(dots.dtype)
     # torch's binary cross-entropy would subtract dots of 5 from 5.008, which leaves a small loss half its digits.
     return of_rows((y - 1) * F.logsigmoid(-dots) - y * F.logsigmoid(dots), call.reduction)
-
-
-class ContrastiveLoss(LossModule, function=contrastive, choices={"distance": DISTANCES}):
-    """`contrastive` with its options in the constructor and `forward(a, b, label)`."""
-
-
-class OnlineContrastiveLoss(LossModule, function=online_contrastive, choices={"distance": DISTANCES}):
-    """`online_contrastive` with its options in the constructor and `forward(a, b, label)`."""
-
-
-class CosineSimilarityLoss(LossModule, function=cosine_similarity, learnt=("loss", "transform")):
-    """`cosine_similarity` with its options in the constructor and `forward(a, b, score)`."""
-
-
-class ContrastiveTensionLoss(LossModule, function=contrastive_tension):
-    """`contrastive_tension` with its options in the constructor and `forward(a, b, label)`."""

@@ -11,7 +11,6 @@ from ..core import checks
 from ..core.numerics import NORM_EPS, stats_dtype
 from ..core.problem import Block, Fold, Problem
 from ._folded import fold_loss, fold_problem
-from ._module import LossModule
 from ._options import Call, SweepOptions, expanded
 from ._softmax import as_scale, autocast, counted, distinct, mean_of, of_rows
 
@@ -152,11 +151,3 @@ def _check(embeddings: Tensor, target: Tensor, proxies: Tensor, ignore_index: in
     checks.target("target", target, rows, classes, ignore_index, embeddings)
     if rows and not classes:
         raise ValueError("proxies must have at least one row, one per class, got none")
-
-
-class ProxyNCALoss(LossModule, function=proxy_nca):
-    """`proxy_nca` with its options in the constructor and `forward(embeddings, target, proxies)`."""
-
-
-class ProxyAnchorLoss(LossModule, function=proxy_anchor):
-    """`proxy_anchor` with its options in the constructor and `forward(embeddings, target, proxies)`."""

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import checks
 from ..core.numerics import stats_dtype
 from ..rowwise.pointwise import Difference, loss
 from ._options import documented
-from ._twin import TwinModule, check_weight, ordinary, promoted, reduction_of, same_shape, tensors
+from ._twin import check_weight, ordinary, promoted, reduction_of, same_shape, tensors
 
 
 @documented
@@ -232,19 +232,3 @@ def _left_to_torch(
 
 def _kind(x: object) -> str:
     return f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-
-
-class MSELoss(TwinModule, function=mse, like=nn.MSELoss):
-    """`torch.nn.MSELoss` with `under`, `over` and `backend`; `forward(input, target, weight=None)`."""
-
-
-class L1Loss(TwinModule, function=l1, like=nn.L1Loss):
-    """`torch.nn.L1Loss` with `under`, `over` and `backend`; `forward(input, target, weight=None)`."""
-
-
-class HuberLoss(TwinModule, function=huber, like=nn.HuberLoss):
-    """`torch.nn.HuberLoss` with `under`, `over` and `backend`; `forward(input, target, weight=None)`."""
-
-
-class SmoothL1Loss(TwinModule, function=smooth_l1, like=nn.SmoothL1Loss, tensors=("weight",)):
-    """`torch.nn.SmoothL1Loss` with `under`, `over` and `backend`; `forward(input, target, weight=None)`."""

@@ -13,7 +13,6 @@ from ..core.numerics import row_numbers
 from ..core.problem import Fold
 from ..distributed import Request, loss_across
 from ._folded import fold_loss, fold_problem
-from ._module import LossModule
 from ._options import AcrossOptions, Call, expanded, ranks
 from ._softmax import as_scale, autocast, distinct
 
@@ -109,7 +108,3 @@ def _positives(
             f"text_features must have at least {M} rows, one per image, for the default target, got {N}; pass target"
         )
     return None, row_numbers(M, like)
-
-
-class SigLipLoss(LossModule, function=siglip, tensors=("target",)):
-    """`siglip` with its options in the constructor and tensors in `forward(image_features, text_features, ...)`."""

@@ -9,7 +9,6 @@ from torch import Tensor
 from ..core import checks
 from ..rowwise import classes
 from ..rowwise.pair_logits import PARTS, pair_logits
-from ._module import LossModule
 from ._options import Call, RowOptions, expanded
 
 
@@ -112,7 +111,3 @@ def softmax_pair(
         empty=0.0,
         backend=call.backend,
     )
-
-
-class SoftmaxLoss(LossModule, function=softmax_pair, tensors=("class_weight",)):
-    """`softmax_pair` with its options in the constructor and `forward(u, v, weight, bias, target)`."""

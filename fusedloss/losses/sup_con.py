@@ -27,7 +27,6 @@ from ..core.rows import finish
 from ..distributed import Request, World, agree, averaged, everywhere, part_across, scaled, summed_across
 from ..sweep import autograd
 from ._folded import fold_problem
-from ._module import LossModule
 from ._options import AcrossOptions, Call, expanded, ranks
 from ._softmax import as_scale, autocast, over, reduced
 
@@ -220,7 +219,3 @@ def _dimensions(x: Tensor, budget: int) -> Iterator[slice]:
     """Returns the number of dimensions of which PIECES matrices fit the workspace."""
     width = max(1, budget // max(1, PIECES * len(x) * stats_dtype(x.dtype).itemsize))
     return slices(x.shape[1], width)
-
-
-class SupConLoss(LossModule, function=sup_con):
-    """`sup_con` with its options in the constructor and `forward(embeddings, labels)`."""

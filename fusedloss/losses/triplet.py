@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ..core import checks
 from ..rowwise.pairs import columns
-from ._module import LossModule
 from ._options import Call, RowOptions, expanded
 from ._pairs import check_rows
 from ._softmax import of_rows
@@ -59,7 +58,3 @@ def triplet(
         near, far = columns(distance, anchor, positive, negative, backend=call.backend)
         difference = near - far
     return of_rows((difference + margin).relu(), call.reduction)
-
-
-class TripletLoss(LossModule, function=triplet, choices={"distance": DISTANCES}):
-    """`triplet` with its options in the constructor and `forward(anchor, positive, negative)`."""
