@@ -16,8 +16,7 @@ from torch.nn import functional as F
 
 from .. import masks
 from ..core import checks
-from ..losses.info_nce import info_nce
-from ..losses.nt_xent import decoupled_contrastive, nt_xent
+from ..functional import decoupled_contrastive, info_nce, nt_xent
 from ..rowwise.pairs import scores
 from ._drop_in import Patch, counted, library, runs_fused
 from ._fits import only, overridden, refusal

@@ -23,11 +23,7 @@ from torch import Tensor, nn
 from .. import masks
 from ..core import checks
 from ..core.numerics import stats_dtype
-from ..losses.clip import clip
-from ..losses.clip_distill import clip_distill
-from ..losses.cross_entropy import cross_entropy
-from ..losses.info_nce import info_nce
-from ..losses.siglip import siglip
+from ..functional import clip, clip_distill, cross_entropy, info_nce, siglip
 from ._drop_in import Patch, counted, library, runs_fused
 from ._fits import only, overridden, refusal
 

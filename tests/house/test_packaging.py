@@ -90,7 +90,13 @@ def test_sdist_and_the_wheel_made_from_it(source, no_nvcc, tmp_path):
         metadata = archive.read(f"fusedloss-{fusedloss.__version__}.dist-info/METADATA").decode()
     ours = {str(file.relative_to(source)) for file in source.glob("fusedloss/**/*.py")}
     kernels = {f"fusedloss/{file.relative_to(source)}" for file in source.glob("kernels/**/*.py")}
-    data = {"fusedloss/py.typed", "fusedloss/_C.pyi", "fusedloss/trust/fastest.json"}
+    data = {
+        "fusedloss/py.typed",
+        "fusedloss/_C.pyi",
+        "fusedloss/nn.pyi",
+        "fusedloss/functional.pyi",
+        "fusedloss/trust/fastest.json",
+    }
     assert kernels and ours | kernels | data <= names
     # Nothing else: no top-level kernels, no tests, no csrc.
     assert {name.split("/")[0] for name in names} == {"fusedloss", f"fusedloss-{fusedloss.__version__}.dist-info"}
@@ -225,7 +231,7 @@ ROOMS = {
     "nn": "losses functional",
     "boosting": "core rowwise losses",
     "fusedloss": "core masks search grad_cache boosting functional nn",
-    "integrations": "core masks search rowwise losses fusedloss",
+    "integrations": "core masks search rowwise losses functional fusedloss",
     "bench": "core testing trust backends sweep fusedloss",
     "proof": "core testing trust backends sweep rowwise functional fusedloss bench",
     "cli": "core trust backends bench proof",
