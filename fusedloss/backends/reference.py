@@ -189,7 +189,8 @@ def _counted(problem: Problem, rows: list[Tensor], z: Tensor) -> list[Tensor]:
     negatives = z.scatter(1, index, torch.where(none[:, None], entry, -torch.inf))
     admitted = negatives > -torch.inf
     above = (negatives > above_ties(entry, ties, problem.scale)).sum(1).to(z.dtype)
-    return [admitted.sum(1).to(z.dtype), above, negatives.amax(1), entry[:, 0].masked_fill(none, 0)]
+    maximum = negatives.amax(1) if len(negatives) else negatives.sum(1)  # of no rows there may be no columns either
+    return [admitted.sum(1).to(z.dtype), above, maximum, entry[:, 0].masked_fill(none, 0)]
 
 
 def _fold_rows(problem: Problem, rows: list[Tensor], lost: float) -> tuple[Tensor, list[Tensor]]:

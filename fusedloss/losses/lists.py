@@ -295,10 +295,6 @@ def _padded(scores: Lists, labels: Lists, mask: Tensor | None) -> tuple[Tensor, 
         if mask is not None:
             checks.boolean("mask", mask, tuple(scores.shape), scores)
         return savable(scores), savable(labels), None if mask is None else savable(mask)
-    if mask is not None:
-        raise ValueError(
-            "mask must be None if scores and labels are lists of tensors, which have no padding, got a mask"
-        )
     for name, given in (("scores", scores), ("labels", labels)):
         checks.options_not_modules(**{name: given})
         if isinstance(given, Tensor) or not isinstance(given, Sequence):
@@ -310,6 +306,10 @@ def _padded(scores: Lists, labels: Lists, mask: Tensor | None) -> tuple[Tensor, 
             if not isinstance(x, Tensor) or x.dim() != 1:
                 got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else checks.a(x)
                 raise ValueError(f"{name}[{i}] must be a 1-D tensor, one number per document, got {got}")
+    if mask is not None:
+        raise ValueError(
+            "mask must be None if scores and labels are lists of tensors, which have no padding, got a mask"
+        )
     lengths, found = ([len(x) for x in given] for given in (scores, labels))
     if lengths != found:
         raise ValueError(f"labels must have lists of {lengths} documents, like scores, got {found}")

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import test_backends as budgets
 import torch
-from calls import CALLS, Batch
+from contract import CASES, Batch
 from test_backends import small_chunks  # noqa: F401  # a fixture
 from torch import Tensor
 
@@ -128,7 +128,7 @@ ROWWISE = {
 }
 
 
-OF_SIMILARITIES = [name for name in CALLS if not {name, name.split(",")[0]} & ROWWISE]
+OF_SIMILARITIES = [name for name in CASES if not {name, name.split(",")[0]} & ROWWISE]
 
 
 @pytest.mark.parametrize("name", OF_SIMILARITIES[::2])
@@ -148,7 +148,7 @@ def test_every_loss_of_similarities(asked, name, dtype):
             return x.detach().to(dtype).to(kind).requires_grad_(x.requires_grad) if x.is_floating_point() else x
 
         batch = Batch(70, kind, held)
-        value = CALLS[name](batch).result(backend=backend)
+        value = CASES[name](batch).result(backend=backend)
         gradients = torch.autograd.grad(value.sum(), batch.leaves, materialize_grads=True)
         return [x.detach() for x in (value, *gradients)]
 

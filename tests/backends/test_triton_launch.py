@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import calls
+import contract
 import pytest
 from patience import seconds
 
@@ -61,8 +61,8 @@ def walk(device: ModuleType, capability: int, cases: list[tuple[Any, ...]], whol
 
 LOSSES = [
     name
-    for name, call in calls.CALLS.items()
-    if "backend" in inspect.signature(call(calls.Batch(4)).function).parameters
+    for name, call in contract.CASES.items()
+    if "backend" in inspect.signature(call(contract.Batch(4)).function).parameters
 ]
 
 

@@ -63,7 +63,7 @@ def build() -> None:
 def environment(cache: Path) -> dict[str, str]:
     """Of a child process, in which Triton compiles and finds the driver."""
     found = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = [str(HERE), str(HERE.parent / "support"), *(path for path in sys.path if path)]
+    paths = [str(HERE), str(HERE.parent / "support"), str(HERE.parent / "losses"), *(path for path in sys.path if path)]
     found |= {"TRITON_CACHE_DIR": str(cache), "TRITON_LIBCUDA_PATH": str(BUILD), "LD_LIBRARY_PATH": str(BUILD)}
     return found | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 

@@ -25,7 +25,7 @@ from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 from unittest import mock  # noqa: E402
 
-import calls  # noqa: E402
+import contract  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
@@ -102,9 +102,9 @@ def on_device(layout: str) -> Callable[[int, torch.Tensor], torch.Tensor]:
 
 
 def step(name: str, dtype: str, rows: int, dim: int, layout: str) -> None:
-    with FakeTensorMode(), mock.patch.object(calls, "D", dim):
-        batch = calls.Batch(rows, getattr(torch, dtype), on_device(layout))
-        call = calls.CALLS[name](batch)
+    with FakeTensorMode(), mock.patch.object(contract, "D", dim):
+        batch = contract.Batch(rows, getattr(torch, dtype), on_device(layout))
+        call = contract.CASES[name](batch)
         with device.captured():
             call.result(backend="triton").sum().backward()
         for leaf in batch.leaves:

@@ -277,16 +277,6 @@ def test_errors_name_the_argument(call, error, message):
         call(torch.randn(3, 4), torch.tensor([0.1, 0.7, 0.3]))
 
 
-def test_modules_hold_the_options():
-    a, b, c, score = randn(4, 6), randn(4, 6), randn(4, 6), torch.rand(4)
-    module = fusedloss.CoSENTLoss(scale=5.0, similarity="dot")
-    assert module(a, b, score) == fusedloss.cosent(a, b, score, scale=5.0, similarity="dot")
-    assert repr(module) == "CoSENTLoss(scale=5.0, similarity='dot')"
-    module = fusedloss.AnglELoss(scale=5.0)
-    assert module(a, b, score) == fusedloss.angle(a, b, score, scale=5.0)
-    assert module(a, b, c, label=score) == fusedloss.angle(a, b, c, label=score, scale=5.0)
-
-
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
 def test_a_small_loss_keeps_its_digits(backend):
     """log(1 + exp(-14)) is 8.3e-7: as the log of 1.0000008 in fp32 it has one digit."""

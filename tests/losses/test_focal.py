@@ -369,21 +369,6 @@ def test_second_derivatives_are_the_references(kind):
     close(*second)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_graph_that_is_kept_gives_the_same_gradient_again(kind, backend):
-    x, t = example(kind, (6, 5), torch.float32)
-    x.requires_grad_()
-    for reduction in REDUCTIONS:
-        loss = fusedloss.focal(x, t, reduction=reduction, backend=backend)
-        upstream = torch.ones_like(loss)
-        first, second = (torch.autograd.grad(loss, x, upstream, retain_graph=True)[0] for _ in range(2))
-        wanted = first.clone()
-        first.zero_()
-        assert torch.equal(second, wanted)
-        assert torch.equal(torch.autograd.grad(loss, x, upstream)[0], wanted)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_transforms_see_the_formula(kind):
     """torch.func.grad, forward-mode derivatives, the compiler."""
@@ -506,19 +491,6 @@ def test_where_values_are_not_read_a_class_out_of_range_makes_the_loss_nan(backe
 
 
 # The module -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_module_holds_the_options():
-    x, t = example("labels")
-    made = fusedloss.FocalLoss(gamma=1.0, alpha=0.25, reduction="sum")
-    assert repr(made) == "FocalLoss(gamma=1.0, alpha=0.25, reduction='sum')"
-    assert made(x, t) == fusedloss.focal(x, t, gamma=1.0, alpha=0.25, reduction="sum")
-    assert repr(fusedloss.FocalLoss()) == "FocalLoss()" and not fusedloss.FocalLoss().state_dict()
-    with pytest.raises(TypeError, match=r"gamma must not be a model, got the nn\.Module Linear"):
-        fusedloss.FocalLoss(torch.nn.Linear(2, 2))
-    for options in ({"reduction": "all"}, {"backend": "fast"}):
-        with pytest.raises(ValueError, match="must be one of"):
-            fusedloss.FocalLoss(**options)
 
 
 def test_a_modules_alpha_of_classes_is_a_buffer():

@@ -380,31 +380,6 @@ def test_ignored_rows_cost_no_products_on_a_cpu(monkeypatch, compact, swept):
 # Autograd and its surroundings ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_second_backward_and_second_derivatives(reduction):
-    x, y, bias, target = (t.requires_grad_() if t.is_floating_point() else t for t in inputs(6, 7, 3, ignored=0.3))
-    options = {"linear_bias": bias, "softcap": 4.0, "z_loss": 0.01, "reduction": reduction}
-    loss = fusedloss.linear_cross_entropy(x, y, target, **options).sum()
-    first = torch.autograd.grad(loss, (x, y, bias), retain_graph=True)
-    second = torch.autograd.grad(loss, (x, y, bias))
-    for one, other in zip(first, second, strict=True):
-        torch.testing.assert_close(one, other)
-    call = lambda x, y, b: fusedloss.linear_cross_entropy(x, y, target, **{**options, "linear_bias": b})
-    assert torch.autograd.gradgradcheck(call, (x, y, bias))
-
-
-def test_strides_and_inputs_that_stay_as_they_are():
-    x, y, bias, target = inputs(8, 12, 5)
-    wide = torch.stack([x, x], 2)[..., 0], y.T.contiguous().T, torch.stack([bias, bias], 1)[:, 0]
-    assert not any(t.is_contiguous() for t in wide)
-    before = [t.clone() for t in wide]
-    call = lambda x, y, b: fusedloss.linear_cross_entropy(x, y, target, linear_bias=b, softcap=5.0)
-    found, wanted = (testing.value_and_gradients(call, tensors) for tensors in (wide, (x, y, bias)))
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other)
-    assert all(torch.equal(a, b) for a, b in zip(wide, before, strict=True))
-
-
 @pytest.mark.lengthy
 @pytest.mark.parametrize("options", [{"softcap": 5.0, "z_loss": 0.01}, {"label_smoothing": 0.1, "weight": True}])
 def test_compiled_it_is_one_op_with_the_same_numbers(options):
@@ -416,25 +391,6 @@ def test_compiled_it_is_one_op_with_the_same_numbers(options):
     found, wanted = (testing.value_and_gradients(f, (x, y, bias)) for f in (compiled, call))
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-
-
-def test_under_autocast_it_takes_what_a_linear_layer_would():
-    x, y, bias, target = inputs(9, 11, 4, torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = fusedloss.linear_cross_entropy(x, y, target, linear_bias=bias)
-    rounded = fusedloss.linear_cross_entropy(x.bfloat16(), y.bfloat16(), target, linear_bias=bias)
-    torch.testing.assert_close(found, rounded)
-    assert found.dtype == torch.float32
-
-
-def test_the_module_has_the_options_and_forward_the_tensors():
-    x, y, bias, target = inputs(9, 11, 4)
-    weight = torch.rand(11, dtype=torch.float64)
-    module = fusedloss.LinearCrossEntropyLoss(ignore_index=3, label_smoothing=0.1, reduction="sum")
-    found = module(x, y, target, linear_bias=bias, weight=weight)
-    wanted = eager(x, y, target, bias, weight, ignore_index=3, label_smoothing=0.1, reduction="sum")
-    torch.testing.assert_close(found, wanted)
-    assert "label_smoothing=0.1" in repr(module) and not module.state_dict()
 
 
 @pytest.mark.parametrize(

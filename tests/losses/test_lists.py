@@ -484,18 +484,6 @@ def test_gains_that_overflow(backend):
             assert gradient[1].eq(0).all()
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
-@pytest.mark.parametrize("case", FEW)
-def test_strides_and_integer_labels(case, backend):
-    ours, _ = CASES[case]
-    scores, labels = torch.randn(7, 4).T, torch.randint(0, 3, (4, 14))[:, ::2]
-    mask = torch.rand(7, 4).T > 0.2
-    found = testing.value_and_gradients(lambda s: ours(s, labels, mask=mask, backend=backend), [scores])
-    plain = scores.contiguous(), labels.float().contiguous(), mask.contiguous()
-    wanted = testing.value_and_gradients(lambda s: ours(s, plain[1], mask=plain[2], backend=backend), [plain[0]])
-    close(found, wanted, rtol=1e-6, atol=1e-7)
-
-
 # Functions as weights -------------------------------------------------------------------------------------------------
 
 
@@ -670,26 +658,6 @@ def test_pairs_are_not_kept():
 
 
 # Modules and errors ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "module, function, options",
-    [
-        (fusedloss.RankNetLoss, fusedloss.rank_net, {"k": 2, "sigma": 2.0}),
-        (fusedloss.LambdaLoss, fusedloss.lambda_loss, {"weighting": "lambda_rank", "k": 3}),
-        (fusedloss.ListNetLoss, fusedloss.list_net, {"reduction": "sum"}),
-        (fusedloss.ListMLELoss, fusedloss.list_mle, {"respect_input_order": False}),
-        (fusedloss.PListMLELoss, fusedloss.plist_mle, {"lambda_weight": None}),
-        (fusedloss.ADRMSELoss, fusedloss.adr_mse, {"alpha": 2.0}),
-    ],
-)
-def test_modules(module, function, options):
-    scores, labels, mask = torch.randn(3, 5), torch.randint(0, 3, (3, 5)), torch.rand(3, 5) > 0.3
-    assert torch.equal(module(**options)(scores, labels, mask=mask), function(scores, labels, mask=mask, **options))
-    for name, value in options.items():
-        assert f"{name}={value!r}" in repr(module(**options))
-    with pytest.raises(TypeError, match=r"nn\.Module"):
-        module(nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize(

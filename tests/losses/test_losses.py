@@ -498,30 +498,6 @@ def test_property_splitting_the_keys_into_blocks_changes_nothing(batch, cut):
 # Modules --------------------------------------------------------------------------------------------------------------
 
 
-def test_modules_are_thin_twins_without_state():
-    query, key, hard = randn(6, 4), randn(8, 4), randn(5, 4)
-    twins = [
-        (
-            fusedloss.InfoNCELoss(0.1, label_smoothing=0.1, normalize=True),
-            (query, key),
-            fusedloss.info_nce(query, key, temperature=0.1, label_smoothing=0.1, normalize=True),
-        ),
-        (
-            fusedloss.ClipLoss(reduction="sum"),
-            (query, key[:6], 3.0),
-            fusedloss.clip(query, key[:6], 3.0, reduction="sum"),
-        ),
-        (
-            fusedloss.MultipleNegativesRankingLoss(5.0, "dot"),
-            (query, key, hard),
-            fusedloss.multiple_negatives_ranking(query, key, hard, scale=5.0, similarity="dot"),
-        ),
-    ]
-    for module, tensors, wanted in twins:
-        close(module(*tensors), wanted)
-        assert not list(module.parameters()) and not list(module.buffers())
-
-
 @pytest.mark.parametrize("name", sorted(checks.MODEL | checks.CROSS_ENCODER))
 def test_a_loss_of_embeddings_says_which_takes_a_model(name):
     part = ".cross_encoder" if name in checks.CROSS_ENCODER else ""

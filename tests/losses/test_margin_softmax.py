@@ -435,31 +435,6 @@ def test_what_is_kept_for_backward(loss):
 # Autograd and its surroundings ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.lengthy
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_second_backward_and_second_derivatives(reduction, loss):
-    x, weight, target = inputs(6, 7, 3)
-    x.requires_grad_(), weight.requires_grad_()
-    call = lambda x, w: LOSSES[loss](x, target, w, scale=8.0, reduction=reduction)
-    total = call(x, weight).sum()
-    first = torch.autograd.grad(total, (x, weight), retain_graph=True)
-    second = torch.autograd.grad(total, (x, weight))
-    for one, other in zip(first, second, strict=True):
-        torch.testing.assert_close(one, other)
-    assert torch.autograd.gradcheck(call, (x, weight))
-    assert torch.autograd.gradgradcheck(call, (x, weight))
-
-
-def test_only_one_side_may_want_a_gradient():
-    x, weight, target = inputs(6, 7, 3)
-    for loss in LOSSES.values():
-        both = testing.value_and_gradients(lambda x, w, f=loss: f(x, target, w), (x, weight))
-        (_, by_x) = testing.value_and_gradients(lambda x, f=loss: f(x, target, weight), (x,))
-        (_, by_weight) = testing.value_and_gradients(lambda w, f=loss: f(x, target, w), (weight,))
-        torch.testing.assert_close([by_x, by_weight], both[1:])
-
-
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
 def test_one_tensor_on_both_sides(backend):
     """Rows as their own class vectors: both sides' gradients are summed, and no angle's derivative is infinite."""
@@ -474,19 +449,6 @@ def test_one_tensor_on_both_sides(backend):
         assert all(found.isfinite().all() for found in own)
 
 
-def test_strides_and_inputs_that_stay_as_they_are():
-    """`W.T` of pytorch-metric-learning's W is one of them."""
-    x, weight, target = inputs(8, 12, 5)
-    wide = torch.stack([x, x], 2)[..., 0], weight.T.contiguous().T
-    assert not any(t.is_contiguous() for t in wide)
-    before = [t.clone() for t in wide]
-    for loss in LOSSES.values():
-        call = lambda x, w, f=loss: f(x, target, w)
-        found, wanted = (testing.value_and_gradients(call, tensors) for tensors in (wide, (x, weight)))
-        torch.testing.assert_close(found, wanted)
-        assert all(torch.equal(a, b) for a, b in zip(wide, before, strict=True))
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 def test_compiled_it_is_one_op_with_the_same_numbers(loss):
     x, weight, target = inputs(9, 11, 4, torch.float32)
@@ -495,25 +457,6 @@ def test_compiled_it_is_one_op_with_the_same_numbers(loss):
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     found, wanted = (testing.value_and_gradients(f, (x, weight)) for f in (compiled, call))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_under_autocast_it_takes_what_a_matmul_would(loss):
-    x, weight, target = inputs(9, 11, 4, torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = LOSSES[loss](x, target, weight)
-    torch.testing.assert_close(found, LOSSES[loss](x.bfloat16(), target, weight.bfloat16()))
-    assert found.dtype == torch.float32
-
-
-@pytest.mark.parametrize("module", [fusedloss.ArcFaceLoss, fusedloss.CosFaceLoss])
-def test_the_module_has_the_options_and_forward_the_tensors(module):
-    x, weight, target = inputs(9, 11, 4)
-    made = module(margin=0.2, scale=16.0, ignore_index=3, reduction="sum")
-    wanted = module.function(x, target, weight, margin=0.2, scale=16.0, ignore_index=3, reduction="sum")
-    torch.testing.assert_close(made(x, target, weight), wanted)
-    assert repr(made) == f"{module.__name__}(margin=0.2, scale=16.0, ignore_index=3, reduction='sum')"
-    assert not made.state_dict()  # the class vectors stay the model's
 
 
 @pytest.mark.parametrize("loss", LOSSES)

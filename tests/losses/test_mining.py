@@ -443,18 +443,6 @@ def test_one_label_by_number(name, backend):
     assert torch.isfinite(x.grad).all()
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, *KERNELS])
-@pytest.mark.parametrize("name", [*LABELLED, *PAIRS])
-def test_no_rows(name, backend):
-    x = torch.randn(0, 4, requires_grad=True)
-    if name in PAIRS:
-        value = PAIRS[name][0](x, x, backend=backend)
-    else:
-        value = LABELLED[name][0](x, torch.empty(0, dtype=torch.int64), backend=backend)
-    value.backward()
-    assert value == 0 and x.grad.shape == (0, 4)
-
-
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("backend", [*BACKENDS, *KERNELS])
 def test_a_single_pair_has_no_negative(name, backend):

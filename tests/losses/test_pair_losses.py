@@ -6,8 +6,6 @@ test says so.
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -295,16 +293,6 @@ def test_nan_in_nan_out(name, backend):
             assert ALL[name](*tensors, backend=backend).isnan()
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
-@pytest.mark.parametrize("name", ALL)
-def test_an_empty_batch_gives_zero(name, backend, monkeypatch):
-    """The library's means are NaN there."""
-    monkeypatch.setitem(globals(), "LABEL", LABEL[:0])
-    tensors = [torch.randn(0, 4) for _ in range(3)]
-    found = testing.value_and_gradients(lambda *t: ALL[name](*t, backend=backend), tensors)
-    assert found[0] == 0 and all(g.shape == (0, 4) for g in found[1:])
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_second_derivatives(name, monkeypatch):
     monkeypatch.setattr(pairs, "_plain", lambda *_: False)
@@ -408,25 +396,6 @@ def test_online_contrastive_takes_hard_pairs_only():
 def test_errors_name_the_argument(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.randn(3, 4), torch.tensor([1, 0, 1]))
-
-
-def test_modules_hold_the_options():
-    a, b, c = embeddings()
-    same_value = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
-    same_value(
-        fusedloss.ContrastiveLoss(distance="euclidean", margin=3.0)(a, b, LABEL),
-        fusedloss.contrastive(a, b, LABEL, distance="euclidean", margin=3.0),
-    )
-    same_value(fusedloss.OnlineContrastiveLoss()(a, b, LABEL), fusedloss.online_contrastive(a, b, LABEL))
-    same_value(fusedloss.TripletLoss(margin=1.0)(a, b, c), fusedloss.triplet(a, b, c, margin=1.0))
-    same_value(fusedloss.ContrastiveTensionLoss()(a, b, LABEL), fusedloss.contrastive_tension(a, b, LABEL))
-    module = fusedloss.CosineSimilarityLoss(loss=nn.L1Loss(), transform=nn.Sigmoid())
-    same_value(
-        module(a, b, LABEL),
-        fusedloss.cosine_similarity(a, b, LABEL, loss=nn.L1Loss(), transform=nn.Sigmoid()),
-    )
-    assert repr(fusedloss.TripletLoss(distance="cosine", margin=0.3)) == "TripletLoss(distance='cosine', margin=0.3)"
-    assert [name for name, _ in module.named_children()] == ["loss", "transform"]
 
 
 def test_autocast_rounds_nothing():

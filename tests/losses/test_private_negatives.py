@@ -134,9 +134,3 @@ def test_bad_input_is_named(negatives, options, error, said):
 def test_matryoshka_says_that_it_cannot_cut_them():
     with pytest.raises(ValueError, match="negatives must not be given with info_nce under matryoshka, got it"):
         fusedloss.matryoshka(fusedloss.info_nce, randn(4, 3), randn(4, 3), dims=[2], negatives=randn(4, 2, 3))
-
-
-def test_the_module_takes_them_in_forward():
-    query, key, negatives = randn(3, 4), randn(3, 4, seed=1), randn(3, 2, 4, seed=2)
-    found = fusedloss.InfoNCELoss(temperature=0.3)(query, key, negatives=negatives)
-    assert found == fusedloss.info_nce(query, key, temperature=0.3, negatives=negatives)

@@ -427,31 +427,6 @@ def test_what_is_kept_for_backward(loss):
 # Autograd and its surroundings ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.lengthy
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_second_backward_and_second_derivatives(reduction, loss):
-    x, target, proxies = inputs(6, 7, 3)
-    x.requires_grad_(), proxies.requires_grad_()
-    option = {"proxy_nca": {"scale": 4.0}, "proxy_anchor": {"alpha": 4.0}}[loss]
-    call = lambda x, p: LOSSES[loss](x, target, p, reduction=reduction, **option)
-    total = call(x, proxies).sum()
-    first = torch.autograd.grad(total, (x, proxies), retain_graph=True)
-    second = torch.autograd.grad(total, (x, proxies))
-    torch.testing.assert_close(first, second)
-    assert torch.autograd.gradcheck(call, (x, proxies))
-    assert torch.autograd.gradgradcheck(call, (x, proxies))
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_only_one_side_may_want_a_gradient(loss):
-    x, target, proxies = inputs(6, 7, 3)
-    both = testing.value_and_gradients(lambda x, p: LOSSES[loss](x, target, p), (x, proxies))
-    (_, by_x) = testing.value_and_gradients(lambda x: LOSSES[loss](x, target, proxies), (x,))
-    (_, by_proxies) = testing.value_and_gradients(lambda p: LOSSES[loss](x, target, p), (proxies,))
-    torch.testing.assert_close([by_x, by_proxies], both[1:])
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
 def test_one_tensor_on_both_sides(backend, loss):
@@ -464,18 +439,6 @@ def test_one_tensor_on_both_sides(backend, loss):
     )
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_strides_and_inputs_that_stay_as_they_are(loss):
-    x, target, proxies = inputs(8, 12, 5)
-    wide = torch.stack([x, x], 2)[..., 0], proxies.T.contiguous().T
-    assert not any(t.is_contiguous() for t in wide)
-    before = [t.clone() for t in wide]
-    call = lambda x, p: LOSSES[loss](x, target, p)
-    found, wanted = (testing.value_and_gradients(call, tensors) for tensors in (wide, (x, proxies)))
-    torch.testing.assert_close(found, wanted)
-    assert all(torch.equal(a, b) for a, b in zip(wide, before, strict=True))
-
-
 @pytest.mark.lengthy
 @pytest.mark.parametrize("loss", LOSSES)
 def test_compiled_it_is_one_op_with_the_same_numbers(loss):
@@ -485,29 +448,6 @@ def test_compiled_it_is_one_op_with_the_same_numbers(loss):
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     found, wanted = (testing.value_and_gradients(f, (x, proxies)) for f in (compiled, call))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_under_autocast_it_takes_what_a_matmul_would(loss):
-    x, target, proxies = inputs(9, 11, 4, torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = LOSSES[loss](x, target, proxies)
-    torch.testing.assert_close(found, LOSSES[loss](x.bfloat16(), target, proxies.bfloat16()))
-    assert found.dtype == torch.float32
-
-
-def test_the_modules_have_the_options_and_forward_the_tensors():
-    """The proxies stay the model's."""
-    x, target, proxies = inputs(9, 11, 4)
-    nca = fusedloss.ProxyNCALoss(scale=9.0, decoupled=True, ignore_index=3, reduction="sum")
-    options = {"scale": 9.0, "decoupled": True, "ignore_index": 3, "reduction": "sum"}
-    torch.testing.assert_close(nca(x, target, proxies), fusedloss.proxy_nca(x, target, proxies, **options))
-    assert repr(nca) == "ProxyNCALoss(scale=9.0, decoupled=True, ignore_index=3, reduction='sum')"
-    anchor = fusedloss.ProxyAnchorLoss(margin=0.2, alpha=16.0, reduction="none")
-    options = {"margin": 0.2, "alpha": 16.0, "reduction": "none"}
-    torch.testing.assert_close(anchor(x, target, proxies), fusedloss.proxy_anchor(x, target, proxies, **options))
-    assert repr(anchor) == "ProxyAnchorLoss(margin=0.2, alpha=16.0, reduction='none')"
-    assert not nca.state_dict() and not anchor.state_dict()
 
 
 @pytest.mark.parametrize("loss", LOSSES)

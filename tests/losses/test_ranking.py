@@ -747,35 +747,6 @@ def test_a_module_is_its_function(name, group_of_one):
         assert set(shown) <= {"temperature", "scale"}
 
 
-@pytest.mark.parametrize("name", list(MODULES))
-def test_a_module_refuses_what_it_does_not_know(name):
-    module = MODULES[name]
-    with pytest.raises(TypeError, match=f"{name} got an unexpected argument 'colour'; it takes"):
-        module(colour=3)
-    with pytest.raises(TypeError, match=rf"{name} got wrong arguments: too many positional arguments"):
-        module(*(p.default for p in module.signature.parameters.values()), 1)
-    option = next(iter(module.signature.parameters))
-    positional, named = arguments(module)
-    with pytest.raises(
-        TypeError, match=f"{name}.forward got an unexpected argument {option!r}; pass this option to the constructor"
-    ):
-        module()(*positional, **named, **{option: OPTIONS[option][option]})
-    for tensor in module.tensors:
-        with pytest.raises(TypeError, match=f"'{tensor}'"):
-            module(**{tensor: torch.ones(3)})
-
-
-def test_a_module_has_no_parameters_and_pickles():
-    """It holds options only: nothing to train, and it goes to another process as it is."""
-    import pickle
-
-    for module in EVERY.values():
-        options = {"reduction": "sum"} if "reduction" in inspect.signature(module).parameters else {}
-        made = pickle.loads(pickle.dumps(module(**options)))
-        assert not list(made.parameters()) and not made.state_dict()
-        assert all(getattr(made, name) == value for name, value in options.items())
-
-
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
 def test_a_penalty_leaves_the_target_alone(backend):
     """Whichever column that is: the formula once exempted column i of row i."""

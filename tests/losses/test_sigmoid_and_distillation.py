@@ -543,20 +543,6 @@ def test_every_row_by_its_own_weight_in_kernels(name, backend):
     )
 
 
-@pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("frozen", [0, 1])
-@pytest.mark.parametrize("name", [name for name, (_, count) in EVERY.items() if count == 2])
-def test_a_frozen_side(name, frozen, backend):
-    """The other one's gradient does not depend on it."""
-    loss = EVERY[name][0]
-    tensors = matrices(name, torch.float32)
-    both = testing.value_and_gradients(lambda *t: loss(*t, backend=backend), tensors)
-    tensors[1 - frozen].requires_grad_()
-    loss(*tensors, backend=backend).backward()
-    assert tensors[frozen].grad is None
-    torch.testing.assert_close(tensors[1 - frozen].grad, both[2 - frozen])
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_frozen_towers_train_scale_and_bias(backend):
     x, y = matrices("siglip")
@@ -571,59 +557,6 @@ def test_frozen_towers_train_scale_and_bias(backend):
         lambda s: distill_rows(x, y, s, *TEACHERS, 2.0).mean(),
         tensors[:1],
     )
-
-
-@pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("name", EVERY)
-def test_without_gradients(name, backend):
-    loss = EVERY[name][0]
-    tensors = [t.requires_grad_() for t in matrices(name, torch.float32)]
-    wanted = loss(*tensors, backend=backend)
-    with torch.no_grad():
-        found = loss(*tensors, backend=backend)
-    assert not found.requires_grad and wanted.requires_grad
-    torch.testing.assert_close(found, wanted.detach())
-
-
-CAST = ["siglip", "clip_distill", "in_batch_margin_ranking", "multi_similarity", "circle"]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", EVERY)
-def test_under_autocast(name, backend):
-    """Matrix products are of bf16 numbers; distances between chosen or sorted pairs stay in fp32, as upstream."""
-    loss = EVERY[name][0]
-    tensors = matrices(name, torch.float32)
-
-    def inside(*t):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return loss(*t, backend=backend)
-
-    found = testing.value_and_gradients(inside, tensors)
-    outside = lambda *t: loss(*((x.bfloat16() if name in CAST else x) for x in t), backend=backend)
-    wanted = testing.value_and_gradients(outside, tensors)
-    for a, b in zip(found, wanted, strict=True):
-        assert a.dtype == torch.float32
-        # the teacher's logits of clip_distill are those of fp32 embeddings inside
-        tolerance = {"rtol": 2e-2, "atol": 2e-2} if name == "clip_distill" else {}
-        torch.testing.assert_close(a, b, **tolerance)
-
-
-@pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("name", EVERY)
-def test_a_graph_that_is_kept_gives_its_gradient_again(name, reduction, backend):
-    """Gradients are scaled in place on their way out: a second backward must not find them so."""
-    if reduction == "none" and name in SUMMED:
-        pytest.skip("it has no value for each row")
-    loss = EVERY[name][0]
-    leaves = [t.requires_grad_() for t in matrices(name, torch.float32)]
-    value = loss(*leaves, backend=backend, **({} if name in SUMMED else {"reduction": reduction})).sum()
-    once = torch.autograd.grad(value, leaves, torch.tensor(3.0), retain_graph=True)
-    again = torch.autograd.grad(value, leaves, torch.tensor(3.0))
-    for a, b in zip(once, again, strict=True):
-        assert a.abs().max() > 0
-        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -644,12 +577,6 @@ def test_second_derivatives(name, reduction):
     for a, b in zip(found, wanted, strict=True):
         assert b.abs().max() > 0
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-
-
-def test_second_derivatives_by_scale_and_bias():
-    x, y = matrices("siglip")
-    function = lambda s, b: fusedloss.siglip(x, y, s, b, backend="chunked")
-    assert torch.autograd.gradgradcheck(function, (scalar(0.7).requires_grad_(), scalar(-0.2).requires_grad_()))
 
 
 @pytest.mark.lengthy
@@ -835,53 +762,3 @@ def test_siglip_names_the_target_outside(wrong):
         TypeError, match=r"target must be an int64 tensor \[4\] of column indices, got torch.int32 \[4\]"
     ):
         fusedloss.siglip(X, Y, 1.0, target=torch.zeros(4, dtype=torch.int32))
-
-
-# Modules --------------------------------------------------------------------------------------------------------------
-
-MODULES = {
-    "BatchAllTripletLoss": ("batch_all_triplet", {"margin": 0.4, "distance": "cosine"}, ["x", "labels"]),
-    "BatchHardTripletLoss": ("batch_hard_triplet", {"margin": 0.4, "reduction": "none"}, ["x", "labels"]),
-    "BatchHardSoftMarginTripletLoss": ("batch_hard_soft_margin_triplet", {"distance": "squared"}, ["x", "labels"]),
-    "BatchSemiHardTripletLoss": ("batch_semi_hard_triplet", {"margin": 0.4, "distance": "squared"}, ["x", "labels"]),
-    "MegaBatchMarginLoss": ("mega_batch_margin", {"positive_margin": 0.9, "negative_margin": -0.4}, ["x", "y"]),
-    "InBatchMarginRankingLoss": ("in_batch_margin_ranking", {"margin": 0.2, "similarity": "dot"}, ["x", "y"]),
-    "MultiSimilarityLoss": ("multi_similarity", {"alpha": 3.0, "beta": 9.0, "base": 0.1}, ["x", "labels"]),
-    "CircleLoss": ("circle", {"m": 0.25, "gamma": 11.0}, ["x", "labels"]),
-    "SigLipLoss": ("siglip", {"normalize": True, "reduction": "sum"}, ["x", "y", "scale", "bias"]),
-    "ClipDistillLoss": ("clip_distill", {"reduction": "sum"}, ["x", "y", "scale", "y", "x", "scale"]),
-    "GlobalOrthogonalRegularizationLoss": (
-        "global_orthogonal_regularization",
-        {"mean_weight": 0.3, "second_moment_weight": 2.0, "similarity": "dot", "aggregation": "sum"},
-        ["x", "y"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_modules_are_their_functions(name):
-    """With the options in the constructor, of which each has its effect; they show in the module's repr."""
-    function, options, arguments = MODULES[name]
-    given = {"x": randn(13, 5), "y": randn(13, 5), "labels": LABELS, "scale": 2.0, "bias": scalar(-0.5)}
-    given = [given[argument] for argument in arguments]
-    module = getattr(fusedloss, name)(**options)
-    function = getattr(fusedloss, function)
-    found = module(*given)
-    assert torch.equal(found, function(*given, **options))
-    for option in options:
-        others = {other: value for other, value in options.items() if other != option}
-        plain = function(*given, **others)
-        assert plain.shape != found.shape or not torch.allclose(plain, found)
-        assert f"{option}={options[option]!r}" in repr(module)
-        with pytest.raises(TypeError, match=f"forward got an unexpected argument '{option}'"):
-            module(*given, **{option: options[option]})
-    assert not list(module.parameters())
-    with pytest.raises(TypeError, match=r"must not be a model, got the nn\.Module"):
-        getattr(fusedloss, name)(torch.nn.Linear(2, 2))
-
-
-def test_siglip_loss_takes_its_target_in_forward():
-    x, y, target = randn(4, 3), randn(6, 3), torch.tensor([5, 0, 2, 2])
-    found = fusedloss.SigLipLoss()(x, y, 2.0, target=target)
-    assert torch.equal(found, fusedloss.siglip(x, y, 2.0, target=target))
-    assert found != fusedloss.siglip(x, y, 2.0)

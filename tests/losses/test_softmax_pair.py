@@ -575,26 +575,6 @@ def test_errors_name_the_argument_and_what_it_needs(call, error, message):
         call(fusedloss.softmax_pair)
 
 
-# The module -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_module_holds_the_options():
-    tensors, target = example(parts=("rep", "multiplication"))
-    options = {"concatenation": ("rep", "multiplication"), "label_smoothing": 0.1, "reduction": "sum"}
-    made = fusedloss.SoftmaxLoss(**options)
-    weight = torch.rand(3, dtype=torch.float64)
-    assert made(*tensors, target) == fusedloss.softmax_pair(*tensors, target, **options)
-    assert made(*tensors, target, class_weight=weight) == fusedloss.softmax_pair(
-        *tensors, target, class_weight=weight, **options
-    )
-    assert repr(made) == ("SoftmaxLoss(concatenation=('rep', 'multiplication'), label_smoothing=0.1, reduction='sum')")
-    assert repr(fusedloss.SoftmaxLoss()) == "SoftmaxLoss()"
-    with pytest.raises(TypeError, match=r"concatenation must not be a model, got the nn\.Module Linear"):
-        fusedloss.SoftmaxLoss(torch.nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="class_weight"):
-        fusedloss.SoftmaxLoss(class_weight=weight)
-
-
 # GPU ------------------------------------------------------------------------------------------------------------------
 
 

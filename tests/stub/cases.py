@@ -17,13 +17,13 @@ from itertools import groupby
 from pathlib import Path
 
 HERE = Path(__file__).absolute().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "support"), str(HERE.parent / "losses")]
 import pose  # noqa: E402
 
 if __name__ == "__main__":
     RUNTIME, MODULE = pose.load(Path(sys.argv[1]))
 
-import calls  # noqa: E402
+import contract  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode  # noqa: E402
@@ -88,16 +88,16 @@ ASKED: set[str] = set()
 def every_loss_by_the_kernels(machine: pose.Machine) -> Iterator[Case]:
     """bf16, which has kernels of sm_90a. What has none runs as `chunked`."""
 
-    def run(make: Callable[[calls.Batch], calls.Call]) -> None:
+    def run(make: Callable[[contract.Batch], contract.Case]) -> None:
         os.environ["FUSEDLOSS_BACKEND"] = "cuda"
-        call = make(calls.Batch(8, torch.bfloat16, there))
+        call = make(contract.Batch(8, torch.bfloat16, there))
         step(machine, call.result)
         ASKED.update(found["asked"] for found in machine.launches)
         if machine.launches:
             SWEPT.add(call_name[id(make)])
 
-    call_name = {id(make): name for name, make in calls.CALLS.items()}
-    for name, make in calls.CALLS.items():
+    call_name = {id(make): name for name, make in contract.CASES.items()}
+    for name, make in contract.CASES.items():
         yield name, lambda make=make: run(make)
 
 
@@ -154,13 +154,13 @@ def every_loss_in_torch(machine: pose.Machine) -> Iterator[Case]:
     def run(name: str, dtype: torch.dtype) -> None:
         os.environ["FUSEDLOSS_BACKEND"] = "chunked"
         if name in SWEPT or name.startswith("matryoshka"):
-            found = step(machine, calls.CALLS[name](calls.Batch(8, dtype, there)).result)
+            found = step(machine, contract.CASES[name](contract.Batch(8, dtype, there)).result)
             assert not machine.launches
             own = {where for taken, where in found if taken == dtype}
             if dtype != torch.float32 and name != "matryoshka, cosent":
                 assert own and not [x for x in found if x[0] == torch.float32], found
 
-    for name in calls.CALLS:
+    for name in contract.CASES:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             yield f"{name}, {dtype}", lambda name=name, dtype=dtype: run(name, dtype)
 

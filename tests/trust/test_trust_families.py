@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from calls import CALLS, Batch
+from contract import CASES, Batch
 from primitives import record
 
 from fusedloss.backends import BACKENDS
@@ -20,7 +20,7 @@ SHORT = ("batch_hard_triplet", "circle", "clip", "info_nce", "info_nce, guide", 
 WALK = [
     pytest.param(backend, name, marks=[] if backend == "cuda" or name in SHORT else [pytest.mark.slow])
     for backend in families.BACKENDS
-    for name in CALLS
+    for name in CASES
     if name not in NO_BACKEND
 ]
 
@@ -38,7 +38,7 @@ def test_no_loss_launches_what_it_does_not_name(backend, name, monkeypatch):
     launched = record(backend, monkeypatch)
     batch = Batch(5, torch.float32)
     try:
-        value = CALLS[name](batch).result(backend=backend)
+        value = CASES[name](batch).result(backend=backend)
     except NotImplementedError as error:  # a loss without a sweep, which `cuda` has no kernel for
         assert backend == "cuda" and "has no kernel" in str(error)
         return
@@ -115,5 +115,5 @@ def test_a_list_net_asks_for_the_kernel_that_it_launches(monkeypatch):
 
     asked = []
     monkeypatch.setattr(lists, "select_rowwise", lambda backend, x, family, **_: asked.append(family) or "reference")
-    CALLS["list_net"](Batch(5, torch.float32)).result()
+    CASES["list_net"](Batch(5, torch.float32)).result()
     assert asked == ["classes"]

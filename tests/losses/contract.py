@@ -1,4 +1,8 @@
-"""A call of every public loss, with every tensor argument that it takes: what tests over all losses walk through."""
+"""The table of cases: calls of every public loss, with every tensor argument that it takes.
+
+A row gives a loss all of test_contract.py, and what else walks through all losses: inference tensors, narrow products,
+launches, verdicts.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +20,35 @@ from fusedloss import masks
 D, CLASSES, COLUMNS = 6, 5, 4
 
 
-class Call(NamedTuple):
-    function: Callable[..., Tensor]
+class Case(NamedTuple):
+    function: Callable[..., Any]
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
     def result(self, **more: Any) -> Tensor:
-        return self.function(*self.arguments, **self.options, **more)
+        """Without statistics."""
+        found = self.function(*self.arguments, **self.options | more)
+        return found[0] if isinstance(found, tuple) else found
+
+    @property
+    def loss(self) -> Callable[..., Any]:
+        """Of a modifier, the loss that it was given."""
+        return next((x for x in self.arguments[:1] if inspect.isfunction(x)), self.function)
+
+    def takes(self, option: str) -> bool:
+        return option in inspect.signature(self.loss).parameters
 
     def as_module(self) -> tuple[nn.Module, dict[str, Any]] | None:
         """The loss's module, made with the options that are not its tensors, and those for `forward`.
 
-        A module that is compiled once keeps its parameters: what is learnt is a number here.
+        A module that is compiled once keeps its parameters: a learnt scale is a number here.
         """
         cls = MODULES.get(self.function)
         if cls is None:
             return None
         taken = inspect.signature(cls).parameters
         options = {name: value for name, value in self.options.items() if name in taken}
-        learnt = {name: value.item() for name, value in options.items() if getattr(value, "requires_grad", False)}
+        learnt = {n: x.item() for n, x in options.items() if isinstance(x, Tensor) and not x.dim()}
         made = cls(**options | learnt)
         return made, {name: value for name, value in self.options.items() if name not in taken}
 
@@ -94,14 +108,14 @@ class Batch:
 
     def _leaf(self, x: Tensor) -> Tensor:
         taken = self.constant(x.requires_grad_())
-        if taken.requires_grad:
+        if getattr(taken, "requires_grad", False):
             self.leaves.append(taken)
         return taken
 
     def _drawn(self, *shape: int) -> Tensor:
         drawn = torch.rand(shape, generator=self._random()) < 0.6
         drawn.fill_diagonal_(True)
-        drawn[:, 0] = True
+        drawn[:, :1] = True
         return drawn
 
     def _numbers(self, *shape: int) -> Tensor:
@@ -112,40 +126,40 @@ class Batch:
         return torch.Generator().manual_seed(self.asked)
 
 
-def _rows_and_columns(function: Callable[..., Tensor], **options: Any) -> Callable[[Batch], Call]:
-    return lambda b: Call(function, (b.x(), b.x()), options)
+def _rows_and_columns(function: Callable[..., Tensor], **options: Any) -> Callable[[Batch], Case]:
+    return lambda b: Case(function, (b.x(), b.x()), options)
 
 
-def _labelled(function: Callable[..., Tensor], **options: Any) -> Callable[[Batch], Call]:
-    return lambda b: Call(function, (b.x(), b.labels()), options)
+def _labelled(function: Callable[..., Tensor], **options: Any) -> Callable[[Batch], Case]:
+    return lambda b: Case(function, (b.x(), b.labels()), options)
 
 
-def _info_nce(**made: Callable[[Batch], Any]) -> Callable[[Batch], Call]:
-    return lambda b: Call(
+def _info_nce(**made: Callable[[Batch], Any]) -> Callable[[Batch], Case]:
+    return lambda b: Case(
         F.info_nce, (b.x(), b.x()), {"temperature": 0.5, **{name: make(b) for name, make in made.items()}}
     )
 
 
-def _classes(function: Callable[..., Tensor], **options: Any) -> Callable[[Batch], Call]:
-    return lambda b: Call(function, (b.x(), b.below(CLASSES), b.x(CLASSES, D)), options)
+def _classes(function: Callable[..., Tensor], **options: Any) -> Callable[[Batch], Case]:
+    return lambda b: Case(function, (b.x(), b.below(CLASSES), b.x(CLASSES, D)), options)
 
 
-def _elements(function: Callable[..., Tensor], **options: Any) -> Callable[[Batch], Call]:
-    return lambda b: Call(function, (b.x(), b.fixed()), options)
+def _elements(function: Callable[..., Tensor], **options: Any) -> Callable[[Batch], Case]:
+    return lambda b: Case(function, (b.x(), b.fixed()), options)
 
 
-def _lists(function: Callable[..., Tensor], **options: Any) -> Callable[[Batch], Call]:
-    return lambda b: Call(
+def _lists(function: Callable[..., Tensor], **options: Any) -> Callable[[Batch], Case]:
+    return lambda b: Case(
         function, (b.x(b.rows, COLUMNS), b.below(3, b.rows, COLUMNS)), {"mask": b.bits(b.rows, COLUMNS), **options}
     )
 
 
-def _gold(function: Callable[..., Tensor], **options: Any) -> Callable[[Batch], Call]:
-    return lambda b: Call(function, (b.x(), b.x(), b.positive()), options)
+def _gold(function: Callable[..., Tensor], **options: Any) -> Callable[[Batch], Case]:
+    return lambda b: Case(function, (b.x(), b.x(), b.positive()), options)
 
 
-def _same(function: Callable[..., Tensor], **options: Any) -> Callable[[Batch], Call]:
-    return lambda b: Call(function, (b.x(), b.x(), b.below(2)), options)
+def _same(function: Callable[..., Tensor], **options: Any) -> Callable[[Batch], Case]:
+    return lambda b: Case(function, (b.x(), b.x(), b.below(2)), options)
 
 
 def _layers(b: Batch) -> tuple[Tensor, Tensor]:
@@ -153,31 +167,31 @@ def _layers(b: Batch) -> tuple[Tensor, Tensor]:
 
 
 # By the function's name and, behind a comma, what is particular about the call.
-CALLS: dict[str, Callable[[Batch], Call]] = {
-    "adaptive_layer": lambda b: Call(F.adaptive_layer, (F.info_nce, *_layers(b)), {"temperature": 0.5}),
+CASES: dict[str, Callable[[Batch], Case]] = {
+    "adaptive_layer": lambda b: Case(F.adaptive_layer, (F.info_nce, *_layers(b)), {"temperature": 0.5}),
     "adr_mse": _lists(F.adr_mse),
     "angle": _gold(F.angle),
-    "angle, negatives": lambda b: Call(F.angle, (b.x(), b.x(), b.x(), b.x()), {"label": b.positive()}),
+    "angle, negatives": lambda b: Case(F.angle, (b.x(), b.x(), b.x(), b.x()), {"label": b.positive()}),
     "arcface": _classes(F.arcface, scale=4.0),
     "batch_all_triplet": _labelled(F.batch_all_triplet, margin=1.0),
     "batch_hard_soft_margin_triplet": _labelled(F.batch_hard_soft_margin_triplet),
     "batch_hard_triplet": _labelled(F.batch_hard_triplet, margin=1.0),
     "batch_semi_hard_triplet": _labelled(F.batch_semi_hard_triplet, distance="cosine"),
-    "binary_cross_entropy_with_logits": lambda b: Call(
+    "binary_cross_entropy_with_logits": lambda b: Case(
         F.binary_cross_entropy_with_logits, (b.x(), b.zeros_and_ones()), {"weight": b.positive(D)}
     ),
-    "binary_cross_entropy_with_logits, pos_weight": lambda b: Call(
+    "binary_cross_entropy_with_logits, pos_weight": lambda b: Case(
         F.binary_cross_entropy_with_logits, (b.x(), b.shares(D)), {"pos_weight": b.positive(D)}
     ),
     "circle": _labelled(F.circle, gamma=8.0),
-    "clip": lambda b: Call(F.clip, (b.x(), b.x(), b.number(2.0), b.number(-0.5)), {"normalize": True}),
-    "clip, mask": lambda b: Call(
+    "clip": lambda b: Case(F.clip, (b.x(), b.x(), b.number(2.0), b.number(-0.5)), {"normalize": True}),
+    "clip, mask": lambda b: Case(
         F.clip, (b.x(), b.x(), 2.0), {"mask": masks.same_id(b.labels(), b.labels()) & b.bits(b.rows, b.rows)}
     ),
-    "clip_distill": lambda b: Call(
+    "clip_distill": lambda b: Case(
         F.clip_distill, (b.x(), b.x(), b.number(2.0), b.fixed(b.rows, 3), b.fixed(b.rows, 3), 3.0), {}
     ),
-    "clip_distill, teacher's scale": lambda b: Call(
+    "clip_distill, teacher's scale": lambda b: Case(
         F.clip_distill,
         (b.x(), b.x(), 2.0, b.fixed(b.rows, 3), b.fixed(b.rows, 3), b.constant(torch.tensor(3.0, dtype=b.dtype))),
         {"normalize": True},
@@ -185,50 +199,48 @@ CALLS: dict[str, Callable[[Batch], Call]] = {
     "contrastive": _same(F.contrastive),
     "contrastive, euclidean": _same(F.contrastive, distance="euclidean", margin=2.0),
     "contrastive_tension": _same(F.contrastive_tension),
-    "contrastive_tension_in_batch": lambda b: Call(F.contrastive_tension_in_batch, (b.x(), b.x(), b.number(3.0)), {}),
+    "contrastive_tension_in_batch": lambda b: Case(F.contrastive_tension_in_batch, (b.x(), b.x(), b.number(3.0)), {}),
     "cosent": _gold(F.cosent, scale=4.0),
-    "cosent, scale": lambda b: Call(
+    "cosent, scale": lambda b: Case(
         F.cosent, (b.x(), b.x(), b.positive()), {"scale": b.number(4.0), "similarity": "euclidean"}
     ),
     "cosface": _classes(F.cosface, scale=4.0),
     "cosine_similarity": _gold(F.cosine_similarity),
     "cosine_similarity, functions": _gold(F.cosine_similarity, loss=nn.L1Loss(), transform=nn.Sigmoid()),
-    "cross_entropy": lambda b: Call(F.cross_entropy, (b.x(b.rows, CLASSES), b.below(CLASSES)), {"z_loss": 0.1}),
-    "cross_entropy, weight": lambda b: Call(
+    "cross_entropy": lambda b: Case(F.cross_entropy, (b.x(b.rows, CLASSES), b.below(CLASSES)), {"z_loss": 0.1}),
+    "cross_entropy, weight": lambda b: Case(
         F.cross_entropy, (b.x(b.rows, CLASSES), b.below(CLASSES)), {"weight": b.positive(CLASSES), "softcap": 3.0}
     ),
-    "cross_entropy, probabilities": lambda b: Call(
+    "cross_entropy, probabilities": lambda b: Case(
         F.cross_entropy, (b.x(b.rows, CLASSES), b.shares(CLASSES)), {"label_smoothing": 0.1}
     ),
     "decoupled_contrastive": _rows_and_columns(F.decoupled_contrastive),
-    "distill_kl_div": lambda b: Call(F.distill_kl_div, (b.x(), b.x(), b.x()), {"label": b.fixed(b.rows, 2)}),
-    "distill_kl_div, temperatures": lambda b: Call(
+    "distill_kl_div": lambda b: Case(F.distill_kl_div, (b.x(), b.x(), b.x()), {"label": b.fixed(b.rows, 2)}),
+    "distill_kl_div, temperatures": lambda b: Case(
         F.distill_kl_div,
         (b.x(), b.x(), b.x()),
         {"label": b.fixed(b.rows, 2), "student_temperature": b.number(2.0), "teacher_temperature": 3.0},
     ),
-    "embed_distill": lambda b: Call(F.embed_distill, (b.x(), b.fixed()), {}),
-    "embed_distill, columns": lambda b: Call(
+    "embed_distill": lambda b: Case(F.embed_distill, (b.x(), b.fixed()), {}),
+    "embed_distill, columns": lambda b: Case(
         F.embed_distill, ([b.x(), b.x()], b.fixed(b.rows, 2, 4)), {"distance": "l2", "projection": b.x(4, D)}
     ),
-    "focal": lambda b: Call(F.focal, (b.x(), b.zeros_and_ones()), {"alpha": 0.25}),
-    "focal, classes": lambda b: Call(F.focal, (b.x(b.rows, CLASSES), b.below(CLASSES)), {"alpha": b.positive(CLASSES)}),
-    "gist_embed": lambda b: Call(
+    "focal": lambda b: Case(F.focal, (b.x(), b.zeros_and_ones()), {"alpha": 0.25}),
+    "focal, classes": lambda b: Case(F.focal, (b.x(b.rows, CLASSES), b.below(CLASSES)), {"alpha": b.positive(CLASSES)}),
+    "gist_embed": lambda b: Case(
         F.gist_embed,
         (b.x(), b.x(), b.x()),
         {"guide": (b.fixed(b.rows, 3), b.fixed(b.rows, 3), b.fixed(b.rows, 3)), "temperature": 0.5},
     ),
     "global_orthogonal_regularization": _rows_and_columns(F.global_orthogonal_regularization),
     "huber": _elements(F.huber, delta=0.5),
-    "huber, weight": lambda b: Call(F.huber, (b.x(), b.fixed()), {"weight": b.positive(b.rows, 1)}),
+    "huber, weight": lambda b: Case(F.huber, (b.x(), b.fixed()), {"weight": b.positive(b.rows, 1)}),
     "in_batch_margin_ranking": _rows_and_columns(F.in_batch_margin_ranking),
     "info_nce": _info_nce(),
     "info_nce, normalize": _info_nce(temperature=lambda b: b.number(0.5), normalize=lambda b: True),
     "info_nce, none": _info_nce(reduction=lambda b: "none"),
-    "info_nce, stats": lambda b: Call(
-        lambda *a, **k: F.info_nce(*a, **k)[0], (b.x(), b.x()), {"return_stats": True, "temperature": 0.5}
-    ),
-    "info_nce, target, bias, weight": lambda b: Call(
+    "info_nce, stats": _info_nce(return_stats=lambda b: True),
+    "info_nce, target, bias, weight": lambda b: Case(
         F.info_nce,
         (b.x(), b.x(), b.below(3)),
         {"key_bias": b.x(b.rows), "weight": b.positive(), "label_smoothing": 0.1},
@@ -241,41 +253,41 @@ CALLS: dict[str, Callable[[Batch], Call]] = {
     "info_nce, score_margin": _info_nce(mask=lambda b: masks.score_margin(0.1, b.below(3, b.rows, 2))),
     "info_nce, guide": _info_nce(mask=lambda b: masks.guide(b.fixed(b.rows, 3), b.fixed(b.rows, 3), margin=0.1)),
     "info_nce, not_self": _info_nce(mask=lambda b: masks.not_self(1)),
-    "info_nce, frozen": lambda b: Call(F.info_nce, (b.x(), b.fixed()), {"temperature": 0.5, "normalize": True}),
+    "info_nce, frozen": lambda b: Case(F.info_nce, (b.x(), b.fixed()), {"temperature": 0.5, "normalize": True}),
     "l1": _elements(F.l1, under=2.0),
     "lambda_loss": _lists(F.lambda_loss),
-    "lambda_loss, k": lambda b: Call(F.lambda_loss, (b.x(b.rows, COLUMNS), b.below(3, b.rows, COLUMNS)), {"k": 2}),
-    "linear_cross_entropy": lambda b: Call(
+    "lambda_loss, k": lambda b: Case(F.lambda_loss, (b.x(b.rows, COLUMNS), b.below(3, b.rows, COLUMNS)), {"k": 2}),
+    "linear_cross_entropy": lambda b: Case(
         F.linear_cross_entropy,
         (b.x(), b.x(CLASSES, D), b.below(CLASSES)),
         {"linear_bias": b.x(CLASSES), "softcap": 5.0, "z_loss": 0.1},
     ),
-    "linear_cross_entropy, weight": lambda b: Call(
+    "linear_cross_entropy, weight": lambda b: Case(
         F.linear_cross_entropy,
         (b.x(), b.x(CLASSES, D), b.below(CLASSES)),
         {"weight": b.positive(CLASSES), "label_smoothing": 0.1},
     ),
     "list_mle": _lists(F.list_mle, respect_input_order=False),
     "list_net": _lists(F.list_net),
-    "margin_mse": lambda b: Call(F.margin_mse, (b.x(), b.x(), b.x()), {"label": b.fixed(b.rows)}),
-    "margin_mse, negatives": lambda b: Call(
+    "margin_mse": lambda b: Case(F.margin_mse, (b.x(), b.x(), b.x()), {"label": b.fixed(b.rows)}),
+    "margin_mse, negatives": lambda b: Case(
         F.margin_mse, (b.x(), b.x(), b.x(), b.x()), {"label": b.fixed(b.rows, 3), "similarity": "cos"}
     ),
-    "matryoshka": lambda b: Call(F.matryoshka, (F.info_nce, b.x(), b.x()), {"dims": (6, 3), "temperature": 0.5}),
-    "matryoshka, cosent": lambda b: Call(
+    "matryoshka": lambda b: Case(F.matryoshka, (F.info_nce, b.x(), b.x()), {"dims": (6, 3), "temperature": 0.5}),
+    "matryoshka, cosent": lambda b: Case(
         F.matryoshka, (F.cosent, b.x(), b.x()), {"dims": (6, 3), "weights": (1.0, 0.5), "score": b.positive()}
     ),
-    "matryoshka_2d": lambda b: Call(
+    "matryoshka_2d": lambda b: Case(
         F.matryoshka_2d, (F.info_nce, *_layers(b)), {"dims": (6, 3), "layer_indices": [0], "temperature": 0.5}
     ),
     "mega_batch_margin": _rows_and_columns(F.mega_batch_margin),
     "mse": _elements(F.mse),
-    "mse, weight": lambda b: Call(F.mse, (b.x(), b.fixed()), {"weight": b.positive(D)}),
+    "mse, weight": lambda b: Case(F.mse, (b.x(), b.fixed()), {"weight": b.positive(D)}),
     "multi_similarity": _labelled(F.multi_similarity, beta=8.0),
-    "multiple_negatives_ranking": lambda b: Call(
+    "multiple_negatives_ranking": lambda b: Case(
         F.multiple_negatives_ranking, (b.x(), b.x(), b.x()), {"scale": b.number(3.0)}
     ),
-    "multiple_negatives_ranking, directions": lambda b: Call(
+    "multiple_negatives_ranking, directions": lambda b: Case(
         F.multiple_negatives_ranking,
         (b.x(), b.x()),
         {
@@ -285,48 +297,46 @@ CALLS: dict[str, Callable[[Batch], Call]] = {
             "hardness_strength": 1.0,
         },
     ),
-    "multiple_negatives_ranking, mask": lambda b: Call(
+    "multiple_negatives_ranking, mask": lambda b: Case(
         F.multiple_negatives_ranking, (b.x(), b.x()), {"scale": 3.0, "mask": masks.same_id(b.labels(), b.labels())}
     ),
     "nt_xent": _rows_and_columns(F.nt_xent),
     "online_contrastive": _same(F.online_contrastive),
     "plist_mle": _lists(F.plist_mle),
     "proxy_anchor": _classes(F.proxy_anchor, alpha=4.0),
-    "proxy_nca": lambda b: Call(
+    "proxy_nca": lambda b: Case(
         F.proxy_nca, (b.x(), b.below(CLASSES), b.x(CLASSES, D)), {"scale": b.number(2.0), "decoupled": True}
     ),
     "rank_net": _lists(F.rank_net),
-    "siglip": lambda b: Call(F.siglip, (b.x(), b.x(), b.number(2.0), b.number(-0.5)), {"normalize": True}),
-    "siglip, target": lambda b: Call(F.siglip, (b.x(), b.x(), 2.0), {"target": b.below(3)}),
-    "siglip, same_id": lambda b: Call(F.siglip, (b.x(), b.x(), 2.0), {"target": masks.same_id(b.labels(), b.labels())}),
+    "siglip": lambda b: Case(F.siglip, (b.x(), b.x(), b.number(2.0), b.number(-0.5)), {"normalize": True}),
+    "siglip, target": lambda b: Case(F.siglip, (b.x(), b.x(), 2.0), {"target": b.below(3)}),
+    "siglip, same_id": lambda b: Case(F.siglip, (b.x(), b.x(), 2.0), {"target": masks.same_id(b.labels(), b.labels())}),
     "smooth_l1": _elements(F.smooth_l1, beta=0.5),
-    "smooth_l1, weight": lambda b: Call(F.smooth_l1, (b.x(), b.fixed()), {"weight": b.positive(b.rows, 1)}),
-    "softmax_pair": lambda b: Call(
+    "smooth_l1, weight": lambda b: Case(F.smooth_l1, (b.x(), b.fixed()), {"weight": b.positive(b.rows, 1)}),
+    "softmax_pair": lambda b: Case(
         F.softmax_pair,
         (b.x(), b.x(), b.x(CLASSES, 3 * D), b.x(CLASSES), b.below(CLASSES)),
         {"class_weight": b.positive(CLASSES)},
     ),
-    "softmax_pair, probabilities": lambda b: Call(
+    "softmax_pair, probabilities": lambda b: Case(
         F.softmax_pair,
         (b.x(), b.x(), b.x(CLASSES, D), None, b.shares(CLASSES)),
         {"concatenation": ("multiplication",)},
     ),
     "sup_con": _labelled(F.sup_con),
     "sup_con, in": _labelled(F.sup_con, form="in"),
-    "triplet": lambda b: Call(F.triplet, (b.x(), b.x(), b.x()), {}),
-    "triplet, cosine": lambda b: Call(F.triplet, (b.x(), b.x(), b.x()), {"distance": "cosine", "margin": 0.5}),
+    "triplet": lambda b: Case(F.triplet, (b.x(), b.x(), b.x()), {}),
+    "triplet, cosine": lambda b: Case(F.triplet, (b.x(), b.x(), b.x()), {"distance": "cosine", "margin": 0.5}),
 }
 
 MODULES: dict[Callable[..., Any], type[nn.Module]] = {
-    getattr(cls, "function", F.cross_entropy): cls
-    for cls in vars(fusedloss).values()
-    if isinstance(cls, type) and issubclass(cls, nn.Module)
+    cls.function: cls for cls in vars(fusedloss).values() if isinstance(cls, type) and issubclass(cls, nn.Module)
 }
 
 
 def missing() -> set[str]:
     """Public losses and modules without a call."""
-    called = {call(Batch(4)).function for call in CALLS.values()}
+    called = {call(Batch(4)).function for call in CASES.values()}
     functions = {name for name in F.__all__ if getattr(F, name) not in called}
     classes = {cls for cls in vars(fusedloss).values() if isinstance(cls, type) and issubclass(cls, nn.Module)}
     return functions | {cls.__name__ for cls in classes if cls not in MODULES.values()}
