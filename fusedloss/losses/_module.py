@@ -84,7 +84,9 @@ class LossModule(nn.Module):
         name, (what, *more) = cls.function.__name__, inspect.getdoc(cls.function).split("\n\n")  # type: ignore[union-attr]
         formula = [more[0]] if more and more[0].startswith(" ") else []
         use = f"`{name}` with its options in the constructor and `forward{cls._forward()}`."
-        model = [checks.where_models_go(cls.__name__)] if cls.__name__ in checks.MODEL | checks.CROSS_ENCODER else []
+        model = []
+        if cls.__name__ in checks.MODEL | checks.CROSS_ENCODER:
+            model = [f"{checks.where_models_go(cls.__name__)}."]
         return "\n\n".join([what, *formula, use, *model])
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -726,7 +726,7 @@ def test_a_module_is_its_function(name, group_of_one):
     assert list(module.signature.parameters) == [
         p.name
         for p in inspect.signature(module.function).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name not in module.tensors
+        if p.kind is p.KEYWORD_ONLY and p.name not in module.inputs
     ]
     for option in module.signature.parameters:
         chosen = OF_GROUPS[option] | {"group": group_of_one} if option in OF_GROUPS else OPTIONS[option]
