@@ -26,7 +26,7 @@ class SigLipLoss(LossModule, function=F.siglip, tensors=("target",)): ...
 class ClipDistillLoss(LossModule, function=F.clip_distill): ...
 
 
-class MultipleNegativesRankingLoss(LossModule, function=F.multiple_negatives_ranking, tensors=("mask",)):
+class MultipleNegativesRankingLoss(LossModule, function=F.multiple_negatives_ranking, tensors=("mask", "anchors")):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         check_directions(self.directions, self.partition_mode)

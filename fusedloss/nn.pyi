@@ -181,7 +181,6 @@ class MultipleNegativesRankingLoss(LossModule, Generic[R]):
         partition_mode: str = "joint",
         hardness_mode: str | None = None,
         hardness_strength: float = 0.0,
-        anchors: Tensor | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         workspace_bytes: int | None = None,
@@ -200,7 +199,6 @@ class MultipleNegativesRankingLoss(LossModule, Generic[R]):
         partition_mode: str = "joint",
         hardness_mode: str | None = None,
         hardness_strength: float = 0.0,
-        anchors: Tensor | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         workspace_bytes: int | None = None,
@@ -219,7 +217,6 @@ class MultipleNegativesRankingLoss(LossModule, Generic[R]):
         partition_mode: str = "joint",
         hardness_mode: str | None = None,
         hardness_strength: float = 0.0,
-        anchors: Tensor | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         workspace_bytes: int | None = None,
@@ -229,7 +226,12 @@ class MultipleNegativesRankingLoss(LossModule, Generic[R]):
         grad_scale: str = "ddp",
     ) -> None: ...
     def forward(
-        self, anchor: Tensor, positive: Tensor, *negatives: Tensor, mask: masks.Mask | Tensor | None = None
+        self,
+        anchor: Tensor,
+        positive: Tensor,
+        *negatives: Tensor,
+        mask: masks.Mask | Tensor | None = None,
+        anchors: Tensor | None = None,
     ) -> R: ...
     __call__ = forward
 

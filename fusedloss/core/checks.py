@@ -39,9 +39,7 @@ def embeddings(**tensors: Tensor) -> None:
         if _alike(x, first):
             continue
         if isinstance(x, nn.Module):
-            raise TypeError(
-                f"{name} must be a tensor of embeddings, got the nn.Module {type(x).__name__}; {where_models_go('')}"
-            )
+            raise TypeError(f"{name} must be a tensor of embeddings, got the nn.Module {type(x).__name__}; {MODELS}")
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor [rows, D], got {a(x)}{remedy(x)}")
         if x.dtype not in FLOATING:
@@ -351,31 +349,11 @@ def options(module: nn.Module, **defaults: object) -> str:
     return ", ".join(f"{name}={value!r}" for name, value, default in given if value != default)
 
 
-# Names of losses that take a model in sentence-transformers; those of CROSS_ENCODER take a cross-encoder.
-MODEL = frozenset(
-    """
-    AnglELoss BatchAllTripletLoss BatchHardSoftMarginTripletLoss BatchHardTripletLoss BatchSemiHardTripletLoss
-    CoSENTLoss ContrastiveLoss ContrastiveTensionLoss CosineSimilarityLoss DistillKLDivLoss EmbedDistillLoss
-    GISTEmbedLoss GlobalOrthogonalRegularizationLoss MSELoss MarginMSELoss MegaBatchMarginLoss
-    MultipleNegativesRankingLoss OnlineContrastiveLoss SoftmaxLoss TripletLoss
-    """.split()
-)
-CROSS_ENCODER = frozenset(
-    "ADRMSELoss CrossEntropyLoss LambdaLoss ListMLELoss ListNetLoss PListMLELoss RankNetLoss".split()
-)
+MODELS = "losses that take a model are in fusedloss.integrations.sentence_transformers"
 
 
-def where_models_go(owner: str) -> str:
-    """Says where losses that take a model are. owner: the class that was given a model."""
-    package = "fusedloss.integrations.sentence_transformers"
-    if owner in MODEL | CROSS_ENCODER:
-        return f"{package}{'.cross_encoder' if owner in CROSS_ENCODER else ''}.{owner} takes a model"
-    return f"losses that take a model are in {package}"
-
-
-def options_not_modules(owner: str = "", /, **options: object) -> None:
+def options_not_modules(where: str = MODELS, /, **options: object) -> None:
+    """where: says where losses that take a model are."""
     for name, value in options.items():
         if isinstance(value, nn.Module):
-            raise TypeError(
-                f"{name} must not be a model, got the nn.Module {type(value).__name__}; {where_models_go(owner)}"
-            )
+            raise TypeError(f"{name} must not be a model, got the nn.Module {type(value).__name__}; {where}")

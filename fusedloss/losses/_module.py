@@ -31,6 +31,28 @@ CHECKS: dict[str, Callable[[Any], None]] = {
 }
 
 
+# Names of losses that take a model in sentence-transformers; those of CROSS_ENCODER take a cross-encoder.
+MODEL = frozenset(
+    """
+    AnglELoss BatchAllTripletLoss BatchHardSoftMarginTripletLoss BatchHardTripletLoss BatchSemiHardTripletLoss
+    CoSENTLoss ContrastiveLoss ContrastiveTensionLoss CosineSimilarityLoss DistillKLDivLoss EmbedDistillLoss
+    GISTEmbedLoss GlobalOrthogonalRegularizationLoss MSELoss MarginMSELoss MegaBatchMarginLoss
+    MultipleNegativesRankingLoss OnlineContrastiveLoss SoftmaxLoss TripletLoss
+    """.split()
+)
+CROSS_ENCODER = frozenset(
+    "ADRMSELoss CrossEntropyLoss LambdaLoss ListMLELoss ListNetLoss PListMLELoss RankNetLoss".split()
+)
+
+
+def where_models_go(owner: str) -> str:
+    """Names the class that takes the model which `owner` was given."""
+    package = "fusedloss.integrations.sentence_transformers"
+    if owner in MODEL | CROSS_ENCODER:
+        return f"{package}{'.cross_encoder' if owner in CROSS_ENCODER else ''}.{owner} takes a model"
+    return checks.MODELS
+
+
 class LossModule(nn.Module):
     """Base of the modules. The constructor takes `function`'s keyword-only parameters, except the tensors in `tensors`.
 
@@ -85,15 +107,16 @@ class LossModule(nn.Module):
         formula = [more[0]] if more and more[0].startswith(" ") else []
         use = f"`{name}` with its options in the constructor and `forward{cls._forward()}`."
         model = []
-        if cls.__name__ in checks.MODEL | checks.CROSS_ENCODER:
-            model = [f"{checks.where_models_go(cls.__name__)}."]
+        if cls.__name__ in MODEL | CROSS_ENCODER:
+            model = [f"{where_models_go(cls.__name__)}."]
         return "\n\n".join([what, *formula, use, *model])
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__()
+        where = where_models_go(type(self).__name__)
         if args:
             first = next(iter(self.signature.parameters), "model")
-            checks.options_not_modules(type(self).__name__, **{first: args[0]})
+            checks.options_not_modules(where, **{first: args[0]})
         for name, value in kwargs.items():
             if name not in self.signature.parameters:
                 raise TypeError(checks.unexpected(type(self).__name__, name, value, self.signature))
@@ -105,7 +128,7 @@ class LossModule(nn.Module):
             ) from None
         bound.apply_defaults()
         given = {n: value for n, value in bound.arguments.items() if n not in self.learnt}
-        checks.options_not_modules(type(self).__name__, **given)
+        checks.options_not_modules(where, **given)
         for name, value in bound.arguments.items():
             if name in self.choices:
                 checks.choice(name, value, self.choices[name])

@@ -285,6 +285,17 @@ def test_every_room_has_a_line():
     assert {room(module) for module in MODULES} == {*ROOMS, "kernels"}
 
 
+def test_drop_ins_come_in_through_public_doors():
+    """A name with an underscore is for those who stand in the same folder."""
+    for module, file in MODULES.items():
+        if room(module) == "integrations":
+            foreign = [
+                name for name in imports(module, file) if name.startswith("fusedloss") and room(name) != room(module)
+            ]
+            private = [name for name in foreign if any(part.startswith("_") for part in name.split("."))]
+            assert not private, module
+
+
 def test_there_is_no_circle():
     """Between rooms nor between files; a package's own __init__ may import its files, and they what stands in it."""
     list(graphlib.TopologicalSorter({name: line.split() for name, line in ROOMS.items()}).static_order())

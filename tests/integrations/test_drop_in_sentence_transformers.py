@@ -33,10 +33,10 @@ from sentence_transformers.sparse_encoder import losses as stock_sparse  # noqa:
 from transformers import PreTrainedTokenizerBase  # noqa: E402
 
 import fusedloss  # noqa: E402
-from fusedloss.core import checks  # noqa: E402
 from fusedloss.integrations import calls  # noqa: E402
 from fusedloss.integrations import sentence_transformers as fused  # noqa: E402
 from fusedloss.integrations.sentence_transformers import sparse_encoder as fused_sparse  # noqa: E402
+from fusedloss.losses import _module  # noqa: E402
 
 TESTS = Path(__file__).parents[1]
 B, F, D = 7, 5, 8
@@ -906,9 +906,9 @@ def every_class():
 
 
 def test_errors_of_losses_of_embeddings_name_what_is_here():
-    assert all(hasattr(fused, name) for name in checks.MODEL)
+    assert all(hasattr(fused, name) for name in _module.MODEL)
     cross_encoder = importlib.import_module("fusedloss.integrations.sentence_transformers.cross_encoder")
-    assert all(hasattr(cross_encoder, name) for name in checks.CROSS_ENCODER)
+    assert all(hasattr(cross_encoder, name) for name in _module.CROSS_ENCODER)
 
 
 def test_every_loss_of_the_library_has_its_class():

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import fusedloss
 from fusedloss import testing
 from fusedloss.core import checks
+from fusedloss.losses import _module
 
 BACKENDS = ["chunked", "reference"]
 
@@ -498,9 +499,9 @@ def test_property_splitting_the_keys_into_blocks_changes_nothing(batch, cut):
 # Modules --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(checks.MODEL | checks.CROSS_ENCODER))
+@pytest.mark.parametrize("name", sorted(_module.MODEL | _module.CROSS_ENCODER))
 def test_a_loss_of_embeddings_says_which_takes_a_model(name):
-    part = ".cross_encoder" if name in checks.CROSS_ENCODER else ""
+    part = ".cross_encoder" if name in _module.CROSS_ENCODER else ""
     told = f"got the nn.Module Linear; fusedloss.integrations.sentence_transformers{part}.{name} takes a model"
     with pytest.raises(TypeError, match=told):
         getattr(fusedloss, name)(torch.nn.Linear(2, 2))
@@ -817,7 +818,6 @@ def test_modules_show_the_options_that_are_not_the_default():
 
 def test_an_out_of_range_target_is_nan_where_values_are_not_read(monkeypatch):
     """As on a GPU, or under torch.compile."""
-    from fusedloss.core import checks
 
     monkeypatch.setattr(checks, "reads_values", lambda x: False)
     query = GOOD.clone().requires_grad_()
@@ -828,7 +828,6 @@ def test_an_out_of_range_target_is_nan_where_values_are_not_read(monkeypatch):
 
 
 def test_the_environment_variable_checks_values_on_any_device(monkeypatch):
-    from fusedloss.core import checks
 
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
     elsewhere = torch.ones(1, device="meta")

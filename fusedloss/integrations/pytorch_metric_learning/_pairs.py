@@ -12,9 +12,7 @@ from torch import Tensor
 
 from ...core.numerics import group_numbers, row_numbers, stats_dtype, unit_rows
 from ...core.problem import Block, Compare, Fold, Mask, Problem
-from ...losses._folded import fold_loss, fold_problem
-from ...losses._options import Call
-from ...losses._softmax import as_scale, autocast, distinct, mean_of, over
+from ...losses import Call, as_scale, autocast, distinct, fold_loss, fold_problem, mean_of, over
 from ...rowwise.pairs import cosine, dot, euclidean_distance, of_pairs, squared_distance
 
 

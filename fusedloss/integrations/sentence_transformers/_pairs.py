@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import fusedloss
 from fusedloss.core.numerics import stats_dtype
-from fusedloss.losses._pairs import check_not_negative
+from fusedloss.losses import check_not_negative
 from fusedloss.losses.orthogonal import moments
 
 from .._drop_in import counted
