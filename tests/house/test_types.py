@@ -61,6 +61,14 @@ def test_every_loss_has_one_module():
         assert getattr(fusedloss, name) is getattr(nn, name)
 
 
+def test_tensors_go_to_forward():
+    """`tensors=` in nn.py forgets none: what is declared as a tensor is no option, but buffers and what is learnt."""
+    for cls in stubs.modules().values():
+        for name, p in cls.signature.parameters.items():
+            tensor = re.match(r"Tensor|torch\.Tensor|masks\.Mask", str(p.annotation))
+            assert not tensor or name in (*cls.buffered, *cls.learnt), (cls, name)
+
+
 @pytest.mark.processes
 def test_mypy_knows_a_right_call_from_a_wrong_one(tmp_path):
     pytest.importorskip("mypy")
