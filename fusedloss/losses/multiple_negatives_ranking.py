@@ -121,7 +121,7 @@ def multiple_negatives_ranking_problems(
     named = {f"negatives[{i}]": x for i, x in enumerate(negatives)}
     checks.embeddings(anchor=anchor, positive=positive, **named, **({} if anchors is None else {"anchors": anchors}))
     if anchors is not None and call.group is not None:
-        raise ValueError("anchors must be None with group=, which gathers them; leave one of the two out")
+        raise ValueError("anchors must be None with group=, which gathers them, got a tensor; leave one of the two out")
     everyone = anchor if anchors is None else anchors
     if len(everyone) < len(anchor):
         raise ValueError(

@@ -230,6 +230,13 @@ CASES = {
         call=behind(F.multiple_negatives_ranking, "first", "second"),
         also=("anchor", "negatives"),
     ),
+    "multiple_negatives_ranking, anchors": Case(
+        F.multiple_negatives_ranking,
+        {"anchor": normal(M, D), "positive": normal(M + 3, D), "anchors": normal(M + 3, D)},
+        {"scale": one(3.0)},
+        {"directions": ("query_to_doc", "query_to_query")},
+        learnt=("scale",),
+    ),
     "gist_embed": Case(
         F.gist_embed,
         {
