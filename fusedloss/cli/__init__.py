@@ -132,7 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         return check()
     if arguments.command == "verify":
-        return verify(arguments)
+        return run_verify(arguments)
     if arguments.command == "report":
         from .report import main as report
 
@@ -147,7 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
     return bench(arguments) if has(arguments.device) else 2
 
 
-def verify(arguments: argparse.Namespace) -> int:
+def run_verify(arguments: argparse.Namespace) -> int:
     if arguments.child is not None:
         from ..proof.child import main as child
 
