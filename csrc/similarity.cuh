@@ -1,6 +1,7 @@
 // The table of launches: which instances of the two kernels there are. similarity_*.cu compile one number format each.
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
 #include "similarity_sm80.cuh"
@@ -19,9 +20,8 @@ namespace fusedloss {
 
 // Masks, a softcap, a tally, smoothing: whatever only the general instance knows.
 inline bool general(const Strip& strip, bool more) {
-  const Masks& m = strip.masks;
-  return more || strip.softcap > 0 || m.drop_rows[0] || m.keep_rows[0] || m.dense || m.bits || m.threshold || m.skip ||
-         m.own;
+  static const Masks none{};
+  return more || strip.softcap > 0 || std::memcmp(&strip.masks, &none, sizeof(Masks)) != 0;
 }
 
 // In similarity_sm90_*.cu, which are compiled for sm_90a alone.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .core import checks
-from .core import problem as core
+from .core import mask as core
 from .core.numerics import row_numbers
 
 STRATEGIES = ("absolute", "relative")

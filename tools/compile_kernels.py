@@ -39,8 +39,9 @@ from fusedloss.backends.triton import launching
 from fusedloss.backends.triton import pairs as triton_pairs
 from fusedloss.backends.triton import rows as triton_rows
 from fusedloss.backends.triton.config import ELSEWHERE
-from fusedloss.core.problem import Block, Compare, GuideRule, Margin, Problem, RowRule
-from fusedloss.core.strips import Patch, RowSums, Softmax, Strip, StripMask, Tally
+from fusedloss.core.mask import Compare, GuideRule, StripMask
+from fusedloss.core.problem import Block, Margin, Problem, RowRule
+from fusedloss.core.strips import Patch, RowSums, Softmax, Strip, Tally
 
 sys.path.append(str(Path(__file__).absolute().parents[1] / "tests" / "support"))
 from patience import seconds

@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from ..core import checks, products
+from ..core.mask import GuideRule, StripMask
 from ..core.numerics import FLUSH, FOLD_COPIES, LOG2E, SAFE_SCALE, UNSHIFTED_SCALE, slices, stats_dtype, wide_dtype
 from ..core.numerics import inverse_norms as inverse_norms
-from ..core.problem import GuideRule, Problem
+from ..core.problem import Problem
 from ..core.rows import finish as finish  # torch has no faster form of these, which are used as they are
 from ..core.rows import guide_threshold, patch_target
 from ..core.rows import merge as merge
 from ..core.rows import operand as operand
 from ..core.rows import prepare as prepare
 from ..core.rows import settle as settle
-from ..core.strips import Patch, RowSums, Softmax, Strip, StripMask, Tally
+from ..core.strips import Patch, RowSums, Softmax, Strip, Tally
 from .shared import exp_shift
 
 # maths.md: Logits; Masks and thresholds; Softcap; Online log-sum-exp; Gradient of the logits; Gradient by the scale

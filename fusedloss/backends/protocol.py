@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..core.folds import Folded, Part
-from ..core.problem import NO_RULE, GuideRule, Problem, RowRule
-from ..core.strips import Patch, Prepared, RowSums, Settled, Softmax, Strip, StripMask, Tally
+from ..core.mask import GuideRule, StripMask
+from ..core.problem import NO_RULE, Problem, RowRule
+from ..core.strips import Patch, Prepared, RowSums, Settled, Softmax, Strip, Tally
 
 
 class Rows(Protocol):

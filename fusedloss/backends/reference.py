@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..core import softmax
 from ..core.folds import FOLDS
+from ..core.mask import Guide, Mask
 from ..core.numerics import autocasting, stats_dtype, unit_rows, wide_dtype
-from ..core.problem import Guide, Mask, Problem
+from ..core.problem import Problem
 from ..core.rows import above_ties, fold_part, fold_scalars, guide_threshold, score_ties, squared_distances
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from . import products
 from .folds import Part
+from .mask import GuideRule
 from .numerics import NORM_EPS, inverse_norms, slices, stats_dtype, wide_dtype
-from .problem import NO_RULE, GuideRule, Problem, RowRule
+from .problem import NO_RULE, Problem, RowRule
 from .softmax import bent, decoupled_loss, marginal, softmax_loss
 from .strips import Patch, Prepared, RowSums, Settled
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .numerics import rows_of
-from .problem import Compare, Mask
+from .mask import StripMask
 
 
 class Strip(NamedTuple):
@@ -31,33 +30,6 @@ class Strip(NamedTuple):
     own: Tensor | None = None  # [R] int64, the column that `own_scale` multiplies instead
     own_scale: Tensor | None = None
     softcap: float = 0.0
-
-
-class StripMask(NamedTuple):
-    """A block's mask, for one row chunk."""
-
-    compare: tuple[Compare, ...] = ()  # rows [R], keys [N]
-    dense: Tensor | None = None  # [R, N]
-    threshold: Tensor | None = None  # [R]: larger similarities are dropped
-    exempt: Tensor | None = None  # [R, E], int64
-    skip: Tensor | None = None  # [R]
-    dropped: Any = None  # columns dropped by the guide, in the backend's own format: tiles on demand, packed bits
-
-    @classmethod
-    def of(cls, mask: Mask, threshold: Tensor | None) -> StripMask:
-        """Returns a block's mask for all rows, with a threshold in place of its margin."""
-        shared = {name: getattr(mask, name) for name in cls._fields if name in Mask._fields}
-        return cls(**shared, threshold=threshold)
-
-    def rows(self, part: slice) -> StripMask:
-        """Returns the mask of some rows, before a guide has dropped any column."""
-        tensors = {name: rows_of(x, part) for name, x in self._asdict().items() if isinstance(x, Tensor)}
-        return self._replace(compare=tuple(c._replace(rows=rows_of(c.rows, part)) for c in self.compare), **tensors)
-
-    @property
-    def vectors(self) -> dict[str, Tensor | None]:
-        """Returns the parts that are one number per row, by the names under which kernels read them."""
-        return {"threshold": self.threshold, "skip": self.skip}
 
 
 class Tally(NamedTuple):

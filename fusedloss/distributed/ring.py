@@ -22,8 +22,9 @@ from torch import Tensor
 from .. import sweep
 from ..backends import SWEEPS
 from ..backends.protocol import Sweeps
+from ..core.mask import Mask
 from ..core.numerics import savable, without_autocast
-from ..core.problem import Block, Mask, Problem, Ranks
+from ..core.problem import Block, Problem, Ranks
 from ..core.rows import merge
 from ..core.strips import RowSums, Softmax
 from ..sweep import Partial, Wants

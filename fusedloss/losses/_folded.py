@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..backends import select
+from ..core.mask import Mask
 from ..core.numerics import stats_dtype
-from ..core.problem import Block, Fold, Mask, Problem
+from ..core.problem import Block, Fold, Problem
 from ..sweep import autograd
 from ._options import Call
 

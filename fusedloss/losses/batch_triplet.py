@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.mask import Compare, Mask
 from ..core.numerics import row_numbers, stats_dtype
-from ..core.problem import Compare, Fold, Mask
+from ..core.problem import Fold
 from ..core.rows import row_chunks
 from ..core.softmax import softplus
 from ..rowwise.pairs import DISTANCES, of_pairs

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.problem import Fold, Guide
+from ..core.mask import Guide
+from ..core.problem import Fold
 from ._folded import fold_loss, fold_problem
 from ._options import Call, SweepOptions, expanded
 from ._softmax import as_scale, autocast, distinct

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import masks
 from ..core import checks
-from ..core.problem import Block, Guide, GuideRule, Mask, Problem
+from ..core.mask import Guide, GuideRule, Mask
+from ..core.problem import Block, Problem
 from ..distributed import Request
 from ._options import Call, CountingAcrossOptions, expanded
 from ._softmax import Loss, as_scale, autocast, counted, distinct, result_of

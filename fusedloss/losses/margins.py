@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.mask import Mask
 from ..core.numerics import row_numbers, stats_dtype
-from ..core.problem import Fold, Mask
+from ..core.problem import Fold
 from ..rowwise.pairs import cosine, of_pairs
 from ._folded import fold_loss, fold_problem, top
 from ._options import Call, SweepOptions, expanded

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import masks
 from ..core import checks
+from ..core.mask import Mask
 from ..core.numerics import row_numbers
-from ..core.problem import Block, Mask, Problem
+from ..core.problem import Block, Problem
 from ..distributed import Request
 from ._options import Call, CountingAcrossOptions, expanded
 from ._softmax import Loss, as_scale, autocast, counted, distinct, result_of

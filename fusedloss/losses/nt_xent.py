@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.mask import Mask
 from ..core.numerics import row_numbers
-from ..core.problem import Block, Mask, Problem
+from ..core.problem import Block, Problem
 from ._options import Call, CountingAcrossOptions, CountingOptions, expanded
 from ._softmax import Loss, as_scale, autocast, counting_mean_of, result_of
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import sweep
 from ..backends import select
 from ..core import checks
+from ..core.mask import Mask
 from ..core.numerics import (
     NORM_EPS,
     group_numbers,
@@ -22,7 +23,7 @@ from ..core.numerics import (
     unit_rows,
     without_autocast,
 )
-from ..core.problem import Block, Fold, Mask, Problem
+from ..core.problem import Block, Fold, Problem
 from ..core.rows import finish
 from ..distributed import Request, World, agree, averaged, everywhere, part_across, scaled, summed_across
 from ..sweep import autograd

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .. import sweep
 from ..backends import SWEEPS, reference
+from ..core.mask import Compare, Guide, GuideRule, Mask
 from ..core.numerics import cdiv
-from ..core.problem import Block, Compare, Fold, Guide, GuideRule, Margin, Mask, Problem
+from ..core.problem import Block, Fold, Margin, Problem
 from ..core.rows import without_target
 from ..sweep import Partial, Wants
 from .draws import Draw, Outputs, Run

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..backends.protocol import Admits
+from ..core.mask import StripMask
 from ..core.numerics import rows_of, slices, stats_dtype
 from ..core.problem import Block
 from ..core.rows import fresh, score_ties, tie_to_exact
-from ..core.strips import Strip, StripMask
+from ..core.strips import Strip
 from . import chunks
 from .inputs import Elsewhere, Inputs, part, unit
 

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from ..backends import KERNELS, reference
 from ..core import environment
+from ..core.mask import Compare
 from ..core.numerics import FLUSH, NORM_EPS, unit_rows, without_autocast
-from ..core.problem import Block, Compare, Problem
+from ..core.problem import Block, Problem
 from ..core.rows import cut_off
 from ..trust import ask, families, verdicts
 from ..trust.verdicts import FAILED, Verdict

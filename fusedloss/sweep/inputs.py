@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..backends.protocol import Sweeps
+from ..core.mask import StripMask
 from ..core.numerics import rows_of, stats_dtype
 from ..core.problem import Problem
-from ..core.strips import Patch, Prepared, RowSums, Settled, Strip, StripMask
+from ..core.strips import Patch, Prepared, RowSums, Settled, Strip
 
 
 class Elsewhere(NamedTuple):

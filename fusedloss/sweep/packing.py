@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from ..core.problem import Block, Compare, Fold, Guide, GuideRule, Learned, Margin, Mask, Problem, Ranks
+from ..core.mask import Compare, Guide, GuideRule, Mask
+from ..core.problem import Block, Fold, Learned, Margin, Problem, Ranks
 
 
 class Kind(NamedTuple):

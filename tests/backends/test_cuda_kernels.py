@@ -41,8 +41,9 @@ import fusedloss
 from fusedloss.backends import cuda
 from fusedloss.backends.cuda import launching
 from fusedloss.core.folds import FOLDS, Part
-from fusedloss.core.problem import Compare, Fold, GuideRule
-from fusedloss.core.strips import Strip, StripMask, Tally
+from fusedloss.core.mask import Compare, GuideRule, StripMask
+from fusedloss.core.problem import Fold
+from fusedloss.core.strips import Strip, Tally
 from fusedloss.masks import score_margin
 
 pytestmark = pytest.mark.host

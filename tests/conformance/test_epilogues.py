@@ -19,7 +19,8 @@ from strips import dropped
 
 from fusedloss.backends import BACKENDS, chunked, forms, protocol, triton
 from fusedloss.core.epilogues import EPILOGUES, OPTIONS
-from fusedloss.core.strips import Strip, StripMask
+from fusedloss.core.mask import StripMask
+from fusedloss.core.strips import Strip
 from fusedloss.proof import cases, sweeps
 from fusedloss.proof.draws import Draw
 
@@ -284,7 +285,8 @@ def test_the_reference(given):
 
 
 def problem_of_reference(strip: Strip) -> Any:
-    from fusedloss.core.problem import Block, Mask, Problem
+    from fusedloss.core.mask import Mask
+    from fusedloss.core.problem import Block, Problem
 
     mask = strip.mask or StripMask()
     block = Block(0, 1, strip.bias, Mask(mask.compare, mask.dense, skip=mask.skip))

@@ -22,7 +22,8 @@ from fusedloss.backends import cuda
 from fusedloss.backends import triton as triton_backend
 from fusedloss.backends.cuda import launching
 from fusedloss.backends.shared import check_vector
-from fusedloss.core.problem import Block, Compare, Fold, Mask, Problem
+from fusedloss.core.mask import Compare, Mask
+from fusedloss.core.problem import Block, Fold, Problem
 
 M, N, D, K = 6, 7, 8, 3
 INTEGERS = (torch.int64,)

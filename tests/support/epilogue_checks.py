@@ -27,8 +27,9 @@ from torch import Tensor
 
 from fusedloss.backends import chunked
 from fusedloss.backends.triton.config import Config
-from fusedloss.core.problem import Block, Compare, Fold, GuideRule, Mask, Problem
-from fusedloss.core.strips import Patch, RowSums, Strip, StripMask, Tally
+from fusedloss.core.mask import Compare, GuideRule, Mask, StripMask
+from fusedloss.core.problem import Block, Fold, Problem
+from fusedloss.core.strips import Patch, RowSums, Strip, Tally
 
 SCALE = 3.0
 FENCE = -777.0  # around what a kernel may write

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedloss.core.strips import RowSums, Softmax, Strip, StripMask
+from fusedloss.core.mask import StripMask
+from fusedloss.core.strips import RowSums, Softmax, Strip
 
 
 def formula(strip: Strip) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 import fusedloss
 from fusedloss import masks, testing
-from fusedloss.core import problem as core
-from fusedloss.core.strips import StripMask
+from fusedloss.core import mask as core
+from fusedloss.core.mask import StripMask
 
 BACKENDS = ["chunked", "reference"]
 KERNELS = ["triton", "cuda"]

@@ -5,7 +5,8 @@ from dataclasses import fields, is_dataclass
 import pytest
 import torch
 
-from fusedloss.core.problem import Block, Compare, Fold, Guide, GuideRule, Margin, Mask, Problem, Ranks
+from fusedloss.core.mask import Compare, Guide, GuideRule, Mask
+from fusedloss.core.problem import Block, Fold, Margin, Problem, Ranks
 from fusedloss.sweep import packing
 
 

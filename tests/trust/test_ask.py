@@ -21,7 +21,8 @@ from fusedloss import UnsupportedError, backends
 from fusedloss.backends import select, select_rowwise
 from fusedloss.backends.triton import launching
 from fusedloss.core import environment, rows
-from fusedloss.core.problem import Block, Fold, Mask, Problem
+from fusedloss.core.mask import Mask
+from fusedloss.core.problem import Block, Fold, Problem
 from fusedloss.proof import cases
 from fusedloss.sweep import autograd
 from fusedloss.trust import ask, families, order, verdicts
@@ -163,7 +164,7 @@ def test_the_order_on_a_gpu(monkeypatch):
 
 
 def test_a_guide_of_another_dtype_is_proved_in_its_own(monkeypatch):
-    from fusedloss.core.problem import Guide, Mask
+    from fusedloss.core.mask import Guide, Mask
 
     monkeypatch.setenv("FUSEDLOSS_VERIFY", "off")
     guide = torch.ones(8, 3, dtype=torch.float16)

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedloss
 from fusedloss import backends, sweep, testing
 from fusedloss.backends import reference
-from fusedloss.core.problem import Block, Compare, Fold, Guide, Margin, Mask, Problem, Ranks
+from fusedloss.core.mask import Compare, Guide, Mask
+from fusedloss.core.problem import Block, Fold, Margin, Problem, Ranks
 from fusedloss.sweep import audit, packing
 from fusedloss.trust import ask, families, verdicts
 from fusedloss.trust.verdicts import FAILED, PROVED, Verdict

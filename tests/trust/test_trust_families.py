@@ -11,7 +11,7 @@ from primitives import record
 
 from fusedloss.backends import BACKENDS
 from fusedloss.bench.machine import probe
-from fusedloss.core.problem import Guide, Mask
+from fusedloss.core.mask import Guide, Mask
 from fusedloss.trust import families
 
 NO_BACKEND = {"global_orthogonal_regularization"}

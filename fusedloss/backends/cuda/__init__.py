@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...core.mask import GuideRule, Mask
 from ...core.numerics import FOLD_COPIES, cdiv, stats_dtype
-from ...core.problem import GuideRule, Mask, Problem
+from ...core.problem import Problem
 from ...core.rows import guide_threshold
 from ...core.strips import RowSums, Softmax, Strip, Tally
 from ..shared import can_exp as can_exp

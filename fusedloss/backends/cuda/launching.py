@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ...core import environment
+from ...core.mask import StripMask
 from ...core.numerics import cdiv
 from ...core.rows import tf32
-from ...core.strips import Strip, StripMask
+from ...core.strips import Strip
 from ..shared import check_vector
 
 LAUNCHES = ("prepare", "merge", "settle", "scale_rows", "weigh", "finish")

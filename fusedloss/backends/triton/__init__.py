@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ...core import products
+from ...core.mask import GuideRule, StripMask
 from ...core.numerics import FOLD_COPIES, cdiv, stats_dtype
-from ...core.problem import GuideRule, Problem
+from ...core.problem import Problem
 from ...core.rows import guide_threshold
-from ...core.strips import RowSums, Softmax, Strip, StripMask, Tally
+from ...core.strips import RowSums, Softmax, Strip, Tally
 from ...core.waves import wave_rows
 from ..shared import can_exp, exp_shift
 from .launching import ALIGNMENT, config_of, descriptor, launch, multiprocessors, precision_of

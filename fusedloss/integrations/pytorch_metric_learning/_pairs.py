@@ -10,8 +10,9 @@ import torch
 from pytorch_metric_learning import distances, reducers
 from torch import Tensor
 
+from ...core.mask import Compare, Mask
 from ...core.numerics import group_numbers, row_numbers, stats_dtype, unit_rows
-from ...core.problem import Block, Compare, Fold, Mask, Problem
+from ...core.problem import Block, Fold, Problem
 from ...losses import Call, as_scale, autocast, distinct, fold_loss, fold_problem, mean_of, over
 from ...rowwise.pairs import cosine, dot, euclidean_distance, of_pairs, squared_distance
 
