@@ -94,15 +94,19 @@ class _PairLogits(torch.autograd.Function):
                 difference = x - y
                 if own is not None or other is not None:
                     by_difference = torch.mm(dz, slices["difference"][0]).mul_(difference.sign())
-                    _ = own is not None and own.add_(by_difference)
-                    _ = other is not None and other.sub_(by_difference)
+                    if own is not None:
+                        own.add_(by_difference)
+                    if other is not None:
+                        other.sub_(by_difference)
                 if dslices:
                     dslices["difference"][0].addmm_(dz.T, difference.abs_())
             if "multiplication" in slices:
                 if own is not None or other is not None:
                     by_product = torch.mm(dz, slices["multiplication"][0])
-                    _ = own is not None and own.addcmul_(by_product, y)
-                    _ = other is not None and other.addcmul_(by_product, x)
+                    if own is not None:
+                        own.addcmul_(by_product, y)
+                    if other is not None:
+                        other.addcmul_(by_product, x)
                 if dslices:
                     dslices["multiplication"][0].addmm_(dz.T, x * y)
         given = [None if d is None else d.to(like.dtype) for d, like in ((du, u), (dv, v), (dweight, weight))]

@@ -227,20 +227,8 @@ def _backward(
 ) -> list[Tensor | None]:
     dtype = stats_dtype(matrices[0].dtype)
     gradients = [torch.empty_like(x) if want else None for x, want in zip(matrices, wanted, strict=True)]
-    weight = upstream.T.to(dtype)  # [K, M], factor of the other side, or of the difference
-    own = None  # [1 + K, M], factor of the row itself
-    if norm is not None and value is not None:
-        if kind == "angle":
-            weight = weight * value.sign()
-        factor = norm.clamp_min(eps).reciprocal_()
-        along = weight * value
-        # Through the norms: -<dx, x> / |x|^2 times x itself; 0 if eps replaced the norm.
-        own = torch.cat([along.sum(0, keepdim=True), along]).neg_() * factor.square().masked_fill_(norm < eps, 0)
-        weight = weight * factor[0] * factor[1:]
-    elif kind == "squared":
-        weight = 2 * weight
-    elif kind == "euclidean" and value is not None:
-        weight = (weight / value).masked_fill_(value == 0, 0)
+    weight, own = _factors(kind, eps, upstream.T.to(dtype), value, norm)
+    of_products = own is not None or kind == "dot"
     for rows in _blocks(matrices[0]):
         x, *ys = (_rows(matrix, rows).to(dtype) for matrix in matrices)
         # A gradient is written to its tensor, or to fp32 before it is rounded.
@@ -248,29 +236,40 @@ def _backward(
         dx, *dys = (out if out is None or out.dtype == dtype else torch.empty_like(x) for out in outs)
         for k, (y, dy) in enumerate(zip(ys, dys, strict=True)):
             by = _rows(weight[k], rows)[:, None]
-            if own is not None or kind == "dot":
+            if of_products:
+                turn = int(kind == "angle")
                 if dx is not None:
-                    _times(by, y, dx, add=k > 0, turn=int(kind == "angle"))
+                    _times(by, y, dx, add=k > 0, turn=turn)
                 if dy is not None:
-                    _times(by, x, dy, turn=-int(kind == "angle"))
-                    if own is not None:
-                        dy.addcmul_(y, _rows(own[k + 1], rows)[:, None])
-            elif dx is not None or dy is not None:
-                difference = dx if dx is not None and k == 0 else dy if dy is not None else torch.empty_like(x)
-                _difference(x, y, eps, difference)
-                if kind == "manhattan":
-                    difference.sign_()
-                difference.mul_(by)
-                if dx is not None and difference is not dx:
-                    dx.add_(difference)
-                if dy is not None:
-                    torch.neg(difference, out=dy)
+                    _times(by, x, dy, turn=-turn)
+            else:
+                _times_difference(kind, eps, by, x, y, dx, dy, add=k > 0)
+            if own is not None and dy is not None:
+                dy.addcmul_(y, _rows(own[k + 1], rows)[:, None])
         if own is not None and dx is not None:
             dx.addcmul_(x, _rows(own[0], rows)[:, None])
         for out, found in zip(outs, (dx, *dys), strict=True):
             if out is not None and found is not None and found is not out:
                 out.copy_(found)
     return gradients
+
+
+def _factors(
+    kind: str, eps: float, upstream: Tensor, value: Tensor | None, norm: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Returns factors [K, M] of the other side, or of the difference, and [1 + K, M] of each row itself, or None."""
+    if norm is not None and value is not None:
+        weight = upstream * value.sign() if kind == "angle" else upstream
+        factor = norm.clamp_min(eps).reciprocal_()
+        along = weight * value
+        # Through the norms: -<dx, x> / |x|^2 times x itself; 0 if eps replaced the norm.
+        own = torch.cat([along.sum(0, keepdim=True), along]).neg_() * factor.square().masked_fill_(norm < eps, 0)
+        return weight * factor[0] * factor[1:], own
+    if kind == "squared":
+        return 2 * upstream, None
+    if kind == "euclidean" and value is not None:
+        return (upstream / value).masked_fill_(value == 0, 0), None
+    return upstream, None
 
 
 def _times(weight: Tensor, y: Tensor, out: Tensor, add: bool = False, turn: int = 0) -> None:
@@ -283,6 +282,24 @@ def _times(weight: Tensor, y: Tensor, out: Tensor, add: bool = False, turn: int 
         half, rest = (y.shape[1] + 1) // 2, y.shape[1] // 2
         out[:, half:].addcmul_(y[:, :rest], weight, value=turn)
         out[:, :rest].addcmul_(y[:, half:], weight, value=-turn)
+
+
+def _times_difference(
+    kind: str, eps: float, weight: Tensor, x: Tensor, y: Tensor, dx: Tensor | None, dy: Tensor | None, add: bool
+) -> None:
+    """Writes `dx = weight d` (or adds it) and `dy = -weight d`, where d = x - y + eps, or its sign."""
+    if dx is None and dy is None:
+        return
+    # The difference stands where one of them is to be: no third matrix.
+    difference = dx if dx is not None and not add else dy if dy is not None else torch.empty_like(x)
+    _difference(x, y, eps, difference)
+    if kind == "manhattan":
+        difference.sign_()
+    difference.mul_(weight)
+    if dx is not None and difference is not dx:
+        dx.add_(difference)
+    if dy is not None:
+        torch.neg(difference, out=dy)
 
 
 # Mined pairs ----------------------------------------------------------------------------------------------------------
