@@ -47,7 +47,7 @@ sys.path.append(str(Path(__file__).absolute().parents[1] / "tests" / "support"))
 from patience import seconds
 
 # Of a digest: the kernels, what launches them, and what is asked of it here.
-SOURCES = ("kernels/*", "fusedloss/backends/triton/*", "fusedloss/rowwise/*.py", "tools/compile_kernels.py")
+SOURCES = ("kernels/*", "fusedloss/backends/triton/*", "fusedloss/rowwise/**/*.py", "tools/compile_kernels.py")
 # Shared memory that a block may have, in KiB; a multiprocessor's; the instruction of its matrix products.
 LIMITS = {
     "sm_80": (163, 164, "HMMA"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import checks
-from ..core.numerics import savable
+from ..core.numerics import savable, stats_dtype
 from ..rowwise import lists
 from ._options import Call, RowOptions, expanded
 
@@ -341,5 +341,5 @@ def _positive(name: str, value: float) -> None:
 
 def _nothing(scores: Tensor, reduction: str) -> Tensor:
     """Returns zeros with a graph, for no documents."""
-    sums = scores.to(lists.stats_dtype(scores.dtype)).sum(1)
+    sums = scores.to(stats_dtype(scores.dtype)).sum(1)
     return sums if reduction == "none" else sums.sum()

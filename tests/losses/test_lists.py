@@ -162,7 +162,8 @@ def test_the_definition(case, backend, lengths, seed, ties):
 @pytest.mark.parametrize("case", list(CASES))
 def test_lists_of_several_blocks(monkeypatch, case, n):
     """Blocks of queries, and of rows where lists are long."""
-    monkeypatch.setattr(rowwise, "BLOCK", {"cpu": 10000, "cuda": 10000})
+    for kind in rowwise.BLOCK:
+        monkeypatch.setitem(rowwise.BLOCK, kind, 10000)
     ours, formula = CASES[case]
     scores, labels = a_batch([n, 1, n - 30, 40, n], seed=n)
     found = testing.value_and_gradients(lambda *s: ours(list(s), labels, backend="chunked"), scores)
@@ -491,7 +492,8 @@ def test_gains_that_overflow(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_scheme_of_sentence_transformers(monkeypatch, weighting, backend):
     module = pytest.importorskip("sentence_transformers.cross_encoder.losses")
-    monkeypatch.setattr(rowwise, "BLOCK", {"cpu": 1000, "cuda": 1000})  # some queries at once
+    for kind in rowwise.BLOCK:
+        monkeypatch.setitem(rowwise.BLOCK, kind, 1000)  # some queries at once
     scores, labels = a_batch([5, 20, 12, 1, 9])
     scheme, name = getattr(module, weighting)(), next(ours for ours, theirs in SCHEMES.items() if theirs == weighting)
     loss = fusedloss.LambdaLoss(weighting=scheme, k=4, backend=backend)
@@ -503,7 +505,7 @@ def test_a_scheme_of_sentence_transformers(monkeypatch, weighting, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weights_that_are_not_symmetric(monkeypatch, backend):
     """In blocks, whose weights are those of i above j and of j above i."""
-    monkeypatch.setattr(rowwise, "ROWS", (8, 8))
+    monkeypatch.setattr(rowwise.walk, "ROWS", (8, 8))
     scores, labels = torch.randn(2, 70, dtype=torch.float64), torch.randint(0, 4, (2, 70)).double()
 
     def formula(s):

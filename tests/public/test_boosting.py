@@ -82,7 +82,8 @@ def test_without_groups_all_are_one_query():
 def test_groups_together_are_groups_apart(monkeypatch):
     """Whatever is padded together: each group has the derivatives that it has alone."""
     monkeypatch.setattr(boosting, "PAIRS", 300)
-    monkeypatch.setattr(rowwise, "BLOCK", {"cpu": 200, "cuda": 200})
+    for kind in rowwise.BLOCK:
+        monkeypatch.setitem(rowwise.BLOCK, kind, 200)
     scores, labels = documents()
     found = boosting.lambda_gradients(scores, labels, group=SIZES, k=4)
     alone = [
