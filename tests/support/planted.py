@@ -1,6 +1,6 @@
 """In the place of the child that verifies: `python tests/support/planted.py FAULT DEVICE NAME...`, without torch.
 
-What it says are the lines of fusedloss/trust/child.py.
+What it says are the lines of fusedloss/proof/child.py.
 """
 
 from __future__ import annotations
