@@ -294,7 +294,7 @@ def prove_inline(device: torch.device, names: Sequence[str], found: Callable[[st
             why.append(fields["reason"])
 
     # Imported by name, because the library must not depend on its proofs.
-    importlib.import_module("fusedloss.proof.child").prove(device, names, say)  # which stands on the whole library
+    importlib.import_module("fusedloss.proof.child").prove(device, names, say)
     return "; ".join(why)
 
 
