@@ -509,7 +509,7 @@ def first_row(name: str) -> list[str]:
         cells.append(said(works(lambda b=backend: value_and_gradient(at, b), "chunked: can run it")))
     backends = ("reference",) if plain else ("reference", "chunked")
     for probe in (second_derivatives, func_grad, vmap, forward_mode):
-        cells.append(of_backends({b: works(lambda p=probe, b=b: p(at, b), "backend='reference'") for b in backends}))
+        cells.append(of_backends({b: works(lambda p=probe, b=b: p(at, b), "'reference'") for b in backends}))
     cells.append(said(works(lambda: compiled(at), "fullgraph")))
     cells.append(said(works(lambda: nothing_read_back(at), "capture")))
     for strategy in ("gather", "ring"):
