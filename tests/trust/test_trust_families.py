@@ -111,9 +111,9 @@ def test_precision(dtype, tf32, wanted):
 
 def test_a_list_net_asks_for_the_kernel_that_it_launches(monkeypatch):
     """Its rows are those of soft cross-entropy."""
-    from fusedloss.rowwise import lists
+    from fusedloss.rowwise.lists import listwise
 
     asked = []
-    monkeypatch.setattr(lists, "select_rowwise", lambda backend, x, family, **_: asked.append(family) or "reference")
+    monkeypatch.setattr(listwise, "select_rowwise", lambda backend, x, family, **_: asked.append(family) or "reference")
     CASES["list_net"](Batch(5, torch.float32)).result()
     assert asked == ["classes"]

@@ -1,4 +1,4 @@
-"""Losses of lists as Triton kernels: launchers for `fusedloss.kernels.lists`, named as in rowwise/lists.py."""
+"""Losses of lists as Triton kernels: launchers for `fusedloss.kernels.lists`, named as in rowwise/lists/."""
 
 from __future__ import annotations
 
