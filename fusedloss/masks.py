@@ -118,7 +118,7 @@ def bind(mask: Mask | Tensor | None, rows: int, widths: Sequence[int], like: Ten
     A mask that is None has no tensors at all, so that compiled graphs keep one shape for it.
     """
     if mask is None:
-        return [core.Mask()] * len(widths)
+        return [core.NO_MASK] * len(widths)
     if isinstance(mask, Tensor):
         mask = Mask(dense=mask)
     if not isinstance(mask, Mask):

@@ -20,11 +20,11 @@ from ..core.errors import UnsupportedError
 from ..core.problem import Block, Fold, Problem
 from ..trust import ask, families
 from ..trust import order as order_
-from . import chunked, cuda, reference, triton
+from . import chunked, cuda, dense, reference, triton
 from .protocol import Sweeps
 
 SWEEPS: dict[str, Sweeps] = {"cuda": cuda, "triton": triton, "chunked": chunked}
-BACKENDS: dict[str, ModuleType] = dict(zip(checks.BACKENDS, (cuda, triton, chunked, reference), strict=True))
+BACKENDS: dict[str, ModuleType] = dict(zip(checks.BACKENDS, (cuda, triton, chunked, dense, reference), strict=True))
 
 Candidates = Sequence[tuple[str, bool]]  # in order, each with True if its kernels need no further proof
 
@@ -39,6 +39,7 @@ AUTO: dict[str, tuple[str, ...]] = {
 AUTO_FROM_SM_100 = ("triton", "chunked", "cuda", "reference")
 WITHOUT_KERNELS = ("chunked", "reference")  # on devices without kernels
 PLAIN = (order_.REFERENCE, True)
+DENSE = (("dense", True),)
 MOST_CHOSEN = 1024  # entries, mostly sizes
 AUTOMATIC = "backend='auto'"
 UNPROVED = "not proved on this device, which `python -m fusedloss verify` does"
@@ -89,6 +90,8 @@ def _automatic(problem: Problem, plain: bool) -> Candidates:
     """The candidates of `auto`. Results of earlier calls are looked up, in 2 us."""
     if torch.compiler.is_compiling():  # sizes may be symbols, and comparing one would add a guard
         return [(name, name not in KERNELS) for name in _auto(problem.device)]
+    if plain and dense.fits(problem):
+        return DENSE
     operands, first, chosen = problem.operands, problem.blocks[0], order_.chosen
     x, flags = operands[0], families.flags(problem)
     dtype, device = x.dtype, x.device
@@ -207,4 +210,6 @@ def _why_not_rowwise(backend: str, x: Tensor, multiplies: bool, unsupported: str
         # The interpreter handles bfloat16, except for products of tiles.
         dtype = torch.float32 if x.dtype == torch.bfloat16 and not multiplies else x.dtype
         return unsupported or triton.why_not_on(dtype, x.device)
+    if backend == "dense":
+        return "it holds the logits of a loss over in-batch similarities, which this is not"
     return "fusedloss._C has no kernel for this loss" if backend == "cuda" else None

@@ -9,7 +9,7 @@ and `grad_rows` its entry.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,34 @@ from ..core.folds import Folded, Part
 from ..core.mask import GuideRule, StripMask
 from ..core.problem import NO_RULE, Problem, RowRule
 from ..core.strips import Patch, Prepared, RowSums, Settled, Softmax, Strip, Tally
+
+
+class Wants(NamedTuple):
+    """Which gradients are wanted."""
+
+    operands: tuple[bool, ...]
+    scale: bool
+    biases: tuple[bool, ...]  # one per block
+    scalars: tuple[bool, ...] = ()  # a fold's own
+
+    @classmethod
+    def none(cls, problem: Problem) -> Wants:
+        return cls((False,) * len(problem.operands), False, (False,) * len(problem.blocks))
+
+    @property
+    def any(self) -> bool:
+        return self.scale or any(self.operands) or any(self.biases) or any(self.scalars)
+
+
+class Result(NamedTuple):
+    """What a sweep returns."""
+
+    rows: Tensor  # [M] weighted losses
+    operands: tuple[Tensor | None, ...]  # gradients of rows.sum(), in saved_dtype
+    scale: Tensor | None
+    biases: tuple[Tensor | None, ...]
+    scalars: tuple[Tensor | None, ...]
+    counted: list[Tensor]  # each [M]: the start of a Tally and the target's logit, or the divisor of a fold's sum
 
 
 class Rows(Protocol):

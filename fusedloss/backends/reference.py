@@ -36,7 +36,7 @@ def loss_rows(problem: Problem, lost: float = 0.0) -> tuple[Tensor, list[Tensor]
 def top_rows(problem: Problem) -> tuple[Tensor, Tensor]:
     """Returns each row's largest logit and its column, the first on ties; -inf and -1 if no column competes."""
     with torch.autocast(problem.device.type, enabled=False):
-        z = _logits(problem, _rows(problem))
+        z = logits(problem, _rows(problem))
         if not z.numel():
             return z.new_full((len(z),), -torch.inf), torch.full((len(z),), -1, device=z.device)
         maximum, column = z.max(1)
@@ -54,10 +54,10 @@ def _loss_rows(problem: Problem, lost: float = 0.0) -> tuple[Tensor, list[Tensor
     rows = _rows(problem)
     if problem.fold is not None:
         return _fold_rows(problem, rows, lost)
-    z = _logits(problem, rows, lost=lost)
+    z = logits(problem, rows, lost=lost)
     with torch.no_grad():
-        counted = _counted(problem, rows, z) if problem.wants_tally else []
-    return _losses(problem, z), counted
+        found = counted(problem, rows, z) if problem.wants_tally else []
+    return _losses(problem, z), found
 
 
 def losses_of(problem: Problem, similarities: list[Tensor]) -> Tensor:
@@ -68,7 +68,7 @@ def losses_of(problem: Problem, similarities: list[Tensor]) -> Tensor:
     if problem.fold is not None:
         values = 1 - similarities[0] if problem.fold.distance else similarities[0]
         return _folded(problem, values)[0]
-    return _losses(problem, _logits(problem, [], similarities))
+    return _losses(problem, logits(problem, [], similarities))
 
 
 def _losses(problem: Problem, z: Tensor) -> Tensor:
@@ -90,9 +90,7 @@ def _rows(problem: Problem) -> list[Tensor]:
     return [unit_rows(x.to(dtype)) if problem.cosine else x.to(dtype) for x in problem.operands]
 
 
-def _logits(
-    problem: Problem, rows: list[Tensor], similarities: list[Tensor] | None = None, lost: float = 0.0
-) -> Tensor:
+def logits(problem: Problem, rows: list[Tensor], similarities: list[Tensor] | None = None, lost: float = 0.0) -> Tensor:
     """Returns the logits [M, all columns], -inf for dropped columns; only `skip` drops the target."""
     M, parts = problem.rows, []
     with torch.no_grad():
@@ -110,7 +108,7 @@ def _logits(
             z = z + penalty * sim.detach()
         if number == 0 and any(problem.margin):
             index = problem.target.clamp(min=0)[:, None]
-            target = _marginal(problem, index[:, 0])[:, None].to(z.dtype)
+            target = marginal(problem, index[:, 0])[0][:, None].to(z.dtype)
             z = z.scatter(1, index, torch.where(problem.target[:, None] < 0, z.gather(1, index), target))
         if block.bias is not None:
             z = z + block.bias.to(z.dtype)
@@ -130,13 +128,17 @@ def _logits(
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
-def _marginal(problem: Problem, index: Tensor) -> Tensor:
-    """Targets' logits under their margin. An angle is the root of a difference: half of a cosine's digits are lost."""
+def marginal(problem: Problem, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the targets' logits under their margin, and the derivative by `scale * cosine`.
+
+    In fp64: an angle is the root of a difference, which loses half of a cosine's digits.
+    """
     block, narrow = problem.blocks[0], stats_dtype(problem.dtype)
     dtype = wide_dtype(problem.device, narrow)
     x, y = problem.operands[block.query][: problem.rows], problem.operands[block.key][index]
     cosine = (unit_rows(x.to(dtype)) * unit_rows(y.to(dtype))).sum(1)
-    return softmax.marginal(cosine, problem.margin, torch.finfo(narrow).eps)[0] * problem.scale
+    value, slope = softmax.marginal(cosine, problem.margin, torch.finfo(narrow).eps)
+    return value * problem.scale, slope
 
 
 class _Thresholds(NamedTuple):
@@ -183,7 +185,7 @@ def _at(columns: Tensor, like: Tensor) -> Tensor:
     return columns[:, None] == torch.arange(like.shape[1], device=like.device)
 
 
-def _counted(problem: Problem, rows: list[Tensor], z: Tensor) -> list[Tensor]:
+def counted(problem: Problem, rows: list[Tensor], z: Tensor) -> list[Tensor]:
     none, index = problem.target < 0, problem.target.clamp(min=0)[:, None]
     block, entry = problem.blocks[0], z.gather(1, index)
     ties = score_ties(rows[block.query][: problem.rows], rows[block.key], index[:, 0])[:, None]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-BACKENDS = ("cuda", "triton", "chunked", "reference")
+BACKENDS = ("cuda", "triton", "chunked", "dense", "reference")
 VERIFY = ("first", "off", "inline", "trust")
 SWITCH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
 

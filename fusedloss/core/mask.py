@@ -91,6 +91,9 @@ class Mask(NamedTuple):
         return Mask(compare, None if self.dense is None else self.dense.T)
 
 
+NO_MASK = Mask()
+
+
 class StripMask(NamedTuple):
     """A block's mask, for one row chunk."""
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 NORM_EPS = 1e-12  # as in F.normalize: a zero row stays zero instead of becoming NaN
 SAFE_SCALE = 59.0  # up to this scale exponents lie within [-69, 49]: see `exp_shift` of backends/shared.py
@@ -88,9 +89,64 @@ def unit_rows(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x, dim=1, eps=NORM_EPS)
 
 
+# Constant tensors, which calls share and must not write to ------------------------------------------------------------
+
+
 def row_numbers(rows: int, like: Tensor) -> Tensor:
     """0, 1, ... `rows` - 1, where `like` is: each row's own column."""
-    return torch.arange(rows, device=like.device)
+    return _shared(_numbers, rows, 0, torch.int64, like.device)
+
+
+def filled(rows: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`[rows]`, all of one value."""
+    return _shared(_filled, rows, value, dtype, device)
+
+
+def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 0-dim tensor."""
+    return _shared(_constant, 0, value, dtype, device)
+
+
+Make = Callable[[int, float, torch.dtype, torch.device], Tensor]
+_kept: dict[tuple[object, ...], Tensor] = {}
+MOST_KEPT, LARGEST_KEPT = 64, 4096  # tensors, and elements of one: 2 MiB in all
+
+
+def _shared(make: Make, rows: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The tensor of an earlier call if it is like a new one, which takes 3 to 5 us to make.
+
+    It is made anew under a compiler, a dispatch mode and a transform, whose tensors are their own, and while a CUDA
+    graph is captured, whose memory is. Each stream has its own, because streams do not wait for each other.
+    """
+    if torch.compiler.is_compiling() or rows > LARGEST_KEPT:
+        return make(rows, value, dtype, device)
+    stream = None
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return make(rows, value, dtype, device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    if _len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return make(rows, value, dtype, device)
+    key = (make, rows, value, dtype, device, stream)
+    found = _kept.get(key)
+    if found is None:
+        if len(_kept) >= MOST_KEPT:
+            _kept.clear()
+        with torch.inference_mode(False):
+            found = _kept[key] = make(rows, value, dtype, device)
+    return found
+
+
+def _numbers(rows: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(rows, dtype=dtype, device=device)
+
+
+def _filled(rows: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((rows,), value, dtype=dtype, device=device)
+
+
+def _constant(rows: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def group_numbers(labels: Tensor) -> Tensor:

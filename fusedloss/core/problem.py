@@ -17,7 +17,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
-from .mask import Guide, GuideRule, Mask
+from .mask import NO_MASK, Guide, GuideRule, Mask
 from .numerics import SAFE_SCALE
 
 Learned = Annotated[Tensor, "may receive a gradient"]  # as a field's type; other tensors receive none
@@ -79,7 +79,7 @@ class Block:
     query: int
     key: int
     bias: Learned | None = None
-    mask: Mask = Mask()  # noqa: RUF009  # immutable
+    mask: Mask = NO_MASK
     penalty: float = 0.0
     own_penalty: float = 0.0
 
@@ -186,10 +186,12 @@ class Problem:
             return self.softcap
         if not self.cosine or self.scale_bound is None:
             return None
+        penalty = 0.0
         for block in self.blocks:
             if block.bias is not None:
                 return None
-        return abs(self.scale_bound)
+            penalty = max(penalty, block.penalty, block.own_penalty)
+        return abs(self.scale_bound) + penalty
 
     @property
     def has_safe_shift(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import products
 from .folds import Part
 from .mask import GuideRule
-from .numerics import NORM_EPS, inverse_norms, slices, stats_dtype, wide_dtype
+from .numerics import NORM_EPS, inverse_norms, row_numbers, slices, stats_dtype, wide_dtype
 from .problem import NO_RULE, Problem, RowRule
 from .softmax import bent, decoupled_loss, marginal, softmax_loss
 from .strips import Patch, Prepared, RowSums, Settled
@@ -246,7 +246,8 @@ def fold_part(problem: Problem, chunk: slice) -> Part:
     """What a fold is told of the rows of a chunk; the teacher's logits are whole rows, too."""
     fold = problem.fold
     assert fold is not None
-    rows = torch.arange(chunk.start, chunk.stop, device=problem.device)
+    rows = row_numbers(chunk.stop, problem.scale)
+    rows = rows[chunk.start :] if chunk.start else rows
     row_labels, key_labels = fold.labels or (None, None)
     teacher = None
     if fold.teacher is not None and fold.teacher_scale is not None:

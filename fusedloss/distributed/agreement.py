@@ -290,9 +290,10 @@ def _refuse(call: Request, world: World) -> None:
                 raise ValueError(f"{name} must not be given together with group, got both; leave one of them out")
         if problem.symmetric and world.strategy == "gather":
             problem = replace(problem, ranks=Ranks(world.group.group_name, world.rank, (0,) * world.size))
-        if select(problem, call.backend, plain=False) == "reference" and world.strategy == "ring":
+        backend = select(problem, call.backend, plain=False)
+        if backend not in SWEEPS and world.strategy == "ring":
             raise UnsupportedError(
-                "strategy must be 'gather' with backend='reference', got 'ring'; or pass one of the backends "
+                f"strategy must be 'gather' with backend={backend!r}, got 'ring'; or pass one of the backends "
                 + ", ".join(map(repr, SWEEPS))
             )
     first = call.problems[0]

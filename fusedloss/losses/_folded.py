@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import select
 from ..core.mask import Mask
-from ..core.numerics import stats_dtype
+from ..core.numerics import constant, filled, stats_dtype
 from ..core.problem import Block, Fold, Problem
 from ..sweep import autograd
 from ._options import Call
@@ -42,7 +42,7 @@ def fold_problem(
         operands=tuple(operands),
         blocks=(Block(0, len(operands) - 1),),
         scale=scale,
-        target=torch.full(weight.shape, -1, device=weight.device) if target is None else target,
+        target=filled(len(weight), -1, torch.int64, weight.device) if target is None else target,
         weight=weight,
         cosine=cosine,
         workspace_bytes=call.workspace_bytes,
@@ -62,13 +62,13 @@ def top(
     """Returns the column of each row's largest `scale * sim + bias` among those that the mask admits; -1 for none."""
     operands = [x.detach() for x in operands]
     rows, device = operands[0].shape[0], operands[0].device
-    multiplier = torch.full((), scale, dtype=stats_dtype(operands[0].dtype), device=device)
+    multiplier = constant(scale, stats_dtype(operands[0].dtype), device)
     problem = Problem(
         operands=tuple(operands),
         blocks=(Block(0, len(operands) - 1, bias, mask),),
         scale=multiplier,
-        target=torch.full((rows,), -1, device=device),
-        weight=torch.ones(rows, dtype=multiplier.dtype, device=device),
+        target=filled(rows, -1, torch.int64, device),
+        weight=filled(rows, 1.0, multiplier.dtype, device),
         cosine=cosine,
         workspace_bytes=call.workspace_bytes,
         top=True,

@@ -133,7 +133,10 @@ def ranks(options: RankOptions) -> World | None:
 
 def _named(text: str) -> str:
     """Fills in the names of backends; csrc/ has no kernels for row-wise losses."""
-    for place, names in {"{backends}": checks.NAMES, "{rows}": [n for n in checks.NAMES if n != "cuda"]}.items():
+    for place, names in {
+        "{backends}": checks.NAMES,
+        "{rows}": [n for n in checks.NAMES if n not in ("cuda", "dense")],
+    }.items():
         text = text.replace(place, " or ".join(", ".join(f'"{name}"' for name in names).rsplit(", ", 1)))
     return text
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends import select
 from ..core import checks
-from ..core.numerics import savable, stats_dtype
+from ..core.numerics import constant, filled, row_numbers, savable, stats_dtype
 from ..core.problem import Block, Problem, Stats
 from ..core.rows import columns_and_weights, without_target
 from ..distributed import Request, loss_across
@@ -35,7 +35,7 @@ def as_scale(value: float | Tensor, like: Tensor, *, inverse: bool) -> tuple[Ten
         scale = savable(value).reshape(()).to(dtype)
         return (scale.reciprocal() if inverse else scale), None
     number = 1.0 / value if inverse else float(value)
-    return torch.full((), number, dtype=dtype, device=like.device), number
+    return constant(number, dtype, like.device), number
 
 
 def distinct(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
@@ -149,10 +149,10 @@ def counted(
     """
     query, bias, skip = operands[block.query], block.bias, block.mask.skip
     rows, columns = query.shape[0], operands[block.key].shape[0]
-    row_weight = query.new_ones(rows, dtype=scale.dtype) if weight is None else weight.detach().to(scale.dtype)
+    row_weight = filled(rows, 1.0, scale.dtype, query.device) if weight is None else weight.detach().to(scale.dtype)
     every_row = target is None and weight is None and bias is None and skip is None
     if target is None:
-        target = torch.arange(rows, device=query.device)
+        target = row_numbers(rows, query)
     elif not elsewhere:
         target, row_weight = columns_and_weights(target, row_weight, columns, ignore_index)
     if not elsewhere:

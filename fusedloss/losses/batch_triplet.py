@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.mask import Compare, Mask
-from ..core.numerics import row_numbers, stats_dtype
+from ..core.numerics import constant, row_numbers, stats_dtype
 from ..core.problem import Fold
 from ..core.rows import row_chunks
 from ..core.softmax import softplus
@@ -161,7 +161,7 @@ def _folded(
     """Returns the sum, and the number that the fold counted."""
     _check(embeddings, labels, distance)
     checks.number("margin", margin)
-    one = torch.ones((), dtype=stats_dtype(embeddings.dtype), device=embeddings.device)
+    one = constant(1.0, stats_dtype(embeddings.dtype), embeddings.device)
     weight = one.expand(embeddings.shape[0]).contiguous()
     fold = Fold(name, (float(margin),), labels=(labels, labels), itself=True, distance=distance)
     loss, count = fold_loss(fold_problem([embeddings], one, weight, fold, call, cosine=distance == "cosine"), call)

@@ -216,7 +216,7 @@ def _with_private(problem: Problem, call: Call, query: Tensor, negatives: Tensor
     if columns:
         block = problem.blocks[0]
         x, y = problem.operands[block.query], problem.operands[block.key]
-        backend = "auto" if call.backend == "cuda" else call.backend  # `cuda` has no kernel for pairs of rows
+        backend = "auto" if call.backend in ("cuda", "dense") else call.backend  # which take no pairs of rows
         z = scores("cos" if problem.cosine else "dot", x, *autocast(*columns), backend=backend) * problem.scale
         own = of_pairs(cosine if problem.cosine else dot, x, y, problem.target) * problem.scale
         if block.bias is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.mask import Mask
-from ..core.numerics import row_numbers, stats_dtype
+from ..core.numerics import constant, row_numbers, stats_dtype
 from ..core.problem import Fold
 from ..rowwise.pairs import cosine, of_pairs
 from ._folded import fold_loss, fold_problem, top
@@ -94,7 +94,7 @@ def in_batch_margin_ranking(
     checks.number("margin", margin)
     checks.choice("similarity", similarity, checks.SIMILARITIES)
     operands = autocast(*distinct(anchor, positive)[0])
-    one = torch.ones((), dtype=stats_dtype(operands[0].dtype), device=anchor.device)
+    one = constant(1.0, stats_dtype(operands[0].dtype), anchor.device)
     weight = one.expand(len(rows)).contiguous()
     fold = Fold("margin_ranking", (float(margin), 1.0))
     problem = fold_problem(operands, one, weight, fold, call, cosine=similarity == "cos", target=rows)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Unpack
 
-import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.numerics import stats_dtype
+from ..core.numerics import constant, stats_dtype
 from ..core.problem import Fold
 from ._folded import fold_loss, fold_problem
 from ._options import Call, SweepOptions, expanded
@@ -106,7 +105,7 @@ def _folded(
     checks.embeddings(embeddings=embeddings)
     checks.integers("labels", labels, (embeddings.shape[0],), embeddings)
     (x,) = autocast(embeddings)
-    one = torch.ones((), dtype=stats_dtype(x.dtype), device=x.device)
+    one = constant(1.0, stats_dtype(x.dtype), x.device)
     weight = one.expand(x.shape[0]).contiguous()
     fold = Fold(name, numbers, labels=(labels, labels), itself=True)
     problem = fold_problem([x], one, weight, fold, call, cosine=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import masks
 from ..core import checks
-from ..core.mask import Mask
+from ..core.mask import NO_MASK, Mask
 from ..core.numerics import row_numbers
 from ..core.problem import Block, Problem
 from ..distributed import Request
@@ -151,7 +151,7 @@ def multiple_negatives_ranking_problems(
     facing = (everyone, positive[:rows] if owners > rows else positive) if several else (anchor, positive)
     matrices, (query, queries, answer, *documents) = distinct(anchor, *facing, positive, *negatives)
     operands = autocast(*matrices)
-    own = Mask(skip=row_numbers(rows, anchor)) if several else Mask()
+    own = Mask(skip=row_numbers(rows, anchor)) if several else NO_MASK
     strength = float(hardness_strength)
     others = strength if hardness_mode in ("in_batch_negatives", "all_negatives") else 0.0
     hard = strength if hardness_mode in ("hard_negatives", "all_negatives") else 0.0
@@ -162,7 +162,7 @@ def multiple_negatives_ranking_problems(
         ],
         "query_to_query": [Block(query, queries, mask=own)],
         # Under "joint" the positive appears here once more, and is counted as a second copy of the target.
-        "doc_to_query": [Block(answer, queries, mask=own if partition_mode == "joint" else Mask())],
+        "doc_to_query": [Block(answer, queries, mask=own if partition_mode == "joint" else NO_MASK)],
         "doc_to_doc": [Block(answer, key, mask=own) for key in documents],
     }
     if partition_mode == "joint":
@@ -181,7 +181,7 @@ def multiple_negatives_ranking_problems(
             **counted(operands, blocks[0], multiplier),
             cosine=similarity == "cos",
             symmetric=symmetric,
-            scale_bound=None if scale_bound is None else scale_bound + strength,
+            scale_bound=scale_bound,
             workspace_bytes=call.workspace_bytes,
             copies=2 if partition_mode == "joint" and "doc_to_query" in directions else 1,
             guide_rule=masks.rule(mask),

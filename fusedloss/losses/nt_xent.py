@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.mask import Mask
-from ..core.numerics import row_numbers
+from ..core.numerics import filled, row_numbers
 from ..core.problem import Block, Problem
 from ._options import Call, CountingAcrossOptions, CountingOptions, expanded
 from ._softmax import Loss, as_scale, autocast, counting_mean_of, result_of
@@ -85,7 +85,7 @@ def nt_xent_problem(
         blocks=(Block(0, 0, mask=Mask(skip=rows)),),
         scale=scale,
         target=rows.roll(z1.shape[0]),
-        weight=views.new_ones(views.shape[0], dtype=scale.dtype),
+        weight=filled(views.shape[0], 1.0, scale.dtype, views.device),
         every_row=True,
         cosine=True,
         scale_bound=scale_bound,

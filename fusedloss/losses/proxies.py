@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.numerics import NORM_EPS, stats_dtype
+from ..core.numerics import NORM_EPS, constant, stats_dtype
 from ..core.problem import Block, Fold, Problem
 from ._folded import fold_loss, fold_problem
 from ._options import Call, SweepOptions, expanded
@@ -119,7 +119,7 @@ def proxy_anchor(
     checks.number("alpha", alpha)
     checks.scalar("alpha", alpha, embeddings, positive=True)
     classes = proxies.shape[0]
-    one = torch.ones((), dtype=stats_dtype(embeddings.dtype), device=embeddings.device)
+    one = constant(1.0, stats_dtype(embeddings.dtype), embeddings.device)
     outside = (target < 0) | (target >= classes)
     index = target.masked_fill(outside, 0)
     if not len(target):  # log(1 + 0) each

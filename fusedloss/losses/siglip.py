@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import masks
 from ..core import checks
-from ..core.numerics import row_numbers
+from ..core.numerics import filled, row_numbers
 from ..core.problem import Fold
 from ..distributed import Request, loss_across
 from ._folded import fold_loss, fold_problem
@@ -70,7 +70,7 @@ def siglip(
         operands = autocast(*distinct(image_features, text_features)[0])
         scale, written = as_scale(logit_scale, image_features, inverse=False)
         bias, written_bias = as_scale(0.0 if logit_bias is None else logit_bias, image_features, inverse=False)
-        weight = torch.ones(M, dtype=scale.dtype, device=scale.device)
+        weight = filled(M, 1.0, scale.dtype, scale.device)
         what = f"siglip{' with ids' if labels else ''}, scale {written}, bias {written_bias}"
         if world is not None and labels is None:  # number the pairs of all ranks
             first = world.rank << 40

@@ -15,6 +15,7 @@ from ..core import checks
 from ..core.mask import Mask
 from ..core.numerics import (
     NORM_EPS,
+    filled,
     group_numbers,
     row_numbers,
     savable,
@@ -112,7 +113,7 @@ def _log_sum_exp(x: Tensor, counts: Tensor, scale: Tensor, scale_bound: float | 
         operands=(x,),
         blocks=(Block(0, 0, mask=Mask(skip=row_numbers(len(x), x))),),
         scale=scale,
-        target=torch.full((len(x),), -1, device=x.device),
+        target=filled(len(x), -1, torch.int64, x.device),
         weight=counts,
         cosine=True,
         scale_bound=scale_bound,

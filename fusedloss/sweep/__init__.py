@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..backends.protocol import Stores, Sweeps
+from ..backends.protocol import Result, Stores, Sweeps, Wants
 from ..core.numerics import autocasting, rows_of, saved_dtype, slices, stats_dtype
 from ..core.problem import Problem
 from ..core.rows import above_ties
@@ -26,21 +26,12 @@ from .admission import Admission
 from .chunks import workspace_shape
 from .collectives import gather, merge_columns
 from .folded import fold_chunk
-from .gradients import Gradients, Wants, gemm_dtype
+from .gradients import Gradients, gemm_dtype
 from .inputs import Elsewhere, Inputs, part
 from .prefixes import sweep_prefixes
 from .smoothing import Smoothing
 
 __all__ = ["Elsewhere", "Partial", "Result", "Wants", "run", "top_rows", "workspace_shape"]
-
-
-class Result(NamedTuple):
-    rows: Tensor  # [M] weighted losses
-    operands: tuple[Tensor | None, ...]  # gradients of rows.sum(), in saved_dtype
-    scale: Tensor | None
-    biases: tuple[Tensor | None, ...]
-    scalars: tuple[Tensor | None, ...]
-    counted: list[Tensor]  # each [M]: the start of a Tally and the target's logit, or the divisor of a fold's sum
 
 
 @torch.no_grad()

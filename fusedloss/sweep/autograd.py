@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from .. import sweep
-from ..backends import SWEEPS, reference
+from ..backends import SWEEPS, dense, reference
+from ..backends.protocol import Wants
 from ..core import checks
 from ..core.errors import UnsupportedError
-from ..core.numerics import savable, saved_dtype, stats_dtype
+from ..core.numerics import savable, saved_dtype, stats_dtype, without_autocast
 from ..core.problem import Problem
-from . import Wants, audit
+from . import audit
 from .packing import Flat, pack, put_together, take_apart, unpack
 
 COUNTED = 4  # most vectors that `Result.counted` may hold
@@ -30,20 +31,21 @@ class How(NamedTuple):
 
     backend: str
     per_row: bool  # return [M] weighted losses instead of their sum
+    share: float = 1.0  # factor of the sum, for `dense`
 
 
-def loss_rows_or_sum(problem: Problem, backend: str, per_row: bool) -> tuple[Tensor, list[Tensor]]:
+def loss_rows_or_sum(problem: Problem, backend: str, per_row: bool, share: float = 1.0) -> tuple[Tensor, list[Tensor]]:
     """The weighted losses [M], or their sum, differentiable in all but masks; and what the sweep counted by row."""
     compiling = torch.compiler.is_compiling()
     if backend == "reference":
         rows, counted = reference.loss_rows(problem if compiling else _savable(problem)[0])
         return (rows if per_row else rows.sum()), counted
     checks.untransformed(backend)
-    how = How(backend, per_row)
+    how = How(backend, per_row, share)
     if compiling:
         # Plain torch in eager; compiled, the driver's loop would be unrolled (minutes at 64 chunks).
         flat = pack(problem)
-        value, counted, *_ = torch.ops.fusedloss.sweep(*flat, *how, _wanted(flat.inputs))
+        value, counted, *_ = torch.ops.fusedloss.sweep(*flat, backend, per_row, _wanted(flat.inputs))
         return value, list(counted.detach())
     problem, empty, inputs, constants = _savable(problem)
     wanted = _wanted(inputs)
@@ -72,7 +74,9 @@ def loss_mean(problem: Problem, backend: str, count: Tensor | int) -> tuple[Tens
     Gradients that the forward keeps in bf16 are divided before they are rounded. Divided afterwards they were rounded
     twice: 2.36e-3 of their length from exact, where once is 1.66e-3.
     """
-    if backend != "reference" and saved_dtype(problem.dtype) == torch.bfloat16:
+    if backend == "dense" and isinstance(count, int):
+        return loss_rows_or_sum(problem, backend, False, 1.0 / count)
+    if backend == "dense" or (backend != "reference" and saved_dtype(problem.dtype) == torch.bfloat16):
         return loss_rows_or_sum(replace(problem, weight=problem.weight / count), backend, per_row=False)
     loss, counted = loss_rows_or_sum(problem, backend, per_row=False)
     return loss / count, counted
@@ -80,7 +84,7 @@ def loss_mean(problem: Problem, backend: str, count: Tensor | int) -> tuple[Tens
 
 def top_rows(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """Returns each row's largest logit and its column, the first on ties; -inf and -1 if no column competes."""
-    if backend == "reference":
+    if backend in ("reference", "dense"):
         return reference.top_rows(problem)
     checks.untransformed(backend)
     if torch.compiler.is_compiling():
@@ -102,10 +106,16 @@ def execute(
     has_bias = [block.bias is not None for block in problem.blocks]
     biases = tuple([has and next(flags) for has in has_bias])
     wants = Wants(operands, next(flags), biases, tuple(flags))
-    result = sweep.run(problem, SWEEPS[how.backend], wants)
+    if how.backend == "dense":
+        with without_autocast(problem.operands[0]):
+            result = dense.run(problem, wants, how.share)
+    else:
+        result = sweep.run(problem, SWEEPS[how.backend], wants)
     if not traced and audit.due():
         audit.look(problem, how.backend, result.rows, result.operands)
     value = result.rows if how.per_row else result.rows.sum()
+    if how.share != 1.0:
+        value = value * how.share
     kept = [g for g, has in zip(result.biases, has_bias, strict=True) if has]
     return value, result.counted, [*result.operands, *kept, result.scale, *result.scalars]
 
@@ -124,7 +134,7 @@ class _Loss(torch.autograd.Function):
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.empty, ctx.how, ctx.wanted, ctx.count = empty, how, wanted, len(inputs)
-        if how.per_row:  # the backward sweeps: what it would be refused is refused now
+        if how.per_row and how.backend in SWEEPS:  # the backward sweeps: what it would be refused is refused now
             sweep.workspace_shape(problem, SWEEPS[how.backend])
         ctx.save_for_backward(*inputs, *constants)
         value, counted, gradients = execute(problem, how, _in_forward(how, wanted))
@@ -153,7 +163,7 @@ class _Loss(torch.autograd.Function):
             return _differentiable_gradients(problem, ctx.how, ctx.wanted, upstream)
         if ctx.how.per_row:
             # Upstream per row is one more row weight: the same sweep, run with it.
-            problem = replace(problem, weight=problem.weight * upstream)
+            problem = replace(problem, weight=problem.weight * upstream, every_row=False)
             return execute(problem, ctx.how._replace(per_row=False), ctx.wanted)[2]
         return _scaled(execute(problem, ctx.how, ctx.wanted)[2], upstream)
 
@@ -193,7 +203,7 @@ def _differentiable_gradients(
     inputs = [t.view_as(t) for t in inputs]
     with torch.autocast(problem.device.type, enabled=False):
         rows, _ = reference.loss_rows(put_together(empty, inputs, constants))
-        loss = rows if how.per_row else rows.sum()
+        loss = rows if how.per_row else rows.sum() * how.share
         by = [t for t, want in zip(inputs, wanted, strict=True) if want]
         # An operand may stand in none of the blocks: hard negatives, in the direction from document to query.
         found = iter(torch.autograd.grad(loss, by, upstream, create_graph=True, materialize_grads=True))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..backends.protocol import Wants
 from ..core import products
 from ..core.numerics import NORM_EPS, rows_of, saved_dtype, slices, wide_dtype
 from ..core.problem import Problem
@@ -17,23 +17,6 @@ from ..core.products import add_mm, mm
 from ..core.rows import fresh, largest_finite, power_of_two
 from . import chunks
 from .inputs import Inputs, part
-
-
-class Wants(NamedTuple):
-    """Which gradients are wanted."""
-
-    operands: tuple[bool, ...]
-    scale: bool
-    biases: tuple[bool, ...]  # one per block
-    scalars: tuple[bool, ...] = ()  # a fold's own
-
-    @classmethod
-    def none(cls, problem: Problem) -> Wants:
-        return cls((False,) * len(problem.operands), False, (False,) * len(problem.blocks))
-
-    @property
-    def any(self) -> bool:
-        return self.scale or any(self.operands) or any(self.biases) or any(self.scalars)
 
 
 class Gradients:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from ..core.mask import Compare, Guide, GuideRule, Mask
+from ..core.mask import NO_MASK, Compare, Guide, GuideRule, Mask
 from ..core.problem import Block, Fold, Learned, Margin, Problem, Ranks
 
 
@@ -100,7 +100,7 @@ def _mapped(value: Any, kind: Kind, function: Any) -> Any:
     found = {}
     for name, k in _TENSORS[kind.record]:
         field = getattr(value, name)
-        if field is not None and field is not _EMPTY:
+        if field is not None and field is not _EMPTY and field is not NO_MASK:
             found[name] = _mapped(field, k, function)
     if not found:
         return value

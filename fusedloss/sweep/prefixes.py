@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.protocol import Wants
 from ..core import products
 from ..core.numerics import FLUSH, LOG2E, NORM_EPS, UNSHIFTED_SCALE, slices, stats_dtype, wide_dtype
 from ..core.problem import Problem
 from ..core.rows import fresh, largest_finite, power_of_two, row_chunks, settle
 from ..core.strips import RowSums
-from .gradients import Wants
 
 # maths.md: Prefixes; Online log-sum-exp; Gradient by the scale
 # A tile [384, 1536] of one prefix is 2.25 MiB of fp32, near what two cores keep in their L2. More rows would not make

@@ -21,7 +21,8 @@ import torch
 
 from ..core import folds
 from ..core.epilogues import EPILOGUES, OPTIONS
-from ..core.problem import Block, Problem
+from ..core.mask import NO_MASK
+from ..core.problem import Problem
 from ..core.rows import tf32
 
 FOLDS = tuple(name for name, fold in folds.FOLDS.items() if fold.sums != folds.ROW)  # of sums in the tile
@@ -34,7 +35,6 @@ PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
 Flags = tuple[tuple[str, str] | None, bool, bool, bool, bool, bool, bool, bool, bool, bool]
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_NO_MASK = Block.__dataclass_fields__["mask"].default
 
 
 def precision(dtype: torch.dtype) -> str | None:
@@ -77,7 +77,7 @@ def flags(problem: Problem) -> Flags:
     masked = guided = False
     for block in problem.blocks:
         mask = block.mask
-        if mask is not _NO_MASK:
+        if mask is not NO_MASK:
             masked, guided = masked or mask.given, guided or mask.guide is not None
         masked = masked or block.own_penalty != block.penalty
     fold, softcap = problem.fold, problem.softcap != 0

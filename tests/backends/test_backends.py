@@ -29,9 +29,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 # The kernels have no fp64.
 RUNS = [
     pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
-    for backend in ("reference", "chunked", "triton", "cuda")
+    for backend in ("reference", "dense", "chunked", "triton", "cuda")
     for dtype in DTYPES
-    if backend in ("reference", "chunked") or dtype != torch.float64
+    if backend in ("reference", "dense", "chunked") or dtype != torch.float64
 ]
 
 
@@ -110,7 +110,7 @@ def test_inside_the_error_budget(device, backend, epilogue, dtype, shape):
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("epilogue", COSINE)
 @pytest.mark.parametrize("chunks", ["several", "one"])
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_scale_known_beforehand(monkeypatch, device, backend, chunks, epilogue, dtype, shape):
     """A number as scale bounds cosine logits: one fused sweep, and stored exponentials where all of them fit."""
@@ -164,7 +164,7 @@ def skip_if_unsupported(backend, x):
         pytest.skip(f"{backend}: {reason}")
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda"])
 @pytest.mark.parametrize("layout", ["transposed", "strided rows", "strided columns", "offset"])
 def test_any_strides(backend, layout):
     query, key = testing.inputs("random", 20, 25, 12, seed=3)
@@ -188,7 +188,7 @@ def test_any_strides(backend, layout):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda"])
 def test_runs_are_equal_bit_for_bit(backend):
     query, key = testing.inputs("random", 70, 90, 33)
     skip_if_unsupported(backend, query)
@@ -259,7 +259,7 @@ def test_unsupported_is_a_not_implemented_error():
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda"])
 @pytest.mark.parametrize("norm", [0.003, 1.0, 300.0])
 @pytest.mark.parametrize("weight", [1e-4, 1.0, 5.0])
 def test_fp16_keeps_its_range_whatever_the_norms_and_weights(backend, norm, weight):
@@ -424,14 +424,14 @@ DRAWS = [(kind, scale, seed) for kind in testing.KINDS for scale in (7.0, 30.0) 
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("backend", ["reference", "chunked", "triton", "cuda"])
+@pytest.mark.parametrize("backend", ["reference", "dense", "chunked", "triton", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loss", OF_A_SCALE)
 def test_gradients_by_a_scale_are_within_their_condition(loss, dtype, backend):
     """Sums that cancel: of a single draw, eager's error may be anything, and is no bound."""
     ours, eager = OF_A_SCALE[loss]
     rows, columns = SHAPES_OF_LOGITS.get(loss, (1, 1))
-    for kind, value, seed in DRAWS if backend in ("reference", "chunked") else DRAWS[::7]:
+    for kind, value, seed in DRAWS if backend in ("reference", "dense", "chunked") else DRAWS[::7]:
         query, key = testing.inputs(kind, 40, 40, 24, dtype, seed=seed)
         skip_if_unsupported(backend, query)
         scale = torch.tensor(value, requires_grad=True)

@@ -47,6 +47,8 @@ def on_backends(*names, kernels=()):
     for name in names:
         case, _ = made(name, 4)
         backends = ["chunked", "reference"] if case.takes("backend") else [None]
+        if case.takes("workspace_bytes"):
+            backends.append("dense")
         pairs += [pytest.param(name, backend) for backend in backends]
         if name in FIRST and case.takes("backend") and case.function not in MODIFIERS:
             own = ["triton", "cuda"] if case.takes("workspace_bytes") else ["triton"]

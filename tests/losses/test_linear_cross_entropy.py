@@ -90,7 +90,7 @@ def same(ours, theirs, tensors, rtol=1e-10, atol=1e-12):
     ignored=st.sampled_from([0.0, 0.4]),
     reduction=st.sampled_from(["mean", "sum", "none"]),
     compact=st.sampled_from([None, True, False]),
-    backend=st.sampled_from(["chunked", "reference"]),
+    backend=st.sampled_from(["dense", "chunked", "reference"]),
     seed=st.integers(0, 2**16),
 )
 def test_it_is_cross_entropy_of_a_linear_layer(
@@ -154,7 +154,7 @@ def test_one_row_and_rows_of_rows(reduction):
     same(cubes, lambda x, y: flat(x, y).reshape(shape), (x.view(2, 3, 4), y))
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "reference"])
 @pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("rows", [0, 4])
@@ -169,7 +169,7 @@ def test_a_mean_over_nothing_is_nan_and_has_no_gradient(rows, reduction, compact
 
 
 @pytest.mark.parametrize("pad", [0, 1])
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "reference"])
 def test_the_vocabulary_head_of_a_denoising_auto_encoder(backend, pad):
     """sentence-transformers' DenoisingAutoEncoderLoss, tied: the head's weight embeds the tokens, too."""
     losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
@@ -228,7 +228,7 @@ def skip_if_unsupported(backend, x):
 @pytest.mark.parametrize("shape", list(SHAPES))
 @pytest.mark.parametrize("options", list(OPTIONS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_inside_the_error_budget(device, backend, dtype, options, shape):
     given = dict(OPTIONS[options])
@@ -256,7 +256,7 @@ def test_inside_the_error_budget(device, backend, dtype, options, shape):
         assert share <= 1, f"{name}: {share:.2f} of the budget"
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda"])
 def test_a_softcap_keeps_small_logits(backend):
     """tanh of 1e-4 is itself: a difference of exponentials would leave three digits of it."""
     x, y, _, target = inputs(8, 20, 5, torch.float32)
@@ -270,7 +270,7 @@ def test_a_softcap_keeps_small_logits(backend):
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0, 75.0])
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 def test_extreme_logits(backend, softcap):
     """+-1e4: a row that is sure of its target, one that is sure of another, and ties."""
     x = torch.tensor([[1e4, 0], [-1e4, 0], [0, 1e4], [0, 0]])
@@ -286,7 +286,7 @@ def test_extreme_logits(backend, softcap):
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 def test_nan_in_nan_out_but_for_ignored_rows(backend, softcap):
     x, y, _, target = inputs(6, 5, 3, torch.float32)
     x[2] = torch.nan
@@ -303,7 +303,7 @@ def test_nan_in_nan_out_but_for_ignored_rows(backend, softcap):
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0, 75.0])
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 def test_a_bias_of_minus_infinity_removes_a_class(backend, softcap):
     dtype = torch.float32 if backend in KERNELS else torch.float64
     x, y, bias, target = inputs(9, 8, 3, dtype)

@@ -20,7 +20,7 @@ from fusedloss import testing
 from fusedloss.core import checks
 from fusedloss.losses import _module
 
-BACKENDS = ["chunked", "reference"]
+BACKENDS = ["dense", "chunked", "reference"]
 
 
 def randn(*shape):
@@ -138,7 +138,7 @@ def test_a_zero_row_stays_finite_under_normalize(backend):
     close(found[0], wanted[0])
 
 
-ALL = ["chunked", "reference", "triton", "cuda"]
+ALL = ["dense", "chunked", "reference", "triton", "cuda"]
 
 
 @pytest.mark.pairwise
@@ -921,7 +921,7 @@ def test_every_loss_is_asked_for_its_nan():
     assert {name.split()[0] for name in OF_A_ROW} == set(fusedloss.functional.__all__) - twins
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference", "triton", "cuda"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "reference", "triton", "cuda"])
 def test_statistics_of_rows_that_are_nan(backend):
     """Not an accuracy of 1 because nothing compares as larger, nor a hardest negative of 0, as where there is none."""
     query, key = randn(6, 8).float(), randn(6, 8).float()

@@ -96,7 +96,7 @@ def skip_if_unsupported(backend, x):
         pytest.skip(f"{backend}: {reason}")
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton"])
 def test_a_margin_beneath_a_softcap(backend):
     """No loss has both yet: the target's slope is the product of the two. test_cuda_rows.py has `cuda` beside these."""
     x, y, target = inputs(9, 11, 6, torch.float32)
@@ -129,7 +129,7 @@ def test_a_margin_beneath_a_softcap(backend):
     margin=st.sampled_from([0.0, 0.35, 0.5, 1.5, 3.0]),
     scale=st.sampled_from([0.5, 20.0, 64.0]),
     reduction=st.sampled_from(["mean", "sum", "none"]),
-    backend=st.sampled_from(["chunked", "reference"]),
+    backend=st.sampled_from(["dense", "chunked", "reference"]),
     units=st.booleans(),
     seed=st.integers(0, 2**16),
 )
@@ -154,7 +154,7 @@ def test_the_defaults_are_the_papers():
     torch.testing.assert_close(found, made(x, target))
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_without_a_margin_it_is_cross_entropy_of_cosines(loss, backend):
     x, weight, target = inputs(9, 11, 4)
@@ -176,7 +176,7 @@ def test_a_negative_margin_of_cosface_helps_its_target():
         )
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_ignored_rows_are_not_there(reduction, loss, backend):
@@ -196,7 +196,7 @@ def test_ignored_rows_are_not_there(reduction, loss, backend):
         same(ours, fewer, (x, weight), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("rows, classes", [(0, 5), (0, 0), (4, 5)], ids=["empty", "no classes", "all ignored"])
 def test_a_batch_without_rows_has_loss_0_and_no_gradient(rows, classes, loss, backend):
@@ -209,7 +209,7 @@ def test_a_batch_without_rows_has_loss_0_and_no_gradient(rows, classes, loss, ba
         assert all((found == 0).all() for found in testing.value_and_gradients(total, (x, weight)))
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_one_class_is_always_right(loss, backend):
     x, weight, _ = inputs(5, 1, 3, torch.float32)
@@ -222,7 +222,7 @@ def test_one_class_is_always_right(loss, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_exactly_aligned_and_opposed_targets(loss, backend, dtype):
     """cos is 1 or -1 there and its gradient 0, so that the target's logit is a constant; acos's would be infinite."""
@@ -250,7 +250,7 @@ def test_exactly_aligned_and_opposed_targets(loss, backend, dtype):
         torch.testing.assert_close(one.double(), other, rtol=4 * eps, atol=scale * (4 * eps + math.sin(margin) * sine))
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("end", [0.0, math.pi])
 def test_arcface_close_to_its_class_vector(end, backend):
     """Down to 1e-3 the angle is in the value and the gradient: rounding is eps / angle of what is left of the row."""
@@ -268,7 +268,7 @@ def test_arcface_close_to_its_class_vector(end, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 def test_multiples_of_class_vectors_have_no_direction(backend, dtype):
     """The cosine of 768 products is a few eps off 1; divided by its sine, that would be a direction out of nothing."""
     weight, target = inputs(64, 64, 768, dtype)[1], torch.arange(64)
@@ -332,7 +332,7 @@ SHAPES = {"ragged": (37, 53, 29), "one row": (1, 167, 64), "two classes": (5, 2,
 @pytest.mark.parametrize("margin, scale", [(0.5, 64.0), (0.2, 8.0), (1.5, 30.0)])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_inside_the_error_budget(device, backend, dtype, loss, margin, scale, shape):
     found, baseline, exact = [], [], []
@@ -354,7 +354,7 @@ def test_inside_the_error_budget(device, backend, dtype, loss, margin, scale, sh
         assert share <= 1, f"{name}: {share:.2f} of the budget"
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_extreme_scales(loss, backend):
     """Logits of +-1e4 and a margin of thousands of units: each is half an ulp, 2**-11, off, and so is the loss."""
@@ -367,7 +367,7 @@ def test_extreme_scales(loss, backend):
         assert found.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_well_fitted_row_keeps_its_loss(loss, backend):
     """exp(-30) and less: a difference from a log-sum-exp in fp32 would be 0, or below."""
@@ -379,7 +379,7 @@ def test_a_well_fitted_row_keeps_its_loss(loss, backend):
     torch.testing.assert_close(call(x, weight).double(), wanted, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_nan_in_nan_out_but_for_ignored_rows(loss, backend):
     x, weight, target = inputs(6, 5, 3, torch.float32)
@@ -435,7 +435,7 @@ def test_what_is_kept_for_backward(loss):
 # Autograd and its surroundings ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "reference"])
 def test_one_tensor_on_both_sides(backend):
     """Rows as their own class vectors: both sides' gradients are summed, and no angle's derivative is infinite."""
     x, target = inputs(6, 6, 3)[0], (torch.arange(6) + 1) % 6

@@ -60,7 +60,7 @@ CASES = {
 
 @pytest.mark.pairwise
 @pytest.mark.parametrize("case", list(CASES))
-@pytest.mark.parametrize("backend", ["chunked", "reference", "triton", "cuda"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "reference", "triton", "cuda"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_is_the_weighted_sum_over_normalised_prefixes(case, backend, reduction):
     loss, count, options, _ = CASES[case]
@@ -93,7 +93,7 @@ def test_one_pass_where_it_can(case, monkeypatch):
     assert len(swept) == (0 if not once else 2 if two else 1)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "reference"])
 def test_learnable_scale_and_bias(backend):
     leaves = [randn(B, D), randn(B + 3, D), torch.tensor(0.4, dtype=torch.float64), randn(B + 3)]
     leaves = [leaf.requires_grad_() for leaf in leaves]

@@ -24,7 +24,7 @@ from fusedloss.backends import chunked
 from fusedloss.bench import measure
 from fusedloss.core import numerics
 
-BACKENDS = ["chunked", "reference"]
+BACKENDS = ["dense", "chunked", "reference"]
 KERNELS = ["triton", "cuda"]
 DISTANCES = ["euclidean", "squared", "cosine"]
 

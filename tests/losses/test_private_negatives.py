@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import fusedloss
 from fusedloss import masks, testing
 
-BACKENDS = ["chunked", "reference", "triton", "cuda"]
+BACKENDS = ["dense", "chunked", "reference", "triton", "cuda"]
 
 
 def randn(*shape, seed=0, dtype=torch.float64):

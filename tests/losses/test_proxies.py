@@ -114,7 +114,7 @@ SIZES = st.tuples(st.integers(1, 12), st.integers(1, 17), st.integers(1, 6))
 @given(
     shape=SIZES,
     scale=st.sampled_from([0.3, 1.0, 9.0]),
-    backend=st.sampled_from(["chunked", "reference"]),
+    backend=st.sampled_from(["dense", "chunked", "reference"]),
     units=st.booleans(),
     seed=st.integers(0, 2**16),
 )
@@ -134,7 +134,7 @@ def test_proxy_nca_is_pytorch_metric_learnings(shape, scale, backend, units, see
     margin=st.sampled_from([0.0, 0.1, 0.7, -0.2]),
     alpha=st.sampled_from([1.0, 32.0]),
     present=st.sampled_from([None, 1]),
-    backend=st.sampled_from(["chunked", "reference"]),
+    backend=st.sampled_from(["dense", "chunked", "reference"]),
     units=st.booleans(),
     seed=st.integers(0, 2**16),
 )
@@ -149,7 +149,7 @@ def test_proxy_anchor_is_pytorch_metric_learnings(shape, margin, alpha, present,
         )
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference", "triton", "cuda"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "reference", "triton", "cuda"])
 @pytest.mark.parametrize("learnt", [False, True])
 def test_a_proxy_of_0_is_at_distance_1(learnt, backend):
     """Not at the distance of a unit vector whose cosine is 0, the root of 2."""
@@ -182,7 +182,7 @@ def test_the_defaults_are_pytorch_metric_learnings():
     learnt=st.booleans(),
     decoupled=st.booleans(),
     reduction=st.sampled_from(["mean", "sum", "none"]),
-    backend=st.sampled_from(["chunked", "reference"]),
+    backend=st.sampled_from(["dense", "chunked", "reference"]),
     seed=st.integers(0, 2**16),
 )
 def test_proxy_nca_is_its_formula(shape, scale, learnt, decoupled, reduction, backend, seed):
@@ -206,7 +206,7 @@ def test_proxy_nca_is_its_formula(shape, scale, learnt, decoupled, reduction, ba
     shape=SIZES,
     alpha=st.sampled_from([1.0, 32.0, 500.0]),
     reduction=st.sampled_from(["mean", "sum", "none"]),
-    backend=st.sampled_from(["chunked", "reference"]),
+    backend=st.sampled_from(["dense", "chunked", "reference"]),
     seed=st.integers(0, 2**16),
 )
 def test_proxy_anchor_is_its_formula(shape, alpha, reduction, backend, seed):
@@ -224,7 +224,7 @@ def test_proxy_anchor_is_its_formula(shape, alpha, reduction, backend, seed):
 # Degenerate batches ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_rows_that_proxy_nca_ignores_are_not_there(decoupled, reduction, backend):
@@ -242,7 +242,7 @@ def test_rows_that_proxy_nca_ignores_are_not_there(decoupled, reduction, backend
         same(ours, fewer, (x, proxies), rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("classes", [5, 0])
 def test_an_empty_batch_has_loss_0_and_no_gradient(classes, loss, backend):
@@ -255,7 +255,7 @@ def test_an_empty_batch_has_loss_0_and_no_gradient(classes, loss, backend):
         assert all((found == 0).all() for found in testing.value_and_gradients(total, (x, proxies)))
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_proxy_nca_without_a_row_that_counts(decoupled, backend):
     x, _, proxies = inputs(4, 5, 3, torch.float32)
@@ -267,7 +267,7 @@ def test_proxy_nca_without_a_row_that_counts(decoupled, backend):
         assert all((found == 0).all() for found in testing.value_and_gradients(call, (x, proxies)))
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_one_class_has_nothing_to_lose_in_proxy_nca(decoupled, backend):
     x, target, proxies = inputs(5, 1, 3, torch.float32)
@@ -275,7 +275,7 @@ def test_one_class_has_nothing_to_lose_in_proxy_nca(decoupled, backend):
     assert all((found == 0).all() for found in testing.value_and_gradients(call, (x, proxies)))
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 def test_proxy_anchor_of_all_equal_and_of_opposed_embeddings(backend):
     """log(1 + n exp(alpha (m + 1))): every embedding in one place, on a proxy and opposite another."""
     x = torch.tensor([[2.0, 0]]).repeat(6, 1)
@@ -311,7 +311,7 @@ CASES = [(loss, options) for loss, found in OPTIONS.items() for options in found
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("loss, options", CASES, ids=lambda value: str(value) if isinstance(value, dict) else value)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_inside_the_error_budget(device, backend, dtype, loss, options, shape):
     found, baseline, exact = [], [], []
@@ -334,7 +334,7 @@ def test_inside_the_error_budget(device, backend, dtype, loss, options, shape):
         assert share <= 1, f"{name}: {share:.2f} of the budget"
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_extreme_scales(loss, backend):
     """Logits of +-1e4. Cosines of unit rows of D = 4 are off by 4 half-ulps of 1, and that is times the scale."""
@@ -348,7 +348,7 @@ def test_extreme_scales(loss, backend):
         assert found.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 def test_a_well_fitted_row_keeps_its_loss(backend):
     """exp(-36): a difference from a log-sum-exp in fp32 would be 0, where pytorch-metric-learning drops the row."""
     proxies, target = torch.eye(4), torch.arange(4)
@@ -365,7 +365,7 @@ def test_a_well_fitted_row_keeps_its_loss(backend):
     torch.testing.assert_close(found.double(), torch.full((8,), wanted).double(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda", "reference"])
 def test_nan_in_nan_out(backend):
     """A row of proxy_nca has a loss of its own; an embedding is in every proxy's loss of proxy_anchor."""
     x, target, proxies = inputs(6, 5, 3, torch.float32)
@@ -428,7 +428,7 @@ def test_what_is_kept_for_backward(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "reference"])
 def test_one_tensor_on_both_sides(backend, loss):
     """Embeddings as their own proxies: both sides' gradients are summed."""
     x, target = inputs(6, 6, 3)[0], torch.arange(6)

@@ -20,7 +20,7 @@ from fusedloss import masks, testing
 from fusedloss.core.problem import Block, Problem
 from fusedloss.sweep import autograd
 
-BACKENDS = ["chunked", "reference"]
+BACKENDS = ["dense", "chunked", "reference"]
 KERNELS = ["triton", "cuda"]
 ALL = [*BACKENDS, *KERNELS]
 
@@ -747,7 +747,7 @@ def test_a_module_is_its_function(name, group_of_one):
         assert set(shown) <= {"temperature", "scale"}
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "reference"])
 def test_a_penalty_leaves_the_target_alone(backend):
     """Whichever column that is: the formula once exempted column i of row i."""
     x, y = torch.randn(2, 6, 4, dtype=torch.float64)

@@ -19,7 +19,7 @@ from fusedloss.backends import chunked
 from fusedloss.core import rows
 from fusedloss.rowwise import pairs
 
-BACKENDS = ["chunked", "reference"]
+BACKENDS = ["dense", "chunked", "reference"]
 KERNELS = ["triton", "cuda"]
 ALL = [*BACKENDS, *KERNELS]
 

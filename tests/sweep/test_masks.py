@@ -20,7 +20,7 @@ from fusedloss import masks, testing
 from fusedloss.core import mask as core
 from fusedloss.core.mask import StripMask
 
-BACKENDS = ["chunked", "reference"]
+BACKENDS = ["dense", "chunked", "reference"]
 KERNELS = ["triton", "cuda"]
 ALL = [*BACKENDS, *KERNELS]
 REDUCTIONS = ["mean", "sum", "none"]

@@ -13,8 +13,8 @@ import fusedloss
 from fusedloss import masks, testing
 from fusedloss.bench import measure
 
-BACKENDS = ["reference", "chunked", "triton", "cuda"]
-FUSED = ["chunked", "triton", "cuda"]
+BACKENDS = ["reference", "dense", "chunked", "triton", "cuda"]
+FUSED = ["dense", "chunked", "triton", "cuda"]
 
 
 def batch(rows=9, keys=12, size=20, dim=6, dtype=torch.float64):
