@@ -2,7 +2,7 @@
 
     booster = lightgbm.train({"objective": fusedloss.boosting.lightgbm_objective(k=30)}, dataset)
 
-Nothing here imports lightgbm or xgboost: the objectives are functions that those call.
+This module does not import lightgbm or xgboost, which call the objectives.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .losses.lists import check_lambda
 from .rowwise import lists
 
 Array = TypeVar("Array", numpy.ndarray, Tensor)
-PAIRS = 1 << 22  # at once, with padding: groups of like sizes are padded together
+PAIRS = 1 << 22  # computed at once, padding included; queries of similar sizes are padded together
 
 
 def lambda_gradients(
@@ -33,26 +33,26 @@ def lambda_gradients(
     eps: float = 1e-10,
     mu: float = 10.0,
 ) -> tuple[Array, Array]:
-    """Derivatives of the sum of `lambda_loss`'s pairs (in nats) by each score, the weights w held fixed.
+    """Returns the derivatives of the sum of `lambda_loss`'s pairs (in nats) by each score, weights w held fixed.
 
         p_ij        = sigmoid(-sigma (s_i - s_j))                         for pairs that want i above j
         gradient_i  = sum_j over pairs  -sigma w_ij p_ij + sigma w_ji p_ji
         hessian_i   = sum_j over pairs  sigma^2 w p (1 - p)
 
-    The default is LambdaRank (Burges 2010), the lambdas of LambdaMART; with k = lambdarank_truncation_level they are
-    LightGBM's without lambdarank_norm. Equal scores rank as they came.
+    The default is LambdaRank (Burges 2010), the lambdas of LambdaMART. With k = lambdarank_truncation_level they are
+    LightGBM's without lambdarank_norm. Documents of equal score rank in their order.
 
     Args:
-        scores: `[total]`, the documents of one query after the other: numpy or torch, float32 or float64.
-        labels: `[total]`, the higher, the more relevant.
-        group: the number of documents of each query, as lightgbm and xgboost have it; None: one query.
+        scores: `[total]`, a numpy array or tensor, float32 or float64; each query's documents are adjacent.
+        labels: `[total]`, the documents' relevance; higher is more relevant.
+        group: the number of documents of each query, as in lightgbm and xgboost; None: one query.
         weighting, k, sigma, eps, mu: see `lambda_loss`.
 
     Returns:
-        gradient and hessian `[total]`, arrays or tensors as `scores` and in its dtype.
+        gradient and hessian `[total]`, arrays or tensors like `scores`, of its dtype.
 
     Raises:
-        ValueError, TypeError: a shape or an option that does not fit.
+        ValueError, TypeError: a shape or an option does not fit.
 
     Example:
         >>> gradient, hessian = fusedloss.boosting.lambda_gradients(scores, labels, group=[3, 5])
@@ -90,12 +90,12 @@ def lightgbm_objective(
     eps: float = 1e-10,
     mu: float = 10.0,
 ) -> Callable[[numpy.ndarray, Any], tuple[numpy.ndarray, numpy.ndarray]]:
-    """`lambda_gradients` as a custom objective (scores, dataset) -> (gradient, hessian) of lightgbm.
+    """Returns `lambda_gradients` as a custom objective of lightgbm, (scores, dataset) -> (gradient, hessian).
 
         lightgbm.train({"objective": lightgbm_objective(k=30)}, Dataset(x, label=y, group=sizes))
 
-    Labels, groups and weights are asked of the dataset (get_label, get_group, get_weight). Weights multiply gradient
-    and hessian, one per document. Tested with lightgbm 4.7.
+    The objective reads labels, groups and weights from the dataset (get_label, get_group, get_weight). A document's
+    weight multiplies its gradient and hessian. Tested with lightgbm 4.7.
     """
     options = {"weighting": weighting, "k": k, "sigma": sigma, "eps": eps, "mu": mu}
     return _of_dataset(options, 1.0)
@@ -110,14 +110,15 @@ def xgboost_objective(
     mu: float = 10.0,
     hessian_factor: float = 2.0,
 ) -> Callable[[numpy.ndarray, Any], tuple[numpy.ndarray, numpy.ndarray]]:
-    """`lambda_gradients` as a custom objective (scores, dataset) -> (gradient, hessian) of xgboost.
+    """Returns `lambda_gradients` as a custom objective of xgboost, (scores, dataset) -> (gradient, hessian).
 
         xgboost.train({}, DMatrix(x, label=y, qid=qid), obj=xgboost_objective(k=30))
 
-    The same as `lightgbm_objective` but for two things: weights are one per query, and the hessian is multiplied by
-    `hessian_factor`. xgboost's own rank:ndcg doubles it, so leaves are half as high: with the default, trees are those
-    of rank:ndcg (lambdarank_pair_method="topk", without lambdarank_normalization and lambdarank_score_normalization,
-    weights divided by their mean); with 1 a step is Newton's, as lightgbm's is. Tested with xgboost 3.2.
+    It differs from `lightgbm_objective` in two points: a query has one weight, and `hessian_factor` multiplies the
+    hessian. xgboost's own rank:ndcg doubles the hessian, which halves the leaves. With the default factor the trees are
+    those of rank:ndcg (lambdarank_pair_method="topk", without lambdarank_normalization and
+    lambdarank_score_normalization, weights divided by their mean). With a factor of 1 a step is Newton's, as in
+    lightgbm. Tested with xgboost 3.2.
     """
     checks.number("hessian_factor", hessian_factor)
     checks.scalar("hessian_factor", hessian_factor, None, positive=True)
@@ -126,7 +127,7 @@ def xgboost_objective(
 
 
 def _of_dataset(options: dict[str, Any], hessian_factor: float) -> Callable[[numpy.ndarray, Any], Any]:
-    """Both libraries' datasets are asked in the same words."""
+    """Returns the objective for either library: both datasets have the same getters."""
 
     def objective(scores: numpy.ndarray, dataset: Any) -> tuple[numpy.ndarray, numpy.ndarray]:
         gradient, hessian = _weighted(scores, dataset.get_label(), dataset.get_weight(), dataset.get_group(), options)
@@ -143,7 +144,10 @@ def sklearn_objective(
     eps: float = 1e-10,
     mu: float = 10.0,
 ) -> Callable[..., tuple[numpy.ndarray, numpy.ndarray]]:
-    """The same for `lightgbm.LGBMRanker(objective=sklearn_objective(k=30))`: (labels, scores, weight, group)."""
+    """Returns the objective for `lightgbm.LGBMRanker(objective=sklearn_objective(k=30))`.
+
+    Its arguments are (labels, scores, weight, group).
+    """
     options = {"weighting": weighting, "k": k, "sigma": sigma, "eps": eps, "mu": mu}
 
     def objective(
@@ -178,7 +182,7 @@ def _sizes(group: Any, total: int) -> Tensor:
 
 
 def _like_sizes(sizes: Tensor) -> list[Tensor]:
-    """Queries from the shortest to the longest, as many together as have PAIRS pairs, and within a factor of 2."""
+    """Returns blocks of queries of at most PAIRS pairs each; a block's longest query is at most twice its shortest."""
     order = sizes.argsort(stable=True)
     blocks: list[Tensor] = []
     end = len(order)

@@ -1,9 +1,9 @@
-"""GradCache (Gao et al. 2021): encoders run in small chunks, the loss sees the whole batch.
+"""GradCache (Gao et al. 2021): encoders run in small chunks, and the loss sees the whole batch.
 
 A contrastive loss needs the embeddings of all rows at once, but not the activations behind them. Three passes give the
-gradients of the plain step: encode chunk by chunk without a graph; differentiate the loss by the embeddings alone;
-encode each chunk again, with the random numbers that it drew before, and go backward from its part of that gradient.
-Memory is that of one chunk and of the embeddings; time is one more forward of the encoders.
+gradients of the plain step. The first encodes chunk by chunk without a graph. The second differentiates the loss by the
+embeddings alone. The third encodes each chunk again, with the same random numbers, and runs the backward from the
+chunk's part of that gradient. Memory holds one chunk and the embeddings; the encoders run one more forward.
 """
 
 from __future__ import annotations
@@ -24,40 +24,40 @@ Encoder = Callable[..., Any]
 
 
 class GradCache:
-    """A step of a loss over a batch whose activations do not fit: forward and backward, in chunks.
+    """Runs forward and backward of a loss in chunks, for a batch whose activations do not fit.
 
         step = GradCache(loss, encoders, rows=64)
         value = step(*inputs, **options)        # loss(*embeddings, **options), gradients added to every .grad
 
-    Each chunk is encoded twice. Modules that keep statistics (BatchNorm) take theirs from chunks, and update them
-    twice. Under `torch.no_grad()` a step only evaluates. Encoders that cannot receive a gradient run once.
+    Each chunk is encoded twice. Modules that keep statistics (BatchNorm) take them from chunks, and update them twice.
+    Under `torch.no_grad()` a step only evaluates. An encoder that cannot receive a gradient runs once.
 
     Several processes: DistributedDataParallel, FSDP and FSDP2 modules, also inside of an encoder, exchange gradients
-    with the last chunk that goes through them alone. FSDP and SyncBatchNorm also talk in every forward, so that all
-    processes need equally many chunks there. FSDP2's `set_requires_gradient_sync` is True afterwards.
+    only with the last chunk that passes through them. FSDP and SyncBatchNorm communicate in every forward, too, so all
+    processes need equally many chunks. FSDP2's `set_requires_gradient_sync` is True afterwards.
 
-    If a step fails, `.grad` of the parameters of encoders and loss, where it was None, is None again, and random states
-    and synchronisation are as they were; where there were gradients, parts of this step's may have been added.
+    If a step fails, random states and synchronisation are restored, and every `.grad` of the encoders and the loss that
+    was None is None again. A `.grad` that was not None may hold a part of this step's gradient.
 
     Args:
-        loss: any function or module of embeddings, this package's or another; its parameters get gradients as well.
-        encoders: a module or callable for all inputs, or a sequence of them, one for each input.
-        rows: how many a chunk has (the last of an input may have fewer).
-        tokens: instead of `rows`, the most that a chunk's rows times its longest row may be; at least one row a chunk.
-            Rows keep their order, and padding is not cut: it is for encoders that skip it, or cut it themselves.
-        lengths: of an input's rows, `lengths(input) -> [rows]`. None: the sums of its `attention_mask`. Lengths on a
-            GPU are read back, which synchronises.
-        embedding: takes the embeddings out of what encoders return. None: they return a tensor `[rows, ...]`, or a
-            tuple, list or dict of them, which the loss gets in one piece.
+        loss: any function or module of embeddings, from this package or another; its parameters get gradients, too.
+        encoders: a module or callable for all inputs, or a sequence with one for each input.
+        rows: the number of rows of a chunk (the last of an input may have fewer).
+        tokens: instead of `rows`, the largest product of a chunk's rows and its longest row; a chunk has at least one
+            row. Rows keep their order, and padding is not cut: use it with encoders that skip or cut padding.
+        lengths: a function from an input to the lengths of its rows, `lengths(input) -> [rows]`. None: the sums of its
+            `attention_mask`. Lengths on a GPU are read back, which synchronises.
+        embedding: a function from an encoder's output to the embeddings. None: encoders return a tensor `[rows, ...]`,
+            or a tuple, list or dict of tensors, which the loss receives as one argument.
         unpack: call `encoder(**input)` for a dict and `encoder(*input)` for a list or tuple, as transformers' models
-            want, instead of `encoder(input)`.
-        replay_rng: a chunk's second pass draws the random numbers of its first (dropout). Without that gradients are
-            of other activations than the loss.
-        scaler: a `torch.amp.GradScaler`: gradients are scaled by it, the returned loss is not.
+            need it, instead of `encoder(input)`.
+        replay_rng: give a chunk's second pass the random numbers of its first (dropout). Otherwise the gradients belong
+            to other activations than the loss.
+        scaler: a `torch.amp.GradScaler`, which scales the gradients but not the returned loss.
 
     Raises:
-        ValueError, TypeError: an option or input that does not fit, an encoder that returns something else the second
-            time, a loss that is no number.
+        ValueError, TypeError: an option or input does not fit, an encoder returns other shapes or dtypes the second
+            time, or the loss does not return one number.
 
     Example:
         >>> step = GradCache(functools.partial(fusedloss.info_nce, normalize=True), [query_tower, key_tower], rows=64)
@@ -74,7 +74,7 @@ class GradCache:
         >>> scaler.step(optimizer)
         >>> scaler.update()
 
-        A queue or memory is what the loss is given: `step(x, y, bank=queue)`, see `info_nce`.
+        Options of the loss, such as a memory bank, are options of the step: `step(x, y, bank=queue)`, see `info_nce`.
     """
 
     def __init__(
@@ -112,19 +112,19 @@ class GradCache:
         self.embedding, self.unpack, self.replay_rng, self.scaler = embedding, unpack, replay_rng, scaler
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """The loss, and what the loss returns beside it, detached; gradients are in `.grad`.
+        """Returns the loss's result, detached, and adds the gradients to `.grad`.
 
         Args:
-            inputs: each a tensor `[rows, ...]`, or a dict, list or tuple of such; what is no tensor, or has no
-                dimension, goes to each chunk as it is. Inputs may have different numbers of rows.
-            options: given to the loss.
+            inputs: each a tensor `[rows, ...]`, or a dict, list or tuple of them. Every chunk gets all other values and
+                tensors without a dimension unchanged. Inputs may have different numbers of rows.
+            options: passed to the loss.
         """
         columns = [self._column(i, *pair) for i, pair in enumerate(zip(self._matched(inputs), inputs, strict=True))]
         devices = _generators(columns) if self.replay_rng else []
         with torch.no_grad():
             for column in columns:
                 self._encode_all(column, devices)
-        # Should torch have kept weights that autocast has cast without a graph, they would serve the second pass.
+        # Autocast's cache may hold weights that were cast without a graph; the second pass would use them.
         torch.clear_autocast_cache()
         if not torch.is_grad_enabled():
             return _detached(self.loss(*(column.embeddings() for column in columns), **options))
@@ -143,7 +143,7 @@ class GradCache:
     # The three passes -------------------------------------------------------------------------------------------------
 
     def _encode_all(self, column: _Column, devices: list[torch.device]) -> None:
-        """Into `column.tensors`, chunk by chunk: some encoders overwrite what they returned last."""
+        """Encodes into `column.tensors`, chunk by chunk, because some encoders reuse the memory of their output."""
         for part in column.parts:
             if self.replay_rng:
                 column.states.append(_rng_states(devices))
@@ -160,7 +160,7 @@ class GradCache:
                 whole[part] = x
 
     def _gradients(self, columns: list[_Column], options: dict[str, Any]) -> Any:
-        """The loss's backward, which ends at the embeddings: their gradients take their places."""
+        """Runs the loss and its backward up to the embeddings, whose gradients replace them in the columns."""
         for column in columns:
             for x in column.tensors if column.may_train else []:
                 x.requires_grad_(x.is_floating_point())
@@ -204,7 +204,7 @@ class GradCache:
         if wanted:
             with _outside_autocast([column]):
                 torch.autograd.backward([x for x, _ in wanted], [g for _, g in wanted])
-        # A function may turn out to train nothing: its other chunks would bring nothing either.
+        # An encoder without gradients in one chunk has none in the others, which are skipped.
         column.constant = not wanted and not column.synced
 
     # Inputs -----------------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ class GradCache:
         else:
             parts = _budget(self._lengths(name, given, size), self.tokens or 1)
         owner = _owner(encoder)
-        # Whose parameters are not to be seen may train something: its second pass will show.
+        # A function whose parameters cannot be found may train something; its second pass shows whether it does.
         own = list(owner.parameters()) if isinstance(owner, nn.Module) else []
         trains = not own or any(x.requires_grad for x in [*own, *filter(_has_rows, leaves)])
         encodes = f"encoders, of {name}," if self.encoders is None else f"encoders[{number}]"
@@ -288,7 +288,7 @@ class GradCache:
 
 @dataclass
 class _Column:
-    """One input on its way through a step."""
+    """One input of a step, with its encoder, its chunks, and what each pass computes for it."""
 
     encodes: str  # the encoder's name in errors
     encoder: Encoder
@@ -298,11 +298,11 @@ class _Column:
     parts: list[slice]
     may_train: bool
     synced: list[Any]
-    # Of the first pass.
+    # Written by the first pass.
     states: list[list[Tensor]] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
     returned: TreeSpec | None = None
-    # Of the loss, and of the second pass.
+    # Written by the loss's backward, and by the second pass.
     gradients: list[Tensor | None] = field(default_factory=list)
     constant: bool = False
 
@@ -328,14 +328,14 @@ def _detached(result: Any) -> Any:
 
 
 def _owner(function: Any) -> Any:
-    """The module behind a bound method or a partial."""
+    """Returns the module behind a bound method or a partial."""
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__self__", function)
 
 
 def _parameters(function: Any) -> Iterator[Any]:
-    """Those that can be found: of a module, and what a partial holds."""
+    """Yields the parameters that can be found: those of a module, and what a partial holds."""
     while isinstance(function, functools.partial):
         yield from tree_leaves([function.args, function.keywords])
         function = function.func
@@ -348,7 +348,7 @@ def _parameters(function: Any) -> Iterator[Any]:
 
 
 def _parts(size: int, rows: int) -> list[slice]:
-    """At least one, so that an empty input has its embeddings, and its encoder takes part in an exchange."""
+    """Returns at least one chunk: an empty input needs embeddings, and its encoder must take part in exchanges."""
     return [slice(start, min(start + rows, size)) for start in range(0, max(size, 1), rows)]
 
 
@@ -366,7 +366,7 @@ def _budget(lengths: Sequence[int], tokens: int) -> list[slice]:
 
 
 def _synced(owner: Any) -> list[Any]:
-    """The outermost modules that average gradients among processes."""
+    """Returns the outermost modules that average gradients among processes."""
     if hasattr(owner, "set_requires_gradient_sync") or hasattr(owner, "no_sync"):
         return [owner]
     return [m for child in owner.children() for m in _synced(child)] if isinstance(owner, nn.Module) else []
@@ -393,7 +393,7 @@ def _records(module: Any) -> bool:
 
 @contextmanager
 def _outside_autocast(columns: Sequence[_Column]) -> Iterator[None]:
-    """A plain step's backward runs outside of the region, too: there it would cast what the formulas multiply."""
+    """Leaves autocast for a backward, as a plain step does: autocast would cast the factors of the formulas."""
     with ExitStack() as stack:
         for kind in {
             x.device.type for column in columns for x in (*column.tensors, *column.gradients) if x is not None
@@ -404,10 +404,10 @@ def _outside_autocast(columns: Sequence[_Column]) -> Iterator[None]:
 
 
 def _generators(columns: Sequence[_Column]) -> list[torch.device]:
-    """Devices, besides the CPU, on which encoders may draw: those of their inputs and parameters."""
+    """Returns the devices besides the CPU on which encoders may draw: those of their inputs and parameters."""
     tensors = [x for column in columns for x in (*column.leaves, *_parameters(column.encoder)) if isinstance(x, Tensor)]
     devices = {x.device for x in tensors if x.device.type not in ("cpu", "meta")}
-    if torch.cuda.is_initialized():  # a function may take its tensors there
+    if torch.cuda.is_initialized():  # a function may create tensors there
         devices.add(torch.device("cuda", torch.cuda.current_device()))
     return sorted(devices, key=str)
 
@@ -428,7 +428,7 @@ def _one_of(device: torch.device) -> list[torch.device]:
 
 @contextmanager
 def _rng_kept(devices: list[torch.device] | None) -> Iterator[None]:
-    """The stream goes on where the first pass and the loss left it, as after a plain step."""
+    """Restores the random states afterwards: the first pass and the loss left them as a plain step does."""
     if devices is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours without the matrix of scores: `top_k` walks it tile by tile and keeps k columns a row."""
+"""Exact nearest neighbours: `top_k` computes scores tile by tile, keeps k columns a row and stores no score matrix."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from .core import checks
 from .core.numerics import cdiv, stats_dtype
 
 SIMILARITIES = ("cos", "dot", "euclidean", "manhattan")
-# Scores at a time, 32 MiB in fp32. Wide tiles are merged seldom, and merging sorts k columns and the new ones, at 55 ns
-# each where torch.topk of a long row takes 3 to 12. But products of fewer than TALL rows are up to a third slower, and
-# each of the short steps around a product waits for all threads.
+# A tile has TILE scores, 32 MiB in fp32. Wide tiles need fewer merges. A merge sorts k columns and the new ones, at 55
+# ns each; torch.topk takes 3 to 12 ns for each column of a long row. But products of fewer than TALL rows are up to a
+# third slower, and each of the short steps around a product waits for all threads.
 TILE, TALL, MIN_ROWS, MIN_COLUMNS, COLUMNS_PER_K, LEAST_PER_K = 1 << 23, 400, 64, 2048, 256, 8
-SLAB_BYTES = 32 << 20  # of the corpus, where it is converted, normalised or moved
-GROUP = 64  # columns of which only the largest score is compared: a sixth of the time of comparing all
-CROWDED = 8  # parts in which a tile is merged where a row has more than one of 8 groups above the threshold
+SLAB_BYTES = 32 << 20  # of the corpus that are converted, normalised or moved at a time
+GROUP = 64  # columns whose largest score alone is compared first, in a sixth of the time of comparing all
+CROWDED = 8  # a tile is merged in 8 parts if some row has more than an eighth of its groups above the threshold
 
 
 @torch.no_grad()
 def top_k(query: Tensor, corpus: Tensor, k: int, *, similarity: str = "cos") -> tuple[Tensor, Tensor]:
-    """The k most similar rows of `corpus` for each row of `query`, exactly.
+    """Returns the k most similar rows of `corpus` for each row of `query`, exactly.
 
         scores[i], indices[i] = topk over j of similarity(query[i], corpus[j])
 
-    What `torch.topk(query @ corpus.T, k)` gives, without the `[M, N]` matrix: beside inputs and results it takes a
-    tile of 2^23 scores (or 64 rows of 8 k), and 32 MiB of the corpus where that is converted, normalised or moved.
-    Where torch.topk leaves the order of equal scores open, the lowest index comes first, from run to run. NaN is above
-    every number, as there.
+    The result is that of `torch.topk(query @ corpus.T, k)`, without the `[M, N]` matrix. Beside inputs and results the
+    search takes a tile of 2^23 scores (or 64 rows of 8 k), and 32 MiB of the corpus if it converts, normalises or moves
+    it. Of equal scores, whose order torch.topk leaves open, the lowest index comes first, in every run. NaN ranks above
+    every number, as in torch.topk.
 
     Args:
         query: `[M, D]`, float16, bfloat16, float32 or float64, any strides. The search runs on its device.
@@ -42,7 +42,7 @@ def top_k(query: Tensor, corpus: Tensor, k: int, *, similarity: str = "cos") -> 
     Returns:
         scores: `[M, k]`, descending, float32, or float64 for float64 inputs; 16-bit embeddings are multiplied in fp32.
         indices: `[M, k]`, int64.
-        Where N < k the columns from N on hold -inf and the index -1. Gradients do not flow.
+        If N < k, the columns from N on hold -inf and the index -1. The results have no gradient.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
@@ -87,13 +87,16 @@ def _prepared(x: Tensor, like: Tensor, similarity: str) -> Tensor:
 
 
 def _whole_groups(width: int, least: int) -> int:
-    """What is left over is a narrow tile of its own. Not under `least`: the first tile has k columns."""
+    """Returns `width` rounded down to whole groups, unless that is below `least`: the first tile needs k columns.
+
+    The remaining columns become a narrow tile.
+    """
     whole = width - width % GROUP
     return whole if whole >= least else width
 
 
 def _slabs(corpus: Tensor, least: int, like: Tensor, similarity: str) -> Iterator[tuple[int, Tensor]]:
-    """(index of its first row, rows ready to be scored), in ascending order."""
+    """Yields slabs of the corpus in order: the index of the first row, and the rows, ready to be scored."""
     if similarity != "cos" and corpus.dtype == like.dtype and corpus.device == like.device:
         yield 0, corpus
         return
@@ -109,12 +112,12 @@ def _scores(x: Tensor, y: Tensor, similarity: str, out: Tensor) -> Tensor:
 
 
 def _merge_(held: tuple[Tensor, Tensor], z: Tensor, first: int) -> None:
-    """`z`'s scores, of the columns from `first` on, into the best of the columns before."""
+    """Merges the scores `z`, of the columns from `first` on, into the best of the columns before."""
     if not first:
         _begin_(held, z)
         return
     scores, indices = held
-    # What must be beaten: a later column loses a tie. Only NaN beats +inf, which stands for NaN.
+    # A later column must beat the bound, because it loses a tie. A bound of NaN is +inf here, which only NaN beats.
     bound = scores[:, -1:].nan_to_num(math.inf, math.inf, -math.inf)
     group = math.gcd(z.shape[1], GROUP)
     above = ~(z.view(len(z), -1, group).amax(2) <= bound)
@@ -126,7 +129,7 @@ def _merge_(held: tuple[Tensor, Tensor], z: Tensor, first: int) -> None:
 
 
 def _begin_(held: tuple[Tensor, Tensor], z: Tensor) -> None:
-    """The best of the first tile: torch.topk's, in the order that it leaves open."""
+    """Writes the best of the first tile, from torch.topk, with equal scores in ascending order of their indices."""
     scores, indices = held
     k = scores.shape[1]
     best, where = z.topk(min(k + 1, z.shape[1]))
@@ -140,7 +143,7 @@ def _begin_(held: tuple[Tensor, Tensor], z: Tensor) -> None:
     scores[tied], indices[tied] = values, where.gather(1, order)
     if z.shape[1] <= k:
         return
-    # Where the score after the last is equal to it, others than topk's may come first.
+    # If the score after the k-th is equal to it, columns that topk left out may have lower indices.
     tied = tied[~(best[tied, k] < best[tied, k - 1])]
     for part in tied.split(max(1, len(z) // (4 * CROWDED))):
         own, group = z[part], math.gcd(z.shape[1], GROUP)
@@ -152,7 +155,10 @@ def _begin_(held: tuple[Tensor, Tensor], z: Tensor) -> None:
 
 
 def _add_(scores: Tensor, indices: Tensor, z: Tensor, above: Tensor, bound: Tensor, first: int) -> None:
-    """What of `z` beats `bound`, into the best of the columns before. above: the groups that hold some of it."""
+    """Merges the scores in `z` that beat `bound` into the best of the columns before.
+
+    above: whether a group holds any of them.
+    """
     k, group = scores.shape[1], z.shape[1] // above.shape[1]
     row, block = above.nonzero(as_tuple=True)
     if not len(row):
@@ -161,7 +167,7 @@ def _add_(scores: Tensor, indices: Tensor, z: Tensor, above: Tensor, bound: Tens
     hit, lane = (~(values <= bound[row])).nonzero(as_tuple=True)
     row, column, values = row[hit], block[hit] * group + lane + first, values[hit, lane]
     counts = torch.bincount(row, minlength=len(z))
-    if int(counts.max()) > 2 * k + GROUP:  # the k best of the tile are enough
+    if int(counts.max()) > 2 * k + GROUP:  # then only the k best of the tile are sorted
         least = z.topk(min(k, z.shape[1])).values[:, -1].nan_to_num(math.inf, math.inf, -math.inf)
         taken = ~(values < least[row])
         row, column, values = row[taken], column[taken], values[taken]

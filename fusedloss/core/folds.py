@@ -1,8 +1,8 @@
-"""Losses that need more of a row than a softmax over its columns: a chunk of them at once, in plain torch.
+"""Losses that need more of a row than a softmax over its columns, in plain torch. A fold computes a chunk of rows.
 
-A fold takes `values` [R, N], similarities or distances of R rows to all N columns, returns the rows' losses, and
-overwrites `values` with `weight_i dloss_i/dvalues_ij`. The formula beside it says the same in autograd's terms; it
-materialises whatever it likes.
+A fold takes `values` [R, N], the similarities or distances of R rows to all N columns. It returns the rows' losses and
+overwrites `values` with `weight_i dloss_i/dvalues_ij`. Each fold has a formula: the same loss, differentiated by
+autograd, without a bound on its memory.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from .numerics import FLUSH, slices, wide_dtype
 from .softmax import softplus
 
 # maths.md: Folds
-TILE = 1024  # columns at a time, where a step needs wider types than the values'
-FAR = -1e30  # a logit for what a formula leaves out: -inf would send NaN through autograd
+TILE = 1024  # columns at a time in steps that need a wider dtype than the values'
+FAR = -1e30  # the logit of a column that a formula leaves out; autograd would make NaN of -inf
 
 
 class Part(NamedTuple):
-    """What a fold knows about its rows. Positives are columns of equal label, or `target` where there are no labels."""
+    """What a fold knows about its rows. A row's positives are the columns of its label, or without labels `target`."""
 
     rows: Tensor  # [R] int64, the global number of each row
     weight: Tensor  # [R], multiplies each row's loss; 0: the row is left out (loss, count and gradient are 0)
     target: Tensor | None = None  # [R] int64, column of the row's positive
     row_labels: Tensor | None = None  # [R] int64
     key_labels: Tensor | None = None  # [N] int64
-    own: Tensor | None = None  # [R] int64, column that is the row itself: no positive and no negative (-1: none)
+    own: Tensor | None = None  # [R] int64, the row's own column, neither positive nor negative (-1: none)
     teacher: Tensor | None = None  # [R, N], a teacher's logits
 
 
 class Folded(NamedTuple):
     loss: Tensor  # [R], weighted
-    # [R] in the values' dtype, where the final sum is divided by the sum of counts
-    count: Tensor | None  # type: ignore[assignment]  # tuple.count, which nobody calls
-    scalars: tuple[Tensor, ...] = ()  # 0-dim: the gradient by each of the fold's scalars
+    # [R] in the values' dtype; the sum of losses is divided by the sum of counts. None: the loss has no counts.
+    count: Tensor | None  # type: ignore[assignment]  # hides tuple.count, which has no caller
+    scalars: tuple[Tensor, ...] = ()  # 0-dim, the gradient by each of the fold's scalars
 
 
 Scalars = tuple[Tensor, ...]
@@ -50,7 +50,7 @@ Fold = Callable[[Tensor, Part, Scalars, Options, bool], Folded]
 
 
 def _put_(x: Tensor, column: Tensor | None, fill: float | bool) -> Tensor:
-    """`x[i, column[i]] = fill`, in place, where `column[i]` is not -1."""
+    """Sets `x[i, column[i]] = fill` in place, except where `column[i]` is -1."""
     if column is not None:
         index = column.clamp_min(0)[:, None]
         x.scatter_(1, index, torch.where(column[:, None] < 0, x.gather(1, index), fill))
@@ -58,7 +58,7 @@ def _put_(x: Tensor, column: Tensor | None, fill: float | bool) -> Tensor:
 
 
 def _sets(values: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-    """Masks [R, N] of the positives and the negatives of each row."""
+    """Returns masks [R, N] of each row's positives and negatives."""
     if part.row_labels is not None and part.key_labels is not None:
         positive = part.row_labels[:, None] == part.key_labels
     else:
@@ -74,7 +74,7 @@ def _weighted(loss: Tensor, part: Part) -> Tensor:
 
 
 def _weigh_(slope: Tensor, part: Part, factor: Tensor | float = 1.0) -> Tensor:
-    """`slope` [R, N] times `weight * factor` [R], in place; whatever a left-out row holds becomes 0."""
+    """Multiplies `slope` [R, N] by `weight * factor` [R] in place; a row of weight 0 becomes 0, even from NaN."""
     return slope.mul_((part.weight * factor)[:, None]).masked_fill_((part.weight == 0)[:, None], 0)
 
 
@@ -83,7 +83,7 @@ def _counted(count: Tensor, values: Tensor, part: Part) -> Tensor:
 
 
 def _added(terms: Tensor) -> Tensor:
-    """The sum of `[R, N]` that cancel: rows in their own dtype, and the rows' sums in fp64."""
+    """Returns the sum of terms [R, N] that cancel. It sums rows in their dtype, and the rows' sums in fp64."""
     return terms.sum(dim=1).sum(dtype=_wide(terms))
 
 
@@ -93,7 +93,10 @@ def _shift(x: Tensor) -> Tensor:
 
 
 def _softmax_(x: Tensor, mask: Tensor) -> LogSum:
-    """Softmax of each row over the columns in `mask`, in place, 0 elsewhere; without columns a shift of 0."""
+    """Overwrites `x` with each row's softmax over the columns in `mask`, 0 elsewhere; returns the log-sum-exp.
+
+    The shift of a row without columns is 0.
+    """
     shift = _shift(x.masked_fill_(~mask, -torch.inf))
     total = torch.threshold_(x.sub_(shift).exp_(), FLUSH, 0.0).sum(dim=1, keepdim=True)
     x.div_(total.masked_fill(total == 0, 1))
@@ -101,7 +104,7 @@ def _softmax_(x: Tensor, mask: Tensor) -> LogSum:
 
 
 def _probabilities_(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax of each row, and its normaliser [R, 1]; `x` itself loses its row's maximum."""
+    """Returns the softmax of each row and its normaliser [R, 1]; subtracts each row's maximum from `x` in place."""
     p = x.sub_(_shift(x)).exp()
     total = p.sum(dim=1, keepdim=True)
     total.masked_fill_(total == 0, 1)
@@ -212,9 +215,9 @@ def margin_ranking_formula(
 
 @torch.no_grad()
 def pair_hinge(values: Tensor, part: Part, scalars: Scalars, options: Options, gradient: bool) -> Folded:
-    """`sum max(0, sign (v - margin))` over a row's positives or negatives, and how many are above 0.
+    """`sum max(0, sign (v - margin))` over a row's positives or negatives, and the number of terms above 0.
 
-    options: margin, sign, and whether the positives are meant.
+    options: margin, sign, and whether the sum is over the positives.
     """
     margin, sign, pulls = options
     hinge = values.sub_(margin).mul_(sign).clamp_min_(0)
@@ -235,7 +238,7 @@ def pair_hinge_formula(values: Tensor, part: Part, scalars: Scalars, options: Op
 
 
 class LogSum(NamedTuple):
-    """A row's log-sum-exp, `shift + log`. Apart, because a difference of shifts is nearly exact."""
+    """A row's log-sum-exp, `shift + log`, in two parts because the difference of two rows' shifts is nearly exact."""
 
     shift: Tensor  # [R]
     log: Tensor  # -inf without columns
@@ -273,7 +276,7 @@ def circle_row(pull: LogSum, push: LogSum, scalars: Scalars, options: Options) -
 
 
 def sup_con_in_row(pull: LogSum, push: LogSum, scalars: Scalars, options: Options) -> Sides:
-    """Less the logarithm of the number of positives."""
+    """Returns the sides without the logarithm of the number of positives, which the caller adds."""
     z = (push.shift - pull.shift) + (push.log - pull.log)
     slope = torch.sigmoid(z)
     return Sides(softplus(z), -slope, slope)
@@ -339,7 +342,7 @@ def circle(values: Tensor, part: Part, scalars: Scalars, options: Options, gradi
     """`log(1 + sum_pos exp(-gamma a_p (v_p - 1 + m)) sum_neg exp(gamma a_n (v_n - m)))`.
 
     `a_p = max(0, 1 + m - v_p)` and `a_n = max(0, v_n + m)` are constants to the gradient. A row without a positive or
-    without a negative has an empty sum: its loss is 0. Counted are the rows that lose anything.
+    without a negative has an empty sum: its loss is 0. The count is 1 for rows with a loss above 0.
     """
     m, gamma = options
     positive, negative = _sets(values, part)
@@ -373,7 +376,7 @@ def circle_formula(values: Tensor, part: Part, scalars: Scalars, options: Option
 def sup_con_in(values: Tensor, part: Part, scalars: Scalars, options: Options, gradient: bool) -> Folded:
     """Khosla et al.'s L_in: `-log(mean_pos exp(z) / sum_{j != own} exp(z))`, `z = scale values`; 0 without positives.
 
-    As `log(1 + sum_neg exp(z) / sum_pos exp(z)) + log |P|`, which a well-fitted row does not cancel in.
+    Computed as `log(1 + sum_neg exp(z) / sum_pos exp(z)) + log |P|`, in which nothing cancels for a well-fitted row.
     """
     (scale,) = scalars
     positive, negative = _sets(values, part)
@@ -404,14 +407,15 @@ def sup_con_in_formula(values: Tensor, part: Part, scalars: Scalars, options: Op
 
 @torch.no_grad()
 def batch_all(values: Tensor, part: Part, scalars: Scalars, options: Options, gradient: bool) -> Folded:
-    """`sum_{p, n} max(0, v_p - v_n + margin)` over distances, and how many triplets have a loss (above 0).
+    """`sum_{p, n} max(0, v_p - v_n + margin)` over distances, and the number of triplets with a loss above 0.
 
-    The gradient is how many negatives lie within v_p + margin, and minus how many positives reach v_n: two sorts and
-    two searches. The loss is linear in between, so it is `<gradient, values> + margin count`.
+    The gradient by a positive's distance v_p is the number of negatives below v_p + margin. The gradient by a
+    negative's distance v_n is minus the number of positives above v_n - margin. Two sorts and two searches count both.
+    The loss is piecewise linear, so it is `<gradient, values> + margin count`.
     """
     (margin,) = options
     positive, negative = _sets(values, part)
-    values_ = values.contiguous()  # searchsorted warns otherwise
+    values_ = values.contiguous()  # searchsorted warns about other strides
     reach = values_ + margin
     ascending = values_.masked_fill(~negative, torch.inf).sort(dim=1).values
     slope = torch.searchsorted(ascending, reach, out_int32=True).mul_(positive)
@@ -419,7 +423,7 @@ def batch_all(values: Tensor, part: Part, scalars: Scalars, options: Options, gr
     ascending = reach.masked_fill_(~positive, -torch.inf).sort(dim=1).values
     reached = torch.searchsorted(ascending, values_, right=True, out_int32=True).sub_(values.shape[1])
     slope.add_(reached.mul_(negative))
-    wide = _wide(values)  # a triplet's loss is small beside its distances
+    wide = _wide(values)  # the losses are small differences of distances
     loss = margin * count.to(wide)
     for tile in slices(values.shape[1], TILE):
         loss += torch.linalg.vecdot(values[:, tile].to(wide), slope[:, tile].to(wide))
@@ -442,8 +446,8 @@ def batch_all_formula(values: Tensor, part: Part, scalars: Scalars, options: Opt
 def semi_hard(values: Tensor, part: Part, scalars: Scalars, options: Options, gradient: bool) -> Folded:
     """`sum_p max(0, v_p - v_n(p) + margin)` over distances, n(p) the nearest negative farther than p; counts the pairs.
 
-    Where no negative is farther, n(p) is the farthest one; where there is none at all, the row's nearest column, its
-    own included, as in sentence-transformers (and tensorflow-addons before it).
+    If no negative is farther, n(p) is the farthest negative. If the row has no negative, n(p) is the row's nearest
+    column, its own included, as in sentence-transformers (and tensorflow-addons before it).
     """
     (margin,) = options
     positive, negative = _sets(values, part)
@@ -460,7 +464,7 @@ def semi_hard(values: Tensor, part: Part, scalars: Scalars, options: Options, gr
         loss += hinge.sum(dim=1)
         active = hinge.sign_()
         slope[:, tile] += active
-        slope.scatter_add_(1, column, active.neg_())  # of integers: the order of atomics does not show
+        slope.scatter_add_(1, column, active.neg_())  # integers: their sum does not depend on the order of atomics
     if gradient:
         _weigh_(values.copy_(slope), part)
     return Folded(_weighted(loss, part), _counted(positive.sum(dim=1), values, part))
@@ -468,7 +472,7 @@ def semi_hard(values: Tensor, part: Part, scalars: Scalars, options: Options, gr
 
 def semi_hard_formula(values: Tensor, part: Part, scalars: Scalars, options: Options) -> tuple[Tensor, Tensor | None]:
     (margin,) = options
-    if values.shape[1] == 0:  # which has no minimum
+    if values.shape[1] == 0:  # min() raises without columns
         loss = _left_in(values.sum(dim=1), part)
         return loss, torch.zeros_like(loss)
     positive, negative = _relations(values, part)
@@ -488,12 +492,12 @@ def semi_hard_formula(values: Tensor, part: Part, scalars: Scalars, options: Opt
 def distill(values: Tensor, part: Part, scalars: Scalars, options: Options, gradient: bool) -> Folded:
     """`KL(p || q) = sum p (log p - log q)`, p the teacher's softmax and q that of `scale values`.
 
-    Exactly 0 where both have equal logits. `sum (q - p)`, which is 0, is added: it cancels the rounding of the two
-    normalisers, all there would be to see of a loss near 0.
+    The loss of equal logits is exactly 0. The code adds `sum (q - p)`, which is 0 in exact arithmetic and cancels the
+    rounding of the two normalisers. Without it a loss near 0 would be that rounding.
     """
     (scale,) = scalars
     assert part.teacher is not None, "distill needs a teacher"
-    # A copy, so that both run through the same arithmetic on equally aligned memory.
+    # A copy: teacher and student then pass through the same arithmetic on equally aligned memory.
     ratio = _put_(part.teacher.to(values.dtype, copy=True), part.own, -torch.inf)
     z = _put_(values * scale, part.own, -torch.inf)
     (p, total_p), (q, total_q) = _probabilities_(ratio), _probabilities_(z)
@@ -517,7 +521,7 @@ def distill_formula(values: Tensor, part: Part, scalars: Scalars, options: Optio
     return _left_in((torch.xlogy(p, p) - p * log_q).sum(dim=1), part), None
 
 
-# What a fold sees of a row: similarities one at a time; two log-sum-exps, then similarities; the whole row at once.
+# How a fold reads a row: one similarity at a time; the two log-sum-exps and then similarities; the whole row at once.
 SUM, SIDES, ROW = (
     "loss; count, or gradients by the scalars",
     "log-sum-exps of positives and of negatives",
@@ -526,11 +530,11 @@ SUM, SIDES, ROW = (
 
 
 class Forms(NamedTuple):
-    """What the registry (`epilogues.py`) knows of a fold."""
+    """A fold as the registry (`epilogues.py`) holds it."""
 
     torch: Fold
     formula: Formula
-    sums: str  # SUM or SIDES: a kernel can make them in its tile; ROW: it takes the row as a whole
+    sums: str  # SUM or SIDES: a kernel can compute the fold in its tile; ROW: the fold needs the whole row
 
 
 FOLDS: dict[str, Forms] = {

@@ -1,7 +1,7 @@
-"""What happens once per row, beside the similarity GEMM, in plain torch; `kernels/rows.py` has the same names.
+"""The work done once per row, beside the similarity GEMM, in plain torch; `kernels/rows.py` has the same names.
 
-All of it is O(M D), or O(M) per tile of columns. Targets' scores are fp64 where the device has it: well-fitted pairs
-owe all of their loss to these numbers.
+Each function costs O(M D), or O(M) per tile of columns. Targets' scores are fp64 if the device has it, because the
+loss of a well-fitted pair consists of their digits.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ from .softmax import bent, decoupled_loss, marginal, softmax_loss
 from .strips import Patch, Prepared, RowSums, Settled
 
 # maths.md: Margin; Softcap; Online log-sum-exp; Settle; Masks and thresholds; Symmetric; Contraction
-ROWS = 1024  # at a time, where rows are converted: fp32 copies stay in a CPU's caches
+ROWS = 1024  # converted at a time, so that their fp32 copies stay in a CPU's caches
 
 
 def columns_and_weights(target: Tensor, weight: Tensor, columns: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Indices that are columns, and the weights of their rows: 0 for the ignored, NaN for one that is no column."""
+    """Returns targets that are valid columns, and the rows' weights.
+
+    A row whose target is ignore_index gets weight 0; a row whose target is out of range gets NaN.
+    """
     ignored = target == ignore_index
     outside = ~ignored & ((target < 0) | (target >= columns))
     return target.masked_fill(ignored | outside, 0), weight.masked_fill(ignored, 0).masked_fill(outside, torch.nan)
 
 
 def without_target(weight: Tensor, target: Tensor, bias: Tensor | None, skip: Tensor | None) -> Tensor:
-    """The rows' weights, 0 where a bias of -inf removes the target or the row skips it; a target of -1 is none."""
+    """Returns the rows' weights, 0 if a bias of -inf removes the target or the row skips it. A target of -1 is none."""
     if bias is not None:
         removed = bias.detach()[target.clamp(min=0)] == -torch.inf
         weight = weight.masked_fill(removed & (target >= 0), 0)
@@ -56,9 +59,9 @@ def prepare(
     cosine: bool,
     wants_target_sim: bool,
 ) -> Prepared:
-    """1/norms of both sides, and the target's logit `scale f_i f_t <x_i, y_t> + bias_t`, under its margin and bent.
+    """Returns both sides' 1/norms, and the target's logit `scale f_i f_t <x_i, y_t> + bias_t` with margin and softcap.
 
-    A row dot beside the sweep: in the tile it would cost registers and spill.
+    The row dots are computed beside the sweep: inside a kernel's tile they would cost registers and spill.
     """
     margin, softcap = rule.margin, rule.softcap
     row_factor = inverse_norms(x) if cosine else None
@@ -69,7 +72,7 @@ def prepare(
     for chunk in row_chunks(x):
         own, other = x[chunk].to(wide), y[target[chunk]].to(wide)
         sim[chunk] = torch.linalg.vecdot(own, other)
-        if any(margin):  # An angle is the root of a difference, so rounded factors would cost half its digits.
+        if any(margin):  # An angle is the root of a difference: rounded factors would cost it half of its digits.
             sim[chunk] /= _length(own) * _length(other)
     if row_factor is not None and col_factor is not None and not any(margin):
         sim = sim * row_factor * col_factor[target]
@@ -114,25 +117,25 @@ def settle(
     scaled: Sequence[Tensor] = (),
     dtype: torch.dtype | None = None,
 ) -> Settled:
-    """From a row's negatives to its weighted loss, `weight / l`, and the target's entry in the gradient.
+    """Returns each row's weighted loss, `weight / l`, and the target's entry in the gradient, from its negatives' sums.
 
-    With `patch`, entries are relative to `weight / l` and written into the workspace, merged in fp32 before they are
-    rounded; `scaled` are then the matrices whose rows are wanted times `weight / l`, rounded to `dtype`.
+    With `patch`, entries are relative to `weight / l`. They are added in fp32, rounded and written into the workspace.
+    The result then also holds the rows of the matrices `scaled`, multiplied by `weight / l` and rounded to `dtype`.
 
-    smooth: what smoothing takes from every admissible entry, where it is known by row.
-    slope: what the target's entry is times, see `Prepared`.
+    smooth: the amount that smoothing subtracts from every admissible entry of a row, if it is known by row.
+    slope: multiplies the target's entry, see `Prepared`.
     """
     left_out = weight == 0
     if rule.decoupled:
         left_out = left_out | (sums.total == 0)
-    # Infinite in the dtype of the other logits: inf - inf, as in torch's own cross-entropy.
+    # A score that is infinite in the other logits' dtype gives NaN, inf - inf, as torch's cross-entropy does.
     score = score.masked_fill(score.to(sums.total.dtype) == torch.inf, torch.nan)
-    # A row without negatives takes its target's score as shift, so that 1 / l is 1 and not exp(-score). One that is
-    # left out may have a score of -inf, and exp(-inf + inf) times its weight would be NaN.
+    # A row without negatives takes its target's score as shift, so that 1 / l is 1 and not exp(-score). A row of weight
+    # 0 does not, because its score may be -inf, and exp(-inf + inf) times its weight would be NaN.
     total = sums.total
     shift = torch.where((total == 0) & ~left_out, score.to(total.dtype), sums.shift)
-    # A target's logit far above the others must not make l infinite: a smoothed entry is a share of l, and 80 leaves
-    # room for the product with y. What it costs are probabilities under exp(-80), beside a share of 1 / N.
+    # A target's logit far above the others must not make l infinite. A smoothed entry is a share of l, and the limit of
+    # 80 leaves room for the product with y. It loses probabilities below exp(-80), beside a share of 1 / N.
     most = 80.0 if rule.label_smoothing or rule.z_loss else 88.0 if total.dtype == torch.float32 else 700.0
     own = torch.exp((score - shift).clamp(max=most).to(total.dtype))
     l = total.clone() if rule.decoupled else total + rule.copies * own
@@ -165,14 +168,14 @@ def patch_target(patch: Patch, entry: Tensor) -> None:
     out.scatter_(1, index, torch.where(none[:, None], out.gather(1, index), entry))
 
 
-# What `torch.backends.cuda.matmul.fp32_precision` reads, in a sixth of its time: every call of `auto` asks.
+# `torch.backends.cuda.matmul.fp32_precision` calls this, and takes six times as long. Every call of `auto` reads it.
 _PRECISION = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 
 def tf32() -> bool:
-    """True if fp32 matmuls may use TF32, following torch's setting.
+    """Returns whether fp32 matmuls may use TF32, following torch's setting.
 
-    Reads the new attribute first, because the old getter raises once the new setter was used.
+    Reads the new attribute first, because the old getter raises once the new setter has been used.
     """
     if _PRECISION is not None:
         return _PRECISION("cuda", "matmul") == "tf32"
@@ -180,56 +183,60 @@ def tf32() -> bool:
 
 
 def cut_off(dim: int) -> float:
-    """The share of a sum of `dim` 16-bit products that tensor cores may cut off, where it grows evenly.
+    """Returns the share of a sum of `dim` 16-bit products that tensor cores may cut off if the sum grows evenly.
 
-    They add 8 or more at a time, and cut what is below 2^-23 of the sum so far, half of that on average.
+    They add 8 or more products at a time and cut off digits below 2^-23 of the sum so far, half of that on average.
     """
     return dim / 8 * 2.0**-24
 
 
 def tie(dim: int, dtype: torch.dtype) -> float:
-    """By how much the similarities of unit rows may differ and still be equal: by the rounding of a duplicate's.
+    """Returns the largest difference at which two similarities of unit rows count as equal: that of duplicates.
 
-    4 eps for the products of a CPU, and 1 for each 4 of the dimension, since tensor cores cut off what lies below the
-    last places of the largest. An A100's add 4 products of tf32 at a time and lose up to eps / 2 of each and eps of
-    their sum, half of that on average: 3/8 of eps an element, or about 1/8 of a sum that grows evenly to 1. In the
-    tests' model of them (tests/host/) 2048 products of one sign, which lose most, are up to 247 eps short.
+    It is 4 eps for the products of a CPU, and eps for every 4 elements of the dimension because tensor cores cut off
+    digits below the last place of the largest product. An A100 adds 4 products of tf32 at a time and loses up to
+    eps / 2 of each and eps of their sum, half of that on average: 3/8 of eps an element, or about 1/8 for a sum that
+    grows evenly to 1. In the tests' model of tensor cores (tests/host/) 2048 products of one sign, the worst case, are
+    up to 247 eps short.
     """
     return (4 + math.ceil(dim / 4)) * torch.finfo(dtype).eps
 
 
 def tie_to_exact(x: Tensor) -> float:
-    """`tie` of a product of rows like `x` and the score of the same rows in fp64.
+    """Returns `tie` between a product of rows like `x` and the fp64 score of the same rows.
 
-    That is of operands as they are. In tf32 each loses up to 2^-10 of itself where it is cut off (2^-11 where it is
-    rounded), and so the product up to 2^-9 of both lengths.
+    The score takes operands as they are. tf32 cuts up to 2^-10 off each operand (2^-11 if it rounds), and so up to
+    2^-9 of both lengths off the product.
     """
     return tie(x.shape[1], stats_dtype(x.dtype)) + (2**-9 if x.dtype == torch.float32 and tf32() else 0.0)
 
 
 def score_ties(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
-    """Of `<x_i, y_index[i]>`: times the product of both lengths, not of a similarity that may be near 0."""
+    """Returns `tie_to_exact` of `<x_i, y_index[i]>`, relative to both lengths: a similarity may be near 0."""
     lengths = [torch.linalg.vector_norm(t, dim=1, dtype=stats_dtype(t.dtype)) for t in (x, y)]
     return tie_to_exact(x) * lengths[0] * lengths[1][index]
 
 
 def above_ties(score: Tensor, ties: Tensor | float, scale: Tensor) -> Tensor:
-    """Logits above this rank before the target; `ties` of the similarities, beside the rounding of scale and bias."""
+    """Returns the logit above which a column ranks before the target.
+
+    ties: the tolerance of the similarities. The rounding of scale and bias is added to it.
+    """
     return score + (ties * scale).abs() + 4 * torch.finfo(score.dtype).eps * score.abs()
 
 
 def guide_threshold(own: Tensor, rule: GuideRule, dim: int) -> Tensor:
-    """Above which the guide drops a column, given its cosine of the row and its target; ties stay."""
+    """Returns the cosine above which the guide drops a column, from its cosine `own` of row and target; ties stay."""
     margin = own.abs() * rule.margin if rule.relative else rule.margin
     return own - margin + tie(dim, own.dtype)
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """`|x_i - y_j|^2`, `[R, N]`, in fp64 where the device has it, and exactly 0 where that rounds to a tie.
+    """Returns `|x_i - y_j|^2`, `[R, N]`, in fp64 if the device has it; a distance within a tie of 0 becomes exactly 0.
 
-    From the product of the rows, whose rounding in fp32 puts duplicates 2e-4 to 2e-2 of their lengths apart.
-    Differences would be exact in fp32, and take a CPU 20 times as long (11 s against 0.5 s, and 1 s in fp64, for
-    [2048, 768]).
+    It follows from the product of the rows, whose rounding in fp32 puts duplicates 2e-4 to 2e-2 of their lengths apart.
+    Differences of rows would be exact in fp32 but take a CPU 20 times as long: 11 s against 0.5 s, or 1 s in fp64, for
+    [2048, 768].
     """
     wide = wide_dtype(x.device, stats_dtype(x.dtype))
     x, y = x.to(wide), y.to(wide)
@@ -243,7 +250,7 @@ def fold_scalars(problem: Problem) -> tuple[Tensor, ...]:
 
 
 def fold_part(problem: Problem, chunk: slice) -> Part:
-    """What a fold is told of the rows of a chunk; the teacher's logits are whole rows, too."""
+    """Returns the `Part` for a chunk of rows. The teacher's logits are computed here, for all columns."""
     fold = problem.fold
     assert fold is not None
     rows = row_numbers(chunk.stop, problem.scale)
@@ -270,7 +277,7 @@ def fold_part(problem: Problem, chunk: slice) -> Part:
 
 
 def weigh(patch: Patch, rows: Tensor, columns: Tensor, entry: Tensor) -> None:
-    """`dz = E (w_i / l_i + w_j / l_j)` in place, where E was stored until both normalisers were known."""
+    """Computes `dz = E (w_i / l_i + w_j / l_j)` in place. E was stored until both normalisers were known."""
     out = patch.out
     for tile in slices(out.shape[1], ROWS):
         out[:, tile] *= rows[:, None] + columns[tile]
@@ -286,10 +293,10 @@ def finish(
     factor: Tensor | None,
     out: Tensor,
 ) -> None:
-    """`out = scale / gain * over_l * total`, projected through the norms; `out` may be `total`.
+    """Computes `out = scale / gain * over_l * total`, projected through the norms; `out` may be `total`.
 
-    From the gradient with 1/norms held fixed to the gradient through them: `dx -= f^2 <dx, x> x`. A row shorter than
-    1e-12 is divided by a constant: nothing to project.
+    The projection `dx -= f^2 <dx, x> x` turns the gradient with 1/norms held fixed into the gradient through them. A
+    row shorter than 1e-12 is divided by a constant and needs no projection.
     """
     multiplier = scale if gain is None else scale / gain
     squared = None if factor is None else (factor * factor).masked_fill(factor >= 1 / NORM_EPS, 0)
@@ -303,26 +310,26 @@ def finish(
 
 
 def row_chunks(x: Tensor) -> Iterator[slice]:
-    if torch.compiler.is_compiling():  # fused by the compiler; the loop would tie its graph to one number of rows
+    if torch.compiler.is_compiling():  # the compiler fuses the steps; a loop would tie its graph to one number of rows
         yield slice(None)
         return
     yield from slices(x.shape[0], ROWS)
 
 
 def largest_finite(x: Tensor) -> Tensor:
-    """Of the absolute values, 0-dim."""
+    """Returns the largest finite absolute value, 0-dim."""
     return x.nan_to_num(0, 0, 0).abs().amax()
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
-    """The largest that is not above `2**exponent`, among fp32's normal numbers; of infinity, too."""
+    """Returns the largest power of two up to `2**exponent` that is a normal fp32 number; `exponent` may be infinite."""
     return torch.exp2(torch.floor(exponent).clamp(-126, 126))
 
 
 def fresh(like: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory to be written by products. On a CPU it is touched in order first: 0.25 ms a MiB.
+    """Returns memory for products to write. On a CPU it is filled with zeros first, which takes 0.25 ms a MiB.
 
-    Pages that threads of a product meet in strides for the first time cost 20 times that.
+    If the threads of a product touched its pages first, in strides, that would take 20 times as long.
     """
     out = like.new_empty(shape, dtype=dtype)
     return out.zero_() if like.device.type == "cpu" else out

@@ -1,7 +1,7 @@
-"""The maths of an epilogue, once: how a row of logits folds into numbers, and how the loss follows from them.
+"""The formulas of the softmax epilogue: sums over a row of logits, and the loss that follows from them.
 
-The target never enters the row sum: `lse - z_t` and `p_t - 1` cancel on well-fitted pairs (loss 2.7e-7: 78 % wrong in
-fp32).
+The row sum leaves out the target, because `lse - z_t` and `p_t - 1` cancel for well-fitted pairs: in fp32 a loss of
+2.7e-7 would be 78 % wrong.
 """
 
 # maths.md: The softmax row; Softcap; Margin
@@ -19,16 +19,17 @@ from .problem import Margin
 def softmax_rows(
     z: Tensor, target: Tensor, label_smoothing: float = 0.0, decoupled: bool = False, copies: int = 1
 ) -> Tensor:
-    """Cross-entropy of each row of `z` [M, N] with column `target` [M], differentiable; -inf logits are no columns.
+    """Returns the cross-entropy of each row of `z` [M, N] with column `target` [M]; autograd differentiates it.
 
-    decoupled: the target, -1 for none, stays out of the normaliser. copies: how often the target stands in it.
+    A logit of -inf removes its column, and a target of -1 means none. decoupled: leave the target out of the
+    normaliser. copies: the number of times the target appears in the normaliser.
     """
     if z.shape[0] == 0:
         return z.sum(dim=1)
     none, index = target < 0, target.clamp(min=0)[:, None]
     entry = z.gather(1, index)
     z_target = entry[:, 0].masked_fill(none, 0)
-    z_target = z_target.masked_fill(z_target == torch.inf, torch.nan)  # inf - inf, as in torch's own
+    z_target = z_target.masked_fill(z_target == torch.inf, torch.nan)  # torch's cross-entropy gives NaN, inf - inf
     negatives = z.scatter(1, index, torch.where(none[:, None], entry, -torch.inf))
     maximum = negatives.detach().amax(dim=1)
     shift = torch.where(maximum == -torch.inf, 0, maximum)
@@ -42,40 +43,40 @@ def softmax_rows(
 
 
 def softmax_loss(shift: Tensor, total: Tensor, z_target: Tensor, copies: int = 1) -> Tensor:
-    """`log(copies + total exp(shift - z_t))`, where `total exp(shift)` sums the negatives: never negative.
+    """Returns `log(copies + total exp(shift - z_t))`, where `total exp(shift)` is the sum over the negatives.
 
-    With one copy and without negatives it is exactly 0.
+    The result is never negative. With one copy and no negatives it is exactly 0.
     """
     least = math.log(copies)
     return softplus(_log(total) - (z_target - shift).to(total.dtype) - least) + least
 
 
 def softplus(x: Tensor) -> Tensor:
-    """`log(1 + exp(x))`, whose derivatives keep their digits at any `x`, -inf included.
+    """Returns `log(1 + exp(x))`. Its derivatives are accurate at any `x`, -inf included.
 
-    F.softplus turns into the identity at 20, where it is 2e-9 off; at 40 that is 4e-18. The second derivative of
+    F.softplus becomes the identity at 20, which is 2e-9 off; at 40 the error is 4e-18. The second derivative of
     logaddexp is NaN where exp(-x) overflows: below -88 in fp32, and at -inf.
     """
     return torch.nn.functional.softplus(x, threshold=40.0)
 
 
 def decoupled_loss(shift: Tensor, total: Tensor, z_target: Tensor) -> Tensor:
-    """`log(total) + shift - z_t`; 0 for a row without negatives."""
+    """Returns `log(total) + shift - z_t`, or 0 for a row without negatives."""
     return torch.where(total == 0, 0, _log(total) - (z_target - shift).to(total.dtype))
 
 
 def bent(z: Tensor, softcap: float) -> Tensor:
-    """`softcap * tanh(z / softcap)`, whose derivative is `1 - (bent / softcap)^2`."""
+    """Returns `softcap * tanh(z / softcap)`. Its derivative is `1 - (bent / softcap)^2`."""
     return torch.tanh(z / softcap) * softcap
 
 
 def marginal(cosine: Tensor, margin: Margin, eps: float) -> tuple[Tensor, Tensor]:
-    """The target's cosine less its margin, `cos(theta + angle) - margin.cosine`, and the derivative of that by it.
+    """Returns `cos(theta + angle) - margin.cosine`, the target's cosine less its margin, and its derivative by cosine.
 
-    Beyond pi - angle, where the first would rise again, it is `cosine - angle sin(angle)`, pytorch-metric-learning's
-    rule. From the sine, of which acos is not asked: its derivative is infinite at 1. Closer to its class vector than
-    sqrt(eps), where the direction that is left of a row is the rounding of its products, or than the rounding of the
-    cosine can tell, only `cos(angle)` of the derivative is.
+    For theta above pi - angle, where cos(theta + angle) would rise again, the value is
+    `cosine - angle sin(angle) - margin.cosine`, pytorch-metric-learning's rule. The code uses the sine instead of acos,
+    whose derivative is infinite at 1. If a row is closer to its class vector than sqrt(eps), or than the rounding of
+    the cosine, its direction is only the rounding of its products: the derivative is then `cos(angle)` alone.
     """
     sin, cos = math.sin(margin.angle), math.cos(margin.angle)
     square = (1 - cosine) * (1 + cosine)
@@ -89,5 +90,5 @@ def marginal(cosine: Tensor, margin: Margin, eps: float) -> tuple[Tensor, Tensor
 
 
 def _log(total: Tensor) -> Tensor:
-    """The logarithm of an empty sum would send 0 * inf into the gradient of the reference."""
+    """Returns log(total), -inf for 0. Plain torch.log would put 0 * inf into the gradient of the reference."""
     return torch.where(total == 0, -torch.inf, torch.log(torch.where(total == 0, 1, total)))
