@@ -1,8 +1,9 @@
-"""What tests, `python -m fusedloss check` and the benchmark share: inputs, eager baselines, and the error budget.
+"""Inputs, eager baselines and the error budget of the tests, of `python -m fusedloss check` and of the benchmark.
 
     err(out, fp64) <= 2 * err(eager, fp64) + eps(dtype) * max|fp64|
 
-`eager` is what a careful user writes in the inputs' own dtype; fp64 is `backend="reference"` on the inputs cast up.
+`eager` is the code that a careful user writes in the inputs' dtype. `fp64` is `backend="reference"` on the inputs cast
+to float64.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ def inputs(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """Unit-length query [rows, dim] and key [columns, dim].
+    """Returns a unit-length query [rows, dim] and key [columns, dim].
 
-    random: independent directions. pairs: key i is query i plus a little noise, so that trained pairs are well apart.
-    clustered: eight tight clusters, so that many negatives score almost as the positive does.
+    random: independent directions. pairs: key i is query i plus a little noise, like the pairs of a trained model.
+    clustered: eight tight clusters, in which many negatives score almost as high as the positive.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -50,7 +51,7 @@ def inputs(
 
 
 def eager_info_nce(query: Tensor, key: Tensor, temperature: float | Tensor = 0.05, normalize: bool = False) -> Tensor:
-    """As users write it: the matmul in the inputs' dtype; a cosine loss casts up, normalises, multiplies in fp32."""
+    """Returns the loss as users write it: the matmul in the inputs' dtype; with `normalize` all of it in fp32."""
     if normalize:
         query, key = F.normalize(_up(query), dim=1), F.normalize(_up(key), dim=1)
     return F.cross_entropy(_up(query @ key.T) / temperature, torch.arange(query.shape[0], device=query.device))
@@ -76,10 +77,10 @@ def eager_multiple_negatives_ranking(
 def exact_gradients(
     loss: str, query: Tensor, key: Tensor, scale: float, rows: Tensor, *, cosine: bool = False, bias: float = 0.0
 ) -> list[Tensor]:
-    """[value, the query's gradient[rows], the key's gradient[rows]] of info_nce, clip or siglip, in fp64.
+    """Returns [value, the query's gradient[rows], the key's gradient[rows]] of info_nce, clip or siglip, in fp64.
 
-    What `backend="reference"` gives, for batches whose logits would not fit: chunks of 1 GiB, of which one pass over
-    all finds the normalisers. `cosine` divides the embeddings by their norms first.
+    The result is that of `backend="reference"`, for batches whose logits do not fit. Logits are computed in chunks of
+    1 GiB: one pass over all rows finds the normalisers. cosine: divide the embeddings by their norms first.
     """
     x, y, n = query.double(), key.double(), len(query)
     lengths = [t.norm(dim=1, keepdim=True).clamp_min(1e-12) for t in (x, y)]
@@ -102,7 +103,7 @@ def exact_gradients(
         value = (row_lse - target if loss == "info_nce" else (row_lse + column_lse) / 2 - target).mean()
 
     def gradient(own: Tensor, other: Tensor, own_lse: Tensor | None, other_lse: Tensor | None) -> Tensor:
-        """of own[rows]; a direction without a normaliser does not count"""
+        """Returns the gradient by own[rows]; a direction whose log-sum-exp is None is left out."""
         z = scale * (own[rows] @ other.T) + bias
         if loss == "siglip":
             dz = z.sigmoid()
@@ -123,16 +124,16 @@ def exact_gradients(
 
 
 def value_and_gradients(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """[loss, *gradients] of `function` at fresh leaves with the values of `tensors`; 0 for one it does not use."""
+    """Returns [loss, *gradients] of `function` at fresh leaves with the values of `tensors`; 0 for an unused one."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     loss = function(*leaves)
     return [loss.detach(), *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)]
 
 
 def budget_share(out: Tensor, eager: Tensor, oracle: Tensor, dtype: torch.dtype, moves: float = 0.0) -> float:
-    """The error of `out` as a share of the budget: at most 1 passes, inf where `out` is not finite and `oracle` is.
+    """Returns the error of `out` as a share of the budget: 1 or less passes; inf if `out` is not finite.
 
-    moves: what the problem's condition allows to anybody beside that, where eager may be lucky.
+    moves: the further error that the problem's condition allows, because eager's error may be small by luck.
     """
     wanted = oracle.double()
     error = (out.double() - wanted).abs().max().item()
@@ -146,9 +147,9 @@ def budget_share(out: Tensor, eager: Tensor, oracle: Tensor, dtype: torch.dtype,
 def typical_budget_share(
     outs: Sequence[Tensor], eagers: Sequence[Tensor], oracles: Sequence[Tensor], dtype: torch.dtype
 ) -> float:
-    """Budget share over several random draws: the geometric mean, or a quarter of the worst if that is larger.
+    """Returns the budget share over several random draws: the geometric mean, or a quarter of the worst if larger.
 
-    One small draw is mostly luck.
+    The error of one small draw is mostly luck.
     """
     shares = [budget_share(*draw, dtype) for draw in zip(outs, eagers, oracles, strict=True)]
     mean = sum(math.log(max(share, 0.125)) for share in shares) / len(shares)
@@ -156,13 +157,13 @@ def typical_budget_share(
 
 
 def condition_share(out: Tensor, exact: Tensor, terms: Tensor, largest: float) -> float:
-    """The error of a sum whose terms cancel, as a share of what their rounding allows: at most 1 passes.
+    """Returns the error of a sum whose terms cancel, as a share of the bound from their rounding: 1 or less passes.
 
         |out - exact| <= eps (2 + largest) sum |terms|
 
-    For gradients by a temperature or a scale, 0-dim: `terms` are `dz_ij sim_ij`, which the budget above, of one draw,
-    cannot know to cancel. largest: of the logits' absolute values, since a term holds exp(z), and rounding z is a
-    relative eps |z| of it. eps is that of the arithmetic, `out`'s own: fp32 also for 16-bit embeddings.
+    It is for gradients by a temperature or a scale, 0-dim. `terms` are `dz_ij sim_ij`; the budget of one draw does not
+    know that they cancel. largest: the largest absolute logit. A term holds exp(z), and rounding z changes it by a
+    relative eps |z|. eps is that of `out`'s dtype, the dtype of the arithmetic: fp32 also for 16-bit embeddings.
     """
     bound = torch.finfo(out.dtype).eps * (2 + largest) * terms.double().abs().sum().item()
     error = abs(out.double() - exact.double()).item()

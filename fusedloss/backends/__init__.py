@@ -1,8 +1,8 @@
-"""The backends, and how one is chosen.
+"""The backends, and the choice among them.
 
 A backend is a module with `why_not(problem) -> str | None`. `cuda`, `triton` and `chunked` have the primitives of
-`protocol.Sweeps`, which the driver in `sweep/` calls. `reference` materialises the logits and is ordinary
-differentiable torch: `loss_rows(problem)`, `top_rows(problem)`.
+`protocol.Sweeps`, which the driver in `sweep/` calls. `reference` materialises the logits in differentiable torch:
+`loss_rows(problem)`, `top_rows(problem)`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .protocol import Sweeps
 SWEEPS: dict[str, Sweeps] = {"cuda": cuda, "triton": triton, "chunked": chunked}
 BACKENDS: dict[str, ModuleType] = dict(zip(checks.BACKENDS, (cuda, triton, chunked, dense, reference), strict=True))
 
-Candidates = Sequence[tuple[str, bool]]  # in order, each with True if its kernels need no further proof
+Candidates = Sequence[tuple[str, bool]]  # backends in order of preference; True: its kernels need no further proof
 
-KERNELS = families.BACKENDS  # `auto` takes these once their kernels are proved here
+KERNELS = families.BACKENDS  # the backends that `auto` takes only after their kernels are proved on the device
 
 AUTO: dict[str, tuple[str, ...]] = {
     "cpu": ("chunked", "reference"),
@@ -40,15 +40,15 @@ AUTO_FROM_SM_100 = ("triton", "chunked", "cuda", "reference")
 WITHOUT_KERNELS = ("chunked", "reference")  # on devices without kernels
 PLAIN = (order_.REFERENCE, True)
 DENSE = (("dense", True),)
-MOST_CHOSEN = 1024  # entries, mostly sizes
+MOST_CHOSEN = 1024  # entries of `order.chosen`, most of which differ in their sizes
 AUTOMATIC = "backend='auto'"
 UNPROVED = "not proved on this device, which `python -m fusedloss verify` does"
 
 
 def forms(epilogue: Epilogue) -> dict[str, str]:
-    """Returns how each backend computes an epilogue: "formula", "torch" or "kernel", without those that do not have it.
+    """Returns how each backend that has the epilogue computes it: "formula", "torch" or "kernel".
 
-    A fold without a kernel is plain torch on the backend's similarities.
+    A fold without a kernel runs in torch on the backend's similarities.
     """
     found = {}
     for name, backend in SWEEPS.items():
@@ -67,9 +67,9 @@ def _asks(fold: str) -> Problem:
 
 
 def select(problem: Problem, backend: str, *, plain: bool = True) -> str:
-    """Returns the name of the backend for `problem`: the given one, or the first of `auto` that can and is proved.
+    """Returns the backend for `problem`: the given one, or the first of `auto` that can run it and is proved.
 
-    Among kernels, `auto` tries the one that was faster at such a size first. plain: `reference` may run it, which
+    `auto` first tries the kernels that were faster at a similar size. plain: `auto` may also pick `reference`, which
     cannot run across ranks.
     """
     checks.backend(backend)
@@ -87,7 +87,7 @@ def select(problem: Problem, backend: str, *, plain: bool = True) -> str:
 
 
 def _automatic(problem: Problem, plain: bool) -> Candidates:
-    """The candidates of `auto`. Results of earlier calls are looked up, in 2 us."""
+    """Returns the candidates of `auto`. Looking up the result of an earlier call takes 2 us."""
     if torch.compiler.is_compiling():  # sizes may be symbols, and comparing one would add a guard
         return [(name, name not in KERNELS) for name in _auto(problem.device)]
     if plain and dense.fits(problem):
@@ -112,7 +112,10 @@ def _automatic(problem: Problem, plain: bool) -> Candidates:
 def _remembered(
     chosen: dict[Any, Candidates], key: Any, names: Sequence[str], needed: Mapping[str, tuple[str, ...]], x: Tensor
 ) -> Candidates:
-    """Stores and returns the candidates, without unproved ones. A guide, whose dtype may differ, is never settled."""
+    """Stores and returns the candidates except those that are settled as unproved.
+
+    A problem with a guide is never settled, because the guide's dtype may differ.
+    """
     known = {
         name: None if "guide" in families else ask.settled(name, families, x.dtype, x.device)
         for name, families in needed.items()

@@ -1,4 +1,4 @@
-"""`python -m fusedloss info`: versions, devices, and every backend: available, or why not."""
+"""`python -m fusedloss info`: versions, devices, and for every backend whether it is available, or why it is not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..trust import ask, families, verdicts
 
 
 def probe(device: str, dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (2, 4), **options: Any) -> Problem:
-    """A problem to ask backends about, the smallest of the commonest kind; one of any shape takes no memory."""
+    """Returns a problem to ask backends about, by default a very small InfoNCE. Its tensors are expanded: no memory."""
     x = torch.ones(1, 1, device=device, dtype=dtype).expand(shape)
     ones = torch.ones(1, device=device).expand(shape[0])
     target = torch.zeros(1, dtype=torch.int64, device=device).expand(shape[0])
@@ -53,10 +53,10 @@ def lines() -> list[str]:
 
 
 def proved(device: torch.device) -> list[str]:
-    """What is known of the kernels there, and where that is kept."""
+    """Returns lines with the kernels' verdicts on `device` and the file that holds them."""
     try:
         known, kept = ask.known(device), f"verdicts in {verdicts.path(device)}"
-    except ValueError as error:  # of FUSEDLOSS_CACHE_DIR
+    except ValueError as error:  # FUSEDLOSS_CACHE_DIR is no folder
         return [f"verdicts   {error}"]
     found = []
     for backend in KERNELS:
@@ -76,7 +76,7 @@ def proved(device: torch.device) -> list[str]:
 
 
 def extension() -> str:
-    """What fusedloss._C was built for, and the GPUs here that it runs on."""
+    """Returns a line with the GPUs that fusedloss._C was built for, and whether it runs on those of this machine."""
     built = cuda.build_info()
     if built is None:
         return cuda.NOT_BUILT
@@ -93,7 +93,7 @@ def extension() -> str:
 
 
 def picked(problem: Problem) -> str:
-    """What `auto` means for `problem`; FUSEDLOSS_BACKEND may name a backend that cannot run it, or none at all."""
+    """Returns the backend that `auto` picks, or the error if FUSEDLOSS_BACKEND names one that cannot run `problem`."""
     try:
         return select(problem, "auto")
     except (UnsupportedError, ValueError) as error:

@@ -4,8 +4,8 @@
     peak_memory(step)                                              # bytes on top of what was in use before
     isolated(function, *args)                                      # function(*args) in a fresh process
 
-On a CPU the operating system knows a process's peak, not a call's, and an allocator keeps what was freed for later:
-measure memory there as the first large thing a fresh process does. `isolated` runs it in one.
+On a CPU the operating system records the peak of a process, not of a call, and the allocator keeps freed memory. So
+measure memory there as the first large call of a fresh process, which `isolated` starts.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ import torch
 def time_interleaved(
     calls: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1, **options: Any
 ) -> dict[str, float]:
-    """Median seconds of each call; options are those of `samples_interleaved`.
+    """Returns the median seconds of each call; options are those of `samples_interleaved`.
 
-    Every round runs every call once, each round starting with another one, so that a machine that slows down or heats
-    up does so for all of them.
+    Every round runs every call once, and each round starts with another call. A machine that slows down or heats up
+    therefore does so for all calls.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for name, taken in samples_interleaved(calls, rounds, warmup, **options):
@@ -50,13 +50,14 @@ def samples_interleaved(
     starting: Callable[[str], None] | None = None,
     failed: Callable[[str, Exception], None] | None = None,
 ) -> Iterator[tuple[str, float]]:
-    """(name, seconds) of every call as it ends, so that an interrupted race keeps what it has.
+    """Yields (name, seconds) after each call, so that an interrupted race keeps its samples.
 
     Args:
-        repeats: how many calls in a row make one sample (default 1), for calls too short for a clock; their mean counts
-        limit: seconds after which a call has enough samples, though at least one: the slow ones run fewer rounds
-        starting: is told each call's name before it runs
-        failed: is told what a call raised, which then leaves the race; without it the race ends there
+        repeats: the number of calls in a row whose mean is one sample (default 1), for calls too short for a clock.
+        limit: seconds after which a call gets no more samples; it gets at least one. Slow calls run fewer rounds.
+        starting: called with the name before each call.
+        failed: called with the name and the exception of a call that raises; that call gets no more rounds. Without
+            `failed` the exception ends the race.
     """
     names, spent, gone = list(calls), dict.fromkeys(calls, 0.0), set()
     repeats = repeats or {}
@@ -82,11 +83,11 @@ def samples_interleaved(
 
 
 def peak_memory(call: Callable[[], Any], device: str | torch.device = "cpu") -> int:
-    """Bytes by which `call()` raises the memory in use on `device` at its highest point.
+    """Returns the bytes by which `call()` raises the peak of the memory in use on `device`.
 
-    On CUDA: of torch's allocator. On a CPU: of the process's resident memory, exact on Linux where the peak can be
-    reset (/proc/self/clear_refs). Elsewhere it is the growth of the peak, which is 0 for a call that stays below an
-    earlier one.
+    On CUDA this is the memory of torch's allocator, on a CPU the process's resident memory. It is exact on Linux if the
+    peak can be reset (/proc/self/clear_refs). Elsewhere it is the growth of the peak, which is 0 for a call that stays
+    below an earlier peak.
     """
     device = torch.device(device)
     gc.collect()
@@ -105,14 +106,14 @@ def peak_memory(call: Callable[[], Any], device: str | torch.device = "cpu") -> 
 
 
 def isolated(function: Callable[..., Any], *args: Any, timeout: float | None = None) -> Any:
-    """`function(*args)`, run in a fresh process, for at most `timeout` seconds.
+    """Returns `function(*args)`, run in a fresh process for at most `timeout` seconds.
 
-    Both must be picklable, the function by its name in a module.
+    Function and arguments must be picklable: pickle finds a function by its name in a module.
     """
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(send, function, args), daemon=True)
-    # Ctrl-C reaches the whole process group: the child ignores it from its first line, and this process ends it.
+    # Ctrl-C reaches the whole process group. The child ignores it from its start, and this process ends the child.
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
     try:
@@ -137,7 +138,7 @@ def isolated(function: Callable[..., Any], *args: Any, timeout: float | None = N
 
 
 def _answer(send: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    with contextlib.suppress(BrokenPipeError):  # who asked is gone
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone
         try:
             send.send((function(*args), None))
         except BrokenPipeError:
@@ -145,12 +146,12 @@ def _answer(send: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> N
         except Exception as error:
             try:
                 send.send((None, error))
-            except Exception:  # some cannot be pickled
+            except Exception:  # some errors cannot be pickled
                 send.send((None, RuntimeError(f"{type(error).__name__}: {error}")))
 
 
 def seconds(call: Callable[[], Any], repeats: int = 1) -> float:
-    """Of one call, the mean of `repeats` in a row."""
+    """Returns the seconds of one call, the mean of `repeats` in a row."""
     synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
@@ -160,10 +161,9 @@ def seconds(call: Callable[[], Any], repeats: int = 1) -> float:
 
 
 def _make_room(call: Callable[[], Any]) -> None:
-    """Returns what others left in CUDA's allocator where that is more than half of the device's memory.
+    """Empties CUDA's allocator if it holds more than half of the device's memory, and then runs `call` once untimed.
 
-    Else the next that needs a large block would be timed giving theirs back. `call` then runs once untimed, so that it
-    is not timed asking for its own.
+    Otherwise the time of a call could include freeing the blocks of earlier calls, or allocating its own.
     """
     if torch.cuda.is_initialized() and 2 * torch.cuda.memory_reserved() > torch.cuda.mem_get_info()[1]:
         free_memory()
@@ -171,11 +171,11 @@ def _make_room(call: Callable[[], Any]) -> None:
 
 
 class DeviceLost(RuntimeError):
-    """After an illegal memory access, say: nothing runs on the device until the process ends."""
+    """Raised when nothing runs on the device until the process ends, for example after an illegal memory access."""
 
 
 def free_memory() -> None:
-    """After a call that failed, or to make room: what is no longer used goes back to the device."""
+    """Returns unused memory to the device, after a call that failed or before one that needs room."""
     gc.collect()
     if torch.cuda.is_initialized():
         try:
@@ -191,7 +191,7 @@ def synchronize() -> None:
 
 
 def _trim() -> None:
-    """glibc keeps what was freed, and `call` would get it back without being seen."""
+    """Makes glibc return freed memory: a call that reuses it would not raise the peak."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another libc, macOS, Windows
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -215,4 +215,4 @@ def _peak() -> int:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, the others KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # in bytes on macOS, in KiB elsewhere

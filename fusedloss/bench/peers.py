@@ -1,8 +1,8 @@
-"""Who else computes these losses: one short function a peer, with what it calls and which trap it avoids.
+"""Other libraries that compute these losses: one short function a peer, which says what it calls and what it avoids.
 
-Each takes a point of the race and returns a loss of (query, key), or why it cannot run there. A peer that has no
-temperature gets `query * scale`, so that its gradient, and a learnable scale's, come by autograd. What such a copy
-costs is the peer's cost, as it is for its users. The gradient is asked for by `loss.backward()`.
+Each function takes a point of the race and returns a loss of (query, key), or the reason why the peer cannot run there.
+A peer without a temperature gets `query * scale`, and autograd gives the gradient of a learnable scale. That copy is
+part of the peer's time, as it is for its users. The race takes gradients with `loss.backward()`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from torch.utils.checkpoint import checkpoint
 from .. import testing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-CHUNK_ROWS = {"cpu": 1024, "cuda": 4096}  # for peers that leave their chunk to the caller
-SIGLIP_BIAS = -10.0  # where SigLIP starts from
+CHUNK_ROWS = {"cpu": 1024, "cuda": 4096}  # for peers whose caller chooses the chunk
+SIGLIP_BIAS = -10.0  # SigLIP's bias at the start of training
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One place of the race."""
+    """One point of the race: a loss, a size and how inputs are drawn."""
 
     loss: str = "info_nce"
     n: int = 4096
@@ -54,7 +54,7 @@ class Point:
 
     @property
     def eager_bytes(self) -> int:
-        """What eager holds at its peak: the logits, their log-softmax and its gradient, in fp32 for 16-bit inputs."""
+        """Returns eager's peak: logits, log-softmax and its gradient, in fp32 for 16-bit inputs."""
         return 3 * self.n * self.n * max(4, DTYPES[self.dtype].itemsize)
 
 
@@ -62,18 +62,18 @@ class Point:
 class Peer:
     name: str
     build: Callable[[Point], Loss | str]
-    package: str = ""  # what pip installs; empty: torch itself
+    package: str = ""  # the name for pip; empty: torch itself
     module: str = ""
-    caveat: str = ""  # why it is shown and not ranked, whatever its error
-    computes: str = ""  # the loss it computes if that is another than the point's
+    caveat: str = ""  # why the peer is shown but never ranked
+    computes: str = ""  # the loss that the peer computes, if not the point's
 
     def enter(self, point: Point) -> Loss | str:
-        """The loss, or why there is none."""
+        """Returns the loss, or the reason why the peer has none."""
         if self.module and importlib.util.find_spec(self.module) is None:
             return f"{self.package} is not installed"
         try:
             return self.build(point)
-        except Exception as error:  # an import that fails: the others race
+        except Exception as error:  # a failed import, for example; the other peers still race
             return f"cannot be set up: {type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -92,7 +92,7 @@ def peer(name: str, **about: Any) -> Callable[[Build], Build]:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that are installed."""
+    """Returns the versions of the peers' packages that are installed."""
     found = {}
     for package in sorted({p.package for p in PEERS.values() if p.package}):
         try:
@@ -107,7 +107,7 @@ def versions() -> dict[str, str]:
 
 @peer("eager")
 def eager(point: Point) -> Loss:
-    """What users write: the matmul in the inputs' dtype, F.cross_entropy in fp32."""
+    """The code that users write: the matmul in the inputs' dtype, F.cross_entropy in fp32."""
     scale = point.scale
     if point.loss == "clip":
         return lambda q, k: testing.eager_clip(q, k, scale)
@@ -118,13 +118,13 @@ def eager(point: Point) -> Loss:
 
 @peer("torch.compile")
 def compiled(point: Point) -> Loss:
-    """torch.compile of eager, once a size: with dynamic shapes it would be slower, and give up after eight sizes."""
+    """torch.compile of eager, compiled for each size: dynamic shapes are slower, and dynamo gives up after 8 sizes."""
     return torch.compile(eager(point), dynamic=False)
 
 
 @peer("checkpointed chunks")
 def checkpointed_chunks(point: Point) -> Loss | str:
-    """torch.utils.checkpoint over row chunks of eager: bounded memory by hand, the logits computed twice."""
+    """torch.utils.checkpoint over row chunks of eager, which bounds memory and computes the logits twice."""
     if point.loss not in ("info_nce", "clip"):
         return _other_loss(point)
     rows = CHUNK_ROWS[point.device_type]
@@ -149,7 +149,7 @@ def checkpointed_chunks(point: Point) -> Loss | str:
 
 @peer("F.linear_cross_entropy")
 def linear_cross_entropy(point: Point) -> Loss | str:
-    """F.linear_cross_entropy with `options`: without them it materialises the logits."""
+    """F.linear_cross_entropy with `options`, without which it materialises the logits."""
     if not hasattr(F, "linear_cross_entropy"):
         return f"torch {torch.__version__} has none (2.13 has)"
     rows = CHUNK_ROWS[point.device_type]
@@ -161,11 +161,11 @@ def linear_cross_entropy(point: Point) -> Loss | str:
 
 
 def _cached_mnrl(point: Point, mini_batch: int) -> Loss | str:
-    """CachedMultipleNegativesRankingLoss.calculate_loss(with_backward=True), which is all of it but the encoder.
+    """CachedMultipleNegativesRankingLoss.calculate_loss(with_backward=True), the whole loss except the encoder.
 
-    Embeddings are handed over whole (from a GradCache they come in pieces of `mini_batch` rows, which costs more). Its
-    default similarity is the cosine, another gradient, so unit vectors get dot_score. It runs backward itself: what
-    it returns is a leaf, as its own forward does.
+    It gets the embeddings in one piece; its GradCache passes pieces of `mini_batch` rows, which costs more. Its default
+    similarity is the cosine, which has another gradient, so unit vectors get dot_score. The loss runs backward itself
+    and returns a leaf, as its forward does.
     """
     if point.loss not in ("info_nce", "multiple_negatives_ranking"):
         return _other_loss(point)
@@ -191,7 +191,7 @@ SENTENCE_TRANSFORMERS = {"package": "sentence-transformers", "module": "sentence
 
 @peer("sentence-transformers, mini-batch 32", **SENTENCE_TRANSFORMERS)
 def cached_mnrl(point: Point) -> Loss | str:
-    """At its default mini-batch."""
+    """With its default mini-batch."""
     return _cached_mnrl(point, 32)
 
 
@@ -202,10 +202,10 @@ def cached_mnrl_4096(point: Point) -> Loss | str:
 
 @peer("Inf-CL", package="inf-cl", module="inf_cl")
 def inf_cl(point: Point) -> Loss | str:
-    """cal_flash_loss(...).mean(), once a direction; it computes in tf32 whatever comes in.
+    """cal_flash_loss(...).mean(), once a direction; it computes in tf32 for every dtype.
 
-    Not cal_inf_loss(scale=): its backward calls dist.all_reduce, which raises without a process group. head_dim must
-    divide D (there is no mask), and a last block that is not full reads past the end of the log-sum-exps.
+    cal_inf_loss(scale=) is not used because its backward calls dist.all_reduce, which raises without a process group.
+    head_dim must divide D (there is no mask), and a last block that is not full reads past the end of the log-sum-exps.
     """
     if reason := _cannot(point, "fp32", "bf16", "fp16") or _not_multiple("N", point.n, 64):
         return reason
@@ -251,7 +251,10 @@ def cut_cross_entropy(point: Point) -> Loss | str:
 
 @peer("cut-cross-entropy, default filter", caveat="leaves out tiles of small gradients", **CCE)
 def cut_cross_entropy_filtered(point: Point) -> Loss | str:
-    """As its users call it: another function. At N > 4096 most negatives of a flat softmax are below its threshold."""
+    """With the default filter, as its users call it, it is another function: it drops gradients below a threshold.
+
+    At N > 4096 most negatives of a flat softmax are below that threshold.
+    """
     if reason := _cannot(point, "bf16", "fp16"):
         return reason
     from cut_cross_entropy import linear_cross_entropy
@@ -296,9 +299,9 @@ def liger_larger_chunks(point: Point) -> Loss | str:
     computes="siglip",
 )
 def siglip_kernel(point: Point) -> Loss | str:
-    """fused_siglip_loss: the same three products around a simpler loss. Both scalars want a gradient, as in training.
+    """fused_siglip_loss: the same three products, and a simpler loss. Both scalars get a gradient, as in training.
 
-    Its temperature is the multiplier: log_temperature is log(scale).
+    Its temperature multiplies the logits: log_temperature is log(scale).
     """
     if reason := _cannot(point, "bf16", "fp16"):
         return reason
@@ -320,7 +323,7 @@ def _quack(point: Point, **options: Any) -> Loss | str:
 
 @peer("quack", package="quack-kernels", module="quack")
 def quack(point: Point) -> Loss | str:
-    """The pipeline that it picks: on sm_90 in bf16 scaled-exp, where N is a multiple of 128."""
+    """The pipeline that quack picks: scaled-exp on sm_90 in bf16 if N is a multiple of 128."""
     return _quack(point)
 
 

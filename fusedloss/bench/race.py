@@ -1,9 +1,9 @@
-"""`python -m fusedloss bench`: the race. Same inputs, interleaved rounds, medians, beside the bare work.
+"""`python -m fusedloss bench`: the race. All racers get the same inputs in interleaved rounds; medians are compared.
 
-The floor is the three matrix products that the gradient needs (four for CLIP), in the chunks that fusedloss uses: what
-a perfect epilogue would cost. Memory is what a step needs on top of its inputs and gradients; on a CPU, where only a
-process has a peak, each racer's is measured in a fresh one. A racer whose gradient error exceeds 1e-2 is shown and
-marked, not ranked. Who cannot run is shown with the reason.
+The floor is the time of the three matrix products that the gradient needs (four for CLIP), in the chunks that fusedloss
+uses: a perfect epilogue would add nothing to it. Memory is that of a step above its inputs and gradients. On a CPU only
+a process has a peak, so each racer's memory is measured in a fresh process. A racer whose gradient error exceeds 1e-2
+is shown, marked and not ranked. A racer that cannot run is shown with the reason.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from .peers import DTYPES, PEERS, SIGLIP_BIAS, Loss, Point
 from .tables import Tick
 
 MARKED_ERROR = 1e-2
-TRIED_ERROR = 0.5  # a gradient so wrong on a tiny batch is not rounding
-ERROR_ROWS = 1024  # of each side's gradient are held against fp64
+TRIED_ERROR = 0.5  # a larger gradient error on a tiny batch is not rounding
+ERROR_ROWS = 1024  # rows of each side's gradient that are compared with fp64
 SAMPLE_SECONDS = 0.02
-LIMIT = 30.0  # seconds of rounds after which a slow racer has enough
+LIMIT = 30.0  # seconds after which a slow racer gets no more rounds
 MATERIALISING = ("eager", "torch.compile", "fusedloss:reference")
 NORMALIZE = ", normalize=True"
 NORMALIZED = f"fusedloss{NORMALIZE}"
 GRAPHED = "fusedloss, CUDA graph"
 KERNELS = tuple(f"fusedloss:{backend}{how}" for backend in backends.KERNELS for how in ("", NORMALIZE))
 OWN = frozenset(("fusedloss", NORMALIZED, GRAPHED, *KERNELS))
-GRAPHED_ROWS = 8192  # up to here a step is short enough for its launches to show
+GRAPHED_ROWS = 8192  # up to this N launches are a visible part of a step's time
 FORWARD = " forward"
 OUT_OF_TIME = "not run: out of time"
 
@@ -61,12 +61,12 @@ Step = Callable[[Tensor, Tensor], Any]
 @dataclass(frozen=True)
 class Racer:
     loss: Loss | None
-    why_not: str = ""  # if there is no loss
-    caveat: str = ""  # why it is shown and not ranked, whatever its error
-    computes: str = "info_nce"  # whose exact gradient it is held against
+    why_not: str = ""  # the reason if there is no loss
+    caveat: str = ""  # why the racer is shown but never ranked
+    computes: str = "info_nce"  # the loss whose exact gradient it is compared with
     cosine: bool = False
-    backend: str = ""  # of fusedloss
-    sweep: str | None = None  # and its kind, as trust/order.py knows them
+    backend: str = ""  # fusedloss's backend
+    sweep: str | None = None  # the kind of its sweep, named as in trust/order.py
 
 
 def fused(point: Point, backend: str, **options: Any) -> Loss:
@@ -79,7 +79,7 @@ def fused(point: Point, backend: str, **options: Any) -> Loss:
 
 
 def graphed(loss: Loss) -> Loss:
-    """`loss` captured at its first call, forward and backward: what is left of a small batch without its launches."""
+    """Returns `loss` as a CUDA graph, captured at its first call: the time of a small batch without its launches."""
     captured: list[Callable[..., Any]] = []
 
     def run(query: Tensor, key: Tensor) -> Tensor:
@@ -93,9 +93,9 @@ def graphed(loss: Loss) -> Loss:
 
 
 def racers(point: Point, only: Collection[str] | None = None, excluded: Mapping[str, str] = NOBODY) -> dict[str, Racer]:
-    """Everyone, or those named. `fusedloss` is what auto picks; normalize=True gives it a bound of the logits.
+    """Returns all racers, or those named. `fusedloss` runs with backend="auto"; normalize=True bounds its logits.
 
-    Who is excluded, with the reason, is not even imported.
+    excluded: peers that are not even imported, and the reasons.
     """
     cosine = point.loss == "multiple_negatives_ranking"
     computes = "info_nce" if cosine else point.loss
@@ -134,9 +134,9 @@ def racers(point: Point, only: Collection[str] | None = None, excluded: Mapping[
 def entered(
     point: Point, only: Collection[str] | None, excluded: Mapping[str, str] = NOBODY, own: bool = False
 ) -> dict[str, Racer]:
-    """The racers named, or by default each implementation once: no oracle, and no interpreted kernel.
+    """Returns the racers named. The default is each implementation once, without the oracle and interpreted kernels.
 
-    own: of these fusedloss's, less plain torch by name.
+    own: only fusedloss's racers, without those that run plain torch by name.
     """
     everyone = racers(point, only if not own else OWN if only is None else OWN & set(only), excluded)
     if only is not None:
@@ -165,7 +165,7 @@ def forward_backward(loss: Loss) -> Step:
 
 
 def floor_rows(point: Point) -> int:
-    """Rows a chunk, as the sweep sizes them: fewer, larger products are faster, so the floor must not have smaller."""
+    """Returns the sweep's rows a chunk. Large products are faster, so the floor must have chunks at least as large."""
     device = torch.device(point.device)
     itemsize = DTYPES[point.dtype].itemsize
     return sweep.chunks.chunk_rows(
@@ -174,7 +174,7 @@ def floor_rows(point: Point) -> int:
 
 
 def floor(point: Point) -> Step:
-    """The bare products: S = x y^T (twice for CLIP, whose normalisers must be known first), dx += S y, dy += S^T x."""
+    """Returns the bare products S = x y^T, dx += S y, dy += S^T x. CLIP computes S twice, first for its normalisers."""
     dtype, rows, columns = DTYPES[point.dtype], floor_rows(point), point.n
 
     def step(query: Tensor, key: Tensor) -> None:
@@ -192,7 +192,7 @@ def floor(point: Point) -> Step:
 
 
 def fits(point: Point, name: str) -> bool:
-    """Whether a racer may be started here at all. A CPU's machine would swap, or end the race; CUDA's says OOM."""
+    """Returns whether a racer's memory fits. Without memory a CPU swaps or ends the process; CUDA raises OOM."""
     if point.device_type != "cpu" or name not in MATERIALISING:
         return True
     return point.eager_bytes < 0.6 * available_bytes()
@@ -211,11 +211,11 @@ def available_bytes() -> int:
 
 
 def memory(point: Point, name: str) -> int:
-    """Bytes a step of this racer needs on top of inputs and gradients. On a CPU to be run in a fresh process."""
+    """Returns the bytes that a racer's step needs above inputs and gradients. On a CPU, call it in a fresh process."""
     query, key = point.inputs()
     loss = racers(point)[name].loss
     assert loss is not None
-    # Loading libraries and compiling is not the step's memory. Compiled code knows one size only.
+    # The warm-up loads libraries and compiles, which is no memory of the step. Compiled code accepts one size only.
     warm = (query, key) if name == "torch.compile" else replace(point, n=64).inputs()
     forward_backward(loss)(*warm)
     return step_memory(forward_backward(loss), query, key, point.device)
@@ -227,12 +227,12 @@ def step_memory(step: Step, query: Tensor, key: Tensor, device: str) -> int:
 
 
 def gradient_error(found: list[Tensor], wanted: list[Tensor]) -> float:
-    """||gradient - fp64|| / ||fp64||, the worse of the two sides, over the rows that are looked at."""
+    """Returns `||gradient - fp64|| / ||fp64||` over the sampled rows, of the worse side."""
     return max(((f.double() - w).norm() / w.norm()).item() for f, w in zip(found[1:], wanted[1:], strict=True))
 
 
 def steps(point: Point, rounds: int, only: set[str] | None) -> int:
-    """How often `race` ticks, at most."""
+    """Returns the largest number of ticks of `race`."""
     running = sum(fits(point, name) and racer.loss is not None for name, racer in entered(point, only).items())
     return 2 + running + (2 * running + 1) * rounds + 2 * running
 
@@ -250,16 +250,16 @@ def race(
     excluded: Mapping[str, str] = NOBODY,
     own: bool = False,
 ) -> list[dict]:
-    """One row per racer: seconds, ratio to the floor, memory, gradient error; or why it did not run.
+    """Returns one row per racer: seconds, ratio to the floor, memory, gradient error; or why it did not run.
 
-    Rows are appended to `rows` at the start and filled in as figures come, for whoever interrupts. Every tick's text
-    ends in ": " and the racer that runs next.
+    Rows are appended to `rows` at the start and filled in as figures arrive, so that an interrupted race keeps them.
+    Every tick's text ends in ": " and the racer that runs next.
 
     Args:
-        limit: seconds of rounds after which a slow racer has enough, though at least one
-        until: time.monotonic() at which what has not begun is left out
-        excluded: racers that are not run, and why
-        own: no peers
+        limit: seconds after which a slow racer gets no more rounds; it gets at least one.
+        until: the time.monotonic() after which no racer starts.
+        excluded: racers that are not run, and why.
+        own: leave out the peers.
     """
     # Dynamo keeps 8 graphs of one function, whichever torch.compile call they are from, and runs eager from then on.
     torch.compiler.reset()
@@ -282,7 +282,7 @@ def race(
     def dropped(name: str, error: Exception) -> None:
         failed(name, error)
         calls.pop(name)
-        measure.free_memory()  # or finds that the device is lost, before the next racer is blamed
+        measure.free_memory()  # raises now if the device is lost, and not in the next racer
 
     for name, racer in entries.items():
         row = found[name]
@@ -307,11 +307,11 @@ def race(
                 timed = lambda q, k, both=both, again=again: again.append(measure.seconds(partial(both, q, k)))
                 row["memory_bytes"] = step_memory(timed, query, key, point.device)
                 repeats[name] = repeats[name + FORWARD] = _repeats(again[0])
-        except Exception as error:  # out of memory, or a peer that cannot do this: the others still race
+        except Exception as error:  # out of memory, or a peer that cannot run this point; the others still race
             failed(name, error)
         if "note" in row:
             sampled.pop(name, None)
-            measure.free_memory()  # behind the except clause, whose traceback holds what the call held
+            measure.free_memory()  # after the except clause, whose traceback keeps the call's tensors alive
             continue
         calls |= {name: partial(both, query, key), name + FORWARD: partial(alone, query, key)}
     tick(f"{place}, first run: floor")
@@ -363,13 +363,13 @@ def race(
 
 
 def _looked_at(point: Point) -> Tensor:
-    """The rows whose gradients are compared: all, or so many at random."""
+    """Returns the rows whose gradients are compared: all, or ERROR_ROWS at random."""
     generator = torch.Generator().manual_seed(0)
     return torch.randperm(point.n, generator=generator)[:ERROR_ROWS].to(point.device)
 
 
 def _repeats(seconds: float) -> int:
-    """Calls to a sample: so many that a clock's and a synchronisation's microseconds do not count."""
+    """Returns the calls per sample, enough to hide the microseconds of the clock and of a synchronisation."""
     return max(1, min(100, round(SAMPLE_SECONDS / max(seconds, 1e-6))))
 
 
@@ -381,7 +381,7 @@ def _reason(error: Exception) -> str:
 
 
 def _fill_in_times(found: dict[str, dict[str, Any]], samples: dict[str, list[float]]) -> None:
-    """Medians and ranges. `backward_seconds` is what gradients add to a loss computed without them."""
+    """Fills in medians and ranges. `backward_seconds` is the time that gradients add to the loss alone."""
     median = {name: statistics.median(taken) for name, taken in samples.items()}
     for name, row in found.items():
         if name in median:
@@ -398,7 +398,7 @@ def _fill_in_times(found: dict[str, dict[str, Any]], samples: dict[str, list[flo
 
 
 def try_peer(name: str, device: str) -> None:
-    """A tiny step of a peer's compiled code, to be run in a process of its own: it may crash, hang or be nonsense."""
+    """Runs a tiny step of a peer's compiled code. Call it in a fresh process: the code may crash, hang or be wrong."""
     for loss in ("info_nce", "clip"):
         point = Point(loss, 512, 128, "bf16", device=device)
         peer = PEERS[name]
@@ -415,7 +415,7 @@ def try_peer(name: str, device: str) -> None:
 
 
 def broken_peers(device: str, only: set[str] | None, tick: Tick, timeout: float = 120) -> dict[str, str]:
-    """Of the peers that bring kernels: who cannot do a tiny step here, and why. On a CPU none of them runs."""
+    """Returns the peers with kernels that fail a tiny step here, and why. On a CPU none of them runs."""
     if torch.device(device).type == "cpu":
         return {}
     tried = [p.name for p in PEERS.values() if p.module and (only is None or p.name in only)]
@@ -436,7 +436,7 @@ def broken_peers(device: str, only: set[str] | None, tick: Tick, timeout: float 
 
 
 def cpu_claims(rounds: int, tick: Tick, claims: list[dict], samples: dict[str, list[float]]) -> None:
-    """Appends claim, measured, required, held: the figures that the project promises for a CPU."""
+    """Measures the figures that the project promises for a CPU, and appends them to `claims`."""
     base = Point(n=16384)
     cold, narrow = Point(n=16384, temperature=1e-3), Point(n=16384, dtype="bf16")
     query, key = base.inputs()
@@ -492,11 +492,11 @@ def _time_claims(seconds: dict[str, float]) -> list[dict]:
 
 
 def compile_times() -> tuple[float, float, int]:
-    """Seconds of the first compiled step at N = 65536, of one at another N, and the number of graphs.
+    """Returns the seconds of the first compiled step at N = 65536 and of one at another N, and the number of graphs.
 
-    D = 64: at 384 the matrix products alone take longer than the bound.
+    D is 64 because the matrix products of 384 alone take longer than the bound.
     """
-    torch._inductor.config.force_disable_caches = True  # else a second run would find the first one's code on disk
+    torch._inductor.config.force_disable_caches = True  # a second run would find the first one's code on disk
     torch._dynamo.utils.counters.clear()
 
     def loss(query: Tensor, key: Tensor) -> Tensor:
@@ -528,7 +528,7 @@ def show_claims(claims: list[dict]) -> None:
 
 
 def show_rows(title: str, rows: list[dict]) -> None:
-    """A table of who ran or failed, and a line per reason of those who could not."""
+    """Prints a table of the racers that ran or failed, and a line for each reason why others did not run."""
 
     def number(row: dict, key: str, form: str, unit: float = 1) -> str:
         return form.format(row[key] / unit) if row.get(key) is not None else ""

@@ -1,4 +1,4 @@
-"""What a race leaves behind: the machine it ran on, JSON, CSV in Liger-Kernel's columns, plots, and what it says."""
+"""The results of a race: a description of the machine, JSON, CSV in Liger-Kernel's columns, plots, and a summary."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from . import peers
 from .machine import cpu_name
 
 CONDITIONS = ("loss", "n", "d", "dtype", "temperature", "kind", "device")  # what makes two rows one place of the race
-# Those that its plotting scripts read, in their order, and ours behind them.
+# The columns that Liger-Kernel's plotting scripts read, in their order; CSV_COLUMNS adds our own.
 LIGER_COLUMNS = (
     *("kernel_name", "kernel_provider", "kernel_operation_mode", "metric_name", "metric_unit", "x_name", "x_label"),
     *("x_value", "y_value_50", "y_value_20", "y_value_80", "extra_benchmark_config_str", "gpu_name", "timestamp"),
@@ -36,7 +36,7 @@ CSV_COLUMNS = (*LIGER_COLUMNS, "fusedloss_version", "ranked", "note")
 
 
 def environment(script: str | Path = __file__) -> dict[str, Any]:
-    """What a figure depends on. `script` is a file of the checkout, if there is one."""
+    """Returns the versions, devices and settings that a figure depends on. script: a file of the checkout, if any."""
     cuda = torch.cuda.is_available()
     fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
     return {
@@ -65,13 +65,13 @@ def now() -> str:
 
 
 def smi(*fields: str) -> list[str]:
-    """The first GPU's figures, as nvidia-smi writes them; empty where it does not run."""
+    """Returns nvidia-smi's fields for the first GPU, or an empty list if it does not run."""
     found = _output("nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
     return found.split(", ") if found else []
 
 
 def source() -> str:
-    """A digest of the code that is raced: a commit's name says nothing about a changed checkout, or without one."""
+    """Returns a digest of the raced code. A commit's name would not tell a changed checkout from an unchanged one."""
     digest = hashlib.sha256()
     kernels = importlib.util.find_spec("fusedloss.kernels")
     folders = [Path(fusedloss.__file__).parent, *map(Path, (kernels and kernels.submodule_search_locations) or [])]
@@ -101,7 +101,7 @@ def _output(*command: str) -> str | None:
 
 
 def _commit(here: Path) -> str | None:
-    """The checkout's that `here` is tracked in, "-dirty" where anything but results changed; None if there is none."""
+    """Returns the commit of the checkout that tracks `here`, or None; "-dirty" if files other than results changed."""
     git = ("git", "-C", str(here.parent))
     if _output(*git, "ls-files", here.name) != here.name:
         return None
@@ -116,14 +116,14 @@ def _commit(here: Path) -> str | None:
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Whole or not at all: a run that is killed while it writes keeps the file of the point before."""
+    """Writes a new file and renames it: a run that is killed while it writes keeps the earlier file."""
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(results, indent=1) + "\n")
     new.replace(path)
 
 
 def write_csv(path: Path, rows: Iterable[dict], about: dict[str, Any]) -> None:
-    """One line per racer, metric and mode, in the columns of Liger-Kernel's benchmark data."""
+    """Writes one line per racer, metric and mode, in the columns of Liger-Kernel's benchmark data."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, CSV_COLUMNS)
         writer.writeheader()
@@ -165,14 +165,14 @@ def _metrics(row: dict) -> Iterable[tuple[str, str, str, tuple[float, float, flo
 
 
 def spread(samples: list[float]) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile, in ms."""
+    """Returns the median, the 20th and the 80th percentile, in ms."""
     ms = [s * 1e3 for s in samples]
     fifths = statistics.quantiles(ms, n=5, method="inclusive") if len(ms) > 1 else ms * 4
     return statistics.median(ms), fifths[0], fifths[3]
 
 
 def plot(path: Path, rows: list[dict], title: str) -> None:
-    """Time over the floor, and memory, against the batch: a row of panels per D, a line per racer."""
+    """Plots time over the floor, and memory, against the batch size: a row of panels per D, a line per racer."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -190,7 +190,7 @@ def plot(path: Path, rows: list[dict], title: str) -> None:
         for axis, (key, label, unit) in zip((time, memory), panels, strict=True):
             for number, line in enumerate(lines):
                 mine = [r for r in rows if r["d"] == d and (r["racer"], *(r[key] for key in several)) == line]
-                # A log axis has no place for 0: a step that stays within what its process had before.
+                # A log axis cannot show 0 bytes, the result of a step that stays within its process's earlier memory.
                 points = sorted((r["n"], r[key] / unit) for r in mine if (r.get(key) or 0) > 0)
                 if points:
                     ranked = all(r.get("ranked", True) for r in mine)
@@ -217,14 +217,14 @@ def plot(path: Path, rows: list[dict], title: str) -> None:
     plt.close(figure)
 
 
-# What it says ---------------------------------------------------------------------------------------------------------
+# Summary --------------------------------------------------------------------------------------------------------------
 
 
 def summary(rows: Iterable[dict]) -> list[dict[str, Any]]:
-    """A line per place of the race: the fastest backend of fusedloss over the floor, beside the fastest ranked peer.
+    """Returns a line per point of the race: fusedloss's fastest backend over the floor, and the fastest ranked peer.
 
-    `ratios`: of each backend that was ranked. `workspace_bytes` is memory above inputs, gradients and one accumulator
-    [N, D] in fp32.
+    `ratios` holds that ratio for each ranked backend. `workspace_bytes` is the memory above inputs, gradients and one
+    accumulator [N, D] in fp32.
     """
     places: dict[tuple, dict[str, dict]] = {}
     for row in rows:
@@ -250,7 +250,7 @@ def summary(rows: Iterable[dict]) -> list[dict[str, Any]]:
 
 
 def _fastest_by_backend(rows: Iterable[dict], how: str) -> dict[str, dict]:
-    """Of the rows that are ranked: `fusedloss` runs one of the backends that also race by name."""
+    """Returns each backend's fastest ranked row. The racer `fusedloss` counts for the backend that it ran."""
     found: dict[str, dict] = {}
     for row in sorted((row for row in rows if row.get("ranked")), key=lambda row: row["seconds"]):
         backend = row.get("backend", "")

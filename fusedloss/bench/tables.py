@@ -1,4 +1,4 @@
-"""Tables and progress in a terminal: by rich where it is installed, else as plain text."""
+"""Tables and progress in a terminal, drawn by rich if it is installed, and as plain text otherwise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-Tick = Callable[..., None]  # is told what happens next, and by how much the bar moves then (default 1)
+Tick = Callable[..., None]  # takes a text for the next step, and by how much that step moves the bar (default 1)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -29,9 +29,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 @contextlib.contextmanager
 def progress(total: int | None = None) -> Iterator[Tick]:
-    """A bar on stderr that each tick moves by one, or by its second argument.
+    """Yields a tick that moves a bar on stderr by one, or by its second argument.
 
-    Where nobody watches, a line whenever the text changes.
+    Without a terminal, or without rich, a tick prints its text if it differs from the last one.
     """
     last = ""
 
@@ -53,7 +53,7 @@ def progress(total: int | None = None) -> Iterator[Tick]:
         return
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("starting", total=total)
-        pending = 0  # the bar shows what is done, a tick says what begins
+        pending = 0  # a tick announces a step, and the bar shows only steps that have ended
 
         def tick(text: str, advance: int = 1) -> None:
             nonlocal pending

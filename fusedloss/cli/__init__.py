@@ -1,4 +1,4 @@
-"""python -m fusedloss info | check | verify | report | bench: light imports only, torch where its import is caught."""
+"""python -m fusedloss info | check | verify | report | bench. Commands import torch late, where Ctrl-C is handled."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ EXIT_CODES = """exit codes:
   0    all is well
   1    of check: a backend is out of budget; of verify: a family of kernels has failed; of bench: our own racer failed,
        a claim does not hold, the device is lost
-  2    an argument is wrong, or the machine has not what it asks for
-  130  Ctrl-C, after what was done until then is shown
+  2    an argument is wrong, or names something that this machine lacks
+  130  Ctrl-C, after the results until then are shown
 """
 
 
@@ -40,9 +40,9 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--device", type=place, help="cpu, cuda, xpu or cuda:INDEX; default: each kind of GPU here")
     verify.add_argument("--backend", choices=("cuda", "triton"), help="default: both")
     verify.add_argument("--family", help="only this one, by its name in the table")
-    verify.add_argument("--again", action="store_true", help="also what is proved already")
+    verify.add_argument("--again", action="store_true", help="prove again what is proved already")
     verify.add_argument("--no-race", action="store_true", help="only the proof: no times of what is proved")
-    verify.add_argument("--json", action="store_true", help="the verdicts as JSON, in the place of a table")
+    verify.add_argument("--json", action="store_true", help="the verdicts as JSON instead of a table")
     verify.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     bench.add_argument("--loss", choices=("info_nce", "clip", "multiple_negatives_ranking"), default="info_nce")
     bench.add_argument("--n", type=count, nargs="+", default=[2048, 4096, 8192], metavar="N", help="batch sizes")
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--claims",
         action="store_true",
-        help="check the figures the README promises for a CPU; of the other options only --rounds and --out count",
+        help="check the figures that the README promises for a CPU; uses no other options but --rounds and --out",
     )
     bench.add_argument("--out", type=folder, help="folder for JSON, CSV and PNG")
     bench.add_argument("--name", type=file_name, default="bench", help="their file name")
@@ -97,7 +97,7 @@ def place(text: str) -> str:
 
 
 def folder(text: str) -> str:
-    """Made now: a race is not to end with nowhere to write."""
+    """Makes the folder now, so that a race does not end without a place to write to."""
     try:
         Path(text).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -169,7 +169,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 
 def has(device: str) -> bool:
-    """Whether it is there; says so if not."""
+    """Returns whether the device exists, and prints an error if it does not."""
     import torch
 
     kind, _, index = device.partition(":")

@@ -22,7 +22,7 @@ QUANTITIES = ("value", "first gradient", "second gradient")
 
 
 def rows(devices: list[str]) -> Iterator[dict[str, Any]]:
-    """One row per device x backend x loss x dtype: shares of the budget (1 passes), or why not, or what it raised."""
+    """Yields a row per device, backend, loss and dtype: shares of the budget (1 passes), a reason, or an error."""
     for device in devices:
         for backend, module in BACKENDS.items():
             reasons = {dtype: module.why_not(probe(device, dtype)) for dtype in DTYPES}
@@ -40,19 +40,19 @@ def rows(devices: list[str]) -> Iterator[dict[str, Any]]:
                         yield {**row, "loss": name, "shares": _shares(name, backend, dtype, torch.device(device))}
                     except UnsupportedError as error:
                         yield {**row, "loss": name, "reason": str(error)}
-                    except Exception as error:  # a backend that cannot do what it said: a failure, and the next one
+                    except Exception as error:  # a backend that fails after it accepted the problem; the next one runs
                         yield {**row, "loss": name, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
 def _shares(name: str, backend: str, dtype: torch.dtype, device: torch.device) -> list[float]:
-    """In the order of QUANTITIES; a loss of one leaf has two."""
+    """Returns shares of the budget in the order of QUANTITIES; a loss of one leaf has two."""
     precision = families.precision(dtype)
     assert precision is not None
     return list(cases.errors(name, backend, precision, device).values())[: len(QUANTITIES)]
 
 
 def main() -> int:
-    """Ctrl-C stops it; what was checked until then is shown."""
+    """Checks, and prints the table. After Ctrl-C it holds the checks until then."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     table, failed, interrupted = [], 0, False
     try:

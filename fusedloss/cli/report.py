@@ -1,6 +1,6 @@
 """`python -m fusedloss report`: versions, verdicts and races of this machine, as one block to paste into an issue.
 
-JSON between fences, which benchmarks/reports.py reads back. Nothing in it is of a user: neither paths nor names.
+The block is JSON between fences, which benchmarks/reports.py reads. It holds no paths and no names of users.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def block() -> str:
 
 
 def versions() -> dict[str, Any]:
-    """Of what is installed, and the variables that are set."""
+    """Returns the versions of installed packages, and the environment variables that are set."""
 
     def version(name: str) -> str:
         try:
@@ -65,7 +65,7 @@ def of_device(device: torch.device) -> dict[str, Any]:
 
 
 def _states(backend: str, known: dict[str, verdicts.Verdict]) -> dict[str, Any]:
-    """How many families are proved and unknown, and which have failed."""
+    """Returns the numbers of proved and unknown families, and the failed ones with their reasons."""
     found: dict[str, Any] = {verdicts.PROVED: 0, verdicts.FAILED: {}, verdicts.UNKNOWN: 0}
     for precision in families.PRECISIONS:
         for family in families.of_backend(backend, precision):
@@ -78,7 +78,7 @@ def _states(backend: str, known: dict[str, verdicts.Verdict]) -> dict[str, Any]:
 
 
 def _written(found: Any, depth: int = 0) -> str:
-    """JSON with a line for each version, verdict and race."""
+    """Returns JSON with a line for each version, verdict and race."""
     inner, outer = "\n" + " " * (depth + 1), "\n" + " " * depth
     if isinstance(found, dict) and depth < 4 and any(isinstance(value, dict | list) for value in found.values()):
         parts = [f"{json.dumps(name)}: {_written(value, depth + 1)}" for name, value in found.items()]

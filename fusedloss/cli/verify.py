@@ -1,6 +1,6 @@
-"""`python -m fusedloss verify`: proves every family of every backend with kernels ahead of its first use, then races.
+"""`python -m fusedloss verify`: proves every family of kernels before its first use, and then races the kernels.
 
-The times are of CUDA and ROCm alone: on a CPU `auto` has no kernels, and `measure` does not wait for other devices.
+Only CUDA and ROCm devices are raced: on a CPU `auto` has no kernels, and `measure` does not synchronise other devices.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ..proof import cases, race
 from ..trust import ask, families, order, verdicts
 from ..trust.verdicts import FAILED, PROVED, Verdict
 
-# Of one and of both directions, bounded and not.
+# The families that a race launches: of one and of both directions, with and without a bound of the logits.
 RACED = ("rows", "stats", "exp", "grad", "stats+columns", "grad+columns", "stored")
 COLUMNS = ("backend", "family", "precision", "state", "cases", "seconds", "of the budget", "")
 
 
 def devices(asked: str | None) -> list[torch.device]:
-    """The one asked for, or one of each kind that is here: all that a verdict hangs on is alike on them."""
+    """Returns the device asked for, or one device for each key of verdicts, for which a verdict holds."""
     if asked is not None:
         return [torch.device(asked) if ":" in asked or asked == "cpu" else torch.device(asked, 0)]
     kinds: dict[str, torch.device] = {}
@@ -41,7 +41,7 @@ def devices(asked: str | None) -> list[torch.device]:
 
 
 def names(device: torch.device, backend: str | None, family: str | None) -> tuple[list[str], list[str]]:
-    """Those that run there; and why others do not, a line each."""
+    """Returns the names of the families that run on `device`, and a line for each reason why others do not."""
     found: list[str] = []
     reasons: dict[str, list[str]] = {}
     for name in KERNELS if backend is None else (backend,):
@@ -55,7 +55,7 @@ def names(device: torch.device, backend: str | None, family: str | None) -> tupl
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Ctrl-C stops it; what was proved until then is kept and shown."""
+    """Proves, races and prints the table. After Ctrl-C the verdicts until then are kept and shown."""
     rows: list[dict[str, Any]] = []
     why: list[str] = []
     unfit: list[str] = []
@@ -94,7 +94,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _proved(device: torch.device, wanted: list[str], again: bool, tick: tables.Tick) -> str:
-    """Proves what is not; what failed before has another chance. "" or why some is unknown."""
+    """Proves the families without a verdict, and again those that failed. Returns why some are unknown, or ""."""
 
     def left() -> list[str]:
         known = verdicts.read(device).verdicts
@@ -105,7 +105,7 @@ def _proved(device: torch.device, wanted: list[str], again: bool, tick: tables.T
     def found(name: str, verdict: Verdict) -> None:
         unkept[ask.learn(device, {name: verdict})] = None
 
-    with verdicts.locked(device, ask.TOTAL, lambda: False):  # if another process is at it still, both are
+    with verdicts.locked(device, ask.TOTAL, lambda: False):  # if another process still holds the lock, both prove
         todo = left()
         for name in wanted:
             if name not in todo:
@@ -117,14 +117,14 @@ def _proved(device: torch.device, wanted: list[str], again: bool, tick: tables.T
 
 
 def raced(device: torch.device, points: Sequence[race.Point], again: bool, tick: tables.Tick) -> str:
-    """Times what is proved, where that is not done, and keeps each entry as it comes; "" or why there are no more."""
+    """Times proved kernels without times, and keeps each entry at once. Returns why the race ended early, or ""."""
     known = order.kept(device)
     todo = {}
     for precision in families.PRECISIONS:
         backends = [name for name in KERNELS if _proves_the_sweep(device, name, precision)]
         full = [e for e in known if e["dtype"] == precision and set(backends) <= set(e["seconds"])]
         timed = {(order.rows_of(entry), entry["N"], entry["D"]) for entry in full}.intersection(points)
-        # A first use times a few of them, and not all of them run on every card.
+        # A first use times a few of the points, and some points do not run on every card.
         if backends and (again or 2 * len(timed) < len(points)):
             todo[precision] = backends
 
@@ -137,7 +137,7 @@ def raced(device: torch.device, points: Sequence[race.Point], again: bool, tick:
 
 
 def _proves_the_sweep(device: torch.device, backend: str, precision: str) -> bool:
-    """All that a race launches."""
+    """Returns whether all families that a race launches are proved."""
     needed = set(RACED) & set(families.of_backend(backend, precision))
     known = ask.known(device)
     names = [verdicts.name_of(backend, family, precision) for family in needed]
@@ -146,7 +146,7 @@ def _proves_the_sweep(device: torch.device, backend: str, precision: str) -> boo
 
 @contextlib.contextmanager
 def _shown(device: torch.device, wanted: list[str], rows: list[dict[str, Any]]) -> Iterator[None]:
-    """Adds the verdicts to the device's rows, however it ends."""
+    """Adds the verdicts to the device's rows, even if the body raises."""
     try:
         yield
     finally:
