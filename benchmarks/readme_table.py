@@ -1,4 +1,8 @@
-"""Writes the README's performance tables from the committed results. `--check` only says if they are up to date."""
+"""Writes the tables of the README and of docs/ from the committed results; `--check` only says if they are up to date.
+
+A table goes between the markers `<!-- name:start -->` and `<!-- name:end -->`, on any page, where name is its function
+below.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,77 @@ from fusedloss.trust.order import is_entry, rows_of
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LARGE = 1 << 20  # elements: see rowwise.py
+PAGES = ("README.md", "docs/index.md", "docs/exactness.md", "docs/results/*.md", "docs/integrations/index.md")
 RACED = {"dtype": "bf16", "D": 768}  # of what users' GPUs report
 GPU_RESULTS = ("gpu-full", "gpu")  # the first that is there
+
+
+def why(folder: Path) -> str:
+    """What speaks for fusedloss, with one figure each, and the machine that they are of."""
+    found = json.loads((folder / "race.json").read_text())
+    n, rows = largest(found["rows"])
+    ours, eager = rows["fusedloss"], rows["eager"]
+    return f"""\
+* **Memory.** A step of InfoNCE with N = {n} takes {ours["memory_bytes"] / 2**20:.0f} MiB above its inputs and \
+gradients. Eager torch takes {eager["memory_bytes"] / 2**20:.0f} MiB, which grows with N x N.
+* **Speed.** The step takes {ours["ratio"]:.2f} times as long as the bare matrix products that its gradient needs. \
+Eager torch takes {eager["ratio"]:.2f} times as long.
+* **Exactness.** The gradient's relative error against fp64 is {ours["gradient_error"]:.1e}; that of eager torch is \
+{eager["gradient_error"]:.1e}. Nothing is sampled or approximated.
+
+Measured at D = {ours["d"]} in fp32 on {machine(found)}."""
+
+
+def machine(found: dict) -> str:
+    about = found["environment"]
+    return f"{about['threads']} CPU cores ({about['cpu'].split(',')[0]}), torch {about['torch'].partition('+')[0]}"
+
+
+def largest(rows: list[dict]) -> tuple[int, dict[str, dict]]:
+    """The largest batch of a race, and the racers that ran there."""
+    n = max(row["n"] for row in rows)
+    return n, {row["racer"]: row for row in rows if row["n"] == n and "seconds" in row}
+
+
+def speed(folder: Path) -> str:
+    """The race at its largest batch."""
+    found = json.loads((folder / "race.json").read_text())
+    n, rows = largest(found["rows"])
+    table = [
+        [
+            name,
+            number(row, "seconds", "{:.0f}", 1e-3),
+            number(row, "ratio", "{:.2f}"),
+            number(row, "memory_bytes", "{:.0f}", 2**20),
+        ]
+        for name, row in rows.items()
+    ]
+    headers = [f"InfoNCE, N = {n}, D = {rows['fusedloss']['d']}, fp32", "ms", "x floor", "memory, MiB"]
+    return tabulate(table, headers, tablefmt="github", disable_numparse=True)
+
+
+def exact(folder: Path) -> str:
+    """The race's errors of the gradient, a column for each batch."""
+    rows = [row for row in json.loads((folder / "race.json").read_text())["rows"] if "gradient_error" in row]
+    sizes = sorted({row["n"] for row in rows})
+    at = {(row["racer"], row["n"]): row for row in rows}
+    racers = [name for name in dict.fromkeys(row["racer"] for row in rows) if name in ("fusedloss", "eager")]
+    table = [[name, *(number(at[name, n], "gradient_error", "{:.1e}") for n in sizes)] for name in racers]
+    headers = ["gradient against fp64, relative error", *(f"N = {n}" for n in sizes)]
+    return tabulate(table, headers, tablefmt="github", disable_numparse=True)
+
+
+def status(folder: Path) -> str:
+    """Whether a GPU has measured anything: one sentence, and where it stands."""
+    raced = any((folder / f"{name}.json").exists() for name in GPU_RESULTS)
+    reported = any((folder / "reports").glob("*.json"))
+    if raced or reported:
+        return "What GPUs have measured is in [the results](docs/results/gpu.md)."
+    return """\
+**No result of a GPU is committed yet.** The kernels, in Triton and in CUDA C++, compile for every architecture from \
+sm_80 to sm_120, and their tests run on a CPU: in Triton's interpreter, and as C++ compiled for the host. On a GPU each \
+kernel has to [prove itself](docs/gpu.md) against fp64 before `auto` uses it; until then the loss runs in plain torch, \
+in the same bounded workspace. Nor has NCCL run: the losses across processes are tested on gloo."""
 
 
 def claims(folder: Path) -> str:
@@ -207,7 +280,9 @@ def gpu(folder: Path) -> str:
     text += absent(found["rows"])
     for plot in sorted(folder.glob(f"{path.stem}-*.png")):
         if plot.stem.removeprefix(f"{path.stem}-") in {row["loss"] for row in found["rows"]}:
-            text += f"\n\n![time and memory of every racer against the batch size](benchmarks/results/{plot.name})"
+            text += (
+                f"\n\n![time and memory of every racer against the batch size](../../benchmarks/results/{plot.name})"
+            )
     return text
 
 
@@ -250,23 +325,28 @@ def number(row: dict, key: str, form: str, unit: float = 1) -> str:
     return form.format(row[key] / unit) if row.get(key) is not None else ""
 
 
+TABLES = (why, speed, exact, status, claims, race, drop_in, upstream, in_batch, classes, rowwise, gpu, gpus)
+
+
 def written(text: str, folder: Path = RESULTS) -> str:
-    for table in (claims, race, drop_in, upstream, in_batch, classes, rowwise, gpu, gpus):
+    """The text of a page with its tables as the results have them now."""
+    for table in TABLES:
         start, end = f"<!-- {table.__name__}:start -->", f"<!-- {table.__name__}:end -->"
-        before, rest = text.split(start)
-        text = before + start + "\n" + table(folder) + "\n" + end + rest.split(end)[1]
+        if start in text:
+            before, rest = text.split(start)
+            text = before + start + "\n" + table(folder) + "\n" + end + rest.split(end)[1]
     return text
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+    pages = [page for pattern in PAGES for page in sorted(ROOT.glob(pattern))]
+    stale = {page: new for page in pages if (new := written(text := page.read_text())) != text}
     if "--check" in sys.argv[1:]:
-        if written(text) != text:
-            print("README.md is out of date: run python benchmarks/readme_table.py", file=sys.stderr)
-            return 1
-        return 0
-    readme.write_text(written(text))
+        for page in stale:
+            print(f"{page.relative_to(ROOT)} is out of date: run python benchmarks/readme_table.py", file=sys.stderr)
+        return int(bool(stale))
+    for page, text in stale.items():
+        page.write_text(text)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Takes the blocks of `python -m fusedloss report` out of issues, and keeps each for the README's table of GPUs.
+"""Takes the blocks of `python -m fusedloss report` out of issues, and keeps each for docs/results/gpu.md.
 
     python benchmarks/reports.py issue-123.md issue-124.md     # files, or - for what is pasted into stdin
 

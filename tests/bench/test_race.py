@@ -525,7 +525,7 @@ def test_the_race_says_which_backend_is_faster_where(tmp_path, capsys):
     assert "is no GPU" in capsys.readouterr().err and len(json.loads(table.read_text())) == 2
 
 
-def test_the_readme_shows_gpu_results_once_there_are_some(tmp_path):
+def test_the_page_shows_gpu_results_once_there_are_some(tmp_path):
     pytest.importorskip("tabulate")
     table = script("readme_table")
     assert "No results of a GPU are committed" in table.gpu(tmp_path)
@@ -549,10 +549,9 @@ def test_the_readme_shows_gpu_results_once_there_are_some(tmp_path):
         "700",
     ]
     assert "x floor at most 1.10" in text and "1 points did not fit" in text and "eager (OOM)" in text
-    for name in ("claims.json", "race.json"):
-        (tmp_path / name).write_bytes((BENCHMARKS / "results" / name).read_bytes())
-    readme = (BENCHMARKS.parent / "README.md").read_text()
-    assert text in table.written(readme, tmp_path)
+    page = (BENCHMARKS.parent / "docs" / "results" / "gpu.md").read_text()
+    assert text in table.written(page, tmp_path)
+    assert "docs/results/gpu.md" in table.status(tmp_path) and "No result of a GPU" in table.status(tmp_path / "none")
 
 
 def test_the_source_is_named(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""`python -m fusedloss report`, and the README's table of GPUs that is made of such blocks."""
+"""`python -m fusedloss report`, and the table of GPUs that is made of such blocks."""
 
 from __future__ import annotations
 

@@ -1,0 +1,130 @@
+"""Draws docs/figures/*.svg: `python tools/figures.py`. `--check` only says if they are up to date.
+
+The figures have their own light background, so that they read the same on a light and on a dark page.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+FIGURES = Path(__file__).absolute().parent.parent / "docs" / "figures"
+INK, PALE, BLUE, ORANGE, GREEN, GREY = "#1f2937", "#ffffff", "#93c5fd", "#fdba74", "#86efac", "#e5e7eb"
+
+
+def box(x: float, y: float, width: float, height: float, fill: str, label: str = "", dashed: bool = False) -> str:
+    dash = ' stroke-dasharray="5 4"' if dashed else ""
+    drawn = f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" fill="{fill}" stroke="{INK}"{dash}/>'
+    return drawn + (text(x + width / 2, y + height / 2 + 5, label) if label else "")
+
+
+def text(x: float, y: float, words: str, anchor: str = "middle", size: int = 15, bold: bool = False) -> str:
+    weight = ' font-weight="bold"' if bold else ""
+    words = words.replace("&", "&amp;").replace("<", "&lt;")
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}"{weight}>{words}</text>'
+
+
+def arrow(x0: float, y0: float, x1: float, y1: float, dashed: bool = False) -> str:
+    dash = ' stroke-dasharray="5 4"' if dashed else ""
+    line = f'x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"'
+    return f'<line {line} stroke="{INK}" stroke-width="1.6" marker-end="url(#head)"{dash}/>'
+
+
+def page(width: int, height: int, title: str, parts: list[str]) -> str:
+    head = '<path d="M0 0 L8 4 L0 8 z" fill="' + INK + '"/>'
+    marker = f'<marker id="head" markerWidth="9" markerHeight="8" refX="8" refY="4" orient="auto">{head}</marker>'
+    opening = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'font-family="sans-serif" fill="{INK}" role="img">'
+    )
+    back = f'<rect width="{width}" height="{height}" rx="8" fill="{PALE}"/>'
+    return "\n".join([opening, f"<title>{title}</title>", f"<defs>{marker}</defs>", back, *parts, "</svg>", ""])
+
+
+def chunk() -> str:
+    """x on the left, y on top, the chunk of E between them; dx beside x's rows, dy under E."""
+    left, top, D, N, rows = 190, 110, 70, 330, 46
+    first = top + 64  # where the chunk begins
+    right = left + N + 110
+    parts = [
+        text(left + N / 2, 28, "keys y, [N, D], transposed", bold=True),
+        box(left, 38, N, 44, BLUE, "y"),
+        text(70, top - 10, "rows x, [M, D]", bold=True),
+        box(35, top, D, 230, PALE),
+        box(35, first, D, rows, BLUE, "chunk"),
+        box(left, top, N, 230, PALE, dashed=True),
+        text(left + N / 2, top + 36, "N x N similarities: never stored", size=14),
+        box(left, first, N, rows, ORANGE, "workspace: E = exp(z - shift)"),
+        text(left + N / 2, first + rows + 26, "the next chunk overwrites it", size=14),
+        arrow(35 + D + 4, first + rows / 2, left - 6, first + rows / 2),
+        text((35 + D + left) / 2, first + rows / 2 - 8, "1", bold=True),
+        arrow(left + N - 40, 86, left + N - 40, first - 4),
+        arrow(left + N + 4, first + rows / 2, right - 46, first + rows / 2),
+        text(left + N + 34, first + rows / 2 - 8, "2", bold=True),
+        box(right - 42, first, 26, rows, GREEN),
+        text(right - 29, first - 24, "once a row:", size=13),
+        text(right - 29, first - 9, "sum, loss, 1/l", size=13),
+        arrow(right - 12, first + rows / 2, right + 42, first + rows / 2),
+        text(right + 14, first + rows / 2 - 8, "3", bold=True),
+        box(right + 46, top, D, 230, PALE),
+        box(right + 46, first, D, rows, GREEN, "E y / l"),
+        text(right + 46 + D / 2, top - 10, "gradient dx", bold=True),
+        arrow(left + 60, first + rows + 4, left + 60, top + 252),
+        text(left + 76, top + 248, "4", "start", bold=True),
+        box(left, top + 256, N, 44, GREEN, "dy += E^T x / l, in fp32, over all chunks"),
+        text(left + N / 2, top + 322, "gradient dy, [N, D], transposed", bold=True),
+    ]
+    return page(780, 450, "One chunk of rows: the similarities of the chunk alone are in memory", parts)
+
+
+def ring() -> str:
+    """Four ranks, each with its rows, in the second step: shards of columns go to the rank before."""
+    centre, radius, side = (300, 235), 150, 104
+    parts = [text(300, 30, "round 2, step 2 of 4", bold=True)]
+    places = [(centre[0] + radius * math.sin(a), centre[1] - radius * math.cos(a)) for a in (0, 1.5708, 3.1416, 4.7124)]
+    for rank, (x, y) in enumerate(places):
+        held = (rank + 1) % 4
+        parts += [
+            box(x - side / 2, y - 36, side, 72, GREY),
+            text(x, y - 17, f"rank {rank}", bold=True),
+            text(x, y + 2, f"rows x{rank}, sums", size=13),
+            box(x - side / 2 + 6, y + 9, side / 2 - 8, 22, BLUE, f"y{held}"),
+            box(x + 2, y + 9, side / 2 - 8, 22, GREEN, f"dy{held}"),
+        ]
+    for k in range(4):
+        (x0, y0), (x1, y1) = places[(k + 1) % 4], places[k]
+        dx, dy = x1 - x0, y1 - y0
+        parts.append(arrow(x0 + 0.37 * dx, y0 + 0.37 * dy, x0 + 0.63 * dx, y0 + 0.63 * dy))
+    parts += [
+        box(545, 120, 24, 20, BLUE),
+        text(580, 135, "a shard of columns, with the rank in this step", "start", 14),
+        box(545, 160, 24, 20, GREEN),
+        text(580, 175, "its gradient: sent on when the rank has added to it", "start", 14),
+        box(545, 200, 24, 20, GREY),
+        text(580, 215, "stays: a rank's rows, and their sums", "start", 14),
+        text(545, 265, "Round 1: only the blue shards travel, and each rank", "start", 14),
+        text(545, 285, "merges the sums of its rows.", "start", 14),
+        text(545, 315, "Round 2: the rows' normalisers are known; a rank adds", "start", 14),
+        text(545, 335, "to its own dx and to the passing shard's dy.", "start", 14),
+    ]
+    return page(920, 440, "The ring: shards of columns go around, and their gradients follow", parts)
+
+
+def main() -> int:
+    stale = 0
+    for draw in (chunk, ring):
+        path, drawn = FIGURES / f"{draw.__name__}.svg", draw()
+        if path.exists() and path.read_text() == drawn:
+            continue
+        if "--check" in sys.argv[1:]:
+            print(f"docs/figures/{path.name} is out of date: run python tools/figures.py", file=sys.stderr)
+            stale = 1
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(drawn)
+    return stale
+
+
+if __name__ == "__main__":
+    sys.exit(main())
