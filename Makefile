@@ -7,9 +7,10 @@ BIN := $(VENV)/bin
 GPU := PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/gpu" $(PYTHON)
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready-$(EXTRAS)
+SITE := $(VENV)/.ready-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-all fuzz test-upstream versions lint gpu gpu-build gpu-tune gpu-full gpu-sanitize has-sanitizer clean
+.PHONY: help demo quick test test-all fuzz test-upstream versions lint docs gpu gpu-build gpu-tune gpu-full gpu-sanitize has-sanitizer clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +59,9 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(SITE) ## the site of docs/, into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Installs nothing, and compiles csrc/ for the GPUs that are here: machines with a GPU often have a torch of their own
 # and no network. The package is laid out in build/gpu as a wheel would hold it, so that fusedloss.kernels and _C are
@@ -120,7 +124,8 @@ REPINNED := torch|torchvision|triton$(if $(OLD),|numpy)
 # What the demo needs is a small part of what the tests do.
 $(INSTALLED): WITH := bench
 $(READY): WITH := $(EXTRAS)
-$(INSTALLED) $(READY): pyproject.toml setup.py constraints.txt $(BESIDE) $(wildcard csrc/*.* csrc/*/*.*)
+$(SITE): WITH := docs
+$(INSTALLED) $(READY) $(SITE): pyproject.toml setup.py constraints.txt $(BESIDE) $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv $(VENV)
 	grep -Ev '$(if $(TORCH),^($(REPINNED))==,^$$)' constraints.txt > $(PINS)
 	$(if $(TORCH),printf '%s\n' 'torch==$(TORCH)' $(if $(OLD),'numpy<2.4') >> $(PINS))

@@ -87,7 +87,7 @@ def status(folder: Path) -> str:
         return "What GPUs have measured is in [the results](docs/results/gpu.md)."
     return """\
 **No result of a GPU is committed yet.** The kernels, in Triton and in CUDA C++, compile for every architecture from \
-sm_80 to sm_120, and their tests run on a CPU: in Triton's interpreter, and as C++ compiled for the host. On a GPU each \
+sm_80 to sm_120, and their tests run on a CPU: in Triton's interpreter, and as C++ compiled for the host. On a GPU a \
 kernel has to [prove itself](docs/gpu.md) against fp64 before `auto` uses it; until then the loss runs in plain torch, \
 in the same bounded workspace. Nor has NCCL run: the losses across processes are tested on gloo."""
 

@@ -116,8 +116,8 @@ def matryoshka_2d(
     The KL term is that of whole embeddings, as in sentence-transformers' Matryoshka2dLoss.
 
     Args:
-        loss, columns, layer_indices, last_layer_weight, prior_layers_weight, kl_div_weight, kl_temperature,
-            layer_weighting: as in `adaptive_layer`.
+        loss, columns, layer_indices, last_layer_weight, prior_layers_weight: as in `adaptive_layer`.
+        kl_div_weight, kl_temperature, layer_weighting: as in `adaptive_layer`.
         dims, weights: as in `matryoshka`.
         loss_options: given to the loss as they are.
 
