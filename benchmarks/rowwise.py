@@ -64,8 +64,8 @@ def pointwise(size: int, device: str, dtype: torch.dtype) -> list[Case]:
     score = normal(size, device=device, dtype=dtype, seed=1)
     label = (score > 1).to(dtype)
     weight = score.abs()
-    logits = x.view(-1, 16)
-    by_class = torch.rand(16, device=device, dtype=dtype) + 1
+    logits = x.view(-1, min(size, 16))
+    by_class = torch.rand(logits.shape[1], device=device, dtype=dtype) + 1
     bce, theirs = fusedloss.binary_cross_entropy_with_logits, F.binary_cross_entropy_with_logits
     # Forward reads both and writes the derivative, backward reads that and writes the gradient.
     least = 5 * size * x.itemsize
