@@ -5,7 +5,7 @@
     python benchmarks/small.py --losses drop-in --sizes 16,64,256 --seconds 300
     python benchmarks/small.py --compile --threads 1 --json benchmarks/results/small.json
 
-A step is forward and backward. Racers take turns; a sample is as many steps in a row as last 5 ms, a ratio the median
+A step is forward and backward. Racers take turns; a sample is as many steps in a row as last 3 ms, a ratio the median
 of the rounds' own ratios. Racers are `fusedloss`, `eager` (the formula as users write it) and the library's class; with
 --compile also torch.compile of eager, once a size (a minute a loss on two cores). Sweeps, rows and pairs have N rows
 (D = 384), lists Q x n scores, elements their number. What the file already holds for the same code, device and versions
@@ -40,7 +40,7 @@ SIZES: dict[str, Sequence[Any]] = {
 COMPILED = (16, 64, 256, (16, 32), 1 << 16)
 MOST = {"drop-in": 1.05, "drop-in lists": 1.05, "elements": 1.05}  # the largest ratio that holds; of others 1.10
 FEW, MOST_EXTRA = 1 << 16, 10.0  # of fewer elements the difference counts, in us
-SAMPLE = 5e-3  # seconds
+SAMPLE = 3e-3  # seconds
 SAME = ("source", "device", "torch")  # of the environment: where they differ, so do the figures
 Step = Callable[[], None]
 
@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--losses", type=several, help="names of losses or drop-ins, families, libraries: a,b")
     parser.add_argument("--sizes", type=lambda text: [size_of(part) for part in text.split(",")], help="16,64,4x8")
     parser.add_argument("--threads", type=lambda text: [*map(int, text.split(","))], default=[1, 2], help="1,2")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--seconds", type=float, default=math.inf, help="starts nothing after as many")
     parser.add_argument("--compile", action="store_true", help=f"also torch.compile, at {COMPILED}")
     parser.add_argument("--json", "--out", dest="out", type=Path, help="the file that results are kept in")
