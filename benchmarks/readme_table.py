@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tabulate import tabulate
@@ -229,6 +230,91 @@ def rowwise(folder: Path) -> str:
     return tabulate(table, headers, tablefmt="github", disable_numparse=True)
 
 
+FAMILIES = {
+    "sweep": "Losses over a matrix of similarities",
+    "rows": "Losses of rows",
+    "pairs": "Losses of pairs",
+    "lists": "Losses of lists",
+    "elements": "Losses of elements",
+    "drop-in": "Drop-ins",
+    "drop-in lists": "Drop-ins of lists",
+}
+
+
+def small(folder: Path) -> str:
+    """Every loss and every drop-in beside what it replaces: a table for each family and number of threads."""
+    path = folder / "small.json"
+    if not path.exists():
+        return "**Not measured yet**; `benchmarks/small.py` does."
+    found = json.loads(path.read_text())
+    about, rows = found["environment"], found["rows"]
+    commit = f" at commit {about['commit']}" if about["commit"] else ""
+    versions = ", ".join([f"torch {about['torch']}", *(f"{name} {v}" for name, v in about["peers"].items())])
+    text = f"{about['cpu']}, run of {about['date'][:10]}{commit}, medians of {found['rounds']} rounds: {versions}."
+    raced = [row for row in rows if row["family"] in FAMILIES]
+    for threads in sorted({row["threads"] for row in raced}):
+        for family, title in FAMILIES.items():
+            here = [row for row in raced if (row["family"], row["threads"]) == (family, threads)]
+            if here:
+                text += f"\n\n**{title}, {threads} thread{'s' * (threads > 1)}**\n\n" + by_size(here, small_cell)
+    missed = [row for row in raced if row.get("held") is False]
+    judged = [row for row in raced if row.get("held") is not None]
+    text += f"\n\n{len(missed)} of {len(judged)} cells miss their bound."
+    notes = dict.fromkeys(f"{row['loss']} at {row['size']}: {row['note']}" for row in raced if row.get("note"))
+    left_out = [f"{name}: {why}" for name, why in found["left_out"].items()]
+    if notes or left_out:
+        text += f" Not run: {'; '.join([*notes, *left_out])}."
+    return text
+
+
+def small_compiled(folder: Path) -> str:
+    """fusedloss beside torch.compile of the eager formula, where that was run."""
+    path = folder / "small.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    compiled = [row for row in rows if "torch.compile" in row.get("ratios", {})]
+    could = {row["loss"] for row in rows if row["family"] != "host" and "eager" in row.get("us", {})}
+    never = sorted(could - {row["loss"] for row in compiled})
+    without = f"torch.compile was not run for {', '.join(never)}." if never else ""
+    if not compiled:
+        return without or "**Not measured yet**; `benchmarks/small.py --compile` does."
+    return by_size(compiled, lambda row: f"{row['ratios']['torch.compile']:.2f}" if row else "") + f"\n\n{without}"
+
+
+def small_host(folder: Path) -> str:
+    """The host's part of a step on a GPU, in us, beside eager's."""
+    path = folder / "small.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    host = [row for row in rows if row["family"] == "host"]
+    if not host:
+        return "**Not measured yet**; `benchmarks/small.py --host` does."
+    return by_size(host, small_cell)
+
+
+def by_size(rows: list[dict], cell: Callable[[dict | None], str]) -> str:
+    """A line for each loss, a column for each size."""
+    at = {(row["loss"], row["size"]): row for row in rows}
+    names, sizes = (list(dict.fromkeys(row[what] for row in rows)) for what in ("loss", "size"))
+    sizes.sort(key=lambda size: [int(part) for part in size.split("x")])
+    table = [[name, *(cell(at.get((name, size))) for size in sizes)] for name in names]
+    return tabulate(table, ["", *sizes], tablefmt="github", disable_numparse=True)
+
+
+def small_cell(row: dict | None) -> str:
+    """The ratio to the fastest of what is replaced and, where that is not eager, to eager. Few elements have a
+    difference, the host's part two times. What misses its bound is bold."""
+    if row is None or "us" not in row:
+        return "" if row is None else "not run"
+    if row["family"] == "host":
+        text = f"{row['us']['fusedloss']:.0f} us, eager {row['us']['eager']:.0f}"
+    elif "extra_us" in row:
+        text = f"{row['extra_us']:+.0f} us"
+    else:
+        text = f"{row['ratio']:.2f}"
+        if row["against"] != "eager" and "eager" in row["ratios"]:
+            text += f" (eager {row['ratios']['eager']:.2f})"
+    return f"**{text}**" if row["held"] is False else text
+
+
 def absent(rows: list[dict]) -> str:
     """A sentence on who never ran, and why."""
     ran = {row["racer"] for row in rows if "seconds" in row}
@@ -325,7 +411,24 @@ def number(row: dict, key: str, form: str, unit: float = 1) -> str:
     return form.format(row[key] / unit) if row.get(key) is not None else ""
 
 
-TABLES = (why, speed, exact, status, claims, race, drop_in, upstream, in_batch, classes, rowwise, gpu, gpus)
+TABLES = (
+    why,
+    speed,
+    exact,
+    status,
+    claims,
+    race,
+    drop_in,
+    upstream,
+    in_batch,
+    classes,
+    rowwise,
+    gpu,
+    gpus,
+    small,
+    small_compiled,
+    small_host,
+)
 
 
 def written(text: str, folder: Path = RESULTS) -> str:
