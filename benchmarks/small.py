@@ -268,9 +268,12 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         for name, found in sorted(losses.items(), key=lambda item: -worst(item[1])):
             at = {row["size"]: row for row in found}
             lines.append([name, *(small_cell(at.get(size)) for size in columns)])
-        title = f"{family}, {threads} thread{'s' * (threads > 1)}: time over the fastest of what is replaced / eager"
+            if any("torch.compile" in row.get("ratios", {}) for row in found):
+                ratios = [at[size].get("ratios", {}).get("torch.compile") if size in at else None for size in columns]
+                lines.append(["  over torch.compile", *(f"{ratio:.2f}" if ratio else "" for ratio in ratios)])
+        title = f"{family}, {threads} thread{'s' * (threads > 1)}: time over the fastest of what is replaced"
         if family == "host":
-            title = "the host's part on a GPU, us / eager's"
+            title = "the host's part on a GPU"
         tables.table(title, ["loss", *columns], lines)
 
 
