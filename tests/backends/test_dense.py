@@ -1,0 +1,86 @@
+"""`dense`: which batches `auto` gives it, and that what it computes is what the others compute."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import fusedloss
+from fusedloss import UnsupportedError
+from fusedloss.backends import dense, select
+from fusedloss.core.problem import Block, Problem
+
+
+def problem(M, N, dtype=torch.float32, D=8, **options):
+    x, y = (torch.empty(1, D, dtype=dtype).expand(rows, D) for rows in (M, N))
+    one = torch.ones((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return Problem((x, y), (Block(0, 1),), one, torch.zeros(M, dtype=torch.int64), one.expand(M), **options)
+
+
+def test_auto_takes_it_up_to_one_size():
+    assert dense.MOST["cpu"] == 1024 * 1024 * 4
+    assert select(problem(1024, 1024), "auto") == "dense"
+    assert select(problem(1024, 1025), "auto") != "dense"
+    assert select(problem(512, 1024, torch.float64), "auto") == "dense"
+    assert select(problem(1024, 1024, torch.float64), "auto") != "dense"
+    assert select(problem(1024, 1024, torch.bfloat16), "auto") == "dense"  # its logits are fp32
+    assert select(problem(4096, 1025), "dense") == "dense"
+
+
+def test_auto_keeps_to_the_workspace():
+    size = dense.MATRICES * 64 * 64 * 4
+    assert select(problem(64, 64, workspace_bytes=size), "auto") == "dense"
+    assert select(problem(64, 64, workspace_bytes=size - 1), "auto") == "chunked"
+
+
+def test_auto_keeps_to_the_environment_s_workspace(monkeypatch):
+    monkeypatch.setenv("FUSEDLOSS_WORKSPACE_BYTES", "20000")
+    assert select(problem(64, 64), "auto") == "chunked"
+
+
+def test_rows_without_similarities_name_it():
+    with pytest.raises(UnsupportedError, match=r"'dense'.*in-batch similarities"):
+        fusedloss.focal(torch.randn(4, 3), torch.zeros(4, dtype=torch.int64), backend="dense")
+
+
+@pytest.mark.parametrize("apart", [10.0, 30.0, 60.0])
+def test_the_loss_of_well_fitted_pairs_keeps_its_digits(apart):
+    """`log(1 + exp(-apart))` each: 1 - p would be 0 from 17 on."""
+    x = torch.eye(4, dtype=torch.float32).mul(apart).requires_grad_()
+    loss = fusedloss.info_nce(x, torch.eye(4), temperature=1.0, reduction="none", backend="dense")
+    wanted = math.log1p(3 * math.exp(-apart))
+    torch.testing.assert_close(loss, torch.full((4,), wanted), rtol=2e-6, atol=0)
+    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    share = math.exp(-apart) / (1 + 3 * math.exp(-apart))
+    exact = torch.full((4, 4), share).fill_diagonal_(-3 * share)
+    torch.testing.assert_close(gradient, exact, rtol=2e-5, atol=0)
+
+
+def test_hardness_of_private_negatives_does_not_change_the_scale():
+    """One block with `hard_negatives`, which it does not have: the strength is nowhere in the loss."""
+    x, y = (torch.randn(6, 4, requires_grad=True) for _ in range(2))
+    given = {"hardness_mode": "hard_negatives", "hardness_strength": 3.0, "backend": "dense"}
+    plain = torch.autograd.grad(fusedloss.multiple_negatives_ranking(x, y, backend="dense"), x)[0]
+    found = torch.autograd.grad(fusedloss.multiple_negatives_ranking(x, y, **given), x)[0]
+    torch.testing.assert_close(found, plain, rtol=0, atol=0)
+
+
+def test_a_mean_is_the_sum_over_its_rows_in_16_bits_too():
+    x, y = (torch.randn(8, 16).to(torch.bfloat16).requires_grad_() for _ in range(2))
+    mean = torch.autograd.grad(fusedloss.info_nce(x, y, backend="dense"), (x, y))
+    total = torch.autograd.grad(fusedloss.info_nce(x, y, reduction="sum", backend="dense") / 8, (x, y))
+    for a, b in zip(mean, total, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=0)
+
+
+def test_gradients_of_rows_take_their_own_upstream():
+    x, y = (torch.randn(6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    upstream = torch.linspace(-1, 2, 6, dtype=torch.float64)
+    found, wanted = (
+        torch.autograd.grad(fusedloss.info_nce(x, y, reduction="none", backend=backend), (x, y), upstream)
+        for backend in ("dense", "reference")
+    )
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
