@@ -29,9 +29,8 @@ import sysconfig
 import time
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -76,8 +75,8 @@ def find_modules(megabytes: float) -> list[tuple[int, str]]:
     return modules[: int(np.searchsorted(sizes, megabytes * 1e6))]
 
 
-def read_pairs(path: str) -> list[tuple]:
-    """(query, title, hash of the source, query features, source features) of each documented definition."""
+def read_texts(path: str) -> list[tuple]:
+    """(query, title, source) of each documented definition."""
     try:
         with open(path, encoding="utf-8") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
@@ -95,15 +94,19 @@ def read_pairs(path: str) -> list[tuple]:
             # All of them go, not only this node's: a class must not contain the queries of its methods.
             lines[first.lineno - 1 : first.end_lineno] = [""] * (first.end_lineno - first.lineno + 1)
             documented.append((node, docstring))
-    pairs = []
+    texts = []
     for node, docstring in documented:
         query = " ".join(docstring.split("\n\n")[0].split())
         source = [line.strip() for line in lines[node.lineno - 1 : node.end_lineno] if line.strip()]
         if len(query.split()) >= 3 and len(source) >= 2:
-            code = "\n".join(source)[:2000]
-            title = f"{os.path.basename(path)}: {node.name}"
-            pairs.append((query, title, hash_of(code), features(query), features(code)))
-    return pairs
+            texts.append((query, f"{os.path.basename(path)}: {node.name}", "\n".join(source)[:2000]))
+    return texts
+
+
+def read_pairs(path: str) -> list[tuple]:
+    """(query, title, hash of the source, query features, source features) of each documented definition."""
+    texts = read_texts(path)
+    return [(query, title, hash_of(code), features(query), features(code)) for query, title, code in texts]
 
 
 def hash_of(text: str) -> int:
@@ -123,11 +126,11 @@ def features(text: str) -> np.ndarray:
     return np.array(list(found)[:MAX_FEATURES] or [0], dtype=np.int64)
 
 
-def load_pairs(megabytes: float) -> tuple[list[tuple], list[tuple]]:
-    """Training pairs and those of held-out modules; no query and no source occurs twice."""
+def load_pairs(megabytes: float, read: Callable = read_pairs) -> tuple[list[tuple], list[tuple]]:
+    """Training pairs, as `read` makes them, and those of held-out modules; no query and no source occurs twice."""
     modules = find_modules(megabytes)
     with multiprocessing.Pool(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        work = pool.imap(read_pairs, [path for _, path in modules], chunksize=16)
+        work = pool.imap(read, [path for _, path in modules], chunksize=16)
         found = list(shown(work, "Reading modules", len(modules)))
     seen: set = set()
     train, held_out = [], []
@@ -311,6 +314,8 @@ def loss_table(results: dict) -> Table:
 
 
 def plot(results: dict, budget: float, device: str, path: str) -> None:
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, NullLocator
