@@ -62,6 +62,7 @@ lint: $(READY) ## ruff and mypy
 
 docs: $(SITE) ## the site of docs/, into build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python tools/check_site.py build/site
 
 # Installs nothing, and compiles csrc/ for the GPUs that are here: machines with a GPU often have a torch of their own
 # and no network. The package is laid out in build/gpu as a wheel would hold it, so that fusedloss.kernels and _C are

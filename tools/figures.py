@@ -80,8 +80,8 @@ def chunk() -> str:
 
 def ring() -> str:
     """Four ranks, each with its rows, in the second step: shards of columns go to the rank before."""
-    centre, radius, side = (300, 235), 150, 104
-    parts = [text(300, 30, "round 2, step 2 of 4", bold=True)]
+    centre, radius, side = (340, 235), 150, 104
+    parts = [text(340, 30, "round 2, step 2 of 4", bold=True)]
     places = [(centre[0] + radius * math.sin(a), centre[1] - radius * math.cos(a)) for a in (0, 1.5708, 3.1416, 4.7124)]
     for rank, (x, y) in enumerate(places):
         held = (rank + 1) % 4
@@ -97,18 +97,14 @@ def ring() -> str:
         dx, dy = x1 - x0, y1 - y0
         parts.append(arrow(x0 + 0.37 * dx, y0 + 0.37 * dy, x0 + 0.63 * dx, y0 + 0.63 * dy))
     parts += [
-        box(545, 120, 24, 20, BLUE),
-        text(580, 135, "a shard of columns, with the rank in this step", "start", 14),
-        box(545, 160, 24, 20, GREEN),
-        text(580, 175, "its gradient: sent on when the rank has added to it", "start", 14),
-        box(545, 200, 24, 20, GREY),
-        text(580, 215, "stays: a rank's rows, and their sums", "start", 14),
-        text(545, 265, "Round 1: only the blue shards travel, and each rank", "start", 14),
-        text(545, 285, "merges the sums of its rows.", "start", 14),
-        text(545, 315, "Round 2: the rows' normalisers are known; a rank adds", "start", 14),
-        text(545, 335, "to its own dx and to the passing shard's dy.", "start", 14),
+        box(40, 450, 24, 20, BLUE),
+        text(76, 465, "a shard of columns: with the rank in this step, already on its way to the next", "start", 14),
+        box(40, 480, 24, 20, GREEN),
+        text(76, 495, "its gradient: sent on when the rank has added to it", "start", 14),
+        box(40, 510, 24, 20, GREY),
+        text(76, 525, "stays: the rank's rows, their sums and their gradient", "start", 14),
     ]
-    return page(920, 440, "The ring: shards of columns go around, and their gradients follow", parts)
+    return page(680, 550, "The ring: shards of columns go around, and their gradients follow", parts)
 
 
 def main() -> int:

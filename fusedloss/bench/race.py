@@ -432,7 +432,7 @@ def broken_peers(device: str, only: set[str] | None, tick: Tick, timeout: float 
     return found
 
 
-# The claims of the README, checked in one run -------------------------------------------------------------------------
+# The claims of docs/results/cpu.md, checked in one run ---------------------------------------------------------------
 
 
 def cpu_claims(rounds: int, tick: Tick, claims: list[dict], samples: dict[str, list[float]]) -> None:

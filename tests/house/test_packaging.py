@@ -79,6 +79,7 @@ def test_sdist_and_the_wheel_made_from_it(source, no_nvcc, tmp_path):
     assert {str(file.relative_to(source)) for file in source.glob("csrc/**/*.*")} <= names
     assert {str(file.relative_to(source)) for file in source.glob("kernels/**/*.*")} <= names
     # What its Makefile's targets need.
+    assert "mkdocs.yml" in names
     for folder in ("tests", "examples", "benchmarks"):
         assert {str(file.relative_to(source)) for file in (source / folder).glob("**/*.py")} <= names
     assert {"Makefile", "constraints.txt", "DESIGN.md", "docs/kernel-resources.md", "docs/cuda-resources.md"} <= names
