@@ -287,7 +287,8 @@ def small_host(folder: Path) -> str:
     host = [row for row in rows if row["family"] == "host"]
     if not host:
         return "**Not measured yet**; `benchmarks/small.py --host` does."
-    return by_size(host, small_cell)
+    notes = dict.fromkeys(f"{row['loss']}: {row['note']}" for row in host if row.get("note"))
+    return by_size(host, small_cell) + (f"\n\nNot run: {'; '.join(notes)}." if notes else "")
 
 
 def by_size(rows: list[dict], cell: Callable[[dict | None], str]) -> str:

@@ -6,12 +6,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from patience import seconds
 
 from fusedloss import functional as F
 from fusedloss.integrations import calls
@@ -94,6 +96,35 @@ def test_the_script(tmp_path):
     assert "sup_con" in done.stdout
 
 
+@pytest.mark.slow
+def test_the_hosts_part(tmp_path):
+    """Compiled for sm_90 and launched into nothing, in a process without the interpreter."""
+    pytest.importorskip("triton")
+    path = tmp_path / "found.json"
+    command = [sys.executable, "benchmarks/small.py", "--host", "--losses", "info_nce,clip", "--sizes", "64"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command += ["--rounds", "1", "--json", str(path)]
+    patience = seconds(1800)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patience)
+    assert done.returncode == 0, done.stderr
+    rows = {row["loss"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows.keys() == {"info_nce", "info_nce, normalize", "clip"}
+    bounds = {"info_nce": 150, "clip": 200}
+    for name, row in rows.items():
+        assert row["family"] == "host" and row["launches"] >= 3 and min(row["us"].values()) > 0
+        assert row["held"] == (row["us"]["fusedloss"] <= bounds[name] if name in bounds else None)
+
+
+def test_a_slow_library_takes_one_step(monkeypatch):
+    monkeypatch.setattr(small, "SLOW", 0.0)
+    taken = []
+    racers = {name: lambda x, name=name: taken.append(name) or x.sum() for name in ("fusedloss", "eager", "library")}
+    case = small_cases.Case("sweep", lambda n: small_cases.Race([torch.ones(n)], racers))
+    row = small.measured("any", case, 4, 1, 5, False)
+    assert taken.count("library") <= 5 < taken.count("eager")
+    assert row["us"].keys() == racers.keys() and row["ratios"].keys() == {"eager", "library"}
+
+
 def test_a_run_that_is_interrupted_goes_on(tmp_path, monkeypatch, capsys):
     path, asked = tmp_path / "found.json", []
 
@@ -153,4 +184,5 @@ def test_the_table(tmp_path):
 
 def test_the_page_says_what_the_results_say():
     text = (ROOT / "docs" / "results" / "small.md").read_text()
+    assert all(f"<!-- {table}:start -->" in text for table in ("small", "small_compiled", "small_host"))
     assert readme_table.written(text) == text
