@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from patience import delta
 from ranks import COLLECTIVE, Ranks, on_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fusedloss
 from fusedloss import distributed, masks
@@ -159,6 +161,7 @@ REFUSED = {
     ),
     "similarity": ("ranking", {"similarity": "l2"}, ValueError, "similarity must be one of 'cos', 'dot', got 'l2'"),
     "hardness": ("ranking", {"hardness_mode": "soft"}, ValueError, "hardness_mode must be one of"),
+    "anchors": ("ranking", {"anchors": rows(6)}, ValueError, "anchors must be None with group="),
     "guide": (
         "gist_embed",
         {"guide": GUIDE[:1]},
@@ -324,6 +327,39 @@ def test_what_ranks_may_ask_differently(ranks, name, options):
     """And, after all of the refusals, the ranks are still in step."""
     for found in ranks(name):
         assert found == pytest.approx(whole(**options), rel=1e-6)
+
+
+class Travels(TorchDispatchMode):
+    """Notes the dtypes of all tensors that this rank hands to a collective."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            self.dtypes |= {x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        return function(*args, **(kwargs or {}))
+
+
+def with_gathered_anchors(rank, strategy, gathered):
+    """Returns the error of rank `rank`, or None, and the dtypes that travelled."""
+    options = {"anchors": rows(6)} if gathered else {}
+    with Travels() as travels:
+        try:
+            RIGHT["ranking"](strategy=strategy, **options)
+        except Exception as raised:
+            return raised, travels.dtypes
+    return None, travels.dtypes
+
+
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+def test_gathered_anchors_are_refused_before_embeddings_travel(strategy):
+    for error, travelled in on_ranks(2, with_gathered_anchors, strategy, True):
+        assert type(error) is ValueError and "anchors must be None with group=, which gathers them" in str(error)
+        assert travelled == {torch.int64}  # that there is an error
+    for error, travelled in on_ranks(2, with_gathered_anchors, strategy, False):
+        assert error is None and torch.float64 in travelled
 
 
 # group="world" --------------------------------------------------------------------------------------------------------
