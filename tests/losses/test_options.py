@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+from typing import Unpack, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -15,55 +16,17 @@ from fusedloss.losses._options import TEXTS, AcrossOptions, Call, SweepOptions, 
 FIELDS = {field.name: field.default for field in dataclasses.fields(Call)}
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 0, 1, 1])
-RANKS = ["group", "strategy", "grad_scale"]
-SWEEP = ["reduction", "backend", "workspace_bytes"]
-ROWS = ["reduction", "backend"]
-# What each takes as options that are shared, in this order, behind its own.
-SHARED = {
-    "info_nce": [*SWEEP, "return_stats", *RANKS],
-    "clip": [*SWEEP, "return_stats", *RANKS],
-    "multiple_negatives_ranking": [*SWEEP, "return_stats", *RANKS],
-    "gist_embed": [*SWEEP, "return_stats", *RANKS],
-    "nt_xent": [*SWEEP, "return_stats", *RANKS],
-    "decoupled_contrastive": [*SWEEP, "return_stats"],
-    "siglip": [*SWEEP, *RANKS],
-    "sup_con": [*SWEEP, *RANKS],
-    "clip_distill": SWEEP,
-    "contrastive_tension_in_batch": SWEEP,
-    "arcface": SWEEP,
-    "cosface": SWEEP,
-    "proxy_nca": SWEEP,
-    "proxy_anchor": SWEEP,
-    "multi_similarity": SWEEP,
-    "circle": SWEEP,
-    "mega_batch_margin": SWEEP,
-    "in_batch_margin_ranking": SWEEP,
-    "batch_hard_triplet": SWEEP,
-    "batch_hard_soft_margin_triplet": SWEEP,
-    "batch_all_triplet": SWEEP[1:],
-    "batch_semi_hard_triplet": SWEEP[1:],
-    "linear_cross_entropy": SWEEP[1:],
-    "contrastive": ROWS,
-    "cosine_similarity": ROWS,
-    "triplet": ROWS,
-    "margin_mse": ROWS,
-    "distill_kl_div": ROWS,
-    "embed_distill": ROWS,
-    "softmax_pair": ROWS,
-    "lambda_loss": ROWS,
-    "rank_net": ROWS,
-    "list_net": ROWS,
-    "list_mle": ROWS,
-    "plist_mle": ROWS,
-    "adr_mse": ROWS,
-    "online_contrastive": ROWS[1:],
-    "contrastive_tension": ROWS[1:],
-    "cosent": ROWS[1:],
-    "angle": ROWS[1:],
-}
-# Torch's own parameters, some of them by place, with `backend` behind them.
-TWINS = {"binary_cross_entropy_with_logits", "cross_entropy", "focal", "mse", "l1", "huber", "smooth_l1"}
-TWINS |= {"mse_loss", "l1_loss", "huber_loss", "smooth_l1_loss"}
+
+
+def shared(name):
+    """The options that a loss unpacks, in the order in which its signature must show them, behind its own."""
+    hints = get_type_hints(inspect.unwrap(getattr(functional, name))).values()
+    unpacked = {option for hint in hints if get_origin(hint) is Unpack for option in get_args(hint)[0].__annotations__}
+    return [option for option in FIELDS if option in unpacked]
+
+
+SHARED = {name: shared(name) for name in functional.__all__ if shared(name)}
+TAKES = {name: inspect.signature(getattr(functional, name)).parameters for name in functional.__all__}
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -98,11 +61,15 @@ def test_no_place_is_left_open_in_help(name):
         assert re.findall(r'"(\w+)"', text) in (["auto", *checks.BACKENDS], ["auto", *checks.BACKENDS[1:]])
 
 
-def test_no_loss_is_left_out():
-    """Every function that takes a backend is one of the above; every option has a text and a default."""
-    takes = {n for n in functional.__all__ if "backend" in inspect.signature(getattr(functional, n)).parameters}
-    assert takes == set(SHARED) | TWINS
-    assert set(TEXTS) == set(FIELDS)
+@pytest.mark.parametrize("name", sorted(name for name in functional.__all__ if "backend" in TAKES[name]))
+def test_a_backend_is_auto_and_stands_behind_the_loss_s_own(name):
+    """Where a signature repeats torch's, alone."""
+    assert TAKES[name]["backend"].default == FIELDS["backend"]
+    assert "backend" in list(TAKES[name])[-len(SHARED.get(name, ["backend"])) :]
+
+
+def test_every_option_is_documented_and_taken():
+    assert set(TEXTS) == set(FIELDS) == {option for options in SHARED.values() for option in options}
 
 
 @pytest.mark.parametrize("kind", [WorkspaceOptions, SweepOptions, AcrossOptions])
