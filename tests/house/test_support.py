@@ -20,9 +20,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fusedloss import UnsupportedError, masks
 from fusedloss import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
+from contract import CASES, Batch, Case
+from contract import D as DIM
 
 PROGRAM = "python tests/house/test_support.py"
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
@@ -37,204 +42,68 @@ NONE = ""  # the loss has no such option
 
 # Every loss, small ----------------------------------------------------------------------------------------------------
 
+ROWS = 5
+HELD = {"kl_div_weight": 0.0, "hardness_strength": 0.0}  # of terms that are constants to the gradient, not to the value
+
+
+LOSSES = [name for name in CASES if "," not in name]  # the call that stands for its loss has the loss's name
+FUNCTIONS = {name: getattr(F, name) for name in F.__all__}  # mse_loss and others are there twice
+
 
 class Draw:
-    """Inputs of a few rows, in fp64."""
+    """Tensors in fp64."""
 
     def __init__(self, seed: int):
         self.generator = torch.Generator().manual_seed(seed)
 
     def x(self, *shape: int) -> Tensor:
-        return torch.randn(shape or (5, 4), generator=self.generator, dtype=torch.float64)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
     def index(self, columns: int, *rows: int) -> Tensor:
-        return torch.randint(columns, rows or (5,), generator=self.generator)
+        return torch.randint(columns, rows or (ROWS,), generator=self.generator)
 
     def share(self, *shape: int) -> Tensor:
-        return torch.rand(shape or (5,), generator=self.generator, dtype=torch.float64)
-
-    def scalar(self) -> Tensor:
-        return 0.5 + self.share(1)[0]
-
-    def labels(self) -> Tensor:
-        """Two of one, two of another and one alone."""
-        return torch.tensor([0, 0, 1, 1, 2])[torch.randperm(5, generator=self.generator)]
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64)
 
 
-class Loss(NamedTuple):
-    learn: Callable[[Draw], list[Tensor]]  # arguments that receive a gradient
-    fixed: Callable[[Draw], list[Tensor]]  # and those that do not
-    call: Callable[..., Tensor]  # of all of them, and options
+class Given(Batch):
+    """These tensors in the order in which a call asks for them; without draws, which vmap does not allow."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        super().__init__(ROWS, change=lambda place, x: tensors[place])
+
+    def _leaf(self, x: Tensor) -> Tensor:
+        return self.constant(x)
+
+    def _drawn(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.bool)
+
+    def _numbers(self, *shape: int) -> Tensor:
+        return torch.empty(shape)
 
 
-def _two(d: Draw) -> list[Tensor]:
-    return [d.x(), d.x()]
+def drawn(name: str) -> Case:
+    return CASES[name](Batch(ROWS))
 
 
-def _two_scaled(d: Draw) -> list[Tensor]:
-    return [d.x(), d.x(), d.scalar()]
+def numbers(case: Case) -> dict[str, float]:
+    """The parameters that may be tensors with a gradient and that the call gives as a number or not at all."""
+    given = list(inspect.signature(case.function).parameters)[: len(case.arguments)]
+    values = {
+        name: case.options.get(name, 1.25)
+        for name, p in inspect.signature(case.loss).parameters.items()
+        if p.annotation == "float | Tensor" and name not in given and not name.startswith("teacher_")  # a constant
+    }
+    return {name: value for name, value in values.items() if isinstance(value, float)}
 
 
-def _one(d: Draw) -> list[Tensor]:
-    return [d.x()]
-
-
-def _labels(d: Draw) -> list[Tensor]:
-    return [d.labels()]
-
-
-def _nothing(d: Draw) -> list[Tensor]:
-    return []
-
-
-def _lists(name: str) -> Loss:
-    function = getattr(F, name)
-    return Loss(lambda d: [d.x(3, 5)], lambda d: [d.share(3, 5) * 3], lambda s, y, **o: function(s, y, **o))
-
-
-def _of_labels(name: str) -> Loss:
-    function = getattr(F, name)
-    return Loss(_one, _labels, lambda x, y, **o: function(x, y, **o))
-
-
-def _of_elements(name: str) -> Loss:
-    function = getattr(F, name)
-    return Loss(_two, _nothing, lambda x, t, **o: function(x, t, **o))
-
-
-def _of_pairs(name: str, label: Callable[[Draw], Tensor]) -> Loss:
-    function = getattr(F, name)
-    return Loss(_two, lambda d: [label(d)], lambda a, b, y, **o: function(a, b, y, **o))
-
-
-LOSSES: dict[str, Loss] = {
-    "info_nce": Loss(
-        lambda d: [d.x(5, 4), d.x(6, 4), d.scalar()],
-        lambda d: [d.index(6)],
-        lambda q, k, t, y, **o: F.info_nce(q, k, o.pop("target", y), temperature=t, **o),
-    ),
-    "clip": Loss(_two_scaled, _nothing, lambda a, b, s, **o: F.clip(a, b, s, **o)),
-    "siglip": Loss(
-        lambda d: [*_two_scaled(d), d.scalar()],
-        lambda d: [d.index(5)],
-        lambda a, b, s, c, y, **o: F.siglip(a, b, s, c, target=o.pop("target", y), **o),
-    ),
-    "clip_distill": Loss(
-        _two_scaled,
-        lambda d: [d.x(5, 3), d.x(5, 3)],
-        lambda a, b, s, x, y, **o: F.clip_distill(a, b, s, x, y, 2.0, **o),
-    ),
-    "multiple_negatives_ranking": Loss(
-        lambda d: [d.x(), d.x(), d.x(), d.scalar()],
-        _nothing,
-        lambda a, p, n, s, **o: F.multiple_negatives_ranking(a, p, n, scale=s, **o),
-    ),
-    "gist_embed": Loss(
-        _two_scaled,
-        lambda d: [d.x(5, 3), d.x(5, 3)],
-        lambda a, p, t, g, h, **o: F.gist_embed(a, p, guide=(g, h), temperature=t, **o),
-    ),
-    "nt_xent": Loss(_two_scaled, _nothing, lambda a, b, t, **o: F.nt_xent(a, b, temperature=t, **o)),
-    "decoupled_contrastive": Loss(
-        _two_scaled, _nothing, lambda a, b, t, **o: F.decoupled_contrastive(a, b, temperature=t, **o)
-    ),
-    "sup_con": Loss(lambda d: [d.x(), d.scalar()], _labels, lambda x, t, y, **o: F.sup_con(x, y, temperature=t, **o)),
-    "multi_similarity": _of_labels("multi_similarity"),
-    "circle": Loss(_one, _labels, lambda x, y, **o: F.circle(x, y, m=0.25, gamma=8.0, **o)),
-    "batch_all_triplet": _of_labels("batch_all_triplet"),
-    "batch_semi_hard_triplet": _of_labels("batch_semi_hard_triplet"),
-    "batch_hard_triplet": _of_labels("batch_hard_triplet"),
-    "batch_hard_soft_margin_triplet": _of_labels("batch_hard_soft_margin_triplet"),
-    "mega_batch_margin": Loss(_two, _nothing, lambda a, p, **o: F.mega_batch_margin(a, p, **o)),
-    "in_batch_margin_ranking": Loss(_two, _nothing, lambda a, p, **o: F.in_batch_margin_ranking(a, p, **o)),
-    "contrastive_tension_in_batch": Loss(
-        _two_scaled, _nothing, lambda a, b, s, **o: F.contrastive_tension_in_batch(a, b, s, **o)
-    ),
-    "linear_cross_entropy": Loss(
-        lambda d: [d.x(5, 4), d.x(6, 4), d.x(6)],
-        lambda d: [d.index(6)],
-        lambda x, w, b, y, **o: F.linear_cross_entropy(x, w, y, linear_bias=b, **o),
-    ),
-    "arcface": Loss(
-        lambda d: [d.x(5, 4), d.x(6, 4)],
-        lambda d: [d.index(6)],
-        lambda x, w, y, **o: F.arcface(x, y, w, scale=4.0, **o),
-    ),
-    "cosface": Loss(
-        lambda d: [d.x(5, 4), d.x(6, 4)],
-        lambda d: [d.index(6)],
-        lambda x, w, y, **o: F.cosface(x, y, w, scale=4.0, **o),
-    ),
-    "proxy_nca": Loss(
-        lambda d: [d.x(5, 4), d.x(6, 4), d.scalar()],
-        lambda d: [d.index(6)],
-        lambda x, p, s, y, **o: F.proxy_nca(x, y, p, scale=s, **o),
-    ),
-    "proxy_anchor": Loss(
-        lambda d: [d.x(5, 4), d.x(6, 4)],
-        lambda d: [d.index(6)],
-        lambda x, p, y, **o: F.proxy_anchor(x, y, p, alpha=4.0, **o),
-    ),
-    "contrastive": _of_pairs("contrastive", lambda d: d.index(2)),
-    "online_contrastive": _of_pairs("online_contrastive", lambda d: d.index(2)),
-    "cosine_similarity": _of_pairs("cosine_similarity", Draw.share),
-    "contrastive_tension": _of_pairs("contrastive_tension", lambda d: d.index(2)),
-    "triplet": Loss(lambda d: [d.x(), d.x(), d.x()], _nothing, lambda a, p, n, **o: F.triplet(a, p, n, **o)),
-    "cosent": Loss(_two_scaled, lambda d: [d.share()], lambda a, b, s, y, **o: F.cosent(a, b, y, scale=s, **o)),
-    "angle": Loss(_two_scaled, lambda d: [d.share()], lambda a, b, s, y, **o: F.angle(a, b, y, scale=s, **o)),
-    "margin_mse": Loss(
-        lambda d: [d.x(), d.x(), d.x()], lambda d: [d.x(5)], lambda q, p, n, y, **o: F.margin_mse(q, p, n, label=y, **o)
-    ),
-    "distill_kl_div": Loss(
-        lambda d: [d.x(), d.x(), d.x()],
-        lambda d: [d.x(5, 2)],
-        lambda q, p, n, y, **o: F.distill_kl_div(q, p, n, label=y, **o),
-    ),
-    "embed_distill": Loss(_one, _one, lambda s, t, **o: F.embed_distill(s, t, **o)),
-    "softmax_pair": Loss(
-        lambda d: [d.x(), d.x(), d.x(3, 12), d.x(3)],
-        lambda d: [d.index(3)],
-        lambda u, v, w, b, y, **o: F.softmax_pair(u, v, w, b, y, **o),
-    ),
-    "mse": _of_elements("mse"),
-    "l1": _of_elements("l1"),
-    "huber": _of_elements("huber"),
-    "smooth_l1": _of_elements("smooth_l1"),
-    "binary_cross_entropy_with_logits": Loss(
-        _one, lambda d: [d.share(5, 4)], lambda x, t, **o: F.binary_cross_entropy_with_logits(x, t, **o)
-    ),
-    "cross_entropy": Loss(_one, lambda d: [d.index(4)], lambda x, t, **o: F.cross_entropy(x, t, **o)),
-    "focal": Loss(_one, lambda d: [d.index(4)], lambda x, t, **o: F.focal(x, t, **o)),
-    **{name: _lists(name) for name in ("lambda_loss", "rank_net", "list_net", "list_mle", "plist_mle", "adr_mse")},
-    "global_orthogonal_regularization": Loss(
-        _two, _nothing, lambda x, y, **o: F.global_orthogonal_regularization(x, y, **o)
-    ),
-    "matryoshka": Loss(
-        _two_scaled, _nothing, lambda a, b, t, **o: F.matryoshka(F.info_nce, a, b, dims=(4, 2), temperature=t, **o)
-    ),
-    "adaptive_layer": Loss(
-        lambda d: [d.x(3, 5, 4), d.x(3, 5, 4), d.scalar()],
-        _nothing,
-        lambda a, b, t, **o: F.adaptive_layer(F.info_nce, a, b, temperature=t, **HELD, **o),
-    ),
-    "matryoshka_2d": Loss(
-        lambda d: [d.x(3, 5, 4), d.x(3, 5, 4), d.scalar()],
-        _nothing,
-        lambda a, b, t, **o: F.matryoshka_2d(F.info_nce, a, b, dims=(4, 2), temperature=t, **HELD, **o),
-    ),
-}
-HELD = {"kl_div_weight": 0.0}  # its teacher is a constant: the gradient would not be that of the value
-ALIASES = {"mse_loss", "l1_loss", "huber_loss", "smooth_l1_loss"}  # the same objects
-PLAIN = {"global_orthogonal_regularization"}  # without backends
-
-
-def parameters(name: str) -> set[str]:
-    return set(inspect.signature(getattr(F, name)).parameters)
+def parameters(loss: str) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(FUNCTIONS[loss]).parameters)
 
 
 def circle_held(at: Point) -> Callable[..., Tensor]:
     """circle with its weights as they are at the point, constants to its gradient, as its authors have it."""
-    (at_point,), (labels,), m, gamma = at.learn, at.fixed, 0.25, 8.0
+    (at_point, labels), m, gamma = at.tensors, parameters("circle")["m"].default, at.case().options["gamma"]
     unit = torch.nn.functional.normalize
     same = labels[:, None] == labels
     positive, held = same & ~torch.eye(len(labels), dtype=torch.bool), unit(at_point) @ unit(at_point).T
@@ -253,26 +122,68 @@ def circle_held(at: Point) -> Callable[..., Tensor]:
 
 
 class Point(NamedTuple):
-    """Where a loss is looked at: `call` of `learn` alone."""
+    """Where a loss is looked at: the tensors that a call draws, then its numbers; `learns`: which have a gradient."""
 
     name: str
-    learn: list[Tensor]
-    fixed: list[Tensor]
+    tensors: list[Tensor]
+    learns: list[bool]
+
+    @property
+    def learn(self) -> list[Tensor]:
+        return [t for t, learns in zip(self.tensors, self.learns, strict=True) if learns]
+
+    @property
+    def loss(self) -> str:
+        return self.name.split(",")[0]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the loss has no backends."""
+        return not drawn(self.name).takes("backend")
+
+    def case(self) -> Case:
+        case = CASES[self.name](Given(self.tensors))
+        learnt = dict(zip(reversed(numbers(case)), reversed(self.tensors), strict=False))
+        held = {option: value for option, value in HELD.items() if option in parameters(self.loss)}
+        return case._replace(options=case.options | learnt | held)
 
     def call(self, backend: str, **options: Any) -> Callable[..., Tensor]:
-        call = LOSSES[self.name].call
-        if self.name not in PLAIN:
-            options["backend"] = backend
-        return lambda *learn: call(*learn, *self.fixed, **options)
+        """The loss of `learn` alone. The draws are made here, where torch.compile does not trace them."""
+        function, *given = self.case()
+        values, structure = tree_flatten(given)
+        places = {id(t): place for place, t in enumerate(self.learn)}
+        slots = [(slot, places[id(value)]) for slot, value in enumerate(values) if id(value) in places]
+        assert len(slots) == len(places)
+        options |= {} if self.plain else {"backend": backend}
+
+        def call(*learn: Tensor) -> Tensor:
+            filled = list(values)
+            for slot, place in slots:
+                filled[slot] = learn[place]
+            arguments, own = tree_unflatten(filled, structure)
+            found = function(*arguments, **own | options)
+            return found if "return_stats" in options else first_of(found)
+
+        return call
+
+    def at(self, *tensors: Tensor) -> Point:
+        return self._replace(tensors=list(tensors))
 
     def to(self, *args: Any) -> Point:
-        fixed = [t.to(*args) if t.is_floating_point() or args == ("meta",) else t for t in self.fixed]
-        return self._replace(learn=[t.to(*args) for t in self.learn], fixed=fixed)
+        return self.at(*(t.to(*args) if t.is_floating_point() or args == ("meta",) else t for t in self.tensors))
+
+    def other(self) -> Point:
+        """Another one, of the same shapes, whose constants fit, too."""
+        turned = [t.flip(0) if t.dim() else t for t in self.tensors]
+        return self.at(*(1.25 * t if learns else t for t, learns in zip(turned, self.learns, strict=True)))
 
 
-def point(name: str, seed: int = 0) -> Point:
-    draw = Draw(seed)
-    return Point(name, LOSSES[name].learn(draw), LOSSES[name].fixed(draw))
+def point(name: str) -> Point:
+    seen: list[Tensor] = []
+    case = CASES[name](Batch(ROWS, change=lambda place, x: seen.append(x) or x))
+    learnt = [torch.tensor(value, dtype=torch.float64) for value in numbers(case).values()]
+    learns = [t.requires_grad for t in seen] + [True] * len(learnt)
+    return Point(name, [t.detach() for t in (*seen, *learnt)], learns)
 
 
 def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -280,8 +191,8 @@ def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def first_of(found: Any) -> Tensor:
-    """Without its statistics."""
-    return found[0] if isinstance(found, tuple) else found
+    """Without statistics, and the sum of what is of rows."""
+    return (found[0] if isinstance(found, tuple) else found).sum()
 
 
 def derived(call: Callable[..., Any], learn: Sequence[Tensor]) -> list[Tensor]:
@@ -302,8 +213,8 @@ def close(found: Sequence[Tensor], wanted: Sequence[Tensor], share: float) -> No
         torch.testing.assert_close(one.double(), other, rtol=0, atol=share * (other.abs().max().item() + 1e-3))
 
 
-def works(probe: Callable[[], None], remedy: str) -> bool:
-    """Whether it does what it should; an error of ours that has `remedy` in it says that it does not."""
+def works(probe: Callable[[], None], *remedies: str) -> bool:
+    """Whether it does what it should; an error of ours that has one of `remedies` in it says that it does not."""
     try:
         probe()
     except REFUSALS as error:
@@ -311,14 +222,14 @@ def works(probe: Callable[[], None], remedy: str) -> bool:
         while frame is not None and frame.tb_next is not None:
             frame = frame.tb_next
         ours = frame is not None and PACKAGE in Path(frame.tb_frame.f_code.co_filename).parents
-        assert ours and remedy in str(error), f"{error}, which does not speak of {remedy}"
+        assert ours and any(remedy in str(error) for remedy in remedies), f"{error}, which does not speak of {remedies}"
         return False
     return True
 
 
 def held(at: Point, **options: Any) -> Callable[..., Tensor]:
     """The loss whose derivative is the gradient."""
-    return circle_held(at) if at.name == "circle" else at.call("reference", **options)
+    return circle_held(at) if at.loss == "circle" else at.call("reference", **options)
 
 
 def value_and_gradient(at: Point, backend: str, **options: Any) -> None:
@@ -345,7 +256,7 @@ def as_float(value: Any) -> Any:
 
 def directions_of(at: Point) -> list[Tensor]:
     draw = Draw(99)
-    return [draw.x(*t.shape) if t.dim() else draw.x(1)[0] for t in at.learn]
+    return [draw.x(*t.shape) if t.dim() else draw.x() for t in at.learn]
 
 
 def shifted(at: Point, directions: list[Tensor], step: float) -> list[Tensor]:
@@ -371,28 +282,21 @@ def func_grad(at: Point, backend: str) -> None:
 
 
 def vmap(at: Point, backend: str) -> None:
-    """Over all arguments, over each alone, and gradients over all."""
-    other = point(at.name, 1)
-    call = LOSSES[at.name].call
-    options = {} if at.name in PLAIN else {"backend": backend}
-    all_of = [*at.learn, *at.fixed], [*other.learn, *other.fixed]
-    count = len(all_of[0])
+    """Over all tensors, over each alone, and gradients over all."""
+    both = at, at.other()
+    count = len(at.tensors)
+    options = {} if at.plain else {"backend": backend}
+    loss = lambda *tensors: first_of(at.at(*tensors).case().result(**options))
     for dims in ((0,) * count, *(tuple(0 if i == n else None for i in range(count)) for n in range(count))):
-        stacked = [torch.stack(pair) if dim == 0 else pair[0] for dim, *pair in zip(dims, *all_of, strict=True)]
-        found = torch.func.vmap(lambda *a: call(*a, **options), in_dims=dims)(*stacked)
-        wanted = [
-            call(*(t[i] if dim == 0 else t for t, dim in zip(stacked, dims, strict=True)), **options | reference(at))
-            for i in range(2)
-        ]
-        close([found], [torch.stack(wanted)], 1e-9)
-    gradient = torch.func.vmap(torch.func.grad(lambda *a: call(*a, **options), tuple(range(len(at.learn)))))
-    stacked = [torch.stack(pair) for pair in zip(*all_of, strict=True)]
-    wanted_gradients = zip(formula(at)[1:], formula(other)[1:], strict=True)
-    close(gradient(*stacked), [torch.stack(pair) for pair in wanted_gradients], 1e-9)
-
-
-def reference(at: Point) -> dict[str, str]:
-    return {} if at.name in PLAIN else {"backend": "reference"}
+        pairs = zip(*(here.tensors for here in both), strict=True)
+        stacked = [torch.stack(pair) if dim == 0 else pair[0] for dim, pair in zip(dims, pairs, strict=True)]
+        found = torch.func.vmap(loss, in_dims=dims)(*stacked)
+        chosen = [at.at(*(t[i] if dim == 0 else t for t, dim in zip(stacked, dims, strict=True))) for i in range(2)]
+        close([found], [torch.stack([formula(one)[0] for one in chosen])], 1e-9)
+    learns = tuple(place for place, learns in enumerate(at.learns) if learns)
+    stacked = [torch.stack(pair) for pair in zip(*(here.tensors for here in both), strict=True)]
+    found = torch.func.vmap(torch.func.grad(loss, learns))(*stacked)
+    close(found, [torch.stack(pair) for pair in zip(*(formula(here)[1:] for here in both), strict=True)], 1e-9)
 
 
 def forward_mode(at: Point, backend: str) -> None:
@@ -416,49 +320,54 @@ def nothing_read_back(at: Point) -> None:
 
 def with_group(at: Point, strategy: str, **options: Any) -> None:
     across = {"group": dist.group.WORLD, "strategy": strategy, "grad_scale": "sum"}
-    options = {"target": None, **options} if at.name in ("info_nce", "siglip") else options
     close(derived(at.call("chunked", **across, **options), at.learn), formula(at, **options), 1e-9)
 
 
 # Options --------------------------------------------------------------------------------------------------------------
 
-COLUMNS = {"info_nce": 6, "clip": 5, "multiple_negatives_ranking": 10}  # of the losses with a mask of columns
-LISTS = {"lambda_loss", "rank_net", "list_net", "list_mle", "plist_mle", "adr_mse"}
-ROW_WEIGHT = {"info_nce": 5, "linear_cross_entropy": 6, "cross_entropy": 4}
+
+def takes_masks(parameter: inspect.Parameter | None) -> bool:
+    """Whether it may be one of fusedloss.masks."""
+    return parameter is not None and "Mask" in str(parameter.annotation)
 
 
-def options_of(name: str) -> dict[str, dict[str, Any] | None]:
+def options_of(loss: str) -> dict[str, dict[str, Any] | None]:
     """By column of the second table; None: the loss has no such option."""
-    draw, has = Draw(7), parameters(name)
+    draw, has, case = Draw(7), parameters(loss), drawn(loss)
+    first, *others = (x for x in case.arguments if isinstance(x, Tensor) and x.dim())
     found: dict[str, dict[str, Any] | None] = dict.fromkeys(
         ("bool", "same_id", "same_group", "score_margin", "guide", "not_self", "smoothing", "stats", "bank", "weight")
     )
-    if name in LISTS:
-        found["bool"] = {"mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0]]).bool()}
-    elif "mask" in has:
-        N = COLUMNS[name]
-        ids = draw.index(3, 5), draw.index(3, N)
-        found["bool"] = {"mask": draw.share(5, N) > 0.4}
+    if takes_masks(has.get("mask")):
+        N = sum(map(len, others))
+        ids = draw.index(3, ROWS), draw.index(3, N)
+        found["bool"] = {"mask": draw.share(ROWS, N) > 0.4}
         found["same_id"] = {"mask": masks.same_id(*ids)}
         found["same_group"] = {"mask": masks.same_group(*ids)}
         found["score_margin"] = {"mask": masks.score_margin(0.1)}
-        found["guide"] = {"mask": masks.guide(draw.x(5, 3).float(), draw.x(N, 3).float())}
+        found["guide"] = {"mask": masks.guide(draw.x(ROWS, 3).float(), draw.x(N, 3).float())}
         found["not_self"] = {"mask": masks.not_self(1)}
-    elif name == "siglip":
-        found["same_id"] = {"target": masks.same_id(draw.index(3, 5), draw.index(3, 5))}
+    elif "mask" in has:  # of lists
+        found["bool"] = {"mask": (draw.share(*first.shape) > 0.4).index_fill(1, torch.tensor([0, 1]), True)}
+    elif takes_masks(has.get("target")):
+        found["same_id"] = {"target": masks.same_id(draw.index(3, ROWS), draw.index(3, ROWS))}
     if "label_smoothing" in has:
         found["smoothing"] = {"label_smoothing": 0.2}
     if "return_stats" in has:
         found["stats"] = {"return_stats": True}
     if "bank" in has:
-        found["bank"] = {"bank": draw.x(3, 4)}
-    if name == "softmax_pair":
-        found["weight"] = {"class_weight": draw.share(3)}
-    elif name in ROW_WEIGHT:
-        found["weight"] = {"weight": draw.share(ROW_WEIGHT[name])}
-    elif "weight" in has and name not in ("arcface", "cosface"):  # whose weight is the classes' vectors
-        found["weight"] = {"weight": draw.share(5, 4)}
+        found["bank"] = {"bank": draw.x(3, first.shape[1])}
+    for option in ("weight", "class_weight"):
+        if option in has and has[option].default is None:
+            found["weight"] = {option: draw.share(*weight_shape(loss, option, first))}
     return found
+
+
+def weight_shape(loss: str, option: str, first: Tensor) -> tuple[int, ...]:
+    """As a call of the contract's table gives it, or else of each element."""
+    cases = map(drawn, CASES)
+    given = [case.options[option] for case in cases if case.function is FUNCTIONS[loss] and option in case.options]
+    return tuple(given[0].shape if given else first.shape)
 
 
 def argument(options: dict[str, Any]) -> str:
@@ -499,8 +408,8 @@ def of_backends(worked: dict[str, bool]) -> str:
 
 
 def first_row(name: str) -> list[str]:
-    at, has = point(name), parameters(name)
-    plain = name in PLAIN
+    at = point(name)
+    plain, has = at.plain, parameters(at.loss)
     cells = []
     for backend in BACKENDS:
         if plain and backend != "reference":
@@ -513,12 +422,12 @@ def first_row(name: str) -> list[str]:
     cells.append(said(works(lambda: compiled(at), "fullgraph")))
     cells.append(said(works(lambda: nothing_read_back(at), "capture")))
     for strategy in ("gather", "ring"):
-        cells.append(said(works(lambda s=strategy: with_group(at, s), "group")) if "group" in has else NONE)
+        cells.append(said(works(lambda s=strategy: with_group(at, s), "group", "strategy")) if "group" in has else NONE)
     return cells
 
 
-def options_row(name: str, runs_on: Sequence[str]) -> list[str]:
-    options = options_of(name)
+def options_row(loss: str, runs_on: Sequence[str]) -> list[str]:
+    options = options_of(loss)
     if not any(options.values()):
         return []
     cells = []
@@ -526,25 +435,27 @@ def options_row(name: str, runs_on: Sequence[str]) -> list[str]:
         if given is None:
             cells.append(NONE)
             continue
-        probed = {b: works(lambda b=b, g=given: with_option(point(name), b, g), argument(given)) for b in runs_on}
+        probed = {b: works(lambda b=b, g=given: with_option(point(loss), b, g), argument(given)) for b in runs_on}
         cells.append(of_backends(probed))
     return cells
 
 
-def across_row(name: str) -> list[str]:
-    if "group" not in parameters(name):
+def across_row(loss: str) -> list[str]:
+    has = parameters(loss)
+    if "group" not in has:
         return []
     draw, cells = Draw(8), []
-    options = options_of(name)
-    options["negatives"] = {"negatives": draw.x(5, 2, 4)} if name == "info_nce" else None
-    options["columns"] = {"target": draw.index(5)} if name in ("info_nce", "siglip") else None
+    options = options_of(loss)
+    keyword = "negatives" in has and has["negatives"].kind is inspect.Parameter.KEYWORD_ONLY
+    options["negatives"] = {"negatives": draw.x(ROWS, 2, DIM)} if keyword else None
+    options["columns"] = {"target": draw.index(ROWS)} if "target" in has else None
     for given in options.values():
         if given is None:
             cells.append(NONE)
             continue
         probed = {}
         for strategy in ("gather", "ring"):
-            probe = lambda s=strategy, g=given: with_group(point(name), s, **g)
+            probe = lambda s=strategy, g=given: with_group(point(loss), s, **g)
             probed[strategy] = works(probe, argument(given))
         cells.append(of_backends(probed))
     return cells if any(cells) else []
@@ -644,20 +555,24 @@ def found() -> Iterator[dict[str, Cells]]:
 
 
 def test_every_loss_is_probed():
-    assert set(F.__all__) == set(LOSSES) | ALIASES
+    assert {drawn(loss).function for loss in LOSSES} == set(FUNCTIONS.values())
+    assert all(drawn(name).function is FUNCTIONS[point(name).loss] for name in CASES)
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", CASES)
 def test_the_page_says_what_works(name, kernels, group, found):
-    first = first_row(name)
+    """Of the call that stands for its loss; of any other call, that each cell is one of the good outcomes."""
+    first, loss = first_row(name), name
+    if loss not in LOSSES:
+        return
     runs_on = [b for b, cell in zip(BACKENDS, first, strict=False) if cell == "yes"]
-    found[name] = Cells(first, options_row(name, runs_on), across_row(name))
+    found[loss] = Cells(first, options_row(loss, runs_on), across_row(loss))
     if WRITES:
         return
     page = PAGE.read_text()
-    for head, cells in zip((FIRST, OPTIONS, ACROSS), found[name], strict=True):
-        row = table(head, {name: cells}).splitlines()[2:]
+    for head, cells in zip((FIRST, OPTIONS, ACROSS), found[loss], strict=True):
+        row = table(head, {loss: cells}).splitlines()[2:]
         assert all(line in page for line in row), f"{row}\nis not in {PAGE.name}: run {PROGRAM}"
 
 
