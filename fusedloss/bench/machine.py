@@ -15,6 +15,7 @@ from ..core.errors import UnsupportedError
 from ..core.problem import Block, Problem
 from ..core.version import VERSION
 from ..trust import ask, families, verdicts
+from .tables import print_json
 
 
 def probe(device: str, dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (2, 4), **options: Any) -> Problem:
@@ -25,40 +26,65 @@ def probe(device: str, dtype: torch.dtype = torch.float32, shape: tuple[int, int
     return Problem((x, x), (Block(0, 1),), ones[0], target, ones, **options)
 
 
-def lines() -> list[str]:
+def main(as_json: bool = False) -> int:
+    if as_json:
+        print_json(facts())
+    else:
+        print("\n".join(lines()))
+    return 0
+
+
+def facts() -> dict[str, Any]:
+    """Versions, variables and devices. A backend's value is why it cannot run, or None."""
+
     def version(name: str) -> str:
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             return "not installed"
 
-    found = [
-        f"fusedloss  {VERSION}",
-        f"python     {platform.python_version()} on {platform.platform()}",
-        f"torch      {torch.__version__}",
-        f"triton     {version('triton')}",
-    ]
-    found.append(f"_C         {extension()}")
-    found += environment.lines()
-    devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    for device in devices:
+    devices = []
+    for device in ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]:
         problem = probe(device)
         with ask.unasked():
-            found.append(f"{device}: {describe(device)}; auto picks {picked(problem)}")
-        for name, module in BACKENDS.items():
-            found.append(f"  {name:10} {module.why_not(problem) or 'available'}")
-        if any(BACKENDS[name].why_not(problem) is None for name in KERNELS):
-            found += [f"  {line}" for line in proved(problem.device)]
+            auto = picked(problem)
+        reasons = {name: module.why_not(problem) for name, module in BACKENDS.items()}
+        kernels = proved(problem.device) if any(reasons[name] is None for name in KERNELS) else {}
+        about = {"device": device, "name": describe(device), "auto": auto, "backends": reasons}
+        devices.append(about | {"verdicts": kernels})
+    return {
+        "fusedloss": VERSION,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "_C": extension(),
+        "variables": environment.state(),
+        "devices": devices,
+    }
+
+
+def lines() -> list[str]:
+    """`facts` as text."""
+    known = facts()
+    found = [f"{name:10} {known[name]}" for name in ("fusedloss", "python", "torch", "triton", "_C")]
+    for name, variable in known["variables"].items():
+        value, error = variable["value"], variable["error"]
+        shown = f"{name} is not set" if value is None else f"{name}={value}"
+        found.append(f"{shown}: {error}" if error else shown)
+    for device in known["devices"]:
+        found.append(f"{device['device']}: {device['name']}; auto picks {device['auto']}")
+        found += [f"  {name:10} {reason or 'available'}" for name, reason in device["backends"].items()]
+        found += [f"  {name:10} {text}" for name, text in device["verdicts"].items()]
     return found
 
 
-def proved(device: torch.device) -> list[str]:
-    """Returns lines with the kernels' verdicts on `device` and the file that holds them."""
+def proved(device: torch.device) -> dict[str, str]:
+    """Returns the verdicts of each backend's kernels on `device`, and the file that holds them."""
     try:
-        known, kept = ask.known(device), f"verdicts in {verdicts.path(device)}"
+        known, kept = ask.known(device), str(verdicts.path(device))
     except ValueError as error:  # FUSEDLOSS_CACHE_DIR is no folder
-        return [f"verdicts   {error}"]
-    found = []
+        return {"verdicts": str(error)}
+    found = {}
     for backend in KERNELS:
         every = [
             verdicts.name_of(backend, family, precision)
@@ -68,11 +94,9 @@ def proved(device: torch.device) -> list[str]:
         by_state = {state: [n for n in every if n in known and known[n].state == state] for state in verdicts.STATES}
         unknown = len(every) - sum(len(by_state[state]) for state in (verdicts.PROVED, verdicts.FAILED))
         failed = [name.removeprefix(f"{backend} ") for name in by_state[verdicts.FAILED]]
-        found.append(
-            f"{backend:10} {len(by_state[verdicts.PROVED])} families proved, {len(failed)} failed, {unknown} unknown"
-            + (f"; failed: {', '.join(failed)}" if failed else "")
-        )
-    return [*found, kept]
+        found[backend] = f"{len(by_state[verdicts.PROVED])} families proved, {len(failed)} failed, {unknown} unknown"
+        found[backend] += f"; failed: {', '.join(failed)}" if failed else ""
+    return found | {"verdicts": f"in {kept}"}
 
 
 def extension() -> str:

@@ -567,20 +567,21 @@ def main(arguments: Any) -> int:
     point = Point(arguments.loss, 64, arguments.d, arguments.dtype, 1.0, arguments.kind, arguments.device)
     points = [replace(point, n=n, temperature=t) for n in arguments.n for t in arguments.temperature]
     only = set(arguments.racers) if arguments.racers else None
-    if only and (unknown := only - set(racers(point)) - {"floor"}):
-        print(f"--racers {' '.join(sorted(unknown))}: unknown; here are {', '.join(racers(point))}", file=sys.stderr)
-        return 2
-    before = results.environment()
+    with tables.progress() as tick:  # peers are imported, some of which take seconds
+        tick("looking who can race here")
+        if only and (unknown := only - set(racers(point)) - {"floor"}):
+            print(
+                f"--racers {' '.join(sorted(unknown))}: unknown; here are {', '.join(racers(point))}", file=sys.stderr
+            )
+            return 2
+        before = results.environment()
+        total = sum(steps(p, arguments.rounds, only) for p in points)
     rows: list[dict] = []
     claims: list[dict] = []
     samples: dict[str, list[float]] = {}
     with_memory, ended = not arguments.no_memory, None
-    if arguments.claims:
-        total = CLAIM_CALLS * arguments.rounds + 4
-    else:
-        total = sum(steps(p, arguments.rounds, only) for p in points)
     try:
-        with tables.progress(total) as tick:
+        with tables.progress(CLAIM_CALLS * arguments.rounds + 4 if arguments.claims else total) as tick:
             if arguments.claims:
                 cpu_claims(arguments.rounds, tick, claims, samples)
             else:
@@ -592,17 +593,19 @@ def main(arguments: Any) -> int:
     except measure.DeviceLost as error:
         ended = f"the device is lost ({error})"
     title = f"{arguments.loss}, D = {arguments.d}, {arguments.dtype}, {arguments.device}"
-    if claims:
+    found = {"environment": before, "command": arguments.command_line, "interrupted": bool(ended)}
+    found |= {"rows": rows, "claims": claims, "seconds": samples}
+    if arguments.json:
+        tables.print_json(found)
+    elif claims:
         show_claims(claims)
-    if rows:
+    elif rows:
         show_rows(title, rows)
     if ended:
         print(f"{ended}: this is what was measured until then", file=sys.stderr)
     if arguments.out and (rows or claims):
         folder = Path(arguments.out)
         folder.mkdir(parents=True, exist_ok=True)
-        found = {"environment": before, "command": arguments.command_line, "interrupted": bool(ended)}
-        found |= {"rows": rows, "claims": claims, "seconds": samples}
         results.write_json(folder / f"{arguments.name}.json", found)
         if rows:
             results.write_csv(folder / f"{arguments.name}.csv", rows, before)

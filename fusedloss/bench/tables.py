@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 Tick = Callable[..., None]  # takes a text for the next step, and by how much that step moves the bar (default 1)
 
@@ -25,6 +28,19 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for row in rows:
         shown.add_row(*map(Text, row))  # Text: racers' and devices' names may hold square brackets
     Console(width=None if sys.stdout.isatty() else 160).print(shown)
+
+
+def print_json(found: Any) -> None:
+    """Prints what any parser reads: JSON has no NaN and no infinity, which become null."""
+    print(json.dumps(_finite(found), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""python -m fusedloss info | check | verify | report | bench. Commands import torch late, where Ctrl-C is handled."""
+"""fusedloss info | check | verify | report | bench. Commands import torch late, where Ctrl-C is handled.
+
+`fusedloss` is the entry point that an installation makes; `python -m fusedloss` is the same command.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +22,59 @@ EXIT_CODES = """exit codes:
   2    an argument is wrong, or names something that this machine lacks
   130  Ctrl-C, after the results until then are shown
 """
+COMMANDS = {
+    "info": "versions, devices, variables, and every backend: available, or why not",
+    "check": "each backend against fp64 on this machine; exit code 1 if one is out of budget",
+    "verify": "prove the kernels on this machine and keep the verdicts, which `auto` goes by",
+    "report": "versions, verdicts and races as one block to paste into an issue",
+    "bench": "time, memory and error beside torch's own and the bare matrix products",
+}
+# The arguments and what they do, by command; "" is the program's own.
+EXAMPLES = {
+    "": (
+        ("info", "what runs here, and what does not and why"),
+        ("check --json", "errors against fp64, as JSON"),
+        ("bench --n 4096", "a race at one batch size"),
+    ),
+    "info": (("info", "as text"), ("info --json", "as JSON")),
+    "check": (("check", "a table"), ("check --json", "a row for each backend, dtype and loss, as JSON")),
+    "verify": (
+        ("verify", "what is not proved yet, on each kind of GPU here"),
+        ("verify --device cuda:0 --backend triton --no-race", "one backend, without times"),
+        ("verify --again --json", "everything once more, as JSON"),
+    ),
+    "report": (("report", "a block for an issue"), ("report --json", "the same without its fences")),
+    "bench": (
+        ("bench --n 1024 4096 --d 256", "two batch sizes of one width"),
+        ("bench --loss clip --dtype bf16 --racers fusedloss eager", "two racers, by the names in the table"),
+        ("bench --out results --name mine", "also writes results/mine.json, .csv and .png"),
+        ("bench --claims", "the figures that the README promises for a CPU"),
+    ),
+}
 
 
 def parser() -> argparse.ArgumentParser:
-    form: dict[str, Any] = {"epilog": EXIT_CODES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    called = "fusedloss" if Path(sys.argv[0]).stem == "fusedloss" else "python -m fusedloss"
+
+    def form(command: str) -> dict[str, Any]:
+        lines = [f"  {called} {words}\n      {text}" for words, text in EXAMPLES[command]]
+        epilog = "\n".join(["examples:", *lines, "", EXIT_CODES])
+        return {"epilog": epilog, "formatter_class": argparse.RawDescriptionHelpFormatter}
+
     top = argparse.ArgumentParser(
-        prog="python -m fusedloss", description="Fused losses: what runs here, how exactly, how fast.", **form
+        prog=called, description="Fused losses: what runs here, how exactly, how fast.", **form("")
     )
     top.add_argument("--version", action="version", version=f"fusedloss {VERSION}")
     commands = top.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("info", "versions, devices, variables, and every backend: available, or why not"),
-        ("check", "each backend against fp64 on this machine; exit code 1 if one is out of budget"),
-        ("verify", "prove the kernels on this machine and keep the verdicts, which `auto` goes by"),
-        ("report", "versions, verdicts and races as one block to paste into an issue"),
-        ("bench", "time, memory and error beside torch's own and the bare matrix products"),
-    ):
-        commands.add_parser(name, help=text, description=text, **form)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, **form(name))
+        command.add_argument("--json", action="store_true", help="print the result as JSON instead of text")
     verify, bench = commands.choices["verify"], commands.choices["bench"]
     verify.add_argument("--device", type=place, help="cpu, cuda, xpu or cuda:INDEX; default: each kind of GPU here")
     verify.add_argument("--backend", choices=("cuda", "triton"), help="default: both")
     verify.add_argument("--family", help="only this one, by its name in the table")
     verify.add_argument("--again", action="store_true", help="prove again what is proved already")
     verify.add_argument("--no-race", action="store_true", help="only the proof: no times of what is proved")
-    verify.add_argument("--json", action="store_true", help="the verdicts as JSON instead of a table")
     verify.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     bench.add_argument("--loss", choices=("info_nce", "clip", "multiple_negatives_ranking"), default="info_nce")
     bench.add_argument("--n", type=count, nargs="+", default=[2048, 4096, 8192], metavar="N", help="batch sizes")
@@ -123,20 +155,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.command == "info":
-        from ..bench.machine import lines
+        from ..bench.machine import main as info
 
-        print("\n".join(lines()))
-        return 0
+        return info(arguments.json)
     if arguments.command == "check":
         from .check import main as check
 
-        return check()
+        return check(arguments.json)
     if arguments.command == "verify":
         return run_verify(arguments)
     if arguments.command == "report":
         from .report import main as report
 
-        return report()
+        return report(arguments.json)
     ctrl_c.importing()
     import torch
 

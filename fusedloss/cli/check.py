@@ -51,10 +51,10 @@ def _shares(name: str, backend: str, dtype: torch.dtype, device: torch.device) -
     return list(cases.errors(name, backend, precision, device).values())[: len(QUANTITIES)]
 
 
-def main() -> int:
-    """Checks, and prints the table. After Ctrl-C it holds the checks until then."""
+def main(as_json: bool = False) -> int:
+    """Checks, and prints the result. After Ctrl-C it holds the checks until then."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    table, failed, interrupted = [], 0, False
+    table, found, failed, interrupted = [], [], 0, False
     try:
         with tables.progress() as tick:
             for row in rows(devices):
@@ -62,6 +62,8 @@ def main() -> int:
                 shares = row.get("shares", [])
                 out_of_budget = "error" in row or not all(share <= 1 for share in shares)
                 failed += out_of_budget
+                state = "cannot run" if "reason" in row else "failed" if out_of_budget else "ok"
+                found.append(row | {"shares": dict(zip(QUANTITIES, shares, strict=False)), "state": state})
                 verdict = row.get("reason", "FAILED" if out_of_budget else "ok")
                 if "error" in row:
                     verdict += f": {row['error']}"
@@ -69,8 +71,11 @@ def main() -> int:
                 table.append([row["device"], row["backend"], row["loss"], row["dtype"], *cells, verdict])
     except KeyboardInterrupt:
         interrupted = True
-    headers = ["device", "backend", "loss", "dtype", *QUANTITIES, ""]
-    tables.table("errors against fp64, as shares of the budget 2 x error of eager + eps", headers, table)
+    if as_json:
+        tables.print_json(found)
+    else:
+        headers = ["device", "backend", "loss", "dtype", *QUANTITIES, ""]
+        tables.table("errors against fp64, as shares of the budget 2 x error of eager + eps", headers, table)
     if failed:
         print(f"{failed} of {len(table)} out of budget", file=sys.stderr)
     if interrupted:

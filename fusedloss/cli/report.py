@@ -24,14 +24,17 @@ FORM = 1
 PATHS = ("FUSEDLOSS_CACHE_DIR",)
 
 
-def main() -> int:
-    print(block())
+def main(as_json: bool = False) -> int:
+    print(_written(found()) if as_json else block())
     return 0
 
 
+def found() -> dict[str, Any]:
+    return {"fusedloss report": FORM, "versions": versions(), "devices": [of_device(d) for d in devices(None)]}
+
+
 def block() -> str:
-    found = {"fusedloss report": FORM, "versions": versions(), "devices": [of_device(d) for d in devices(None)]}
-    return f"```json\n{_written(found)}\n```"
+    return f"```json\n{_written(found())}\n```"
 
 
 def versions() -> dict[str, Any]:

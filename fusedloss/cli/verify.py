@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -75,7 +74,7 @@ def main(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         interrupted = True
     if arguments.json:
-        print(json.dumps([_plain(row) for row in rows], indent=1))
+        tables.print_json([_plain(row) for row in rows])
     else:
         _tables(rows, time.monotonic() - start)
     said = [reason for reason in why if reason]

@@ -124,17 +124,17 @@ OTHERS = (
 ENCODED = {name: os.environ.encodekey(name) for name in (*VARIABLES, *OTHERS)}
 
 
-def lines() -> list[str]:
-    """Every variable and its value, for `info`: those set to what is refused with the error, misspelt ones as such."""
-    known, found = (*VARIABLES, *OTHERS), []
+def state() -> dict[str, dict[str, str | None]]:
+    """Every variable, for `info`: its value, or None if it is not set, and why that is refused; misspelt ones last."""
+    known = (*VARIABLES, *OTHERS)
+    found: dict[str, dict[str, str | None]] = {}
     for name in known:
-        if name not in os.environ:
-            found.append(f"{name} is not set")
-            continue
+        found[name] = {"value": os.environ.get(name), "error": None}
         try:
             VARIABLES.get(name, str)()
-            found.append(f"{name}={os.environ[name]}")
         except ValueError as error:
-            found.append(f"{name}={os.environ[name]}: {error}")
-    unknown = [name for name in sorted(os.environ) if name.startswith("FUSEDLOSS_") and name not in known]
-    return found + [f"{name}={os.environ[name]}: fusedloss has no variable of this name" for name in unknown]
+            found[name]["error"] = str(error)
+    for name in sorted(os.environ):
+        if name.startswith("FUSEDLOSS_") and name not in known:
+            found[name] = {"value": os.environ[name], "error": "fusedloss has no variable of this name"}
+    return found

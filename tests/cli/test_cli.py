@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 from patience import seconds
 
-from fusedloss import sweep, testing
+from fusedloss import cli, sweep, testing
 from fusedloss.__main__ import main
 from fusedloss.backends import BACKENDS
 from fusedloss.bench import measure, race, tables
@@ -257,13 +258,13 @@ def test_bench_fails_where_our_own_racer_does(monkeypatch, capsys):
 WAITS = "import signal\nprint('ready', flush=True)\nsignal.pause()\n"
 
 
-def interrupted(command, tmp_path, **environment):
-    """Starts it, waits for its first line on stdout, and presses Ctrl-C."""
+def interrupted(command, tmp_path, program=("-m", "fusedloss"), **environment):
+    """Starts it, waits for its first line on stdout, and presses Ctrl-C. It has one line to say, and nothing before."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])} | environment
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # A shell starts what it puts into the background with SIGINT ignored, and children would inherit that.
     pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    child = subprocess.Popen([sys.executable, "-m", "fusedloss", *command], env=environment, cwd=tmp_path, **pipes)
+    child = subprocess.Popen([sys.executable, *program, *command], env=environment, cwd=tmp_path, **pipes)
     try:
         assert child.stdout.readline() == "ready\n"
         child.send_signal(signal.SIGINT)
@@ -271,7 +272,7 @@ def interrupted(command, tmp_path, **environment):
     finally:
         child.kill()
         child.wait()
-    assert child.returncode == 130 and "Traceback" not in errors and "interrupted" in errors
+    assert child.returncode == 130 and errors.count("interrupted") == errors.count("\n") == 1, errors
     return shown
 
 
@@ -279,6 +280,13 @@ def interrupted(command, tmp_path, **environment):
 def test_ctrl_c_while_torch_is_imported(command, tmp_path):
     (tmp_path / "torch.py").write_text(WAITS)
     assert interrupted(command, tmp_path) == ""
+
+
+def test_ctrl_c_while_the_entry_point_imports_torch(tmp_path):
+    (tmp_path / "torch.py").write_text(WAITS)
+    script = tmp_path / "fusedloss"  # as pip writes it
+    script.write_text("import sys\nfrom fusedloss.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n")
+    assert interrupted(["info"], tmp_path, program=[str(script)]) == ""
 
 
 def test_ctrl_c_while_the_race_is_imported(tmp_path):
@@ -314,12 +322,128 @@ def test_ctrl_c_elsewhere(monkeypatch, capsys):
     assert main(["info"]) == 130 and capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["check"], ["verify"], ["report"], ["bench"]])
-def test_help_tells_the_exit_codes(command, capsys):
-    with pytest.raises(SystemExit):
-        main([*command, "--help"])
+@pytest.mark.parametrize("command", cli.EXAMPLES)
+def test_help_tells_the_exit_codes_and_shows_examples(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--help"])
     shown = capsys.readouterr().out
+    assert ended.value.code == 0 and cli.EXIT_CODES.strip() in shown
     assert all(f"\n  {code} " in shown for code in (0, 1, 2, 130))
+    assert len(cli.EXAMPLES[command]) >= 2
+    for words, text in cli.EXAMPLES[command]:
+        assert f"  python -m fusedloss {words}\n      {text}\n" in shown
+        assert command in ("", words.split()[0])
+
+
+def test_help_knows_the_entry_point(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/usr/local/bin/fusedloss"])
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: fusedloss ") and "\n  fusedloss bench --n 4096\n" in shown
+
+
+def test_the_page_has_every_command_option_example_and_code(tmp_path, monkeypatch):
+    """And each command line on it is one that the parser takes."""
+    page = (ROOT / "docs" / "cli.md").read_text()
+    monkeypatch.chdir(tmp_path)  # --out makes its folder
+    lines = re.findall(r"^\$ fusedloss (.*)", page, re.MULTILINE)
+    assert {words for examples in cli.EXAMPLES.values() for words, _ in examples} <= set(lines)
+    for line in lines:
+        cli.parser().parse_args(shlex.split(line.partition(" >")[0]))
+    (commands,) = (action.choices for action in cli.parser()._actions if action.dest == "command")
+    assert set(commands) == set(cli.COMMANDS) == set(cli.EXAMPLES) - {""}
+    for name, command in commands.items():
+        section = page.partition(f"\n## fusedloss {name}\n")[2].partition("\n## ")[0]
+        assert f"{cli.COMMANDS[name]}." in section
+        for action in command._actions:
+            if action.help != "==SUPPRESS==" and action.dest not in ("help", "json"):
+                assert f"`{action.option_strings[0]}`" in section, (name, action.dest)
+    codes = re.findall(r"^\| (\d+) \|", page, re.MULTILINE)
+    assert codes == re.findall(r"^  (\d+) ", cli.EXIT_CODES, re.MULTILINE)
+
+
+def test_the_command_imports_no_kernels():
+    """Neither Triton nor anything compiled, until a command asks a backend."""
+    code = "import sys; from fusedloss.cli import main, parser; parser(); print(sorted(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = set(re.findall(r"'([^']+)'", shown))
+    assert "fusedloss.cli" in loaded and not {"fusedloss.kernels", "fusedloss._C", "triton"} & loaded
+
+
+# JSON -----------------------------------------------------------------------------------------------------------------
+
+
+def printed(capsys, *command):
+    """What stands on stdout, all of it JSON and without NaN, and the exit code."""
+
+    def refused(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    code = main([*command, "--json"])
+    return json.loads(capsys.readouterr().out, parse_constant=refused), code
+
+
+def test_info_as_json(monkeypatch, capsys):
+    monkeypatch.setenv("FUSEDLOSS_WORKSPACE_BYTES", "1e9")
+    found, code = printed(capsys, "info")
+    assert code == 0 and found["torch"] == torch.__version__
+    assert found["variables"]["FUSEDLOSS_BACKEND"] == {"value": None, "error": None}
+    assert "must be a positive number" in found["variables"]["FUSEDLOSS_WORKSPACE_BYTES"]["error"]
+    cpu = found["devices"][0]
+    assert cpu["device"] == "cpu" and cpu["backends"].keys() == BACKENDS.keys() and cpu["backends"]["chunked"] is None
+
+
+def test_check_as_json(monkeypatch, capsys):
+    rows = [
+        {"device": "cpu", "backend": "cuda", "dtype": "all", "loss": "all", "reason": "not built"},
+        {"device": "cpu", "backend": "chunked", "dtype": "float32", "loss": "mse", "shares": [0.1, 0.2]},
+        {"device": "cpu", "backend": "chunked", "dtype": "float32", "loss": "clip", "shares": [0.1, float("nan"), 0]},
+        {"device": "cpu", "backend": "chunked", "dtype": "float32", "loss": "triplet", "error": "ValueError: no"},
+    ]
+    monkeypatch.setattr(check, "rows", lambda devices: iter(rows))
+    found, code = printed(capsys, "check")
+    assert code == 1 and [row["state"] for row in found] == ["cannot run", "ok", "failed", "failed"]
+    assert found[1]["shares"] == {"value": 0.1, "first gradient": 0.2} and found[2]["shares"]["first gradient"] is None
+    assert found[0]["reason"] == "not built" and found[3]["error"] == "ValueError: no"
+
+
+def test_verify_as_json_where_nothing_runs(monkeypatch, capsys):
+    monkeypatch.setattr("fusedloss.cli.verify.names", lambda *asked: ([], ["cuda: not built"]))
+    assert printed(capsys, "verify", "--device", "cpu") == ([], 2)
+
+
+def test_report_as_json_is_the_block_without_fences(capsys):
+    found, code = printed(capsys, "report")
+    assert code == 0 and main(["report"]) == 0
+    assert json.loads(capsys.readouterr().out.strip().strip("`").removeprefix("json")) == found
+
+
+def test_bench_as_json(capsys, tmp_path):
+    found, code = printed(capsys, *TINY, "--racers", "fusedloss", "eager", "--out", str(tmp_path))
+    assert code == 0 and [row["racer"] for row in found["rows"]] == ["floor", "fusedloss", "eager"]
+    assert found["environment"]["torch"] == torch.__version__ and not found["interrupted"]
+    assert json.loads((tmp_path / "bench.json").read_text()) == found
+
+
+def test_what_is_not_a_number_is_null_in_json(capsys):
+    tables.print_json({"a": [float("nan"), -float("inf"), (1.5,)], "b": "NaN"})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, None, [1.5]], "b": "NaN"}
+
+
+def test_library_calls_are_silent():
+    """Nothing on stdout or stderr, and no log: a first import, a loss, its gradient, a module, a search."""
+    code = """
+import logging, torch
+logging.basicConfig(level=logging.INFO)
+import fusedloss
+x = torch.randn(8, 4, requires_grad=True)
+fusedloss.info_nce(x, x.detach()).backward()
+fusedloss.TripletLoss()(x, x, x).backward()
+fusedloss.search.top_k(x.detach(), x.detach(), 2)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == done.stderr == ""
 
 
 # Variables ------------------------------------------------------------------------------------------------------------
