@@ -10,7 +10,7 @@ READY := $(VENV)/.ready-$(EXTRAS)
 SITE := $(VENV)/.ready-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-all fuzz test-upstream versions lint docs gpu gpu-build gpu-tune gpu-full gpu-sanitize has-sanitizer clean
+.PHONY: help demo quick test test-all fuzz test-upstream versions lint docs wheel gpu gpu-build gpu-tune gpu-full gpu-sanitize has-sanitizer clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,8 +33,9 @@ SLOW_KINDS := interpreter or host or lengthy or processes or memory or upstream 
 quick: $(READY) ## after each change: the torch code, and a small run of each kernel; make quick FOR=tests/losses/test_lists.py
 	$(PYTEST) 'smoke or not (gpu or $(SLOW_KINDS))'
 
-test: $(READY) ## before a push: whatever guards a user, of products a part with every pair; FOR= as in quick
-	$(PYTEST) 'not (gpu or grid or slow)'
+# KIND is a marker or an expression of them: CI runs `make test` in parts.
+test: $(READY) ## before a push: whatever guards a user, of products a part with every pair; FOR= as in quick; KIND=host
+	$(PYTEST) '$(if $(KIND),($(KIND)) and )not (gpu or grid or slow)'
 
 test-all: $(READY) ## what `make test` leaves: whole products, what nvcc and Triton's compiler make, slow ones
 	$(PYTEST) '(grid or slow) and not gpu'
@@ -105,6 +106,17 @@ gpu-sanitize: has-sanitizer gpu-build ## the CUDA kernels at small shapes under 
 
 has-sanitizer:
 	@command -v compute-sanitizer > /dev/null || { echo 'compute-sanitizer is not on the PATH: the CUDA toolkit has it'; exit 2; }
+
+# The wheel is made from the sdist, and its tests are the sdist's, beside neither fusedloss/ nor kernels/ of a checkout.
+AWAY := build/away
+wheel: $(READY) ## sdist and wheel in dist/, and the wheel's tests away from the checkout, with $(PYTHON) and its torch
+	rm -rf dist $(AWAY)
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/pip install --quiet --no-index --no-deps --target $(AWAY)/site dist/fusedloss-*.whl
+	tar -xf dist/fusedloss-*.tar.gz -C $(AWAY) --strip-components 1 --wildcards '*/tests' '*/tools' '*/pyproject.toml'
+	cd $(AWAY) && PYTHONPATH="$$PWD/site" PYTHONSAFEPATH=1 '$(abspath $(BIN))/python' site/bin/fusedloss info
+	cd $(AWAY) && PYTHONPATH="$$PWD/site" PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 '$(abspath $(BIN))/python' -m pytest -q -n auto \
+	  tests/losses tests/sweep -m 'not (gpu or $(SLOW_KINDS))'
 
 clean: ## remove what the other targets made
 	rm -rf .venv .venv-* build dist *.egg-info fusedloss/_C.*.so

@@ -1,1 +1,1 @@
-VERSION = "0.1.0"  # pyproject.toml reads it from here, without importing torch
+VERSION = "0.2.0"  # pyproject.toml reads it from here, without importing torch

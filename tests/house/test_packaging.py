@@ -83,12 +83,14 @@ def test_sdist_and_the_wheel_made_from_it(source, no_nvcc, tmp_path):
     for folder in ("tests", "examples", "benchmarks"):
         assert {str(file.relative_to(source)) for file in (source / folder).glob("**/*.py")} <= names
     assert {"Makefile", "constraints.txt", "DESIGN.md", "docs/kernel-resources.md", "docs/cuda-resources.md"} <= names
+    assert {"CONTRIBUTING.md", "SECURITY.md", "CITATION.cff", "docs/contributing/add-a-loss.md"} <= names
 
     wheel = next(tmp_path.glob("dist/*.whl"))
     assert wheel.name == f"fusedloss-{fusedloss.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = archive.read(f"fusedloss-{fusedloss.__version__}.dist-info/METADATA").decode()
+        commands = archive.read(f"fusedloss-{fusedloss.__version__}.dist-info/entry_points.txt").decode()
     ours = {str(file.relative_to(source)) for file in source.glob("fusedloss/**/*.py")}
     kernels = {f"fusedloss/{file.relative_to(source)}" for file in source.glob("kernels/**/*.py")}
     data = {
@@ -104,6 +106,7 @@ def test_sdist_and_the_wheel_made_from_it(source, no_nvcc, tmp_path):
     assert not [name for name in names if name.endswith((".so", ".cu", ".pyc"))]
     assert "License-Expression: Apache-2.0" in metadata
     requirements = {line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line}
+    assert commands == "[console_scripts]\nfusedloss = fusedloss.cli:main\n"
     assert requirements == {
         "Requires-Dist: torch>=2.10",
         "Requires-Dist: numpy",
@@ -127,6 +130,23 @@ def test_pure_wheel_away_from_the_checkout(source, tmp_path):
     _, output = run("-c", unindent(code), cwd=tmp_path, PYTHONPATH=tmp_path / "site")
     site = tmp_path / "site" / "fusedloss"
     assert output.split() == [str(site / "__init__.py"), str(site / "kernels/__init__.py"), fusedloss.__version__]
+    # A training step by names from each part of it, of which none may come from the checkout.
+    code = """
+        import sys, torch, fusedloss
+        from fusedloss import functional, grad_cache, integrations, masks, nn, search, testing
+        x, y = torch.randn(2, 5, 8).requires_grad_()
+        loss = fusedloss.info_nce(x, y, mask=masks.not_self(1)) + nn.TripletLoss()(x, y, x.flip(0))
+        loss.backward()
+        assert loss.isfinite() and search.top_k(x.detach(), y.detach(), 2)[0].shape == (5, 2)
+        own = [m.__file__ for n, m in sys.modules.items() if n.split(".")[0] in ("fusedloss", "kernels", "csrc")]
+        assert len(own) > 50 and all(file.startswith(sys.argv[1]) for file in own), own
+    """
+    run("-c", unindent(code), site, cwd=tmp_path, PYTHONPATH=tmp_path / "site")
+    # The entry point that the wheel brings, in a process that has only the wheel.
+    _, output = run(tmp_path / "site" / "bin" / "fusedloss", "info", cwd=tmp_path, PYTHONPATH=tmp_path / "site")
+    assert output.startswith(f"fusedloss  {fusedloss.__version__}\n") and "auto picks" in output
+    _, output = run(tmp_path / "site" / "bin" / "fusedloss", "--help", cwd=tmp_path, PYTHONPATH=tmp_path / "site")
+    assert output.startswith("usage: fusedloss ")
 
 
 @pytest.mark.processes
