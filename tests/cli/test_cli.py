@@ -432,7 +432,7 @@ def test_what_is_not_a_number_is_null_in_json(capsys):
 
 
 def test_library_calls_are_silent():
-    """Nothing on stdout or stderr, and no log: a first import, a loss, its gradient, a module, a search."""
+    """Nothing on stdout or stderr, and no log, where nothing is wrong: an import, a loss, a gradient, a search."""
     code = """
 import logging, torch
 logging.basicConfig(level=logging.INFO)
