@@ -67,7 +67,8 @@ def counted(function: Callable[P, R]) -> Callable[P, R]:
             result = function(*args, **kwargs)
         finally:
             _running.reset(token)
-        calls.update(names)
+        for name in names:  # calls.update takes 2 us for one name
+            calls[name] += 1
         return result
 
     return wrapped

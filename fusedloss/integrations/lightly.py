@@ -19,7 +19,7 @@ from ..core import checks
 from ..functional import decoupled_contrastive, info_nce, nt_xent
 from ..rowwise.pairs import scores
 from ._drop_in import Patch, counted, library, runs_fused
-from ._fits import only, overridden, refusal
+from ._fits import alike, only, overridden, plain, refusal
 
 library("lightly.loss", "lightly", "1.6.0")
 
@@ -29,11 +29,14 @@ from lightly.loss.ntx_ent_loss import NTXentLoss as _NTXentLoss  # noqa: E402
 from lightly.models.modules.memory_bank import MemoryBankModule as _MemoryBankModule  # noqa: E402
 from lightly.utils import dist  # noqa: E402
 
+criterion_fits = plain(nn.CrossEntropyLoss)
+
 
 def _why_not(out0: Tensor, out1: Tensor, temperature: float | Tensor) -> str | None:
-    reason = refusal(checks.embeddings, out0=out0, out1=out1)
+    same = alike(out0, out1)
+    reason = None if same else refusal(checks.embeddings, out0=out0, out1=out1)
     reason = reason or refusal(checks.scalar, "temperature", temperature, out0, positive=True)
-    if reason:
+    if reason or same:
         return reason
     if out0.shape != out1.shape:
         return "out0 and out1 have different shapes"
@@ -56,8 +59,7 @@ class NTXentLoss(_NTXentLoss):
 
     def _why_not(self, out0: Tensor, out1: Tensor) -> str | None:
         reason = _why_not(out0, out1, self.temperature)
-        stock = dict(weight=None, label_smoothing=0.0, reduction="mean", ignore_index=-100)
-        if reason is None and not only(self.cross_entropy, nn.CrossEntropyLoss, **stock):
+        if reason is None and criterion_fits(self.cross_entropy):
             return "cross_entropy is not the CrossEntropyLoss of the constructor"
         bank = self.memory_bank
         if reason or only(bank, _MemoryBankModule, size=(0,)):

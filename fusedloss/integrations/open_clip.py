@@ -25,7 +25,7 @@ from ..core import checks
 from ..core.numerics import stats_dtype
 from ..functional import clip, clip_distill, cross_entropy, info_nce, siglip
 from ._drop_in import Patch, counted, library, runs_fused
-from ._fits import only, overridden, refusal
+from ._fits import a_class_is_outside, alike, overridden, plain, refusal
 
 library("open_clip", "open_clip_torch", "3.3.0")
 
@@ -37,6 +37,7 @@ from open_clip.loss import SigLipLoss as _SigLipLoss  # noqa: E402
 
 Scale = float | Tensor
 OTHER_VERSIONS = ("use_horovod", "chunk_size")
+criterion_fits = plain(nn.CrossEntropyLoss, "ignore_index")
 
 
 def _known(upstream: type, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -46,11 +47,12 @@ def _known(upstream: type, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _why_not(image: Tensor, text: Tensor, scale: Scale, bias: Scale | None = None) -> str | None:
-    reason = refusal(checks.embeddings, image_features=image, text_features=text)
+    same = alike(image, text)
+    reason = None if same else refusal(checks.embeddings, image_features=image, text_features=text)
     reason = reason or refusal(checks.scalar, "logit_scale", scale, image, positive=False)
     if bias is not None:
         reason = reason or refusal(checks.scalar, "logit_bias", bias, image, positive=False)
-    if reason:
+    if reason or same:
         return reason
     if image.shape[0] != text.shape[0]:
         return "image_features and text_features have different numbers of rows"
@@ -101,9 +103,11 @@ class ClipLoss(_ClipLoss):
 
     def _contrastive(self, image: Tensor, text: Tensor, scale: Scale, bias: Scale | None = None) -> Tensor:
         all_image, all_text = self._gathered(image, text)
-        labels = self.get_ground_truth(image.device, len(image) if self.local_loss else len(all_image))
         if self.world_size == 1 or not self.local_loss:
+            if self.cache_labels:  # fills open_clip's cache
+                self.get_ground_truth(image.device, len(all_image))
             return clip(all_image, all_text, scale, bias)
+        labels = self.get_ground_truth(image.device, len(image))
         by_image = info_nce(image, all_text, labels, temperature=1 / scale)
         by_text = info_nce(text, all_image, labels, temperature=1 / scale)
         loss = (by_image + by_text) / 2
@@ -144,13 +148,11 @@ class CoCaLoss(_CoCaLoss, ClipLoss):
         return {"contrastive_loss": contrastive, "caption_loss": caption} if output_dict else (contrastive, caption)
 
     def _why_not_caption(self, logits: Tensor, labels: Tensor) -> str | None:
-        stock = dict(weight=None, label_smoothing=0.0, reduction="mean")
-        if not only(self.caption_loss, nn.CrossEntropyLoss, **stock):
+        if criterion_fits(self.caption_loss):
             return "caption_loss is not the CrossEntropyLoss of the constructor"
         if logits.dim() != 3 or not logits.numel() or labels.shape != logits.shape[:2] or labels.dtype != torch.int64:
             return "logits and labels do not have the shapes [B, T, V] and int64 [B, T]"
-        outside = (labels != self.caption_loss.ignore_index) & ((labels < 0) | (labels >= logits.shape[2]))
-        if checks.reads_values(labels) and bool(outside.any()):
+        if checks.reads_values(labels) and a_class_is_outside(labels, logits.shape[2], self.caption_loss.ignore_index):
             return "a label is not in the vocabulary"
         same = logits.device == labels.device and logits.dtype in checks.FLOATING
         return None if same else "logits and labels are on different devices, or logits are not floating"
@@ -182,7 +184,8 @@ class DistillClipLoss(_DistillClipLoss, ClipLoss):
             return forward(*student, *teacher, output_dict)
         image, text = self._gathered(image_features, text_features)
         teachers = self._gathered(dist_image_features, dist_text_features)
-        self.get_ground_truth(image.device, len(image))  # fills open_clip's cache
+        if self.cache_labels:
+            self.get_ground_truth(image.device, len(image))  # fills open_clip's cache
         contrastive = clip(image, text, logit_scale)
         distill = clip_distill(image, text, logit_scale, *teachers, dist_logit_scale)
         distill = distill + _entropy(*teachers, dist_logit_scale)

@@ -29,7 +29,7 @@ from ...core.numerics import autocasting, stats_dtype
 from ...losses.margin_softmax import arcface, cosface
 from ...losses.proxies import proxy_anchor, proxy_nca
 from .._drop_in import Patch, counted, disabled, library, runs_fused
-from .._fits import only, overridden, refusal
+from .._fits import a_class_is_outside, alike, overridden, plain, refusal
 
 library("pytorch_metric_learning", "pytorch-metric-learning", "2.9.0")
 
@@ -50,6 +50,7 @@ from ._pairs import Kind, Pairs, kind_of, listed, record, reduced, reducer_of, t
 
 NAME = "pytorch_metric_learning."
 SIMILARITIES = ("dot",)
+criterion_fits, soft_plus_fits = plain(nn.CrossEntropyLoss, reduction="none"), plain(nn.Softplus)
 # A listed pair costs about as much as this many pairs of a matrix product: it gathers, without reuse. Up to so many are
 # listed nevertheless: their distances come from differences, so equal rows have exactly 0, and reducers count losses
 # above 0.
@@ -63,6 +64,8 @@ def _fits(loss: Any, embeddings: Any, ref_emb: Any, kinds: tuple[str, ...]) -> s
     kind = kind_of(loss.distance)
     if kind is None or kind.name not in kinds:
         return "of its distance, which has no fused form here"
+    if alike(embeddings, ref_emb, same_rows=False):
+        return None
     return refusal(checks.embeddings, embeddings=embeddings, ref_emb=ref_emb)
 
 
@@ -222,7 +225,7 @@ class CircleLoss(_CircleLoss):
         why_not = why_not or refusal(checks.number, "gamma", self.gamma)
         if why_not is None:
             own = (self.op, self.on, self.delta_p, self.delta_n) == (1 + self.m, -self.m, 1 - self.m, self.m)
-            if not own or not only(self.soft_plus, nn.Softplus, beta=1):
+            if not own or soft_plus_fits(self.soft_plus):
                 why_not = "op, on, delta_p, delta_n or soft_plus are not those of the constructor"
         if why_not is None and embeddings.dtype == torch.float16:
             # A rounding of fp16 times gamma is a whole number: the library's result depends on its order of operations.
@@ -366,10 +369,24 @@ def _classed(
         return reason or "labels are missing, or ref_emb is given"
     if kind_of(loss.distance) != distance:
         return "of its distance, which has no fused form here"
-    reason = refusal(checks.embeddings, embeddings=embeddings)
+    reason = None if alike(embeddings) else refusal(checks.embeddings, embeddings=embeddings)
     if reason or vectors.dim() != 2 or vectors.shape[1] != embeddings.shape[1] or not vectors.shape[0]:
         return reason or "the class vectors have another shape, dtype or device"
     return None if len(embeddings) else "the batch is empty"
+
+
+def _classes_fit(labels: Any, classes: int, embeddings: Tensor) -> str | None:
+    """Checks for one class per row, of which there is at least one."""
+    if (
+        type(labels) is Tensor
+        and labels.dtype is torch.int64
+        and labels.shape == embeddings.shape[:1]
+        and labels.device == embeddings.device
+        and checks.reads_values(labels)
+        and not a_class_is_outside(labels, classes, 0)  # one pass where checks.target, which names the row, takes four
+    ):
+        return None
+    return refusal(checks.target, "labels", labels, len(embeddings), classes, None, embeddings)
 
 
 COSINE = Kind("dot", True)
@@ -391,13 +408,11 @@ class _MarginSoftmax:
     def _fits(self: Any, arguments: tuple[Any, ...], ours: type) -> str | None:
         embeddings, labels = arguments[:2]
         reason = _classed(self, arguments, self.W.t(), ours, *self.HOOKS, distance=COSINE)
-        stock = dict(weight=None, label_smoothing=0.0, reduction="none", ignore_index=-100)
-        if reason is None and not only(self.cross_entropy, nn.CrossEntropyLoss, **stock):
+        if reason is None and criterion_fits(self.cross_entropy):
             reason = "cross_entropy is not the CrossEntropyLoss of the constructor"
         if reason is None and self.collect_stats:
             reason = "its collect_stats is set"
-        rows, classes = len(embeddings), self.W.shape[1]
-        reason = reason or refusal(checks.target, "labels", labels, rows, classes, None, embeddings)
+        reason = reason or _classes_fit(labels, self.W.shape[1], embeddings)
         reason = reason or refusal(checks.number, "margin", self.margin)
         reason = reason or refusal(checks.number, "scale", self.scale)
         return reason or refusal(checks.scalar, "scale", self.scale, embeddings, positive=True)
@@ -491,8 +506,8 @@ class ProxyAnchorLoss(_ProxyAnchorLoss):
         arguments = embeddings, labels, indices_tuple, ref_emb, ref_labels
         hooks = "get_logits", "cast_types"
         why_not = _classed(self, arguments, self.proxies, ProxyAnchorLoss, *hooks, distance=COSINE)
-        rows, classes = len(embeddings), len(self.proxies)
-        why_not = why_not or refusal(checks.target, "labels", labels, rows, classes, None, embeddings)
+        classes = len(self.proxies)
+        why_not = why_not or _classes_fit(labels, classes, embeddings)
         why_not = why_not or refusal(checks.number, "margin", self.margin)
         why_not = why_not or refusal(checks.number, "alpha", self.alpha)
         why_not = why_not or refusal(checks.scalar, "alpha", self.alpha, embeddings, positive=True)

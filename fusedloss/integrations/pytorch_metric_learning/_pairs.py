@@ -15,6 +15,9 @@ from ...core.numerics import group_numbers, row_numbers, stats_dtype, unit_rows
 from ...core.problem import Block, Fold, Problem
 from ...losses import Call, as_scale, autocast, distinct, fold_loss, fold_problem, mean_of, over
 from ...rowwise.pairs import cosine, dot, euclidean_distance, of_pairs, squared_distance
+from .._fits import overridden, untouched
+
+METHODS = "compute_mat", "pairwise_distance", "normalize", "maybe_normalize", "smallest_dist", "margin"  # of distances
 
 
 class Kind(NamedTuple):
@@ -30,7 +33,8 @@ class Kind(NamedTuple):
 
 def kind_of(distance: Any) -> Kind | None:
     """Returns the Kind of a distance; None for a user's class, or a norm or power that no sweep has."""
-    if distance.p != 2:
+    kind = type(distance)
+    if distance.p != 2 or not untouched(distance, kind) or overridden(distance, kind, *METHODS):
         return None
     unit = bool(distance.normalize_embeddings)
     if type(distance) in (distances.CosineSimilarity, distances.DotProductSimilarity):

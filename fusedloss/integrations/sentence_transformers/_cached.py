@@ -28,7 +28,7 @@ from fusedloss.core import checks
 
 from .._drop_in import counted
 from ._fits import fused
-from ._ranking import gist, gist_fits, ranking, ranking_fits, settled
+from ._ranking import gist, gist_fits, gist_is_plain, ranking, ranking_fits, settled
 
 
 class CachedMultipleNegativesRankingLoss(_CachedMultipleNegativesRankingLoss):
@@ -65,6 +65,6 @@ class CachedGISTEmbedLoss(_CachedGISTEmbedLoss):
     ) -> Tensor:
         columns = [torch.cat(column) for column in reps]
         guides = [torch.cat(column) for column in reps_guided]
-        if not fused(self, gist_fits(self, _CachedGISTEmbedLoss, columns, guides)):
+        if not fused(self, gist_is_plain(self, _CachedGISTEmbedLoss) or gist_fits(columns, guides)):
             return super().calculate_loss(reps, reps_guided, with_backward=with_backward)
         return settled(gist(self, _cached_gist_embed, columns, guides), with_backward)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from fusedloss.core import checks
 
 from .._drop_in import runs_fused
-from .._fits import refusal
+from .._fits import alike, refusal, untouched
 
 MATRICES = {util.cos_sim: "cos", util.pytorch_cos_sim: "cos", util.dot_score: "dot"}
 PAIRS = {
@@ -36,10 +37,6 @@ def fused(loss: nn.Module, why_not: str | None) -> bool:
     return runs_fused(f"sentence_transformers.{type(loss).__name__}", why_not)
 
 
-def first(*reasons: str | None) -> str | None:
-    return next((reason for reason in reasons if reason is not None), None)
-
-
 def similarity(function: Any, known: dict[Any, str]) -> str | None:
     """Returns the name of a similarity that is one of the library's functions, or a model's method that calls one."""
     model = getattr(function, "__self__", None)
@@ -51,7 +48,10 @@ def similarity(function: Any, known: dict[Any, str]) -> str | None:
         ):
             model.similarity_fn_name  # noqa: B018  # the library sets the function when this is first read
             function = getattr(model, f"_{method.__name__}")
-    return next((name for own, name in known.items() if own is function), None)
+    for own, name in known.items():  # not known.get: a function of the user's may have any __eq__
+        if own is function:
+            return name
+    return None
 
 
 def similarity_is_known(function: Any, known: dict[Any, str]) -> str | None:
@@ -62,6 +62,8 @@ def similarity_is_known(function: Any, known: dict[Any, str]) -> str | None:
 
 def embeddings_fit(*embeddings: Tensor, same_rows: bool = True) -> str | None:
     """Checks for dense matrices [rows, D] of one dtype, device and D, with at least one row; no subclass of Tensor."""
+    if alike(*embeddings, same_rows=same_rows):
+        return None
     for x in embeddings:
         if type(x) not in (Tensor, nn.Parameter):
             return f"an embedding is a {type(x).__name__}"
@@ -94,27 +96,12 @@ def labels_fit(labels: Any, rows: int, dtypes: tuple[torch.dtype, ...] = (*NUMBE
 
 def number_fits(name: str, value: Any, *, positive: bool = False, tensor: bool = False) -> str | None:
     """Checks for a finite number; `tensor`: or a learnable one, which is positive."""
+    if type(value) is float and (0 if positive else -math.inf) < value < math.inf:
+        return None
     if tensor and isinstance(value, Tensor):
         return refusal(checks.scalar, name, value, None, positive=True)
     reason = refusal(checks.number, name, value)
     return reason or (f"{name} is not positive" if positive and not value > 0 else None)
-
-
-def plain(criterion: Any, kind: type[nn.Module], **options: Any) -> str | None:
-    """Checks that a criterion is torch's class, as the library builds it."""
-    default = kind(**options)
-    if (
-        type(criterion) is not kind
-        or "forward" in vars(criterion)
-        or any(
-            value is not getattr(criterion, name) and value != getattr(criterion, name)
-            for name, value in vars(default).items()
-            if not name.startswith("_") and name != "training"
-        )
-        or next(criterion.buffers(), None) is not None
-    ):
-        return f"its criterion is not {default}"
-    return None
 
 
 def linear_fits(module: Any, name: str) -> str | None:
@@ -126,22 +113,11 @@ def linear_fits(module: Any, name: str) -> str | None:
     return None
 
 
-def untouched(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether `module` computes what its class does: it is no subclass, and has no hooks, which would not run."""
-    return type(module) is kind and not (
-        "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-@contextlib.contextmanager
-def autocast_off(x: Tensor) -> Iterator[None]:
+def autocast_off(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Disables autocast, for losses that the library computes in the embeddings' dtype or in fp32."""
-    with torch.autocast(x.device.type, enabled=False):
-        yield
+    if not torch.is_autocast_enabled(x.device.type):  # entering and leaving it takes 15 us
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 class Given(nn.Module):

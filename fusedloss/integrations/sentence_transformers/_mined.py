@@ -20,9 +20,11 @@ from fusedloss.core.numerics import stats_dtype
 
 from .._drop_in import counted
 from . import _fits
-from ._fits import first, fused
+from ._fits import fused
 
 DISTANCES = {_Distances.euclidean_distance: "euclidean", _Distances.cosine_distance: "cosine"}
+
+CLASSES = (*_fits.INTEGERS, torch.bool)
 
 
 @counted
@@ -32,12 +34,10 @@ def _mined(
     """Returns the loss, or None if the library's code has to run."""
     metric: Any = loss.distance_metric
     distance = next((name for own, name in DISTANCES.items() if own is metric), None)
-    why_not = first(
-        None if distance else "its distance is not one of the library's",
-        *(_fits.number_fits("margin", value) for value in options.values()),
-        _fits.embeddings_fit(embeddings),
-        _fits.labels_fit(labels, embeddings.shape[0], (*_fits.INTEGERS, torch.bool)),
-    )
+    why_not = None if distance else "its distance is not one of the library's"
+    for value in options.values():
+        why_not = why_not or _fits.number_fits("margin", value)
+    why_not = why_not or _fits.embeddings_fit(embeddings) or _fits.labels_fit(labels, embeddings.shape[0], CLASSES)
     if not fused(loss, why_not):
         return None
     # Widens 16 bits as the library does: distances of long vectors are differences of large products.

@@ -20,7 +20,7 @@ from .._drop_in import counted, disabled, runs_fused
 from .._fits import overridden
 from . import _fits
 from ._cached import CachedMultipleNegativesRankingLoss
-from ._fits import first, fused
+from ._fits import fused
 from ._ranking import (
     MultipleNegativesRankingLoss,
     _MultipleNegativesRankingLoss,
@@ -32,14 +32,12 @@ from ._ranking import (
 
 def prefixes_fit(loss: Any, dims: Sequence[int], weights: Sequence[Any], embeddings: Sequence[Tensor]) -> str | None:
     """Checks that one sweep computes all prefixes of the ranking loss `loss`."""
-    return first(
-        "it gathers across devices" if loss.gather_across_devices else None,
-        ranking_fits(loss, embeddings),
-        "its dimensions are not distinct ones of the embeddings"
-        if len(set(dims)) != len(dims) or max(dims) > embeddings[0].shape[-1]
-        else None,
-        *(_fits.number_fits("weight", weight) for weight in weights),
-    )
+    why_not = ("it gathers across devices" if loss.gather_across_devices else None) or ranking_fits(loss, embeddings)
+    if why_not:
+        return why_not
+    if len(set(dims)) != len(dims) or max(dims) > embeddings[0].shape[-1]:
+        return "its dimensions are not distinct ones of the embeddings"
+    return next(filter(None, (_fits.number_fits("weight", weight) for weight in weights)), None)
 
 
 def prefixes(loss: Any, dims: Sequence[int], weights: Sequence[float], embeddings: Sequence[Tensor]) -> Tensor:

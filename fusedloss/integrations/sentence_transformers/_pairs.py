@@ -28,37 +28,55 @@ from sentence_transformers.sentence_transformer.losses import distill_kl_div as 
 from torch import Tensor, nn
 
 import fusedloss
+from fusedloss.core import checks
 from fusedloss.core.numerics import stats_dtype
 from fusedloss.losses import check_not_negative
 from fusedloss.losses.orthogonal import moments
 
 from .._drop_in import counted
-from .._fits import refusal
+from .._fits import plain, refusal
 from . import _fits
-from ._fits import MATRICES, PAIRS, first, fused
+from ._fits import MATRICES, PAIRS, fused
 
 SIAMESE = {_Siamese.COSINE_DISTANCE: "cosine", _Siamese.EUCLIDEAN: "euclidean", _Siamese.MANHATTAN: "manhattan"}
 TRIPLET = {_Triplet.COSINE: "cosine", _Triplet.EUCLIDEAN: "euclidean", _Triplet.MANHATTAN: "manhattan"}
 
+criterion_fits, squares_fit = plain(nn.CrossEntropyLoss), plain(nn.MSELoss)
+divergence_fits = plain(nn.KLDivLoss, reduction="batchmean")
+binary_fits = plain(nn.BCEWithLogitsLoss, reduction="sum")
+
 
 def distance(metric: Any, known: dict[Any, str]) -> str | None:
-    return next((name for own, name in known.items() if own is metric), None)
+    for own, name in known.items():
+        if own is metric:
+            return name
+    return None
 
 
 def distance_is_known(metric: Any, known: dict[Any, str]) -> str | None:
     return None if distance(metric, known) else "its distance is not one of the library's"
 
 
+def none_negative(labels: Tensor) -> str | None:
+    """What check_not_negative has against these labels, of which there is at least one."""
+    if not labels.dtype.is_signed or not checks.reads_values(labels):
+        return None
+    if labels.min().item() >= 0:  # one pass where the check, which names the row, takes three
+        return None
+    return refusal(check_not_negative, "label", labels.reshape(-1))
+
+
 def _siamese_fits(loss: Any, embeddings: Sequence[Tensor], labels: Any) -> str | None:
     """Checks both contrastive losses. The first batch's labels are read, as in the library, for its warning."""
-    why_not = first(
-        "there are not two columns" if len(embeddings) != 2 else None,
-        distance_is_known(loss.distance_metric, SIAMESE),
-        _fits.number_fits("margin", loss.margin),
-        _fits.embeddings_fit(*embeddings),
-        _fits.labels_fit(labels, len(embeddings[0]), _fits.NUMBERS),
+    if len(embeddings) != 2:
+        return "there are not two columns"
+    why_not = (
+        distance_is_known(loss.distance_metric, SIAMESE)
+        or _fits.number_fits("margin", loss.margin)
+        or _fits.embeddings_fit(*embeddings)
+        or _fits.labels_fit(labels, embeddings[0].shape[0], _fits.NUMBERS)
+        or none_negative(labels)
     )
-    why_not = why_not or refusal(check_not_negative, "label", labels.reshape(-1))
     if why_not is None and not loss._checked_labels:
         if bool((labels.ne(0) & labels.ne(1)).any()):
             return "the library warns of the first labels, which are not 0 or 1"
@@ -109,10 +127,10 @@ class CosineSimilarityLoss(_CosineSimilarityLoss):
 
     @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        why_not = first(
-            "there are fewer than two columns" if len(embeddings) < 2 else None,
-            _fits.embeddings_fit(*embeddings[:2]),
-            _fits.labels_fit(labels, len(embeddings[0])),
+        why_not = (
+            ("there are fewer than two columns" if len(embeddings) < 2 else None)
+            or _fits.embeddings_fit(*embeddings[:2])
+            or _fits.labels_fit(labels, embeddings[0].shape[0])
         )
         if not fused(self, why_not):
             return super().compute_loss_from_embeddings(embeddings, labels)
@@ -127,12 +145,12 @@ class CoSENTLoss(_CoSENTLoss):
 
     @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        why_not = first(
-            "there are fewer than two columns" if len(embeddings) < 2 else None,
-            _fits.similarity_is_known(self.similarity_fct, PAIRS),
-            _fits.number_fits("scale", self.scale, positive=True, tensor=True),
-            _fits.embeddings_fit(*embeddings[:2]),
-            _fits.labels_fit(labels, len(embeddings[0])),
+        why_not = (
+            ("there are fewer than two columns" if len(embeddings) < 2 else None)
+            or _fits.similarity_is_known(self.similarity_fct, PAIRS)
+            or _fits.number_fits("scale", self.scale, positive=True, tensor=True)
+            or _fits.embeddings_fit(*embeddings[:2])
+            or _fits.labels_fit(labels, embeddings[0].shape[0])
         )
         if not fused(self, why_not):
             return super().compute_loss_from_embeddings(embeddings, labels)
@@ -155,11 +173,11 @@ class TripletLoss(_TripletLoss):
 
     @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        why_not = first(
-            "there are not three columns" if len(embeddings) != 3 else None,
-            distance_is_known(self.distance_metric, TRIPLET),
-            _fits.number_fits("triplet_margin", self.triplet_margin),
-            _fits.embeddings_fit(*embeddings),
+        why_not = (
+            ("there are not three columns" if len(embeddings) != 3 else None)
+            or distance_is_known(self.distance_metric, TRIPLET)
+            or _fits.number_fits("triplet_margin", self.triplet_margin)
+            or _fits.embeddings_fit(*embeddings)
         )
         if not fused(self, why_not):
             return super().compute_loss_from_embeddings(embeddings, labels)
@@ -178,12 +196,12 @@ class MarginMSELoss(_MarginMSELoss):
 
     @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        why_not = first(
-            "there are fewer than three columns" if len(embeddings) < 3 else None,
-            _fits.similarity_is_known(self.similarity_fct, PAIRS),
-            _fits.plain(self.loss_fct, nn.MSELoss),
-            _fits.embeddings_fit(*embeddings),
-            self._labels_fit(len(embeddings[0]), len(embeddings) - 2, labels),
+        why_not = (
+            ("there are fewer than three columns" if len(embeddings) < 3 else None)
+            or _fits.similarity_is_known(self.similarity_fct, PAIRS)
+            or squares_fit(self.loss_fct)
+            or _fits.embeddings_fit(*embeddings)
+            or self._labels_fit(embeddings[0].shape[0], len(embeddings) - 2, labels)
         )
         if not fused(self, why_not):
             return super().compute_loss_from_embeddings(embeddings, labels)
@@ -206,16 +224,18 @@ class DistillKLDivLoss(_DistillKLDivLoss):
 
     @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        why_not = first(
-            "there are fewer than three columns" if len(embeddings) < 3 else None,
-            _fits.similarity_is_known(self.similarity_fct, PAIRS),
-            _fits.plain(self.loss_fct, nn.KLDivLoss, reduction="batchmean"),
-            _fits.number_fits("student_temperature", self.student_temperature, positive=True),
-            _fits.number_fits("teacher_temperature", self.teacher_temperature, positive=True),
-            _fits.embeddings_fit(*embeddings),
-            "the labels are not one score for each candidate"
-            if not isinstance(labels, Tensor) or labels.shape != (len(embeddings[0]), len(embeddings) - 1)
-            else _fits.labels_fit(labels, labels.numel()),
+        why_not = (
+            ("there are fewer than three columns" if len(embeddings) < 3 else None)
+            or _fits.similarity_is_known(self.similarity_fct, PAIRS)
+            or divergence_fits(self.loss_fct)
+            or _fits.number_fits("student_temperature", self.student_temperature, positive=True)
+            or _fits.number_fits("teacher_temperature", self.teacher_temperature, positive=True)
+            or _fits.embeddings_fit(*embeddings)
+            or (
+                "the labels are not one score for each candidate"
+                if not isinstance(labels, Tensor) or labels.shape != (embeddings[0].shape[0], len(embeddings) - 1)
+                else _fits.labels_fit(labels, labels.numel())
+            )
         )
         if not fused(self, why_not):
             return super().compute_loss_from_embeddings(embeddings, labels)
@@ -291,16 +311,18 @@ class SoftmaxLoss(_SoftmaxLoss):
     def _fits(self, embeddings: Sequence[Tensor], labels: Any) -> str | None:
         parts = bool(self.concatenation_sent_rep) * 2 + bool(self.concatenation_sent_difference)
         parts += bool(self.concatenation_sent_multiplication)
-        return first(
-            "there are not two columns" if len(embeddings) != 2 else None,
-            _fits.embeddings_fit(*embeddings),
-            _fits.plain(self.loss_fct, nn.CrossEntropyLoss),
-            _fits.labels_fit(labels, len(embeddings[0]), (torch.int64,)),
-            _fits.linear_fits(self.classifier, "classifier"),
-            "its classifier has another dtype or width"
-            if self.classifier.weight.dtype != embeddings[0].dtype
-            or self.classifier.in_features != parts * embeddings[0].shape[1]
-            else None,
+        return (
+            ("there are not two columns" if len(embeddings) != 2 else None)
+            or _fits.embeddings_fit(*embeddings)
+            or criterion_fits(self.loss_fct)
+            or _fits.labels_fit(labels, embeddings[0].shape[0], (torch.int64,))
+            or _fits.linear_fits(self.classifier, "classifier")
+            or (
+                "its classifier has another dtype or width"
+                if self.classifier.weight.dtype != embeddings[0].dtype
+                or self.classifier.in_features != parts * embeddings[0].shape[1]
+                else None
+            )
         )
 
 
@@ -312,10 +334,11 @@ class ContrastiveTensionLoss(_ContrastiveTensionLoss):
         one, other = sentence_features
         a, b = self.model1(one)["sentence_embedding"], self.model2(other)["sentence_embedding"]
         labels = _same_tokens(one, other, a) if labels is None else labels
-        why_not = first(
-            _fits.embeddings_fit(a, b),
-            _fits.labels_fit(labels, len(a)) or refusal(check_not_negative, "label", labels.view(-1)),
-            _fits.plain(self.criterion, nn.BCEWithLogitsLoss, reduction="sum"),
+        why_not = (
+            _fits.embeddings_fit(a, b)
+            or _fits.labels_fit(labels, a.shape[0])
+            or none_negative(labels)
+            or binary_fits(self.criterion)
         )
         if not fused(self, why_not):
             twin = {"model1": [a, a], "model2": [b, b]}
@@ -338,10 +361,7 @@ class GlobalOrthogonalRegularizationLoss(_GlobalOrthogonalRegularizationLoss):
 
     @counted
     def compute_gor(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        why_not = first(
-            _fits.similarity_is_known(self.similarity_fct, MATRICES),
-            _fits.embeddings_fit(embeddings),
-        )
+        why_not = _fits.similarity_is_known(self.similarity_fct, MATRICES) or _fits.embeddings_fit(embeddings)
         if not fused(self, why_not):
             return super().compute_gor(embeddings)
         mean, second = moments(embeddings, _fits.similarity(self.similarity_fct, MATRICES) == "cos")

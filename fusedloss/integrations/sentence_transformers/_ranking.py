@@ -32,9 +32,11 @@ from fusedloss.core.numerics import stats_dtype
 from fusedloss.losses.multiple_negatives_ranking import DIRECTIONS, HARDNESS_MODES
 
 from .._drop_in import counted
-from .._fits import overridden
+from .._fits import overridden, plain, untouched
 from . import _fits
-from ._fits import MATRICES, first, fused
+from ._fits import MATRICES, fused
+
+criterion_fits = plain(nn.CrossEntropyLoss)
 
 
 def gathered(loss: nn.Module, library: ModuleType, *columns: Tensor) -> list[Tensor]:
@@ -51,24 +53,27 @@ def gathered(loss: nn.Module, library: ModuleType, *columns: Tensor) -> list[Ten
 
 def ranking_fits(loss: Any, embeddings: Sequence[Tensor]) -> str | None:
     """Checks MultipleNegativesRankingLoss and its cached form."""
-    directions = loss.directions
+    directions = set(loss.directions)
     if len(embeddings) < 2:
         return "there are fewer than two columns"
-    if not set(directions) <= set(DIRECTIONS) or "query_to_doc" not in directions:
+    if not directions.issubset(DIRECTIONS) or "query_to_doc" not in directions:
         return "its directions are unknown"
     if loss.partition_mode not in ("joint", "per_direction"):
         return "its partition_mode is unknown"
-    if loss.partition_mode == "per_direction" and {"query_to_query", "doc_to_doc"} & set(directions):
+    if loss.partition_mode == "per_direction" and {"query_to_query", "doc_to_doc"} & directions:
         return "its partition_mode does not go with its directions"
     if loss.hardness_mode not in (None, *HARDNESS_MODES):
         return "its hardness_mode is unknown"
-    alone = set(directions) == {"query_to_doc"} and _strength(loss) == 0
-    return first(
-        _fits.similarity_is_known(loss.similarity_fct, MATRICES),
-        _fits.number_fits("scale", loss.scale, positive=True, tensor=True),
-        _fits.number_fits("hardness_strength", loss.hardness_strength),
-        _fits.embeddings_fit(*embeddings, same_rows=not alone),
-        "an anchor has no positive" if len(embeddings[1]) < len(embeddings[0]) else None,
+    why_not = (
+        _fits.similarity_is_known(loss.similarity_fct, MATRICES)
+        or _fits.number_fits("scale", loss.scale, positive=True, tensor=True)
+        or _fits.number_fits("hardness_strength", loss.hardness_strength)
+    )
+    if why_not:
+        return why_not
+    alone = len(directions) == 1 and _strength(loss) == 0
+    return _fits.embeddings_fit(*embeddings, same_rows=not alone) or (
+        "an anchor has no positive" if embeddings[1].shape[0] < embeddings[0].shape[0] else None
     )
 
 
@@ -91,8 +96,8 @@ def ranking_options(loss: Any) -> dict[str, Any]:
 def ranking(loss: Any, library: ModuleType, embeddings: Sequence[Tensor]) -> Tensor:
     anchor = embeddings[0]
     anchors, *documents = gathered(loss, library, *embeddings)
-    several = len(anchors) > len(anchor)
-    own = anchors[: len(anchor)] if several else anchors
+    several = anchors.shape[0] > anchor.shape[0]
+    own = anchors[: anchor.shape[0]] if several else anchors
     return fusedloss.multiple_negatives_ranking(
         own, *documents, **ranking_options(loss), anchors=anchors if several else None
     )
@@ -116,30 +121,30 @@ with warnings.catch_warnings():
         """sentence-transformers' loss of this name, as `MultipleNegativesRankingLoss`."""
 
 
-def gist_fits(loss: Any, owner: type, embeddings: Sequence[Tensor], guides: Sequence[Tensor]) -> str | None:
-    """Checks GISTEmbedLoss and its cached form."""
-    return first(
-        gist_is_plain(loss, owner),
-        "the guide has another number of columns" if len(embeddings) != len(guides) else None,
-        "there are fewer than two columns" if len(embeddings) < 2 else None,
-        _fits.embeddings_fit(*embeddings),
-        _fits.embeddings_fit(*guides),
-        "the guide has another number of rows" if len(guides[0]) != len(embeddings[0]) else None,
-        "the guide is on another device" if guides[0].device != embeddings[0].device else None,
+def gist_fits(embeddings: Sequence[Tensor], guides: Sequence[Tensor]) -> str | None:
+    """Checks the embeddings of GISTEmbedLoss and its cached form."""
+    return (
+        ("the guide has another number of columns" if len(embeddings) != len(guides) else None)
+        or ("there are fewer than two columns" if len(embeddings) < 2 else None)
+        or _fits.embeddings_fit(*embeddings)
+        or _fits.embeddings_fit(*guides)
+        or ("the guide has another number of rows" if len(guides[0]) != len(embeddings[0]) else None)
+        or ("the guide is on another device" if guides[0].device != embeddings[0].device else None)
     )
 
 
 def gist_is_plain(loss: Any, owner: type) -> str | None:
+    """Checks the options of GISTEmbedLoss and its cached form."""
     cosine = loss.similarity_fct
-    if type(cosine) is not nn.CosineSimilarity or cosine.dim not in (-1, 2) or cosine.eps != 1e-8:
+    if not untouched(cosine, nn.CosineSimilarity) or cosine.dim not in (-1, 2) or cosine.eps != 1e-8:
         return "its similarity is not the library's CosineSimilarity"
     if loss.margin_strategy not in ("absolute", "relative"):
         return "its margin_strategy is unknown"
-    return first(
-        overridden(loss, owner, "sim_matrix"),
-        _fits.plain(loss.cross_entropy_loss, nn.CrossEntropyLoss),
-        _fits.number_fits("temperature", loss.temperature, positive=True),
-        _fits.number_fits("margin", loss.margin),
+    return (
+        overridden(loss, owner, "sim_matrix")
+        or criterion_fits(loss.cross_entropy_loss)
+        or _fits.number_fits("temperature", loss.temperature, positive=True)
+        or _fits.number_fits("margin", loss.margin)
     )
 
 
@@ -182,7 +187,7 @@ class GISTEmbedLoss(_GISTEmbedLoss):
             if self.must_retokenize:
                 guided = [self._for_guide(column) for column in columns]
             guides = embed_columns(self.guide, guided)
-        why_not = gist_fits(self, _GISTEmbedLoss, embeddings, guides)
+        why_not = gist_fits(embeddings, guides)
         if len(embeddings) not in (2, 3) or not fused(self, why_not):
             models = {"model": list(embeddings), "guide": list(guides)}
             return _fits.replay(self, _GISTEmbedLoss.forward, models, labels, must_retokenize=False)
@@ -207,10 +212,10 @@ class ContrastiveTensionLossInBatchNegatives(_ContrastiveTensionLossInBatchNegat
         features = sentence_features[0]  # type: ignore[index]
         a = self.model1(features)["sentence_embedding"]
         b = self.model2(features)["sentence_embedding"]
-        why_not = first(
-            _fits.similarity_is_known(self.similarity_fct, MATRICES),
-            _fits.plain(self.cross_entropy_loss, nn.CrossEntropyLoss),
-            _fits.embeddings_fit(a, b),
+        why_not = (
+            _fits.similarity_is_known(self.similarity_fct, MATRICES)
+            or criterion_fits(self.cross_entropy_loss)
+            or _fits.embeddings_fit(a, b)
         )
         if not fused(self, why_not):
             models = {"model1": [a], "model2": [b]}
@@ -227,10 +232,10 @@ class MegaBatchMarginLoss(_MegaBatchMarginLoss):
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
         anchors, positives = torch.cat(reps[0]), torch.cat(reps[1])
-        why_not = first(
-            _fits.embeddings_fit(anchors, positives),
-            _fits.number_fits("positive_margin", self.positive_margin),
-            _fits.number_fits("negative_margin", self.negative_margin),
+        why_not = (
+            _fits.embeddings_fit(anchors, positives)
+            or _fits.number_fits("positive_margin", self.positive_margin)
+            or _fits.number_fits("negative_margin", self.negative_margin)
         )
         if not fused(self, why_not):
             return super().calculate_loss(reps, labels, with_backward=with_backward)

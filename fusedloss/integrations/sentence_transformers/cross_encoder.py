@@ -12,6 +12,7 @@ RankNetLoss, ADRMSELoss) the n x n matrices of each query. Everything else runs 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -43,9 +44,8 @@ import fusedloss
 from fusedloss.core.checks import FLOATING, reads_values
 
 from .._drop_in import Patch, counted, runs_fused
-from .._fits import overridden
+from .._fits import a_class_is_outside, overridden, untouched
 from . import _fits, drop_ins
-from ._fits import first, untouched
 
 
 def patch() -> Patch:
@@ -109,8 +109,8 @@ def binary_cross_entropy(criterion: Any, scores: Tensor, labels: Tensor) -> Tens
 
 def binary_cross_entropy_fits(criterion: Any, scores: Tensor, labels: Tensor) -> str | None:
     fit = _broadcasts(criterion.weight, scores) and _broadcasts(criterion.pos_weight, scores)
-    return first(
-        squared_error_fits(criterion, scores, labels), None if fit else "its weights do not broadcast to the scores"
+    return squared_error_fits(criterion, scores, labels) or (
+        None if fit else "its weights do not broadcast to the scores"
     )
 
 
@@ -142,10 +142,8 @@ def cross_entropy_fits(criterion: Any, scores: Tensor, labels: Tensor) -> str | 
         return "the labels are neither classes nor shares of them"
     if shares and criterion.ignore_index >= 0:
         return "its ignore_index is a class"
-    if not shares and reads_values(labels):
-        outside = (labels != criterion.ignore_index) & ((labels < 0) | (labels >= scores.shape[1]))
-        if bool(outside.any()):
-            return "a label is not a class"
+    if not shares and reads_values(labels) and a_class_is_outside(labels, scores.shape[1], criterion.ignore_index):
+        return "a label is not a class"
     if criterion.weight is not None and (
         criterion.weight.dtype != scores.dtype
         or criterion.weight.shape != scores.shape[1:]
@@ -164,23 +162,18 @@ class Criterion:
     def __init__(self, name: str, kind: type[nn.Module], twin: Callable[..., Tensor], fits: Callable[..., str | None]):
         self.name, self.kind, self.twin, self.fits = name, kind, twin, fits
 
-    @contextlib.contextmanager
-    def of(self, loss: nn.Module) -> Iterator[None]:
-        criterion = getattr(loss, self.name)
+    def of(self, loss: nn.Module) -> contextlib.AbstractContextManager[None]:
+        twin = functools.partial(self._in_place_of, getattr(loss, self.name), loss)
+        return standing_in(loss, self.name, twin)
 
-        @counted
-        def call(scores: Tensor, labels: Tensor) -> Tensor:
-            why_not = first(
-                None if untouched(criterion, self.kind) else f"its {self.name} is not torch's {self.kind.__name__}",
-                scores_fit(scores),
-            )
-            if not fused(loss, why_not or self.fits(criterion, scores, labels)):
-                return criterion(scores, labels)
-            with no_type_error():
-                return self.twin(criterion, scores, labels)
-
-        with standing_in(loss, self.name, call):
-            yield
+    @counted
+    def _in_place_of(self, criterion: Any, loss: nn.Module, scores: Tensor, labels: Tensor) -> Tensor:
+        known = untouched(criterion, self.kind)
+        why_not = (None if known else f"its {self.name} is not torch's {self.kind.__name__}") or scores_fit(scores)
+        if not fused(loss, why_not or self.fits(criterion, scores, labels)):
+            return criterion(scores, labels)
+        with no_type_error():
+            return self.twin(criterion, scores, labels)
 
 
 class _WithCriterion(nn.Module):
@@ -247,9 +240,9 @@ LARGEST_GRADE = 100.0  # of a label whose gain is 2^label
 class _Scored(Exception):
     """Leaves the library's forward with its scores, because what follows is not a separate method."""
 
-    def __init__(self, scores: Tensor):
+    def __init__(self, scores: Tensor, labels: Tensor):
         super().__init__()
-        self.scores = scores
+        self.scores, self.labels = scores, labels  # one number for each document
 
 
 class _OfLists(nn.Module):
@@ -265,17 +258,21 @@ class _OfLists(nn.Module):
 
         def at_scores(logits: Tensor) -> Tensor:
             scores = activation(logits)
-            if not fused(self, first(self._why_not(), self._lists_fit(scores, labels))):
+            why_not = self._why_not() or self._lists_fit(scores, labels)
+            if why_not is None:
+                joined = torch.cat(list(labels)).float()
+                why_not = self._values_fit(scores, joined)
+            if not fused(self, why_not):
                 return scores
-            raise _Scored(scores)
+            raise _Scored(scores, joined)
 
         try:
             with standing_in(self, "activation_fn", at_scores):
                 return super().forward(inputs, labels, prompt=prompt, task=task)
         except _Scored as found:
-            scores = found.scores
+            scores, joined = found.scores, found.labels
         with no_type_error():
-            return self._of_scores(*padded(scores, labels))
+            return self._of_scores(*padded(scores, joined, [x.shape[0] for x in labels]))
 
     def _why_not(self) -> str | None:
         """Returns the reason, among the options, against fused code."""
@@ -292,28 +289,28 @@ class _OfLists(nn.Module):
                 return "the labels are not one tensor of numbers for each query"
             if x.device != scores.device or x.requires_grad:
                 return "the labels are on another device, or require gradients"
-        if scores.shape != (sum(map(len, labels)),) or scores.device.type != self.model.device.type:
+        if scores.shape != (sum(x.shape[0] for x in labels),) or scores.device.type != self.model.device.type:
             return "the scores are not one for each document"
         if scores.dtype != torch.get_default_dtype():
             return "the scores have another dtype than the library's matrix of them"
+        return None
+
+    def _values_fit(self, scores: Tensor, labels: Tensor) -> str | None:
         # Reading values back is no extra cost: the library does so, too.
-        fit = (scores.detach().abs() <= LARGEST).all() & (
-            torch.cat(list(labels)).float().abs() <= self._largest_label
-        ).all()
-        return None if bool(fit) else "a score or a label is NaN, infinite or too large"
+        score, label = torch.stack([scores.detach().abs().amax(), labels.abs().amax()]).tolist()
+        fit = score <= LARGEST and label <= self._largest_label
+        return None if fit else "a score or a label is NaN, infinite or too large"
 
 
-def padded(scores: Tensor, labels: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+def padded(scores: Tensor, labels: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns scores and labels `[queries, documents]`, and a mask of documents if not all are."""
-    lengths = [len(x) for x in labels]
     Q, n = len(lengths), max(lengths)
-    y = torch.cat(list(labels)).float()
     if Q * n == len(scores):
-        return scores.view(Q, n), y.view(Q, n), None
+        return scores.view(Q, n), labels.view(Q, n), None
     index = torch.cat([torch.arange(q * n, q * n + length) for q, length in enumerate(lengths)]).to(scores.device)
     mask = torch.zeros(Q * n, dtype=torch.bool, device=scores.device).index_fill(0, index, True)
-    scores, y = (x.new_zeros(Q * n).index_copy(0, index, x) for x in (scores, y))
-    return scores.view(Q, n), y.view(Q, n), mask.view(Q, n)
+    scores, labels = (x.new_zeros(Q * n).index_copy(0, index, x) for x in (scores, labels))
+    return scores.view(Q, n), labels.view(Q, n), mask.view(Q, n)
 
 
 SCHEMES: dict[type[nn.Module], str | None] = {
@@ -350,11 +347,12 @@ class LambdaLoss(_OfLists, _LambdaLoss):
     _largest_label = LARGEST_GRADE
 
     def _why_not(self) -> str | None:
-        return first(
-            scheme_is_known(self.weighting_scheme),
-            None if self.k is None or (type(self.k) is int and self.k >= 0) else "its k is not a number of documents",
-            _fits.number_fits("sigma", self.sigma, positive=True),
-            _fits.number_fits("eps", self.eps),
+        k = self.k
+        return (
+            scheme_is_known(self.weighting_scheme)
+            or (None if k is None or (type(k) is int and k >= 0) else "its k is not a number of documents")
+            or _fits.number_fits("sigma", self.sigma, positive=True)
+            or _fits.number_fits("eps", self.eps)
         )
 
     def _of_scores(self, scores: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
@@ -381,9 +379,8 @@ class ADRMSELoss(_OfLists, _ADRMSELoss):
     alpha: Any
 
     def _why_not(self) -> str | None:
-        return first(
-            overridden(self, _ADRMSELoss, "approximate_ranks"),
-            _fits.number_fits("alpha", self.alpha, positive=True),
+        return overridden(self, _ADRMSELoss, "approximate_ranks") or _fits.number_fits(
+            "alpha", self.alpha, positive=True
         )
 
     def _of_scores(self, scores: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from fusedloss.search import top_k
 
 from .._drop_in import counted, disabled, runs_fused
-from ._fits import MATRICES, embeddings_fit, first, similarity, similarity_is_known
+from ._fits import MATRICES, embeddings_fit, similarity, similarity_is_known
 
 NAME = "sentence_transformers.mine_hard_negatives"
 KNOWN = {**MATRICES, util.euclidean_sim: "euclidean", util.manhattan_sim: "manhattan"}
@@ -91,10 +91,11 @@ class _Model:
     def similarity(self, query: Any, corpus: Any) -> Any:
         x, y = (torch.from_numpy(e) if isinstance(e, np.ndarray) and e.flags.writeable else e for e in (query, corpus))
         method = self._model.similarity
-        why_not = first(
-            similarity_is_known(method, KNOWN),
-            embeddings_fit(x, y, same_rows=False),
-            "autocast is on" if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else None,
+        autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        why_not = (
+            similarity_is_known(method, KNOWN)
+            or embeddings_fit(x, y, same_rows=False)
+            or ("autocast is on" if autocast else None)
         )
         if self._runs is None or why_not is not None:  # logged, or counted once, although queries come in batches
             self._runs = runs_fused(NAME, why_not)
