@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn
@@ -69,6 +71,9 @@ class LossModule(nn.Module):
     inputs: ClassVar[tuple[str, ...]]
     required: ClassVar[tuple[str, ...]]
     most: ClassVar[int | None]  # how many inputs stand before any number of others
+    options: ClassVar[tuple[str, ...]]
+    counts: ClassVar[range]  # numbers of positional arguments that are right without keywords
+    leading: ClassVar[int]  # how many inputs are the function's first arguments
     reduction: Any
     size_average: Any
     reduce: Any
@@ -98,6 +103,13 @@ class LossModule(nn.Module):
         cls.required = tuple(p.name for p in inputs if p.default is p.empty)
         several = any(p.kind is p.VAR_POSITIONAL for p in parameters)
         cls.most = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in inputs) if several else None
+        cls.options = tuple(cls.signature.parameters)
+        least = 1 + max((cls.inputs.index(name) for name in cls.required), default=-1)
+        cls.counts = range(least, len(inputs) + 1 if cls.most is None else sys.maxsize if least <= cls.most else 0)
+        shared = zip(inputs, parameters, strict=False)
+        cls.leading = sum(
+            1 for _ in itertools.takewhile(lambda p: p[0] is p[1] and p[0].kind is p[0].POSITIONAL_OR_KEYWORD, shared)
+        )
         cls.__doc__ = cls.__doc__ or cls._described()
 
     @classmethod
@@ -144,6 +156,16 @@ class LossModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         cls = type(self)
+        if kwargs or len(args) not in cls.counts:
+            self._check_inputs(args, kwargs)
+        chosen = {name: getattr(self, name) for name in cls.options}
+        if len(args) <= cls.leading or cls.most is not None:
+            return cls.function(*args, **kwargs, **chosen)
+        # Passed by name, because the function may have options between its tensors.
+        return cls.function(**dict(zip(cls.inputs, args, strict=False)), **kwargs, **chosen)
+
+    def _check_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cls = type(self)
         given = cls.inputs[: len(args)] if cls.most is None else cls.inputs[: min(len(args), cls.most)]
         for name in kwargs:
             if name not in cls.inputs:
@@ -152,13 +174,8 @@ class LossModule(nn.Module):
         for name in cls.required:
             if name not in given and name not in kwargs:
                 self._refuse(f"got no {name!r}; {cls._takes()}")
-        chosen = {name: getattr(self, name) for name in cls.signature.parameters}
-        if cls.most is not None:
-            return cls.function(*args, **kwargs, **chosen)
-        if len(args) > len(cls.inputs):
+        if cls.most is None and len(args) > len(cls.inputs):
             self._refuse(f"got {len(args)} arguments; {cls._takes()}")
-        # Passed by name, because the function may have options between its tensors.
-        return cls.function(**dict(zip(given, args, strict=True)), **kwargs, **chosen)
 
     def _refuse(self, what: str) -> NoReturn:
         """Raises on all ranks of a group."""
