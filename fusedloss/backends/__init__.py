@@ -40,6 +40,16 @@ AUTO_FROM_SM_100 = ("triton", "chunked", "cuda", "reference")
 WITHOUT_KERNELS = ("chunked", "reference")  # on devices without kernels
 PLAIN = (order_.REFERENCE, True)
 DENSE = (("dense", True),)
+# Elements up to which `auto` on a CPU hands a loss without a sweep to ordinary torch, whose calls take less time there
+# than a walk with the gradient beside it. Measured on one thread of an EPYC; on a GPU nothing was measured.
+FEW = {
+    "operator": 1 << 17,  # torch's own operator of the loss
+    "pointwise": 1 << 14,  # formulas of several operators, by family
+    "classes": 1 << 17,
+    "pairs": 1 << 18,
+    "cosines": 1 << 16,
+    "lists": 1 << 15,
+}
 MOST_CHOSEN = 1024  # entries of `order.chosen`, most of which differ in their sizes
 AUTOMATIC = "backend='auto'"
 UNPROVED = "not proved on this device, which `python -m fusedloss verify` does"
@@ -173,6 +183,21 @@ def _auto(device: torch.device) -> tuple[str, ...]:
 
 def _remedy(named_by: str) -> str:
     return "; unset FUSEDLOSS_BACKEND or pass backend='chunked'" if named_by.startswith("FUSEDLOSS") else ""
+
+
+def few(backend: str, x: Tensor, what: str, each: int = 1) -> bool:
+    """Whether `auto` hands a loss of so few elements to ordinary torch: see FEW.
+
+    each: how many numbers the formula makes of an element. A backend that is named runs; a compiler fuses the formula
+    anyway, and its sizes may be symbols.
+    """
+    return (
+        backend == "auto"
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and x.numel() * each <= FEW[what]
+        and environment.backend() == "auto"
+    )
 
 
 def select_rowwise(

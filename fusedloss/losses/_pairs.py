@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..core import checks
 from ..core.numerics import savable
@@ -22,11 +22,15 @@ def similarities(name: str, query: Tensor, *others: Tensor, backend: str) -> tup
 
 def squares(found: Tensor, wanted: Tensor, reduction: str) -> Tensor:
     """Reduces squared differences of rows that all count; the mean of no rows is 0."""
-    return F.mse_loss(found, wanted, reduction=reduction if len(found) else "sum" if reduction == "mean" else reduction)
+    if reduction == "mean" and not found.numel():
+        reduction = "sum"
+    return torch._C._nn.mse_loss(found, wanted, checks.CODES[reduction])  # F.mse_loss first broadcasts them
 
 
 def check_rows(**embeddings: Tensor) -> None:
     """Checks matrices [B, D] of one B."""
+    if checks.alike(*embeddings.values()):
+        return
     checks.embeddings(**embeddings)
     (first_name, first), *others = embeddings.items()
     for name, x in others:
@@ -37,12 +41,15 @@ def check_rows(**embeddings: Tensor) -> None:
 def check_columns(query: Tensor, positive: Tensor, negatives: Sequence[Tensor]) -> None:
     if not negatives:
         raise ValueError("negatives must hold at least one matrix [B, D], got none; pass it after positive")
-    check_rows(query=query, positive=positive, **{f"negatives[{i}]": x for i, x in enumerate(negatives)})
+    if not checks.alike(query, positive, *negatives):
+        check_rows(query=query, positive=positive, **{f"negatives[{i}]": x for i, x in enumerate(negatives)})
 
 
 def check_not_negative(name: str, value: Tensor) -> None:
     """Checks, on a CPU, that a label of likeness is not negative."""
-    if checks.reads_values(value) and value.dtype.is_signed and bool((value < 0).any()):
+    if not (checks.reads_values(value) and value.dtype.is_signed and value.numel()) or value.min().item() >= 0:
+        return  # the least is NaN if any is, so that the others are compared one by one
+    if bool((value < 0).any()):
         row = int((value < 0).nonzero()[0, 0])
         raise ValueError(
             f"{name} must hold 1 for the same and 0 for not, got {value[row].item()} in row {row}; "

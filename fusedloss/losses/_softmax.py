@@ -112,7 +112,7 @@ def of_rows(loss: Tensor, reduction: str) -> Tensor:
     """Reduces `[M]` losses of rows that all count."""
     if reduction == "none":
         return loss
-    return loss.mean() if reduction == "mean" and len(loss) else loss.sum()
+    return loss.mean() if reduction == "mean" and loss.numel() else loss.sum()  # len() of a tensor is Python code
 
 
 def over(total: Tensor, count: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import _reduction
 
+from ..backends import few
 from ..core import checks
 from ..core.numerics import autocasting
 
 PLAIN = (Tensor, nn.Parameter)
+WIDE = (torch.float32, torch.float64)
 
 
 def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
@@ -34,6 +36,22 @@ def ordinary(input: Tensor, target: Tensor) -> bool:
         and input.layout is torch.strided is target.layout
         and input.device == target.device
         and not (input.is_nested or target.is_nested)
+    )
+
+
+def by_operator(input: Tensor, target: Tensor, backend: str) -> bool:
+    """Whether torch's own operator has the same digits in less time: few elements, nothing to widen or to broadcast."""
+    return (
+        type(input) in PLAIN
+        and type(target) in PLAIN
+        and few(backend, input, "operator")
+        and input.dtype is target.dtype
+        and input.dtype in WIDE
+        and not (input.is_nested or target.is_nested)
+        and input.layout is torch.strided is target.layout
+        and input.shape == target.shape
+        and target.is_cpu
+        and not (input.is_inference() or target.is_inference())
     )
 
 

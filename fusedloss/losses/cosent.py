@@ -98,7 +98,8 @@ def angle(
         gold = check_numbers("score", gold, [(a.shape[0],)], a)
         return _ordered(a, (b,), gold, scale, "angle", call)
     negatives = (score, *negatives)
-    check_rows(a=a, b=b, **{f"negatives[{i}]": x for i, x in enumerate(negatives)})
+    if not checks.alike(a, b, *negatives):
+        check_rows(a=a, b=b, **{f"negatives[{i}]": x for i, x in enumerate(negatives)})
     label = torch.ones(a.shape[0], device=a.device) if label is None else label
     label = check_numbers("label", label, [(a.shape[0],)], a)
     label = label if label.dtype.is_floating_point else label.long()

@@ -7,9 +7,15 @@ from torch import Tensor, nn
 from torch.nn import _reduction as legacy
 from torch.nn import functional as F
 
+from ..backends import few
 from ..core import checks
+from ..core.numerics import stats_dtype
 from ..rowwise import classes
 from ._options import documented
+
+# From this label smoothing on torch's own operator loses no digits: neither the loss nor the target's entry of the
+# gradient is near 0 where the target is certain.
+SMOOTH = 0.01
 
 
 @documented
@@ -36,7 +42,9 @@ def cross_entropy(
     The loss of a class index is log(1 + sum_{j != t} exp(z_ij - z_it)), and the target's entry of the gradient is minus
     the sum of the other probabilities. Both keep their digits if the target is certain, where log_softmax gives 0.
     Logits of +-1e4 do not overflow. Everything is computed in fp32 (fp64 for fp64). Only the gradient is kept for
-    backward, of the input's size and dtype; a second derivative needs backend="reference".
+    backward, of the input's size and dtype; a second derivative needs backend="reference". On a CPU "auto"
+    runs torch's own operator up to 2^17 logits where it loses no digits: for class probabilities, and from
+    label_smoothing = 0.01 on.
 
     Args:
         input: logits `[C]`, `[N, C]` or `[N, C, d1, ...]`, float16, bfloat16, float32 or float64, any strides.
@@ -66,6 +74,10 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
+    if weight is None and softcap is None and type(z_loss) is type(label_smoothing) is float and not z_loss:
+        found = _shortly(input, target, ignore_index, reduction, label_smoothing, backend)
+        if found is not None:
+            return found
     _check_options(ignore_index, reduction, label_smoothing, z_loss, softcap, backend)
     dtype = _check_tensors(input, target, weight)
     shares = target.dtype.is_floating_point
@@ -95,6 +107,39 @@ def cross_entropy(
     if reduction == "none" and input.dim() != 2:
         loss = loss.reshape(input.shape[:1] + input.shape[2:] if input.dim() > 1 else ())
     return loss if loss.dtype == dtype else loss.to(dtype)
+
+
+def _shortly(
+    input: Tensor, target: Tensor, ignore_index: int, reduction: str, label_smoothing: float, backend: str
+) -> Tensor | None:
+    """The loss of ordinary arguments in few calls; None for all others, and where they are wrong."""
+    if not (
+        not torch.compiler.is_compiling()
+        and type(input) is Tensor is type(target)
+        and input.dtype in checks.FLOATING
+        and input.dtype is stats_dtype(input.dtype)
+        and input.is_cpu
+        and target.is_cpu
+        and input.layout is torch.strided is target.layout
+        and not (input.is_nested or target.is_nested or input.is_inference() or target.is_inference())
+        and type(ignore_index) is int
+        and reduction in checks.CODES
+        and input.dim() == 2
+        and input.numel()
+    ):
+        return None
+    shares = target.dtype is input.dtype and target.shape == input.shape and ignore_index < 0
+    if not shares and (target.dtype is not torch.int64 or target.shape != input.shape[:1]):
+        return None
+    if not shares and not label_smoothing:
+        return classes.certain(input, target, ignore_index, reduction, backend)
+    if not (shares or SMOOTH <= label_smoothing) or not 0 <= label_smoothing <= 1 or not few(backend, input, "classes"):
+        return None
+    try:
+        code = checks.CODES[reduction]
+        return torch._C._nn.cross_entropy_loss(input, target, None, code, ignore_index, label_smoothing)
+    except IndexError:  # the long way's says which row
+        return None
 
 
 def _check_options(

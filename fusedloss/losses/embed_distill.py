@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..backends import few
 from ..core import checks
 from ..core.numerics import savable, stats_dtype
 from ..rowwise.pairs import columns
@@ -68,6 +69,16 @@ def embed_distill(
     if projection is not None:
         students = [_projected(x, projection) for x in students]
     teachers = _teachers(teacher, students)
+    first = students[0]
+    if (
+        distance == "mse"
+        and call.reduction == "mean"
+        and len(students) == 1
+        and first.dtype is teachers[0].dtype is stats_dtype(first.dtype)
+        and first.numel()
+        and few(call.backend, first, "operator")
+    ):
+        return torch._C._nn.mse_loss(savable(first), savable(teachers[0]), checks.CODES["mean"])
     kind, eps = {"cosine": ("cos", 1e-8), "mse": ("squared", 0.0), "l2": ("euclidean", 0.0)}[distance]
     if len(teachers) == 1:  # read once for all columns
         found = columns(kind, teachers[0], *students, eps=eps, backend=call.backend)

@@ -7,10 +7,10 @@ from typing import Unpack
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..core import checks
 from ..rowwise.pairs import columns
+from ..rowwise.pointwise import softplus_of_both
 from ._options import Call, RowBackendOptions, RowOptions, expanded
 from ._pairs import check_not_negative, check_numbers, check_rows, squares
 from ._softmax import of_rows
@@ -192,4 +192,4 @@ def contrastive_tension(
     dots = columns("dot", a, b, backend=call.backend)[0]
     y = label.to(dots.dtype)
     # torch's binary cross-entropy would subtract dots of 5 from 5.008, which leaves a small loss half its digits.
-    return of_rows((y - 1) * F.logsigmoid(-dots) - y * F.logsigmoid(dots), call.reduction)
+    return of_rows(torch.lerp(*softplus_of_both(dots), y), call.reduction)

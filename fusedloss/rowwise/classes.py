@@ -140,6 +140,54 @@ def cross_entropy(
     return found + empty if none else found  # without a gradient
 
 
+def certain(x: Tensor, target: Tensor, ignore_index: int, reduction: str, backend: str) -> Tensor | None:
+    """`cross_entropy` of `[M, C]` in fp32 or fp64 on a CPU, without options, in few calls.
+
+    None where this cannot run: rows left out or out of range, few classes of many rows, or another backend.
+    """
+    M, C = x.shape
+    if (
+        0 <= ignore_index < C
+        or M * C > BLOCK
+        or (C < FEW_CLASSES and M * C > FEW_ELEMENTS)
+        or select_rowwise(backend, x, "classes") != "chunked"
+        or transformed()
+    ):
+        return None
+    try:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Certain.apply(x, target, reduction)
+        return _certain(x, target, reduction, False)[0]
+    except RuntimeError as error:
+        if "out of bounds" not in str(error):
+            raise
+        return None  # the gather's: a row that is left out, or a class that does not exist
+
+
+def _certain(x: Tensor, target: Tensor, reduction: str, wants_grad: bool) -> tuple[Tensor, Tensor]:
+    """Returns the loss and the gradient of the rows' sum."""
+    p, place, _, s, loss = _without_target(x, torch.softmax, target, 1, None)
+    if wants_grad:
+        p.scatter_(1, place, s.neg_())
+    return loss.squeeze(1) if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum(), p
+
+
+class _Certain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, target: Tensor, reduction: str) -> Tensor:
+        loss, grad = _certain(x, target, reduction, True)
+        ctx.save_for_backward(grad)
+        ctx.rows = x.shape[0] if reduction == "mean" else 1
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        once_only()
+        (grad,) = ctx.saved_tensors
+        factor = upstream.unsqueeze(1) if upstream.dim() else upstream / ctx.rows
+        return torch.mul(grad, factor, out=grad if last_use(upstream) else None), None, None
+
+
 def focal_classes(
     input: Tensor,
     target: Tensor,

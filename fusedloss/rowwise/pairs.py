@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import select_rowwise
+from ..backends import FEW, few, select_rowwise
 from ..backends.triton import pairs as triton_pairs
 from ..core.numerics import NORM_EPS, savable, slices, stats_dtype
 from .pointwise import transformed
@@ -23,9 +23,6 @@ from .pointwise import transformed
 # Elements of a block. On a CPU each call wakes the other threads: blocks of 2^18 elements took up to 1.3 times as long
 # as these of 4 MiB. On a GPU this only bounds the fp32 copies of 16-bit inputs.
 BLOCK = {"cpu": 1 << 20, "cuda": 1 << 24}
-# Up to this size (256 KiB a matrix) the overhead of calls dominates, and an autograd.Function has more of it than its
-# formula.
-SMALL = 1 << 16
 
 
 # The formulas: what `backend="reference"` runs ------------------------------------------------------------------------
@@ -117,6 +114,8 @@ def columns(
     """
     if eps is None:
         eps = KINDS[kind].eps
+    if few(backend, query, _family(kind)) and not _made_in_inference(query, *others):
+        return _formula(kind, eps, query, others)
     name = select_rowwise(backend, query, "pairs")
     query, others = savable(query), tuple(map(savable, others))
     if name == "reference" or transformed() or (name == "chunked" and _plain(kind, query, others)):
@@ -125,17 +124,25 @@ def columns(
     return found
 
 
+def _family(kind: str) -> str:
+    return "cosines" if KINDS[kind].cosine else "pairs"
+
+
+def _made_in_inference(*tensors: Tensor) -> bool:
+    return any([x.is_inference() for x in tensors])
+
+
 def _plain(kind: str, query: Tensor, others: Sequence[Tensor]) -> bool:
     """Whether the formula is as good: it makes no fp32 copies, and the batch is small or only inputs are kept."""
     inputs_only = kind in ("dot", "squared") and len(others) == 1
     wide = stats_dtype(query.dtype)
-    return (inputs_only or query.numel() <= SMALL) and all(x.dtype == wide for x in (query, *others))
+    return (inputs_only or query.numel() <= FEW[_family(kind)]) and all(x.dtype == wide for x in (query, *others))
 
 
 def _formula(kind: str, eps: float, query: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, ...]:
     dtype, formula = stats_dtype(query.dtype), KINDS[kind].formula
-    query, *others = (x if x.dtype == dtype else x.to(dtype) for x in (query, *others))
-    return tuple(formula(query, other, eps) for other in others)
+    query = query if query.dtype is dtype else query.to(dtype)
+    return tuple([formula(query, x if x.dtype is dtype else x.to(dtype), eps) for x in others])
 
 
 class _Scores(torch.autograd.Function):

@@ -521,16 +521,17 @@ def table(head: Sequence[str], rows: dict[str, list[str]]) -> str:
 @pytest.fixture
 def kernels(host_extension, monkeypatch) -> None:
     """Both sets, on a CPU."""
-    from fusedloss.backends import triton
+    from fusedloss.backends import FEW, triton
     from fusedloss.backends.cuda import launching
     from fusedloss.bench.machine import probe
-    from fusedloss.rowwise import pair_logits, pairs
+    from fusedloss.rowwise import pair_logits
 
     monkeypatch.setattr(launching, "extension", lambda: host_extension)
     if reason := triton.why_not(probe("cpu")):
         pytest.skip(f"triton: {reason}")
-    for module in (pairs, pair_logits):  # small inputs run as the formula: here they stand for large ones
-        monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr(pair_logits, "SMALL", 0)  # small inputs run as the formula: here they stand for large ones
+    for what in FEW:
+        monkeypatch.setitem(FEW, what, 0)
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,7 @@ def same(ours, theirs, tensors, rtol=1e-9, atol=1e-11):
             if not small:
                 patch.setitem(pairs.BLOCK, "cpu", 2 * tensors[0].shape[1])
                 patch.setattr(pairs, "_plain", lambda *_: False)
+                patch.setattr(pairs, "few", lambda *_: False)
             found = testing.value_and_gradients(weighed(ours), tensors)
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b.to(a.dtype), rtol=rtol, atol=atol)
@@ -296,6 +297,7 @@ def test_nan_in_nan_out(name, backend):
 @pytest.mark.parametrize("name", ALL)
 def test_second_derivatives(name, monkeypatch):
     monkeypatch.setattr(pairs, "_plain", lambda *_: False)
+    monkeypatch.setattr(pairs, "few", lambda *_: False)
     leaves = [t.requires_grad_() for t in embeddings()]
     penalty = {}
     for backend in BACKENDS:

@@ -50,6 +50,7 @@ def blocks(elements):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairs, "BLOCK", {"cpu": elements, "cuda": elements})
         patch.setattr(pairs, "_plain", lambda *_: False)
+        patch.setattr(pairs, "few", lambda *_: False)
         yield
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends import select_rowwise
+from ...backends import few, select_rowwise
 from ...core import checks
 from .common import LARGEST, entered, reduced, wants_gradient, without_gradient
 from .walk import pairs
@@ -15,7 +15,7 @@ def adr_mse(
     scores: Tensor, labels: Tensor, mask: Tensor | None, *, alpha: float, reduction: str, backend: str
 ) -> Tensor:
     """(true rank - soft rank)^2 / log2(1 + true rank), soft rank 1 + sum_j sigmoid(alpha (s_j - s_i))."""
-    name = select_rowwise(backend, scores, "lists")
+    name = "reference" if few(backend, scores, "lists", scores.shape[1]) else select_rowwise(backend, scores, "lists")
     count = scores.numel() if mask is None else mask.sum()
     if name == "reference" or torch.compiler.is_compiling() or labels.requires_grad:
         sums = _adr_formula(*entered(scores, labels, mask, alpha / 2))
@@ -28,7 +28,7 @@ def adr_mse(
 
             sums, gradient = triton_lists.adr(scores, labels, mask, alpha, LARGEST, gradient=wanted)
         else:
-            sums, gradient = _adr(*entered(scores, labels, mask, alpha / 2), gradient=wanted)
+            sums, gradient = _adr(*entered(scores, labels, mask, alpha), gradient=wanted)
             if gradient is not None:
                 gradient.masked_fill_(without_gradient(scores, mask), 0)
     return reduced(scores, sums, gradient, reduction, count, unit=4, scale=alpha)
@@ -52,21 +52,22 @@ def _adr_formula(z: Tensor, y: Tensor) -> Tensor:
 
 
 def _adr(z: Tensor, y: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """The formula with tanh(x / 2) = 2 sigmoid(x) - 1, because on a CPU tanh takes 3.5 times as long."""
     n = z.shape[1]
     leads, excess = torch.zeros_like(z), torch.zeros_like(z)
     for block in pairs(z, n, 2):
         above, pull = block.workspace
         block.difference(y, out=above).sign_()
         block.add_odd(leads, above)
-        block.add_odd(excess, block.difference(z, out=pull).tanh_().sub_(above))
+        block.add_odd(excess, block.difference(z, out=pull).sigmoid_().sub_(0.5).sub_(above, alpha=0.5))
+    excess.mul_(2)
     sums, slope = _adr_rows(leads, excess)
     if not gradient:
         return sums, None
-    one = z.new_ones(())
     by_score = torch.zeros_like(z)
     for block in pairs(z, n, 2):
         leak, pull = block.workspace
-        block.difference(z, out=leak).tanh_()
-        torch.addcmul(one, leak, leak, value=-1, out=leak)
+        block.difference(z, out=leak).sigmoid_()
+        torch.addcmul(leak, leak, leak, value=-1, out=leak)  # a fourth of 1 - tanh^2
         block.add_odd(by_score, block.difference(slope, out=pull).mul_(leak))
-    return sums, by_score
+    return sums, by_score.mul_(4)

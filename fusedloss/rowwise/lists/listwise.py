@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ...backends import select_rowwise
+from ...backends import few, select_rowwise
 from ...core import checks
 from ...core.numerics import stats_dtype
 from .. import classes
@@ -18,6 +18,10 @@ RankWeight = str | Callable[[Tensor], Tensor] | None
 
 def list_net(scores: Tensor, labels: Tensor, mask: Tensor | None, *, reduction: str, backend: str) -> Tensor:
     """Computes the cross-entropy of softmax(scores) from softmax(labels), one query a row; 0 without documents."""
+    if mask is None and few(backend, scores, "lists"):
+        dtype = stats_dtype(scores.dtype)
+        z, y = (x if x.dtype is dtype else x.to(dtype) for x in (scores, labels))
+        return torch._C._nn.cross_entropy_loss(z, y.softmax(1), None, checks.CODES[reduction], -100, 0.0)
     name = select_rowwise(backend, scores, "classes")
     Q = scores.shape[0]
     if name == "reference" or torch.compiler.is_compiling() or labels.requires_grad:
