@@ -28,6 +28,7 @@ SIMILARITIES = ("cos", "dot")
 DISTANCES = ("euclidean", "squared", "cosine")
 REDUCTIONS = ("mean", "sum", "none")
 CODES = {"none": 0, "mean": 1, "sum": 2}  # of reductions, as torch's operators take them
+OPERATORS: Any = torch._C._nn  # whose stubs have these as str
 BACKENDS = environment.BACKENDS
 NAMES = ("auto", *BACKENDS)
 WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 896 << 20}  # the defaults

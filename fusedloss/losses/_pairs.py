@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..core import checks
@@ -24,7 +23,7 @@ def squares(found: Tensor, wanted: Tensor, reduction: str) -> Tensor:
     """Reduces squared differences of rows that all count; the mean of no rows is 0."""
     if reduction == "mean" and not found.numel():
         reduction = "sum"
-    return torch._C._nn.mse_loss(found, wanted, checks.CODES[reduction])  # F.mse_loss first broadcasts them
+    return checks.OPERATORS.mse_loss(found, wanted, checks.CODES[reduction])  # F.mse_loss first broadcasts them
 
 
 def check_rows(**embeddings: Tensor) -> None:

@@ -78,7 +78,7 @@ def embed_distill(
         and first.numel()
         and few(call.backend, first, "operator")
     ):
-        return torch._C._nn.mse_loss(savable(first), savable(teachers[0]), checks.CODES["mean"])
+        return checks.OPERATORS.mse_loss(savable(first), savable(teachers[0]), checks.CODES["mean"])
     kind, eps = {"cosine": ("cos", 1e-8), "mse": ("squared", 0.0), "l2": ("euclidean", 0.0)}[distance]
     if len(teachers) == 1:  # read once for all columns
         found = columns(kind, teachers[0], *students, eps=eps, backend=call.backend)

@@ -21,7 +21,7 @@ def list_net(scores: Tensor, labels: Tensor, mask: Tensor | None, *, reduction: 
     if mask is None and few(backend, scores, "lists"):
         dtype = stats_dtype(scores.dtype)
         z, y = (x if x.dtype is dtype else x.to(dtype) for x in (scores, labels))
-        return torch._C._nn.cross_entropy_loss(z, y.softmax(1), None, checks.CODES[reduction], -100, 0.0)
+        return checks.OPERATORS.cross_entropy_loss(z, y.softmax(1), None, checks.CODES[reduction], -100, 0.0)
     name = select_rowwise(backend, scores, "classes")
     Q = scores.shape[0]
     if name == "reference" or torch.compiler.is_compiling() or labels.requires_grad:
