@@ -89,6 +89,11 @@ def unit_rows(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x, dim=1, eps=NORM_EPS)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 # Constant tensors, which calls share and must not write to ------------------------------------------------------------
 
 
@@ -122,7 +127,7 @@ def _shared(make: Make, rows: int, value: float, dtype: torch.dtype, device: tor
         return make(rows, value, dtype, device)
     stream = None
     if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
+        if capturing(device):
             return make(rows, value, dtype, device)
         stream = torch.cuda.current_stream(device).cuda_stream
     if _len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():

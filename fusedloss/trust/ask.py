@@ -35,6 +35,7 @@ from typing import Any
 import torch
 
 from ..core import environment
+from ..core.numerics import capturing as capturing
 from . import families as families_
 from . import order, verdicts
 from .verdicts import FAILED, PROVED, UNKNOWN, Verdict
@@ -159,10 +160,6 @@ def unasked() -> Iterator[None]:
         yield
     finally:
         _asks = before
-
-
-def capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _called(device: torch.device) -> str:

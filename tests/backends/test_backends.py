@@ -202,6 +202,7 @@ def test_runs_are_equal_bit_for_bit(backend):
 
 def test_auto_takes_the_first_that_can_and_catches_nothing(monkeypatch):
     query, key = testing.inputs("random", 8, 8, 4)
+    monkeypatch.setattr(BACKENDS["dense"], "MOST", {})  # which otherwise takes so few rows
     called = []
     original = BACKENDS["chunked"].stats_rows
     monkeypatch.setattr(BACKENDS["chunked"], "stats_rows", lambda *args: called.append(1) or original(*args))

@@ -20,7 +20,7 @@ from fusedloss.rowwise import pairs
 losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
 util = pytest.importorskip("sentence_transformers.util")
 
-BACKENDS = ["dense", "chunked", "reference"]
+BACKENDS = ["chunked", "reference"]
 SIMILARITIES = {
     "dot": util.pairwise_dot_score,
     "cos": util.pairwise_cos_sim,

@@ -100,6 +100,7 @@ class Machine:
         cuda._exchange_device = cuda._maybe_exchange_device = self._exchange
         cuda._get_device_index = cuda._utils._get_device_index = lambda device, *a, **k: index(device)
         cuda.current_stream = lambda device=None: SimpleNamespace(cuda_stream=self.stream(device))
+        cuda.is_current_stream_capturing = lambda: False
         cuda.get_device_capability = capability
         cuda.get_device_properties = lambda device=None: SimpleNamespace(
             name="stub", major=capability(device)[0], minor=capability(device)[1], multi_processor_count=132,
