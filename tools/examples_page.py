@@ -31,11 +31,16 @@ OUTPUTS, PAGE = FOLDER / "outputs.json", FOLDER / "README.md"
 SECTIONS = {
     "In the libraries people train with": {
         "st_bi_encoder": "",
+        "st_reranker": "",
         "open_clip_glyphs": "",
         "metric_learning_glyphs": "",
         "lightly_glyphs": "",
     },
     "At a large scale": {
+        "grad_cache": "",
+        "memory_bank": "",
+        "hard_negatives": "",
+        "vocabulary_head": "",
         "boosted_trees": "",
     },
 }
@@ -52,7 +57,8 @@ is on any machine: the Python source that is installed there, or letters of the 
 are small and trained from scratch; nothing is downloaded. `pip install -e .[oracles,bench]` installs what they need.
 
 `python tools/examples_page.py` wrote this page from one run of each. The measure is on data that training never saw,
-before training and after it; in `boosted_trees` in BM25's order and in that of the trees.
+before training and after it; in `hard_negatives` before
+mining and after it, in `boosted_trees` in BM25's order and in that of the trees.
 [quickstart.ipynb](quickstart.ipynb) is a notebook of the first steps. `make demo` runs
 [code_search.py](code_search.py): a batch of 16384, and the loss beside eager torch.
 [train_distributed.py](train_distributed.py) trains the same encoder on several

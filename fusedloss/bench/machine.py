@@ -17,6 +17,8 @@ from ..core.version import VERSION
 from ..trust import ask, families, verdicts
 from .tables import print_json
 
+LARGE = (8192, 64)  # rows and D of a batch that `auto` does not give to `dense`
+
 
 def probe(device: str, dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (2, 4), **options: Any) -> Problem:
     """Returns a problem to ask backends about, by default a very small InfoNCE. Its tensors are expanded: no memory."""
@@ -47,7 +49,7 @@ def facts() -> dict[str, Any]:
     for device in ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]:
         problem = probe(device)
         with ask.unasked():
-            auto = picked(problem)
+            auto = picked(probe(device, shape=LARGE))
         reasons = {name: module.why_not(problem) for name, module in BACKENDS.items()}
         kernels = proved(problem.device) if any(reasons[name] is None for name in KERNELS) else {}
         about = {"device": device, "name": describe(device), "auto": auto, "backends": reasons}

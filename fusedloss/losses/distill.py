@@ -13,8 +13,6 @@ from ._options import Call, RowOptions, expanded
 from ._pairs import SIMILARITIES, check_columns, check_numbers, similarities
 from ._softmax import of_rows
 
-LEAST_LOG = -800.0  # its exponential is 0 in fp64, and 0 times it is 0, which 0 times -inf is not
-
 
 @expanded
 def distill_kl_div(
@@ -69,8 +67,9 @@ def distill_kl_div(
     # noise.
     wide = wide_dtype(found.device, found.dtype)
     log_p = (found.to(wide) / student).log_softmax(1)
-    log_q = (label.detach().to(wide) / teacher).log_softmax(1).clamp(min=LEAST_LOG)
-    terms = torch.kl_div(log_p, log_q, 0, log_target=True)  # reduction "none"
+    log_q = (label.detach().to(wide) / teacher).log_softmax(1)
+    q = log_q.exp()
+    terms = q * (log_q - log_p).masked_fill(q == 0, 0)
     return of_rows((terms.sum(1) * (student * student)).to(found.dtype), call.reduction)
 
 

@@ -208,6 +208,7 @@ def test_a_row_names_the_backend_that_auto_picks_at_its_size(monkeypatch):
     monkeypatch.setattr(order, "capability", lambda device: [9, 0])
     monkeypatch.setitem(backends.AUTO, "cpu", ("cuda", "triton"))
     monkeypatch.setattr(backends.ask, "admits", lambda *asked: True)
+    monkeypatch.setattr(backends.dense, "MOST", {})
     order.forget()
     picks = {n: bench.racers(Point(n=n, d=8), bench.OWN)[bench.NORMALIZED].backend for n in (64, 8192)}
     order.forget()

@@ -119,7 +119,7 @@ def test_every_primitive_has_a_row():
 
 
 def test_every_backend_is_run():
-    assert set(BACKENDS) == {*WAYS, "reference"} and set(NUMBERS) == set(WAYS)
+    assert set(BACKENDS) == {*WAYS, "dense", "reference"} and set(NUMBERS) == set(WAYS)
 
 
 # Epilogues ------------------------------------------------------------------------------------------------------------

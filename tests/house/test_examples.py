@@ -14,9 +14,11 @@ STEPS = {
     "open_clip_glyphs": 60,
     "metric_learning_glyphs": 20,
     "boosted_trees": 20,
+    "vocabulary_head": 10,
 }
 ELSEWHERE = {"code_search": "test_demo.py", "train_distributed": "test_train_distributed.py"}
 NEEDS = {
+    "st_reranker": ["sentence_transformers", "datasets", "accelerate"],
     "st_bi_encoder": ["sentence_transformers", "datasets", "accelerate"],
     "open_clip_glyphs": ["open_clip", "matplotlib"],
     "metric_learning_glyphs": ["pytorch_metric_learning", "matplotlib"],

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).absolute().parent
@@ -97,6 +98,7 @@ class Device:
         torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
         torch.cuda.get_device_name = lambda device=None: "stub"
         torch.cuda.current_device = lambda: 0
+        torch.cuda.current_stream = lambda device=None: SimpleNamespace(cuda_stream=0)
         FakeTensor.data_ptr = _address
         active = CudaDriver()
         active.get_device_capability, active.get_current_device = torch.cuda.get_device_capability, lambda: 0

@@ -636,7 +636,7 @@ BAD = [
     (
         lambda: fusedloss.info_nce(GOOD, GOOD, backend=["chunked"]),
         ValueError,
-        r"backend must be one of 'auto', 'cuda', 'triton', 'chunked', 'reference', got a list",
+        r"backend must be one of 'auto', 'cuda', 'triton', 'chunked', 'dense', 'reference', got a list",
     ),
     *[
         (lambda t=t: fusedloss.info_nce(GOOD, GOOD, temperature=t), ValueError, "temperature must be .*, got")
@@ -720,7 +720,7 @@ BAD = [
     (
         lambda: fusedloss.ClipLoss(backend="x"),
         ValueError,
-        "backend must be one of 'auto', 'cuda', 'triton', 'chunked', 'reference', got 'x'",
+        "backend must be one of 'auto', 'cuda', 'triton', 'chunked', 'dense', 'reference', got 'x'",
     ),
     (
         lambda: fusedloss.MultipleNegativesRankingLoss(similarity="x"),

@@ -508,7 +508,7 @@ def test_compiled_it_is_one_op_with_the_same_numbers(loss):
         (
             {"backend": "fast"},
             ValueError,
-            "backend must be one of 'auto', 'cuda', 'triton', 'chunked', 'reference', got 'fast'",
+            "backend must be one of 'auto', 'cuda', 'triton', 'chunked', 'dense', 'reference', got 'fast'",
         ),
         ({"backend": "cuda"}, fusedloss.UnsupportedError, "cannot run this problem"),
         ({"workspace_bytes": 0}, ValueError, "workspace_bytes must be at least 1 or None, got 0"),

@@ -85,7 +85,9 @@ def test_one_pass_where_it_can(case, monkeypatch):
     options = {name: value(torch.float64) if value is guides else value for name, value in options.items()}
     swept = []
     from fusedloss import sweep
+    from fusedloss.backends import dense
 
+    monkeypatch.setattr(dense, "MOST", {})
     original = sweep._prefixed
     monkeypatch.setattr(sweep, "_prefixed", lambda *args: swept.append(1) or original(*args))
     fusedloss.matryoshka(loss, *(randn(B, D) for _ in range(count)), dims=(9, 4), **options)

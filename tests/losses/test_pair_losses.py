@@ -361,7 +361,7 @@ def test_online_contrastive_takes_hard_pairs_only():
         (
             lambda x, y: fusedloss.triplet(x, x, x, backend="fast"),
             ValueError,
-            "backend must be one of 'auto', 'cuda', 'triton', 'chunked', 'reference', got 'fast'",
+            "backend must be one of 'auto', 'cuda', 'triton', 'chunked', 'dense', 'reference', got 'fast'",
         ),
         (
             lambda x, y: fusedloss.cosine_similarity(x, x, y, loss="mae"),

@@ -632,7 +632,10 @@ WRONG = {
     "distance": (ValueError, "distance must be one of 'euclidean', 'squared', 'cosine', got 'manhattan'"),
     "similarity": (ValueError, "similarity must be one of 'cos', 'dot'.*, got 'euclidean'"),
     "reduction": (ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'median'"),
-    "backend": (ValueError, "backend must be one of 'auto', 'cuda', 'triton', 'chunked', 'reference', got 'numpy'"),
+    "backend": (
+        ValueError,
+        "backend must be one of 'auto', 'cuda', 'triton', 'chunked', 'dense', 'reference', got 'numpy'",
+    ),
     "margin": (ValueError, "margin must be a finite number, got nan"),
 }
 CALLS = [
