@@ -50,10 +50,10 @@ def mine(encoder: Encoder, pairs: list[tuple], count: int, skip: int = 2) -> Ten
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Mine hard negatives by exact search and train with them.")
-    parser.add_argument("--steps", type=int, default=80, help="before mining, and as many after it")
+    parser.add_argument("--steps", type=int, default=60, help="before mining, and as many after it")
     parser.add_argument("--batch", type=int, default=32, help="pairs in a batch")
     parser.add_argument("--negatives", type=int, default=8, help="mined for each query")
-    parser.add_argument("--megabytes", type=float, default=6, help="of Python source to read, at most")
+    parser.add_argument("--megabytes", type=float, default=8, help="of Python source to read, at most")
     options = parser.parse_args()
 
     torch.manual_seed(0)

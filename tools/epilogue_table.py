@@ -11,8 +11,10 @@ Printed from the registry `fusedloss/core/epilogues.py` by `python tools/epilogu
 every row on every backend that has it, against fp64. *kernel*: in the tile of a hand-written kernel. *torch*: plain
 torch, for a fold on the similarities that the backend computes. *formula*: materialised and differentiated by autograd.
 An empty cell: the sweep takes another mode there (`DESIGN.md`, "How a chunk is swept"). The names are those of the
-families of kernels that `python -m fusedloss verify` proves; the formulas are in [maths.md](maths.md).
+families of kernels that `python -m fusedloss verify` proves; the formulas are in [maths.md](maths.md). `dense`, which
+takes small batches whole, computes all of them in torch.
 """
+SHOWN = [name for name in BACKENDS if name != "dense"]
 
 
 def page() -> str:
@@ -23,12 +25,12 @@ def page() -> str:
 
 
 def _table(rows: list[Epilogue]) -> list[str]:
-    head = ("epilogue", "sums by row", "by column too", "stores", "options", "primitives", *BACKENDS)
+    head = ("epilogue", "sums by row", "by column too", "stores", "options", "primitives", *SHOWN)
     lines = [head, ("---",) * len(head)]
     for row in rows:
         found, primitives = forms(row), ", ".join(f"`{name}`" for name in row.primitives)
         what = (row.sums, "yes" if row.columns else "", row.stores, ", ".join(row.options), primitives)
-        lines.append((f"`{row.name}`", *what, *(found.get(name, "") for name in BACKENDS)))
+        lines.append((f"`{row.name}`", *what, *(found.get(name, "") for name in SHOWN)))
     return [f"| {' | '.join(line)} |" for line in lines]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import sweep
 from ..backends import SWEEPS, reference
+from ..backends.dense import run as run_whole
 from ..core.mask import Compare, Guide, GuideRule, Mask
 from ..core.numerics import cdiv
 from ..core.problem import Block, Fold, Margin, Problem
@@ -183,7 +184,7 @@ def top(draw: Draw, rows: int, columns: int, dim: int, *, mask: Masking | None =
     )
 
     def run(backend: str) -> Outputs:
-        if backend == "reference":
+        if backend in ("reference", "dense"):
             largest, column = reference.top_rows(problem)
         else:
             largest, column = sweep.top_rows(problem, SWEEPS[backend])
@@ -224,7 +225,11 @@ def _run(problem: Problem, wants: Wants, lost: float) -> Run:
     def run(backend: str) -> Outputs:
         if backend == "reference":
             return _by_formula(problem, wants, lost)
-        found = sweep.run(problem, SWEEPS[backend], wants)
+        if backend == "dense":
+            with torch.no_grad():
+                found = run_whole(problem, wants)
+        else:
+            found = sweep.run(problem, SWEEPS[backend], wants)
         named: dict[str, Tensor | None] = {"losses": found.rows}
         named |= {f"gradient of operand {number}": g for number, g in enumerate(found.operands)}
         named |= {f"gradient of bias {number}": g for number, g in enumerate(found.biases)}

@@ -66,7 +66,7 @@ def test_bench_races_and_writes_its_results(loss, tmp_path, capsys):
     rows = [r for r in results["rows"] if r["racer"] == "fusedloss"]
     assert [r["n"] for r in rows] == [128, 256]
     assert all(r["ratio"] > 0 and r["gradient_error"] < 1e-5 and r["seconds"] > 0 for r in rows)
-    assert all(r["seconds_min"] <= r["seconds"] <= r["seconds_max"] and r["backend"] == "chunked" for r in rows)
+    assert all(r["seconds_min"] <= r["seconds"] <= r["seconds_max"] and r["backend"] == "dense" for r in rows)
     with (tmp_path / "bench.csv").open() as file:
         lines = [line for line in csv.DictReader(file) if line["kernel_operation_mode"] == "full"]
     times = {(r["kernel_provider"], int(r["x_value"])) for r in lines if r["metric_name"] == "speed"}

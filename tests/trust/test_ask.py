@@ -995,7 +995,7 @@ def test_info_shows_verdicts(capsys):
     every = sum(len(families.of_backend("triton", precision)) for precision in families.PRECISIONS)
     counts = f"1 families proved, 2 failed, {every - 3} unknown; failed: pairs fp16, stats fp32"
     assert f"  triton     {counts}\n" in shown.replace("stats fp32, pairs fp16", "pairs fp16, stats fp32")
-    assert f"verdicts in {verdicts.path(CPU)}" in shown and "auto picks chunked" in shown
+    assert f"  verdicts   in {verdicts.path(CPU)}" in shown and "auto picks chunked" in shown
 
 
 def test_info_proves_nothing(plant, capsys):
