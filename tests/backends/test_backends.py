@@ -73,6 +73,7 @@ def small_chunks(monkeypatch):
     from fusedloss.backends import chunked
 
     monkeypatch.setattr(sweep.chunks, "chunk_rows", lambda M, *_: min(M, 32))
+    monkeypatch.setattr("fusedloss.backends.dense.MOST", {})
     monkeypatch.setattr(sweep.chunks, "STATS_ROWS", {"cpu": 32, "cuda": 32})
     monkeypatch.setattr(sweep.chunks, "CONVERTED_COLUMNS", 48)
     monkeypatch.setattr(chunked, "TILE_COLUMNS", 48)
@@ -118,6 +119,7 @@ def test_a_scale_known_beforehand(monkeypatch, device, backend, chunks, epilogue
 
     if chunks == "one":
         monkeypatch.setattr(sweep.chunks, "chunk_rows", lambda M, *_: M)
+        monkeypatch.setattr("fusedloss.backends.dense.MOST", {})
     rows, columns, dim = SHAPES[shape]
     ours, eager = EPILOGUES[epilogue]
     query, key = (x.to(device) * 1.3 for x in testing.inputs("random", rows, columns, dim, dtype, seed=rows))

@@ -240,6 +240,8 @@ def forms(case: Case, d: Draw, shape: torch.Size, rows_shape: torch.Size, cuda: 
         if backend == "triton" and not (size < 1500 and d.chance(0.004 if case.traits.get("inner") else 0.03)):
             continue
         yield like(f"backend={backend!r}", options={**options, "backend": backend})
+    if WORKSPACE in takes and backends:  # of losses over in-batch similarities
+        yield like("backend='dense'", options={**options, "backend": "dense"})
     if cuda and backends and size < 4000 and d.chance(0.3):
         yield like("backend='cuda'", options={**options, "backend": "cuda"})
     backend = {"backend": d.pick(*backends[:2])} if backends else {}

@@ -33,6 +33,7 @@ def chunks(rows=5, columns=7, units=True):
     """Several row chunks and column tiles at tens of rows; without `units`, norms stay factors of the products."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep.chunks, "chunk_rows", lambda M, *_: max(1, min(M, rows)))
+        patch.setattr("fusedloss.backends.dense.MOST", {})
         patch.setattr(sweep.chunks, "STATS_ROWS", {"cpu": rows, "cuda": rows})
         patch.setattr(chunked, "TILE_COLUMNS", columns)
         if not units:

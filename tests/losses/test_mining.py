@@ -38,6 +38,7 @@ def chunks(rows, columns):
     """Several row chunks and column tiles at a handful of rows; a context, because hypothesis repeats the test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep.chunks, "chunk_rows", lambda M, *_: max(1, min(M, rows)))
+        patch.setattr("fusedloss.backends.dense.MOST", {})
         patch.setattr(sweep.chunks, "STATS_ROWS", {"cpu": rows, "cuda": rows})
         patch.setattr(chunked, "TILE_COLUMNS", columns)
         yield

@@ -34,6 +34,7 @@ def small_chunks(monkeypatch):
     from fusedloss.backends import chunked
 
     monkeypatch.setattr(sweep.chunks, "chunk_rows", lambda M, *_: min(M, 5))
+    monkeypatch.setattr("fusedloss.backends.dense.MOST", {})
     monkeypatch.setattr(sweep.chunks, "STATS_ROWS", {"cpu": 4, "cuda": 4})
     monkeypatch.setattr(sweep.chunks, "CONVERTED_COLUMNS", 7)
     monkeypatch.setattr(chunked, "TILE_COLUMNS", 7)
