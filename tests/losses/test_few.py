@@ -207,3 +207,13 @@ def test_a_label_below_0_is_named():
     for bad in (torch.tensor([1, 0, -1]), torch.tensor([math.nan, 0.0, -1.0])):
         with pytest.raises(ValueError, match=r"label must hold 1 for the same and 0 for not, got -1.* in row 2"):
             fusedloss.contrastive_tension(a, a, bad)
+
+
+@pytest.mark.parametrize("loss", [fusedloss.binary_cross_entropy_with_logits, fusedloss.focal])
+@pytest.mark.parametrize("label", [0.0, 1.0, 0.25])
+@pytest.mark.parametrize("logit", [math.inf, -math.inf, math.nan])
+def test_logits_that_are_not_finite(loss, label, logit):
+    """As by the walk; in sentence-transformers' binary cross-entropy as in torch's."""
+    x, t = torch.tensor([logit, 1.0]), torch.tensor([label, 0.0])
+    found, walked = (loss(x, t, reduction="none", backend=backend) for backend in ("auto", "chunked"))
+    torch.testing.assert_close(found, walked, equal_nan=True)
