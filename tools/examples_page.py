@@ -52,15 +52,16 @@ PROGRESS = re.compile(r"^(?:Reading modules \d+/\d+.*)?\n", re.MULTILINE)
 
 HEAD = """# Examples
 
-One for each library and for each feature of large scale. Each runs in under two minutes on two CPU cores, on data that
-is on any machine: the Python source that is installed there, or letters of the fonts that come with matplotlib. Models
-are small and trained from scratch; nothing is downloaded. `pip install -e .[oracles,bench]` installs what they need.
+There is an example for each library and for each feature of large scale. Each runs in under two minutes on two CPU
+cores. The data is on any machine: the installed Python source, or letters of the fonts that come with matplotlib. Models
+are small and trained from scratch. Nothing is downloaded. `pip install -e .[oracles,bench]`, in the root of the checkout,
+installs what the examples need.
 
-`python tools/examples_page.py` wrote this page from one run of each. The measure is on data that training never saw,
-before training and after it; in `hard_negatives` before
-mining and after it, in `boosted_trees` in BM25's order and in that of the trees.
+`python tools/examples_page.py` wrote this page from one run of each. The measure is computed on data that training never
+saw, before and after training. In `hard_negatives` it is before and after mining. In `boosted_trees` it is of BM25's
+order and of the order of the trees.
 [quickstart.ipynb](quickstart.ipynb) is a notebook of the first steps. `make demo` runs
-[code_search.py](code_search.py): a batch of 16384, and the loss beside eager torch.
+[code_search.py](code_search.py), which trains at a batch of 16384 and compares the loss with eager torch.
 [train_distributed.py](train_distributed.py) trains the same encoder on several
 processes ([scaling](../docs/scaling.md)).
 
