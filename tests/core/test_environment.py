@@ -17,8 +17,8 @@ pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "torchvision_beside_cpu_torch.py"
 LIBRARIES = ("sentence_transformers", "open_clip", "pytorch_metric_learning", "lightly")
-# These take no arguments: being loaded is all that is asked of them.
-WITHOUT_HELP = {"readme_table", "scaling"}
+# These take no arguments, or nobody runs them: being loaded is all that is asked of them.
+WITHOUT_HELP = {"glyphs", "readme_table", "scaling", "small_cases"}
 
 
 def plain(python, *arguments):
