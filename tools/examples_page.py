@@ -53,11 +53,14 @@ PROGRESS = re.compile(r"^(?:Reading modules \d+/\d+.*)?\n", re.MULTILINE)
 HEAD = """# Examples
 
 There is an example for each library and for each feature of large scale. Each runs in under two minutes on two CPU
-cores. The data is on any machine: the installed Python source, or letters of the fonts that come with matplotlib. Models
-are small and trained from scratch. Nothing is downloaded. `pip install -e .[oracles,bench]`, in the root of the checkout,
+cores. The data is on any machine: the installed Python source, or letters of the fonts that come with matplotlib.
+Models
+are small and trained from scratch. Nothing is downloaded. `pip install -e .[oracles,bench]`, in the root of the
+checkout,
 installs what the examples need.
 
-`python tools/examples_page.py` wrote this page from one run of each. The measure is computed on data that training never
+`python tools/examples_page.py` wrote this page from one run of each. The measure is computed on data that training
+never
 saw, before and after training. In `hard_negatives` it is before and after mining. In `boosted_trees` it is of BM25's
 order and of the order of the trees.
 [quickstart.ipynb](quickstart.ipynb) is a notebook of the first steps. `make demo` runs
