@@ -1,7 +1,7 @@
 """Small batches: whole logits and the gradient beside the value, in about twenty calls of plain torch.
 
-What a chunk is needed for does not pay below some size: a chunk's records, running sums and merged maxima took 1.3 ms
-a step where the products of 64 rows take 0.1. `auto` takes this backend for matrices up to `MOST` bytes; by name it
+Chunks do not pay below some size: their records, running sums and merged maxima made a step of 64 rows take 6.5 times
+as long as eager torch (benchmarks/small.py). `auto` takes this backend for matrices up to `MOST` bytes; by name it
 takes any. Masks, biases, margins and folds are the definitions of `reference` and `core.folds`.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core import checks
 from ..core.folds import FOLDS
 from ..core.mask import NO_MASK
-from ..core.numerics import NORM_EPS, saved_dtype, stats_dtype, wide_dtype
+from ..core.numerics import FOLD_COPIES, NORM_EPS, saved_dtype, stats_dtype, wide_dtype
 from ..core.problem import NO_MARGIN, Problem
 from ..core.rows import fold_part, fold_scalars, squared_distances
 from . import reference
@@ -25,7 +25,7 @@ from .reference import top_rows as top_rows  # of whole rows, as here
 
 # maths.md: Logits; The softmax row; Gradient of the logits; Gradient by the scale
 # Bytes of one matrix of logits, by device. CPU: N = 1024 in fp32, where a step takes as long as in chunks (0.99 and
-# 1.04 of eager's time). CUDA: the same number of launches up to N = 2048; not measured.
+# 1.04 of eager's time). CUDA: N = 2048 in fp32, a guess; not measured.
 MOST = {"cpu": 4 << 20, "cuda": 16 << 20}
 MATRICES = 4  # of that size at once: similarities, logits, probabilities, and what a mask or a fold needs
 softplus = torch._C._nn.softplus  # F.softplus takes 1 us more
@@ -47,7 +47,8 @@ def fits(problem: Problem) -> bool:
     if not 0 < size <= MOST.get(first.device.type, 0) or why_not(problem) is not None:
         return False
     _, budget = checks.budget(problem.workspace_bytes)
-    return budget is None or MATRICES * size <= budget
+    matrices = MATRICES if problem.fold is None else FOLD_COPIES
+    return budget is None or matrices * size <= budget
 
 
 def run(problem: Problem, wants: Wants, share: float = 1.0) -> Result:

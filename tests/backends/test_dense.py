@@ -10,7 +10,8 @@ import torch
 import fusedloss
 from fusedloss import UnsupportedError
 from fusedloss.backends import dense, select
-from fusedloss.core.problem import Block, Problem
+from fusedloss.core.numerics import FOLD_COPIES
+from fusedloss.core.problem import Block, Fold, Problem
 
 
 def problem(M, N, dtype=torch.float32, D=8, **options):
@@ -33,6 +34,13 @@ def test_auto_keeps_to_the_workspace():
     size = dense.MATRICES * 64 * 64 * 4
     assert select(problem(64, 64, workspace_bytes=size), "auto") == "dense"
     assert select(problem(64, 64, workspace_bytes=size - 1), "auto") == "chunked"
+
+
+def test_auto_keeps_to_the_workspace_of_a_fold():
+    """Which holds sorted values, their places and masks, too."""
+    size = FOLD_COPIES * 64 * 64 * 4
+    assert select(problem(64, 64, fold=Fold("semi_hard"), workspace_bytes=size), "auto") == "dense"
+    assert select(problem(64, 64, fold=Fold("semi_hard"), workspace_bytes=size - 1), "auto") == "chunked"
 
 
 def test_auto_keeps_to_the_environment_s_workspace(monkeypatch):
