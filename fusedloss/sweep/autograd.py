@@ -31,7 +31,7 @@ class How(NamedTuple):
 
     backend: str
     per_row: bool  # return [M] weighted losses instead of their sum
-    share: float = 1.0  # factor of the sum, for `dense`
+    share: float = 1.0  # factor of the sum, for `dense`: 1 / M for the mean of M rows
 
 
 def loss_rows_or_sum(problem: Problem, backend: str, per_row: bool, share: float = 1.0) -> tuple[Tensor, list[Tensor]]:
@@ -56,7 +56,8 @@ def loss_rows_or_sum(problem: Problem, backend: str, per_row: bool, share: float
 
 
 def _wanted(inputs: Sequence[Tensor]) -> list[bool]:
-    return [torch.is_grad_enabled() and t.requires_grad for t in inputs]
+    enabled = torch.is_grad_enabled()
+    return [enabled and t.requires_grad for t in inputs]
 
 
 def _savable(problem: Problem) -> tuple[Problem, Problem, list[Tensor], list[Tensor]]:
@@ -101,11 +102,10 @@ def execute(
     wanted: by (*operands, *biases, scale, *scalars), the order in which a problem declares its inputs. traced: it runs
         inside an op of a compiled graph, where autograd is out of reach and nothing is audited.
     """
-    flags = iter(wanted)
-    operands = tuple([next(flags) for _ in problem.operands])
+    flags = iter(wanted[len(problem.operands) :])
     has_bias = [block.bias is not None for block in problem.blocks]
     biases = tuple([has and next(flags) for has in has_bias])
-    wants = Wants(operands, next(flags), biases, tuple(flags))
+    wants = Wants(tuple(wanted[: len(problem.operands)]), next(flags), biases, tuple(flags))
     if how.backend == "dense":
         with without_autocast(problem.operands[0]):
             result = dense.run(problem, wants, how.share)
@@ -113,9 +113,7 @@ def execute(
         result = sweep.run(problem, SWEEPS[how.backend], wants)
     if not traced and audit.due():
         audit.look(problem, how.backend, result.rows, result.operands)
-    value = result.rows if how.per_row else result.rows.sum()
-    if how.share != 1.0:
-        value = value * how.share
+    value = result.rows if how.per_row else result.rows.sum() if how.share == 1.0 else result.rows.mean()
     kept = [g for g, has in zip(result.biases, has_bias, strict=True) if has]
     return value, result.counted, [*result.operands, *kept, result.scale, *result.scalars]
 
@@ -172,19 +170,21 @@ def _in_forward(how: How, wanted: Sequence[bool]) -> list[bool]:
     return [want and not how.per_row for want in wanted]
 
 
-def _scaled(gradients: Sequence[Tensor | None], upstream: Tensor) -> list[Tensor | None]:
-    """In place."""
+def _scaled(gradients: list[Tensor | None], upstream: Tensor) -> list[Tensor | None]:
+    """In place. The upstream gradient of `loss.backward()` itself is 1, and reading it on a CPU takes 1 us."""
+    if type(upstream) is Tensor and checks.reads_values(upstream) and upstream.item() == 1:
+        return gradients
     return [g if g is None else g.mul_(_like(upstream, g)) for g in gradients]
 
 
 def _like(upstream: Tensor, gradient: Tensor) -> Tensor:
     """With as many dimensions: a 0-dim factor would be rounded to a 16-bit gradient's dtype before it multiplies."""
-    return upstream.reshape([1] * gradient.dim())
+    return upstream if upstream.dtype is gradient.dtype else upstream.reshape([1] * gradient.dim())
 
 
 def _cast(gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
     """Each rounded once, to its input's dtype."""
-    return [g if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+    return [g if g is None or g.dtype is dtype else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
 
 
 def _differentiable_gradients(

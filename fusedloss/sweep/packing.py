@@ -53,13 +53,17 @@ FIELDS: dict[type, tuple[tuple[str, Kind], ...]] = {
     record: tuple((name, _kind(hint)) for name, hint in get_type_hints(record, include_extras=True).items())
     for record in (Compare, Guide, GuideRule, Margin, Mask, Ranks, Block, Fold, Problem)
 }
-# Those that hold tensors, where they are not None.
+# Those that hold tensors, where they are not None; and the name of the leaf, of a field that is one.
 _TENSORS = {
     record: tuple(
-        (name, kind.of[0] if kind.name == "optional" else kind) for name, kind in fields if _holds_tensors(kind)
+        (name, inner, inner.name if inner.name in ("input", "constant") else "")
+        for name, kind in fields
+        if _holds_tensors(kind)
+        for inner in (kind.of if kind.name == "optional" else (kind,))
     )
     for record, fields in FIELDS.items()
 }
+_DATACLASSES = frozenset(record for record in FIELDS if is_dataclass(record))
 _EMPTY = ()
 
 
@@ -98,13 +102,13 @@ def _mapped(value: Any, kind: Kind, function: Any) -> Any:
             return function(value, kind.name)
         return tuple([_mapped(v, k, function) for v, k in zip(value, _inner(kind, len(value)), strict=True)])
     found = {}
-    for name, k in _TENSORS[kind.record]:
+    for name, k, leaf in _TENSORS[kind.record]:
         field = getattr(value, name)
         if field is not None and field is not _EMPTY and field is not NO_MASK:
-            found[name] = _mapped(field, k, function)
+            found[name] = function(field, leaf) if leaf else _mapped(field, k, function)
     if not found:
         return value
-    if not is_dataclass(value):
+    if kind.record not in _DATACLASSES:
         return value._replace(**found)
     copy: Any = object.__new__(kind.record)  # past __post_init__, which takes tensors
     copy.__dict__.update(value.__dict__, **found)
