@@ -10,6 +10,7 @@ from . import boosting as boosting
 from . import grad_cache as grad_cache
 from . import masks as masks
 from . import search as search
+from . import transforms as transforms
 from .core.errors import UnsupportedError as UnsupportedError
 from .core.problem import Stats as Stats
 from .core.version import VERSION as __version__  # noqa: F401

@@ -345,6 +345,13 @@ WORKS = {
         "ICCV",
         "1708.06320",
     ),
+    "Zhang and Sabuncu 2018": Work(
+        "zhang2018generalized",
+        "Zhang, Zhilu; Sabuncu, Mert R.",
+        "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels",
+        "NeurIPS",
+        "1805.07836",
+    ),
 }
 
 

@@ -19,6 +19,7 @@ from ..core.mask import NO_MASK
 from ..core.numerics import FOLD_COPIES, NORM_EPS, saved_dtype, stats_dtype, wide_dtype
 from ..core.problem import NO_MARGIN, Problem
 from ..core.rows import fold_part, fold_scalars, squared_distances
+from ..core.transforms import Transform, with_slope
 from . import reference
 from .protocol import Result, Wants
 from .reference import top_rows as top_rows  # of whole rows, as here
@@ -29,7 +30,7 @@ from .reference import top_rows as top_rows  # of whole rows, as here
 MOST = {"cpu": 4 << 20, "cuda": 16 << 20}
 MATRICES = 4  # of that size at once: similarities, logits, probabilities, and what a mask or a fold needs
 softplus = torch._C._nn.softplus  # F.softplus takes 1 us more
-cross_entropy = torch._C._nn.cross_entropy_loss
+cross_entropy = checks.OPERATORS.cross_entropy_loss
 
 
 def why_not(problem: Problem) -> str | None:
@@ -198,6 +199,9 @@ def _one_direction(problem: Problem, z: Tensor) -> tuple[Tensor, Tensor]:
         slope = 2 * problem.z_loss * lse
         p.add_(z.sub(lse).exp_().scatter_(1, index, 0).mul_(slope))
         entry = entry - own.neg().exp() * slope
+    if problem.transform is not None:
+        loss, slope = _transformed(problem.transform, loss)
+        p, entry = p.mul_(slope), entry * slope
     if problem.every_row and not problem.decoupled:
         entry = entry.neg_()
     else:
@@ -208,6 +212,12 @@ def _one_direction(problem: Problem, z: Tensor) -> tuple[Tensor, Tensor]:
     if problem.decoupled:
         entry = torch.where(index < 0, p[:, :1], entry)
     return loss[:, 0], p.scatter_(1, index.clamp(min=0) if problem.decoupled else index, entry)
+
+
+def _transformed(transform: Transform, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a column [M, 1]."""
+    value, slope = with_slope(loss[:, 0], transform)
+    return value[:, None], slope[:, None]
 
 
 def _decoupled(z: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,10 +236,22 @@ def _decoupled(z: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _symmetric(problem: Problem, z: Tensor) -> tuple[Tensor, Tensor]:
     """Half of each row's loss and half of its own column's, over the diagonal."""
     index = problem.target[:, None]
-    own_row, own_column = torch.log_softmax(z, 1).gather(1, index), torch.log_softmax(z, 0).gather(1, index)
-    by_row, by_column = torch.softmax(z, 1).scatter_(1, index, 0), torch.softmax(z, 0).scatter_(1, index, 0)
-    rest_row, rest_column = by_row.sum(1, keepdim=True), by_column.sum(0)[:, None]
-    loss = softplus(rest_row.log().sub_(own_row), 1, 40.0).add_(softplus(rest_column.log().sub_(own_column), 1, 40.0))
+    if problem.decoupled:
+        loss, by_row, rest_row = _decoupled(z.clone(), index)
+        loss_column, by_column, rest_column = _decoupled(z.t().clone(), index)
+        by_column = by_column.t()
+    else:
+        own_row, own_column = torch.log_softmax(z, 1).gather(1, index), torch.log_softmax(z, 0).gather(1, index)
+        by_row, by_column = torch.softmax(z, 1).scatter_(1, index, 0), torch.softmax(z, 0).scatter_(1, index, 0)
+        rest_row, rest_column = by_row.sum(1, keepdim=True), by_column.sum(0)[:, None]
+        loss = softplus(rest_row.log().sub_(own_row), 1, 40.0)
+        loss_column = softplus(rest_column.log().sub_(own_column), 1, 40.0)
+    if problem.transform is not None:
+        loss, slope = _transformed(problem.transform, loss)
+        loss_column, slope_column = _transformed(problem.transform, loss_column)
+        by_row, by_column = by_row.mul_(slope), by_column.mul_(slope_column.t())
+        rest_row, rest_column = rest_row.mul_(slope), rest_column.mul_(slope_column)
+    loss = loss.add_(loss_column)
     entry = rest_row.add_(rest_column)
     if problem.every_row:
         return loss[:, 0].mul_(0.5), by_row.add_(by_column).scatter_(1, index, entry.neg_()).mul_(0.5)

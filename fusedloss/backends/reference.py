@@ -14,6 +14,7 @@ from ..core.mask import Guide, Mask
 from ..core.numerics import autocasting, stats_dtype, unit_rows, wide_dtype
 from ..core.problem import Problem
 from ..core.rows import above_ties, fold_part, fold_scalars, guide_threshold, score_ties, squared_distances
+from ..core.transforms import transformed
 
 
 def why_not(problem: Problem) -> str | None:
@@ -78,9 +79,12 @@ def _losses(problem: Problem, z: Tensor) -> Tensor:
     loss = softmax.softmax_rows(z, problem.target, problem.label_smoothing, problem.decoupled, problem.copies)
     if problem.z_loss:
         loss = loss + problem.z_loss * z.logsumexp(1).square()
+    loss = transformed(loss, problem.transform)
     if problem.symmetric:
         diagonal = torch.arange(problem.rows, device=z.device)
-        loss = (loss + softmax.softmax_rows(z.T, diagonal)) / 2
+        loss = (
+            loss + transformed(softmax.softmax_rows(z.T, diagonal, decoupled=problem.decoupled), problem.transform)
+        ) / 2
     # Left-out rows are exactly 0, even if their logits are not finite.
     return torch.where(problem.weight == 0, 0, problem.weight * loss)
 
@@ -142,18 +146,18 @@ def marginal(problem: Problem, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Thresholds(NamedTuple):
-    sim: Tensor | None
+    sim: tuple[Tensor, Tensor] | None
     guide: Tensor | None
 
 
 def _thresholds(problem: Problem, rows: list[Tensor]) -> _Thresholds:
-    """Returns the thresholds of scores or a guide, [M, 1]: the target's similarity minus or plus a margin."""
+    """Returns the targets' similarities with their ties, and the thresholds of a guide, [M, 1]."""
     block, index = problem.blocks[0], problem.target.clamp(min=0)
     mask = block.mask
     sim = guide = None
     if any(b.mask.margin is not None for b in problem.blocks):
         x, y = rows[block.query][: problem.rows], rows[block.key]
-        sim = ((x * y[index]).sum(1) + score_ties(x, y, index))[:, None]
+        sim = (x * y[index]).sum(1)[:, None], score_ties(x, y, index)[:, None]
     if mask.guide is not None:
         own = _guide_cosines(mask.guide, problem.rows).gather(1, index[:, None])
         guide = guide_threshold(own, problem.guide_rule, mask.guide.query.shape[1])
@@ -172,7 +176,8 @@ def _dropped(problem: Problem, mask: Mask, sim: Tensor, thresholds: _Thresholds)
     if mask.dense is not None:
         dropped = dropped | ~mask.dense
     if mask.margin is not None and thresholds.sim is not None:
-        above = sim > thresholds.sim + mask.margin
+        own, ties = thresholds.sim
+        above = sim > mask.relative * own + ties + mask.margin
         for column in mask.exempt.unbind(1) if mask.exempt is not None else ():
             above = above & ~_at(column, above)
         dropped = dropped | above

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .mask import NO_MASK, Guide, GuideRule, Mask
 from .numerics import SAFE_SCALE
+from .transforms import Transform
 
 Learned = Annotated[Tensor, "may receive a gradient"]  # as a field's type; other tensors receive none
 
@@ -34,7 +35,7 @@ NO_MARGIN = Margin()
 
 
 class RowRule(NamedTuple):
-    """The options that turn a row's sums into its loss; `Problem` explains each. Columns' losses have none.
+    """The options that turn a row's sums into its loss; `Problem` explains each. Columns' losses have `decoupled`.
 
     It is handed on whole, so that no sweep, ring or backend can leave out one of them.
     """
@@ -135,7 +136,8 @@ class Problem:
     (`cosine`). z_loss: factor of the squared log-normaliser that is added to each row's loss. ranks: the columns are
     those of all these processes, this one's first. If `symmetric`, each column's normaliser is over the rows of all of
     them. top: compute each row's largest logit instead of a loss (`op.top_rows`). every_row: whether the host knows
-    that every row counts, with weight 1; a mean then needs no sum of the weights.
+    that every row counts, with weight 1; a mean then needs no sum of the weights. transform: of each row's loss (of
+    each direction's, if `symmetric`), before its weight; with neither smoothing nor z_loss nor prefixes.
     """
 
     operands: tuple[Learned, ...]
@@ -161,6 +163,7 @@ class Problem:
     ranks: Ranks | None = None
     top: bool = False
     every_row: bool = False
+    transform: Transform | None = None
 
     def __post_init__(self) -> None:
         _set(self, target=self.target.contiguous(), weight=self.weight.contiguous())
@@ -168,6 +171,11 @@ class Problem:
     @property
     def rule(self) -> RowRule:
         return RowRule(self.label_smoothing, self.decoupled, self.copies, self.softcap, self.margin, self.z_loss)
+
+    @property
+    def column_rule(self) -> RowRule:
+        """The rule of the other direction of a symmetric problem, which knows neither smoothing nor a softcap."""
+        return RowRule(decoupled=self.decoupled)
 
     @property
     def masked(self) -> bool:

@@ -333,6 +333,11 @@ def _form(problem: Problem) -> list[str]:
     """Returns the other facts that ranks must have in common, besides their matrices, a line each."""
     scale = f"a tensor {_grad(problem.scale)}" if problem.scale_bound is None else f"up to {problem.scale_bound}"
     lines = [f"normalize {problem.cosine}", f"both ways {problem.symmetric}", f"scale {scale}"]
+    if problem.decoupled:
+        lines.append("decoupled")
+    if problem.transform is not None:
+        name, value, detach, function = problem.transform
+        lines.append(f"transform {name} {value} {detach}" if function is None else "transform by a function")
     fold = problem.fold
     if fold is not None:
         scalars = ", ".join(_grad(x) for x in fold.scalars)
@@ -345,7 +350,7 @@ def _form(problem: Problem) -> list[str]:
             "hardness of the own": block.own_penalty,
             "bias": bias if bias is None else f"{bias.dtype} {_grad(bias)}",
             "ids": ", ".join("agree" if compare.keep else "differ" for compare in mask.compare),
-            "margin": None if mask.margin is None else str(mask.margin),
+            "margin": None if mask.margin is None else f"{mask.margin} above {mask.relative:g} of the target's score",
             "leaves out": None if mask.skip is None else f"column i + {mask.skip_offset}",
         }
         if mask.guide is not None:

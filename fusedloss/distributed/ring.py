@@ -24,9 +24,10 @@ from ..backends import SWEEPS
 from ..backends.protocol import Sweeps
 from ..core.mask import Mask
 from ..core.numerics import savable, without_autocast
-from ..core.problem import Block, Problem, Ranks
+from ..core.problem import Block, Problem, Ranks, RowRule
 from ..core.rows import merge
-from ..core.strips import RowSums, Softmax
+from ..core.strips import RowSums, Settled, Softmax
+from ..core.transforms import settled
 from ..sweep import Partial, Wants
 from ..sweep.collectives import group_of, ring_order
 
@@ -219,12 +220,18 @@ class TwoRounds:
             return [Parcel(t, self.shards.parcels[0].sizes) for t in (columns.shift, columns.total)]
 
         home = go_around(self.shards.parcels, self.shards.ranks, visit, _merged)
-        settle, score = self.backend.settle, self.score
-        self.rows = settle(self.merged, score, self.weight, problem.rule, slope=self.slope)
+        self.rows = self._settled(self.merged, problem.rule, slope=self.slope)
         if not problem.symmetric:
             return self.rows.loss
-        self.columns = settle(RowSums(*home), score, self.weight)
+        self.columns = self._settled(RowSums(*home), problem.column_rule)
         return self.rows.loss + self.columns.loss
+
+    def _settled(self, sums: RowSums, rule: RowRule, slope: Tensor | None = None) -> Settled:
+        def settle(weight: Tensor) -> Settled:
+            return self.backend.settle(sums, self.score, weight, rule, slope=slope)
+
+        transform = self.shards.problem.transform
+        return settle(self.weight) if transform is None else settled(transform, self.weight, settle)
 
     def gradients(self, factor: Tensor) -> list[Tensor | None]:
         """Returns the gradients of `(factor * losses).sum()` by scale, operands and biases. factor: 0-dim or `[M]`."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Unpack
 
 from torch import Tensor
 
-from .. import masks
+from .. import masks, transforms
 from ..core import checks
 from ..core.problem import Block, Problem
+from ..core.transforms import Transform
 from ..distributed import Request
 from ._options import Call, CountingAcrossOptions, expanded
 from ._softmax import Loss, as_scale, autocast, counted, distinct, result_of
@@ -23,6 +25,8 @@ def clip(
     *,
     mask: masks.Mask | Tensor | None = None,
     normalize: bool = False,
+    decoupled: bool = False,
+    transform: Transform | Callable[[Tensor], Tensor] | None = None,
     **options: Unpack[CountingAcrossOptions],
 ) -> Loss:
     """CLIP loss (Radford et al. 2021), the mean of both directions; argument names and order are open_clip's.
@@ -43,6 +47,9 @@ def clip(
             positive pair always may.
         normalize: divide each row of both by `max(|row|, 1e-12)` first. The norms act on the fp32 accumulator, so unit
             vectors are never rounded to 16 bits; and where `logit_scale` is a number, the logits' bound is known.
+        decoupled: leave the pair itself out of both normalisers (DCL, Yeh et al. 2022): see `info_nce`.
+        transform: a function of each direction's own loss of a pair, before their mean: one of
+            `fusedloss.transforms`, or a function of a tensor `[B]`.
         reduction: "mean", "sum", or "none" (`[B]`: `(row_i + column_i) / 2`).
         return_stats: return `(loss, Stats)`, where the statistics are those of image to text.
 
@@ -60,7 +67,15 @@ def clip(
 
     def ask(call: Call) -> Request:
         problem = clip_problem(
-            image_features, text_features, logit_scale, logit_bias, mask=mask, normalize=normalize, call=call
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            mask=mask,
+            normalize=normalize,
+            decoupled=decoupled,
+            transform=transform,
+            call=call,
         )
         return call.request("clip", problem)
 
@@ -80,6 +95,8 @@ def clip_problem(
     *,
     mask: masks.Mask | Tensor | None,
     normalize: bool,
+    decoupled: bool,
+    transform: Transform | Callable[[Tensor], Tensor] | None,
     call: Call,
 ) -> Problem:
     checks.embeddings(image_features=image_features, text_features=text_features)
@@ -111,4 +128,6 @@ def clip_problem(
         scale_bound=scale_bound,
         workspace_bytes=call.workspace_bytes,
         wants_tally=call.return_stats,
+        decoupled=decoupled,
+        transform=transforms.bind(transform, decoupled),
     )

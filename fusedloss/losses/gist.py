@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Unpack
 
 from torch import Tensor
 
-from .. import masks
+from .. import masks, transforms
 from ..core import checks
 from ..core.mask import Guide, GuideRule, Mask
 from ..core.problem import Block, Problem
+from ..core.transforms import Transform
 from ..distributed import Request
 from ._options import Call, CountingAcrossOptions, expanded
 from ._softmax import Loss, as_scale, autocast, counted, distinct, result_of
@@ -27,6 +28,8 @@ def gist_embed(
     margin: float = 0.0,
     contrast_anchors: bool = True,
     contrast_positives: bool = True,
+    decoupled: bool = False,
+    transform: Transform | Callable[[Tensor], Tensor] | None = None,
     **options: Unpack[CountingAcrossOptions],
 ) -> Loss:
     """GISTEmbed (Solatorio 2024) as in sentence-transformers: in-batch negatives that a guide model filters.
@@ -53,6 +56,8 @@ def gist_embed(
         temperature: a positive number, or a tensor of one element, which receives a gradient.
         margin_strategy, margin: see above.
         contrast_anchors, contrast_positives: whether anchors compete with anchors, and positives with positives.
+        decoupled: leave the positive out of its row's normaliser (DCL, Yeh et al. 2022): see `info_nce`.
+        transform: a function of each row's own loss: one of `fusedloss.transforms`, or a function of a tensor `[B]`.
         reduction: "mean", "sum" or "none" (`[B]`).
         return_stats: return `(loss, Stats)`; `Stats.masked` is the share of negatives that the guide drops.
 
@@ -79,6 +84,8 @@ def gist_embed(
             margin=margin,
             contrast_anchors=contrast_anchors,
             contrast_positives=contrast_positives,
+            decoupled=decoupled,
+            transform=transform,
             call=call,
         )
         what = f"gist_embed {margin_strategy} {bool(contrast_anchors)} {bool(contrast_positives)}"
@@ -97,6 +104,8 @@ def gist_embed_problem(
     margin: float,
     contrast_anchors: bool,
     contrast_positives: bool,
+    decoupled: bool,
+    transform: Transform | Callable[[Tensor], Tensor] | None,
     call: Call,
 ) -> Problem:
     named = {"anchor": anchor, "positive": positive, **{f"negatives[{i}]": x for i, x in enumerate(negatives)}}
@@ -131,6 +140,8 @@ def gist_embed_problem(
         workspace_bytes=call.workspace_bytes,
         guide_rule=GuideRule(float(margin), margin_strategy == "relative"),
         wants_tally=call.return_stats,
+        decoupled=decoupled,
+        transform=transforms.bind(transform, decoupled),
     )
 
 

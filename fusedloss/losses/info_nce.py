@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from .. import masks
+from .. import masks, transforms
 from ..core import checks
 from ..core.numerics import stats_dtype
 from ..core.problem import Block, Problem
 from ..core.softmax import softplus
+from ..core.transforms import Transform, transformed
 from ..distributed import Request
 from ..rowwise.pairs import cosine, dot, of_pairs, scores
 from ._options import Call, CountingAcrossOptions, expanded, ranks
@@ -34,6 +36,8 @@ def info_nce(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     normalize: bool = False,
+    decoupled: bool = False,
+    transform: Transform | Callable[[Tensor], Tensor] | None = None,
     **options: Unpack[CountingAcrossOptions],
 ) -> Loss:
     """InfoNCE (van den Oord et al. 2018): each query's key against all the other keys of the batch.
@@ -67,6 +71,10 @@ def info_nce(
         ignore_index: rows with this target are left out. The default target leaves out none.
         normalize: divide each row of both by `max(|row|, 1e-12)` first. The norms act on the fp32 accumulator, so unit
             vectors are never rounded to 16 bits.
+        decoupled: leave the target out of the normaliser (DCL, Yeh et al. 2022). The loss then has no lower bound, and
+            a row without negatives has loss 0. Neither `negatives` nor `label_smoothing` can be given with it.
+        transform: a function of each row's own loss, before its weight: one of `fusedloss.transforms`, or a function of
+            a tensor `[M]`. `label_smoothing` must be 0 with it.
         reduction: "mean" (over the rows that count; 0 if none does), "sum", or "none" (`[M]`, 0 for left-out rows).
 
     Returns:
@@ -124,6 +132,8 @@ def info_nce(
             label_smoothing=label_smoothing,
             ignore_index=ignore_index,
             normalize=normalize,
+            decoupled=decoupled,
+            transform=transform,
             call=call,
         )
         return call.request("info_nce", problem, ignore_index=ignore_index if across and target is not None else None)
@@ -147,6 +157,8 @@ def info_nce_problem(
     label_smoothing: float,
     ignore_index: int,
     normalize: bool,
+    decoupled: bool,
+    transform: Transform | Callable[[Tensor], Tensor] | None,
     call: Call,
 ) -> Problem:
     """Builds the problem. With a group, targets index the keys of all ranks, in rank order."""
@@ -174,6 +186,10 @@ def info_nce_problem(
     if weight is not None:
         checks.vector("weight", weight, rows, "query", query)
     checks.share("label_smoothing", label_smoothing)
+    for name, given in {"transform": transform is not None, "decoupled": decoupled}.items():
+        if given and label_smoothing:
+            raise ValueError(f"label_smoothing must be 0 with {name}, got {label_smoothing}; leave one of them out")
+    phi = transforms.bind(transform, decoupled)
     bound = masks.bind(mask, rows, widths, query)
     scale, scale_bound = as_scale(temperature, query, inverse=True)
     matrices, (x, y) = distinct(query, key)
@@ -196,6 +212,8 @@ def info_nce_problem(
         workspace_bytes=call.workspace_bytes,
         guide_rule=masks.rule(mask),
         wants_tally=call.return_stats,
+        decoupled=decoupled,
+        transform=phi,
     )
 
 
@@ -206,13 +224,14 @@ def _with_private(problem: Problem, call: Call, query: Tensor, negatives: Tensor
         raise ValueError(f"negatives must be [M, K, D] = [{len(query)}, any, {query.shape[1]}], got {got}")
     columns = negatives.unbind(1)
     checks.embeddings(query=query, **{f"negatives[:, {k}]": x for k, x in enumerate(columns)})
-    if problem.label_smoothing or problem.wants_tally:
-        what = "label_smoothing" if problem.label_smoothing else "return_stats=True"
+    if problem.label_smoothing or problem.wants_tally or problem.decoupled:
+        what = "label_smoothing" if problem.label_smoothing else "decoupled" if problem.decoupled else "return_stats"
         raise ValueError(f"negatives must not be given together with {what}, got both; leave one of them out")
     weight = problem.weight
     # A left-out row stays left out whatever its private columns hold. Rows that count are weighted afterwards.
     counts = torch.where(weight == 0, 0, torch.ones_like(weight))
-    loss = mean_of([replace(problem, weight=counts)], replace(call, reduction="none"))
+    phi = problem.transform
+    loss = mean_of([replace(problem, weight=counts, transform=None)], replace(call, reduction="none"))
     if columns:
         block = problem.blocks[0]
         x, y = problem.operands[block.query], problem.operands[block.key]
@@ -223,6 +242,7 @@ def _with_private(problem: Problem, call: Call, query: Tensor, negatives: Tensor
             own = own + block.bias.to(own.dtype)[problem.target]
         own = own.masked_fill(weight == 0, 0)
         loss = loss + softplus(torch.logsumexp(z, dim=1) - own - loss)
+    loss = transformed(loss, phi)
     loss = torch.where(weight == 0, 0, weight * loss).to(stats_dtype(query.dtype))
     if call.reduction == "none":
         return loss

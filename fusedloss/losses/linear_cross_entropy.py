@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..backends import select
 from ..core import checks
 from ..core.numerics import savable
 from ..core.problem import Block, Problem
+from ..core.transforms import Transform
 from ..sweep.autograd import loss_mean, loss_rows_or_sum
 from ._options import Call, WorkspaceOptions, expanded
 from ._softmax import as_scale, autocast, columns_and_weights, distinct
@@ -34,6 +37,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     compact: bool | None = None,
+    transform: Transform | Callable[[Tensor], Tensor] | None = None,
     **shared: Unpack[WorkspaceOptions],
 ) -> Tensor:
     """`torch.nn.functional.linear_cross_entropy` of class indices, with neither logits nor their gradient in memory.
@@ -60,6 +64,8 @@ def linear_cross_entropy(
         z_loss: weight of the squared log-normaliser (PaLM).
         compact: remove left-out rows before the products. This reads their number back: None is True on a CPU, where
             that costs nothing, and False on a GPU, where it waits for the device.
+        transform: a function of each row's own loss, before `weight`: one of `fusedloss.transforms`, or a function of a
+            tensor of a loss per row. `label_smoothing` and `z_loss` must be 0 with it.
 
     Returns:
         A 0-dim tensor (`target`'s shape for "none"), float32, or float64 for float64 inputs.
@@ -88,6 +94,10 @@ def linear_cross_entropy(
     checks.share("label_smoothing", label_smoothing)
     checks.number("z_loss", z_loss, least=0)
     checks.softcap(softcap)
+    phi = transforms.bind(transform)
+    for name, value in {"label_smoothing": label_smoothing, "z_loss": z_loss}.items():
+        if phi is not None and value:
+            raise ValueError(f"{name} must be 0 with transform, got {value}; leave one of them out")
     if weight is not None and label_smoothing and (softcap is not None or z_loss):
         other = "softcap" if softcap is not None else "z_loss"
         raise ValueError(
@@ -123,6 +133,7 @@ def linear_cross_entropy(
         workspace_bytes=call.workspace_bytes,
         softcap=float(softcap or 0.0),
         z_loss=float(z_loss),
+        transform=phi,
     )
     chosen, total = select(problem, call.backend), share.sum()
     if reduction == "mean":

@@ -156,7 +156,8 @@ def _one_directional(problem: Problem, dims: tuple[int, ...], weights: Sequence[
 
 def _at_once(problem: Problem, call: Call) -> bool:
     """Whether the backend that would run this sums all prefixes in one sweep."""
-    plain = not (problem.label_smoothing or any(b.mask.margin is not None for b in problem.blocks))
+    smooth = problem.label_smoothing or problem.transform is not None
+    plain = not (smooth or any(b.mask.margin is not None for b in problem.blocks))
     if not plain or any(b.penalty or b.own_penalty for b in problem.blocks):
         return False
     alone = replace(problem, prefixes=(), prefix_weights=())

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Unpack
 
 from torch import Tensor
 
-from .. import masks
+from .. import masks, transforms
 from ..core import checks
 from ..core.mask import NO_MASK, Mask
 from ..core.numerics import row_numbers
 from ..core.problem import Block, Problem
+from ..core.transforms import Transform
 from ..distributed import Request
 from ._options import Call, CountingAcrossOptions, expanded
 from ._softmax import Loss, as_scale, autocast, counted, distinct, result_of
@@ -34,6 +35,8 @@ def multiple_negatives_ranking(
     hardness_strength: float = 0.0,
     mask: masks.Mask | Tensor | None = None,
     anchors: Tensor | None = None,
+    decoupled: bool = False,
+    transform: Transform | Callable[[Tensor], Tensor] | None = None,
     **options: Unpack[CountingAcrossOptions],
 ) -> Loss:
     """Multiple negatives ranking (Henderson et al. 2017), with the options of sentence-transformers 6.2.
@@ -69,6 +72,10 @@ def multiple_negatives_ranking(
             over the positives and then each column of negatives.
         anchors: `[A, D]`, the anchors of all processes, `anchor` first, where `positive` and `negatives` are those of
             all processes: for who gathers beforehand, in the place of `group`.
+        decoupled: leave the positive out of its row's normaliser, wherever it stands in it (DCL, Yeh et al. 2022): see
+            `info_nce`.
+        transform: a function of each row's own loss, under "per_direction" of each direction's, before their mean: one
+            of `fusedloss.transforms`, or a function of a tensor `[B]`.
         reduction: "mean", "sum" or "none" (`[B]`).
         return_stats: return `(loss, Stats)`; under "per_direction" those of query_to_doc.
 
@@ -98,6 +105,8 @@ def multiple_negatives_ranking(
             mask=mask,
             call=call,
             anchors=anchors,
+            decoupled=decoupled,
+            transform=transform,
         )
         named = f"directions {tuple(directions)}, {partition_mode}, hardness {hardness_mode}"
         return call.request(f"multiple_negatives_ranking, {named}", *problems)
@@ -118,6 +127,8 @@ def multiple_negatives_ranking_problems(
     mask: masks.Mask | Tensor | None,
     call: Call,
     anchors: Tensor | None = None,
+    decoupled: bool = False,
+    transform: Transform | Callable[[Tensor], Tensor] | None = None,
 ) -> list[Problem]:
     named = {f"negatives[{i}]": x for i, x in enumerate(negatives)}
     checks.embeddings(anchor=anchor, positive=positive, **named, **({} if anchors is None else {"anchors": anchors}))
@@ -146,6 +157,7 @@ def multiple_negatives_ranking_problems(
             )
     widths = [x.shape[0] for x in (positive, *negatives)]
     bound = masks.bind(mask, rows, widths, anchor)
+    phi = transforms.bind(transform, decoupled)
     multiplier, scale_bound = as_scale(scale, anchor, inverse=False)
     several = len(directions) > 1
     facing = (everyone, positive[:rows] if owners > rows else positive) if several else (anchor, positive)
@@ -186,6 +198,8 @@ def multiple_negatives_ranking_problems(
             copies=2 if partition_mode == "joint" and "doc_to_query" in directions else 1,
             guide_rule=masks.rule(mask),
             wants_tally=call.return_stats,
+            decoupled=decoupled,
+            transform=phi,
         )
         for blocks in sets
     ]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..core import checks
 from ..core.mask import Mask
 from ..core.numerics import filled, row_numbers
 from ..core.problem import Block, Problem
+from ..core.transforms import Transform
 from ._options import Call, CountingAcrossOptions, CountingOptions, expanded
 from ._softmax import Loss, as_scale, autocast, counting_mean_of, result_of
 
@@ -21,6 +24,7 @@ def nt_xent(
     z2: Tensor,
     *,
     temperature: float | Tensor = 0.5,
+    transform: Transform | Callable[[Tensor], Tensor] | None = None,
     **options: Unpack[CountingAcrossOptions],
 ) -> Loss:
     """NT-Xent (Chen et al. 2020, SimCLR): 2B rows, each view's positive is the other view of the same sample.
@@ -33,6 +37,7 @@ def nt_xent(
     Args:
         z1, z2: `[B, D]`, two views of each sample; normalised inside.
         temperature: a positive number, or a tensor of one element, which receives a gradient.
+        transform: a function of each row's own loss: one of `fusedloss.transforms`, or a function of a tensor `[2B]`.
         reduction: "mean" over the 2B rows, "sum", or "none" (`[2B]`, those of z1 first).
 
     Returns:
@@ -46,7 +51,9 @@ def nt_xent(
         >>> z1, z2 = projector(encoder(augment(x))), projector(encoder(augment(x)))
         >>> fusedloss.nt_xent(z1, z2, temperature=0.5).backward()
     """
-    return result_of(options, lambda call: call.request("nt_xent", nt_xent_problem(z1, z2, temperature, call)))
+    return result_of(
+        options, lambda call: call.request("nt_xent", nt_xent_problem(z1, z2, temperature, call, transform=transform))
+    )
 
 
 @expanded
@@ -71,7 +78,13 @@ def decoupled_contrastive(
 
 
 def nt_xent_problem(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor, call: Call, *, decoupled: bool = False
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor,
+    call: Call,
+    *,
+    decoupled: bool = False,
+    transform: Transform | Callable[[Tensor], Tensor] | None = None,
 ) -> Problem:
     checks.embeddings(z1=z1, z2=z2)
     if z1.shape[0] != z2.shape[0]:
@@ -92,4 +105,5 @@ def nt_xent_problem(
         workspace_bytes=call.workspace_bytes,
         decoupled=decoupled,
         wants_tally=call.return_stats,
+        transform=transforms.bind(transform),
     )

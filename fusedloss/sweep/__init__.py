@@ -222,7 +222,7 @@ class _Sweep:
         If all of E fits the workspace and one shift serves rows and columns, E is stored instead of computed twice.
         """
         problem, backend, inputs, ranks = self.problem, self.backend, self.inputs, self.problem.ranks
-        score, weight = inputs.prepared.score, problem.weight / 2
+        weight = problem.weight / 2
         if self.wants.any and self.tally is None and ranks is None and backend.can_store(problem):
             if workspace_shape(problem, backend)[0][0] == problem.rows:
                 return self._stored(weight)
@@ -243,7 +243,7 @@ class _Sweep:
             shift, total = merge_columns(columns or RowSums.empty(problem.columns, weight), ranks)
             columns = RowSums(shift[: problem.rows], total[: problem.rows])
         assert columns is not None  # found has a chunk, or ranks have
-        by_column = backend.settle(columns, score, weight)
+        by_column = inputs.settle_columns(columns, weight)
         by_row, column_softmax = rows.softmax(inputs.target_sim), by_column.softmax(inputs.target_sim)
         if ranks is not None:
             known = [t for t in column_softmax if t is not None]
@@ -264,7 +264,7 @@ class _Sweep:
         inputs, backend = self.inputs, cast(Stores, self.backend)
         sums, column_sums = backend.exp_rows_and_columns(self.problem, self.admission.strips(chunk)[0], outs[0])
         rows = inputs.settle(chunk, sums, weight)
-        columns = backend.settle(column_sums, inputs.prepared.score, weight)
+        columns = inputs.settle_columns(column_sums, weight)
         entry = rows.entry + columns.entry
         backend.weigh(inputs.patch(chunk, outs[0]), rows.weight, columns.weight, entry)
         self.gradients.contract(chunk, outs)

@@ -96,7 +96,7 @@ def look(problem: Problem, backend: str, losses: Tensor, gradients: Sequence[Ten
 def auditable(problem: Problem) -> bool:
     """Whether a row's loss depends only on its own similarities, and smoothly."""
     fold = problem.fold
-    if problem.prefixes or problem.ranks is not None or any(problem.margin):
+    if problem.prefixes or problem.ranks is not None or any(problem.margin) or problem.transform is not None:
         return False
     if not (problem.rows and problem.columns and problem.operands[0].shape[1]):
         return False

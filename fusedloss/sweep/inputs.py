@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from ..core.mask import StripMask
 from ..core.numerics import rows_of, stats_dtype
 from ..core.problem import Problem
 from ..core.strips import Patch, Prepared, RowSums, Settled, Strip
+from ..core.transforms import settled
 
 
 class Elsewhere(NamedTuple):
@@ -94,7 +96,21 @@ class Inputs:
     def settle(self, chunk: slice, sums: RowSums, weight: Tensor | None = None, **options: Any) -> Settled:
         weight = self.problem.weight if weight is None else weight
         score, slope = rows_of(self.prepared.score, chunk), part(self.prepared.slope, chunk)
-        return self.backend.settle(sums, score, rows_of(weight, chunk), self.problem.rule, slope=slope, **options)
+        rule = self.problem.rule
+
+        def settle(weight: Tensor, **options: Any) -> Settled:
+            return self.backend.settle(sums, score, weight, rule, slope=slope, **options)
+
+        return self._transformed(rows_of(weight, chunk), settle, **options)
+
+    def settle_columns(self, sums: RowSums, weight: Tensor) -> Settled:
+        """Settles the other direction of a symmetric problem."""
+        rule, score = self.problem.column_rule, self.prepared.score
+        return self._transformed(weight, lambda weight: self.backend.settle(sums, score, weight, rule))
+
+    def _transformed(self, weight: Tensor, settle: Callable[..., Settled], **options: Any) -> Settled:
+        transform = self.problem.transform
+        return settle(weight, **options) if transform is None else settled(transform, weight, settle, **options)
 
     def patch(self, chunk: slice, out: Tensor) -> Patch:
         block = self.problem.blocks[0]

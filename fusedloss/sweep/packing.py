@@ -6,18 +6,20 @@ Both walk the fields that the records declare: a field that is added to one of t
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import is_dataclass
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
+from ..core.errors import UnsupportedError
 from ..core.mask import NO_MASK, Compare, Guide, GuideRule, Mask
 from ..core.problem import Block, Fold, Learned, Margin, Problem, Ranks
+from ..core.transforms import Transform
 
 
 class Kind(NamedTuple):
-    """What a field holds: a leaf (`input`, `constant`, `int`, `bool`, `float`, `str`), or something made of others."""
+    """What a field holds: a leaf (`input`, `constant`, `int`, `bool`, `float`, `str`, `function`), or others."""
 
     name: str
     of: tuple[Kind, ...] = ()  # optional, many (a tuple of any length), each (a tuple of these)
@@ -31,6 +33,8 @@ def _kind(hint: Any) -> Kind:
         return Kind("constant")
     if hint in (int, bool, float, str):
         return Kind(hint.__name__)
+    if get_origin(hint) is Callable:
+        return Kind("function")
     arguments = get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):
         (inner,) = (_kind(a) for a in arguments if a is not type(None))
@@ -51,7 +55,7 @@ def _holds_tensors(kind: Kind) -> bool:
 _ROOT = Kind("record", (), Problem)
 FIELDS: dict[type, tuple[tuple[str, Kind], ...]] = {
     record: tuple((name, _kind(hint)) for name, hint in get_type_hints(record, include_extras=True).items())
-    for record in (Compare, Guide, GuideRule, Margin, Mask, Ranks, Block, Fold, Problem)
+    for record in (Compare, Guide, GuideRule, Margin, Mask, Ranks, Transform, Block, Fold, Problem)
 }
 # Those that hold tensors, where they are not None; and the name of the leaf, of a field that is one.
 _TENSORS = {
@@ -152,6 +156,11 @@ def _write(value: Any, kind: Kind, flat: dict[str, list[Any]]) -> None:
             flat["int"].append(len(value))
         for v, k in zip(value, _inner(kind, len(value)), strict=True):
             _write(v, k, flat)
+    elif kind.name == "function":
+        raise UnsupportedError(
+            "transform must be one of fusedloss.transforms under torch.compile, got a function; keep the loss outside "
+            "of the compiled part"
+        )
     elif kind.name == "bool":
         flat["int"].append(int(value))
     else:

@@ -1,12 +1,14 @@
 """A problem apart from its tensors, and as an op takes it."""
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
 
+from fusedloss import UnsupportedError
 from fusedloss.core.mask import Compare, Guide, GuideRule, Mask
 from fusedloss.core.problem import Block, Fold, Margin, Problem, Ranks
+from fusedloss.core.transforms import Transform
 from fusedloss.sweep import packing
 
 
@@ -63,6 +65,7 @@ def whole():
         Ranks("a group", 1, (2, 3)),
         True,
         True,
+        Transform("focal", 2.0, True),
     )
 
 
@@ -126,3 +129,11 @@ def test_inputs_are_in_the_order_of_gradients():
     biases = [block.bias for block in problem.blocks if block.bias is not None]
     wanted = [*problem.operands, *biases, problem.scale, *problem.fold.scalars]
     assert all(map(same, packing.take_apart(problem)[1], wanted)) and len(wanted) == 7
+
+
+def test_a_function_as_transform_stays_eager():
+    problem = replace(plain(), transform=Transform("function", function=torch.square))
+    empty, inputs, constants = packing.take_apart(problem)
+    assert packing.put_together(empty, inputs, constants).transform is problem.transform
+    with pytest.raises(UnsupportedError, match=r"transform must be one of fusedloss\.transforms under torch.compile"):
+        packing.pack(problem)
