@@ -32,6 +32,7 @@ class Mask:
     guide: core.Guide | None = None
     rule: core.GuideRule = field(default_factory=core.GuideRule)
     offset: int | None = None
+    relative: float = 1.0  # of score_margin
 
     def __and__(self, other: Mask | Tensor) -> Mask:
         if isinstance(other, Tensor):
@@ -60,6 +61,7 @@ class Mask:
             chosen,
             margin=self.margin if self.margin is not None else other.margin,
             exempt=self.exempt if self.margin is not None else other.exempt,
+            relative=self.relative if self.margin is not None else other.relative,
             offset=self.offset if self.offset is not None else other.offset,
         )
 
@@ -79,15 +81,20 @@ def same_group(row_groups: Tensor, key_groups: Tensor) -> Mask:
     return Mask(compare=(("same_group", core.Compare(row_groups, key_groups, True)),))
 
 
-def score_margin(margin: float, exempt: Tensor | None = None) -> Mask:
-    """Drops negatives whose similarity, before temperature and bias, exceeds the target's by more than `margin`.
+def score_margin(margin: float = 0.0, exempt: Tensor | None = None, *, relative: float = 1.0) -> Mask:
+    """Drops negatives whose similarity is above `relative` times the target's plus `margin`, before temperature and
+    bias.
+
+    `relative=0.95` is NV-Retriever's rule (arXiv 2407.15831): above 95 % of a positive's score a negative is a false
+    one. `margin=0.1` is Qwen3-Embedding's.
 
     exempt: int64 `[M, E]`, columns that are never dropped (curated hard negatives); -1 for none. Scores within (4 + D /
     4) eps of the threshold, times both lengths, are ties and stay; within 2^-9 more if torch's switch allows TF32 for
     fp32 products.
     """
     checks.number("margin", margin)
-    return Mask(margin=float(margin), exempt=exempt)
+    checks.number("relative", relative)
+    return Mask(margin=float(margin), exempt=exempt, relative=float(relative))
 
 
 def guide(guide_query: Tensor, guide_key: Tensor, *, margin: float = 0.0, strategy: str = "absolute") -> Mask:
@@ -148,7 +155,7 @@ def bind(mask: Mask | Tensor | None, rows: int, widths: Sequence[int], like: Ten
             checks.same_device(name, x, "the embeddings", like)
     own = None if mask.offset is None else row_numbers(rows, like) + mask.offset
     compare = tuple(c for _, c in mask.compare)
-    whole = core.Mask(compare, mask.dense, mask.margin, mask.exempt, mask.guide, own, mask.offset or 0)
+    whole = core.Mask(compare, mask.dense, mask.margin, mask.exempt, mask.guide, own, mask.offset or 0, mask.relative)
     masks, start = [], 0
     for width in widths:
         masks.append(whole.columns(slice(start, start + width)))

@@ -40,10 +40,10 @@ class Mask(NamedTuple):
     """The columns of a block that may compete: those that every part admits. The target always may, except under
     `skip`.
 
-    dense: bool [M, N], True for columns that may compete. margin: drops columns whose similarity exceeds the target's
-    by more than this. exempt: int64 [M, E], columns that the margin never drops; -1: none. skip: int64 [M], the one
-    column that the row leaves out (itself); -1: none. skip_offset: its distance from column i; across ranks it may be
-    another rank's column.
+    dense: bool [M, N], True for columns that may compete. margin: drops columns whose similarity is above the share
+    `relative` of the target's by more than this. exempt: int64 [M, E], columns that the margin never drops; -1: none.
+    skip: int64 [M], the one column that the row leaves out (itself); -1: none. skip_offset: its distance from column i;
+    across ranks it may be another rank's column.
     """
 
     compare: tuple[Compare, ...] = ()
@@ -53,6 +53,7 @@ class Mask(NamedTuple):
     guide: Guide | None = None
     skip: Tensor | None = None
     skip_offset: int = 0
+    relative: float = 1.0
 
     @property
     def given(self) -> bool:

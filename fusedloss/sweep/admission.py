@@ -33,7 +33,7 @@ class Admission:
         self.last: list[StripMask | None] = []
 
     def _mask(self, number: int, block: Block) -> StripMask | None:
-        """Returns a block's mask; a margin's threshold is the target's similarity plus the margin."""
+        """Returns a block's mask; a margin's threshold is a share of the target's similarity plus the margin."""
         mask = block.mask
         if not mask.given:
             return None
@@ -41,7 +41,8 @@ class Admission:
         if mask.margin is not None and threshold is None:
             target_sim = self.inputs.prepared.target_sim
             assert target_sim is not None
-            threshold = target_sim + (self.ties + mask.margin)
+            own = target_sim if mask.relative == 1 else target_sim * mask.relative
+            threshold = own + (self.ties + mask.margin)
         return StripMask.of(mask, threshold)
 
     @functools.cached_property

@@ -94,14 +94,14 @@ def by_guide(margin, strategy):
     return make
 
 
-def by_score(margin, exempt):
+def by_score(margin, exempt, relative=1.0):
     def make(sim, target):
         rows, columns = sim.shape
         spared = torch.randint(-1, columns, (rows, 2)) if exempt else None
-        admitted = ~(sim > sim.gather(1, target[:, None]) + margin)
+        admitted = ~(sim > relative * sim.gather(1, target[:, None]) + margin)
         if exempt:
             admitted |= (spared[:, :, None] == torch.arange(columns)).any(1)
-        return masks.score_margin(margin, spared), admitted
+        return masks.score_margin(margin, spared, relative=relative), admitted
 
     return make
 
@@ -136,6 +136,7 @@ MASKS = {
     "score_margin": by_score(0.0, False),
     "score_margin, exempt": by_score(0.1, True),
     "score_margin, negative": by_score(-0.3, True),
+    "score_margin, relative": by_score(0.05, True, 0.8),
     "guide": by_guide(0.0, "absolute"),
     "guide, absolute": by_guide(0.2, "absolute"),
     "guide, relative": by_guide(0.4, "relative"),
