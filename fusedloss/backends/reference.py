@@ -115,7 +115,8 @@ def logits(problem: Problem, rows: list[Tensor], similarities: list[Tensor] | No
             target = marginal(problem, index[:, 0])[0][:, None].to(z.dtype)
             z = z.scatter(1, index, torch.where(problem.target[:, None] < 0, z.gather(1, index), target))
         if block.bias is not None:
-            z = z + block.bias.to(z.dtype)
+            bias = block.bias.to(z.dtype)
+            z = z + (bias if number or problem.bias_on_target else bias.where(~_at(problem.target, z), 0))
         if problem.softcap:
             z = softmax.bent(z, problem.softcap)
         if block.bias is not None:

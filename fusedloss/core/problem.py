@@ -138,6 +138,7 @@ class Problem:
     them. top: compute each row's largest logit instead of a loss (`op.top_rows`). every_row: whether the host knows
     that every row counts, with weight 1; a mean then needs no sum of the weights. transform: of each row's loss (of
     each direction's, if `symmetric`), before its weight; with neither smoothing nor z_loss nor prefixes.
+    bias_on_target: whether block 0's bias, which then has no gradient, is added to the targets' logits as well.
     """
 
     operands: tuple[Learned, ...]
@@ -164,6 +165,7 @@ class Problem:
     top: bool = False
     every_row: bool = False
     transform: Transform | None = None
+    bias_on_target: bool = True
 
     def __post_init__(self) -> None:
         _set(self, target=self.target.contiguous(), weight=self.weight.contiguous())

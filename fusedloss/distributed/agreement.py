@@ -333,6 +333,10 @@ def _form(problem: Problem) -> list[str]:
     """Returns the other facts that ranks must have in common, besides their matrices, a line each."""
     scale = f"a tensor {_grad(problem.scale)}" if problem.scale_bound is None else f"up to {problem.scale_bound}"
     lines = [f"normalize {problem.cosine}", f"both ways {problem.symmetric}", f"scale {scale}"]
+    if any(problem.margin):
+        lines.append(f"margin {problem.margin.cosine:g}")
+    if not problem.bias_on_target:
+        lines.append("no bias on the target")
     if problem.decoupled:
         lines.append("decoupled")
     if problem.transform is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import masks, transforms
 from ..core import checks
 from ..core.numerics import stats_dtype
-from ..core.problem import Block, Problem
+from ..core.problem import NO_MARGIN, Block, Margin, Problem
 from ..core.softmax import softplus
 from ..core.transforms import Transform, transformed
 from ..distributed import Request
@@ -36,6 +36,8 @@ def info_nce(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     normalize: bool = False,
+    bias_on_target: bool = True,
+    margin: float = 0.0,
     decoupled: bool = False,
     transform: Transform | Callable[[Tensor], Tensor] | None = None,
     **options: Unpack[CountingAcrossOptions],
@@ -71,6 +73,10 @@ def info_nce(
         ignore_index: rows with this target are left out. The default target leaves out none.
         normalize: divide each row of both by `max(|row|, 1e-12)` first. The norms act on the fp32 accumulator, so unit
             vectors are never rounded to 16 bits.
+        bias_on_target: whether `key_bias` is added to the targets' logits as well. False is the correction of sampled
+            negatives alone (with `transforms.refined_logq`); `key_bias` receives no gradient then.
+        margin: subtracted from the targets' cosines (additive margin: LaBSE, SimKGC), with `normalize=True` and a
+            temperature that receives no gradient.
         decoupled: leave the target out of the normaliser (DCL, Yeh et al. 2022). The loss then has no lower bound, and
             a row without negatives has loss 0. Neither `negatives` nor `label_smoothing` can be given with it.
         transform: a function of each row's own loss, before its weight: one of `fusedloss.transforms`, or a function of
@@ -132,6 +138,8 @@ def info_nce(
             label_smoothing=label_smoothing,
             ignore_index=ignore_index,
             normalize=normalize,
+            bias_on_target=bias_on_target,
+            margin=margin,
             decoupled=decoupled,
             transform=transform,
             call=call,
@@ -157,6 +165,8 @@ def info_nce_problem(
     label_smoothing: float,
     ignore_index: int,
     normalize: bool,
+    bias_on_target: bool,
+    margin: float,
     decoupled: bool,
     transform: Transform | Callable[[Tensor], Tensor] | None,
     call: Call,
@@ -190,6 +200,15 @@ def info_nce_problem(
         if given and label_smoothing:
             raise ValueError(f"label_smoothing must be 0 with {name}, got {label_smoothing}; leave one of them out")
     phi = transforms.bind(transform, decoupled)
+    checks.number("margin", margin)
+    if margin and not normalize:
+        raise ValueError(f"normalize must be True with margin, which is of a cosine, got margin={margin} without it")
+    if margin and isinstance(temperature, Tensor) and temperature.requires_grad:
+        raise ValueError(
+            f"temperature must not require a gradient with margin, got margin={margin}; pass temperature.detach()"
+        )
+    if not bias_on_target and key_bias is not None and key_bias.requires_grad:
+        raise ValueError("key_bias must not require a gradient with bias_on_target=False; pass key_bias.detach()")
     bound = masks.bind(mask, rows, widths, query)
     scale, scale_bound = as_scale(temperature, query, inverse=True)
     matrices, (x, y) = distinct(query, key)
@@ -212,6 +231,8 @@ def info_nce_problem(
         workspace_bytes=call.workspace_bytes,
         guide_rule=masks.rule(mask),
         wants_tally=call.return_stats,
+        bias_on_target=bias_on_target,
+        margin=Margin(cosine=float(margin)) if margin else NO_MARGIN,
         decoupled=decoupled,
         transform=phi,
     )
@@ -224,6 +245,8 @@ def _with_private(problem: Problem, call: Call, query: Tensor, negatives: Tensor
         raise ValueError(f"negatives must be [M, K, D] = [{len(query)}, any, {query.shape[1]}], got {got}")
     columns = negatives.unbind(1)
     checks.embeddings(query=query, **{f"negatives[:, {k}]": x for k, x in enumerate(columns)})
+    if any(problem.margin):
+        raise ValueError("margin must be 0 with negatives, got both; leave one of them out")
     if problem.label_smoothing or problem.wants_tally or problem.decoupled:
         what = "label_smoothing" if problem.label_smoothing else "decoupled" if problem.decoupled else "return_stats"
         raise ValueError(f"negatives must not be given together with {what}, got both; leave one of them out")
@@ -238,7 +261,7 @@ def _with_private(problem: Problem, call: Call, query: Tensor, negatives: Tensor
         backend = "auto" if call.backend in ("cuda", "dense") else call.backend  # which take no pairs of rows
         z = scores("cos" if problem.cosine else "dot", x, *autocast(*columns), backend=backend) * problem.scale
         own = of_pairs(cosine if problem.cosine else dot, x, y, problem.target) * problem.scale
-        if block.bias is not None:
+        if block.bias is not None and problem.bias_on_target:
             own = own + block.bias.to(own.dtype)[problem.target]
         own = own.masked_fill(weight == 0, 0)
         loss = loss + softplus(torch.logsumexp(z, dim=1) - own - loss)

@@ -156,8 +156,9 @@ def _one_directional(problem: Problem, dims: tuple[int, ...], weights: Sequence[
 
 def _at_once(problem: Problem, call: Call) -> bool:
     """Whether the backend that would run this sums all prefixes in one sweep."""
-    smooth = problem.label_smoothing or problem.transform is not None
-    plain = not (smooth or any(b.mask.margin is not None for b in problem.blocks))
+    if problem.transform is not None or any(problem.margin) or not problem.bias_on_target:
+        return False
+    plain = not (problem.label_smoothing or any(b.mask.margin is not None for b in problem.blocks))
     if not plain or any(b.penalty or b.own_penalty for b in problem.blocks):
         return False
     alone = replace(problem, prefixes=(), prefix_weights=())

@@ -60,7 +60,7 @@ class Inputs:
             key,
             problem.target,
             problem.scale,
-            self.biases[0],
+            self.biases[0] if problem.bias_on_target else None,
             problem.rule,
             cosine=problem.cosine,
             wants_target_sim=by_scale or any(b.mask.margin is not None for b in problem.blocks),

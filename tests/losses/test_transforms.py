@@ -166,6 +166,34 @@ def test_decoupled_leaves_the_target_out(loss, backend):
     check(loss, backend, *PHI["generalised(0.7)"], decoupled=True)
 
 
+@pytest.mark.parametrize("target", [None, TARGET], ids=["diagonal", "target"])
+@pytest.mark.parametrize("backend", ["chunked", "dense", "reference"])
+def test_margin_and_a_bias_beside_the_target(backend, target):
+    x, y, bias = rows(ROWS).requires_grad_(), rows(COLUMNS, seed=1).requires_grad_(), rows(1, COLUMNS, seed=2)[0]
+    bias[7] = -math.inf
+    index = torch.arange(ROWS) if target is None else target
+    counts = (index >= 0) & (index != 7)
+    at = torch.zeros(ROWS, COLUMNS, dtype=torch.bool).scatter(1, index.clamp(min=0)[:, None], True)
+    options = {"temperature": 1 / 8, "normalize": True, "backend": backend, "key_bias": bias}
+    for margin, on_target in ((0.2, True), (0.0, False), (0.3, False)):
+        z = logits_info_nce(x, y, 8.0)
+        own = z - 8.0 * margin if not on_target else z + bias - 8.0 * margin
+        full = torch.where(at, own, z + bias)[counts]
+        expected = by_formula(full, index[counts], PHI["refined_logq"][1]).mean()
+        found = fusedloss.info_nce(
+            x, y, target, margin=margin, bias_on_target=on_target, transform=transforms.refined_logq(), **options
+        )
+        assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        for mine, their in zip(gradients(found, x, y), gradients(expected, x, y), strict=True):
+            assert_close(mine, their, rtol=1e-8, atol=1e-9)
+    with pytest.raises(ValueError, match="normalize must be True with margin"):
+        fusedloss.info_nce(x, y, margin=0.1)
+    with pytest.raises(ValueError, match="temperature must not require a gradient with margin"):
+        fusedloss.info_nce(x, y, margin=0.1, normalize=True, temperature=torch.tensor(0.1, requires_grad=True))
+    with pytest.raises(ValueError, match="key_bias must not require a gradient with bias_on_target"):
+        fusedloss.info_nce(x, y, bias_on_target=False, key_bias=torch.zeros(COLUMNS, requires_grad=True))
+
+
 @pytest.mark.parametrize("backend", ["chunked", "dense", "reference"])
 @pytest.mark.parametrize("phi", ["focal(0.5)", "focal(2)", "generalised(0.7)", "clipped(2)"])
 def test_perfect_and_lone_rows(phi, backend):

@@ -30,6 +30,7 @@ def whole():
         Guide(vector(3, 2), vector(3, 2)),
         rows(),
         5,
+        0.9,
     )
     fold = Fold(
         "sigmoid",
@@ -66,6 +67,7 @@ def whole():
         True,
         True,
         Transform("focal", 2.0, True),
+        False,
     )
 
 
