@@ -172,7 +172,7 @@ def _in_forward(how: How, wanted: Sequence[bool]) -> list[bool]:
 
 def _scaled(gradients: list[Tensor | None], upstream: Tensor) -> list[Tensor | None]:
     """In place. The upstream gradient of `loss.backward()` itself is 1, and reading it on a CPU takes 1 us."""
-    if type(upstream) is Tensor and checks.reads_values(upstream) and upstream.item() == 1:
+    if type(upstream) is Tensor and checks.reads_values(upstream) and float(upstream.detach()) == 1:
         return gradients
     return [g if g is None else g.mul_(_like(upstream, g)) for g in gradients]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,13 +19,43 @@ def one_hot(target: Tensor, columns: int) -> Tensor:
     return target[:, None] == torch.arange(columns)
 
 
-def softmax(z: Tensor, admissible: Tensor, target: Tensor, counted: Tensor, smoothing: float = 0.0) -> Tensor:
+# fusedloss.transforms' names and numbers, of which a case draws one.
+PHI: dict[tuple[str, float, bool], Callable[[Tensor], Tensor]] = {
+    ("focal", 2.0, False): lambda loss: (-torch.expm1(-loss)) ** 2 * loss,
+    ("focal", 1.0, True): lambda loss: (-torch.expm1(-loss)).detach() * loss,
+    ("generalised", 0.7, False): lambda loss: -torch.expm1(-0.7 * loss) / 0.7,
+}
+
+
+def transform(options: dict[str, Any], loss: Tensor) -> Tensor:
+    return PHI[options["transform"]](loss) if "transform" in options else loss
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options as the losses take them."""
+    from fusedloss.transforms import Transform
+
+    return options | {name: Transform(*options[name]) for name in ("transform",) if name in options}
+
+
+def softmax(
+    z: Tensor,
+    admissible: Tensor,
+    target: Tensor,
+    counted: Tensor,
+    smoothing: float = 0.0,
+    decoupled: bool = False,
+) -> Tensor:
     """logsumexp of the admissible columns and the target, minus the target's."""
     taking = admissible | one_hot(target, z.shape[1])
     taking = torch.where(counted[:, None], taking, True)
     z = torch.where(counted[:, None], z, 0.0)
     z = torch.where(taking, z, -torch.inf)
-    total, own = lse(z), z.gather(1, target[:, None])[:, 0]
+    own = z.gather(1, target[:, None])[:, 0]
+    if decoupled:
+        total = lse(torch.where(one_hot(target, z.shape[1]), -torch.inf, z))
+        return torch.where(total > -torch.inf, total - own, 0.0)
+    total = lse(z)
     if not smoothing:
         return total - own
     taking = taking & (z > -torch.inf)
@@ -87,7 +118,7 @@ class MaskDraw:
                 self.tensors["dense"] = d.lay(d.uniform(0, 1, rows, columns) < d.pick(0.1, 0.5, 0.9))
                 self.axes["dense"] = (row_axis, column_axis)
             elif kind == "score_margin":
-                self.options["score_margin"] = d.pick(0.0, 0.1, -0.1, 1.0)
+                self.options["score_margin"] = d.pick((0.0, 1.0), (0.1, 1.0), (-0.1, 1.0), (1.0, 1.0), (0.0, 0.9))
                 if d.chance(0.3) and columns:
                     self.tensors["exempt"] = d.lay(d.integers(-1, columns, rows, d.whole(1, 3)))
                     self.axes["exempt"] = (row_axis, None)
@@ -112,7 +143,8 @@ class MaskDraw:
             if kind == "dense":
                 part = t["dense"]
             elif kind == "score_margin":
-                part = masks.score_margin(self.options["score_margin"], exempt=t.get("exempt"))
+                margin, relative = self.options["score_margin"]
+                part = masks.score_margin(margin, exempt=t.get("exempt"), relative=relative)
             elif kind == "guide":
                 part = masks.guide(t["guide_rows"], t["guide_keys"], **self.options["guide"])
             elif kind == "not_self":
@@ -135,7 +167,8 @@ class MaskDraw:
                 allowed &= t.dense
             elif kind == "score_margin":
                 own = s.gather(1, target[:, None])
-                above = o.above(s, own + self.options["score_margin"], size)
+                margin, relative = self.options["score_margin"]
+                above = o.above(s, relative * own + margin, size)
                 if hasattr(t, "exempt"):
                     for column in t.exempt.T:
                         above &= ~one_hot(column, self.columns)
@@ -210,6 +243,10 @@ def info_nce(d: Draw) -> Case:
     if isinstance(temperature, Tensor):
         t["temperature"] = options.pop("temperature")
     grads = [n for n in ("query", "key", "negatives", "key_bias", "temperature") if n in t and d.chance(0.9)]
+    if not smoothing and d.chance(0.25):
+        options["transform"] = d.pick(*PHI)
+    if not smoothing and kind != "negatives" and options.get("transform", "generalised")[0] != "focal":
+        options |= d.some({"decoupled": True}, 0.2)
 
     def target(v: SimpleNamespace) -> Tensor:
         return v.target if explicit else torch.arange(M)
@@ -244,7 +281,8 @@ def info_nce(d: Draw) -> Case:
             own = own / (length(v.negatives) * length(v.query)[:, None]) if normalize else own
             z = torch.cat([z, own / p["over"]], 1)
             allowed = torch.cat([allowed, torch.ones(M, K, dtype=torch.bool)], 1)
-        losses = softmax(z, allowed, p["target"], p["counted"], smoothing)
+        losses = softmax(z, allowed, p["target"], p["counted"], smoothing, options.get("decoupled", False))
+        losses = transform(options, losses)
         return mean_over_counted(losses, p["counted"], v.weight if "weight" in t else None)
 
     def stats(o: Ops, v: SimpleNamespace) -> dict[str, Tensor]:
@@ -254,9 +292,9 @@ def info_nce(d: Draw) -> Case:
     def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
         import fusedloss
 
-        given = {n: v[n] for n in ("target", "negatives", "bank", "key_bias", "weight") if n in v}
+        tensors = {n: v[n] for n in ("target", "negatives", "bank", "key_bias", "weight") if n in v}
         more = {"temperature": v["temperature"]} if "temperature" in v else {}
-        return f(v["query"], v["key"], mask=mask.build(fusedloss.masks, v), **given, **more, **o)
+        return f(v["query"], v["key"], mask=mask.build(fusedloss.masks, v), **tensors, **more, **given(o))
 
     axes = {
         "query": (row_axis, None),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fusedloss
 from fusedloss import functional as F
-from fusedloss import masks
+from fusedloss import masks, transforms
 
 D, CLASSES, COLUMNS = 6, 5, 4
 
@@ -253,6 +253,15 @@ CASES: dict[str, Callable[[Batch], Case]] = {
     "info_nce, score_margin": _info_nce(mask=lambda b: masks.score_margin(0.1, b.below(3, b.rows, 2))),
     "info_nce, guide": _info_nce(mask=lambda b: masks.guide(b.fixed(b.rows, 3), b.fixed(b.rows, 3), margin=0.1)),
     "info_nce, not_self": _info_nce(mask=lambda b: masks.not_self(1)),
+    "info_nce, transform": _info_nce(transform=lambda b: transforms.focal(1.5)),
+    "info_nce, decoupled, margin": _info_nce(
+        decoupled=lambda b: True,
+        margin=lambda b: 0.1,
+        normalize=lambda b: True,
+        key_bias=lambda b: b.fixed(b.rows),
+        bias_on_target=lambda b: False,
+        transform=lambda b: transforms.generalised(0.5),
+    ),
     "info_nce, frozen": lambda b: Case(F.info_nce, (b.x(), b.fixed()), {"temperature": 0.5, "normalize": True}),
     "l1": _elements(F.l1, under=2.0),
     "lambda_loss": _lists(F.lambda_loss),
