@@ -10,7 +10,7 @@ READY := $(VENV)/.ready-$(EXTRAS)
 SITE := $(VENV)/.ready-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-all fuzz test-upstream versions lint docs wheel gpu gpu-build gpu-tune gpu-full gpu-sanitize has-sanitizer clean
+.PHONY: help demo quick test test-all test-whole fuzz test-upstream versions lint docs wheel gpu gpu-build gpu-tune gpu-full gpu-sanitize has-sanitizer clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,17 +28,20 @@ demo: $(INSTALLED) ## search code by meaning: train a small encoder on a CPU
 # pyproject.toml lists the markers, tests/conftest.py sets most of them.
 FOR := tests
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(FOR) -m
-SLOW_KINDS := interpreter or host or lengthy or processes or memory or upstream or grid or slow
+SLOW_KINDS := interpreter or host or lengthy or processes or memory or upstream or grid or whole or slow
 
 quick: $(READY) ## after each change: the torch code, and a small run of each kernel; make quick FOR=tests/losses/test_lists.py
 	$(PYTEST) 'smoke or not (gpu or $(SLOW_KINDS))'
 
 # KIND is a marker or an expression of them: CI runs `make test` in parts.
 test: $(READY) ## before a push: whatever guards a user, of products a part with every pair; FOR= as in quick; KIND=host
-	$(PYTEST) '$(if $(KIND),($(KIND)) and )not (gpu or grid or slow)'
+	$(PYTEST) '$(if $(KIND),($(KIND)) and )not (gpu or grid or whole or slow)'
 
-test-all: $(READY) ## what `make test` leaves: whole products, what nvcc and Triton's compiler make, slow ones
-	$(PYTEST) '(grid or slow) and not gpu'
+test-all: $(READY) ## what `make test` leaves: products with every triple, what nvcc and Triton's compiler make, slow ones
+	$(PYTEST) '(grid or slow) and not (gpu or whole)'
+
+test-whole: $(READY) ## what `make test-all` leaves: the rest of whole products
+	$(PYTEST) 'whole and not gpu'
 
 # `make test` runs a fixed minute of it. SEED is the first case's number; tests/fuzz/__init__.py says how to replay one.
 SECONDS := 3600

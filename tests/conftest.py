@@ -28,22 +28,25 @@ with contextlib.suppress(ImportError):  # a machine with a GPU may have none; te
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what a test's parameters say of it; `make quick`, `make test` and `make test-all` choose by the marks."""
+    """Marks what a test's parameters say of it; `make quick` and its neighbours choose by the marks."""
     products: dict[str, list[pytest.Function]] = {}
     for item in items:
         for name in kinds(item):
             item.add_marker(name)
         if not GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False"))
-        if item.get_closest_marker("pairwise") and not item.get_closest_marker("grid"):
+        if item.get_closest_marker("pairwise"):
             assert isinstance(item, pytest.Function)
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for product in products.values():
         # By identity: parameters need not be hashable, nor comparable.
-        taken = cover([tuple(map(id, item.callspec.params.values())) for item in product])
+        cases = [tuple(map(id, item.callspec.params.values())) for item in product]
+        short = [place for place, item in enumerate(product) if not item.get_closest_marker("grid")]
+        pairs = {short[place] for place in cover([cases[place] for place in short])}
+        triples = cover(cases, 3, beside=pairs)
         for place, item in enumerate(product):
-            if place not in taken:
-                item.add_marker("grid")
+            if place not in pairs:
+                item.add_marker("grid" if place in triples else "whole")
 
 
 def kinds(item: pytest.Item) -> set[str]:

@@ -2,7 +2,8 @@
 
 Blocks get several tiles and rings wrap: there is one block, or cluster, or two for all tiles. What the host's threads
 do first, when loads land and when products take place (tests/host/machine.h, ptx_host90.h) differs from case to case.
-`make test` has a share of the cases; marker `grid` has all, with loads and products of both kinds.
+`make test` has a share of the cases; marker `grid` has every triple of values, with loads and products of both kinds,
+and marker `whole` the rest.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 import test_cuda_kernels as kernels
 import torch
+from grids import cover
 
 from fusedloss.backends.cuda import launching
 
@@ -105,6 +107,23 @@ def table() -> list[Case]:
 CASES = table()
 
 
+def part(strength: int) -> set[int]:
+    """Indices of cases with every combination of values of `strength` axes, the cluster one of them, of each test."""
+    found: set[int] = set()
+    for _, several in itertools.groupby(CASES, key=lambda case: case.test):
+        cases = list(several)
+        values = [(*case.arguments.values(), case.cluster) for case in cases]
+        found |= {cases[place].index for place in cover(values, strength)}
+    return found
+
+
+PAIRS, TRIPLES = part(2), part(3)
+
+
+def but_whole(cases: list[Case], taken: set[int]) -> list[Any]:
+    return [case if case.index in taken else pytest.param(case, marks=pytest.mark.whole) for case in cases]
+
+
 def use(monkeypatch, load, cluster: int, blocks: int, capability: int = 90) -> list[Any]:
     """Launches of sm_90's kernel, whose plans are returned as they are made."""
     plans: list[Any] = []
@@ -147,7 +166,7 @@ def test_table(case, host_extension, monkeypatch):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", but_whole(CASES, TRIPLES), ids=str)
 def test_the_whole_table(case, host_extension, monkeypatch):
     """In one mode, and with the other loads and the other products."""
     for mode in (MODES[case.index % 4], MODES[3 - case.index % 4]):
@@ -295,9 +314,11 @@ def as_a_gpu_rounds(monkeypatch, seed: int) -> None:
 
 @pytest.mark.grid
 @pytest.mark.host
-@pytest.mark.parametrize("case", CASES[::2], ids=str)
-def test_half_of_the_table_as_a_gpu_rounds(case, fused_extension, monkeypatch):
+@pytest.mark.parametrize(
+    "case", but_whole([case for case in CASES if case.index in PAIRS or case.index % 2 == 0], PAIRS), ids=str
+)
+def test_the_table_as_a_gpu_rounds(case, fused_extension, monkeypatch):
     """By the kernels in turn."""
-    capability = 90 if case.cluster == 2 or case.index % 4 else 80
+    capability = 90 if case.cluster == 2 or case.index // 2 % 2 else 80
     as_a_gpu_rounds(monkeypatch, case.index + 1)
     on_the_host(monkeypatch, fused_extension, case, "late", "issue", capability)

@@ -72,7 +72,7 @@ def test_workflows_run_targets_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text()
     ran = [line for workflow in WORKFLOWS.values() for step in steps(workflow) for line in [step.get("run", "")]]
     targets = {target for line in ran for target in re.findall(r"\bmake ([a-z-]+)", line)}
-    assert targets == {"lint", "test", "test-all", "fuzz", "wheel"}
+    assert targets == {"lint", "test", "test-all", "test-whole", "fuzz", "wheel"}
     assert all(f"\n{target}: " in makefile for target in targets)
     assert "schedule" in WORKFLOWS["weekly.yml"][True] and "pull_request" in WORKFLOWS["tests.yml"][True]  # True: "on"
     for step in [step for workflow in WORKFLOWS.values() for step in steps(workflow)]:

@@ -68,13 +68,20 @@ def test_a_bound_is_as_wide_as_the_condition_and_no_wider():
         within(other + 1e6 * eps, other, exact["difference"], moves["difference"], "far")
 
 
-def test_a_part_of_a_product_has_every_pair():
-    def pairs(cases):
-        return {pair for case in cases for pair in itertools.combinations(enumerate(case), 2)}
+def test_a_part_of_a_product_has_every_pair_or_every_triple():
+    def combinations(cases, strength):
+        return {found for case in cases for found in itertools.combinations(enumerate(case), strength)}
 
-    product = list(itertools.product(range(4), range(7), range(3), range(2)))
+    product = list(itertools.product(range(4), range(7), range(1), range(3), range(2)))
     ragged = [case for case in product if case[0] != 3 or case[1] > 4]
     for cases in (product, ragged):
-        part = [cases[place] for place in cover(cases)]
-        assert pairs(part) == pairs(cases) and len(part) < 4 * 7 * 1.5
-    assert cover([(5,), (6,)]) == {0, 1} and cover([(), ()]) == {0, 1} and cover([]) == set()
+        places = cover(cases)
+        part = [cases[place] for place in places]
+        assert combinations(part, 2) == combinations(cases, 2) and len(part) < 4 * 7 * 1.5
+        more = cover(cases, 3, beside=places)
+        part = [cases[place] for place in more]
+        assert combinations(part, 3) == combinations(cases, 3) and len(part) < 4 * 7 * 3 * 1.2
+        assert places < more
+    few = [(1, 5, 7), (1, 6, 7), (1, 6, 8)]
+    assert cover([(5,), (6,)]) == {0, 1} and cover(few, 3) == {0, 1, 2} and cover([(), ()]) == {0, 1}
+    assert cover([]) == set()

@@ -19,19 +19,26 @@ def one_of(values: Iterable[Any]) -> list[Any]:
     return [value, *(pytest.param(other, marks=pytest.mark.grid) for other in others)]
 
 
-def cover(cases: Sequence[tuple[int, ...]]) -> set[int]:
-    """Places of `cases` that hold, together, every pair of values of two axes that any case holds.
+def cover(cases: Sequence[tuple[int, ...]], strength: int = 2, beside: Iterable[int] = ()) -> set[int]:
+    """Places of `cases` that hold, together, every combination of values of `strength` axes that any case holds.
 
-    Always the case with the most pairs that are still missing, the first of equals: of a x b x c ... little more than
-    the product of the two longest axes is left.
+    Those of `beside` are among them. Always the case with the most combinations that are still missing, the first of
+    equals: of a x b x c ... little more than the product of the longest axes is left, two of them for pairs.
     """
-    if not cases or len(cases[0]) < 2:
+    varied = [axis for axis in zip(*cases, strict=True) if len(set(axis)) > 1]
+    if len(varied) < strength:
         return set(range(len(cases)))
-    pairs = [set(combinations(enumerate(case), 2)) for case in cases]
-    missing = set().union(*pairs)
-    taken: set[int] = set()
+    held = [set(combinations(enumerate(case), strength)) for case in zip(*varied, strict=True)]
+    taken = set(beside)
+    missing = set().union(*held).difference(*(held[place] for place in taken))
+    gains = [len(some) for some in held]  # at most: what is missing only shrinks, so that most need no look
     while missing:
-        best = max(range(len(cases)), key=lambda place: len(pairs[place] & missing))
+        best, gain = -1, 0
+        for place, some in enumerate(held):
+            if gains[place] > gain:
+                gains[place] = len(some & missing)
+                if gains[place] > gain:
+                    best, gain = place, gains[place]
         taken.add(best)
-        missing -= pairs[best]
+        missing -= held[best]
     return taken
