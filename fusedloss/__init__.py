@@ -9,6 +9,7 @@ from .core import ctrl_c
 from . import boosting as boosting
 from . import grad_cache as grad_cache
 from . import masks as masks
+from . import recipes as recipes
 from . import search as search
 from . import transforms as transforms
 from .core.errors import UnsupportedError as UnsupportedError

@@ -129,7 +129,9 @@ def multiple_negatives_ranking_problems(
     anchors: Tensor | None = None,
     decoupled: bool = False,
     transform: Transform | Callable[[Tensor], Tensor] | None = None,
+    elsewhere: Mask = NO_MASK,
 ) -> list[Problem]:
+    """elsewhere: a mask of the columns beyond query to document, besides the row's own."""
     named = {f"negatives[{i}]": x for i, x in enumerate(negatives)}
     checks.embeddings(anchor=anchor, positive=positive, **named, **({} if anchors is None else {"anchors": anchors}))
     if anchors is not None and call.group is not None:
@@ -163,7 +165,7 @@ def multiple_negatives_ranking_problems(
     facing = (everyone, positive[:rows] if owners > rows else positive) if several else (anchor, positive)
     matrices, (query, queries, answer, *documents) = distinct(anchor, *facing, positive, *negatives)
     operands = autocast(*matrices)
-    own = Mask(skip=row_numbers(rows, anchor)) if several else NO_MASK
+    own = elsewhere._replace(skip=row_numbers(rows, anchor)) if several else NO_MASK
     strength = float(hardness_strength)
     others = strength if hardness_mode in ("in_batch_negatives", "all_negatives") else 0.0
     hard = strength if hardness_mode in ("hard_negatives", "all_negatives") else 0.0

@@ -62,6 +62,15 @@ def global_orthogonal_regularization(
 
 def moments(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
     """Returns a column's `M1^2` and `relu(M2 - 1/D)`, in float64."""
+    mean, second = means(x, cosine)
+    if x.shape[0] < 2:
+        return mean, second
+    # Not clamp: its slope is 1 at M2 = 1/D, which rows of +-1 have.
+    return mean.square(), torch.relu(second - 1 / x.shape[1])
+
+
+def means(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
+    """Returns `M1` and `M2` in float64, 0 for fewer than two rows."""
     with torch.autocast(x.device.type, enabled=False):
         # fp64, because M2 - 1/D cancels most of the sum for spread-out embeddings.
         rows = unit_rows(x.to(torch.float64)) if cosine else x.to(torch.float64)
@@ -70,9 +79,7 @@ def moments(x: Tensor, cosine: bool) -> tuple[Tensor, Tensor]:
             zero = rows.sum() * 0
             return zero, zero
         total, squares = _off_diagonal(rows)
-        mean, second = total / pairs, squares / pairs
-        # Not clamp: its slope is 1 at M2 = 1/D, which rows of +-1 have.
-        return mean.square(), torch.relu(second - 1 / x.shape[1])
+        return total / pairs, squares / pairs
 
 
 def _off_diagonal(rows: Tensor) -> tuple[Tensor, Tensor]:

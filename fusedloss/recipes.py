@@ -1,0 +1,164 @@
+"""Losses of published embedding models, by name: calls of this package's losses with the papers' settings.
+
+Each takes embeddings of one batch, not yet normalised, and returns the mean loss. `reduction`, `backend`,
+`workspace_bytes` and the rest of a loss's options stand in the loss itself: these are calls to copy and to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import functional, masks, transforms
+from .core import checks
+from .core.mask import Mask
+from .core.numerics import row_numbers
+from .losses._options import Call
+from .losses._softmax import mean_of
+from .losses.multiple_negatives_ranking import multiple_negatives_ranking_problems
+from .losses.orthogonal import means
+
+
+def qwen3_embedding(
+    query: Tensor, positive: Tensor, *negatives: Tensor, temperature: float | Tensor = 0.02, margin: float = 0.1
+) -> Tensor:
+    """Qwen3-Embedding (arXiv 2506.05176): three kinds of in-batch negatives without those that look like positives.
+
+        loss_i = -log(e^(s(q_i, d_i) / t) / Z_i)
+
+    `Z_i` sums over the row's own positive, its own hard negatives, and, where the similarity is at most
+    `s(q_i, d_i) + margin`: the other documents with q_i, the other queries with q_i, and the other rows' documents with
+    d_i. Similarities are cosines.
+
+    Args:
+        query, positive: `[B, D]`. negatives: any number of `[B, D]`, row i of each a hard negative of query i, which
+            the margin never drops from its own row.
+        temperature: a positive number, or a tensor of one element, which receives a gradient.
+        margin: by how much an in-batch negative may be closer than the positive.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or number that does not fit.
+
+    Example:
+        >>> recipes.qwen3_embedding(encode(questions), encode(answers), encode(near_misses)).backward()
+    """
+    checks.embeddings(query=query, positive=positive, **{f"negatives[{i}]": x for i, x in enumerate(negatives)})
+    checks.number("margin", margin)
+    checks.scalar("temperature", temperature, query, positive=True)
+    rows = len(query)
+    for name, x in (("positive", positive), *((f"negatives[{i}]", x) for i, x in enumerate(negatives))):
+        if len(x) != rows:
+            raise ValueError(f"{name} must have {rows} rows, like query, got {len(x)}")
+    own = row_numbers(rows, query)[:, None]
+    curated = torch.cat([own + rows * column for column in range(1, len(negatives) + 1)], 1) if negatives else None
+    call = Call()
+    problems = multiple_negatives_ranking_problems(
+        query,
+        positive,
+        *negatives,
+        scale=1 / temperature,
+        similarity="cos",
+        directions=("query_to_doc", "query_to_query", "doc_to_doc"),
+        partition_mode="joint",
+        hardness_mode=None,
+        hardness_strength=0.0,
+        mask=masks.score_margin(margin, exempt=curated),
+        call=call,
+        elsewhere=Mask(margin=float(margin)),
+    )
+    return mean_of(problems, call)
+
+
+def embedding_gemma(
+    query: Tensor,
+    positive: Tensor,
+    negative: Tensor | None = None,
+    *,
+    teacher: Sequence[Tensor] = (),
+    scale: float | Tensor = 20.0,
+    hardness: float = 5.0,
+    spread: float = 1.0,
+    matching: float = 1.0,
+) -> Tensor:
+    """EmbeddingGemma (arXiv 2509.20354): contrastive loss with hardness weights, spread-out, and embedding matching.
+
+        contrast_i = -log(e^(scale s(q_i, p_i)) / (sum_j e^(scale s(q_i, p_j)) + w_i e^(scale s(q_i, n_i)) + ...))
+        w_i        = e^(hardness s(q_i, n_i)), a constant to the gradient
+        loss       = mean contrast + spread (second moment of the queries + that of the positives)
+                     + matching (sum over the given embeddings of the mean distance to the teacher's)
+        second moment of X: mean_{i != j} cos(x_i, x_j)^2
+
+    The other rows' hard negatives are negatives of every row, without a weight.
+
+    Args:
+        query, positive, negative: `[B, D]`; row i of `negative` is the hard negative of query i.
+        teacher: the teacher's embeddings of query, positive and, if given, negative, `[B, D]` each; none: no matching.
+        scale: the inverse temperature: a number, or a tensor of one element, which receives a gradient.
+        hardness, spread, matching: the weights of the parts.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or number that does not fit.
+
+    Example:
+        >>> recipes.embedding_gemma(encode(questions), encode(answers), encode(near_misses)).backward()
+    """
+    columns = [x for x in (query, positive, negative) if x is not None]
+    for name, value in {"spread": spread, "matching": matching}.items():
+        checks.number(name, value, least=0)
+    if len(teacher) not in (0, len(columns)):
+        raise ValueError(f"teacher must hold {len(columns)} tensors, one for each of the model's, got {len(teacher)}")
+    loss: Tensor = functional.multiple_negatives_ranking(
+        *columns,
+        scale=scale,
+        hardness_mode=None if negative is None else "hard_negatives",
+        hardness_strength=0.0 if negative is None else hardness,
+    )
+    if spread:
+        second = means(query, True)[1] + means(positive, True)[1]
+        loss = loss + (spread * second).to(loss.dtype)
+    for own, other in zip(columns, teacher, strict=False):
+        loss = loss + matching * functional.embed_distill(own, other, distance="l2")
+    return loss
+
+
+def kalm_embedding_v2(
+    query: Tensor, positive: Tensor, *negatives: Tensor, scale: float | Tensor = 50.0, gamma: float = 0.5
+) -> Tensor:
+    """KaLM-Embedding-V2 (arXiv 2506.20923): InfoNCE whose rows count by their miss, `(1 - p_i)^gamma`, a constant.
+
+    query, positive: `[B, D]`. negatives: any number of `[B, D]`. scale: the inverse temperature.
+
+    Example:
+        >>> recipes.kalm_embedding_v2(encode(questions), encode(answers), encode(near_misses)).backward()
+    """
+    phi = transforms.focal(gamma, detach=True)
+    loss: Tensor = functional.multiple_negatives_ranking(query, positive, *negatives, scale=scale, transform=phi)
+    return loss
+
+
+def nv_retriever(query: Tensor, positive: Tensor, *, scale: float | Tensor = 50.0, share: float = 0.95) -> Tensor:
+    """NV-Retriever's rule (arXiv 2407.15831) on in-batch negatives: none above `share` of the positive's.
+
+    query, positive: `[B, D]`. scale: the inverse temperature. share: of the positive's cosine, from which on a
+    negative is taken for a false one.
+
+    Example:
+        >>> recipes.nv_retriever(encode(questions), encode(answers)).backward()
+    """
+    mask = masks.score_margin(relative=share)
+    loss: Tensor = functional.multiple_negatives_ranking(query, positive, scale=scale, mask=mask)
+    return loss
+
+
+def sim_kgc(query: Tensor, key: Tensor, *, temperature: float = 0.05, margin: float = 0.02) -> Tensor:
+    """SimKGC's and LaBSE's additive margin: InfoNCE whose positives' cosines are `margin` lower.
+
+    query, key: `[B, D]`.
+
+    Example:
+        >>> recipes.sim_kgc(encode(heads), encode(tails)).backward()
+    """
+    loss: Tensor = functional.info_nce(query, key, temperature=temperature, margin=margin, normalize=True)
+    return loss
