@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from types import ModuleType
 
+import interpreter
 import pytest
 import torch
 from grids import cover
@@ -14,6 +15,7 @@ GPU = torch.cuda.is_available()
 # torch imports when it pleases). The interpreter lets the kernels run in every test on a CPU.
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    interpreter.replace_once()
 
 # In CI the same examples each time, and nowhere a limit on time: a test fails for what it computes.
 with contextlib.suppress(ImportError):  # a machine with a GPU may have none; test files that need it say so

@@ -1,10 +1,11 @@
-"""What the tests stand on: one case's fault is its own, waits are scaled, and a bound knows the condition."""
+"""What the tests stand on: one case's fault is its own, waits are scaled, a bound knows the condition."""
 
 from __future__ import annotations
 
 import itertools
 import os
 
+import interpreter
 import patience
 import pytest
 import ranks
@@ -12,6 +13,8 @@ import torch
 import torch.distributed as dist
 from condition import exact_and_moves, within
 from grids import cover
+
+import fusedloss
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="processes are forked here, which CUDA does not survive")
@@ -85,3 +88,26 @@ def test_a_part_of_a_product_has_every_pair_or_every_triple():
     few = [(1, 5, 7), (1, 6, 7), (1, 6, 8)]
     assert cover([(5,), (6,)]) == {0, 1} and cover(few, 3) == {0, 1, 2} and cover([(), ()]) == {0, 1}
     assert cover([]) == set()
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off")
+def test_a_launch_in_the_interpreter_replaces_once_and_puts_back(monkeypatch):
+    triton = pytest.importorskip("triton.runtime.interpreter")
+    if not hasattr(triton, "_LangPatchScope"):
+        pytest.skip("this Triton has another way to replace triton.language")
+    x, y = torch.randn(2, 5, 8).requires_grad_()
+    real, before = triton._patch_lang.__wrapped__, dict(vars(triton.tl))
+    found = {}
+    for way in ("real", "once"):
+        calls = []
+        monkeypatch.setattr(
+            triton, "_patch_lang", lambda function, calls=calls: calls.append(function) or real(function)
+        )
+        if way == "once":
+            monkeypatch.setattr(triton, "_patch_lang", interpreter.once(triton))
+        loss = fusedloss.info_nce(x, y, backend="triton")
+        found[way] = [loss.detach(), *torch.autograd.grad(loss, (x, y))], len(calls)
+        assert dict(vars(triton.tl)) == before
+    assert all(torch.equal(a, b) for a, b in zip(found["real"][0], found["once"][0], strict=True))
+    assert found["once"][1] < found["real"][1] / 2
