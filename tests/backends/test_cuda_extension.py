@@ -46,8 +46,8 @@ def test_the_module_has_what_the_stub_says(host_extension):
 
 @pytest.fixture(scope="module")
 def _C() -> ModuleType:
-    """Nothing here depends on what it was optimised for."""
-    return cuda_build.load("80", optimised=False)
+    """The build whose kernels test_cuda_resources.py reads."""
+    return cuda_build.load()
 
 
 @pytest.mark.slow

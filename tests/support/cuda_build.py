@@ -21,25 +21,37 @@ import pytest
 ROOT = Path(__file__).absolute().parents[2]
 
 
-def load(archs: str, optimised: bool = True) -> ModuleType:
+def archs() -> str:
+    """FUSEDLOSS_CUDA_ARCHS of the one build that all tests read: sm_80, sm_90 and sm_90a, or "" for all architectures.
+
+    All where docs/cuda-resources.md is not of this nvcc and these sources: its writer held the others to the rules.
+    """
+    import cuda_resources
+
+    table = (ROOT / "docs" / "cuda-resources.md").read_text()
+    known = f"nvcc {nvcc_version()} from sources {cuda_resources.digest(*cuda_resources.SOURCES)};" in table
+    return "80;90a" if known else ""
+
+
+def load() -> ModuleType:
     """The module. A process has one of this name: pybind11 answers with the first, whatever file is asked for."""
     try:
         from fusedloss import _C
     except ImportError:
-        file = library(archs, optimised)
+        file = library()
         module = _load(file)
         assert Path(str(module.__file__)) == file, f"{module.__file__} was loaded before: {file} has no place here"
         return module
     return _C
 
 
-def library(archs: str, optimised: bool = True) -> Path:
-    """Its file. `archs`: FUSEDLOSS_CUDA_ARCHS, "" for all; an installed one was built for the GPUs here, or by name."""
+def library() -> Path:
+    """Its file: of `archs()`; an installed one was built for the GPUs here, or by name."""
     if (spec := importlib.util.find_spec("fusedloss._C")) and spec.origin:
         return Path(spec.origin)
     if reason := why_not():
         pytest.skip(f"fusedloss._C was not built, and cannot be: {reason}")
-    return build(archs, optimised)
+    return build(archs())
 
 
 def archs_of(file: Path) -> list[str]:
@@ -81,13 +93,12 @@ def unoptimised(nvcc: str) -> dict[str, str]:
     return {"NVCC_APPEND_FLAGS": "--Ofast-compile=max"} if "--Ofast-compile" in options else {}
 
 
-def build(archs: str, optimised: bool = True) -> Path:
+def build(archs: str) -> Path:
     """In build/nvcc, which keeps objects for the next time; several processes may ask at once."""
-    name = f"{sys.implementation.cache_tag}-{archs.replace(';', '-') or 'all'}{'' if optimised else '-unoptimised'}"
+    name = f"{sys.implementation.cache_tag}-{archs.replace(';', '-') or 'all'}"
     folder = ROOT / "build" / "nvcc" / name
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"FUSEDLOSS_CUDA": "1", "FUSEDLOSS_CUDA_ARCHS": archs}
-    environment |= {} if optimised else unoptimised(str(nvcc()))
     # --force: setuptools looks at the sources' times alone, ninja at those of the headers as well.
     command = ["setup.py", "build_ext", "--force", "--build-lib", str(folder), "--build-temp", str(folder / "objects")]
     with (folder / "lock").open("w") as lock:
