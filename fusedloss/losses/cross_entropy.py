@@ -43,8 +43,8 @@ def cross_entropy(
     the sum of the other probabilities. Both keep their digits if the target is certain, where log_softmax gives 0.
     Logits of +-1e4 do not overflow. Everything is computed in fp32 (fp64 for fp64). Only the gradient is kept for
     backward, of the input's size and dtype; a second derivative needs backend="reference". On a CPU "auto"
-    runs torch's own operator up to 2^17 logits where it loses no digits: for class probabilities, and from
-    label_smoothing = 0.01 on.
+    runs torch's own operator up to 2^17 logits where it loses no digits: for class probabilities, from
+    label_smoothing = 0.01 on, and for batches in which no class has a probability above 0.9.
 
     Args:
         input: logits `[C]`, `[N, C]` or `[N, C, d1, ...]`, float16, bfloat16, float32 or float64, any strides.

@@ -7,6 +7,7 @@ from typing import Unpack
 from torch import Tensor
 
 from ..core import checks
+from ..core.numerics import savable
 from ..rowwise import classes
 from ..rowwise.pair_logits import PARTS, pair_logits
 from ._options import Call, RowOptions, expanded
@@ -101,6 +102,10 @@ def softmax_pair(
         checks.same_device("target", target, "u", u)
     else:
         checks.integers("target", target, (u.shape[0],), u)
+        if class_weight is None and not label_smoothing and logits.numel():
+            found = classes.certain(logits, savable(target), ignore_index, call.reduction, call.backend)
+            if found is not None:
+                return found
     return classes.cross_entropy(
         logits,
         target,

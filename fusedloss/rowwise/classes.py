@@ -13,13 +13,14 @@ gradient of the loss.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends import select_rowwise
+from ..backends import few, select_rowwise
 from ..backends.triton import classes as triton_classes
 from ..core import checks
 from ..core.numerics import savable, slices, stats_dtype
@@ -33,6 +34,7 @@ BLOCK = 1 << 20
 FEW_CLASSES = 16
 FEW_ELEMENTS = 1 << 12  # up to this size the transposition takes longer
 LEAST = 1e-30  # smallest probability with all its digits
+LIKELY = math.log(0.9)  # up to this probability torch's loss and gradient lose less than one digit, to 1 - p
 FP16_LARGEST = 2.0**14  # of a row's saved gradient: numbers down to 2^-38 of that do not underflow
 
 # One for all rows, or `[M]`, or `[N, S]` beside logits `[N, C, S]`.
@@ -143,50 +145,34 @@ def cross_entropy(
 def certain(x: Tensor, target: Tensor, ignore_index: int, reduction: str, backend: str) -> Tensor | None:
     """`cross_entropy` of `[M, C]` in fp32 or fp64 on a CPU, without options, in few calls.
 
-    None where this cannot run: rows left out or out of range, few classes of many rows, or another backend.
+    Few logits without a likely class run as torch's own operator, whose autograd is C++. None where this cannot run:
+    rows left out or out of range, few classes of many rows, or another backend.
     """
     M, C = x.shape
-    if (
-        0 <= ignore_index < C
-        or M * C > BLOCK
-        or (C < FEW_CLASSES and M * C > FEW_ELEMENTS)
-        or select_rowwise(backend, x, "classes") != "chunked"
-        or transformed()
-        or target.min().item() < 0  # an error of the gather takes a millisecond
-    ):
+    small = few(backend, x, "classes")
+    if transformed() or M * C > BLOCK or not (small or select_rowwise(backend, x, "classes") == "chunked"):
         return None
+    if small:
+        log_p = torch.log_softmax(x, 1)
+        if log_p.detach().max().item() < LIKELY:  # a NaN is not below
+            try:
+                own: Tensor = checks.OPERATORS.nll_loss_nd(log_p, target, None, checks.CODES[reduction], ignore_index)
+                return own
+            except IndexError:  # the long way's says which row
+                return None
+    # An error of the gather takes a millisecond.
+    if 0 <= ignore_index < C or (C < FEW_CLASSES and M * C > FEW_ELEMENTS) or target.min().item() < 0:
+        return None
+    terms = Terms(target, hard=1 / M if reduction == "mean" else 1.0)
     try:
         if torch.is_grad_enabled() and x.requires_grad:
-            return _Certain.apply(x, target, reduction)
-        return _certain(x, target, reduction, False)[0]
+            return _Walk.apply(x, terms, _plain_block, reduction != "none")
+        rows = _plain_block(x, terms, False)[0]
+        return rows if reduction == "none" else rows.sum()
     except RuntimeError as error:
         if "out of bounds" not in str(error):
             raise
         return None  # the gather's: a class that does not exist, which the long way names
-
-
-def _certain(x: Tensor, target: Tensor, reduction: str, wants_grad: bool) -> tuple[Tensor, Tensor]:
-    """Returns the loss and the gradient of the rows' sum."""
-    p, place, _, s, loss = _without_target(x, torch.softmax, target, 1, None)
-    if wants_grad:
-        p.scatter_(1, place, s.neg_())
-    return loss.squeeze(1) if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum(), p
-
-
-class _Certain(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, target: Tensor, reduction: str) -> Tensor:
-        loss, grad = _certain(x, target, reduction, True)
-        ctx.save_for_backward(grad)
-        ctx.rows = x.shape[0] if reduction == "mean" else 1
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        once_only()
-        (grad,) = ctx.saved_tensors
-        factor = upstream.unsqueeze(1) if upstream.dim() else upstream / ctx.rows
-        return torch.mul(grad, factor, out=grad if last_use(upstream) else None), None, None
 
 
 def focal_classes(
@@ -420,15 +406,20 @@ def _block(
 
 
 def _plain_block(
-    x: Tensor, terms: Terms, wants_grad: bool, out: Tensor | None
+    x: Tensor, terms: Terms, wants_grad: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Computes a block of the common case, a hard target and no option, in as few calls as possible."""
     p, target, _, s, loss = _without_target(x, torch.softmax, terms.target, 1, out)
-    hard = loss.new_full((), terms.hard)  # type: ignore[arg-type]  # plain: it is a number
     if wants_grad:
-        p.scatter_(1, target, s.neg_()).mul_(hard)
-        p = p if out is None or p is out else out.copy_(p)
-    return loss.mul_(hard).squeeze(1), p if wants_grad else None, None
+        p.scatter_(1, target, s.neg_())
+    if terms.hard != 1:
+        hard = loss.new_full((), terms.hard)  # type: ignore[arg-type]  # plain: it is a number
+        loss.mul_(hard)
+        if wants_grad:
+            p.mul_(hard)
+    if wants_grad and out is not None and p is not out:
+        p = out.copy_(p)
+    return loss.squeeze(1), p if wants_grad else None, None
 
 
 def _beside_the_target(z: Tensor, log_p: Tensor | None, terms: Terms, weight: Tensor | None, d: int) -> tuple[Any, Any]:

@@ -152,6 +152,20 @@ def test_certain_classes_keep_their_digits(dtype):
     assert fusedloss.cross_entropy(x[:1], target[:1]) == found[0]
 
 
+def test_classes_that_are_not_likely_have_torchs_digits():
+    """Without a probability above 0.9 torch's operator runs; one such row in the batch, and the exact loss does."""
+    x, target = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 2.0]]), torch.tensor([2, -100])
+    ours, torchs = (
+        rows_and_gradient(lambda x, f=f: f(x, target, reduction="none"), x)
+        for f in (fusedloss.cross_entropy, F.cross_entropy)
+    )
+    assert all(map(torch.equal, ours, torchs))
+    likely = torch.cat([x, torch.tensor([[0.0, 0.0, 16.0]])])
+    _, gradient = rows_and_gradient(lambda x: fusedloss.cross_entropy(x, torch.tensor([2, 1, 2])), likely)
+    tail = 2 * math.exp(-16)
+    torch.testing.assert_close(gradient[2, 2].double().item(), -tail / (1 + tail) / 3, rtol=1e-6, atol=0)
+
+
 def test_tiny_differences():
     x, t = torch.full((4,), 1e-30), torch.zeros(4)
     assert fusedloss.l1(x, t).double().item() == pytest.approx(1e-30, rel=1e-6)
