@@ -155,7 +155,14 @@ def _constant(rows: int, value: float, dtype: torch.dtype, device: torch.device)
 
 
 def group_numbers(labels: Tensor) -> Tensor:
-    """Labels `[N]` as numbers from 0 up to at most N - 1, alike where the labels are, without reading one back."""
+    """Labels `[N]` as numbers from 0 up to at most N - 1, alike where the labels are, without a GPU's reading one back.
+
+    On a CPU torch.unique takes a fifth of the time of the calls below, but has no fixed shape to trace.
+    """
+    if labels.is_cpu and not (
+        torch.compiler.is_compiling() or _len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+    ):
+        return torch.unique(labels, return_inverse=True)[1]
     ordered, order = labels.sort()
     changes = torch.ones_like(ordered).index_fill_(0, row_numbers(len(labels), labels)[:1], 0)
     changes[1:] = (ordered[1:] != ordered[:-1]).long()

@@ -77,3 +77,15 @@ def test_no_loss_writes_to_one():
     assert numerics._kept
     for (make, rows, value, dtype, device, _), kept in numerics._kept.items():
         torch.testing.assert_close(kept, make(rows, value, dtype, device), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("labels", [[], [4], [7, -3, 7, 7, 2**40, -3]])
+def test_group_numbers(labels):
+    """In the order of the labels; the same by the calls that a compiler traces."""
+    labels = torch.tensor(labels, dtype=torch.int64)
+    wanted = torch.tensor([sorted(set(labels.tolist())).index(label) for label in labels.tolist()], dtype=torch.int64)
+    assert torch.equal(numerics.group_numbers(labels), wanted)
+    if len(labels):
+        assert torch.equal(torch.vmap(numerics.group_numbers)(labels[None])[0], wanted)
+    with FakeTensorMode() as mode:
+        assert numerics.group_numbers(mode.from_tensor(labels)).shape == labels.shape
