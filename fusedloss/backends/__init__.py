@@ -44,6 +44,7 @@ DENSE = (("dense", True),)
 # than a walk with the gradient beside it. Measured on one thread of an EPYC; on a GPU nothing was measured.
 FEW = {
     "operator": 1 << 17,  # torch's own operator of the loss
+    "longer": 1 << 22,  # operators that the walk passes later: Huber's, and losses that are not reduced
     "pointwise": 1 << 14,  # formulas of several operators, by family
     "classes": 1 << 17,
     "pairs": 1 << 18,

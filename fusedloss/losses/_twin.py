@@ -39,12 +39,12 @@ def ordinary(input: Tensor, target: Tensor) -> bool:
     )
 
 
-def by_operator(input: Tensor, target: Tensor, backend: str) -> bool:
+def by_operator(input: Tensor, target: Tensor, backend: str, what: str) -> bool:
     """Whether torch's own operator has the same digits in less time: few elements, nothing to widen or to broadcast."""
     return (
         type(input) in PLAIN
         and type(target) in PLAIN
-        and few(backend, input, "operator")
+        and few(backend, input, what)
         and input.dtype is target.dtype
         and input.dtype in WIDE
         and not (input.is_nested or target.is_nested)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
+from ..backends import few
 from ..core import checks
 from ..core.numerics import savable, stats_dtype, wide_dtype
+from ..rowwise.pointwise import transformed
 from ._options import Call, RowOptions, expanded
 from ._pairs import SIMILARITIES, check_columns, check_numbers, similarities
 from ._softmax import of_rows
@@ -31,8 +34,8 @@ def distill_kl_div(
         p_i = softmax_k(s(query_i, candidate_ik) / t_student),  q_i = softmax_k(label_ik / t_teacher)
         loss_i = t_student^2 sum_k q_ik log(q_ik / p_ik)            (Hinton et al. 2015; Lin et al. 2020)
 
-    Everything after the similarities is computed in fp64, log q as a log-softmax. A candidate with a teacher's
-    probability of 0, from a score of -inf or by underflow, adds 0. A NaN score makes the loss NaN.
+    Everything after the similarities is computed in fp64. A candidate with a teacher's probability of 0, from a score
+    of -inf or by underflow, adds 0. A NaN score makes the loss NaN.
 
     Args:
         query, positive, negatives: `[B, D]` each, float16, bfloat16, float32 or float64, any strides. The candidates
@@ -66,11 +69,18 @@ def distill_kl_div(
     # fp64 for these O(B K) numbers: the divergence is of second order, and in fp32 that of a well-fitted batch is
     # noise.
     wide = wide_dtype(found.device, found.dtype)
-    log_p = (found.to(wide) / student).log_softmax(1)
-    log_q = (label.detach().to(wide) / teacher).log_softmax(1)
+    z, t = found.to(wide) / student, label.detach().to(wide) / teacher
+    factor = student * student
+    if few(call.backend, found, "pointwise") and not (isinstance(teacher, Tensor) or transformed()):
+        reduction = "none" if call.reduction == "none" else "sum"
+        terms = torch.kl_div(z.log_softmax(1), t.softmax(1), checks.CODES[reduction])
+        if not math.isnan(terms.detach().sum().item()):  # as 0 log 0 of a student that is infinitely sure
+            per = factor / max(len(label), 1) if call.reduction == "mean" else factor
+            return ((terms.sum(1) if terms.dim() else terms) * per).to(found.dtype)
+    log_p, log_q = z.log_softmax(1), t.log_softmax(1)
     q = log_q.exp()
     terms = q * (log_q - log_p).masked_fill(q == 0, 0)
-    return of_rows((terms.sum(1) * (student * student)).to(found.dtype), call.reduction)
+    return of_rows((terms.sum(1) * factor).to(found.dtype), call.reduction)
 
 
 def _or(temperature: float | Tensor, name: str, value: float | Tensor | None, like: Tensor) -> float | Tensor:

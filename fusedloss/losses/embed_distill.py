@@ -58,17 +58,11 @@ def embed_distill(
     """
     call = Call(**options)
     checks.choice("distance", distance, DISTANCES)
-    for name, x in (("student", student), ("teacher", teacher)):
-        if not isinstance(x, Tensor):
-            checks.sequence(name, x, "columns [B, D], or a tensor", f"[{name}_a, {name}_b]")
-    students = [student] if isinstance(student, Tensor) else list(student)
-    if not students:
-        raise ValueError("student must be [B, D] or hold at least one column [B, D], got none")
-    names = ["student" if isinstance(student, Tensor) else f"student[{i}]" for i in range(len(students))]
-    check_rows(**dict(zip(names, students, strict=True)))
-    if projection is not None:
-        students = [_projected(x, projection) for x in students]
-    teachers = _teachers(teacher, students)
+    if projection is None and type(student) is Tensor is type(teacher) and checks.alike(student, teacher):
+        students, teachers = [student], [teacher.detach()]  # as below, in fewer checks
+    else:
+        students = _students(student, teacher, projection)
+        teachers = _teachers(teacher, students)
     first = students[0]
     if (
         distance == "mse"
@@ -91,6 +85,23 @@ def embed_distill(
     elif distance == "mse":
         losses = losses / students[0].shape[1]
     return of_rows(losses, call.reduction)
+
+
+def _students(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    projection: Tensor | Callable[[Tensor], Tensor] | None,
+) -> list[Tensor]:
+    """Returns the columns, projected."""
+    for name, x in (("student", student), ("teacher", teacher)):
+        if not isinstance(x, Tensor):
+            checks.sequence(name, x, "columns [B, D], or a tensor", f"[{name}_a, {name}_b]")
+    students = [student] if isinstance(student, Tensor) else list(student)
+    if not students:
+        raise ValueError("student must be [B, D] or hold at least one column [B, D], got none")
+    names = ["student" if isinstance(student, Tensor) else f"student[{i}]" for i in range(len(students))]
+    check_rows(**dict(zip(names, students, strict=True)))
+    return students if projection is None else [_projected(x, projection) for x in students]
 
 
 def _projected(x: Tensor, projection: Tensor | Callable[[Tensor], Tensor]) -> Tensor:

@@ -7,10 +7,12 @@ from typing import Unpack
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ..backends import few
 from ..core import checks
 from ..rowwise.pairs import columns
-from ..rowwise.pointwise import softplus_of_both
+from ..rowwise.pointwise import signs, softplus_of_both, transformed
 from ._options import Call, RowBackendOptions, RowOptions, expanded
 from ._pairs import check_not_negative, check_numbers, check_rows, squares
 from ._softmax import of_rows
@@ -191,5 +193,7 @@ def contrastive_tension(
     call = Call(reduction=reduction, **options)
     dots = columns("dot", a, b, backend=call.backend)[0]
     y = label.to(dots.dtype)
+    if few(call.backend, dots, "pointwise") and not transformed() and (sign := signs(y)) is not None:
+        return of_rows(F.softplus(dots * sign, threshold=50), call.reduction)
     # torch's binary cross-entropy would subtract dots of 5 from 5.008, which leaves a small loss half its digits.
     return of_rows(torch.lerp(*softplus_of_both(dots), y), call.reduction)

@@ -35,8 +35,8 @@ def mse(
         loss_i = weight_i * side_i * (input_i - target_i)^2        side = under where input < target, else over
 
     The derivative is computed in the same pass, and only it is kept for the backward pass: half of what torch keeps.
-    Inputs of 16 bits are computed in fp32. On a CPU "auto" runs torch's own operator up to 2^17 elements of fp32 or
-    fp64, without options that torch lacks.
+    Inputs of 16 bits are computed in fp32. On a CPU "auto" runs torch's own operator, without options that torch
+    lacks, up to 2^17 elements of fp32 or fp64, and up to 2^22 for "none", `huber` and `smooth_l1`.
 
     Args:
         input: the prediction, any shape and strides.
@@ -183,7 +183,8 @@ def _difference(
     backend: str,
 ) -> Tensor:
     plain = under == 1.0 == over
-    if plain and weight is None and reduction in checks.CODES and by_operator(input, target, backend):
+    what = "operator" if reduction != "none" and delta in (0, math.inf) else "longer"
+    if plain and weight is None and reduction in checks.CODES and by_operator(input, target, backend, what):
         return _operator(delta, twin, input, target, checks.CODES[reduction])
     if not plain:
         for name, value in (("under", under), ("over", over)):

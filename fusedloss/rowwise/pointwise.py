@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..backends import few, select_rowwise
+from ..core import checks
 from ..core.errors import UnsupportedError
 from ..core.numerics import savable, stats_dtype
 
@@ -63,18 +64,18 @@ class Difference:
         return self.factor
 
     def values(self, x: Tensor, t: Tensor, pos_weight: Tensor | None) -> Tensor:
-        d = x - t
-        if self.delta == 0:
-            loss = self.factor * d.abs() if self.factor != 1 else d.abs()
-        elif self.delta == math.inf:
-            loss = self.factor / 2 * d.square() if self.factor != 2 else d.square()
+        if self.delta == math.inf:
+            square = checks.OPERATORS.mse_loss(x, t, checks.CODES["none"])
+            loss = self.factor / 2 * square if self.factor != 2 else square
+        elif self.delta == 0:
+            loss = self.factor * (x - t).abs() if self.factor != 1 else (x - t).abs()
         else:
+            d = x - t
             c = d.clamp(-self.delta, self.delta)
             loss = self.factor * c * (d - c / 2)
         if self.under == 1.0 == self.over:
             return loss
-        below, above = (loss if factor == 1.0 else factor * loss for factor in (self.under, self.over))
-        return torch.where(d < 0, below, above)
+        return loss * torch.where(x < t, loss.new_full((), self.under), self.over)
 
     def block(self, e: Elements, wide: torch.dtype) -> Tensor:
         squares, signs = self.delta == math.inf, self.delta == 0
@@ -165,6 +166,14 @@ class Focal:
         loss = q.clamp(min=torch.finfo(q.dtype).tiny) ** self.gamma * _between(*softplus_of_both(x), t)
         return loss if self.alpha is None else loss * ((2 * self.alpha - 1) * t + (1 - self.alpha))
 
+    def hard(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns `values` of labels y: 1 for 0, -1 for 1."""
+        against = x * y
+        q = torch.sigmoid(against)
+        q = q.clamp(min=torch.finfo(q.dtype).tiny) if self.gamma < 1 else q
+        loss = q**self.gamma * F.softplus(against, threshold=50)
+        return loss if self.alpha is None else loss * torch.where(y < 0, y.new_full((), self.alpha), 1 - self.alpha)
+
     def block(self, e: Elements, wide: torch.dtype) -> Tensor:
         x, t = e.x.to(wide), e.t.to(wide)
         small, log = _tails(x)
@@ -251,7 +260,8 @@ def loss(
     A mean divides by `weight_sum`, or by the number of elements; the mean of no elements is NaN, as in torch.
     """
     if few(backend, x, "pointwise"):
-        return _by_formula(x, t, Task(formula, weight, pos_weight, reduction, dtype, weight_sum, "reference"))
+        task = Task(formula, weight, pos_weight, reduction, dtype, weight_sum, "reference")
+        return _by_formula(x, t, task, few_of_them=True)
     task = Task(formula, weight, pos_weight, reduction, dtype, weight_sum, select_rowwise(backend, x, "pointwise"))
     if (
         task.backend == "reference"
@@ -275,10 +285,12 @@ def transformed() -> bool:
     )
 
 
-def _by_formula(x: Tensor, t: Tensor, task: Task) -> Tensor:
+def _by_formula(x: Tensor, t: Tensor, task: Task, few_of_them: bool = False) -> Tensor:
     wide = task.wide(x, t)
     x, t = savable(x if x.dtype is wide else x.to(wide)), savable(t if t.dtype is wide else t.to(wide))
-    values = task.formula.values(x, t, None if task.pos_weight is None else savable(task.pos_weight))
+    values = _of_hard_labels(x, t, task) if few_of_them and not transformed() else None
+    if values is None:
+        values = task.formula.values(x, t, None if task.pos_weight is None else savable(task.pos_weight))
     if task.weight is not None:
         values = values * savable(task.weight)
     if task.reduction == "mean" and task.weight_sum is None:
@@ -287,6 +299,22 @@ def _by_formula(x: Tensor, t: Tensor, task: Task) -> Tensor:
         values = values.sum()
         values = values if task.weight_sum is None else values / task.weight_sum
     return values if values.dtype is task.dtype else values.to(task.dtype)
+
+
+def _of_hard_labels(x: Tensor, t: Tensor, task: Task) -> Tensor | None:
+    """Returns each focal loss in half the operators, if all labels are 0 or 1 and all logits finite; None otherwise."""
+    if not isinstance(task.formula, Focal) or not torch.linalg.vector_norm(x.detach()).item() < math.inf:
+        return None
+    y = signs(t)
+    return None if y is None else task.formula.hard(x, y)
+
+
+def signs(t: Tensor) -> Tensor | None:
+    """Returns 1 for labels of 0 and -1 for labels of 1; None if there are others, or if `t` learns."""
+    if t.requires_grad:
+        return None
+    y = _positive(t)
+    return y.mul_(-2).add_(1) if torch.equal(t, y) else None
 
 
 class _Pointwise(torch.autograd.Function):

@@ -137,6 +137,42 @@ def test_certain_labels_keep_their_digits():
     torch.testing.assert_close(found.double(), tail.log1p(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 1.5, 2.0])
+@pytest.mark.parametrize("alpha", [None, 0.25])
+def test_focal_of_hard_labels(gamma, alpha):
+    """As the formula, which one label between 0 and 1 brings back; finite also where the wrong share underflows."""
+    x = torch.tensor([-200.0, 200.0, 70.0, -70.0, 3.0, -0.5, 0.0])
+    t = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    own = lambda x, **more: fusedloss.focal(x, t, gamma=gamma, alpha=alpha, reduction="none", **more)
+    found, wanted, mixed = (
+        rows_and_gradient(loss, x)
+        for loss in (
+            own,
+            lambda x: own(x, backend="reference"),
+            lambda x: fusedloss.focal(
+                torch.cat([x, x[:1]]), torch.cat([t, t[:1] + 0.5]), gamma=gamma, alpha=alpha, reduction="none"
+            )[:-1],
+        )
+    )
+    for a, b, c in zip(found, wanted, mixed, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=0)
+        torch.testing.assert_close(a, c, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_divergence_of_second_order(reduction):
+    """Scores are a teacher's but for 1e-6: the loss is 1e-13, to which a teacher's probability of 0 adds nothing."""
+    a, b = torch.eye(3, dtype=torch.float64), torch.rand(2, 3, 3, dtype=torch.float64)
+    label = torch.stack([(a * x).sum(1) for x in b], 1) + torch.tensor([0.0, 1e-6], dtype=torch.float64)
+    label = torch.cat([label, torch.full((3, 1), -math.inf, dtype=torch.float64)], 1)
+    q = label.softmax(1)
+    far = torch.full((3, 3), -800.0, dtype=torch.float64)
+    found = fusedloss.distill_kl_div(a, *b, far, label=label, reduction=reduction)
+    wanted = 0.5 * q[:, 0] * q[:, 1] * 1e-12
+    wanted = {"none": wanted, "sum": wanted.sum(), "mean": wanted.mean()}[reduction]
+    torch.testing.assert_close(found, wanted, rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_certain_classes_keep_their_digits(dtype):
     """A row's loss is 3 exp(-69) = 3e-30, and one is 100: its probability is below the least that has all digits."""
