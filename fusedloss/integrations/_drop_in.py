@@ -14,6 +14,7 @@ from types import ModuleType, TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
+from torch import Tensor
 
 from fusedloss.core import environment
 
@@ -52,6 +53,33 @@ def runs_fused(name: str, why_not: str | None) -> bool:
         _warned.add((name, why_not))
         logger.warning("%s runs the library's own code, because %s", name, why_not)
     return False
+
+
+# On a CPU the library's own code runs for at most so many similarities or scores: up to there it takes less time than
+# ours, and a matrix of so many takes 1 MiB at most. Measured by
+# `FUSEDLOSS_BACKEND=dense python benchmarks/small.py --losses drop-in --threads 1`, which runs ours at every size.
+# Left out are classes of which a page in docs/integrations/ promises what the library's code does not do.
+LIBRARY_UP_TO: dict[str, int] = {}
+
+
+def library_is_faster(name: str, x: Any, number: int | None = None) -> bool:
+    """Whether this call of drop-in `name` has so few similarities that the library's own code is to run: `number`, or
+    those of the rows `x` with one another.
+
+    Only in float32 and float64 on a CPU without autocast: of 16 bits the drop-ins promise fp32 logits. A backend that
+    FUSEDLOSS_BACKEND names runs ours.
+    """
+    most = LIBRARY_UP_TO.get(name)
+    if not most or type(x) is not Tensor or not x.is_cpu or not x.dim():
+        return False
+    if (x.shape[0] ** 2 if number is None else number) > most or x.dtype not in (torch.float32, torch.float64):
+        return False
+    if torch.is_autocast_enabled("cpu") or environment.backend() != "auto":
+        return False
+    if (name, "") not in _warned:
+        _warned.add((name, ""))
+        logger.info("%s runs the library's own code for up to %d similarities, because it is faster", name, most)
+    return True
 
 
 def counted(function: Callable[P, R]) -> Callable[P, R]:

@@ -24,8 +24,8 @@ from .. import masks
 from ..core import checks
 from ..core.numerics import stats_dtype
 from ..functional import clip, clip_distill, cross_entropy, info_nce, siglip
-from ._drop_in import Patch, counted, library, runs_fused
-from ._fits import a_class_is_outside, alike, overridden, plain, refusal
+from ._drop_in import Patch, counted, library, library_is_faster, runs_fused
+from ._fits import a_class_is_outside, alike, overridden, plain, refusal, scalar_fits
 
 library("open_clip", "open_clip_torch", "3.3.0")
 
@@ -49,9 +49,9 @@ def _known(upstream: type, arguments: dict[str, Any]) -> dict[str, Any]:
 def _why_not(image: Tensor, text: Tensor, scale: Scale, bias: Scale | None = None) -> str | None:
     same = alike(image, text)
     reason = None if same else refusal(checks.embeddings, image_features=image, text_features=text)
-    reason = reason or refusal(checks.scalar, "logit_scale", scale, image, positive=False)
+    reason = reason or scalar_fits("logit_scale", scale, image)
     if bias is not None:
-        reason = reason or refusal(checks.scalar, "logit_bias", bias, image, positive=False)
+        reason = reason or scalar_fits("logit_bias", bias, image)
     if reason or same:
         return reason
     if image.shape[0] != text.shape[0]:
@@ -61,6 +61,8 @@ def _why_not(image: Tensor, text: Tensor, scale: Scale, bias: Scale | None = Non
 
 class ClipLoss(_ClipLoss):
     """open_clip's ClipLoss in one sweep for both directions, in O(B D) memory."""
+
+    _drop_in = "open_clip.ClipLoss"
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **_known(_ClipLoss, kwargs))
@@ -75,8 +77,10 @@ class ClipLoss(_ClipLoss):
         output_dict: bool = False,
         **unused: Any,
     ) -> Any:
-        why_not = self._why_not(image_features, text_features, logit_scale, logit_bias)
-        if not runs_fused(f"open_clip.{_name(self)}", why_not):
+        # Ranks may hold batches of different sizes, but have to gather alike.
+        if (self.world_size == 1 and library_is_faster("open_clip.ClipLoss", image_features)) or not runs_fused(
+            self._drop_in, self._why_not(image_features, text_features, logit_scale, logit_bias)
+        ):
             return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
         loss = self._contrastive(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
@@ -118,6 +122,8 @@ class ClipLoss(_ClipLoss):
 # mypy does not know open_clip: it sees ClipLoss above as the only base, and its forward as super()'s.
 class CoCaLoss(_CoCaLoss, ClipLoss):
     """open_clip's CoCaLoss: ClipLoss as above, and the caption's cross-entropy in one pass over its logits."""
+
+    _drop_in = "open_clip.CoCaLoss"
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **_known(_CoCaLoss, kwargs))
@@ -161,6 +167,8 @@ class CoCaLoss(_CoCaLoss, ClipLoss):
 class DistillClipLoss(_DistillClipLoss, ClipLoss):
     """open_clip's DistillClipLoss: neither the student's logits nor the teacher's are materialised."""
 
+    _drop_in = "open_clip.DistillClipLoss"
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **_known(_DistillClipLoss, kwargs))
 
@@ -178,8 +186,8 @@ class DistillClipLoss(_DistillClipLoss, ClipLoss):
     ) -> Any:
         student = (image_features, text_features, logit_scale)
         teacher = (dist_image_features, dist_text_features, dist_logit_scale)
-        why_not = self._why_not_distilled(student, teacher)
-        if not runs_fused("open_clip.DistillClipLoss", why_not):
+        small = self.world_size == 1 and library_is_faster(self._drop_in, image_features)
+        if small or not runs_fused(self._drop_in, self._why_not_distilled(student, teacher)):
             forward: Any = super().forward
             return forward(*student, *teacher, output_dict)
         image, text = self._gathered(image_features, text_features)
@@ -252,20 +260,17 @@ class SigLipLoss(_SigLipLoss):
         logit_bias: Scale | None = None,
         negative_only: bool = False,
     ) -> Tensor:
-        why_not = overridden(self, SigLipLoss, "get_logits", "get_ground_truth")
-        why_not = why_not or _why_not(image_features, text_features, logit_scale, logit_bias)
-        if not runs_fused("open_clip.SigLipLoss", why_not):
+        if library_is_faster("open_clip.SigLipLoss", image_features) or not runs_fused(
+            "open_clip.SigLipLoss",
+            overridden(self, SigLipLoss, "get_logits", "get_ground_truth")
+            or _why_not(image_features, text_features, logit_scale, logit_bias),
+        ):
             return super()._loss(image_features, text_features, logit_scale, logit_bias, negative_only)
         target = None
         if negative_only:  # no pair has equal ids, so none is positive
             ids = torch.zeros(len(image_features), dtype=torch.int64, device=image_features.device)
             target = masks.same_id(ids, ids + 1)
         return siglip(image_features, text_features, logit_scale, logit_bias, target=target)
-
-
-def _name(loss: nn.Module) -> str:
-    """Returns the name of the class of this module that the object belongs to."""
-    return next(kind.__name__ for kind in type(loss).__mro__ if kind in (ClipLoss, CoCaLoss, DistillClipLoss))
 
 
 def patch() -> Patch:

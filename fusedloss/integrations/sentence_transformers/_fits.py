@@ -94,9 +94,14 @@ def labels_fit(labels: Any, rows: int, dtypes: tuple[torch.dtype, ...] = (*NUMBE
     return None
 
 
+def flat(labels: Tensor) -> Tensor:
+    """Returns labels of which there is one per row, `[rows]`; a view takes 2 us, a question none."""
+    return labels if labels.dim() == 1 else labels.reshape(-1)
+
+
 def number_fits(name: str, value: Any, *, positive: bool = False, tensor: bool = False) -> str | None:
     """Checks for a finite number; `tensor`: or a learnable one, which is positive."""
-    if type(value) is float and (0 if positive else -math.inf) < value < math.inf:
+    if (type(value) is float or type(value) is int) and (0 if positive else -math.inf) < value < math.inf:
         return None
     if tensor and isinstance(value, Tensor):
         return refusal(checks.scalar, name, value, None, positive=True)

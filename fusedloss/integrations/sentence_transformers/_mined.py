@@ -18,9 +18,8 @@ from torch import Tensor, nn
 import fusedloss
 from fusedloss.core.numerics import stats_dtype
 
-from .._drop_in import counted
+from .._drop_in import counted, library_is_faster, runs_fused
 from . import _fits
-from ._fits import fused
 
 DISTANCES = {_Distances.euclidean_distance: "euclidean", _Distances.cosine_distance: "cosine"}
 
@@ -32,18 +31,26 @@ def _mined(
     function: Callable[..., Tensor], loss: nn.Module, labels: Any, embeddings: Tensor, **options: float
 ) -> Tensor | None:
     """Returns the loss, or None if the library's code has to run."""
+    name = f"sentence_transformers.{type(loss).__name__}"
+    if library_is_faster(name, embeddings):
+        return None
     metric: Any = loss.distance_metric
     distance = next((name for own, name in DISTANCES.items() if own is metric), None)
     why_not = None if distance else "its distance is not one of the library's"
     for value in options.values():
         why_not = why_not or _fits.number_fits("margin", value)
     why_not = why_not or _fits.embeddings_fit(embeddings) or _fits.labels_fit(labels, embeddings.shape[0], CLASSES)
-    if not fused(loss, why_not):
+    if not runs_fused(name, why_not):
         return None
+    labels = _fits.flat(labels)
+    if labels.dtype is not torch.int64:
+        labels = labels.long()
+    if not torch.is_autocast_enabled(embeddings.device.type) and embeddings.dtype.itemsize > 2:
+        return function(embeddings, labels, distance=distance, **options)
     # Widens 16 bits as the library does: distances of long vectors are differences of large products.
     embeddings = embeddings.to(stats_dtype(embeddings.dtype))
     with _fits.autocast_off(embeddings):
-        return function(embeddings, labels.view(-1).to(torch.int64), distance=distance, **options)
+        return function(embeddings, labels, distance=distance, **options)
 
 
 class BatchAllTripletLoss(_BatchAllTripletLoss):

@@ -33,7 +33,7 @@ from fusedloss.core.numerics import stats_dtype
 from fusedloss.losses import check_not_negative
 from fusedloss.losses.orthogonal import moments
 
-from .._drop_in import counted
+from .._drop_in import counted, library_is_faster
 from .._fits import plain, refusal
 from . import _fits
 from ._fits import MATRICES, PAIRS, fused
@@ -63,7 +63,7 @@ def none_negative(labels: Tensor) -> str | None:
         return None
     if labels.min().item() >= 0:  # one pass where the check, which names the row, takes three
         return None
-    return refusal(check_not_negative, "label", labels.reshape(-1))
+    return refusal(check_not_negative, "label", _fits.flat(labels))
 
 
 def _siamese_fits(loss: Any, embeddings: Sequence[Tensor], labels: Any) -> str | None:
@@ -95,7 +95,7 @@ class ContrastiveLoss(_ContrastiveLoss):
         return fusedloss.contrastive(
             a,
             b,
-            labels.reshape(-1).float(),
+            _fits.flat(labels.float() if labels.dtype is torch.float64 else labels),
             distance=distance(self.distance_metric, SIAMESE) or "",
             margin=self.margin,
             reduction="mean" if self.size_average else "sum",
@@ -116,7 +116,7 @@ class OnlineContrastiveLoss(_OnlineContrastiveLoss):
         return fusedloss.online_contrastive(
             a,
             b,
-            labels.reshape(-1),
+            _fits.flat(labels),
             distance=distance(self.distance_metric, SIAMESE) or "",
             margin=self.margin,
         )
@@ -136,7 +136,7 @@ class CosineSimilarityLoss(_CosineSimilarityLoss):
             return super().compute_loss_from_embeddings(embeddings, labels)
         a, b = embeddings[:2]
         return fusedloss.cosine_similarity(
-            a, b, labels.float().view(-1), loss=self.loss_fct, transform=self.cos_score_transformation
+            a, b, _fits.flat(labels.float()), loss=self.loss_fct, transform=self.cos_score_transformation
         )
 
 
@@ -158,7 +158,7 @@ class CoSENTLoss(_CoSENTLoss):
         return fusedloss.cosent(
             a,
             b,
-            labels.view(-1),
+            _fits.flat(labels),
             scale=self.scale,
             similarity=_fits.similarity(self.similarity_fct, PAIRS) or "",
         )
@@ -304,7 +304,7 @@ class SoftmaxLoss(_SoftmaxLoss):
             v,
             self.classifier.weight,
             self.classifier.bias,
-            labels.view(-1),
+            _fits.flat(labels),
             concatenation=tuple(name for name, chosen in parts.items() if chosen),
         )
 
@@ -343,7 +343,7 @@ class ContrastiveTensionLoss(_ContrastiveTensionLoss):
         if not fused(self, why_not):
             twin = {"model1": [a, a], "model2": [b, b]}
             return _fits.replay(self, _ContrastiveTensionLoss.forward, twin, labels)
-        return fusedloss.contrastive_tension(a, b, labels.view(-1))
+        return fusedloss.contrastive_tension(a, b, _fits.flat(labels))
 
 
 def _same_tokens(one: dict[str, Tensor], other: dict[str, Tensor], like: Tensor) -> Tensor:
@@ -361,9 +361,12 @@ class GlobalOrthogonalRegularizationLoss(_GlobalOrthogonalRegularizationLoss):
 
     @counted
     def compute_gor(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        why_not = _fits.similarity_is_known(self.similarity_fct, MATRICES) or _fits.embeddings_fit(embeddings)
-        if not fused(self, why_not):
+        similarity = _fits.similarity(self.similarity_fct, MATRICES)
+        if library_is_faster("sentence_transformers.GlobalOrthogonalRegularizationLoss", embeddings) or not fused(
+            self,
+            _fits.similarity_is_known(self.similarity_fct, MATRICES) or _fits.embeddings_fit(embeddings),
+        ):
             return super().compute_gor(embeddings)
-        mean, second = moments(embeddings, _fits.similarity(self.similarity_fct, MATRICES) == "cos")
+        mean, second = moments(embeddings, similarity == "cos")
         dtype = stats_dtype(embeddings.dtype)
         return mean.to(dtype), second.to(dtype)

@@ -31,7 +31,7 @@ import fusedloss
 from fusedloss.core.numerics import stats_dtype
 from fusedloss.losses.multiple_negatives_ranking import DIRECTIONS, HARDNESS_MODES
 
-from .._drop_in import counted
+from .._drop_in import counted, library_is_faster
 from .._fits import overridden, plain, untouched
 from . import _fits
 from ._fits import MATRICES, fused
@@ -231,6 +231,9 @@ class MegaBatchMarginLoss(_MegaBatchMarginLoss):
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
+        rows = sum(x.shape[0] for x in reps[0])
+        if library_is_faster("sentence_transformers.MegaBatchMarginLoss", reps[0][0], rows * rows):
+            return super().calculate_loss(reps, labels, with_backward=with_backward)
         anchors, positives = torch.cat(reps[0]), torch.cat(reps[1])
         why_not = (
             _fits.embeddings_fit(anchors, positives)

@@ -11,10 +11,9 @@ RankNetLoss, ADRMSELoss) the n x n matrices of each query. Everything else runs 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -43,7 +42,7 @@ from torch import Tensor, nn
 import fusedloss
 from fusedloss.core.checks import FLOATING, reads_values
 
-from .._drop_in import Patch, counted, runs_fused
+from .._drop_in import Patch, counted, library_is_faster, runs_fused
 from .._fits import a_class_is_outside, overridden, untouched
 from . import _fits, drop_ins
 
@@ -53,29 +52,30 @@ def patch() -> Patch:
     return Patch(drop_ins(sys.modules[__name__]))
 
 
-def fused(loss: nn.Module, why_not: str | None) -> bool:
-    """Whether this call of `loss` runs fused code. Counts it, or warns of the reason once."""
-    return runs_fused(f"sentence_transformers.cross_encoder.{type(loss).__name__}", why_not)
+def name_of(loss: nn.Module) -> str:
+    return f"sentence_transformers.cross_encoder.{type(loss).__name__}"
 
 
-@contextlib.contextmanager
-def standing_in(loss: nn.Module, name: str, other: Callable[..., Tensor]) -> Iterator[None]:
+class standing_in:
     """Makes the library's code find `other` as the loss's module `name`: an entry of __dict__ is found first."""
-    own = vars(loss)
-    before = {name: own[name]} if name in own else {}
-    own[name] = other
-    try:
-        yield
-    finally:
-        del own[name]
-        own.update(before)
+
+    def __init__(self, loss: nn.Module, name: str, other: Callable[..., Tensor]):
+        self.own, self.name, self.other = vars(loss), name, other
+
+    def __enter__(self) -> None:  # a generator would take 4 us more
+        self.before = self.own.get(self.name, self)
+        self.own[self.name] = self.other
+
+    def __exit__(self, *error: object) -> None:
+        del self.own[self.name]
+        if self.before is not self:
+            self.own[self.name] = self.before
 
 
-@contextlib.contextmanager
-def no_type_error() -> Iterator[None]:
+def no_type_error(function: Callable[..., Tensor], *args: Any) -> Tensor:
     """Turns a TypeError into a RuntimeError: at a TypeError the trainer silently calls the loss without prompts."""
     try:
-        yield
+        return function(*args)
     except TypeError as error:
         raise RuntimeError(str(error)) from error
 
@@ -162,18 +162,20 @@ class Criterion:
     def __init__(self, name: str, kind: type[nn.Module], twin: Callable[..., Tensor], fits: Callable[..., str | None]):
         self.name, self.kind, self.twin, self.fits = name, kind, twin, fits
 
-    def of(self, loss: nn.Module) -> contextlib.AbstractContextManager[None]:
+    def of(self, loss: nn.Module) -> standing_in:
         twin = functools.partial(self._in_place_of, getattr(loss, self.name), loss)
         return standing_in(loss, self.name, twin)
 
     @counted
     def _in_place_of(self, criterion: Any, loss: nn.Module, scores: Tensor, labels: Tensor) -> Tensor:
+        name = name_of(loss)
+        if type(scores) is Tensor and library_is_faster(name, scores, scores.numel()):
+            return criterion(scores, labels)
         known = untouched(criterion, self.kind)
         why_not = (None if known else f"its {self.name} is not torch's {self.kind.__name__}") or scores_fit(scores)
-        if not fused(loss, why_not or self.fits(criterion, scores, labels)):
+        if not runs_fused(name, why_not or self.fits(criterion, scores, labels)):
             return criterion(scores, labels)
-        with no_type_error():
-            return self.twin(criterion, scores, labels)
+        return no_type_error(self.twin, criterion, scores, labels)
 
 
 class _WithCriterion(nn.Module):
@@ -262,7 +264,7 @@ class _OfLists(nn.Module):
             if why_not is None:
                 joined = torch.cat(list(labels)).float()
                 why_not = self._values_fit(scores, joined)
-            if not fused(self, why_not):
+            if not runs_fused(name_of(self), why_not):
                 return scores
             raise _Scored(scores, joined)
 
@@ -271,8 +273,7 @@ class _OfLists(nn.Module):
                 return super().forward(inputs, labels, prompt=prompt, task=task)
         except _Scored as found:
             scores, joined = found.scores, found.labels
-        with no_type_error():
-            return self._of_scores(*padded(scores, joined, [x.shape[0] for x in labels]))
+        return no_type_error(self._of_scores, *padded(scores, joined, [x.shape[0] for x in labels]))
 
     def _why_not(self) -> str | None:
         """Returns the reason, among the options, against fused code."""
