@@ -7,6 +7,7 @@ below.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from tabulate import tabulate
 
 from fusedloss.backends import KERNELS
 from fusedloss.bench.results import summary
+from fusedloss.integrations import LIBRARY_UP_TO
 from fusedloss.trust.order import is_entry, rows_of
 
 ROOT = Path(__file__).parents[1]
@@ -186,6 +188,15 @@ def upstream(folder: Path) -> str:
         for library, found in json.loads(path.read_text()).items()
     ]
     headers = ["library", "its tests", "with patch()", "pass only without", "calls that ran fused"]
+    return tabulate(table, headers, tablefmt="github", disable_numparse=True)
+
+
+def library_up_to(folder: Path) -> str:
+    """Up to which sizes a drop-in runs the library's code on a CPU, out of the rule itself."""
+    table = [
+        [name.replace(".", " `", 1) + "`", str(most), str(math.isqrt(most))] for name, most in LIBRARY_UP_TO.items()
+    ]
+    headers = ["class", "similarities", "rows, if square"]
     return tabulate(table, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -421,6 +432,7 @@ TABLES = (
     race,
     drop_in,
     upstream,
+    library_up_to,
     in_batch,
     classes,
     rowwise,

@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fusedloss.integrations import calls
+from fusedloss.integrations import LIBRARY_UP_TO, calls
 
 LIBRARIES = ("sentence_transformers", "open_clip", "pytorch_metric_learning", "lightly")
 missing: dict[str, ImportError] = {}
 
 
 def pytest_configure(config: Any) -> None:
+    LIBRARY_UP_TO.clear()  # the fused code is what is tested, in batches of few rows
     for name in LIBRARIES:
         try:
             importlib.import_module(f"fusedloss.integrations.{name}").patch()

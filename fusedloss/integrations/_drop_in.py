@@ -58,8 +58,26 @@ def runs_fused(name: str, why_not: str | None) -> bool:
 # On a CPU the library's own code runs for at most so many similarities or scores: up to there it takes less time than
 # ours, and a matrix of so many takes 1 MiB at most. Measured by
 # `FUSEDLOSS_BACKEND=dense python benchmarks/small.py --losses drop-in --threads 1`, which runs ours at every size.
-# Left out are classes of which a page in docs/integrations/ promises what the library's code does not do.
-LIBRARY_UP_TO: dict[str, int] = {}
+# Left out are classes of which a page in docs/integrations/ promises what the library's code does not do, and sizes at
+# which a class of cubic memory holds more than 1 MiB, with any labels.
+LIBRARY_UP_TO: dict[str, int] = {
+    "open_clip.ClipLoss": 1 << 13,  # 1.5 times its time at N = 64, 0.99 at 128
+    "open_clip.SigLipLoss": 1 << 18,  # 2.5 at 64, 1.3 at 256, 1.15 at 512
+    "open_clip.DistillClipLoss": 1 << 18,  # 4.8 at 64, 2.2 at 256, 2.0 at 512
+    "sentence_transformers.MegaBatchMarginLoss": 1 << 13,  # 1.3 at 64, 0.85 at 128
+    "sentence_transformers.GlobalOrthogonalRegularizationLoss": 1 << 18,  # 1.7 at 64 and 256: products of float64
+    "sentence_transformers.BatchAllTripletLoss": 1 << 11,  # 1.8 at 32; at 64 1.8 of 32 labels, 0.8 of two
+    "sentence_transformers.BatchHardTripletLoss": 1 << 17,  # 2.9 at 64, 1.5 at 256, 1.05 at 512
+    "sentence_transformers.BatchHardSoftMarginTripletLoss": 1 << 17,  # 2.9 at 64, 1.7 at 256, 0.9 at 512
+    "sentence_transformers.BatchSemiHardTripletLoss": 1 << 12,  # 1.5 at 64; beyond, its tensors are cubic
+    "pytorch_metric_learning.NTXentLoss": 1 << 10,  # 2.0 at 32, 0.6 at 64
+    "pytorch_metric_learning.SupConLoss": 1 << 18,  # 2.1 at 64, 1.4 at 256, 1.2 at 512
+    "pytorch_metric_learning.MultiSimilarityLoss": 1 << 15,  # 1.6 at 64, 1.2 at 128, 0.9 at 256
+    "pytorch_metric_learning.CircleLoss": 1 << 13,  # 1.3 at 64, 1.0 at 128
+    "pytorch_metric_learning.ContrastiveLoss": 25 * 25,  # beyond, its distance of equal rows is not 0
+    "pytorch_metric_learning.CosFaceLoss": 1 << 18,  # 1.7 at 64 and 256 rows of 1000 classes
+    "pytorch_metric_learning.TripletMarginLoss": 1 << 11,  # 1.7 at 32; at 64 1.35 of 32 labels, 0.7 of two
+}
 
 
 def library_is_faster(name: str, x: Any, number: int | None = None) -> bool:
