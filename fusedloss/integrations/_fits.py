@@ -1,7 +1,8 @@
 """Reasons why a call cannot be fused: errors of the losses' checks, overridden methods, criteria that are not stock.
 
 Every reason is asked at every call, because users reassign attributes between calls. What does not change, as a
-criterion's defaults, is found once, when a library's drop-ins are imported.
+criterion's defaults, is found once, when a library's drop-ins are imported. The usual case is asked first, and without
+what costs microseconds: a generator or a context of contextlib, a view of a tensor, a conversion to its own dtype.
 """
 
 from __future__ import annotations
@@ -86,7 +87,12 @@ def a_class_is_outside(labels: Tensor, classes: int, ignore_index: int) -> bool:
 
 def only(module: Any, kind: type, **attributes: Any) -> bool:
     """Whether `module` is of exactly this class, with these attributes."""
-    return type(module) is kind and all(getattr(module, name) == value for name, value in attributes.items())
+    if type(module) is not kind:
+        return False
+    for name, value in attributes.items():
+        if getattr(module, name) != value:
+            return False
+    return True
 
 
 def untouched(module: Any, kind: type[nn.Module]) -> bool:
@@ -117,10 +123,13 @@ def plain(kind: type[nn.Module], *free: str, **options: Any) -> Callable[[Any], 
         if not untouched(criterion, kind):
             return why_not
         own = vars(criterion)
-        if own["_modules"] or own["_parameters"] or any(x is not None for x in own["_buffers"].values()):
+        if own["_modules"] or own["_parameters"]:
             return why_not
+        for x in own["_buffers"].values():
+            if x is not None:
+                return why_not
         for name, value in fixed:
-            found = getattr(criterion, name)
+            found = own[name] if name in own else getattr(criterion, name)
             if found is not value and found != value:
                 return why_not
         return None

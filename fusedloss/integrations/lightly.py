@@ -19,7 +19,7 @@ from ..core import checks
 from ..functional import decoupled_contrastive, info_nce, nt_xent
 from ..rowwise.pairs import scores
 from ._drop_in import Patch, counted, library, runs_fused
-from ._fits import alike, only, overridden, plain, refusal
+from ._fits import alike, only, overridden, plain, refusal, scalar_fits
 
 library("lightly.loss", "lightly", "1.6.0")
 
@@ -35,7 +35,7 @@ criterion_fits = plain(nn.CrossEntropyLoss)
 def _why_not(out0: Tensor, out1: Tensor, temperature: float | Tensor) -> str | None:
     same = alike(out0, out1)
     reason = None if same else refusal(checks.embeddings, out0=out0, out1=out1)
-    reason = reason or refusal(checks.scalar, "temperature", temperature, out0, positive=True)
+    reason = reason or scalar_fits("temperature", temperature, out0, positive=True)
     if reason or same:
         return reason
     if out0.shape != out1.shape:

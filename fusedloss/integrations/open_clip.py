@@ -142,23 +142,24 @@ class CoCaLoss(_CoCaLoss, ClipLoss):
         if not runs_fused("open_clip.CoCaLoss.caption_loss", self._why_not_caption(logits, labels)):
             forward: Any = super().forward
             return forward(image_features, text_features, logits, labels, logit_scale, output_dict)
-        contrastive = torch.zeros((), dtype=torch.int64, device=logits.device)  # made on the device, without a copy
         if self.clip_loss_weight:
             # The contrastive part is that of ClipLoss above.
-            contrastive = self.clip_loss_weight * super(_CoCaLoss, self).forward(
-                image_features, text_features, logit_scale
-            )
+            contrastive = super(_CoCaLoss, self).forward(image_features, text_features, logit_scale)
+            contrastive = self.clip_loss_weight * contrastive
+        else:
+            contrastive = torch.zeros((), dtype=torch.int64, device=logits.device)  # made on the device, without a copy
         ignored = self.caption_loss.ignore_index
         caption = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=ignored)
         caption = caption * self.caption_loss_weight
         return {"contrastive_loss": contrastive, "caption_loss": caption} if output_dict else (contrastive, caption)
 
     def _why_not_caption(self, logits: Tensor, labels: Tensor) -> str | None:
-        if criterion_fits(self.caption_loss):
+        criterion = self.caption_loss
+        if criterion_fits(criterion):
             return "caption_loss is not the CrossEntropyLoss of the constructor"
         if logits.dim() != 3 or not logits.numel() or labels.shape != logits.shape[:2] or labels.dtype != torch.int64:
             return "logits and labels do not have the shapes [B, T, V] and int64 [B, T]"
-        if checks.reads_values(labels) and a_class_is_outside(labels, logits.shape[2], self.caption_loss.ignore_index):
+        if checks.reads_values(labels) and a_class_is_outside(labels, logits.shape[2], criterion.ignore_index):
             return "a label is not in the vocabulary"
         same = logits.device == labels.device and logits.dtype in checks.FLOATING
         return None if same else "logits and labels are on different devices, or logits are not floating"
@@ -209,9 +210,10 @@ class DistillClipLoss(_DistillClipLoss, ClipLoss):
             return reason
         if self.world_size > 1 and self.local_loss:
             return "local_loss makes the teacher's softmax rectangular"
-        if any(isinstance(x, Tensor) and x.requires_grad for x in teacher):
+        image, text, scale = teacher
+        if image.requires_grad or text.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad):
             return "the teacher requires gradients"
-        same = teacher[0].shape[0] == student[0].shape[0] and teacher[0].device == student[0].device
+        same = image.shape[0] == student[0].shape[0] and image.device == student[0].device
         return None if same else "student and teacher have different batches"
 
 
