@@ -113,19 +113,6 @@ def _rows(strip: Strip) -> Rows:
     return Rows(x if factor is None else x * factor)
 
 
-def _matmul_into(out: Tensor, x: Tensor, y: Tensor, narrow: bool) -> None:
-    """Writes `out = x @ y.T` in fp32 arithmetic. `narrow`: the inputs are 16-bit, cast up.
-
-    For these, oneDNN's fp32 GEMM is used if torch has it: its accumulation is fp32 like MKL's, and on CPUs where MKL
-    runs at half rate it more than doubles the speed of this step (465 against 200 GFLOP/s on two Zen 5 cores). fp32
-    inputs stay with torch.mm, so that they follow torch.set_float32_matmul_precision.
-    """
-    if narrow and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        out.copy_(torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], ""))
-    else:
-        torch.mm(x, y.T, out=out)
-
-
 def _similarity(strip: Strip, rows: Rows, tile: slice, out: Tensor) -> None:
     x = rows.x
     if _narrow(strip):
@@ -138,7 +125,7 @@ def _similarity(strip: Strip, rows: Rows, tile: slice, out: Tensor) -> None:
     y = strip.y[tile].to(x.dtype)
     if strip.col_factor is not None:
         y = y * strip.col_factor[tile, None]
-    _matmul_into(out, x, y, narrow=strip.y.element_size() == 2)
+    products.mm(out, x, y.T, strip.onednn)
 
 
 def _logits(sim: Tensor, strip: Strip, tile: slice, out: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 BACKENDS = ("cuda", "triton", "chunked", "dense", "reference")
+CPU_PRODUCTS = ("auto", "mkl", "onednn")
 VERIFY = ("first", "off", "inline", "trust")
 SWITCH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
 
@@ -66,6 +67,17 @@ def workspace_bytes() -> int | None:
     return int(digits)
 
 
+def cpu_products() -> str:
+    """Who multiplies fp32 matrices on a CPU: see `products.chosen`."""
+    value = get("FUSEDLOSS_CPU_PRODUCTS") or ""
+    chosen = value.strip().lower() or "auto"
+    if chosen not in CPU_PRODUCTS:
+        raise ValueError(
+            f"FUSEDLOSS_CPU_PRODUCTS must be {', '.join(CPU_PRODUCTS)}, got {value!r}; set one, or unset it for auto"
+        )
+    return chosen
+
+
 def verify() -> str:
     """When a kernel is proved that `auto` would take: see `trust.ask`."""
     value = get("FUSEDLOSS_VERIFY") or ""
@@ -108,6 +120,7 @@ def audit() -> float:
 VARIABLES: dict[str, Callable[[], object]] = {
     "FUSEDLOSS_BACKEND": backend,
     "FUSEDLOSS_WORKSPACE_BYTES": workspace_bytes,
+    "FUSEDLOSS_CPU_PRODUCTS": cpu_products,
     "FUSEDLOSS_DISABLE": lambda: switch("FUSEDLOSS_DISABLE"),
     "FUSEDLOSS_CHECK": lambda: switch("FUSEDLOSS_CHECK"),
     "FUSEDLOSS_VERIFY": verify,

@@ -30,6 +30,7 @@ class Strip(NamedTuple):
     own: Tensor | None = None  # [R] int64, the column that `own_scale` multiplies instead
     own_scale: Tensor | None = None
     softcap: float = 0.0
+    onednn: int = 0  # see `products.Chosen.sim`
 
 
 class Tally(NamedTuple):

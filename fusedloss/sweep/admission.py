@@ -71,7 +71,8 @@ class Admission:
                 continue
             (x, row_factor), (y, col_factor) = (sides[id(side)] for side in block.mask.guide)
             target = problem.target if number == 0 else None
-            strips[number] = Strip(x, y, one.to(stats_dtype(x.dtype)), row_factor, col_factor, None, target)
+            scale, onednn = one.to(stats_dtype(x.dtype)), self.inputs.chosen(x).sim
+            strips[number] = Strip(x, y, scale, row_factor, col_factor, None, target, onednn=onednn)
         return strips
 
     def strips(self, chunk: slice) -> list[Strip]:

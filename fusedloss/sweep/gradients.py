@@ -100,9 +100,9 @@ class Gradients:
                     dbias[tile] += values.T.to(ones.dtype) @ ones
                 values = values.to(dtype)
                 if dx is not None:
-                    dx.add_rows(values, rows_of(y, tile).to(dtype))
+                    dx.add_rows(values, rows_of(y, tile).to(dtype), inputs.onednn.dx)
                 if dy is not None:
-                    dy.add_columns(tile, values.T, queries[block.query].to(dtype))
+                    dy.add_columns(tile, values.T, queries[block.query].to(dtype), inputs.onednn.dy)
         for dx in self.operands:
             if dx is not None:
                 dx.end_chunk(chunk, over_l)
@@ -147,19 +147,19 @@ class Gradient:
             self.total = self.like.new_zeros(self.shape)
         return self.total
 
-    def add_rows(self, values: Tensor, y: Tensor) -> None:
+    def add_rows(self, values: Tensor, y: Tensor, onednn: int = 0) -> None:
         if self.product is None:
             self.product = self.like.new_empty((values.shape[0], y.shape[1]))
-            mm(self.product, values, y)
+            mm(self.product, values, y, onednn)
         else:
-            add_mm(self.product, values, y)
+            add_mm(self.product, values, y, onednn)
 
-    def add_columns(self, tile: slice, values: Tensor, x: Tensor) -> None:
+    def add_columns(self, tile: slice, values: Tensor, x: Tensor, onednn: int = 0) -> None:
         if self.total is None and values.shape[0] == self.shape[0]:
             self.total = fresh(self.like, self.shape)
-            mm(self.total, values, x)
+            mm(self.total, values, x, onednn)
         else:
-            add_mm(self.accumulator()[tile], values, x)
+            add_mm(self.accumulator()[tile], values, x, onednn)
 
     def end_chunk(self, chunk: slice, over_l: Tensor | None) -> None:
         if self.product is None:

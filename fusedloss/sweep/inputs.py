@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.protocol import Sweeps
+from ..core import products
 from ..core.mask import StripMask
 from ..core.numerics import rows_of, stats_dtype
 from ..core.problem import Problem
@@ -45,6 +46,7 @@ class Inputs:
         self.scales = {p: problem.scale + p if p else problem.scale for p in penalties}
         self.own = torch.arange(problem.rows, device=problem.device) if any(penalties) else None
         self.target_sim = self.prepared.target_sim if by_scale else None
+        self.onednn = self.chosen(self.given[0])
 
     def _prepared(self, by_scale: bool, elsewhere: Elsewhere | None) -> Prepared:
         problem, block = self.problem, self.problem.blocks[0]
@@ -75,6 +77,11 @@ class Inputs:
             known[number] if number in known else self.backend.inverse_norms(x) for number, x in enumerate(self.given)
         ]
 
+    def chosen(self, x: Tensor) -> products.Chosen:
+        """Returns who multiplies rows like `x`, an operand or a guide's embeddings."""
+        problem = self.problem
+        return products.chosen(problem.rows, problem.columns, x.shape[1], x.dtype, problem.device)
+
     def strip(self, number: int, chunk: slice, mask: StripMask | None) -> Strip:
         """Returns the strip of a block and a chunk of rows."""
         block = self.problem.blocks[number]
@@ -91,6 +98,7 @@ class Inputs:
             own=part(self.own, chunk) if other_own else None,
             own_scale=self.scales[block.own_penalty] if other_own else None,
             softcap=self.problem.softcap,
+            onednn=self.onednn.sim,
         )
 
     def settle(self, chunk: slice, sums: RowSums, weight: Tensor | None = None, **options: Any) -> Settled:
