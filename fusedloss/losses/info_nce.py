@@ -208,7 +208,9 @@ def info_nce_problem(
             f"temperature must not require a gradient with margin, got margin={margin}; pass temperature.detach()"
         )
     if not bias_on_target and key_bias is not None and key_bias.requires_grad:
-        raise ValueError("key_bias must not require a gradient with bias_on_target=False; pass key_bias.detach()")
+        raise ValueError(
+            "key_bias must not require a gradient with bias_on_target=False, got one that does; pass key_bias.detach()"
+        )
     bound = masks.bind(mask, rows, widths, query)
     scale, scale_bound = as_scale(temperature, query, inverse=True)
     matrices, (x, y) = distinct(query, key)
