@@ -27,7 +27,9 @@ demo: $(INSTALLED) ## search code by meaning: train a small encoder on a CPU
 # last while it can, so that what a file builds, compiles or starts for its tests is not made in both.
 # pyproject.toml lists the markers, tests/conftest.py sets most of them.
 FOR := tests
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(FOR) -m
+# Bytecode is kept, whatever the environment says: pytest would rewrite all test files once more in each process, and
+# every process that a test starts would compile the package.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(FOR) -m
 SLOW_KINDS := interpreter or host or lengthy or processes or memory or upstream or grid or whole or slow
 
 quick: $(READY) ## after each change: the torch code, and a small run of each kernel; make quick FOR=tests/losses/test_lists.py
