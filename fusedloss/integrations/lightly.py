@@ -6,9 +6,12 @@
 
 NTXentLoss is also fused with a memory bank, kept by lightly's module, and with `gather_distributed`, gathered by
 lightly's layer. A negative temperature, and DCLLoss with `gather_distributed` on several ranks, run lightly's code.
+`SupConLoss` and `SigLIPLoss`, which lightly lacks, are here too.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,7 @@ from torch.nn import functional as F
 
 from .. import masks
 from ..core import checks
-from ..functional import decoupled_contrastive, info_nce, nt_xent
+from ..functional import decoupled_contrastive, info_nce, nt_xent, siglip, sup_con
 from ..rowwise.pairs import scores
 from ._drop_in import Patch, counted, library, runs_fused
 from ._fits import alike, only, overridden, plain, refusal, scalar_fits
@@ -115,6 +118,51 @@ class DCLLoss(_DCLLoss):
 
 class DCLWLoss(_DCLWLoss, DCLLoss):
     """lightly's DCLWLoss: DCLLoss with its weights."""
+
+
+class SupConLoss(nn.Module):
+    """Supervised contrastive loss (Khosla et al. 2020) of two views and their labels, which lightly lacks.
+
+    Args:
+        temperature: a positive number.
+
+    Example:
+        >>> loss = SupConLoss(temperature=0.1)
+        >>> loss(model(view0), model(view1), labels).backward()
+    """
+
+    def __init__(self, temperature: float = 0.1):
+        super().__init__()
+        checks.scalar("temperature", temperature, None, positive=True)
+        self.temperature = temperature
+
+    def forward(self, out0: Tensor, out1: Tensor, labels: Tensor) -> Tensor:
+        """out0, out1: `[B, D]`. labels: integers `[B]`, one per sample."""
+        checks.embeddings(out0=out0, out1=out1)
+        return sup_con(torch.cat([out0, out1]), torch.cat([labels, labels]).long(), temperature=self.temperature)
+
+
+class SigLIPLoss(nn.Module):
+    """Sigmoid loss (Zhai et al. 2023, SigLIP) of two views or of images and texts, which lightly lacks.
+
+    Args:
+        scale, bias: of the logits `scale * cos + bias`, trained with the model; the paper starts at 10 and -10.
+
+    Example:
+        >>> loss = SigLIPLoss()
+        >>> loss(model(images), text_model(texts)).backward()
+    """
+
+    def __init__(self, scale: float = 10.0, bias: float = -10.0):
+        super().__init__()
+        checks.scalar("scale", scale, None, positive=True)
+        checks.number("bias", bias)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.bias = nn.Parameter(torch.tensor(float(bias)))
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """out0, out1: `[B, D]`."""
+        return siglip(out0, out1, self.log_scale.exp(), self.bias, normalize=True)
 
 
 def patch() -> Patch:

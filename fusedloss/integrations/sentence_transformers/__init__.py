@@ -8,7 +8,8 @@
 Constructors, attributes, configuration and citation are the library's; embedding, gradient caching and the checks of
 columns and labels run its code. Results are float32 scalars (float64 for float64 embeddings); the library's have the
 embeddings' dtype. Losses of sparse encoders are in `.sparse_encoder`, of cross-encoders in `.cross_encoder`, MaxSim
-losses in `.multi_vector_encoder`. Tested with 6.2.0; 6.0 or newer is needed.
+losses in `.multi_vector_encoder`. `SupConLoss` and `SigLIPLoss`, which the library lacks, are here too. Tested with
+6.2.0; 6.0 or newer is needed.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from sentence_transformers.sentence_transformer.losses import (  # noqa: E402
     TripletDistanceMetric as TripletDistanceMetric,
 )
 
+from ._added import SigLIPLoss as SigLIPLoss  # noqa: E402
+from ._added import SupConLoss as SupConLoss  # noqa: E402
 from ._cached import CachedGISTEmbedLoss as CachedGISTEmbedLoss  # noqa: E402
 from ._cached import CachedMultipleNegativesRankingLoss as CachedMultipleNegativesRankingLoss  # noqa: E402
 from ._cached import (  # noqa: E402
