@@ -11,27 +11,29 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core import checks, products
+from ..core.folds import SIDED, Part
 from ..core.mask import GuideRule, StripMask
 from ..core.numerics import FLUSH, FOLD_COPIES, LOG2E, SAFE_SCALE, UNSHIFTED_SCALE, slices, stats_dtype, wide_dtype
 from ..core.numerics import inverse_norms as inverse_norms
 from ..core.problem import Problem
 from ..core.rows import finish as finish  # torch has no faster form of these, which are used as they are
-from ..core.rows import guide_threshold, patch_target
+from ..core.rows import fold_scalars, guide_threshold, patch_target
 from ..core.rows import merge as merge
 from ..core.rows import operand as operand
 from ..core.rows import prepare as prepare
 from ..core.rows import settle as settle
-from ..core.strips import Patch, RowSums, Softmax, Strip, Tally
-from .shared import exp_shift
+from ..core.strips import Patch, RowSums, Softmax, Strip, Tally, Tile
+from .shared import LOWEST_EXPONENT, exp_shift
 
 # maths.md: Logits; Masks and thresholds; Softcap; Online log-sum-exp; Gradient of the logits; Gradient by the scale
+# maths.md: Half of the tiles
 BIT_ROWS = 128  # at a time in fp64: 768 KiB at D = 768
 # Columns of one GEMM: for the passes that follow, [1024, 1024] in fp32, 4 MiB, stay in a CPU's caches. At 4096 a step
 # took 4 % longer.
@@ -41,6 +43,7 @@ FAR = -1e30  # below every logit; its exponential is 0
 # Most bytes of unit copies of the embeddings, which save two passes over every tile and one over the keys for every
 # chunk. They take no more than a bounded workspace does.
 UNIT_BYTES = 32 << 20
+LEAST = 2.0**-110  # smaller entries of a gradient would make products denormal, which takes a CPU 2 to 5 times as long
 
 
 def why_not(problem: Problem) -> str | None:
@@ -71,6 +74,11 @@ def takes_units(problem: Problem) -> bool:
 
 def can_fold(problem: Problem) -> bool:
     return False  # folds are in torch
+
+
+def can_halve(problem: Problem) -> bool:
+    """Its tiles stay in a CPU's caches; on a GPU they were not measured."""
+    return problem.device.type == "cpu" and (problem.fold is None or problem.fold.name in SIDED)
 
 
 def workspace_copies(problem: Problem) -> float:
@@ -635,3 +643,206 @@ def _factors_(values: Tensor, strip: Strip, tile: slice) -> None:
         values.mul_(strip.row_factor[:, None])
     if strip.col_factor is not None:
         values.mul_(strip.col_factor[tile])
+
+
+# One matrix against itself: tiles on and above the diagonal -----------------------------------------------------------
+
+
+def half_start(problem: Problem) -> RowSums:
+    known, rows = _exponent(problem), problem.weight
+    return RowSums(torch.full_like(rows, -math.inf if known is None else known), torch.zeros_like(rows))
+
+
+def _exponent(problem: Problem) -> float | None:
+    """Returns the power of two that is a safe shift for all rows, if the host knows one."""
+    if problem.bound is None or problem.bound > SAFE_SCALE:
+        return None
+    return 0.0 if problem.bound <= UNSHIFTED_SCALE else float(round(exp_shift(problem) * LOG2E))
+
+
+def half_stats(
+    problem: Problem,
+    strip: Strip,
+    tiles: list[Tile],
+    sums: RowSums,
+    tally: Tally | None = None,
+    score: Tensor | None = None,
+) -> None:
+    known, (exponent, total) = _exponent(problem), sums
+    assert isinstance(exponent, Tensor)
+    unit = LOG2E if tally is None else 1.0  # counts need logits in natural units
+    x, buffers = _rows_times(strip, unit), _half_buffers(strip, 2)
+    for tile in tiles:
+        z, scratch = (_view(buffer, len(strip.x), tile.columns) for buffer in buffers)
+        z = z if tile.room is None else tile.room
+        _similarity(strip, x, tile.columns, z)
+        _admit_(z, strip, tile.columns, unit)
+        if tally is not None and score is not None:
+            for part, dim in tile.directions:
+                _count_(Tally(*(t[part] for t in tally)), strip, z if dim else z.T, None, score[part])
+            z.mul_(LOG2E)
+        if known is not None:
+            _powers_(z, known)
+        for part, dim in tile.directions:
+            if known is not None:
+                total[part] += z.sum(dim)
+                continue
+            largest = torch.maximum(exponent[part], z.amax(dim))
+            torch.sub(z, _finite(largest).unsqueeze(dim), out=scratch)
+            grown = torch.exp2(exponent[part] - _finite(largest))  # 0 at the first tile
+            total[part] = total[part] * grown + scratch.exp2_().sum(dim)
+            exponent[part] = largest
+
+
+def _powers_(z: Tensor, shift: float) -> Tensor:
+    return (z.sub_(shift) if shift else z).exp2_()
+
+
+def _half_buffers(strip: Strip, count: int) -> list[Tensor]:
+    rows = len(strip.x)
+    return [strip.scale.new_empty(rows * rows) for _ in range(count)]
+
+
+def half_grad(
+    problem: Problem, strip: Strip, tiles: list[Tile], rows: Softmax, entry: Tensor, q: Tensor | None = None
+) -> Iterator[Tensor]:
+    known = _exponent(problem) if q is None else None
+    x = _rows_times(strip, LOG2E) if q is None else _rows(strip)
+    buffers = _half_buffers(strip, 4 if q is not None else 3 if known is None else 2)
+    # Products of smaller entries would be denormal; where no shift was subtracted, there are none.
+    least = FLUSH * float(problem.weight.abs().nan_to_num(0, 0, 0).amax()) if known else 0.0
+    for tile in tiles:
+        sim, dz, *more = (_view(buffer, len(strip.x), tile.columns) for buffer in buffers)
+        z = sim if tile.room is None else tile.room
+        if tile.room is None:
+            _similarity(strip, x, tile.columns, sim)
+            if q is not None:
+                z = torch.mul(sim, strip.scale * LOG2E, out=more[1])
+            _admit_(z, strip, tile.columns, LOG2E)
+            if known is not None:
+                _powers_(z, known)
+        by_row = rows.map(lambda v, part=tile.rows: v[part, None])
+        by_column = rows.map(operator.itemgetter(tile.columns))
+        if known is not None:
+            dz = z.mul_(torch.add(by_row.weight, by_column.weight, out=dz))
+            if least:
+                torch.ops.aten.hardshrink.out(dz, least, out=dz)
+        else:
+            for number, side in enumerate((by_row, by_column)):
+                p = more[0] if number else dz
+                _flush_(torch.sub(z, side.shift, out=p).exp2_()).mul_(side.weight)
+                if q is not None and side.target_sim is not None and number < len(tile.directions):
+                    part, dim = tile.directions[number]
+                    q[part] += (p * (sim - side.target_sim)).sum(dim)
+            dz.add_(more[0])
+        inside, index = _hits(strip.target, tile.columns)
+        dz.scatter_(1, index, torch.where(inside, entry[tile.rows, None], dz.gather(1, index)))
+        _factors_(dz, strip, tile.columns)
+        yield dz
+
+
+class _Side(NamedTuple):
+    """One log-sum-exp of a fold of two, in a tile."""
+
+    number: int
+    pulls: bool
+    shift: float | None  # of all rows, if it is known to be safe
+    others: Tensor | None  # the columns of a row that are not in it; None: all are
+
+
+def _sides(problem: Problem, tile: Tile, part: Part) -> Iterator[_Side]:
+    """Yields the log-sum-exps that the tile has columns for. Labels are sorted: most tiles hold no positives."""
+    rows, keys = part.row_labels, part.key_labels
+    assert rows is not None and keys is not None
+    rows, keys = rows[tile.rows], keys[tile.columns]
+    diagonal = tile.rows == tile.columns
+    if not diagonal and bool(rows[-1] < keys[0]):
+        yield _Side(1, False, _side_shift(problem, False), None)
+        return
+    positive = rows[:, None] == keys
+    others = positive.logical_not()
+    for number, mask in enumerate((others, positive)):
+        pulls = number == 0
+        yield _Side(number, pulls, _side_shift(problem, pulls), mask.fill_diagonal_(True) if diagonal else mask)
+
+
+def _side_shift(problem: Problem, pulls: bool) -> float | None:
+    """Returns a shift that leaves exponents within [-69, 49], as `exp_shift`."""
+    fold = problem.fold
+    assert fold is not None
+    ends = SIDED[fold.name].ends(fold.options, problem.scale_bound, pulls)
+    if not problem.cosine or ends is None or ends[1] - ends[0] > 2 * SAFE_SCALE:
+        return None
+    return min(ends[1], ends[0] + LOWEST_EXPONENT)
+
+
+def half_sides_start(problem: Problem) -> list[RowSums]:
+    shifts, rows = [_side_shift(problem, pulls) for pulls in (True, False)], problem.weight
+    return [RowSums(torch.full_like(rows, -math.inf if s is None else s), torch.zeros_like(rows)) for s in shifts]
+
+
+def _side_logits(problem: Problem, side: _Side, values: Tensor, out: Tensor) -> Tensor | float:
+    """Writes them, or with a known shift their exponentials; returns their derivative."""
+    fold = problem.fold
+    assert fold is not None
+    slope = SIDED[fold.name].logits(values, fold_scalars(problem), fold.options, side.pulls, out)
+    if side.others is not None:
+        out.masked_fill_(side.others, -math.inf)
+    if side.shift is not None:
+        _exp_(out.sub_(side.shift))
+    return slope
+
+
+def half_sides(problem: Problem, strip: Strip, tiles: list[Tile], part: Part, sums: Sequence[RowSums]) -> None:
+    x, buffers = _rows(strip), _half_buffers(strip, 3)
+    for tile in tiles:
+        values, u, scratch = (_view(buffer, len(strip.x), tile.columns) for buffer in buffers)
+        values = values if tile.room is None else tile.room
+        _similarity(strip, x, tile.columns, values)
+        for side in _sides(problem, tile, part):
+            maximum, total = sums[side.number]
+            assert isinstance(maximum, Tensor)
+            _side_logits(problem, side, values, u)
+            for span, dim in tile.directions:
+                if side.shift is not None:
+                    total[span] += u.sum(dim)
+                else:
+                    maximum[span], total[span] = _accumulate(maximum[span], total[span], u, dim, scratch)
+
+
+def half_sides_grad(
+    problem: Problem,
+    strip: Strip,
+    tiles: list[Tile],
+    part: Part,
+    sides: Sequence[Softmax],
+    q: Tensor | None = None,
+) -> Iterator[Tensor]:
+    x, buffers = _rows(strip), _half_buffers(strip, 5)
+    for tile in tiles:
+        values, dz, *more = (_view(buffer, len(strip.x), tile.columns) for buffer in buffers)
+        if tile.room is None:
+            _similarity(strip, x, tile.columns, values)
+        else:
+            values = tile.room
+        empty = True
+        for side in _sides(problem, tile, part):
+            u, p, other = dz if empty else more[0], more[1], more[2]
+            slope = _side_logits(problem, side, values, u)
+            by_row = sides[side.number].map(lambda v, span=tile.rows: v[span, None])
+            by_column = sides[side.number].map(operator.itemgetter(tile.columns))
+            if side.shift is not None:
+                u.mul_(torch.add(by_row.weight, by_column.weight, out=p))
+            else:
+                _flush_(_exp_(torch.sub(u, by_row.shift, out=p))).mul_(by_row.weight)
+                _flush_(_exp_(torch.sub(u, by_column.shift, out=other))).mul_(by_column.weight)
+                torch.add(p, other, out=u)
+            u.mul_(slope)
+            if not empty:
+                dz.add_(u)
+            empty = False
+        torch.ops.aten.hardshrink.out(dz, LEAST, out=dz)
+        if q is not None:  # both places of a pair are in a tile on the diagonal
+            q[tile.rows] += torch.mul(dz, values, out=more[0]).sum(1).mul_(1 / (3 - len(tile.directions)))
+        _factors_(dz, strip, tile.columns)
+        yield dz

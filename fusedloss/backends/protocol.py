@@ -5,10 +5,11 @@ and `grad_rows` its entry.
 """
 
 # maths.md: Names; Logits; Settle; Gradient of the logits; Contraction; Tally; Symmetric; Folds; Prefixes
+# maths.md: Half of the tiles
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..core.folds import Folded, Part
 from ..core.mask import GuideRule, StripMask
 from ..core.problem import NO_RULE, Problem, RowRule
-from ..core.strips import Patch, Prepared, RowSums, Settled, Softmax, Strip, Tally
+from ..core.strips import Patch, Prepared, RowSums, Settled, Softmax, Strip, Tally, Tile
 
 
 class Wants(NamedTuple):
@@ -119,6 +120,9 @@ class Sweeps(Rows, Protocol):
     def can_fold(self, problem: Problem) -> bool:
         """Whether `fold_rows` replaces `similarities` and a fold in torch; the backend then implements `FoldsRows`."""
 
+    def can_halve(self, problem: Problem) -> bool:
+        """Whether one matrix against itself takes half of the tiles; the backend then implements `Halves`."""
+
     def workspace_dtype(self, problem: Problem) -> torch.dtype: ...
 
     def workspace_copies(self, problem: Problem) -> float:
@@ -185,6 +189,51 @@ class FoldsRows(Sweeps, Protocol):
 
     def fold_rows(self, problem: Problem, strip: Strip, out: Tensor | None, part: Part, score: Tensor) -> Folded:
         """Writes the gradient, if `out`."""
+
+
+class Halves(Sweeps, Protocol):
+    """Computes one matrix against itself by its tiles on and above the diagonal, a chunk's row of tiles at a time.
+
+    Its sums are those of all rows, and their shifts are powers of two: `sum_{j != t} exp(z_ij) = total * 2**shift`.
+    """
+
+    def half_start(self, problem: Problem) -> RowSums:
+        """Returns the sums of no tiles."""
+
+    def half_stats(
+        self,
+        problem: Problem,
+        strip: Strip,
+        tiles: list[Tile],
+        sums: RowSums,
+        tally: Tally | None = None,
+        score: Tensor | None = None,
+    ) -> None:
+        """Adds each tile to the sums, and to the tally, of its rows and of its columns."""
+
+    def half_grad(
+        self, problem: Problem, strip: Strip, tiles: list[Tile], rows: Softmax, entry: Tensor, q: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """Yields `dz_ij + dz_ji` of each tile, `entry` at the targets; adds to q what `grad_rows` returns."""
+
+    def half_sides_start(self, problem: Problem) -> list[RowSums]:
+        """Returns the log-sum-exps of no tiles: positives' and negatives', with shifts of the natural exponent."""
+
+    def half_sides(
+        self, problem: Problem, strip: Strip, tiles: list[Tile], part: Part, sums: Sequence[RowSums]
+    ) -> None:
+        """Adds each tile to the log-sum-exps of its rows and of its columns; rows are sorted by label."""
+
+    def half_sides_grad(
+        self,
+        problem: Problem,
+        strip: Strip,
+        tiles: list[Tile],
+        part: Part,
+        sides: Sequence[Softmax],
+        q: Tensor | None = None,
+    ) -> Iterator[Tensor]:
+        """Yields each tile's gradient by the similarities of both places; adds `sum dv_ij v_ij` to q."""
 
 
 class Admits(Sweeps, Protocol):

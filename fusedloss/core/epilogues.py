@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .folds import FOLDS
+from .folds import FOLDS, SIDES
 
 OPTIONS = ("masks", "softcap", "tally")  # branches of an epilogue; tally: also smoothing with a share for each row
 
@@ -42,6 +42,8 @@ EPILOGUES: dict[str, Epilogue] = {
         Epilogue("stored", ("exp_rows_and_columns", "weigh"), "E", True, "E, then dz", ("masks", "softcap")),
         Epilogue("grad", ("grad_rows",), "q", stores="gain * dz", options=OPTIONS),
         Epilogue("grad+columns", ("grad_rows",), "q", True, "gain * dz", ("masks", "softcap")),
+        Epilogue("half", ("half_stats", "half_grad"), _NORMALISER, True, "dz_ij + dz_ji", ("tally",)),
+        Epilogue("half+sides", ("half_sides", "half_sides_grad"), SIDES, True, "dloss/dvalue of both places"),
         Epilogue("top", ("top_rows",), "maximum and its column", options=("masks", "softcap")),
         Epilogue("guide", ("guide_room", "guide_rows", "guide_scores"), stores="one bit a column: dropped or not"),
         Epilogue("similarities", ("similarities",), stores="similarities"),

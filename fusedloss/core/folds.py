@@ -282,6 +282,27 @@ def sup_con_in_row(pull: LogSum, push: LogSum, scalars: Scalars, options: Option
     return Sides(softplus(z), -slope, slope)
 
 
+class Weighed(NamedTuple):
+    """Rows of a loss of two log-sum-exps; pull and push `[R]` multiply a softmax and its logit's derivative."""
+
+    folded: Folded
+    pull: Tensor
+    push: Tensor
+
+
+class Sided(NamedTuple):
+    """A loss of two log-sum-exps in pieces, for tiles that hold no whole row. `pulls`: positives, or negatives."""
+
+    logits: Callable[[Tensor, Scalars, Options, bool, Tensor], Tensor | float]  # writes them; returns the derivative
+    ends: Callable[[Options, float | None, bool], tuple[float, float] | None]  # of logits of cosines, with their scale
+    rows: Callable[[LogSum, LogSum, Tensor, Part, Scalars, Options], Weighed]  # of the numbers of positives, too
+
+
+def _weighed(sides: Sides, part: Part, count: Tensor | None) -> Weighed:
+    pull, push = (_weighted(side, part) for side in (sides.pull, sides.push))
+    return Weighed(Folded(_weighted(sides.loss, part), count), pull, push)
+
+
 # Multi-similarity -----------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +318,26 @@ def multi_similarity(values: Tensor, part: Part, scalars: Scalars, options: Opti
         pushed.mul_((beta * sides.push)[:, None]).addcmul_(pulled, (alpha * sides.pull)[:, None], value=-1)
         _weigh_(pushed, part)
     return Folded(_weighted(sides.loss, part), None)
+
+
+def _multi_similarity_logits(
+    values: Tensor, scalars: Scalars, options: Options, pulls: bool, out: Tensor
+) -> Tensor | float:
+    alpha, beta, base = options
+    slope = -alpha if pulls else beta
+    torch.sub(values, base, out=out).mul_(slope)
+    return slope
+
+
+def _multi_similarity_ends(options: Options, scale: float | None, pulls: bool) -> tuple[float, float]:
+    alpha, beta, base = options
+    return (-alpha * (1 - base), alpha * (1 + base)) if pulls else (-beta * (1 + base), beta * (1 - base))
+
+
+def _multi_similarity_rows(
+    pull: LogSum, push: LogSum, number: Tensor, part: Part, scalars: Scalars, options: Options
+) -> Weighed:
+    return _weighed(multi_similarity_row(pull, push, scalars, options), part, None)
 
 
 def multi_similarity_formula(
@@ -358,6 +399,30 @@ def circle(values: Tensor, part: Part, scalars: Scalars, options: Options, gradi
     return Folded(loss, _counted(loss > 0, values, part))
 
 
+def _circle_logits(values: Tensor, scalars: Scalars, options: Options, pulls: bool, out: Tensor) -> Tensor | float:
+    m, gamma = options
+    if pulls:
+        slope = (values - (1 + m)).clamp_max_(0).mul_(gamma)
+        torch.sub(values, 1 - m, out=out).mul_(slope)
+    else:
+        slope = (values + m).clamp_min_(0).mul_(gamma)
+        torch.sub(values, m, out=out).mul_(slope)
+    return slope
+
+
+def _circle_ends(options: Options, scale: float | None, pulls: bool) -> tuple[float, float]:
+    """The least is at a parabola's vertex; the largest is at one of the cosines -1 and 1."""
+    m, gamma = options
+    ends = [max(0.0, 1 + m - v) * (1 - m - v) if pulls else max(0.0, v + m) * (v - m) for v in (-1.0, 1.0)]
+    return -gamma * m * m, gamma * max(0.0, *ends)
+
+
+def _circle_rows(pull: LogSum, push: LogSum, number: Tensor, part: Part, scalars: Scalars, options: Options) -> Weighed:
+    found = _weighed(circle_row(pull, push, scalars, options), part, None)
+    loss = found.folded.loss
+    return found._replace(folded=Folded(loss, _counted(loss > 0, loss, part)))
+
+
 def circle_formula(values: Tensor, part: Part, scalars: Scalars, options: Options) -> tuple[Tensor, Tensor | None]:
     m, gamma = options
     positive, negative = _relations(values, part)
@@ -392,6 +457,23 @@ def sup_con_in(values: Tensor, part: Part, scalars: Scalars, options: Options, g
     torch.mul(dz, values, out=pulled).masked_fill_((part.weight == 0)[:, None], 0)
     torch.mul(dz, scale, out=values)
     return Folded(loss, None, (_added(pulled),))
+
+
+def _sup_con_in_logits(values: Tensor, scalars: Scalars, options: Options, pulls: bool, out: Tensor) -> Tensor | float:
+    torch.mul(values, scalars[0], out=out)
+    return scalars[0]
+
+
+def _sup_con_in_ends(options: Options, scale: float | None, pulls: bool) -> tuple[float, float] | None:
+    return None if scale is None else (-scale, scale)
+
+
+def _sup_con_in_rows(
+    pull: LogSum, push: LogSum, number: Tensor, part: Part, scalars: Scalars, options: Options
+) -> Weighed:
+    part = part._replace(weight=part.weight.masked_fill(number == 0, 0))
+    sides = sup_con_in_row(pull, push, scalars, options)
+    return _weighed(sides._replace(loss=sides.loss + number.to(sides.loss.dtype).log_()), part, None)
 
 
 def sup_con_in_formula(values: Tensor, part: Part, scalars: Scalars, options: Options) -> tuple[Tensor, Tensor | None]:
@@ -548,4 +630,12 @@ FOLDS: dict[str, Forms] = {
     "batch_all": Forms(batch_all, batch_all_formula, ROW),
     "semi_hard": Forms(semi_hard, semi_hard_formula, ROW),
     "distill": Forms(distill, distill_formula, ROW),
+}
+
+
+# Those that a tile can be a part of, for one matrix against itself.
+SIDED: dict[str, Sided] = {
+    "multi_similarity": Sided(_multi_similarity_logits, _multi_similarity_ends, _multi_similarity_rows),
+    "circle": Sided(_circle_logits, _circle_ends, _circle_rows),
+    "sup_con_in": Sided(_sup_con_in_logits, _sup_con_in_ends, _sup_con_in_rows),
 }

@@ -33,6 +33,20 @@ class Strip(NamedTuple):
     onednn: int = 0  # see `products.Chosen.sim`
 
 
+class Tile(NamedTuple):
+    """A tile on or above the diagonal of one matrix against itself."""
+
+    rows: slice
+    columns: slice
+    room: Tensor | None = None  # [rows, columns], keeps its logits or exponentials from the statistics to the gradient
+
+    @property
+    def directions(self) -> list[tuple[slice, int]]:
+        """The parts of the matrix that it has sums for, with the dimension to sum over: its rows, and its columns as
+        rows of the other half. On the diagonal both are one."""
+        return [(self.rows, 1)] if self.rows == self.columns else [(self.rows, 1), (self.columns, 0)]
+
+
 class Tally(NamedTuple):
     """Counts of a row's admissible negatives, for statistics and smoothing; zeros and -inf at first."""
 

@@ -87,7 +87,7 @@ def sup_con(
         counts = (others > 0).to(scale.dtype)
         if form == "in":
             fold = Fold("sup_con_in", labels=(labels, labels), itself=True)
-            problem = fold_problem([x], scale, counts, fold, call, cosine=True)
+            problem = replace(fold_problem([x], scale, counts, fold, call, cosine=True), scale_bound=scale_bound)
         else:
             problem = _log_sum_exp(x, counts, scale, scale_bound, call)
         return call.request(f"sup_con {form}, scale {scale_bound}", problem)

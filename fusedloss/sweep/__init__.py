@@ -30,6 +30,7 @@ from .gradients import Gradients, gemm_dtype
 from .inputs import Elsewhere, Inputs, part
 from .prefixes import sweep_prefixes
 from .smoothing import Smoothing
+from .triangle import Triangle, disordered, halved, ordered
 
 __all__ = ["Elsewhere", "Partial", "Result", "Wants", "run", "top_rows", "workspace_shape"]
 
@@ -45,7 +46,13 @@ def run(problem: Problem, backend: Sweeps, wants: Wants) -> Result:
 
 
 def _swept(problem: Problem, backend: Sweeps, wants: Wants) -> Result:
-    return _Sweep(problem, backend, wants).run()
+    half = halved(problem, backend)
+    if half is None:
+        return _Sweep(problem, backend, wants).run()
+    if half.fold is None:
+        return _Sweep(half, backend, wants, half=True).run()
+    half, order = ordered(half)
+    return disordered(_Sweep(half, backend, wants, half=True).run(), order)
 
 
 def _prefixed(problem: Problem, backend: Sweeps, wants: Wants) -> Result:
@@ -84,8 +91,10 @@ class _Sweep:
         wants: Wants,
         elsewhere: Elsewhere | None = None,
         into: Mapping[int, Tensor] | None = None,
+        half: bool = False,
     ):
-        """into: see `Gradients`."""
+        """into: see `Gradients`. half: whether `halved` has returned the problem."""
+        self.half = half
         self.problem, self.backend, self.wants = problem, backend, wants
         self.inputs = Inputs(problem, backend, wants.scale, elsewhere)
         self.admission = Admission(self.inputs, elsewhere)
@@ -101,9 +110,11 @@ class _Sweep:
         if not problem.rows and not (problem.symmetric and problem.ranks):
             losses = torch.empty_like(problem.weight)
         elif problem.fold is not None:
-            losses, counted = self._folded()
+            losses, counted = Triangle(self).fold() if self.half else self._folded()
         elif problem.symmetric:
             losses = self._symmetric()
+        elif self.half:
+            losses = Triangle(self).softmax()
         elif self.wants.any:
             losses = self._one_directional()
         else:
@@ -144,7 +155,7 @@ class _Sweep:
         """Writes E = exp(z - shift) to the workspace; weight / l is folded into the operands of the two GEMMs."""
         inputs, gradients = self.inputs, self.gradients
         strips, target_sim = self.admission.strips(chunk), part(inputs.target_sim, chunk)
-        sums, q = self.backend.exp_rows(self.problem, strips, outs, target_sim, *self._counts(chunk))
+        sums, q = self.backend.exp_rows(self.problem, strips, outs, target_sim, *self.counts(chunk))
         queries = gradients.queries(chunk)
         rows = inputs.settle(
             chunk,
@@ -181,7 +192,7 @@ class _Sweep:
     def _stats(self, chunk: slice, strips: list[Strip]) -> tuple[Settled, Tensor | None]:
         """Returns the rows' losses, and what smoothing subtracts from each admissible entry if rows differ in it."""
         inputs = self.inputs
-        sums = self.backend.stats_rows(strips, *self._counts(chunk))
+        sums = self.backend.stats_rows(strips, *self.counts(chunk))
         if not self.by_row_smoothing or self.tally is None:
             return inputs.settle(chunk, sums), None
         count, *_, z, sim = (rows_of(t, chunk) for t in self.tally)
@@ -196,7 +207,8 @@ class _Sweep:
             self.gradients.add_scale(spread * target_sim - smooth * (sim + target_sim))
         return rows._replace(loss=loss), smooth
 
-    def _counts(self, chunk: slice) -> tuple[Tally | None, Tensor | None]:
+    def counts(self, chunk: slice) -> tuple[Tally | None, Tensor | None]:
+        """Returns the chunk's part of the tally, and the logits above which columns rank before the targets."""
         if self.tally is None:
             return None, None
         score = self.inputs.prepared.score.to(self.inputs.dtype)
@@ -229,7 +241,7 @@ class _Sweep:
         columns: RowSums | None = None
         found = []
         for chunk in self.admission.stats_chunks():
-            sums, more = backend.stats_rows_and_columns(self.admission.strips(chunk)[0], *self._counts(chunk))
+            sums, more = backend.stats_rows_and_columns(self.admission.strips(chunk)[0], *self.counts(chunk))
             found.append(inputs.settle(chunk, sums, weight)[:4])
             if chunk.stop - chunk.start == problem.rows and ranks is None:
                 columns = more

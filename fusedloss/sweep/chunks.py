@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -70,6 +71,20 @@ def _properties(device: torch.device):
 def workspace(problem: Problem, backend: Sweeps) -> Tensor:
     shape, dtype = workspace_shape(problem, backend)
     return fresh(problem.scale, shape, dtype)
+
+
+def half_sides(problem: Problem, backend: Sweeps) -> tuple[int, int]:
+    """Returns the side of a square tile, and the number of tiles that the workspace has room for beside two of them."""
+    dtype, D = backend.workspace_dtype(problem), problem.operands[0].shape[1]
+    copies = max(2, math.ceil(backend.workspace_copies(problem)))
+    side = chunk_rows(problem.rows, CPU_ROWS * copies, D, dtype.itemsize, problem.device, problem.workspace_bytes)
+    budget = checks.budget(problem.workspace_bytes)[1] or CPU_BYTES
+    return side, max(0, budget // (side * side * dtype.itemsize) - copies)
+
+
+def rooms(problem: Problem, backend: Sweeps, count: int, side: int) -> Iterator[Tensor]:
+    """Returns `count` parts of the workspace, each for a tile."""
+    return iter(fresh(problem.scale, (count, side * side), backend.workspace_dtype(problem)).unbind(0))
 
 
 def of_blocks(problem: Problem, workspace: Tensor, chunk: slice) -> list[Tensor]:

@@ -15,6 +15,7 @@ from ..core.numerics import NORM_EPS, rows_of, saved_dtype, slices, wide_dtype
 from ..core.problem import Problem
 from ..core.products import add_mm, mm
 from ..core.rows import fresh, largest_finite, power_of_two
+from ..core.strips import Tile
 from . import chunks
 from .inputs import Inputs, part
 
@@ -106,6 +107,16 @@ class Gradients:
         for dx in self.operands:
             if dx is not None:
                 dx.end_chunk(chunk, over_l)
+
+    def add_tile(self, tile: Tile, values: Tensor) -> None:
+        """`dx[rows] += W @ x[columns]` and, off the diagonal, `dx[columns] += W.T @ x[rows]`, of the one operand."""
+        number = self.problem.blocks[0].query
+        x, gradient, dtype = self.inputs.operands[number], self.operands[number], gemm_dtype(self.problem, values.dtype)
+        if gradient is None:
+            return
+        values, total = values.to(dtype), gradient.accumulator()
+        for (own, dim), other in zip(tile.directions, (tile.columns, tile.rows), strict=False):
+            add_mm(total[own], values if dim else values.T, x[other].to(dtype))
 
     def undo_gain(self) -> None:
         """Divides the biases' gradients by the gain and the columns' factors."""

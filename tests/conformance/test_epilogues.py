@@ -78,6 +78,8 @@ CHECKS: dict[str, Any] = {
     "stored": checks.check_stored,
     "grad": lambda backend, strip: _grad(backend, strip, False),
     "grad+columns": lambda backend, strip: _grad(backend, strip, True),
+    "half": checks.check_half,
+    "half+sides": checks.check_half_sides,
     "top": checks.check_top,
     "guide": checks.check_guide,
     "similarities": checks.check_similarities,
@@ -89,6 +91,8 @@ def _tally(backend: Any, name: str, strip: Strip) -> None:
     if name == "grad":
         smooth = torch.rand(len(strip.x), device=strip.x.device) / 8
         checks.check_grad(backend, [strip], smooth=smooth)
+    elif name == "half":
+        checks.check_half_tally(backend, strip)
     else:
         checks.check_tally(backend, name, strip)
 
@@ -111,7 +115,7 @@ def test_every_row_has_a_case():
 def test_every_primitive_has_a_row():
     """A method of the protocols that takes more than the problem computes something; the others are questions."""
     found = set()
-    for kind in (protocol.Rows, protocol.Sweeps, protocol.Stores, protocol.FoldsRows, protocol.Admits):
+    for kind in (protocol.Rows, protocol.Sweeps, protocol.Stores, protocol.FoldsRows, protocol.Halves, protocol.Admits):
         for name, method in vars(kind).items():
             if not name.startswith("_") and list(inspect.signature(method).parameters) != ["self", "problem"]:
                 found.add(name)

@@ -27,9 +27,12 @@ from torch import Tensor
 
 from fusedloss.backends import chunked
 from fusedloss.backends.triton.config import Config
+from fusedloss.core.folds import SIDED
 from fusedloss.core.mask import Compare, GuideRule, Mask, StripMask
+from fusedloss.core.numerics import slices
 from fusedloss.core.problem import Block, Fold, Problem
-from fusedloss.core.strips import Patch, RowSums, Strip, Tally
+from fusedloss.core.rows import fold_part
+from fusedloss.core.strips import Patch, RowSums, Softmax, Strip, Tally, Tile
 
 SCALE = 3.0
 FENCE = -777.0  # around what a kernel may write
@@ -378,6 +381,113 @@ def check_grad(
             for t, e in ((v * bend(z, strip), entry), (s * bend_room(z, strip), entry.abs()))
         )
         assert_stored(out, value, buffer, magnitude)
+
+
+# One matrix against itself --------------------------------------------------------------------------------------------
+
+
+def of_itself(strip: Strip, side: int = 16) -> tuple[Strip, list[list[Tile]]]:
+    """The strip's columns against themselves, row i and row N - 1 - i each other's target; and its rows of tiles."""
+    own = torch.arange(len(strip.y), device=strip.y.device)
+    whole = Strip(strip.y, strip.y, strip.scale, strip.col_factor, strip.col_factor, None, own.flip(0))
+    grid = list(slices(len(own), side))
+    return whole._replace(mask=StripMask(skip=own)), [[Tile(a, b) for b in grid[i:]] for i, a in enumerate(grid)]
+
+
+def _of_chunk(strip: Strip, tiles: list[Tile]) -> Strip:
+    rows = tiles[0].rows
+    factor = None if strip.row_factor is None else strip.row_factor[rows]
+    mask = None if strip.mask is None else strip.mask.rows(rows)
+    target = None if strip.target is None else strip.target[rows]
+    return strip._replace(x=strip.x[rows], row_factor=factor, target=target, mask=mask)
+
+
+def _both_places(tiles: list[list[Tile]], found: list[Tensor], count: int) -> Tensor:
+    """The whole matrix of what is found in its tiles."""
+    whole = found[0].new_full((count, count), math.nan)
+    for tile, values in zip((t for row in tiles for t in row), found, strict=True):
+        whole[tile.columns, tile.rows], whole[tile.rows, tile.columns] = values.T, values
+    return whole
+
+
+def check_half(backend: Any, strip: Strip) -> None:
+    """With a shift known to be safe and without, and with the gradient by the scale."""
+    strip, tiles = of_itself(strip)
+    sims, z = formula(strip)
+    for bound, with_q in ((SCALE, False), (50.0, False), (None, False), (None, True)):
+        problem = problem_of(strip, bound)
+        sums = backend.half_start(problem)
+        for row in tiles:
+            backend.half_stats(problem, _of_chunk(strip, row), row, sums)
+        assert_lse(RowSums(sums.shift.double() * math.log(2), sums.total), z)
+        shift = torch.where(sums.shift == -torch.inf, 0, sums.shift)
+        softmax = direction(z, with_q, wild=False)
+        entry = torch.rand(len(z), device=z.device) / 4
+        entry = entry + entry.flip(0)
+        weight = softmax.weight / torch.exp2(shift - softmax.shift / math.log(2))
+        q = torch.zeros_like(weight, dtype=torch.float64) if with_q else None
+        given = Softmax(shift, weight, softmax.target_sim)
+        found = []
+        for row in tiles:
+            found += [v.clone() for v in backend.half_grad(problem, _of_chunk(strip, row), row, given, entry, q)]
+        dz, terms = grad_formula(z, sims, Softmax(shift.double() * math.log(2), weight.double(), softmax.target_sim))
+        size = factored(with_entry(dz.abs() + dz.T.abs(), entry, strip), strip).abs()
+        wanted = factored(with_entry(dz + dz.T, entry, strip), strip)
+        assert_near(_both_places(tiles, found, len(z)), wanted, magnitude=size)
+        if q is not None:
+            assert_near(q.sum(), terms.sum(), magnitude=terms.abs().sum() + weight.abs().sum())
+
+
+def check_half_tally(backend: Any, strip: Strip) -> None:
+    strip, tiles = of_itself(strip)
+    z = formula(strip)[1]
+    score = z.masked_fill(z == -torch.inf, 0).mean(1).float() + 1e-3
+    tally, problem = Tally.empty(len(z), strip.scale), problem_of(strip)
+    for row in tiles:
+        backend.half_stats(problem, _of_chunk(strip, row), row, backend.half_start(problem), tally, score)
+    assert torch.equal(tally.admitted, (z > -torch.inf).sum(1).float())
+    assert torch.equal(tally.above, (z > score[:, None]).sum(1).float())
+    assert_near(tally.maximum, z.amax(1), magnitude=1.0)
+
+
+def check_half_sides(backend: Any, strip: Strip) -> None:
+    """Each fold's log-sum-exps, and their gradient by what each would have."""
+    strip, tiles = of_itself(strip._replace(scale=torch.ones_like(strip.scale)))
+    strip = strip._replace(target=None, mask=None)
+    values, _ = formula(strip)
+    labels = torch.arange(len(values), device=values.device) // 5
+    for name, options in (("multi_similarity", (2.0, 9.0, 0.5)), ("circle", (0.4, 8.0)), ("sup_con_in", ())):
+        fold = Fold(name, options, labels=(labels, labels), itself=True)
+        problem = problem_of(strip, None, fold)
+        part, sums = fold_part(problem, slice(0, len(values))), backend.half_sides_start(problem)
+        for row in tiles:
+            backend.half_sides(problem, _of_chunk(strip, row), row, part, sums)
+        same = (labels[:, None] == labels) & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+        others = labels[:, None] != labels
+        wanted, sides = torch.zeros_like(values), []
+        for members, pulls, (shift, total) in zip((same, others), (True, False), sums, strict=True):
+            u = torch.empty_like(values)
+            slope = SIDED[name].logits(values, (strip.scale.double(),), options, pulls, u)
+            u = u.masked_fill(~members, -torch.inf)
+            assert_lse(RowSums(shift, total), u)
+            shift = torch.where(shift == -torch.inf, 0, shift)
+            weight = torch.rand(len(u), device=u.device) / total.masked_fill(total == 0, 1)
+            sides.append(Softmax(shift, weight, None))
+            dz = torch.exp(u - shift.double()[:, None]) * weight.double()[:, None] * slope
+            wanted += dz + dz.T
+        q = torch.zeros_like(wanted[0])
+        found = []
+        for row in tiles:
+            given = _of_chunk(strip, row)
+            found += [v.clone() for v in backend.half_sides_grad(problem, given, row, part, sides, q)]
+        terms = wanted * values / 2
+        assert_near(_both_places(tiles, found, len(values)), factored(wanted, strip), magnitude=_size(wanted, strip))
+        assert_near(q.sum(), terms.sum(), magnitude=terms.abs().sum())
+
+
+def _size(values: Tensor, strip: Strip) -> Tensor:
+    """Of a row's entries the largest: positives' and negatives' parts may cancel."""
+    return factored(values.abs().amax().expand_as(values), strip)
 
 
 # Without a softmax ----------------------------------------------------------------------------------------------------

@@ -69,6 +69,10 @@ def workspace_copies(problem: Problem) -> float:
     return FOLD_COPIES if problem.fold is not None and not can_fold(problem) else 1
 
 
+def can_halve(problem: Problem) -> bool:
+    return False  # no scheduler walks a triangle of tiles
+
+
 def workspace_dtype(problem: Problem) -> torch.dtype:
     """Returns the workspace's dtype; folds in torch take similarities in fp32."""
     return stats_dtype(problem.dtype) if problem.fold is not None and not can_fold(problem) else problem.dtype

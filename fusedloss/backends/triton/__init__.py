@@ -59,6 +59,10 @@ def workspace_copies(problem: Problem) -> float:
     return FOLD_COPIES if problem.fold is not None else 1
 
 
+def can_halve(problem: Problem) -> bool:
+    return False  # no scheduler walks a triangle of tiles
+
+
 def workspace_dtype(problem: Problem) -> torch.dtype:
     return problem.dtype if problem.fold is None else stats_dtype(problem.dtype)  # folds see the similarities
 

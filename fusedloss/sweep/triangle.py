@@ -1,0 +1,182 @@
+"""One matrix against itself: half of the tiles, each for its rows and for its columns.
+
+`S = X X^T` is symmetric. A tile `S_IJ` on or above the diagonal adds to the sums of the rows I, and by its columns to
+those of the rows J. Its gradient is that of both places, `W_IJ = dz_IJ + dz_JI^T`: `dX_I += W_IJ X_J` and
+`dX_J += W_IJ^T X_I`. That is 4 MND instead of 6.
+"""
+
+# maths.md: Half of the tiles
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from ..backends.protocol import Halves, Result, Sweeps
+from ..core.folds import SIDED, LogSum
+from ..core.mask import Mask
+from ..core.numerics import LOG2E, group_numbers, row_numbers, slices, wide_dtype
+from ..core.problem import Problem
+from ..core.rows import fold_part, fold_scalars
+from ..core.strips import RowSums, Softmax, Strip, Tile
+from . import chunks
+
+if TYPE_CHECKING:
+    from . import _Sweep
+
+
+def halved(problem: Problem, backend: Sweeps) -> Problem | None:
+    """Returns the problem whose sweep takes half of the tiles, or None: the one place that decides it.
+
+    The logits must be symmetric, with their masks, and the targets of rows that count mutual: row i is the target of
+    its target. A margin and a guide have a threshold by row, and smoothing over masked rows a share by row. A backend
+    that halves may read values.
+    """
+    block, *others = problem.blocks
+    if others or block.query != block.key or problem.rows == 0 or not backend.can_halve(problem):
+        return None
+    if block.bias is not None or block.penalty or block.own_penalty or problem.softcap or any(problem.margin):
+        return None
+    if problem.symmetric or problem.ranks is not None or problem.prefixes or problem.top or problem.smooths_by_row:
+        return None
+    if problem.fold is not None:
+        labels = problem.fold.labels
+        plain = problem.fold.itself and not problem.fold.distance
+        return problem if plain and labels is not None and _same(*labels) else None
+    own = row_numbers(problem.rows, problem.target)
+    target = problem.target.masked_fill(problem.weight == 0, -1)
+    mutual = (target < 0) | (target[target.clamp(min=0)] == own)
+    if not bool(mutual.all()) or not _symmetric(block.mask, own):
+        return None
+    return replace(problem, target=target)
+
+
+def _symmetric(mask: Mask, own: Tensor) -> bool:
+    if mask.margin is not None or mask.guide is not None:
+        return False
+    if mask.skip is not None and not torch.equal(mask.skip, own):
+        return False
+    if not all(_same(c.rows, c.keys) for c in mask.compare):
+        return False
+    if mask.dense is None:
+        return True
+    parts = list(slices(len(own), chunks.CPU_ROWS))
+    return all(torch.equal(mask.dense[a, b], mask.dense[b, a].T) for i, a in enumerate(parts) for b in parts[i:])
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or torch.equal(a, b)
+
+
+def ordered(problem: Problem) -> tuple[Problem, Tensor]:
+    """Returns a halved fold's problem with rows sorted by label, and their numbers: positives meet in few tiles."""
+    fold = problem.fold
+    assert fold is not None and fold.labels is not None
+    labels, order = fold.labels[0].sort(stable=True)
+    fold = replace(fold, labels=(labels, labels))
+    operands = (problem.operands[0][order],)
+    return replace(problem, operands=operands, weight=problem.weight[order], fold=fold), order
+
+
+def disordered(result: Result, order: Tensor) -> Result:
+    """Returns the result of the rows as they were."""
+
+    def back(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.empty_like(x).index_copy_(0, order, x)
+
+    rows, counted = back(result.rows), [back(x) for x in result.counted]
+    return result._replace(rows=rows, operands=tuple(back(g) for g in result.operands), counted=counted)
+
+
+class Triangle:
+    """The tiles on and above the diagonal, and the walk over them."""
+
+    def __init__(self, sweep: _Sweep):
+        self.sweep, self.problem, self.inputs = sweep, sweep.problem, sweep.inputs
+        self.backend = cast(Halves, sweep.backend)
+        self.tiles = self._tiles()
+
+    def _tiles(self) -> list[list[Tile]]:
+        """Returns each chunk's row of tiles. The last tiles keep their logits, as many as the workspace holds."""
+        problem, rows = self.problem, self.problem.rows
+        chunks.workspace_shape(problem, self.backend)  # raises if the budget does not allow a row
+        side, most = chunks.half_sides(problem, self.backend)
+        grid = list(slices(rows, side))
+        count = len(grid) * (len(grid) + 1) // 2
+        keeps = any(self.sweep.wants.operands) and (problem.fold is not None or not self.sweep.wants.scale)
+        most = min(most, count) if keeps else 0
+        rooms = chunks.rooms(problem, self.backend, most, side)
+        tiles, skipped = [], count - most
+        for i, chunk in enumerate(grid):
+            tiles.append([])
+            for columns in grid[i:]:
+                room = next(rooms) if skipped <= 0 else None
+                skipped -= 1
+                if room is not None:
+                    shape = chunk.stop - chunk.start, columns.stop - columns.start
+                    room = room[: shape[0] * shape[1]].view(shape)
+                tiles[-1].append(Tile(chunk, columns, room))
+        return tiles
+
+    def _strips(self) -> Iterator[tuple[list[Tile], Strip]]:
+        for tiles in self.tiles:
+            yield tiles, self.sweep.admission.strips(tiles[0].rows)[0]
+
+    def _terms(self) -> Tensor:
+        """Returns the rows' terms of the gradient by the scale, of no tiles."""
+        weight = self.problem.weight
+        return torch.zeros_like(weight, dtype=wide_dtype(weight.device, weight.dtype))
+
+    def softmax(self) -> Tensor:
+        """Returns the losses of a softmax over each row, and adds the gradients."""
+        problem, backend, inputs, sweep = self.problem, self.backend, self.inputs, self.sweep
+        sums = backend.half_start(problem)
+        counts = sweep.counts(slice(0, problem.rows))
+        for tiles, strip in self._strips():
+            backend.half_stats(problem, strip, tiles, sums, *counts)
+        exponent, total = cast(Tensor, sums.shift), sums.total
+        exponent = exponent.masked_fill(exponent == -torch.inf, 0)
+        # In fp64, where the device has it: rounded, it would differ from the shift that was subtracted.
+        shift = exponent.to(wide_dtype(exponent.device, exponent.dtype)) / LOG2E
+        rows = inputs.settle(slice(0, problem.rows), RowSums(shift, total))
+        if not sweep.wants.any:
+            return rows.loss
+        target, entry = problem.target, rows.entry
+        entry = entry + entry[target.clamp(min=0)]  # of both places; nothing reads it where a row has no target
+        softmax = Softmax(exponent, rows.weight, inputs.target_sim)
+        q = self._terms() if inputs.target_sim is not None else None
+        for tiles, strip in self._strips():
+            for tile, values in zip(tiles, backend.half_grad(problem, strip, tiles, softmax, entry, q), strict=True):
+                sweep.gradients.add_tile(tile, values)
+        sweep.gradients.add_scale(q)
+        return rows.loss
+
+    def fold(self) -> tuple[Tensor, list[Tensor]]:
+        """Returns the losses of two log-sum-exps of each row, and what they count; adds the gradients."""
+        problem, backend, sweep, fold = self.problem, self.backend, self.sweep, self.problem.fold
+        assert fold is not None and fold.labels is not None
+        part, scalars = fold_part(problem, slice(0, problem.rows)), fold_scalars(problem)
+        sums = backend.half_sides_start(problem)
+        for tiles, strip in self._strips():
+            backend.half_sides(problem, strip, tiles, part, sums)
+        shifts = [cast(Tensor, shift).masked_fill(shift == -torch.inf, 0) for shift, _ in sums]
+        pull, push = (LogSum(shift, total.log()) for shift, (_, total) in zip(shifts, sums, strict=True))
+        classes = group_numbers(fold.labels[0])
+        number = torch.zeros_like(classes).index_add_(0, classes, torch.ones_like(classes))[classes] - 1
+        rows = SIDED[fold.name].rows(pull, push, number, part, scalars, fold.options)
+        if sweep.wants.any:
+            totals = [total.masked_fill(total == 0, 1) for _, total in sums]
+            sides = [Softmax(s, w / t, None) for s, w, t in zip(shifts, (rows.pull, rows.push), totals, strict=True)]
+            q = self._terms() if sweep.wants.scale else None
+            for tiles, strip in self._strips():
+                found = backend.half_sides_grad(problem, strip, tiles, part, sides, q)
+                for tile, values in zip(tiles, found, strict=True):
+                    sweep.gradients.add_tile(tile, values)
+            if q is not None:
+                q /= problem.scale  # dz is the gradient by a similarity
+            sweep.gradients.add_scale(q)
+        return rows.folded.loss, [] if rows.folded.count is None else [rows.folded.count]
