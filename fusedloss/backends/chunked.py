@@ -29,7 +29,7 @@ from ..core.rows import merge as merge
 from ..core.rows import operand as operand
 from ..core.rows import prepare as prepare
 from ..core.rows import settle as settle
-from ..core.strips import Patch, RowSums, Softmax, Strip, Tally, Tile
+from ..core.strips import Extremes, Patch, RowSums, Softmax, Strip, Tally, Tile
 from .shared import LOWEST_EXPONENT, exp_shift
 
 # maths.md: Logits; Masks and thresholds; Softcap; Online log-sum-exp; Gradient of the logits; Gradient by the scale
@@ -43,6 +43,7 @@ FAR = -1e30  # below every logit; its exponential is 0
 # Most bytes of unit copies of the embeddings, which save two passes over every tile and one over the keys for every
 # chunk. They take no more than a bounded workspace does.
 UNIT_BYTES = 32 << 20
+FEW_POSITIVES = 32  # up to this share of a tile's pairs of one label are taken one by one
 LEAST = 2.0**-110  # smaller entries of a gradient would make products denormal, which takes a CPU 2 to 5 times as long
 
 
@@ -721,7 +722,7 @@ def half_grad(
             _admit_(z, strip, tile.columns, LOG2E)
             if known is not None:
                 _powers_(z, known)
-        by_row = rows.map(lambda v, part=tile.rows: v[part, None])
+        by_row = rows.map(operator.itemgetter((tile.rows, None)))
         by_column = rows.map(operator.itemgetter(tile.columns))
         if known is not None:
             dz = z.mul_(torch.add(by_row.weight, by_column.weight, out=dz))
@@ -829,7 +830,7 @@ def half_sides_grad(
         for side in _sides(problem, tile, part):
             u, p, other = dz if empty else more[0], more[1], more[2]
             slope = _side_logits(problem, side, values, u)
-            by_row = sides[side.number].map(lambda v, span=tile.rows: v[span, None])
+            by_row = sides[side.number].map(operator.itemgetter((tile.rows, None)))
             by_column = sides[side.number].map(operator.itemgetter(tile.columns))
             if side.shift is not None:
                 u.mul_(torch.add(by_row.weight, by_column.weight, out=p))
@@ -846,3 +847,34 @@ def half_sides_grad(
             q[tile.rows] += torch.mul(dz, values, out=more[0]).sum(1).mul_(1 / (3 - len(tile.directions)))
         _factors_(dz, strip, tile.columns)
         yield dz
+
+
+def half_tops(problem: Problem, strip: Strip, tiles: list[Tile], nearest: Extremes, farthest: Extremes) -> None:
+    assert strip.mask is not None
+    (compare,) = strip.mask.compare
+    x, buffers = Rows(_rows(strip).x * strip.scale), _half_buffers(strip, 2)
+    for tile in tiles:
+        sim, z = (_view(buffer, len(strip.x), tile.columns) for buffer in buffers)
+        _similarity(strip, x, tile.columns, sim)
+        same = compare.rows[:, None] == compare.keys[tile.columns]
+        few = int(same.sum()) <= same.numel() // FEW_POSITIVES
+        places = same.view(-1).nonzero()[:, 0] if few else None
+        row, column = (0, 0) if places is None else (places // same.shape[1], places % same.shape[1])
+        for span, dim in tile.directions:
+            first = tile.columns.start if dim else tile.rows.start
+            if strip.bias is None:
+                z.copy_(sim)
+            else:
+                torch.add(sim, strip.bias[tile.columns] if dim else strip.bias[tile.rows, None], out=z)
+            if places is not None:
+                i, j = row + tile.rows.start, column + tile.columns.start
+                other, values = i != j, z.view(-1)[places].neg_()
+                i, j = i[other], j[other]
+                farthest.take_few(values[other], *((i, j) if dim else (j, i)))
+                nearest.take(z.view(-1).index_fill_(0, places, -math.inf).view_as(z), span, dim, first)
+                continue
+            nearest.take(torch.where(same, -math.inf, z), span, dim, first)
+            z.neg_().masked_fill_(same.logical_not(), -math.inf)
+            if tile.rows == tile.columns:
+                z.fill_diagonal_(-math.inf)
+            farthest.take(z, span, dim, first)

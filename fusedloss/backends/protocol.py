@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core.folds import Folded, Part
 from ..core.mask import GuideRule, StripMask
 from ..core.problem import NO_RULE, Problem, RowRule
-from ..core.strips import Patch, Prepared, RowSums, Settled, Softmax, Strip, Tally, Tile
+from ..core.strips import Extremes, Patch, Prepared, RowSums, Settled, Softmax, Strip, Tally, Tile
 
 
 class Wants(NamedTuple):
@@ -234,6 +234,11 @@ class Halves(Sweeps, Protocol):
         q: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Yields each tile's gradient by the similarities of both places; adds `sum dv_ij v_ij` to q."""
+
+    def half_tops(
+        self, problem: Problem, strip: Strip, tiles: list[Tile], nearest: Extremes, farthest: Extremes
+    ) -> None:
+        """Takes each row's largest logit of another label, and its smallest one of its own, itself left out."""
 
 
 class Admits(Sweeps, Protocol):

@@ -47,6 +47,40 @@ class Tile(NamedTuple):
         return [(self.rows, 1)] if self.rows == self.columns else [(self.rows, 1), (self.columns, 0)]
 
 
+class Extremes(NamedTuple):
+    """Each row's largest value so far and its column, the first on ties; -inf and -1: none."""
+
+    value: Tensor
+    column: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, like: Tensor) -> Extremes:
+        return cls(like.new_full((rows,), -torch.inf), like.new_full((rows,), -1, dtype=torch.int64))
+
+    def take(self, values: Tensor, part: slice, dim: int, first: int) -> None:
+        """Takes in the values of the rows `part`, whose columns are dimension `dim` and start at `first`.
+
+        Reads places only where a value rises: with torch.max, which finds all of them, this takes 4 times as long.
+        """
+        largest = values.amax(dim)
+        (rising,) = torch.nonzero(largest > self.value[part], as_tuple=True)
+        if len(rising):
+            place = values.index_select(1 - dim, rising).argmax(dim) + first
+            self.value[part].index_copy_(0, rising, largest[rising])
+            self.column[part].index_copy_(0, rising, place)
+
+    def take_few(self, values: Tensor, rows: Tensor, columns: Tensor) -> None:
+        """Takes in the values of single places: of each row the largest, and of equal ones the first."""
+        order = columns.argsort(stable=True)
+        order = order[values[order].argsort(descending=True, stable=True)]
+        order = order[rows[order].argsort(stable=True)]
+        values, rows, columns = values[order], rows[order], columns[order]
+        best = values > self.value[rows]
+        best[1:] &= rows[1:] != rows[:-1]
+        self.value.index_copy_(0, rows[best], values[best])
+        self.column.index_copy_(0, rows[best], columns[best])
+
+
 class Tally(NamedTuple):
     """Counts of a row's admissible negatives, for statistics and smoothing; zeros and -inf at first."""
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..backends import select
-from ..core.mask import Mask
-from ..core.numerics import constant, filled, stats_dtype
+from ..core.mask import Compare, Mask
+from ..core.numerics import constant, filled, row_numbers, stats_dtype
 from ..core.problem import Block, Fold, Problem
 from ..sweep import autograd
 from ._options import Call
@@ -60,10 +60,35 @@ def top(
     bias: Tensor | None = None,
 ) -> Tensor:
     """Returns the column of each row's largest `scale * sim + bias` among those that the mask admits; -1 for none."""
+    problem = _top_problem(operands, scale, mask, call, cosine, bias)
+    return autograd.top_rows(problem, select(problem, call.backend))[1]
+
+
+def opposed(
+    x: Tensor, labels: Tensor, scale: float, call: Call, *, cosine: bool, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns the column of each row's largest `scale * sim + bias` among other labels, and of its smallest among its
+    own, itself left out."""
+    others = Mask((Compare(labels, labels, False),))
+    problem = _top_problem([x], scale, others, call, cosine, bias)
+    found = autograd.opposed_rows(problem, select(problem, call.backend))
+    if found is not None:
+        return found
+    same = Mask((Compare(labels, labels, True),), skip=row_numbers(len(labels), labels))
+    less = None if bias is None else -bias
+    return (
+        top([x], scale, others, call, cosine=cosine, bias=bias),
+        top([x], -scale, same, call, cosine=cosine, bias=less),
+    )
+
+
+def _top_problem(
+    operands: Sequence[Tensor], scale: float, mask: Mask, call: Call, cosine: bool, bias: Tensor | None
+) -> Problem:
     operands = [x.detach() for x in operands]
     rows, device = operands[0].shape[0], operands[0].device
     multiplier = constant(scale, stats_dtype(operands[0].dtype), device)
-    problem = Problem(
+    return Problem(
         operands=tuple(operands),
         blocks=(Block(0, len(operands) - 1, bias, mask),),
         scale=multiplier,
@@ -73,4 +98,3 @@ def top(
         workspace_bytes=call.workspace_bytes,
         top=True,
     )
-    return autograd.top_rows(problem, select(problem, call.backend))[1]

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.mask import Compare, Mask
-from ..core.numerics import constant, row_numbers, stats_dtype
+from ..core.numerics import constant, stats_dtype
 from ..core.problem import Fold
 from ..core.rows import row_chunks
 from ..core.softmax import softplus
 from ..rowwise.pairs import DISTANCES, of_pairs
-from ._folded import fold_loss, fold_problem, top
+from ._folded import fold_loss, fold_problem, opposed
 from ._options import Call, SweepOptions, WorkspaceOptions, expanded
 from ._softmax import of_rows, over
 
@@ -174,11 +173,9 @@ def _hardest(embeddings: Tensor, labels: Tensor, distance: str, call: Call) -> T
     cosine = distance == "cosine"
     # |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y>: the order of the distances of a row does not need |x|^2.
     scale, squares = (1.0, None) if cosine else (2.0, _squares(embeddings))
-    others = Mask((Compare(labels, labels, False),))
-    same = Mask((Compare(labels, labels, True),), skip=row_numbers(len(labels), labels))
-    less = None if squares is None else -squares
-    farthest = top([embeddings], -scale, same, call, cosine=cosine, bias=squares)
-    nearest = top([embeddings], scale, others, call, cosine=cosine, bias=less)
+    nearest, farthest = opposed(
+        embeddings, labels, scale, call, cosine=cosine, bias=None if squares is None else -squares
+    )
     distance_of = DISTANCES[distance]
     positive = of_pairs(distance_of, embeddings, embeddings, farthest).clamp(min=0)
     negative = of_pairs(distance_of, embeddings, embeddings, nearest)

@@ -30,7 +30,7 @@ from .gradients import Gradients, gemm_dtype
 from .inputs import Elsewhere, Inputs, part
 from .prefixes import sweep_prefixes
 from .smoothing import Smoothing
-from .triangle import Triangle, disordered, halved, ordered
+from .triangle import Triangle, disordered, halved, ordered, tops
 
 __all__ = ["Elsewhere", "Partial", "Result", "Wants", "run", "top_rows", "workspace_shape"]
 
@@ -79,6 +79,13 @@ def top_rows(problem: Problem, backend: Sweeps) -> tuple[Tensor, Tensor]:
         found = [backend.top_rows(admission.strips(chunk)) for chunk in admission.stats_chunks()]
     values, columns = zip(*found, strict=True)
     return _joined(values), _joined(columns)
+
+
+@torch.no_grad()
+def opposed_rows(problem: Problem, backend: Sweeps) -> tuple[Tensor, Tensor] | None:
+    """`triangle.tops`, with autocast off."""
+    with torch.autocast(problem.device.type, enabled=False):
+        return tops(problem, backend)
 
 
 class _Sweep:

@@ -94,6 +94,15 @@ def top_rows(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     return sweep.top_rows(problem, SWEEPS[backend])
 
 
+def opposed_rows(problem: Problem, backend: str) -> tuple[Tensor, Tensor] | None:
+    """Returns the columns of each row's largest logit of another label and of its smallest one of its own, from one
+    sweep over half of the tiles; None if the backend has none."""
+    if torch.compiler.is_compiling() or backend not in SWEEPS:
+        return None
+    checks.untransformed(backend)
+    return sweep.opposed_rows(problem, SWEEPS[backend])
+
+
 def execute(
     problem: Problem, how: How, wanted: Sequence[bool], *, traced: bool = False
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:

@@ -22,8 +22,10 @@ from ..core.mask import Mask
 from ..core.numerics import LOG2E, group_numbers, row_numbers, slices, wide_dtype
 from ..core.problem import Problem
 from ..core.rows import fold_part, fold_scalars
-from ..core.strips import RowSums, Softmax, Strip, Tile
+from ..core.strips import Extremes, RowSums, Softmax, Strip, Tile
 from . import chunks
+from .admission import Admission
+from .inputs import Inputs
 
 if TYPE_CHECKING:
     from . import _Sweep
@@ -73,10 +75,15 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def ordered(problem: Problem) -> tuple[Problem, Tensor]:
-    """Returns a halved fold's problem with rows sorted by label, and their numbers: positives meet in few tiles."""
+    """Returns a halved fold's problem with rows sorted by label, and their numbers: positives meet in few tiles.
+
+    Labels come in the order of their first rows, so that the order of sums does not depend on what labels are called.
+    """
     fold = problem.fold
     assert fold is not None and fold.labels is not None
-    labels, order = fold.labels[0].sort(stable=True)
+    classes = group_numbers(fold.labels[0])
+    first = torch.full_like(classes, len(classes)).scatter_reduce_(0, classes, torch.arange(len(classes)), "amin")
+    labels, order = first[classes].sort(stable=True)
     fold = replace(fold, labels=(labels, labels))
     operands = (problem.operands[0][order],)
     return replace(problem, operands=operands, weight=problem.weight[order], fold=fold), order
@@ -85,11 +92,27 @@ def ordered(problem: Problem) -> tuple[Problem, Tensor]:
 def disordered(result: Result, order: Tensor) -> Result:
     """Returns the result of the rows as they were."""
 
-    def back(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.empty_like(x).index_copy_(0, order, x)
+    def back(x: Tensor) -> Tensor:
+        return torch.empty_like(x).index_copy_(0, order, x)
 
-    rows, counted = back(result.rows), [back(x) for x in result.counted]
-    return result._replace(rows=rows, operands=tuple(back(g) for g in result.operands), counted=counted)
+    operands = tuple(None if g is None else back(g) for g in result.operands)
+    return result._replace(rows=back(result.rows), operands=operands, counted=[back(x) for x in result.counted])
+
+
+def tops(problem: Problem, backend: Sweeps) -> tuple[Tensor, Tensor] | None:
+    """Returns the columns of each row's largest logit of another label and of its smallest one of its own; -1: none.
+
+    problem: one matrix against itself, of which a mask drops equal labels. None: the backend does not halve.
+    """
+    if not problem.rows or not backend.can_halve(problem):
+        return None
+    admission, halves = Admission(Inputs(problem, backend, False)), cast(Halves, backend)
+    nearest, farthest = (Extremes.empty(problem.rows, problem.weight) for _ in range(2))
+    grid = list(slices(problem.rows, chunks.stats_rows(problem.device)))
+    for i, rows in enumerate(grid):
+        tiles = [Tile(rows, columns) for columns in grid[i:]]
+        halves.half_tops(problem, admission.strips(rows)[0], tiles, nearest, farthest)
+    return nearest.column, farthest.column
 
 
 class Triangle:
@@ -110,7 +133,8 @@ class Triangle:
         keeps = any(self.sweep.wants.operands) and (problem.fold is not None or not self.sweep.wants.scale)
         most = min(most, count) if keeps else 0
         rooms = chunks.rooms(problem, self.backend, most, side)
-        tiles, skipped = [], count - most
+        tiles: list[list[Tile]] = []
+        skipped = count - most
         for i, chunk in enumerate(grid):
             tiles.append([])
             for columns in grid[i:]:
@@ -163,7 +187,8 @@ class Triangle:
         sums = backend.half_sides_start(problem)
         for tiles, strip in self._strips():
             backend.half_sides(problem, strip, tiles, part, sums)
-        shifts = [cast(Tensor, shift).masked_fill(shift == -torch.inf, 0) for shift, _ in sums]
+        found = [cast(Tensor, shift) for shift, _ in sums]
+        shifts = [shift.masked_fill(shift == -torch.inf, 0) for shift in found]
         pull, push = (LogSum(shift, total.log()) for shift, (_, total) in zip(shifts, sums, strict=True))
         classes = group_numbers(fold.labels[0])
         number = torch.zeros_like(classes).index_add_(0, classes, torch.ones_like(classes))[classes] - 1
@@ -173,8 +198,8 @@ class Triangle:
             sides = [Softmax(s, w / t, None) for s, w, t in zip(shifts, (rows.pull, rows.push), totals, strict=True)]
             q = self._terms() if sweep.wants.scale else None
             for tiles, strip in self._strips():
-                found = backend.half_sides_grad(problem, strip, tiles, part, sides, q)
-                for tile, values in zip(tiles, found, strict=True):
+                gradients = backend.half_sides_grad(problem, strip, tiles, part, sides, q)
+                for tile, values in zip(tiles, gradients, strict=True):
                     sweep.gradients.add_tile(tile, values)
             if q is not None:
                 q /= problem.scale  # dz is the gradient by a similarity

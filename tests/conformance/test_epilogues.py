@@ -80,6 +80,7 @@ CHECKS: dict[str, Any] = {
     "grad+columns": lambda backend, strip: _grad(backend, strip, True),
     "half": checks.check_half,
     "half+sides": checks.check_half_sides,
+    "half+tops": checks.check_half_tops,
     "top": checks.check_top,
     "guide": checks.check_guide,
     "similarities": checks.check_similarities,

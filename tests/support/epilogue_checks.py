@@ -32,7 +32,7 @@ from fusedloss.core.mask import Compare, GuideRule, Mask, StripMask
 from fusedloss.core.numerics import slices
 from fusedloss.core.problem import Block, Fold, Problem
 from fusedloss.core.rows import fold_part
-from fusedloss.core.strips import Patch, RowSums, Softmax, Strip, Tally, Tile
+from fusedloss.core.strips import Extremes, Patch, RowSums, Softmax, Strip, Tally, Tile
 
 SCALE = 3.0
 FENCE = -777.0  # around what a kernel may write
@@ -483,6 +483,26 @@ def check_half_sides(backend: Any, strip: Strip) -> None:
         terms = wanted * values / 2
         assert_near(_both_places(tiles, found, len(values)), factored(wanted, strip), magnitude=_size(wanted, strip))
         assert_near(q.sum(), terms.sum(), magnitude=terms.abs().sum())
+
+
+def check_half_tops(backend: Any, strip: Strip) -> None:
+    """Two of a label and many; with a bias by column, which the other half has by row."""
+    strip, tiles = of_itself(strip)
+    own = torch.arange(len(strip.y), device=strip.y.device)
+    for labels, bias in ((own // 2, None), (own % 3, torch.rand(len(own), device=own.device)), (own * 0, None)):
+        given = strip._replace(target=None, bias=bias, mask=StripMask((Compare(labels, labels, False),)))
+        z = formula(given._replace(mask=None))[1]
+        problem, found = problem_of(given), [Extremes.empty(len(z), strip.scale) for _ in range(2)]
+        for row in tiles:
+            backend.half_tops(problem, _of_chunk(given, row), row, *found)
+        same = labels[:, None] == labels
+        wanted = [z.masked_fill(same, -torch.inf), (-z).masked_fill(~same | (own[:, None] == own), -torch.inf)]
+        for (value, column), values in zip(found, wanted, strict=True):
+            none = values.amax(1) == -torch.inf
+            assert torch.equal(column == -1, none) and torch.equal(value == -torch.inf, none)
+            chosen_values = values.gather(1, column.clamp_min(0)[:, None])[:, 0]
+            for one in (value, chosen_values):
+                assert_near(one[~none], values.amax(1)[~none], magnitude=1.0)
 
 
 def _size(values: Tensor, strip: Strip) -> Tensor:

@@ -203,6 +203,21 @@ def test_in_every_dtype_it_is_near_fp64(monkeypatch, name, dtype):
         assert testing.budget_share(a, b, c, dtype, 1e-6 * c.abs().max().item()) <= 1
 
 
+@pytest.mark.parametrize("distance", ["euclidean", "squared", "cosine"])
+@pytest.mark.parametrize("classes", [1, 2, 11])
+@pytest.mark.parametrize("kind", ["random", "duplicates", "zeros"])
+def test_the_hardest_are_those_of_two_sweeps(monkeypatch, kind, classes, distance):
+    """The same columns on ties, of rows and of whole batches: equal bits."""
+    monkeypatch.setattr(sweep.chunks, "STATS_ROWS", {"cpu": 7})
+    x, labels = batch(32, 3, classes, kind, 6, torch.float32)
+    step = lambda x: fusedloss.batch_hard_triplet(x.round() if kind == "random" else x, labels, distance=distance)
+    counted = similarities(monkeypatch)
+    found = testing.value_and_gradients(step, [x * 2])
+    assert sum(counted) == 4 * 5 // 2 * 7 * 7 + 4 * 4 * 7 + 4 * 4
+    monkeypatch.setattr(sweep, "tops", lambda *_: None)
+    assert all(map(torch.equal, found, testing.value_and_gradients(step, [x * 2])))
+
+
 def test_statistics_are_those_of_all_tiles(monkeypatch):
     x, _ = batch(22, 6, 5, "random", 4, torch.float32)
     step = lambda: fusedloss.nt_xent(x[:11].clone().requires_grad_(), x[11:], temperature=0.1, return_stats=True)
