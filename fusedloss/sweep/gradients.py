@@ -116,7 +116,8 @@ class Gradients:
             return
         values, total = values.to(dtype), gradient.accumulator()
         for (own, dim), other in zip(tile.directions, (tile.columns, tile.rows), strict=False):
-            add_mm(total[own], values if dim else values.T, x[other].to(dtype))
+            onednn = self.inputs.onednn.dx if dim else self.inputs.onednn.dy
+            add_mm(total[own], values if dim else values.T, x[other].to(dtype), onednn)
 
     def undo_gain(self) -> None:
         """Divides the biases' gradients by the gain and the columns' factors."""

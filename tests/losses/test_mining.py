@@ -22,7 +22,7 @@ import fusedloss
 from fusedloss import sweep, testing
 from fusedloss.backends import chunked
 from fusedloss.bench import measure
-from fusedloss.core import numerics
+from fusedloss.core import folds, numerics
 
 BACKENDS = ["dense", "chunked", "reference"]
 KERNELS = ["triton", "cuda"]
@@ -506,6 +506,24 @@ def test_the_first_of_equally_hard_ones_takes_the_gradient(name, distance, backe
             rtol=1e-5,
             atol=1e-6,
         )
+
+
+@pytest.mark.parametrize("kind", ["random", "ties"])
+@pytest.mark.parametrize("classes", [1, 3, 11, 60])
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("name", ["all", "semi-hard"])
+def test_few_positives_are_compared_one_by_one(monkeypatch, name, distance, classes, kind):
+    """As the formula has it, also where distances are equal; "all" has the bits of sorted rows."""
+    x, labels = randn(30, 3).float(), torch.randint(0, classes, (30,))
+    x = x.round() if kind == "ties" and distance != "cosine" else x
+    ours = lambda x, b="chunked": TRIPLETS[name][0](x, labels, margin=0.3, distance=distance, backend=b)
+    with chunks(7, 9):
+        ordered = testing.value_and_gradients(ours, [x])
+        monkeypatch.setattr(folds, "FEW", 1)
+        found = testing.value_and_gradients(ours, [x])
+    for a, b in zip(found, testing.value_and_gradients(lambda x: ours(x, "reference"), [x]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert name == "semi-hard" or all(map(torch.equal, found, ordered))
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, *KERNELS])

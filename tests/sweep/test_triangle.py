@@ -189,10 +189,14 @@ def test_permuted_rows_have_permuted_gradients(name):
     torch.testing.assert_close(permuted, gradient[order], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype, products",
+    [(torch.float32, "mkl"), (torch.float32, "onednn"), (torch.bfloat16, "auto"), (torch.float16, "auto")],
+)
 @pytest.mark.parametrize("name", LOSSES)
-def test_in_every_dtype_it_is_near_fp64(monkeypatch, name, dtype):
+def test_in_every_dtype_it_is_near_fp64(monkeypatch, name, dtype, products):
     """Beside all of the tiles in that dtype; twice with equal bits."""
+    monkeypatch.setenv("FUSEDLOSS_CPU_PRODUCTS", products)
     x, labels = batch(23, 16, 5, "random", 3, dtype)
     x = x / 4
     found = result(LOSSES[name], x, labels, 0.1)
