@@ -75,7 +75,7 @@ def loss_mean(problem: Problem, backend: str, count: Tensor | int) -> tuple[Tens
     Gradients that the forward keeps in bf16 are divided before they are rounded. Divided afterwards they were rounded
     twice: 2.36e-3 of their length from exact, where once is 1.66e-3.
     """
-    if backend == "dense" and isinstance(count, int):
+    if backend == "dense" and isinstance(count, int) and count == max(problem.rows, 1):
         return loss_rows_or_sum(problem, backend, False, 1.0 / count)
     if backend == "dense" or (backend != "reference" and saved_dtype(problem.dtype) == torch.bfloat16):
         return loss_rows_or_sum(replace(problem, weight=problem.weight / count), backend, per_row=False)
