@@ -39,7 +39,15 @@ class Smoothing:
             self.mean_key.append(mean)
             if bias is not None:
                 self.mean_score = self.mean_score + (share * bias.masked_fill(admissible == 0, 0)).sum()
-        self.mean_score = self.mean_score + problem.scale * self.mean_sim
+        self.mean_score = self.mean_score + problem.scale * self.mean_sim + self._beside_targets() / self.count
+
+    def _beside_targets(self) -> Tensor:
+        """Returns what a margin, and a bias of the negatives alone, add to the rows' targets but to no other column."""
+        problem, bias = self.inputs.problem, self.inputs.biases[0]
+        added = -problem.margin.cosine * problem.scale
+        if problem.bias_on_target or bias is None:
+            return added
+        return added - bias.masked_fill(self.admissible[0] == 0, 0)[problem.target.clamp(min=0)]
 
     def losses(self) -> Tensor:
         weight = self.inputs.problem.weight
