@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .core import checks
-from .core.transforms import Transform
+from .core.transforms import FORMULAS, Transform
 
 __all__ = ["Transform", "bind", "clipped", "focal", "generalised", "refined_logq"]
 
@@ -62,6 +62,11 @@ def bind(transform: Transform | Callable[[Tensor], Tensor] | None, decoupled: bo
         raise ValueError(
             "transform must not be focal or refined_logq with decoupled=True, whose losses may be negative, got it; "
             "leave one of them out"
+        )
+    if isinstance(transform, Transform) and transform.name not in FORMULAS:
+        raise ValueError(
+            f"transform must be one that fusedloss.transforms makes, such as focal(2.0), got {transform}; pass a "
+            "function as it is"
         )
     if transform is None or isinstance(transform, Transform):
         return transform

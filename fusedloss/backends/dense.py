@@ -131,7 +131,7 @@ def _softmax(problem: Problem, rows: list[Tensor], wants: Wants, share: float) -
     else:
         z = sims[0].mul_(scale if number is None else number)
     counted = reference.counted(problem, rows, z) if problem.wants_tally else []
-    loss, dz = _symmetric(problem, z) if problem.symmetric else _one_direction(problem, z)
+    loss, dz = _symmetric(problem, z, wants.any) if problem.symmetric else _one_direction(problem, z, wants.any)
     result = Result(loss, (None,) * len(rows), None, (None,) * len(problem.blocks), (), counted)
     if not wants.any:
         return None, result
@@ -168,7 +168,7 @@ def _is_plain(problem: Problem) -> bool:
     return not problem.softcap and problem.margin is NO_MARGIN
 
 
-def _one_direction(problem: Problem, z: Tensor) -> tuple[Tensor, Tensor]:
+def _one_direction(problem: Problem, z: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
     """The weighted losses and their gradient by the logits.
 
     The target's probability leaves the row before the others are summed: `1 - p_t` would cancel on well-fitted pairs.
@@ -200,7 +200,7 @@ def _one_direction(problem: Problem, z: Tensor) -> tuple[Tensor, Tensor]:
         p.add_(z.sub(lse).exp_().scatter_(1, index, 0).mul_(slope))
         entry = entry - own.neg().exp() * slope
     if problem.transform is not None:
-        loss, slope = _transformed(problem.transform, loss)
+        loss, slope = _transformed(problem.transform, loss, wanted)
         p, entry = p.mul_(slope), entry * slope
     if problem.every_row and not problem.decoupled:
         entry = entry.neg_()
@@ -214,9 +214,9 @@ def _one_direction(problem: Problem, z: Tensor) -> tuple[Tensor, Tensor]:
     return loss[:, 0], p.scatter_(1, index.clamp(min=0) if problem.decoupled else index, entry)
 
 
-def _transformed(transform: Transform, loss: Tensor) -> tuple[Tensor, Tensor]:
+def _transformed(transform: Transform, loss: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
     """Of a column [M, 1]."""
-    value, slope = with_slope(loss[:, 0], transform)
+    value, slope = with_slope(loss[:, 0], transform, wanted)
     return value[:, None], slope[:, None]
 
 
@@ -233,7 +233,7 @@ def _decoupled(z: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (lse - score).masked_fill(empty, 0), p, (~empty).to(z.dtype)
 
 
-def _symmetric(problem: Problem, z: Tensor) -> tuple[Tensor, Tensor]:
+def _symmetric(problem: Problem, z: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
     """Half of each row's loss and half of its own column's, over the diagonal."""
     index = problem.target[:, None]
     if problem.decoupled:
@@ -247,8 +247,8 @@ def _symmetric(problem: Problem, z: Tensor) -> tuple[Tensor, Tensor]:
         loss = softplus(rest_row.log().sub_(own_row), 1, 40.0)
         loss_column = softplus(rest_column.log().sub_(own_column), 1, 40.0)
     if problem.transform is not None:
-        loss, slope = _transformed(problem.transform, loss)
-        loss_column, slope_column = _transformed(problem.transform, loss_column)
+        loss, slope = _transformed(problem.transform, loss, wanted)
+        loss_column, slope_column = _transformed(problem.transform, loss_column, wanted)
         by_row, by_column = by_row.mul_(slope), by_column.mul_(slope_column.t())
         rest_row, rest_column = rest_row.mul_(slope), rest_column.mul_(slope_column)
     loss = loss.add_(loss_column)

@@ -85,27 +85,57 @@ def transformed(loss: Tensor, transform: Transform | None) -> Tensor:
     if not isinstance(found, Tensor) or found.shape != loss.shape:
         got = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"transform must return a tensor {list(loss.shape)}, a number per row, got {got}")
-    return found
+    if not found.dtype.is_floating_point:
+        raise TypeError(f"transform must return a floating tensor, got {found.dtype}; call .to(loss.dtype)")
+    return found.to(loss.dtype)
 
 
-def with_slope(loss: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
-    """Returns `phi(loss)` and `phi'(loss)` `[M]`."""
+def with_slope(loss: Tensor, transform: Transform, wanted: bool = True) -> tuple[Tensor, Tensor]:
+    """Returns `phi(loss)` and, if it is wanted, `phi'(loss)` `[M]`; 1 otherwise."""
+    if not wanted:
+        return transformed(loss, transform), torch.ones_like(loss)
     if transform.function is None:
         formula, slope = FORMULAS[transform.name]
         return formula(loss, transform), slope(loss, transform)
     with torch.enable_grad():
         own = loss.detach().requires_grad_()
         value = transformed(own, transform)
+        if not value.requires_grad:
+            raise ValueError(
+                "transform must return a tensor that autograd can differentiate by the losses, got one without a "
+                'graph; pass reduction="none" and apply it to the result'
+            )
+        if _reads_others(value, own):
+            raise ValueError(
+                "transform must be a function of the losses alone, got one of another tensor that requires a "
+                'gradient, too; detach that, or pass reduction="none" and apply it to the result'
+            )
         (by_loss,) = torch.autograd.grad(value.sum(), own)
     return value.detach(), by_loss
 
 
-def settled(transform: Transform, weight: Tensor, settle: Callable[..., Settled], **options: Any) -> Settled:
+def _reads_others(value: Tensor, own: Tensor) -> bool:
+    """Whether another leaf than `own` would receive a gradient from `value`."""
+    nodes, seen = [value.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", own) is not own:
+            return True
+        nodes += [following for following, _ in node.next_functions]
+    return False
+
+
+def settled(
+    transform: Transform, weight: Tensor, settle: Callable[..., Settled], wanted: bool, **options: Any
+) -> Settled:
     """Returns what `settle` does, of the transformed losses. Rows of weight 0 stay out.
 
-    settle: takes the rows' weights, and `options`, which write to the workspace.
+    settle: takes the rows' weights, and `options`, which write to the workspace. wanted: whether gradients are.
     """
     left_out = weight == 0
-    loss, slope = with_slope(settle((~left_out).to(weight.dtype)).loss, transform)
+    loss, slope = with_slope(settle((~left_out).to(weight.dtype)).loss, transform, wanted)
     found = settle((weight * slope).masked_fill(left_out, 0), **options)
     return found._replace(loss=(weight * loss).masked_fill(left_out, 0))

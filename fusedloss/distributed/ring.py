@@ -231,7 +231,9 @@ class TwoRounds:
             return self.backend.settle(sums, self.score, weight, rule, slope=slope)
 
         transform = self.shards.problem.transform
-        return settle(self.weight) if transform is None else settled(transform, self.weight, settle)
+        if transform is None:
+            return settle(self.weight)
+        return settled(transform, self.weight, settle, self.wants.any)
 
     def gradients(self, factor: Tensor) -> list[Tensor | None]:
         """Returns the gradients of `(factor * losses).sum()` by scale, operands and biases. factor: 0-dim or `[M]`."""

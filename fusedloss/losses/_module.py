@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NoReturn
 from torch import Tensor, nn
 from torch.nn import _reduction
 
-from .. import distributed
+from .. import distributed, transforms
 from ..core import checks
 
 # Checks that a constructor can run before there are embeddings. A name means the same in every loss.
@@ -30,6 +30,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "backend": checks.backend,
     "workspace_bytes": lambda value: checks.count("workspace_bytes", value),
     "group": distributed.check_group,
+    "transform": lambda value: transforms.bind(value) and None,
 }
 
 
@@ -144,7 +145,7 @@ class LossModule(nn.Module):
         for name, value in bound.arguments.items():
             if name in self.choices:
                 checks.choice(name, value, self.choices[name])
-            elif name in CHECKS:
+            elif name in CHECKS and name not in self.learnt:
                 CHECKS[name](value)
             if name in self.buffered and isinstance(value, Tensor):
                 self.register_buffer(name, value)

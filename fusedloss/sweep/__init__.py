@@ -103,7 +103,7 @@ class _Sweep:
         """into: see `Gradients`. half: whether `halved` has returned the problem."""
         self.half = half
         self.problem, self.backend, self.wants = problem, backend, wants
-        self.inputs = Inputs(problem, backend, wants.scale, elsewhere)
+        self.inputs = Inputs(problem, backend, wants.scale, elsewhere, wants.any)
         self.admission = Admission(self.inputs, elsewhere)
         self.by_row_smoothing = problem.smooths_by_row
         counts = problem.wants_tally or self.by_row_smoothing

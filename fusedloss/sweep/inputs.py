@@ -29,9 +29,16 @@ class Inputs:
     """given: the operands in the backend's form. operands: the same, or fp32 unit rows if the backend takes `units`;
     their factors then are None. scales: by penalty."""
 
-    def __init__(self, problem: Problem, backend: Sweeps, by_scale: bool, elsewhere: Elsewhere | None = None):
-        """by_scale: whether the scale's gradient is wanted."""
-        self.problem, self.backend = problem, backend
+    def __init__(
+        self,
+        problem: Problem,
+        backend: Sweeps,
+        by_scale: bool,
+        elsewhere: Elsewhere | None = None,
+        by_any: bool = False,
+    ):
+        """by_scale: whether the scale's gradient is wanted. by_any: whether any is."""
+        self.problem, self.backend, self.by_any = problem, backend, by_any
         self.dtype = stats_dtype(problem.dtype)
         self.given = [backend.operand(x) for x in problem.operands]
         self.biases = [None if b.bias is None else b.bias.to(self.dtype).contiguous() for b in problem.blocks]
@@ -118,7 +125,9 @@ class Inputs:
 
     def _transformed(self, weight: Tensor, settle: Callable[..., Settled], **options: Any) -> Settled:
         transform = self.problem.transform
-        return settle(weight, **options) if transform is None else settled(transform, weight, settle, **options)
+        if transform is None:
+            return settle(weight, **options)
+        return settled(transform, weight, settle, self.by_any, **options)
 
     def patch(self, chunk: slice, out: Tensor) -> Patch:
         block = self.problem.blocks[0]

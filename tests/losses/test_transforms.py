@@ -195,6 +195,19 @@ def test_margin_and_a_bias_beside_the_target(backend, target):
 
 
 @pytest.mark.parametrize("backend", ["chunked", "dense", "reference"])
+@pytest.mark.parametrize("margin, on_target", [(0.3, True), (0.0, False), (0.3, False)])
+def test_smoothing_spreads_over_the_targets_own_logit(backend, margin, on_target):
+    x, y, bias = rows(6), rows(9, seed=1), rows(1, 9, seed=2)[0]
+    bias[8] = -math.inf
+    at = torch.eye(6, 9, dtype=torch.bool)
+    z = logits_info_nce(x, y, 2.0) + (bias if on_target else bias.masked_fill(at, 0)) - 2.0 * margin * at.double()
+    expected = (z.logsumexp(1) - 0.9 * z[at] - 0.1 * z[:, :8].mean(1)).mean()
+    options = {"margin": margin, "bias_on_target": on_target, "key_bias": bias, "normalize": True, "backend": backend}
+    found = fusedloss.info_nce(x, y, temperature=0.5, label_smoothing=0.1, **options)
+    assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "dense", "reference"])
 @pytest.mark.parametrize("phi", ["focal(0.5)", "focal(2)", "generalised(0.7)", "clipped(2)"])
 def test_perfect_and_lone_rows(phi, backend):
     """A row without negatives has loss 0 and no gradient; a loss of 1e-25 is not rounded to 0."""
@@ -242,6 +255,36 @@ def test_what_a_transform_cannot_be():
     for make, value in ((transforms.generalised, 0), (transforms.generalised, 1.5), (transforms.clipped, 0)):
         with pytest.raises(ValueError, match="must be above 0"):
             make(value)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "dense"])
+def test_functions_that_autograd_cannot_serve(backend):
+    x, factor = torch.eye(4, 8), torch.ones((), requires_grad=True)
+    expected = fusedloss.info_nce(x, x, backend=backend)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():  # no derivative is wanted
+            assert fusedloss.info_nce(x, x, backend=backend, transform=lambda l: (l > 0).to(l.dtype)) == 1
+            assert fusedloss.info_nce(x, x, backend=backend, transform=lambda l: l.mul_(factor)) == expected
+    x.requires_grad_()
+    for wrong, says in (
+        (lambda l: torch.ones_like(l), "autograd can differentiate by the losses"),
+        (torch.no_grad()(lambda l: l * 2), "autograd can differentiate by the losses"),
+        (lambda l: l * factor.exp(), "of the losses alone"),
+    ):
+        with pytest.raises(ValueError, match=f"transform must .*{says}"):
+            fusedloss.info_nce(x, x, backend=backend, transform=wrong)
+    with pytest.raises(TypeError, match="transform must return a floating tensor, got torch.int64"):
+        fusedloss.info_nce(x, x, backend=backend, transform=lambda l: l.long())
+    loss = fusedloss.info_nce(x, x, backend=backend, transform=lambda l: l.double())
+    assert loss.dtype is torch.float32 and gradients(loss, x)[0].dtype is torch.float32
+
+
+def test_modules_check_their_transform():
+    with pytest.raises(TypeError, match="transform must be a function"):
+        fusedloss.nn.InfoNCELoss(transform=3)
+    with pytest.raises(ValueError, match="transform must be one that fusedloss.transforms makes"):
+        fusedloss.nn.ClipLoss(transform=transforms.Transform("unknown"))
+    fusedloss.nn.CosineSimilarityLoss(transform=torch.nn.Sigmoid())
 
 
 def test_private_negatives_are_transformed_with_their_row():
