@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fusedloss
-from fusedloss import masks, sweep, testing
+from fusedloss import masks, sweep, testing, transforms
 from fusedloss.backends import chunked
 from fusedloss.sweep import triangle
 
@@ -63,6 +63,7 @@ LOSSES = {
     "info_nce, smoothed": lambda *a, **o: itself(*a, label_smoothing=0.2, **o),
     "info_nce, a matrix": symmetric_matrix,
     "info_nce, weights": weighted,
+    "info_nce, focal": lambda *a, **o: itself(*a, normalize=True, transform=transforms.focal(2.0), **o),
     "multi_similarity": lambda *a, temperature, **o: fusedloss.multi_similarity(*a, beta=1 / temperature, **o),
     "circle": lambda *a, temperature, **o: fusedloss.circle(*a, gamma=1 / temperature, **o),
 }
