@@ -273,7 +273,7 @@ def test_functions_that_autograd_cannot_serve(backend):
     ):
         with pytest.raises(ValueError, match=f"transform must .*{says}"):
             fusedloss.info_nce(x, x, backend=backend, transform=wrong)
-    with pytest.raises(TypeError, match="transform must return a floating tensor, got torch.int64"):
+    with pytest.raises(TypeError, match=r"transform must return a floating tensor, got torch\.int64"):
         fusedloss.info_nce(x, x, backend=backend, transform=lambda l: l.long())
     loss = fusedloss.info_nce(x, x, backend=backend, transform=lambda l: l.double())
     assert loss.dtype is torch.float32 and gradients(loss, x)[0].dtype is torch.float32
@@ -282,7 +282,7 @@ def test_functions_that_autograd_cannot_serve(backend):
 def test_modules_check_their_transform():
     with pytest.raises(TypeError, match="transform must be a function"):
         fusedloss.nn.InfoNCELoss(transform=3)
-    with pytest.raises(ValueError, match="transform must be one that fusedloss.transforms makes"):
+    with pytest.raises(ValueError, match=r"transform must be one that fusedloss\.transforms makes"):
         fusedloss.nn.ClipLoss(transform=transforms.Transform("unknown"))
     fusedloss.nn.CosineSimilarityLoss(transform=torch.nn.Sigmoid())
 
