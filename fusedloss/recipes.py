@@ -105,8 +105,9 @@ def embedding_gemma(
         >>> recipes.embedding_gemma(encode(questions), encode(answers), encode(near_misses)).backward()
     """
     columns = [x for x in (query, positive, negative) if x is not None]
-    for name, value in {"spread": spread, "matching": matching}.items():
+    for name, value in {"hardness": hardness, "spread": spread, "matching": matching}.items():
         checks.number(name, value, least=0)
+    checks.sequence("teacher", teacher, "embeddings", "(teacher_query, teacher_positive)")
     if len(teacher) not in (0, len(columns)):
         raise ValueError(f"teacher must hold {len(columns)} tensors, one for each of the model's, got {len(teacher)}")
     loss: Tensor = functional.multiple_negatives_ranking(

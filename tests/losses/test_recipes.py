@@ -108,5 +108,9 @@ def test_recipes_refuse():
         recipes.qwen3_embedding(q, p, temperature=0.0)
     with pytest.raises(ValueError, match="teacher must hold 3 tensors"):
         recipes.embedding_gemma(q, p, n, teacher=(q, p))
+    with pytest.raises(TypeError, match="teacher must be a sequence of embeddings"):
+        recipes.embedding_gemma(q, p, teacher=q)
+    with pytest.raises(ValueError, match="hardness must be a number of at least 0"):
+        recipes.embedding_gemma(q, p, hardness=-1.0)
     with pytest.raises(ValueError, match="spread must be a number of at least 0"):
         recipes.embedding_gemma(q, p, spread=-1.0)
