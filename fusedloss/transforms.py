@@ -2,7 +2,8 @@
 
 The gradient of `phi(l_i)` is `phi'(l_i)` times that of `l_i`, and the row's loss is known when its sums are. So a
 transform takes no further pass over the similarities. In eager mode any function of a tensor of losses `[M]` is a
-transform, if each of its results depends on its own row alone.
+transform, if each of its results depends on its own row alone. Where gradients are wanted, autograd must be able to
+differentiate it, and it may read no other tensor that requires a gradient.
 """
 
 from __future__ import annotations
