@@ -139,7 +139,14 @@ def test_it_takes_what_torchs_takes(reduction, ignore_index, options):
 def test_its_parameters_are_torchs_and_more():
     ours, theirs = (list(inspect.signature(f).parameters.values()) for f in BOTH)
     assert [(p.name, p.kind, p.default) for p in ours[: len(theirs)]] == [(p.name, p.kind, p.default) for p in theirs]
-    assert [p.name for p in ours[len(theirs) :]] == ["softcap", "z_loss", "compact", "backend", "workspace_bytes"]
+    assert [p.name for p in ours[len(theirs) :]] == [
+        "softcap",
+        "z_loss",
+        "compact",
+        "transform",
+        "backend",
+        "workspace_bytes",
+    ]
 
 
 @beside_torchs
