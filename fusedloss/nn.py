@@ -14,10 +14,15 @@ from .losses.multiple_negatives_ranking import check_directions, check_hardness
 # Softmax over a batch -------------------------------------------------------------------------------------------------
 
 
-class InfoNCELoss(LossModule, function=F.info_nce, tensors=("negatives", "bank", "key_bias", "mask", "weight")): ...
+class InfoNCELoss(
+    LossModule,
+    function=F.info_nce,
+    tensors=("negatives", "bank", "key_bias", "mask", "weight"),
+    named=("bias_on_target", "margin", "decoupled", "transform"),
+): ...
 
 
-class ClipLoss(LossModule, function=F.clip, tensors=("mask",)): ...
+class ClipLoss(LossModule, function=F.clip, tensors=("mask",), named=("decoupled", "transform")): ...
 
 
 class SigLipLoss(LossModule, function=F.siglip, tensors=("target",)): ...
@@ -26,20 +31,25 @@ class SigLipLoss(LossModule, function=F.siglip, tensors=("target",)): ...
 class ClipDistillLoss(LossModule, function=F.clip_distill): ...
 
 
-class MultipleNegativesRankingLoss(LossModule, function=F.multiple_negatives_ranking, tensors=("mask", "anchors")):
+class MultipleNegativesRankingLoss(
+    LossModule,
+    function=F.multiple_negatives_ranking,
+    tensors=("mask", "anchors"),
+    named=("decoupled", "transform"),
+):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         check_directions(self.directions, self.partition_mode)
         check_hardness(self.hardness_mode, self.hardness_strength)
 
 
-class GISTEmbedLoss(LossModule, function=F.gist_embed, tensors=("guide",)): ...
+class GISTEmbedLoss(LossModule, function=F.gist_embed, tensors=("guide",), named=("decoupled", "transform")): ...
 
 
 class ContrastiveTensionInBatchLoss(LossModule, function=F.contrastive_tension_in_batch): ...
 
 
-class NTXentLoss(LossModule, function=F.nt_xent): ...
+class NTXentLoss(LossModule, function=F.nt_xent, named=("transform",)): ...
 
 
 class DCLLoss(LossModule, function=F.decoupled_contrastive): ...
@@ -91,7 +101,9 @@ class ProxyAnchorLoss(LossModule, function=F.proxy_anchor): ...
 
 
 # The layer's own parameters stay the model's: torch's module of this name holds a layer of its own.
-class LinearCrossEntropyLoss(LossModule, function=F.linear_cross_entropy, tensors=("linear_bias", "weight")): ...
+class LinearCrossEntropyLoss(
+    LossModule, function=F.linear_cross_entropy, tensors=("linear_bias", "weight"), named=("transform",)
+): ...
 
 
 class CrossEntropyLoss(

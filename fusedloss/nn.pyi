@@ -27,10 +27,6 @@ class InfoNCELoss(LossModule, Generic[R]):
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         normalize: bool = False,
-        bias_on_target: bool = True,
-        margin: float = 0.0,
-        decoupled: bool = False,
-        transform: Transform | Callable[[Tensor], Tensor] | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         workspace_bytes: int | None = None,
@@ -38,6 +34,11 @@ class InfoNCELoss(LossModule, Generic[R]):
         group: dist.ProcessGroup | str | None = None,
         strategy: str = "gather",
         grad_scale: str = "ddp",
+        *,
+        bias_on_target: bool = True,
+        margin: float = 0.0,
+        decoupled: bool = False,
+        transform: Transform | Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
     @overload
     def __init__(
@@ -47,10 +48,6 @@ class InfoNCELoss(LossModule, Generic[R]):
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         normalize: bool = False,
-        bias_on_target: bool = True,
-        margin: float = 0.0,
-        decoupled: bool = False,
-        transform: Transform | Callable[[Tensor], Tensor] | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         workspace_bytes: int | None = None,
@@ -58,6 +55,10 @@ class InfoNCELoss(LossModule, Generic[R]):
         group: dist.ProcessGroup | str | None = None,
         strategy: str = "gather",
         grad_scale: str = "ddp",
+        bias_on_target: bool = True,
+        margin: float = 0.0,
+        decoupled: bool = False,
+        transform: Transform | Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
     @overload
     def __init__(
@@ -67,10 +68,6 @@ class InfoNCELoss(LossModule, Generic[R]):
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         normalize: bool = False,
-        bias_on_target: bool = True,
-        margin: float = 0.0,
-        decoupled: bool = False,
-        transform: Transform | Callable[[Tensor], Tensor] | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         workspace_bytes: int | None = None,
@@ -78,6 +75,10 @@ class InfoNCELoss(LossModule, Generic[R]):
         group: dist.ProcessGroup | str | None = None,
         strategy: str = "gather",
         grad_scale: str = "ddp",
+        bias_on_target: bool = True,
+        margin: float = 0.0,
+        decoupled: bool = False,
+        transform: Transform | Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
     def forward(
         self,
@@ -98,8 +99,6 @@ class ClipLoss(LossModule, Generic[R]):
     def __init__(
         self: ClipLoss[Tensor],
         normalize: bool = False,
-        decoupled: bool = False,
-        transform: Transform | Callable[[Tensor], Tensor] | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         workspace_bytes: int | None = None,
@@ -107,14 +106,15 @@ class ClipLoss(LossModule, Generic[R]):
         group: dist.ProcessGroup | str | None = None,
         strategy: str = "gather",
         grad_scale: str = "ddp",
+        *,
+        decoupled: bool = False,
+        transform: Transform | Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
     @overload
     def __init__(
         self: ClipLoss[tuple[Tensor, Stats]],
         *,
         normalize: bool = False,
-        decoupled: bool = False,
-        transform: Transform | Callable[[Tensor], Tensor] | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         workspace_bytes: int | None = None,
@@ -122,14 +122,14 @@ class ClipLoss(LossModule, Generic[R]):
         group: dist.ProcessGroup | str | None = None,
         strategy: str = "gather",
         grad_scale: str = "ddp",
+        decoupled: bool = False,
+        transform: Transform | Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
     @overload
     def __init__(
         self: ClipLoss[Tensor | tuple[Tensor, Stats]],
         *,
         normalize: bool = False,
-        decoupled: bool = False,
-        transform: Transform | Callable[[Tensor], Tensor] | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         workspace_bytes: int | None = None,
@@ -137,6 +137,8 @@ class ClipLoss(LossModule, Generic[R]):
         group: dist.ProcessGroup | str | None = None,
         strategy: str = "gather",
         grad_scale: str = "ddp",
+        decoupled: bool = False,
+        transform: Transform | Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
     def forward(
         self,
@@ -200,8 +202,6 @@ class MultipleNegativesRankingLoss(LossModule, Generic[R]):
         partition_mode: str = "joint",
         hardness_mode: str | None = None,
         hardness_strength: float = 0.0,
-        decoupled: bool = False,
-        transform: Transform | Callable[[Tensor], Tensor] | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         workspace_bytes: int | None = None,
@@ -209,6 +209,9 @@ class MultipleNegativesRankingLoss(LossModule, Generic[R]):
         group: dist.ProcessGroup | str | None = None,
         strategy: str = "gather",
         grad_scale: str = "ddp",
+        *,
+        decoupled: bool = False,
+        transform: Transform | Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
     @overload
     def __init__(
@@ -220,8 +223,6 @@ class MultipleNegativesRankingLoss(LossModule, Generic[R]):
         partition_mode: str = "joint",
         hardness_mode: str | None = None,
         hardness_strength: float = 0.0,
-        decoupled: bool = False,
-        transform: Transform | Callable[[Tensor], Tensor] | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         workspace_bytes: int | None = None,
@@ -229,6 +230,8 @@ class MultipleNegativesRankingLoss(LossModule, Generic[R]):
         group: dist.ProcessGroup | str | None = None,
         strategy: str = "gather",
         grad_scale: str = "ddp",
+        decoupled: bool = False,
+        transform: Transform | Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
     @overload
     def __init__(
@@ -240,8 +243,6 @@ class MultipleNegativesRankingLoss(LossModule, Generic[R]):
         partition_mode: str = "joint",
         hardness_mode: str | None = None,
         hardness_strength: float = 0.0,
-        decoupled: bool = False,
-        transform: Transform | Callable[[Tensor], Tensor] | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         workspace_bytes: int | None = None,
@@ -249,6 +250,8 @@ class MultipleNegativesRankingLoss(LossModule, Generic[R]):
         group: dist.ProcessGroup | str | None = None,
         strategy: str = "gather",
         grad_scale: str = "ddp",
+        decoupled: bool = False,
+        transform: Transform | Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
     def forward(
         self,
@@ -269,8 +272,6 @@ class GISTEmbedLoss(LossModule, Generic[R]):
         margin: float = 0.0,
         contrast_anchors: bool = True,
         contrast_positives: bool = True,
-        decoupled: bool = False,
-        transform: Transform | Callable[[Tensor], Tensor] | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         workspace_bytes: int | None = None,
@@ -278,6 +279,9 @@ class GISTEmbedLoss(LossModule, Generic[R]):
         group: dist.ProcessGroup | str | None = None,
         strategy: str = "gather",
         grad_scale: str = "ddp",
+        *,
+        decoupled: bool = False,
+        transform: Transform | Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
     @overload
     def __init__(
@@ -288,8 +292,6 @@ class GISTEmbedLoss(LossModule, Generic[R]):
         margin: float = 0.0,
         contrast_anchors: bool = True,
         contrast_positives: bool = True,
-        decoupled: bool = False,
-        transform: Transform | Callable[[Tensor], Tensor] | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         workspace_bytes: int | None = None,
@@ -297,6 +299,8 @@ class GISTEmbedLoss(LossModule, Generic[R]):
         group: dist.ProcessGroup | str | None = None,
         strategy: str = "gather",
         grad_scale: str = "ddp",
+        decoupled: bool = False,
+        transform: Transform | Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
     @overload
     def __init__(
@@ -307,8 +311,6 @@ class GISTEmbedLoss(LossModule, Generic[R]):
         margin: float = 0.0,
         contrast_anchors: bool = True,
         contrast_positives: bool = True,
-        decoupled: bool = False,
-        transform: Transform | Callable[[Tensor], Tensor] | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         workspace_bytes: int | None = None,
@@ -316,6 +318,8 @@ class GISTEmbedLoss(LossModule, Generic[R]):
         group: dist.ProcessGroup | str | None = None,
         strategy: str = "gather",
         grad_scale: str = "ddp",
+        decoupled: bool = False,
+        transform: Transform | Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
     def forward(self, anchor: Tensor, positive: Tensor, *negatives: Tensor, guide: Sequence[Tensor]) -> R: ...
     __call__ = forward
@@ -330,7 +334,6 @@ class NTXentLoss(LossModule, Generic[R]):
     def __init__(
         self: NTXentLoss[Tensor],
         temperature: float | Tensor = 0.5,
-        transform: Transform | Callable[[Tensor], Tensor] | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         workspace_bytes: int | None = None,
@@ -338,13 +341,14 @@ class NTXentLoss(LossModule, Generic[R]):
         group: dist.ProcessGroup | str | None = None,
         strategy: str = "gather",
         grad_scale: str = "ddp",
+        *,
+        transform: Transform | Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
     @overload
     def __init__(
         self: NTXentLoss[tuple[Tensor, Stats]],
         *,
         temperature: float | Tensor = 0.5,
-        transform: Transform | Callable[[Tensor], Tensor] | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         workspace_bytes: int | None = None,
@@ -352,13 +356,13 @@ class NTXentLoss(LossModule, Generic[R]):
         group: dist.ProcessGroup | str | None = None,
         strategy: str = "gather",
         grad_scale: str = "ddp",
+        transform: Transform | Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
     @overload
     def __init__(
         self: NTXentLoss[Tensor | tuple[Tensor, Stats]],
         *,
         temperature: float | Tensor = 0.5,
-        transform: Transform | Callable[[Tensor], Tensor] | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         workspace_bytes: int | None = None,
@@ -366,6 +370,7 @@ class NTXentLoss(LossModule, Generic[R]):
         group: dist.ProcessGroup | str | None = None,
         strategy: str = "gather",
         grad_scale: str = "ddp",
+        transform: Transform | Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
     def forward(self, z1: Tensor, z2: Tensor) -> R: ...
     __call__ = forward
@@ -573,9 +578,10 @@ class LinearCrossEntropyLoss(LossModule):
         softcap: float | None = None,
         z_loss: float = 0.0,
         compact: bool | None = None,
-        transform: Transform | Callable[[Tensor], Tensor] | None = None,
         backend: str = "auto",
         workspace_bytes: int | None = None,
+        *,
+        transform: Transform | Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
     def forward(
         self,

@@ -111,8 +111,9 @@ def overloaded(name: str, parameters: Parameters, first: str, result: str, inden
     forms = []
     for declared, returned in STATS.items():
         told = [f"return_stats: {declared}" if t.startswith("return_stats: ") else t for t in text(parameters)]
-        if "=" not in declared and not any(t.startswith("*") for t in told):  # required, behind others that are not
-            told = ["*", *told]
+        stars = [t for t in told[: told.index(f"return_stats: {declared}")] if t.startswith("*")]
+        if "=" not in declared and not stars:  # required, behind others that are not
+            told = ["*", *(t for t in told if t != "*")]
         before = [first.format(returned)] if first else []
         forms.append(f"{indent}@overload\n{definition(name, [*before, *told], result.format(returned), indent)}")
     return "\n".join(forms)

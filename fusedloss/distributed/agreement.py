@@ -354,7 +354,8 @@ def _form(problem: Problem) -> list[str]:
             "hardness of the own": block.own_penalty,
             "bias": bias if bias is None else f"{bias.dtype} {_grad(bias)}",
             "ids": ", ".join("agree" if compare.keep else "differ" for compare in mask.compare),
-            "margin": None if mask.margin is None else f"{mask.margin} above {mask.relative:g} of the target's score",
+            "margin": None if mask.margin is None else str(mask.margin),
+            "margin's share of the target": None if mask.relative == 1 else mask.relative,
             "leaves out": None if mask.skip is None else f"column i + {mask.skip_offset}",
         }
         if mask.guide is not None:

@@ -60,8 +60,9 @@ class LossModule(nn.Module):
     """Base of the modules. The constructor takes `function`'s keyword-only parameters, except the tensors in `tensors`.
 
     choices: allowed values of an option, if they differ from those in CHECKS. learnt: options that may be modules or
-    parameters; they are registered with this module. buffered: options whose tensors are buffers. like: torch's class,
-    whose constructor comes first; `function`'s further options are then passed by name.
+    parameters; they are registered with this module. buffered: options whose tensors are buffers. named: options that
+    the constructor takes by name alone, because they came later than those that it takes in their order. like: torch's
+    class, whose constructor comes first; `function`'s further options are then passed by name.
     """
 
     function: ClassVar[Callable[..., Any]]
@@ -87,6 +88,7 @@ class LossModule(nn.Module):
         choices: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
         learnt: tuple[str, ...] = (),
         buffered: tuple[str, ...] = (),
+        named: tuple[str, ...] = (),
         like: type[nn.Module] | None = None,
     ) -> None:
         super().__init_subclass__()
@@ -97,7 +99,8 @@ class LossModule(nn.Module):
         theirs = {} if like is None else inspect.signature(like).parameters
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if like is None else inspect.Parameter.KEYWORD_ONLY
         options = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in (*tensors, *theirs)]
-        cls.signature = inspect.Signature([*theirs.values(), *(p.replace(kind=kind) for p in options)])
+        in_order = [p.replace(kind=kind) for p in options if p.name not in named]
+        cls.signature = inspect.Signature([*theirs.values(), *in_order, *(p for p in options if p.name in named)])
         cls.__signature__ = cls.signature  # type: ignore[attr-defined]  # what help() and inspect show
         inputs = [p for p in parameters if p.name not in cls.signature.parameters and p.kind is not p.VAR_POSITIONAL]
         cls.inputs = tuple(p.name for p in inputs)

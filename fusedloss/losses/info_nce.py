@@ -250,7 +250,9 @@ def _with_private(problem: Problem, call: Call, query: Tensor, negatives: Tensor
     if any(problem.margin):
         raise ValueError("margin must be 0 with negatives, got both; leave one of them out")
     if problem.label_smoothing or problem.wants_tally or problem.decoupled:
-        what = "label_smoothing" if problem.label_smoothing else "decoupled" if problem.decoupled else "return_stats"
+        what = (
+            "label_smoothing" if problem.label_smoothing else "decoupled" if problem.decoupled else "return_stats=True"
+        )
         raise ValueError(f"negatives must not be given together with {what}, got both; leave one of them out")
     weight = problem.weight
     # A left-out row stays left out whatever its private columns hold. Rows that count are weighted afterwards.

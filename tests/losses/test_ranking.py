@@ -659,6 +659,8 @@ OPTIONS = {
     "similarity": {"similarity": "dot"},
     "distance": {"distance": "cosine"},
     "margin": {"margin": 0.15},
+    "bias_on_target": {"bias_on_target": False},
+    "transform": {"transform": fusedloss.transforms.focal(1.5)},
     "margin_strategy": {"margin_strategy": "relative", "margin": 0.5},
     "contrast_anchors": {"contrast_anchors": False, "temperature": 0.5, "margin": -0.5},
     "contrast_positives": {"contrast_positives": False, "temperature": 0.5, "margin": -0.5},
@@ -685,7 +687,16 @@ OPTIONS = {
 }
 # Of a group of one process, which the test has.
 OF_GROUPS = {"group": {}, "strategy": {"strategy": "ring"}, "grad_scale": {"grad_scale": "sum"}}
-SAME_VALUE = ("ignore_index", "backend", "workspace_bytes", "return_stats", "compact", "options", *OF_GROUPS)
+SAME_VALUE = (
+    "ignore_index",
+    "bias_on_target",
+    "backend",
+    "workspace_bytes",
+    "return_stats",
+    "compact",
+    "options",
+    *OF_GROUPS,
+)
 
 
 @pytest.fixture
@@ -724,13 +735,16 @@ def test_a_module_is_its_function(name, group_of_one):
     positional, named = arguments(module)
     default = module()(*positional, **named)
     close(default, module.function(*positional, **named), rtol=0, atol=0)
-    assert list(module.signature.parameters) == [
+    options = [
         p.name
         for p in inspect.signature(module.function).parameters.values()
         if p.kind is p.KEYWORD_ONLY and p.name not in module.inputs
     ]
+    later = [p.name for p in module.signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    assert list(module.signature.parameters) == [*(n for n in options if n not in later), *later]
     for option in module.signature.parameters:
         chosen = OF_GROUPS[option] | {"group": group_of_one} if option in OF_GROUPS else OPTIONS[option]
+        chosen = chosen | {"normalize": True} if option == "margin" and "normalize" in options else chosen
         made = module(**chosen)
         found = made(*positional, **named)
         wanted = module.function(*positional, **named, **chosen)
