@@ -26,7 +26,7 @@ from ..core.problem import Problem
 from ..core.rows import tf32
 
 FOLDS = tuple(name for name, fold in folds.FOLDS.items() if fold.sums != folds.ROW)  # of sums in the tile
-_KERNELS = [name for name in EPILOGUES if name != "prefixes" and not name.startswith("fold:")]
+_KERNELS = [name for name in EPILOGUES if not name.startswith(("prefixes", "half", "fold:"))]  # of both backends
 SWEEP = (*_KERNELS, *OPTIONS, *(f"fold:{name}" for name in FOLDS))
 ROWWISE = ("classes", "pair_logits", "pairs", "lists", "pointwise")
 BACKENDS = ("cuda", "triton")  # the backends with kernels
