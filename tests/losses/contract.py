@@ -254,9 +254,8 @@ CASES: dict[str, Callable[[Batch], Case]] = {
     "info_nce, guide": _info_nce(mask=lambda b: masks.guide(b.fixed(b.rows, 3), b.fixed(b.rows, 3), margin=0.1)),
     "info_nce, not_self": _info_nce(mask=lambda b: masks.not_self(1)),
     "info_nce, transform": _info_nce(transform=lambda b: transforms.focal(1.5)),
-    "info_nce, decoupled, margin": _info_nce(
+    "info_nce, decoupled, bias": _info_nce(
         decoupled=lambda b: True,
-        margin=lambda b: 0.1,
         normalize=lambda b: True,
         key_bias=lambda b: b.fixed(b.rows),
         bias_on_target=lambda b: False,
