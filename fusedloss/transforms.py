@@ -53,7 +53,7 @@ def clipped(maximum: float) -> Transform:
     """Truncates: `phi(l) = min(l, maximum)`. Rows above have no gradient."""
     checks.number("maximum", maximum)
     if maximum <= 0:
-        raise ValueError(f"maximum must be above 0, got {maximum}; a row's loss is")
+        raise ValueError(f"maximum must be above 0, got {maximum}; pass the largest loss that a row may have")
     return Transform("clipped", float(maximum))
 
 

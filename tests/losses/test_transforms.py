@@ -124,7 +124,7 @@ def gradients(loss, *inputs):
 
 def check(loss, backend, phi, formula, decoupled=False, **options):
     ours, theirs = LOSSES[loss]
-    dtype = torch.float32 if backend == "triton" else torch.float64
+    dtype = torch.float32 if backend in ("triton", "cuda") else torch.float64
     x, y = rows(ROWS), rows(COLUMNS, seed=1)
     y[: ROWS // 2] += 2 * x[: ROWS // 2]  # some rows are well fitted
     scale = torch.tensor(8.0, dtype=torch.float64)
@@ -154,9 +154,10 @@ def test_a_transform_is_its_formula(loss, phi, backend):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("loss, phi", [("info_nce, mask, weight", "focal(0.5)"), ("clip", "generalised(0.7)")])
-def test_a_transform_on_kernels(loss, phi):
-    check(loss, "triton", *PHI[phi])
+def test_a_transform_on_kernels(loss, phi, backend):
+    check(loss, backend, *PHI[phi])
 
 
 @pytest.mark.parametrize("backend", ["chunked", "dense", "reference"])
