@@ -8,12 +8,13 @@ takes any. Masks, biases, margins and folds are the definitions of `reference` a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..core import checks
+from ..core import checks, products
 from ..core.folds import FOLDS
 from ..core.mask import NO_MASK
 from ..core.numerics import FOLD_COPIES, NORM_EPS, saved_dtype, stats_dtype, wide_dtype
@@ -29,6 +30,7 @@ from .reference import top_rows as top_rows  # of whole rows, as here
 # 1.04 of eager's time). CUDA: N = 2048 in fp32, a guess; not measured.
 MOST = {"cpu": 4 << 20, "cuda": 16 << 20}
 MATRICES = 4  # of that size at once: similarities, logits, probabilities, and what a mask or a fold needs
+OF_DIFFERENCES = ("euclidean", "squared")  # distances
 softplus = torch._C._nn.softplus  # F.softplus takes 1 us more
 cross_entropy = checks.OPERATORS.cross_entropy_loss
 
@@ -60,7 +62,7 @@ def run(problem: Problem, wants: Wants, share: float = 1.0) -> Result:
     if problem.prefixes:
         return _prefixes(problem, wants, share)
     dtype, cosine = stats_dtype(problem.operands[0].dtype), problem.cosine
-    rows, norms = [], []
+    rows, norms, given = [], [], _multiplied_as_given(problem)
     for x in problem.operands:
         x = x if x.dtype is dtype else x.to(dtype)
         if cosine:
@@ -69,12 +71,40 @@ def run(problem: Problem, wants: Wants, share: float = 1.0) -> Result:
             x = x / norm
         rows.append(x)
     if problem.fold is None:
-        dz, result = _softmax(problem, rows, wants, share)
+        dz, result = _softmax(problem, rows, _similarities(problem, rows, norms, given), wants, share)
     else:
-        dz, result = _folded(problem, rows, wants, share)
+        dz, result = _folded(problem, rows, _similarities(problem, rows, norms, given), wants, share)
     if dz is None:
         return result
-    return result._replace(operands=_contracted(problem, rows, norms, dz, wants))
+    return result._replace(operands=_contracted(problem, rows, norms, given, dz, wants))
+
+
+def _multiplied_as_given(problem: Problem) -> tuple[Tensor, ...] | None:
+    """Returns the operands, if the device multiplies them in 16 bits and returns fp32; None: fp32 rows are multiplied.
+
+    On an H200 a product of bf16 rows takes a fifteenth of the time. It is exact, where tf32 would round unit rows.
+    """
+    x = problem.operands[0]
+    return problem.operands if products.narrow(x.dtype, x.device) else None
+
+
+def _similarities(
+    problem: Problem, rows: list[Tensor], norms: list[Tensor], given: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """Returns each block's similarities; none, for a fold of distances."""
+    M = problem.rows
+    found: list[Tensor] = []
+    if problem.fold is not None and problem.fold.distance in OF_DIFFERENCES:
+        return found
+    for block in problem.blocks:
+        if given is None:
+            found.append(torch.mm(_of(rows[block.query], M), rows[block.key].t()))
+            continue
+        x, y = _of(given[block.query], M), given[block.key]
+        sim = x.new_empty((M, y.shape[0]), dtype=rows[0].dtype)
+        products.wide_mm(sim, x, y.t())
+        found.append(sim.div_(_of(norms[block.query], M)).div_(norms[block.key].t()) if norms else sim)
+    return found
 
 
 def _of_no_rows(problem: Problem, wants: Wants) -> Result:
@@ -119,10 +149,11 @@ def _sum(a: Result, b: Result) -> Result:
 # Softmax --------------------------------------------------------------------------------------------------------------
 
 
-def _softmax(problem: Problem, rows: list[Tensor], wants: Wants, share: float) -> tuple[Tensor | None, Result]:
+def _softmax(
+    problem: Problem, rows: list[Tensor], sims: list[Tensor], wants: Wants, share: float
+) -> tuple[Tensor | None, Result]:
     """The losses, and the gradient by the similarities `[M, columns]`."""
-    scale, number, M = problem.scale, problem.scale_bound, problem.rows
-    sims = [torch.mm(_of(rows[b.query], M), rows[b.key].t()) for b in problem.blocks]
+    scale, number = problem.scale, problem.scale_bound
     plain = _is_plain(problem)
     if not plain:
         z = reference.logits(problem, rows, sims)
@@ -265,19 +296,20 @@ def _symmetric(problem: Problem, z: Tensor, wanted: bool) -> tuple[Tensor, Tenso
 # Folds ----------------------------------------------------------------------------------------------------------------
 
 
-def _folded(problem: Problem, rows: list[Tensor], wants: Wants, share: float) -> tuple[Tensor | None, Result]:
+def _folded(
+    problem: Problem, rows: list[Tensor], sims: list[Tensor], wants: Wants, share: float
+) -> tuple[Tensor | None, Result]:
     """The losses of a fold, and the gradient by its input."""
     fold, block = problem.fold, problem.blocks[0]
     assert fold is not None
     x, y = rows[block.query][: problem.rows], rows[block.key]
-    if fold.distance in ("euclidean", "squared"):
+    if fold.distance in OF_DIFFERENCES:
         values = squared_distances(x, y)
         if fold.itself:
             values.diagonal().zero_()
         values = (values.sqrt_() if fold.distance == "euclidean" else values).to(x.dtype)
     else:
-        values = torch.mm(x, y.t())
-        values = 1 - values if fold.distance else values
+        values = 1 - sims[0] if fold.distance else sims[0]
     distances = values.clone() if fold.distance == "euclidean" and wants.any else None
     part = fold_part(problem, slice(0, problem.rows))
     folded = FOLDS[fold.name].torch(values, part, fold_scalars(problem), fold.options, wants.any)
@@ -295,7 +327,12 @@ def _folded(problem: Problem, rows: list[Tensor], wants: Wants, share: float) ->
 
 
 def _contracted(
-    problem: Problem, rows: list[Tensor], norms: list[Tensor], dz: Tensor, wants: Wants
+    problem: Problem,
+    rows: list[Tensor],
+    norms: list[Tensor],
+    given: Sequence[Tensor] | None,
+    dz: Tensor,
+    wants: Wants,
 ) -> tuple[Tensor | None, ...]:
     """The gradients by the operands, from the gradient by the similarities (or by a fold's input)."""
     found: list[Tensor | None] = [None] * len(rows)
@@ -304,7 +341,10 @@ def _contracted(
         dz = dz.mul_(2)
     elif distance == "cosine":
         dz = dz.neg_()
-    apart = distance in ("euclidean", "squared")
+    apart = distance in OF_DIFFERENCES
+    # Differences cancel, and in fp16 small entries would be 0.
+    as_given = problem.dtype is torch.bfloat16 and not apart and rows[0].shape[1] > 1
+    narrow = given if as_given else None
 
     def add(number: int, part: Tensor) -> None:
         total, size = found[number], rows[number].shape[0]
@@ -319,11 +359,19 @@ def _contracted(
         x, y = _of(rows[block.query], M), rows[block.key]
         part = dz if len(problem.blocks) == 1 else dz[:, start : start + y.shape[0]]
         start += y.shape[0]
+        if narrow is not None:
+            part = part.div_(_of(norms[block.query], M)).div_(norms[block.key].t()) if norms else part
+            part, x, y = part.to(problem.dtype), _of(narrow[block.query], M), narrow[block.key]
         for number, own, other, by in ((block.query, x, y, part), (block.key, y, x, part.t())):
             if wants.operands[number]:
-                # A vector product of the library adds one by one, with three times the error of torch's sum.
-                narrow = other.shape[1] == 1
-                product = (by * other.t()).sum(1, keepdim=True) if narrow else torch.mm(by, other)
+                if narrow is not None:
+                    product = rows[number].new_empty(own.shape)
+                    products.wide_mm(product, by, other)
+                elif other.shape[1] == 1:
+                    # A vector product of the library adds one by one, with three times the error of torch's sum.
+                    product = (by * other.t()).sum(1, keepdim=True)
+                else:
+                    product = torch.mm(by, other)
                 # Of differences: `dx_i = sum_j dz_ij (x_i - y_j)`.
                 add(number, torch.addcmul(product.neg_(), own, by.sum(1, keepdim=True)) if apart else product)
     kept = saved_dtype(problem.dtype)
@@ -334,6 +382,7 @@ def _contracted(
         if norms:  # through the norms; a row shorter than 1e-12 is divided by a constant
             unit, norm = rows[number], norms[number]
             along = (unit * g).sum(1, keepdim=True).masked_fill_(norm <= NORM_EPS, 0)
-            g = g.addcmul_(unit, along, value=-1).div_(norm)
+            g = g.addcmul_(unit, along, value=-1)
+            g = g if narrow is not None else g.div_(norm)  # which is in `part` then
         found[number] = g if g.dtype is kept else g.to(kept)
     return tuple(found)

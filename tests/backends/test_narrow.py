@@ -1,4 +1,4 @@
-"""`chunked` as on a device that multiplies 16-bit matrices into fp32: the same budgets, with its rounding on a CPU.
+"""`chunked` and `dense` as on a device that multiplies 16-bit matrices into fp32: the same budgets, with its rounding.
 
 `products.narrow` says where that is, and the two products beside it are all that a CPU lacks: operands of 16 bits are
 exact in fp32, in which it then multiplies and sums, as tensor cores do.
@@ -23,6 +23,9 @@ from fusedloss.core import products
 from fusedloss.core.problem import Block, Fold, Problem
 
 DTYPES = [torch.bfloat16, torch.float16]
+
+
+of_backends = pytest.mark.parametrize("backend", ["chunked", "dense"])
 
 
 def of_dtypes(function):
@@ -52,11 +55,12 @@ def asked(monkeypatch):
 
 
 @pytest.mark.pairwise
+@of_backends
 @of_dtypes
 @pytest.mark.parametrize("shape", ["one column", "one dimension", "wide rows", "several chunks"])
 @pytest.mark.parametrize("epilogue", budgets.EPILOGUES)
-def test_inside_the_error_budget(asked, epilogue, shape, dtype):
-    budgets.test_inside_the_error_budget("cpu", "chunked", epilogue, dtype, shape)
+def test_inside_the_error_budget(asked, epilogue, shape, dtype, backend):
+    budgets.test_inside_the_error_budget("cpu", backend, epilogue, dtype, shape)
     assert asked["mm"]
 
 
@@ -65,17 +69,19 @@ def test_inside_the_error_budget(asked, epilogue, shape, dtype):
 @pytest.mark.parametrize("chunks", ["several", "one"])
 @pytest.mark.parametrize("epilogue", budgets.COSINE)
 def test_a_scale_known_beforehand(monkeypatch, asked, epilogue, chunks, dtype):
-    budgets.test_a_scale_known_beforehand(monkeypatch, "cpu", "chunked", chunks, epilogue, dtype, "several chunks")
+    backend = "chunked" if chunks == "several" else "dense"
+    budgets.test_a_scale_known_beforehand(monkeypatch, "cpu", backend, chunks, epilogue, dtype, "several chunks")
     assert asked["mm"]
 
 
 @pytest.mark.pairwise
+@of_backends
 @of_dtypes
 @pytest.mark.parametrize("learnable", [False, True])
 @pytest.mark.parametrize("shape", ["ragged", "several chunks"])
 @pytest.mark.parametrize("loss", budgets.FAMILY)
-def test_the_family_inside_the_error_budget(asked, loss, shape, learnable, dtype):
-    budgets.test_the_family_inside_the_error_budget("cpu", "chunked", learnable, loss, dtype, shape)
+def test_the_family_inside_the_error_budget(asked, loss, shape, learnable, dtype, backend):
+    budgets.test_the_family_inside_the_error_budget("cpu", backend, learnable, loss, dtype, shape)
     assert asked["mm"]
 
 
@@ -86,10 +92,11 @@ def test_gradients_by_a_scale_are_within_their_condition(monkeypatch, loss, dtyp
     budgets.test_gradients_by_a_scale_are_within_their_condition(loss, dtype, "chunked")
 
 
+@of_backends
 @pytest.mark.parametrize("norm", [0.003, 1.0, 300.0])
 @pytest.mark.parametrize("weight", [1e-4, 1.0, 5.0])
-def test_fp16_keeps_its_range_whatever_the_norms_and_weights(norm, weight):
-    budgets.test_fp16_keeps_its_range_whatever_the_norms_and_weights("chunked", norm, weight)
+def test_fp16_keeps_its_range_whatever_the_norms_and_weights(norm, weight, backend):
+    budgets.test_fp16_keeps_its_range_whatever_the_norms_and_weights(backend, norm, weight)
 
 
 @pytest.mark.parametrize("name", budgets.OF_A_MEAN)
@@ -128,19 +135,22 @@ ROWWISE = {
 }
 
 
+# `dense` takes their distances in fp64, and their mined pairs from the reference.
+ELSEWHERE = {*(name for name in CASES if name.startswith("batch_")), "mega_batch_margin"}
 OF_SIMILARITIES = [name for name in CASES if not {name, name.split(",")[0]} & ROWWISE]
 
 
 @pytest.mark.parametrize("name", OF_SIMILARITIES[::2])
 def test_every_other_loss_of_similarities_in_fp16(asked, name):
-    test_every_loss_of_similarities(asked, name, torch.float16)
+    test_every_loss_of_similarities(asked, name, torch.float16, "chunked")
 
 
+@of_backends
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.grid)], ids=["bfloat16", "float16"]
 )
 @pytest.mark.parametrize("name", OF_SIMILARITIES)
-def test_every_loss_of_similarities(asked, name, dtype):
+def test_every_loss_of_similarities(asked, name, dtype, backend):
     """Guides, masks, bends, margins, counts, smoothing, private negatives, prefixes, folds."""
 
     def run(kind: torch.dtype, backend: str) -> list[Tensor]:
@@ -152,8 +162,8 @@ def test_every_loss_of_similarities(asked, name, dtype):
         gradients = torch.autograd.grad(value.sum(), batch.leaves, materialize_grads=True)
         return [x.detach() for x in (value, *gradients)]
 
-    found = run(dtype, "chunked")
-    assert asked["mm"]
+    found = run(dtype, backend)
+    assert asked["mm"] or (backend == "dense" and name in ELSEWHERE)
     eager, exact = run(dtype, "reference"), run(torch.float64, "reference")
     for place, each in enumerate(zip(found, eager, exact, strict=True)):
         share = testing.budget_share(*each, dtype)
@@ -201,11 +211,12 @@ OPTIONS = {
 
 
 @pytest.mark.pairwise
+@of_backends
 @of_dtypes
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("learnable", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options(name, learnable, reduction, dtype):
+def test_options(name, learnable, reduction, dtype, backend):
     options = {"reduction": reduction, **OPTIONS[name]}
 
     def call(q: Tensor, k: Tensor, *scale: Tensor, **on: str) -> Tensor:
@@ -213,7 +224,7 @@ def test_options(name, learnable, reduction, dtype):
         return loss if loss.dim() == 0 else (loss * torch.linspace(0.5, 2, 70)).sum()
 
     learnt = [torch.tensor(20.0)] if learnable else []
-    within_the_budget(call, [*testing.inputs("pairs", 70, 90, 24, dtype), *learnt], dtype)
+    within_the_budget(call, [*testing.inputs("pairs", 70, 90, 24, dtype), *learnt], dtype, backend)
 
 
 @of_dtypes
