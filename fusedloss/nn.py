@@ -34,7 +34,7 @@ class ClipDistillLoss(LossModule, function=F.clip_distill): ...
 class MultipleNegativesRankingLoss(
     LossModule,
     function=F.multiple_negatives_ranking,
-    tensors=("mask", "anchors"),
+    tensors=("mask", "anchors", "ids"),
     named=("decoupled", "transform"),
 ):
     def __init__(self, *args: Any, **kwargs: Any):
@@ -43,7 +43,7 @@ class MultipleNegativesRankingLoss(
         check_hardness(self.hardness_mode, self.hardness_strength)
 
 
-class GISTEmbedLoss(LossModule, function=F.gist_embed, tensors=("guide",), named=("decoupled", "transform")): ...
+class GISTEmbedLoss(LossModule, function=F.gist_embed, tensors=("guide", "ids"), named=("decoupled", "transform")): ...
 
 
 class ContrastiveTensionInBatchLoss(LossModule, function=F.contrastive_tension_in_batch): ...

@@ -260,6 +260,7 @@ class MultipleNegativesRankingLoss(LossModule, Generic[R]):
         *negatives: Tensor,
         mask: masks.Mask | Tensor | None = None,
         anchors: Tensor | None = None,
+        ids: Sequence[Tensor] | None = None,
     ) -> R: ...
     __call__ = forward
 
@@ -321,7 +322,14 @@ class GISTEmbedLoss(LossModule, Generic[R]):
         decoupled: bool = False,
         transform: Transform | Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
-    def forward(self, anchor: Tensor, positive: Tensor, *negatives: Tensor, guide: Sequence[Tensor]) -> R: ...
+    def forward(
+        self,
+        anchor: Tensor,
+        positive: Tensor,
+        *negatives: Tensor,
+        guide: Sequence[Tensor],
+        ids: Sequence[Tensor] | None = None,
+    ) -> R: ...
     __call__ = forward
 
 class ContrastiveTensionInBatchLoss(LossModule):

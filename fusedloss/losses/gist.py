@@ -13,6 +13,7 @@ from ..core.mask import Guide, GuideRule, Mask
 from ..core.problem import Block, Problem
 from ..core.transforms import Transform
 from ..distributed import Request
+from ._duplicates import check_ids, without_duplicates
 from ._options import Call, CountingAcrossOptions, expanded
 from ._softmax import Loss, as_scale, autocast, counted, distinct, result_of
 
@@ -28,6 +29,7 @@ def gist_embed(
     margin: float = 0.0,
     contrast_anchors: bool = True,
     contrast_positives: bool = True,
+    ids: Sequence[Tensor] | None = None,
     decoupled: bool = False,
     transform: Transform | Callable[[Tensor], Tensor] | None = None,
     **options: Unpack[CountingAcrossOptions],
@@ -56,6 +58,8 @@ def gist_embed(
         temperature: a positive number, or a tensor of one element, which receives a gradient.
         margin_strategy, margin: see above.
         contrast_anchors, contrast_positives: whether anchors compete with anchors, and positives with positives.
+        ids: `(anchor_ids, positive_ids, *negative_ids)`: equal numbers are the same text, which is no negative, as in
+            `multiple_negatives_ranking`.
         decoupled: leave the positive out of its row's normaliser (DCL, Yeh et al. 2022): see `info_nce`.
         transform: a function of each row's own loss: one of `fusedloss.transforms`, or a function of a tensor `[B]`.
         reduction: "mean", "sum" or "none" (`[B]`).
@@ -84,6 +88,7 @@ def gist_embed(
             margin=margin,
             contrast_anchors=contrast_anchors,
             contrast_positives=contrast_positives,
+            ids=ids,
             decoupled=decoupled,
             transform=transform,
             call=call,
@@ -104,6 +109,7 @@ def gist_embed_problem(
     margin: float,
     contrast_anchors: bool,
     contrast_positives: bool,
+    ids: Sequence[Tensor] | None,
     decoupled: bool,
     transform: Transform | Callable[[Tensor], Tensor] | None,
     call: Call,
@@ -114,6 +120,8 @@ def gist_embed_problem(
     if positive.shape[0] < rows:
         raise ValueError(f"positive must have at least {rows} rows, one per row of anchor, got {positive.shape[0]}")
     guides = _guides(guide, named)
+    check_ids(ids, named)
+    of_anchors, *of_documents = without_duplicates(ids, rows, len(named))
     checks.scalar("temperature", temperature, anchor, positive=True)
     checks.choice("margin_strategy", margin_strategy, masks.STRATEGIES)
     checks.number("margin", margin)
@@ -123,13 +131,16 @@ def gist_embed_problem(
     operands = autocast(*matrices)
     guide_a, guide_p, *guide_n = guides
 
-    def block(query: int, key: int, guide_query: Tensor, guide_key: Tensor) -> Block:
-        return Block(query, key, mask=Mask(guide=Guide(guide_query, guide_key)))
+    def block(query: int, key: int, guide_query: Tensor, guide_key: Tensor, same: Mask) -> Block:
+        return Block(query, key, mask=same._replace(guide=Guide(guide_query, guide_key)))
 
-    blocks = [block(a, p, guide_a, guide_p)]
-    blocks += [block(a, a, guide_a, guide_a)] if contrast_anchors else []
-    blocks += [block(q, p, guide_p[:rows], guide_p)] if contrast_positives else []
-    blocks += [block(a, key, guide_a, guide_key) for key, guide_key in zip(n, guide_n, strict=True)]
+    blocks = [block(a, p, guide_a, guide_p, of_documents[0])]
+    blocks += [block(a, a, guide_a, guide_a, of_anchors)] if contrast_anchors else []
+    blocks += [block(q, p, guide_p[:rows], guide_p, of_documents[0])] if contrast_positives else []
+    blocks += [
+        block(a, key, guide_a, guide_key, same)
+        for key, guide_key, same in zip(n, guide_n, of_documents[1:], strict=True)
+    ]
     return Problem(
         operands=operands,
         blocks=tuple(blocks),

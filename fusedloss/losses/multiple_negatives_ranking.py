@@ -14,6 +14,7 @@ from ..core.numerics import row_numbers
 from ..core.problem import Block, Problem
 from ..core.transforms import Transform
 from ..distributed import Request
+from ._duplicates import check_ids, without_duplicates
 from ._options import Call, CountingAcrossOptions, expanded
 from ._softmax import Loss, as_scale, autocast, counted, distinct, result_of
 
@@ -35,6 +36,7 @@ def multiple_negatives_ranking(
     hardness_strength: float = 0.0,
     mask: masks.Mask | Tensor | None = None,
     anchors: Tensor | None = None,
+    ids: Sequence[Tensor] | None = None,
     decoupled: bool = False,
     transform: Transform | Callable[[Tensor], Tensor] | None = None,
     **options: Unpack[CountingAcrossOptions],
@@ -72,6 +74,10 @@ def multiple_negatives_ranking(
             over the positives and then each column of negatives.
         anchors: `[A, D]`, the anchors of all processes, `anchor` first, where `positive` and `negatives` are those of
             all processes: for who gathers beforehand, in the place of `group`.
+        ids: `(anchor_ids, positive_ids, *negative_ids)`, an int64 `[rows]` for each of the embeddings (the first of
+            `anchors` if given): equal numbers are the same text, see `masks.text_ids`. Such duplicates are no negatives
+            in any direction: a pair whose anchor or positive is the row's own, and a hard negative that is the row's
+            positive.
         decoupled: leave the positive out of its row's normaliser, wherever it stands in it (DCL, Yeh et al. 2022): see
             `info_nce`.
         transform: a function of each row's own loss, under "per_direction" of each direction's, before their mean: one
@@ -105,6 +111,7 @@ def multiple_negatives_ranking(
             mask=mask,
             call=call,
             anchors=anchors,
+            ids=ids,
             decoupled=decoupled,
             transform=transform,
         )
@@ -127,6 +134,7 @@ def multiple_negatives_ranking_problems(
     mask: masks.Mask | Tensor | None,
     call: Call,
     anchors: Tensor | None = None,
+    ids: Sequence[Tensor] | None = None,
     decoupled: bool = False,
     transform: Transform | Callable[[Tensor], Tensor] | None = None,
     elsewhere: Mask = NO_MASK,
@@ -158,14 +166,22 @@ def multiple_negatives_ranking_problems(
                 f"got {x.shape[0]}"
             )
     widths = [x.shape[0] for x in (positive, *negatives)]
-    bound = masks.bind(mask, rows, widths, anchor)
+    check_ids(ids, {"anchor": everyone, "positive": positive, **named})
+    of_anchors, *of_documents = without_duplicates(ids, rows, 2 + len(negatives))
+    bound = [
+        part._replace(compare=part.compare + of_document.compare)
+        for part, of_document in zip(masks.bind(mask, rows, widths, anchor), of_documents, strict=True)
+    ]
     phi = transforms.bind(transform, decoupled)
     multiplier, scale_bound = as_scale(scale, anchor, inverse=False)
     several = len(directions) > 1
     facing = (everyone, positive[:rows] if owners > rows else positive) if several else (anchor, positive)
     matrices, (query, queries, answer, *documents) = distinct(anchor, *facing, positive, *negatives)
     operands = autocast(*matrices)
-    own = elsewhere._replace(skip=row_numbers(rows, anchor)) if several else NO_MASK
+
+    def beyond(same: Mask) -> Mask:
+        return elsewhere._replace(compare=same.compare, skip=row_numbers(rows, anchor)) if several else NO_MASK
+
     strength = float(hardness_strength)
     others = strength if hardness_mode in ("in_batch_negatives", "all_negatives") else 0.0
     hard = strength if hardness_mode in ("hard_negatives", "all_negatives") else 0.0
@@ -174,10 +190,12 @@ def multiple_negatives_ranking_problems(
             Block(query, key, None, part, others, hard if number else 0.0)
             for number, (key, part) in enumerate(zip(documents, bound, strict=True))
         ],
-        "query_to_query": [Block(query, queries, mask=own)],
+        "query_to_query": [Block(query, queries, mask=beyond(of_anchors))],
         # Under "joint" the positive appears here once more, and is counted as a second copy of the target.
-        "doc_to_query": [Block(answer, queries, mask=own if partition_mode == "joint" else NO_MASK)],
-        "doc_to_doc": [Block(answer, key, mask=own) for key in documents],
+        "doc_to_query": [Block(answer, queries, mask=beyond(of_anchors) if partition_mode == "joint" else of_anchors)],
+        "doc_to_doc": [
+            Block(answer, key, mask=beyond(same)) for key, same in zip(documents, of_documents, strict=True)
+        ],
     }
     if partition_mode == "joint":
         sets = [[block for name in DIRECTIONS if name in directions for block in parts[name]]]

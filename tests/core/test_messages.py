@@ -119,7 +119,7 @@ MISTAKES = {
     "gist without a guide": (
         lambda: fusedloss.GISTEmbedLoss()(X, X),
         TypeError,
-        "GISTEmbedLoss.forward got no 'guide'; it takes (anchor, positive, *negatives, guide)",
+        "GISTEmbedLoss.forward got no 'guide'; it takes (anchor, positive, *negatives, guide, ids=None)",
     ),
     # No tensors, or others.
     "a list": (

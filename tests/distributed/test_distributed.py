@@ -131,6 +131,9 @@ CASES = {
     "ranking, hard negatives": lambda b, **k: ranking(
         b.x, b.y, b.n, hardness_mode="hard_negatives", hardness_strength=3.0, similarity="dot", scale=0.5, **k
     ),
+    "ranking, ids": lambda b, **k: ranking(
+        b.x, b.y, b.n, ids=(b.ids, b.labels, b.ids), directions=ALL, scale=1 / b.temperature, **k
+    ),
     "gist_embed": lambda b, **k: fusedloss.gist_embed(b.x, b.y, guide=(b.g0, b.g1), temperature=b.temperature, **k),
     "gist_embed, negatives, relative": lambda b, **k: fusedloss.gist_embed(
         b.x, b.y, b.n, guide=(b.g0, b.g1, b.g2), margin_strategy="relative", margin=0.1, contrast_anchors=False, **k

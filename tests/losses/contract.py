@@ -232,6 +232,11 @@ CASES: dict[str, Callable[[Batch], Case]] = {
         (b.x(), b.x(), b.x()),
         {"guide": (b.fixed(b.rows, 3), b.fixed(b.rows, 3), b.fixed(b.rows, 3)), "temperature": 0.5},
     ),
+    "gist_embed, ids": lambda b: Case(
+        F.gist_embed,
+        (b.x(), b.x()),
+        {"guide": (b.fixed(b.rows, 3), b.fixed(b.rows, 3)), "ids": (b.below(4), b.below(5)), "temperature": 0.5},
+    ),
     "global_orthogonal_regularization": _rows_and_columns(F.global_orthogonal_regularization),
     "huber": _elements(F.huber, delta=0.5),
     "huber, weight": lambda b: Case(F.huber, (b.x(), b.fixed()), {"weight": b.positive(b.rows, 1)}),
@@ -307,6 +312,11 @@ CASES: dict[str, Callable[[Batch], Case]] = {
     ),
     "multiple_negatives_ranking, mask": lambda b: Case(
         F.multiple_negatives_ranking, (b.x(), b.x()), {"scale": 3.0, "mask": masks.same_id(b.labels(), b.labels())}
+    ),
+    "multiple_negatives_ranking, ids": lambda b: Case(
+        F.multiple_negatives_ranking,
+        (b.x(), b.x(), b.x()),
+        {"scale": 3.0, "ids": (b.below(4), b.below(5), b.below(6)), "directions": ("query_to_doc", "doc_to_doc")},
     ),
     "nt_xent": _rows_and_columns(F.nt_xent),
     "online_contrastive": _same(F.online_contrastive),
