@@ -263,6 +263,12 @@ WORKS = {
         "",
         "2402.16829",
     ),
+    "Steele et al. 2014": Work(
+        "steele2014splittable",
+        "Steele, Guy L.; Lea, Doug; Flood, Christine H.",
+        "Fast Splittable Pseudorandom Number Generators",
+        "OOPSLA",
+    ),
     "Sun et al. 2020": Work(
         "sun2020circle",
         "Sun, Yifan; Cheng, Changmao; Zhang, Yuhan; Zhang, Chi; Zheng, Liang; Wang, Zhongdao; Wei, Yichen",

@@ -121,7 +121,7 @@ def gist_embed_problem(
         raise ValueError(f"positive must have at least {rows} rows, one per row of anchor, got {positive.shape[0]}")
     guides = _guides(guide, named)
     check_ids(ids, named)
-    of_anchors, *of_documents = without_duplicates(ids, rows, len(named))
+    of_anchors, *of_documents = without_duplicates(ids, rows, rows, len(named))
     checks.scalar("temperature", temperature, anchor, positive=True)
     checks.choice("margin_strategy", margin_strategy, masks.STRATEGIES)
     checks.number("margin", margin)

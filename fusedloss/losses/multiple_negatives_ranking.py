@@ -77,7 +77,7 @@ def multiple_negatives_ranking(
         ids: `(anchor_ids, positive_ids, *negative_ids)`, an int64 `[rows]` for each of the embeddings (the first of
             `anchors` if given): equal numbers are the same text, see `masks.text_ids`. Such duplicates are no negatives
             in any direction: a pair whose anchor or positive is the row's own, and a hard negative that is the row's
-            positive.
+            positive. `anchor_ids` may go on with those of the anchors of further positives.
         decoupled: leave the positive out of its row's normaliser, wherever it stands in it (DCL, Yeh et al. 2022): see
             `info_nce`.
         transform: a function of each row's own loss, under "per_direction" of each direction's, before their mean: one
@@ -167,7 +167,7 @@ def multiple_negatives_ranking_problems(
             )
     widths = [x.shape[0] for x in (positive, *negatives)]
     check_ids(ids, {"anchor": everyone, "positive": positive, **named})
-    of_anchors, *of_documents = without_duplicates(ids, rows, 2 + len(negatives))
+    of_anchors, *of_documents = without_duplicates(ids, rows, owners, 2 + len(negatives))
     bound = [
         part._replace(compare=part.compare + of_document.compare)
         for part, of_document in zip(masks.bind(mask, rows, widths, anchor), of_documents, strict=True)

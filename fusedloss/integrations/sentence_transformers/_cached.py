@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss as _CachedGISTEmbedLoss
@@ -27,21 +29,25 @@ from typing_extensions import deprecated
 from fusedloss.core import checks
 
 from .._drop_in import counted
+from ._duplicates import LeavesOutDuplicates, takes_duplicates, text_ids
 from ._fits import fused
 from ._ranking import gist, gist_fits, gist_is_plain, ranking, ranking_fits, settled
 
 
-class CachedMultipleNegativesRankingLoss(_CachedMultipleNegativesRankingLoss):
-    """sentence-transformers' loss of this name. With `gather_across_devices` a step has one gather, not one a chunk."""
+class CachedMultipleNegativesRankingLoss(LeavesOutDuplicates, _CachedMultipleNegativesRankingLoss):
+    """sentence-transformers' loss of this name. With `gather_across_devices` a step has one gather, not one a chunk.
+
+    It also takes `duplicates`, as `MultipleNegativesRankingLoss`.
+    """
+
+    __init__ = takes_duplicates(_CachedMultipleNegativesRankingLoss)
 
     @counted
-    def calculate_loss(
-        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
-    ) -> Tensor:
+    def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
         columns = [torch.cat(column) for column in reps]
         if not fused(self, ranking_fits(self, columns)):
             return super().calculate_loss(reps, labels, with_backward=with_backward)
-        loss = settled(ranking(self, _cached_ranking, columns), with_backward)
+        loss = settled(ranking(self, _cached_ranking, columns, labels), with_backward)
         # Under autocast the result has its dtype, by which callers (the library's tests, for one) see that it was on.
         return loss.to(torch.get_autocast_dtype(loss.device.type)) if checks.autocasts(columns[0]) else loss
 
@@ -56,8 +62,20 @@ with warnings.catch_warnings():
         """sentence-transformers' loss of this name, as `CachedMultipleNegativesRankingLoss`."""
 
 
-class CachedGISTEmbedLoss(_CachedGISTEmbedLoss):
+class CachedGISTEmbedLoss(LeavesOutDuplicates, _CachedGISTEmbedLoss):
     """sentence-transformers' loss of this name, in the memory of the embeddings; see `GISTEmbedLoss`."""
+
+    __init__ = takes_duplicates(_CachedGISTEmbedLoss)
+    _labels: Any = None  # while `forward` runs: the library does not hand them on to `calculate_loss`
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
+        columns = list(sentence_features)
+        if self.duplicates is not None:
+            self._labels = text_ids(columns) if self.duplicates == "texts" else labels
+        try:
+            return _CachedGISTEmbedLoss.forward(self, columns, labels)
+        finally:
+            self._labels = None
 
     @counted
     def calculate_loss(
@@ -67,4 +85,4 @@ class CachedGISTEmbedLoss(_CachedGISTEmbedLoss):
         guides = [torch.cat(column) for column in reps_guided]
         if not fused(self, gist_is_plain(self, _CachedGISTEmbedLoss) or gist_fits(columns, guides)):
             return super().calculate_loss(reps, reps_guided, with_backward=with_backward)
-        return settled(gist(self, _cached_gist_embed, columns, guides), with_backward)
+        return settled(gist(self, _cached_gist_embed, columns, guides, self._labels), with_backward)

@@ -33,8 +33,19 @@ PAIRS = {
 
 
 def fused(loss: nn.Module, why_not: str | None) -> bool:
-    """Whether this call of `loss` runs fused code. Counts it, or warns of the reason once."""
-    return runs_fused(f"sentence_transformers.{type(loss).__name__}", why_not)
+    """Whether this call of `loss` runs fused code. Counts it, or warns of the reason once.
+
+    Raises where only the library's code could run and the loss has an option that the library lacks.
+    """
+    if runs_fused(f"sentence_transformers.{type(loss).__name__}", why_not):
+        return True
+    duplicates = getattr(loss, "duplicates", None)
+    if duplicates is not None:
+        raise ValueError(
+            f"duplicates must be None where the library's own code runs, because {why_not or 'FUSEDLOSS_DISABLE=1'}, "
+            f"got {duplicates!r}; leave it out or remove the reason"
+        )
+    return False
 
 
 def similarity(function: Any, known: dict[Any, str]) -> str | None:

@@ -20,10 +20,10 @@ from .._drop_in import counted, disabled, runs_fused
 from .._fits import overridden
 from . import _fits
 from ._cached import CachedMultipleNegativesRankingLoss
+from ._duplicates import ids_of, text_ids
 from ._fits import fused
 from ._ranking import (
     MultipleNegativesRankingLoss,
-    _MultipleNegativesRankingLoss,
     ranking_fits,
     ranking_options,
     settled,
@@ -40,9 +40,16 @@ def prefixes_fit(loss: Any, dims: Sequence[int], weights: Sequence[Any], embeddi
     return next(filter(None, (_fits.number_fits("weight", weight) for weight in weights)), None)
 
 
-def prefixes(loss: Any, dims: Sequence[int], weights: Sequence[float], embeddings: Sequence[Tensor]) -> Tensor:
+def prefixes(
+    loss: Any, dims: Sequence[int], weights: Sequence[float], embeddings: Sequence[Tensor], labels: Any
+) -> Tensor:
     return fusedloss.matryoshka(
-        fusedloss.multiple_negatives_ranking, *embeddings, dims=dims, weights=weights, **ranking_options(loss)
+        fusedloss.multiple_negatives_ranking,
+        *embeddings,
+        dims=dims,
+        weights=weights,
+        ids=ids_of(loss, labels, embeddings),
+        **ranking_options(loss),
     )
 
 
@@ -59,16 +66,16 @@ class CachedLossDecorator(_matryoshka.CachedLossDecorator):
         return object.__new__, (_matryoshka.CachedLossDecorator,), vars(self)
 
     @counted
-    def __call__(self, reps: list[list[Tensor]], *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, reps: list[list[Tensor]], labels: Any = None, **kwargs: Any) -> Tensor:
         loss = self.fn.__self__
         columns = [torch.cat(column) for column in reps]
         why_not = prefixes_fit(loss, self.matryoshka_dims, self.matryoshka_weights, columns)
         if not runs_fused("sentence_transformers.MatryoshkaLoss", why_not):
-            return super().__call__(reps, *args, **kwargs)
+            return super().__call__(reps, labels, **kwargs)
         chosen = steps(len(self.matryoshka_dims), self.n_dims_per_step)
         dims = [self.matryoshka_dims[i] for i in chosen]
         weights = [self.matryoshka_weights[i] for i in chosen]
-        return settled(prefixes(loss, dims, weights, columns), kwargs.get("with_backward", False))
+        return settled(prefixes(loss, dims, weights, columns, labels), kwargs.get("with_backward", False))
 
 
 class MatryoshkaLoss(_MatryoshkaLoss):
@@ -102,17 +109,19 @@ class MatryoshkaLoss(_MatryoshkaLoss):
             )
 
     @counted
-    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
         columns = list(sentence_features)
         if not self._around_ours() or disabled():
             return super().forward(columns, labels)
+        if self.loss.duplicates == "texts":
+            labels = text_ids(columns)
         embeddings = embed_columns(self.model, columns)
         why_not = prefixes_fit(self.loss, self.matryoshka_dims, self.matryoshka_weights, embeddings)
         chosen = steps(len(self.matryoshka_dims), self.n_dims_per_step)
         dims = [self.matryoshka_dims[i] for i in chosen]
         weights = [self.matryoshka_weights[i] for i in chosen]
         if fused(self, why_not):
-            return prefixes(self.loss, dims, weights, embeddings)
+            return prefixes(self.loss, dims, weights, embeddings, labels)
         loss: Any = 0.0
         for dim, weight in zip(dims, weights, strict=True):
             cut = [_matryoshka.shrink(x, dim) for x in embeddings]
@@ -127,7 +136,7 @@ class MatryoshkaLoss(_MatryoshkaLoss):
             and inner.model is self.model
             and not (inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks)
             and not overridden(inner, MultipleNegativesRankingLoss, "compute_loss_from_embeddings")
-            and not overridden(inner, _MultipleNegativesRankingLoss, "forward")
+            and not overridden(inner, MultipleNegativesRankingLoss, "forward")
         )
 
 

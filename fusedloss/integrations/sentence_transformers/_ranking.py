@@ -34,6 +34,7 @@ from fusedloss.losses.multiple_negatives_ranking import DIRECTIONS, HARDNESS_MOD
 from .._drop_in import counted, library_is_faster
 from .._fits import overridden, plain, untouched
 from . import _fits
+from ._duplicates import LeavesOutDuplicates, ids_of, takes_duplicates, text_ids
 from ._fits import MATRICES, fused
 
 criterion_fits = plain(nn.CrossEntropyLoss)
@@ -93,24 +94,35 @@ def ranking_options(loss: Any) -> dict[str, Any]:
     }
 
 
-def ranking(loss: Any, library: ModuleType, embeddings: Sequence[Tensor]) -> Tensor:
+def ranking(loss: Any, library: ModuleType, embeddings: Sequence[Tensor], labels: Any) -> Tensor:
     anchor = embeddings[0]
+    ids = ids_of(loss, labels, embeddings)
     anchors, *documents = gathered(loss, library, *embeddings)
     several = anchors.shape[0] > anchor.shape[0]
     own = anchors[: anchor.shape[0]] if several else anchors
     return fusedloss.multiple_negatives_ranking(
-        own, *documents, **ranking_options(loss), anchors=anchors if several else None
+        own,
+        *documents,
+        **ranking_options(loss),
+        anchors=anchors if several else None,
+        ids=None if ids is None else gathered(loss, library, *ids),
     )
 
 
-class MultipleNegativesRankingLoss(_MultipleNegativesRankingLoss):
-    """sentence-transformers' loss of this name. No score matrix is stored: memory is that of the embeddings."""
+class MultipleNegativesRankingLoss(LeavesOutDuplicates, _MultipleNegativesRankingLoss):
+    """sentence-transformers' loss of this name. No score matrix is stored: memory is that of the embeddings.
+
+    It also takes `duplicates`: "texts" leaves out negatives that are the same text as the row's own positive, or the
+    positive of the same anchor; "labels" takes ids from the data set's label column.
+    """
+
+    __init__ = takes_duplicates(_MultipleNegativesRankingLoss)
 
     @counted
-    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Any) -> Tensor:
         if not fused(self, ranking_fits(self, embeddings)):
             return super().compute_loss_from_embeddings(embeddings, labels)
-        return ranking(self, _ranking, embeddings)
+        return ranking(self, _ranking, embeddings, labels)
 
 
 with warnings.catch_warnings():
@@ -148,12 +160,13 @@ def gist_is_plain(loss: Any, owner: type) -> str | None:
     )
 
 
-def gist(loss: Any, library: ModuleType, embeddings: Sequence[Tensor], guides: Sequence[Tensor]) -> Tensor:
+def gist(loss: Any, library: ModuleType, embeddings: Sequence[Tensor], guides: Sequence[Tensor], labels: Any) -> Tensor:
     """Returns the loss. Anchors stay this process's own. A 16-bit guide is compared in fp32; the library rounds."""
     anchor, *candidates = embeddings
     guide, *guide_candidates = guides
     everywhere = gathered(loss, library, *candidates, *guide_candidates)
     candidates, guide_candidates = everywhere[: len(candidates)], everywhere[len(candidates) :]
+    ids = ids_of(loss, labels, embeddings)
     with _fits.autocast_off(anchor):
         return fusedloss.gist_embed(
             anchor,
@@ -164,19 +177,25 @@ def gist(loss: Any, library: ModuleType, embeddings: Sequence[Tensor], guides: S
             margin=loss.margin,
             contrast_anchors=bool(loss.contrast_anchors),
             contrast_positives=bool(loss.contrast_positives),
+            ids=None if ids is None else gathered(loss, library, *ids),
         )
 
 
-class GISTEmbedLoss(_GISTEmbedLoss):
+class GISTEmbedLoss(LeavesOutDuplicates, _GISTEmbedLoss):
     """sentence-transformers' loss of this name, in the memory of the embeddings instead of B x B x D.
 
     Rows shorter than 1e-8 are divided by their length, down to 1e-12, as `cos_sim` does. A guide's similarity within
-    rounding of the threshold counts as equal, which stays.
+    rounding of the threshold counts as equal, which stays. It also takes `duplicates`, as
+    `MultipleNegativesRankingLoss`.
     """
 
+    __init__ = takes_duplicates(_GISTEmbedLoss)
+
     @counted
-    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Any = None) -> Tensor:
         columns = list(sentence_features)
+        if self.duplicates == "texts":
+            labels = text_ids(columns)
         why_not = gist_is_plain(self, _GISTEmbedLoss)
         if why_not is not None:
             fused(self, why_not)
@@ -191,7 +210,7 @@ class GISTEmbedLoss(_GISTEmbedLoss):
         if len(embeddings) not in (2, 3) or not fused(self, why_not):
             models = {"model": list(embeddings), "guide": list(guides)}
             return _fits.replay(self, _GISTEmbedLoss.forward, models, labels, must_retokenize=False)
-        return gist(self, _gist_embed, embeddings, guides)
+        return gist(self, _gist_embed, embeddings, guides, labels)
 
     def _for_guide(self, column: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns a column's texts in the guide's tokens."""
