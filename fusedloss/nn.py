@@ -18,7 +18,7 @@ class InfoNCELoss(
     LossModule,
     function=F.info_nce,
     tensors=("negatives", "bank", "key_bias", "mask", "weight"),
-    named=("bias_on_target", "margin", "decoupled", "transform"),
+    named=("bank_across", "bias_on_target", "margin", "decoupled", "transform"),
 ): ...
 
 

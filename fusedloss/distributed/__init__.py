@@ -23,8 +23,11 @@ ranks is the gradient of every parameter; `"ddp"` gives world-size times that, b
 average. Both hold for encoders, and for learnable temperatures, scales and biases as well. `"match:<library>"` scales
 as that library does, right or wrong: `MATCH`.
 
-Refused with a group, on all ranks: label_smoothing, return_stats, bool masks (the others work), info_nce's `negatives`
-and `bank`, siglip's int64 targets, second derivatives; with strategy="ring" also backend="reference", sup_con's
+info_nce's `bank` stays on its rank: rows see the rank's own, such as a queue that all ranks hold alike. With
+bank_across=True the banks of all ranks compete.
+
+Refused with a group, on all ranks: label_smoothing, return_stats, bool masks (the others work), info_nce's `negatives`,
+siglip's int64 targets, second derivatives; with strategy="ring" also backend="reference", sup_con's
 form="in", and explicit targets together with a margin or a guide. docs/support.md has the table.
 """
 

@@ -24,7 +24,7 @@ class Request(NamedTuple):
 
     what: the loss and its options, which must be the same everywhere, a line each. problems: of this rank's rows and
         columns alone; the loss is their mean. ignore_index: the target that leaves a row out, if the first problem's
-        target indexes the columns of all ranks, in rank order.
+        target indexes the columns of all ranks, in rank order. stays: operands whose rows are this rank's columns only.
     """
 
     what: str
@@ -32,10 +32,14 @@ class Request(NamedTuple):
     backend: str
     reduction: str
     ignore_index: int | None = None
+    stays: tuple[int, ...] = ()
 
 
 class Part(NamedTuple):
-    """A problem of a call on which all ranks agree, and how many rows of each operand every rank has."""
+    """A problem of a call on which all ranks agree, and how many rows of each operand every rank has.
+
+    An operand that stays has the sizes of a group of one.
+    """
 
     problem: Problem
     sizes: tuple[Ranks, ...]
@@ -125,8 +129,13 @@ def agree(world: World, ask: Callable[[], Request]) -> Agreed:
         raise error
     assert call is not None
     _compare_parameters(rows)
-    sizes = iter([Ranks(world.group.group_name, world.rank, column) for column in zip(*counts, strict=True)])
-    parts = tuple(Part(problem, tuple(next(sizes) for _ in problem.operands)) for problem in call.problems)
+    columns = zip(*counts, strict=True)
+
+    def ranks(number: int, x: Tensor) -> Ranks:
+        sizes, name = next(columns), world.group.group_name
+        return Ranks(name, 0, (len(x),)) if number in call.stays else Ranks(name, world.rank, sizes)
+
+    parts = tuple(Part(p, tuple(ranks(number, x) for number, x in enumerate(p.operands))) for p in call.problems)
     _check_targets(call, parts[0], rows, world)
     _check_workspaces(call, parts, rows, world, device)
     return Agreed(call, parts, world.of_rows() if call.reduction == "none" else world)
@@ -178,7 +187,8 @@ def _check_targets(call: Request, first: Part, rows: Sequence[_Row], world: Worl
     """Checks the targets that were read; all ranks reach the same result."""
     if call.ignore_index is None:
         return
-    problem, columns = first.problem, first.columns
+    problem = first.problem
+    columns = sum(first.sizes[problem.blocks[0].key].sizes)
     if sum(first.rows.sizes) and not columns:
         raise ValueError("key must have at least one row on some rank of group, got none")
     errors = [""] * len(rows)

@@ -201,7 +201,12 @@ def part_across(agreed: Agreed, part: Part) -> Tensor:
 
 
 def _together(matrices: Sequence[Tensor], ranks: Sequence[Ranks]) -> list[Tensor]:
-    """Returns the rows of all ranks of each matrix, by one collective."""
+    """Returns the rows of all ranks of each matrix, by one collective. What stays is as it is."""
+    stays = [len(r.sizes) == 1 for r in ranks]
+    if any(stays):
+        travelling = [(x, r) for x, r, here in zip(matrices, ranks, stays, strict=True) if not here]
+        found = iter(_together(*map(list, zip(*travelling, strict=True))) if travelling else [])
+        return [x if here else next(found) for x, here in zip(matrices, stays, strict=True)]
     if len(matrices) == 1:
         return [everywhere(matrices[0], ranks[0])]
     sizes = tuple(sum(counts) for counts in zip(*(r.sizes for r in ranks), strict=True))

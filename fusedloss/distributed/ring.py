@@ -118,14 +118,18 @@ class _Exchange:
 class Shards:
     """A problem whose columns are spread over ranks; `problem` holds this rank's.
 
-    sizes: of each block's key. A problem's keys, biases, and its masks' and folds' tensors of columns go around.
+    sizes: of each block's key. A problem's keys, biases, and its masks' and folds' tensors of columns go around, except
+    those of a block that stays, whose sizes are of this rank alone.
     """
 
     def __init__(self, problem: Problem, ranks: Ranks, sizes: Sequence[tuple[int, ...]], target: Tensor | None):
         self.problem, self.ranks, self.sizes, self.target = problem, ranks, sizes, target
         self.parcels: list[Parcel] = []
         self.places: dict[int, int] = {}
-        for block, counts in zip(problem.blocks, sizes, strict=True):
+        self.stays = [len(counts) < len(ranks.sizes) for counts in sizes]
+        for block, counts, stays in zip(problem.blocks, sizes, self.stays, strict=True):
+            if stays:
+                continue
             columns = [problem.operands[block.key], block.bias, *block.mask.keys]
             columns += [problem.fold.labels[1] if problem.fold and problem.fold.labels else None]
             for x in columns:
@@ -144,16 +148,16 @@ class Shards:
         problem, home = self.problem, shard == self.ranks.rank
 
         def there(x: Tensor) -> Tensor:
-            return held[self.places[id(x)]]
+            return held[self.places[id(x)]] if id(x) in self.places else x
 
         operands = [problem.operands[number] for number in self.queries]
         operands += [there(problem.operands[number]) for number in self.keys]
         blocks, kept = [], []
         for number, block in enumerate(problem.blocks):
             mask, key = block.mask, len(self.queries) + self.keys.index(block.key)
-            if not home and not len(operands[key]):
+            if not home and (self.stays[number] or not len(operands[key])):
                 continue
-            skip = self._skip(mask, self.sizes[number], shard)
+            skip = mask.skip if self.stays[number] else self._skip(mask, self.sizes[number], shard)
             mask = mask.map_keys(there)._replace(exempt=mask.exempt if home else None, skip=skip)
             bias = None if block.bias is None else there(block.bias)
             own = block.own_penalty if home else block.penalty
@@ -429,6 +433,7 @@ class _RingGradients:
             if wanted
         }
         self.biased = [number for number, wanted in enumerate(wants.biases) if wanted]
+        self.stayed: dict[int, Tensor | None] = {}  # gradients of biases that do not go around
 
     def take(self, result: sweep.Result | None, kept: list[int], held: list[Tensor]) -> list[Parcel]:
         """Adds the rows' gradients, and returns those of this shard's columns."""
@@ -450,8 +455,11 @@ class _RingGradients:
                 travels.append(self._parcel(gradient, held[place], self.shards.parcels[place].sizes))
         for number in self.biased:
             bias = self.shards.problem.blocks[number].bias
-            place = self.shards.places[id(bias)]
             gradient = result.biases[kept.index(number)] if result is not None and number in kept else None
+            if self.shards.stays[number]:
+                self.stayed[number] = self.stayed.get(number) if gradient is None else gradient
+                continue
+            place = self.shards.places[id(bias)]
             travels.append(self._parcel(gradient, held[place], self.shards.parcels[place].sizes))
         return travels
 
@@ -471,7 +479,12 @@ class _RingGradients:
                 found[key] = found[key].add_(gradient) if key in found else gradient
         operands = [found.get(number) for number in range(len(self.operands))]
         blocks = enumerate(self.shards.problem.blocks)
-        biases = [next(arrived) if n in self.biased else None for n, block in blocks if block.bias is not None]
+        here = self.shards.stays
+        biases = [
+            (self.stayed[n] if here[n] else next(arrived)) if n in self.biased else None
+            for n, block in blocks
+            if block.bias is not None
+        ]
         return [self.scale, *operands, *biases, *self.scalars]
 
 

@@ -109,9 +109,11 @@ class Call:
         if self.workspace_bytes is not None:
             checks.count("workspace_bytes", self.workspace_bytes)
 
-    def request(self, what: str, *problems: Problem, ignore_index: int | None = None) -> Request:
+    def request(
+        self, what: str, *problems: Problem, ignore_index: int | None = None, stays: tuple[int, ...] = ()
+    ) -> Request:
         """Returns this call as the request that ranks agree on."""
-        return Request(what, problems, self.backend, self.reduction, ignore_index)
+        return Request(what, problems, self.backend, self.reduction, ignore_index, stays)
 
 
 def ranks(options: RankOptions) -> World | None:

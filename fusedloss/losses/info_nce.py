@@ -30,6 +30,7 @@ def info_nce(
     temperature: float | Tensor = 0.05,
     negatives: Tensor | None = None,
     bank: Tensor | None = None,
+    bank_across: bool = False,
     key_bias: Tensor | None = None,
     mask: masks.Mask | Tensor | None = None,
     weight: Tensor | None = None,
@@ -62,7 +63,8 @@ def info_nce(
             under inference_mode, which autograd cannot save. It receives no gradient, even if it requires one. It may
             be overwritten as soon as the loss is computed. A backward that reads it again (reduction "none",
             `negatives`, a second backward, create_graph) then raises a RuntimeError that names it; backend "reference"
-            raises torch's.
+            raises torch's. With `group`, a rank's rows see its own bank, such as a queue that all ranks hold alike.
+        bank_across: with `group`, whether the banks of all ranks compete; they may have different numbers of rows.
         key_bias: `[N]`, added to every row's logits (logQ correction: minus the log of each key's sampling
             probability). -inf removes a key, and leaves out the rows whose target it is. Receives a gradient. `[N + K]`
             with a bank.
@@ -123,15 +125,15 @@ def info_nce(
 
     def ask(call: Call) -> Request:
         across = call.group is not None
-        for name, given in {"negatives": negatives, "bank": bank}.items():
-            if across and given is not None:
-                raise ValueError(f"{name} must not be given together with group, got both; leave one of them out")
+        if across and negatives is not None:
+            raise ValueError("negatives must not be given together with group, got both; leave one of them out")
         problem = info_nce_problem(
             query,
             key,
             target,
             temperature=temperature,
             bank=bank,
+            bank_across=bank_across,
             key_bias=key_bias,
             mask=mask,
             weight=weight,
@@ -144,7 +146,10 @@ def info_nce(
             transform=transform,
             call=call,
         )
-        return call.request("info_nce", problem, ignore_index=ignore_index if across and target is not None else None)
+        stays = () if bank_across else tuple(block.key for block in problem.blocks[1:])
+        what = f"info_nce\nbank {'of all ranks' if bank_across else 'of the rank'}" if bank is not None else "info_nce"
+        ignored = ignore_index if across and target is not None else None
+        return call.request(what, problem, ignore_index=ignored, stays=stays)
 
     if negatives is not None and ranks(options) is None:
         call = Call(**options)
@@ -159,6 +164,7 @@ def info_nce_problem(
     *,
     temperature: float | Tensor,
     bank: Tensor | None,
+    bank_across: bool,
     key_bias: Tensor | None,
     mask: masks.Mask | Tensor | None,
     weight: Tensor | None,
@@ -173,11 +179,13 @@ def info_nce_problem(
 ) -> Problem:
     """Builds the problem. With a group, targets index the keys of all ranks, in rank order."""
     across = call.group is not None
+    if bank_across and not across:
+        raise ValueError("bank_across must be False without group, got True; pass a ProcessGroup, or 'world'")
     if bank is None:
         checks.embeddings(query=query, key=key)
     else:
         checks.embeddings(query=query, key=key, bank=bank)
-        bank = bank.detach() if len(bank) else None
+        bank = bank.detach() if len(bank) or across else None  # another rank's may have rows
     rows, columns = query.shape[0], key.shape[0]
     widths = [columns] if bank is None else [columns, bank.shape[0]]
     checks.index("ignore_index", ignore_index)
@@ -212,6 +220,11 @@ def info_nce_problem(
             "key_bias must not require a gradient with bias_on_target=False, got one that does; pass key_bias.detach()"
         )
     bound = masks.bind(mask, rows, widths, query)
+    if across and bank is not None and rows > columns and bound[0].skip is not None:
+        raise ValueError(
+            f"key must have a row for each of query with masks.not_self, a bank and group, got {columns} for {rows}; "
+            "leave the bank or the mask out"
+        )
     scale, scale_bound = as_scale(temperature, query, inverse=True)
     matrices, (x, y) = distinct(query, key)
     if bank is None:

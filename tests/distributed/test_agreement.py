@@ -66,12 +66,6 @@ REFUSED = {
         for option, value in (("label_smoothing", 0.1), ("return_stats", True))
         if option == "return_stats" or name == "info_nce"
     },
-    "bank": (
-        "info_nce",
-        {"bank": torch.ones(2, 4, dtype=torch.float64)},
-        ValueError,
-        "bank must not be given together with group",
-    ),
     "negatives": (
         "info_nce",
         {"negatives": torch.ones(3, 2, 4)},
@@ -235,6 +229,13 @@ DIFFERENT = {
         {"mask": masks.not_self(1)},
         {"mask": masks.not_self(-1)},
         "block 0 leaves out column i + 1; rank 1: block 0 leaves out column i + -1",
+    ),
+    "a bank": ("info_nce", {}, {"bank": rows(2)}, "rank 0: 2 matrices; rank 1: 3 matrices"),
+    "whose bank": (
+        "info_nce",
+        {"bank": rows(2)},
+        {"bank": rows(2), "bank_across": True},
+        "rank 0: bank of the rank; rank 1: bank of all ranks",
     ),
     "strategy": ("ring", {}, None, "rank 0: strategy ring; rank 1: strategy gather"),
 }

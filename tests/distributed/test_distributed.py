@@ -53,6 +53,7 @@ class Batch:
         self.constants["weight"] = numbers(30, rows).abs()[part].to(dtype)
         self.constants["bias"] = self.leaves.setdefault("bias", numbers(31, rows)[part].to(dtype).requires_grad_())
         self.constants["target"] = ids(32, rows, rows)[part]
+        self.constants |= {"queue": numbers(40, 5, D).to(dtype), "queue_ids": ids(41, 5, 4)}  # alike on all ranks
         self.parameters = {
             "temperature": torch.tensor(0.4, dtype=dtype, requires_grad=True),
             "logit_bias": torch.tensor(-0.5, dtype=dtype, requires_grad=True),
@@ -111,6 +112,33 @@ CASES = {
         b.x, b.y, mask=masks.score_margin(0.1) & masks.same_group(b.labels, b.labels), normalize=True, **k
     ),
     "info_nce, guide": lambda b, **k: fusedloss.info_nce(b.x, b.y, mask=masks.guide(b.g0, b.g1), **k),
+    "info_nce, queue": lambda b, **k: fusedloss.info_nce(
+        b.x,
+        b.y,
+        bank=b.queue,
+        mask=masks.same_id(b.ids, torch.cat([b.ids, b.queue_ids])) & masks.score_margin(0.3),
+        temperature=b.temperature,
+        **k,
+    ),
+    "info_nce, queue, target, bias": lambda b, **k: fusedloss.info_nce(
+        b.x,
+        b.y,
+        b.target,
+        bank=b.queue,
+        key_bias=torch.cat([b.bias, b.logit_bias.expand(len(b.queue))]),
+        mask=masks.not_self(2),
+        normalize=True,
+        **k,
+    ),
+    "info_nce, banks": lambda b, **k: fusedloss.info_nce(
+        b.x,
+        b.y,
+        bank=b.n,
+        bank_across="group" in k,
+        key_bias=torch.cat([b.bias, b.bias * b.temperature]),
+        mask=masks.same_group(b.ids, torch.cat([b.ids, b.labels])) & masks.score_margin(0.2),
+        **k,
+    ),
     "info_nce, one tensor": lambda b, **k: fusedloss.info_nce(b.x, b.x, temperature=b.temperature, **k),
     "clip": lambda b, **k: fusedloss.clip(b.x, b.y, 1 / b.temperature, **k),
     "clip, normalized, ids": lambda b, **k: fusedloss.clip(
@@ -249,6 +277,53 @@ def test_as_one_process(ranks, name):
             holds(torch.cat([one[1][leaf] for one in found]), leaf, times)
         for parameter in batch.parameters:
             holds(torch.stack([one[1][parameter] for one in found]).sum(0), parameter, of_parameters)
+
+
+# Banks ----------------------------------------------------------------------------------------------------------------
+
+
+def with_banks(rank):
+    """Banks of 0, 3 and 5 rows, whose mean loss and summed gradients are one process's, by strategy."""
+    sizes, outcome = (0, 3, 5), {}
+    for strategy in ("gather", "ring"):
+        batch = Batch(7, torch.float64, slice((0, 3, 5)[rank], (3, 5, 7)[rank]))
+        start = sum(sizes[:rank])
+        bank = numbers(50, 8, D)[start : start + sizes[rank]]
+        options = {"group": dist.group.WORLD, "strategy": strategy, "grad_scale": "sum", "temperature": 0.4}
+        loss = fusedloss.info_nce(
+            batch.x, batch.y, bank=bank, bank_across=True, mask=masks.score_margin(0.1), **options
+        )
+        outcome[strategy, "all"] = batch.results(loss)
+        loss = fusedloss.info_nce(batch.x, batch.y, bank=bank[:0], **options)
+        outcome[strategy, "none"] = batch.results(loss)
+        # Rows see the rank's own bank: an InfoNCE of each rank's rows against all keys and that bank.
+        loss = fusedloss.info_nce(batch.x, batch.y, bank=bank, **options, reduction="none")
+        outcome[strategy, "own"] = batch.results(loss)
+    return outcome
+
+
+def test_banks_of_different_sizes():
+    found, whole = on_ranks(3, with_banks), Batch(7, torch.float64)
+    bank, mask = numbers(50, 8, D), masks.score_margin(0.1)
+    for kind, options in (("all", {"bank": bank, "mask": mask}), ("none", {})):
+        value, right = whole.results(fusedloss.info_nce(whole.x, whole.y, temperature=0.4, **options))
+        for strategy in ("gather", "ring"):
+            for one in found:
+                close(one[strategy, kind][0], value, (strategy, kind))
+            for leaf in "xy":
+                close(torch.cat([one[strategy, kind][1][leaf] for one in found]), right[leaf], (strategy, kind, leaf))
+    parts = [slice(3), slice(3, 5), slice(5, 7)]
+    own = [
+        fusedloss.info_nce(
+            whole.x[p], whole.y, torch.arange(7)[p], bank=bank[start:end], temperature=0.4, reduction="none"
+        )
+        for p, (start, end) in zip(parts, ((0, 0), (0, 3), (3, 8)), strict=True)
+    ]
+    value, right = whole.results(torch.cat(own))
+    for strategy in ("gather", "ring"):
+        close(torch.cat([one[strategy, "own"][0] for one in found]), value, (strategy, "own"))
+        for leaf in "xy":
+            close(torch.cat([one[strategy, "own"][1][leaf] for one in found]), right[leaf], (strategy, "own", leaf))
 
 
 # Scales of the gradient -----------------------------------------------------------------------------------------------

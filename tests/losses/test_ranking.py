@@ -686,7 +686,12 @@ OPTIONS = {
     "options": {"options": getattr(torch.nn, "LinearCrossEntropyOptions", object)()},
 }
 # Of a group of one process, which the test has.
-OF_GROUPS = {"group": {}, "strategy": {"strategy": "ring"}, "grad_scale": {"grad_scale": "sum"}}
+OF_GROUPS = {
+    "group": {},
+    "strategy": {"strategy": "ring"},
+    "grad_scale": {"grad_scale": "sum"},
+    "bank_across": {"bank_across": True},
+}
 SAME_VALUE = (
     "ignore_index",
     "bias_on_target",
