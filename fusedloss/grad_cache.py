@@ -286,6 +286,65 @@ class GradCache:
         return found, spec
 
 
+class WithMemory(nn.Module):
+    """A loss of the batch and of the rows of earlier steps: a memory for each input (ContAccum, Kim et al. 2024).
+
+        loss(cat([x_1, memory_1]), cat([x_2, memory_2]), ...)
+
+    Row i of a memory belongs to row i of the others, so remembered queries are rows of the loss and remembered keys
+    their positives. All are constants. A memory takes `rows` x D numbers, and the loss a copy of it.
+
+    The newest rows are kept. Under `torch.no_grad()` the loss is that of the batch alone, and nothing is remembered. A
+    loss that raises leaves the memory as it was. With a loss that has a `group`, each process remembers its own rows.
+    `memory`, a list of tensors, is not saved with the parameters; assign `[]` to forget it.
+
+    Args:
+        loss: a function or module of embeddings with as many rows each, such as `fusedloss.InfoNCELoss(0.05)` or
+            `MultipleNegativesRankingLoss()` with its hard negatives. Its options must fit the longer embeddings.
+        rows: how many rows are remembered, at most.
+
+    Raises:
+        ValueError, TypeError: rows that is no number above 0; embeddings with different numbers of rows, or of another
+            dimension or number than those remembered.
+
+    Example:
+        >>> loss = WithMemory(fusedloss.InfoNCELoss(0.05, normalize=True), rows=4096)
+        >>> step = GradCache(loss, [query_tower, key_tower], rows=64)
+    """
+
+    def __init__(self, loss: Callable[..., Any], rows: int):
+        super().__init__()
+        if not callable(loss):
+            raise TypeError(f"loss must be a module or a function, got {checks.a(loss)}")
+        checks.count("rows", rows)
+        self.loss, self.rows = loss, rows
+        self.memory: list[Tensor] = []
+
+    def forward(self, *embeddings: Tensor, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.loss(*embeddings, **options)
+        self._check(embeddings)
+        past = [m.to(x) for x, m in zip(embeddings, self.memory, strict=True)] if self.memory else []
+        whole = [torch.cat(pair) for pair in zip(embeddings, past, strict=True)] if past else list(embeddings)
+        result = self.loss(*whole, **options)
+        self.memory = [x[: self.rows].detach().clone() for x in whole]
+        return result
+
+    def _check(self, embeddings: Sequence[Tensor]) -> None:
+        checks.embeddings(**{f"embeddings[{number}]": x for number, x in enumerate(embeddings)})
+        counts = [len(x) for x in embeddings]
+        if not counts or len(set(counts)) > 1:
+            raise ValueError(f"embeddings must have one number of rows, row by row of one sample, got {counts}")
+        widths, known = [x.shape[1] for x in embeddings], [m.shape[1] for m in self.memory]
+        if known and widths != known:
+            raise ValueError(
+                f"embeddings must have the dimensions of those remembered, {known}, got {widths}; assign [] to memory"
+            )
+
+    def extra_repr(self) -> str:
+        return f"rows={self.rows}"
+
+
 @dataclass
 class _Column:
     """One input of a step, with its encoder, its chunks, and what each pass computes for it."""

@@ -156,6 +156,13 @@ WORKS = {
         "",
         "2301.12005",
     ),
+    "Kim et al. 2024": Work(
+        "kim2024contaccum",
+        "Kim, Jaehee; Lee, Yukyung; Kang, Pilsung",
+        "A Gradient Accumulation Method for Dense Retriever under Memory Constraint",
+        "NeurIPS",
+        "2406.12356",
+    ),
     "Kusupati et al. 2022": Work(
         "kusupati2022matryoshka",
         "Kusupati, Aditya; Bhatt, Gantavya; Rege, Aniket; Wallingford, Matthew; Sinha, Aditya; Ramanujan, Vivek; "

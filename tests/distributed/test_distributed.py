@@ -22,7 +22,7 @@ import fusedloss
 from fusedloss import masks
 from fusedloss.bench import measure
 from fusedloss.distributed import MATCH
-from fusedloss.grad_cache import GradCache
+from fusedloss.grad_cache import GradCache, WithMemory
 
 pytestmark = pytest.mark.processes
 
@@ -427,6 +427,31 @@ def test_encoders_in_chunks_on_several_processes():
             close(found[0], value.detach(), strategy)
             for ours, parameter in zip(found[1], encoder.parameters(), strict=True):
                 close(ours, parameter.grad, strategy)
+
+
+def remembering(rank):
+    loss = WithMemory(fusedloss.InfoNCELoss(0.4, group=dist.group.WORLD, grad_scale="sum"), rows=3)
+    outcome = []
+    for seed in (60, 70, 80):
+        x, y = (numbers(seed + side, 4, D)[2 * rank : 2 * rank + 2].requires_grad_() for side in (0, 1))
+        value = loss(x, y)
+        outcome.append((value.detach(), *torch.autograd.grad(value, (x, y))))
+    return outcome
+
+
+def test_each_rank_remembers_its_own_rows():
+    found, past = on_ranks(2, remembering), [[], []]
+    for step, seed in enumerate((60, 70, 80)):
+        x, y = (numbers(seed + side, 4, D).requires_grad_() for side in (0, 1))
+        before = [[torch.cat([z[2 * r : 2 * r + 2] for z in side])[:3] for r in (0, 1)] for side in past if side]
+        query, key = (torch.cat([z, *b]) for z, b in zip((x, y), before or [[], []], strict=True))
+        value = fusedloss.info_nce(query, key, temperature=0.4, backend="reference")
+        gradients = torch.autograd.grad(value, (x, y))
+        for rank in (0, 1):
+            close(found[rank][step][0], value.detach(), step)
+        for number, right in enumerate(gradients):
+            close(torch.cat([found[rank][step][1 + number] for rank in (0, 1)]), right, (step, number))
+        past = [[z.detach(), *side] for z, side in zip((x, y), past, strict=True)]
 
 
 # 16 bits --------------------------------------------------------------------------------------------------------------

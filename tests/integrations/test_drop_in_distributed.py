@@ -256,3 +256,45 @@ def ranks():
 @pytest.mark.parametrize("number", range(len(CASES)), ids=map(str, CASES))
 def test_gathered_on_two_ranks(number, ranks):
     ranks(number)
+
+
+# One exchange a step --------------------------------------------------------------------------------------------------
+
+
+def exchanges(case):
+    """How often the encoder's gradients are averaged in a step, of ours and of the library's."""
+    found = []
+    for ours in (True, False):
+        loss, counted = in_parallel(case.build(ours)), []
+
+        def hook(counted, bucket):
+            counted.append(bucket.index())
+            return distributed.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0])
+
+        (model,) = {id(m): m for m in loss.modules() if isinstance(m, DistributedDataParallel)}.values()
+        model.register_comm_hook(counted, hook)
+        run(loss, features(case.columns, case.rows, distributed.get_rank()))
+        found.append(counted)
+    return found
+
+
+@pytest.fixture(scope="module")
+def counting_ranks():
+    ranks = Ranks(RANKS, lambda rank: exchanges)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("Cached" + MNRL, 3, {"mini_batch_size": 2}),
+        Case("Cached" + MNRL, 3, {"mini_batch_size": 2}, dims=(D, 3)),
+        Case("Cached" + GIST, 3, {"mini_batch_size": 2}),
+    ],
+    ids=str,
+)
+def test_a_cached_loss_averages_gradients_once(case, counting_ranks):
+    """Each column has four chunks with a backward each; DistributedDataParallel exchanges its one bucket once."""
+    for found in counting_ranks(case):
+        assert found == [[0], [0]]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import fusedloss
 from fusedloss import masks
 from fusedloss.bench import measure
-from fusedloss.grad_cache import GradCache
+from fusedloss.grad_cache import GradCache, WithMemory
 
 
 def tower(width=5, dim=6, dropout=0.0, dtype=torch.float64):
@@ -720,3 +720,64 @@ def test_an_interrupt_passes_through():
     with pytest.raises(KeyboardInterrupt):
         GradCache(lambda e: e.sum(), encoder, rows=4)(X)
     assert all(p.grad is None for p in encoder.parameters())
+
+
+# A memory of earlier steps --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunks"])
+def test_a_memory_of_earlier_steps_is_the_formula(chunked):
+    """Three steps with rows for two: cross-entropy of the rows and keys of the batch and of the newest seven before."""
+    torch.manual_seed(0)
+    encoder, loss = tower(), WithMemory(functools.partial(fusedloss.info_nce, temperature=0.4), rows=7)
+    step = GradCache(loss, encoder, rows=2) if chunked else lambda x, y: loss(encoder(x), encoder(y))
+    past = []
+    for _ in range(3):
+        inputs = randn(5, 5), randn(5, 5)
+        encoder.zero_grad()
+        found = step(*inputs)
+        if not chunked:
+            found.backward()
+        own = [p.grad.clone() for p in encoder.parameters()]
+        encoder.zero_grad()
+        x, y = (encoder(given) for given in inputs)
+        before = [torch.cat([old[side] for old in past])[:7] for side in (0, 1)] if past else [x[:0], y[:0]]
+        q, k = torch.cat([x, before[0].detach()]), torch.cat([y, before[1].detach()])
+        wanted = F.cross_entropy(q @ k.T / 0.4, torch.arange(len(q)))
+        wanted.backward()
+        torch.testing.assert_close(found.detach(), wanted.detach(), rtol=1e-12, atol=0)
+        for p, g in zip(encoder.parameters(), own, strict=True):
+            torch.testing.assert_close(g, p.grad, rtol=1e-10, atol=1e-12)
+        past.insert(0, (x.detach(), y.detach()))
+    assert [m.shape for m in loss.memory] == [(7, 6)] * 2 and not any(m.requires_grad for m in loss.memory)
+
+
+def test_a_memory_takes_hard_negatives_and_forgets():
+    torch.manual_seed(0)
+    columns = [randn(4, 6) for _ in range(3)]
+    loss = WithMemory(fusedloss.MultipleNegativesRankingLoss(), rows=100)
+    loss(*columns), loss(*columns)
+    thrice = [torch.cat([x, x, x]) for x in columns]
+    torch.testing.assert_close(loss(*columns), fusedloss.multiple_negatives_ranking(*thrice))
+    loss.memory = []
+    torch.testing.assert_close(loss(*columns), fusedloss.multiple_negatives_ranking(*columns))
+
+
+def test_evaluation_and_failure_leave_the_memory_alone():
+    loss, x = WithMemory(fusedloss.InfoNCELoss(0.5), rows=8), randn(4, 6)
+    loss(x, x)
+    before = [m.clone() for m in loss.memory]
+    with torch.no_grad():
+        assert torch.equal(loss(-x, x), fusedloss.info_nce(-x, x, temperature=0.5))
+    with pytest.raises(ValueError, match=r"weight must have shape \[8\]"):
+        loss(x + 1, x, weight=torch.ones(4))  # of the eight rows
+    with pytest.raises(ValueError, match=r"one number of rows, row by row of one sample, got \[4, 3\]"):
+        loss(x, x[:3])
+    with pytest.raises(ValueError, match=r"dimensions of those remembered, \[6, 6\], got \[5, 5\]; assign \[\]"):
+        loss(x[:, :5], x[:, :5])
+    assert all(map(torch.equal, loss.memory, before))
+    assert "memory" not in str(loss.state_dict()) and "rows=8" in repr(loss)
+    with pytest.raises(ValueError, match="rows must be"):
+        WithMemory(fusedloss.info_nce, rows=0)
+    with pytest.raises(TypeError, match="loss must be a module or a function, got"):
+        WithMemory(None, rows=4)
