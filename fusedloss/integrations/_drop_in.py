@@ -189,12 +189,15 @@ def _places(wanted: Mapping[int, Any]) -> list[tuple[ModuleType, str, Any]]:
     """Returns (module, name, replacement) for every name of a loaded module that is bound to an object with that id.
 
     vars(), not getattr, because a lazy module would load everything that it lists. Our own modules hold the originals
-    as bases.
+    as bases. Modules that a module holds count as well: transformers puts itself into sys.modules twice, and a script
+    may have imported the first. type(), not isinstance, because torch has objects that warn when asked for a class.
     """
+    loaded = [module for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
+    held = [value for module in loaded for value in list(vars(module).values()) if issubclass(type(value), ModuleType)]
     return [
         (module, name, wanted[id(value)])
-        for module in list(sys.modules.values())
-        if isinstance(module, ModuleType) and not module.__name__.startswith("fusedloss.")
+        for module in {id(module): module for module in (*loaded, *held)}.values()
+        if not module.__name__.startswith("fusedloss.")
         for name, value in list(vars(module).items())
         if id(value) in wanted
     ]

@@ -28,6 +28,7 @@ SCALE = {
     "pytorch_metric_learning": 1 / 0.07,
     "lightly": 1 / 0.1,
     "torch": 30.0,
+    "transformers": 14.3,
 }
 HUB = "sentence-transformers/all-MiniLM-L6-v2"
 
