@@ -1,4 +1,4 @@
-"""Drop-ins for sentence_transformers, open_clip, pytorch_metric_learning, lightly and transformers.
+"""Drop-ins for sentence_transformers, open_clip, pytorch_metric_learning, lightly, FlagEmbedding and transformers.
 
     from fusedloss.integrations import sentence_transformers as fused
 

@@ -29,6 +29,7 @@ SCALE = {
     "lightly": 1 / 0.1,
     "torch": 30.0,
     "transformers": 14.3,
+    "FlagEmbedding": 20.0,
 }
 HUB = "sentence-transformers/all-MiniLM-L6-v2"
 
