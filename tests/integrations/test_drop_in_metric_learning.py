@@ -293,6 +293,59 @@ def test_wrappers_accept_them():
             torch.testing.assert_close(ours(x[part], labels[part]), theirs(x[part], labels[part]))
 
 
+@pytest.mark.parametrize("size", [20, 21, 64], ids=lambda n: f"{n} rows")
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_memory_across_batches(name, size):
+    """Until it wraps around, at a place within a batch (21) or between two (20), and after that."""
+    x, labels = batch(60)
+    options = {"reducer": reducers.MeanReducer()}
+    ours = fused.CrossBatchMemory(made(fused, name, options), DIM, size)
+    theirs = losses.CrossBatchMemory(made(losses, name, options), DIM, size)
+    before = calls.copy()
+    for start in range(0, 60, 10):
+        part, found = slice(start, start + 10), []
+        for loss in (ours, theirs):
+            rows = x[part].clone().requires_grad_()
+            value = loss(rows, labels[part])
+            value.backward()
+            found.append((value.detach(), rows.grad))
+        for own, other in zip(*found, strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-8, atol=1e-8)
+        assert torch.equal(ours.embedding_memory, theirs.embedding_memory) and ours.queue_idx == theirs.queue_idx
+    ran = calls - before
+    assert ran["pytorch_metric_learning.CrossBatchMemory"] == 6
+    assert ran[f"pytorch_metric_learning.{name}"] == 6
+
+
+def test_a_memory_of_other_rows_and_of_mined_pairs():
+    x, labels = batch(24)
+    enqueued = torch.arange(24) % 3 == 0
+    for loss in ("NTXentLoss", "ContrastiveLoss"):
+        ours, theirs = (m.CrossBatchMemory(made(m, loss, {}), DIM, 64) for m in (fused, losses))
+        for own, other in ((ours, theirs),) * 2:
+            found, wanted = (memory(x, labels, enqueue_mask=enqueued) for memory in (own, other))
+            torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8)
+        before = calls.copy()
+        ours, theirs = (
+            m.CrossBatchMemory(made(m, loss, {}), DIM, 64, miner=miners.MultiSimilarityMiner()) for m in (fused, losses)
+        )
+        torch.testing.assert_close(ours(x, labels), theirs(x, labels), rtol=1e-8, atol=1e-8)
+        assert not (calls - before)["pytorch_metric_learning.CrossBatchMemory"]
+
+
+def test_a_memorys_pairs_are_the_librarys_lists():
+    x, labels = batch(30)
+    ours, theirs = (m.CrossBatchMemory(made(fused, "NTXentLoss", {}), DIM, 21) for m in (fused, losses))
+    for part in (slice(0, 10), slice(10, 20), slice(20, 30)):
+        found = []
+        for memory in (ours, theirs):
+            memory.loss.register_forward_pre_hook(lambda _, args, found=found: found.append(tuple(args[2])))
+            memory(x[part], labels[part])
+            memory.loss._forward_pre_hooks.clear()
+        for own, other in zip(*found, strict=True):
+            assert torch.equal(own, other)
+
+
 # Pairs that are given -------------------------------------------------------------------------------------------------
 
 MINERS = [

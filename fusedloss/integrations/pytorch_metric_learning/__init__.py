@@ -4,8 +4,8 @@
 
     fused.patch()       # before `NTXentLoss(...)` is built
 
-If labels define the pairs, nothing of size N x N is stored, also with `ref_emb`: neither similarities nor lists of
-indices. Losses of rows (SupCon, MultiSimilarity, Circle, ArcFace, CosFace, ProxyNCA) are computed as vectors, so every
+If labels define the pairs, nothing of size N x N is stored, also with `ref_emb` and in `CrossBatchMemory`: neither
+similarities nor lists of indices. Losses of rows (SupCon, MultiSimilarity, Circle, ArcFace, CosFace, ProxyNCA) are computed as vectors, so every
 reducer and regularizer of the library works. Losses of pairs and triplets are computed as sums, for MeanReducer,
 SumReducer and AvgNonZeroReducer; with other reducers ContrastiveLoss and TripletMarginLoss run the library's code.
 
@@ -38,6 +38,7 @@ from pytorch_metric_learning.losses import ArcFaceLoss as _ArcFaceLoss  # noqa: 
 from pytorch_metric_learning.losses import CircleLoss as _CircleLoss  # noqa: E402
 from pytorch_metric_learning.losses import ContrastiveLoss as _ContrastiveLoss  # noqa: E402
 from pytorch_metric_learning.losses import CosFaceLoss as _CosFaceLoss  # noqa: E402
+from pytorch_metric_learning.losses import CrossBatchMemory as _CrossBatchMemory  # noqa: E402
 from pytorch_metric_learning.losses import MultiSimilarityLoss as _MultiSimilarityLoss  # noqa: E402
 from pytorch_metric_learning.losses import NTXentLoss as _NTXentLoss  # noqa: E402
 from pytorch_metric_learning.losses import ProxyAnchorLoss as _ProxyAnchorLoss  # noqa: E402
@@ -46,7 +47,7 @@ from pytorch_metric_learning.losses import SupConLoss as _SupConLoss  # noqa: E4
 from pytorch_metric_learning.losses import TripletMarginLoss as _TripletMarginLoss  # noqa: E402
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu  # noqa: E402
 
-from ._pairs import Kind, Pairs, kind_of, listed, record, reduced, reducer_of, takes_sums  # noqa: E402
+from ._pairs import AllPairs, Kind, Pairs, kind_of, listed, record, reduced, reducer_of, takes_sums  # noqa: E402
 
 NAME = "pytorch_metric_learning."
 SIMILARITIES = ("dot",)
@@ -81,7 +82,7 @@ def _labelled(
     reason = overridden(loss, ours, *hooks) or _fits(loss, embeddings, ref_emb, kinds)
     if reason:
         return reason
-    if indices_tuple is not None:
+    if indices_tuple is not None and not isinstance(indices_tuple, AllPairs):
         return "the pairs are given as an indices_tuple"
     for given, rows in ((labels, embeddings), (labels if ref_labels is None else ref_labels, ref_emb)):
         if not isinstance(given, Tensor) or given.dtype.is_floating_point or given.dtype.is_complex:
@@ -92,11 +93,12 @@ def _labelled(
 
 
 def _pairs(loss: Any, arguments: tuple[Any, ...]) -> Pairs:
-    embeddings, labels, _, ref_emb, ref_labels = arguments
+    embeddings, labels, indices_tuple, ref_emb, ref_labels = arguments
     record(loss.distance, embeddings, ref_emb)
     kind = kind_of(loss.distance)
     assert kind is not None
-    return Pairs(kind, embeddings, labels, ref_emb, ref_labels)
+    start = indices_tuple.start if isinstance(indices_tuple, AllPairs) else None
+    return Pairs(kind, embeddings, labels, ref_emb, ref_labels, start)
 
 
 def _elements(loss: Tensor, like: Tensor) -> dict[str, Any]:
@@ -134,7 +136,7 @@ class NTXentLoss(_NTXentLoss):
         negative = pairs.log_sum_exp_of_negatives(1 / self.temperature)
         negative = negative.masked_fill(pairs.negatives == 0, -torch.inf)
         positive = listed(pairs.kind, pairs.x, pairs.y, row, column) / self.temperature
-        return self._of_pairs(negative[row], positive, (row, column), pairs.x)
+        return self._of_pairs(negative[row], positive, (row, pairs.places(column)), pairs.x)
 
     def _by_list(
         self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
@@ -289,11 +291,11 @@ class ContrastiveLoss(_ContrastiveLoss):
             if not number:
                 continue
             if pulls and number <= max(FEW, len(pairs.x) * len(pairs.y) // LISTED):
-                indices = pairs.positive_pairs()
-                loss = (slope * (listed(pairs.kind, pairs.x, pairs.y, *indices) - margin)).relu()
+                row, column = pairs.positive_pairs()
+                loss = (slope * (listed(pairs.kind, pairs.x, pairs.y, row, column) - margin)).relu()
                 found[name] = {
                     "losses": loss.to(pairs.x.dtype),
-                    "indices": indices,
+                    "indices": (row, pairs.places(column)),
                     "reduction_type": "pos_pair",
                 }
                 continue
@@ -320,9 +322,8 @@ class TripletMarginLoss(_TripletMarginLoss):
         if disabled() or _small("TripletMarginLoss", embeddings, ref_emb):
             return super().compute_loss(*arguments)
         kinds = ("dot", "euclidean", "squared")
-        if (indices_tuple is not None or self.triplets_per_anchor != "all") and not (
-            labels is None and indices_tuple is None
-        ):
+        drawn = indices_tuple is None and self.triplets_per_anchor != "all" and labels is not None
+        if drawn or not (indices_tuple is None or isinstance(indices_tuple, AllPairs)):
             chosen = lmu.convert_to_triplets(indices_tuple, labels, ref_labels, t_per_anchor=self.triplets_per_anchor)
             why_not = _fits(self, embeddings, ref_emb, kinds)
             if why_not is None and LISTED * len(chosen[0]) > embeddings.shape[0] * ref_emb.shape[0]:
@@ -367,6 +368,34 @@ class TripletMarginLoss(_TripletMarginLoss):
         violation = self.distance.margin(near, far) + self.margin
         loss = nn.functional.softplus(violation) if self.smooth_loss else violation.relu()
         return {"loss": {"losses": loss.to(x.dtype), "indices": triplets, "reduction_type": "triplet"}}
+
+
+IN_MEMORY = (NTXentLoss, SupConLoss, MultiSimilarityLoss, CircleLoss, ContrastiveLoss, TripletMarginLoss)
+
+
+class CrossBatchMemory(_CrossBatchMemory):
+    """CrossBatchMemory (XBM) without lists of pairs: the losses here know from the labels which pairs there are."""
+
+    @counted
+    def create_indices_tuple(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        E_mem: Tensor,
+        L_mem: Tensor,
+        input_indices_tuple: Any,
+        do_remove_self_comparisons: bool,
+    ) -> Any:
+        why_not = None if type(self.loss) in IN_MEMORY else "its loss is none of those here"
+        if self.miner is not None or input_indices_tuple is not None:
+            why_not = why_not or "a miner lists the pairs"
+        if not runs_fused(NAME + "CrossBatchMemory", why_not):
+            return super().create_indices_tuple(
+                embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons
+            )
+        if not do_remove_self_comparisons:  # the memory holds other rows
+            return None
+        return AllPairs(labels, L_mem, (self.queue_idx - len(embeddings)) % self.memory_size)
 
 
 # Losses of classes ----------------------------------------------------------------------------------------------------
@@ -554,6 +583,7 @@ def patch() -> Patch:
             _ArcFaceLoss: ArcFaceLoss,
             _CircleLoss: CircleLoss,
             _ContrastiveLoss: ContrastiveLoss,
+            _CrossBatchMemory: CrossBatchMemory,
             _CosFaceLoss: CosFaceLoss,
             _MultiSimilarityLoss: MultiSimilarityLoss,
             _NTXentLoss: NTXentLoss,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from pytorch_metric_learning import distances, reducers
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from ...core.mask import Compare, Mask
@@ -51,22 +52,54 @@ def record(distance: Any, x: Tensor, y: Tensor) -> None:
         distance.set_default_stats(x, y, distance.maybe_normalize(x), distance.maybe_normalize(y))
 
 
-class Pairs:
-    """Rows `x` [N, D] against columns `y` [M, D]: positives are columns with the row's label, except the row itself."""
+class AllPairs(Sequence[Tensor]):
+    """All pairs of a batch with a memory that holds it, except each row with itself: the library's lists, made only
+    where one is read.
 
-    def __init__(self, kind: Kind, x: Tensor, labels: Tensor, y: Tensor, ref_labels: Tensor | None):
+    start: the place in the memory of the batch's first row; the others follow, and go on at the memory's beginning.
+    """
+
+    def __init__(self, labels: Tensor, memory_labels: Tensor, start: int):
+        self.labels, self.memory_labels, self.start = labels, memory_labels, start
+
+    @cached_property
+    def _lists(self) -> tuple[Tensor, ...]:
+        row, column, anchor, negative = lmu.get_all_pairs_indices(self.labels, self.memory_labels)
+        other = column != (row + self.start) % len(self.memory_labels)
+        return row[other], column[other], anchor, negative
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._lists[index]
+
+
+class Pairs:
+    """Rows `x` [N, D] against columns `y` [M, D]: positives are columns with the row's label, except the row itself.
+
+    start: the column of `y` and `ref_labels` that is row 0, where they hold the rows; the others follow.
+    """
+
+    def __init__(
+        self, kind: Kind, x: Tensor, labels: Tensor, y: Tensor, ref_labels: Tensor | None, start: int | None = None
+    ):
         self.kind = kind
-        self.itself = ref_labels is None or ref_labels is labels  # the library's condition, for any `y`
-        self.x, self.y = x, y
+        alike = ref_labels is None or ref_labels is labels  # the library's condition, for any `y`
+        self.itself = alike or start is not None
+        self.start = start or 0
+        self.x, self.y = x, y.roll(-start, 0) if start else y
         self.labels = labels.long()
-        self.ref_labels = self.labels if self.itself or ref_labels is None else ref_labels.long()
+        self.ref_labels = self.labels
+        if not alike and ref_labels is not None:
+            self.ref_labels = (ref_labels.roll(-start, 0) if start else ref_labels).long()
 
     @cached_property
     def _groups(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns each row's group, each column's, and each group's number of columns."""
-        joined = self.labels if self.itself else torch.cat([self.labels, self.ref_labels])
-        group = group_numbers(joined)
-        rows, columns = (group, group) if self.itself else group.split([len(self.labels), len(self.ref_labels)])
+        same = self.ref_labels is self.labels
+        group = group_numbers(self.labels if same else torch.cat([self.labels, self.ref_labels]))
+        rows, columns = (group, group) if same else group.split([len(self.labels), len(self.ref_labels)])
         return rows, columns, torch.zeros_like(group).index_add_(0, columns, torch.ones_like(columns))
 
     @cached_property
@@ -93,9 +126,13 @@ class Pairs:
         row = row_numbers(len(rows), rows).repeat_interleave(self.positives, output_size=self.counts[0])
         number = row_numbers(len(row), rows) - (self.positives.cumsum(0) - self.positives)[row]
         if self.itself:
-            place = torch.empty_like(order).scatter_(0, order, row_numbers(len(order), rows)) - start
+            place = torch.empty_like(order).scatter_(0, order, row_numbers(len(order), rows))[: len(rows)] - start
             number += number >= place[row]
         return row, order[start[row] + number]
+
+    def places(self, column: Tensor) -> Tensor:
+        """Returns where columns stand in the library's order."""
+        return (column + self.start) % len(self.y) if self.start else column
 
     def log_sum_exp(self, scale: float | Tensor, mask: Mask) -> Tensor:
         """Returns the log-sum-exp `[N]` of `scale` times the similarities that the mask admits; 0 for none."""
@@ -127,7 +164,7 @@ class Pairs:
         with torch.autocast(self.x.device.type, enabled=False):
             u, v = (self._wide(z) for z in autocast(self.x, self.y))
             sums = v.new_zeros(len(self._groups[2]), v.shape[1]).index_add(0, columns, v)[rows]
-            return (u * (sums - v if self.itself else sums)).sum(1) / self.positives.clamp(min=1)
+            return (u * (sums - v[: len(u)] if self.itself else sums)).sum(1) / self.positives.clamp(min=1)
 
     def _wide(self, z: Tensor) -> Tensor:
         z = z.to(stats_dtype(z.dtype))
