@@ -1,4 +1,5 @@
-"""Drop-ins for sentence_transformers, open_clip, pytorch_metric_learning, lightly, FlagEmbedding and transformers.
+"""Drop-ins for sentence_transformers, open_clip, pytorch_metric_learning, lightly, FlagEmbedding, colpali_engine
+and transformers.
 
     from fusedloss.integrations import sentence_transformers as fused
 

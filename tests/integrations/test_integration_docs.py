@@ -30,6 +30,7 @@ SCALE = {
     "torch": 30.0,
     "transformers": 14.3,
     "FlagEmbedding": 20.0,
+    "colpali_engine": 50.0,
 }
 HUB = "sentence-transformers/all-MiniLM-L6-v2"
 

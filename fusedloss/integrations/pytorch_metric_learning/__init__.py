@@ -5,9 +5,10 @@
     fused.patch()       # before `NTXentLoss(...)` is built
 
 If labels define the pairs, nothing of size N x N is stored, also with `ref_emb` and in `CrossBatchMemory`: neither
-similarities nor lists of indices. Losses of rows (SupCon, MultiSimilarity, Circle, ArcFace, CosFace, ProxyNCA) are computed as vectors, so every
-reducer and regularizer of the library works. Losses of pairs and triplets are computed as sums, for MeanReducer,
-SumReducer and AvgNonZeroReducer; with other reducers ContrastiveLoss and TripletMarginLoss run the library's code.
+similarities nor lists of indices. Losses of rows (SupCon, MultiSimilarity, Circle, ArcFace, CosFace, ProxyNCA) are
+computed as vectors, so every reducer and regularizer of the library works. Losses of pairs and triplets are computed as
+sums, for MeanReducer, SumReducer and AvgNonZeroReducer; with other reducers ContrastiveLoss and TripletMarginLoss run
+the library's code.
 
 With an `indices_tuple`, NTXentLoss is linear in the number of pairs (the library multiplies positive by negative
 pairs), and TripletMarginLoss computes the distances of the listed triplets only, if those are fewer than the batch has
