@@ -31,6 +31,7 @@ SCALE = {
     "transformers": 14.3,
     "FlagEmbedding": 20.0,
     "colpali_engine": 50.0,
+    "tevatron": 20.0,
 }
 HUB = "sentence-transformers/all-MiniLM-L6-v2"
 
