@@ -63,7 +63,8 @@ def matryoshka(
         embeddings: what the loss takes first, each `[rows, D]`.
         dims: distinct numbers from 1 to D, in any order.
         weights: one for each of dims; None is 1 each.
-        loss_options: given to the loss as they are (a guide's embeddings are not cut).
+        loss_options: given to the loss as they are (a guide's embeddings are not cut), except that `anchors` of
+            `multiple_negatives_ranking` are embeddings, too.
 
     Returns:
         What the loss returns: a 0-dim tensor, or rows under `reduction="none"`.
@@ -110,10 +111,14 @@ def matryoshka(
         if all(_at_once(part, call) for part in parts):
             return mean_of(parts, call)
     total = None
-    operands, places = distinct(*embeddings)
+    anchors = loss_options.get("anchors") if loss is multiple_negatives_ranking else None
+    operands, places = distinct(*embeddings, *([] if anchors is None else [anchors]))
     for dim, weight in zip(dims, weights, strict=True):
         prefixes = [F.normalize(x[:, :dim].float() if _narrow(x) else x[:, :dim], dim=1) for x in operands]
-        value = weight * loss(*(prefixes[place] for place in places), **loss_options)
+        cut = [prefixes[place] for place in places]
+        if anchors is not None:
+            loss_options["anchors"] = cut.pop()
+        value = weight * loss(*cut, **loss_options)
         total = value if total is None else total + value
     assert total is not None
     return total

@@ -811,10 +811,9 @@ def test_matryoshka_around_other_losses_is_the_librarys_loop_over_ours(inner, co
 
 
 def test_matryoshka_where_one_pass_does_not_fit(monkeypatch):
-    """A similarity of one's own, several processes, a changed method: the loop."""
+    """A similarity of one's own, a changed method, a hook: the loop."""
     for options, change in (
         ({"similarity_fct": SQUARED}, None),
-        ({"gather_across_devices": True}, None),
         ({}, lambda loss: setattr(loss, "compute_loss_from_embeddings", lambda e, y: (e[0] * e[1]).sum())),
         ({}, lambda loss: loss.register_forward_hook(lambda module, given, out: out * 2)),
     ):

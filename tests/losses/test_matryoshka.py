@@ -24,6 +24,21 @@ def loop(loss, *embeddings, dims, weights=None, **options):
     return sum(w * loss(*xs, **options) for w, xs in zip(weights or [1.0] * len(dims), prefixes, strict=True))
 
 
+@pytest.mark.parametrize("hardness", [None, "all_negatives"], ids=str)
+def test_anchors_of_all_processes_are_cut_as_well(hardness):
+    """Under hardness by a pass for each prefix, else in one for all."""
+    torch.manual_seed(0)
+    anchors, positives = (randn(6, D).requires_grad_() for _ in range(2))
+    options = {"directions": ALL_DIRECTIONS[:2], "hardness_mode": hardness, "hardness_strength": 2.0}
+    ranking = fusedloss.multiple_negatives_ranking
+    found = fusedloss.matryoshka(ranking, anchors[:4], positives, dims=(D, 3), anchors=anchors, **options)
+    wanted = sum(ranking(anchors[:4, :dim], positives[:, :dim], anchors=anchors[:, :dim], **options) for dim in (D, 3))
+    torch.testing.assert_close(found, wanted)
+    pairs = (torch.autograd.grad(loss, (anchors, positives)) for loss in (found, wanted))
+    for own, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(own, other)
+
+
 def guides(dtype):
     generator = torch.Generator().manual_seed(3)
     return tuple(torch.randn(B, 5, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3))

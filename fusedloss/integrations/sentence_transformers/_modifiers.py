@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -19,20 +20,21 @@ import fusedloss
 from .._drop_in import counted, disabled, runs_fused
 from .._fits import overridden
 from . import _fits
-from ._cached import CachedMultipleNegativesRankingLoss
-from ._duplicates import ids_of, text_ids
+from ._cached import CachedMultipleNegativesRankingLoss, _cached_ranking
+from ._duplicates import text_ids
 from ._fits import fused
 from ._ranking import (
     MultipleNegativesRankingLoss,
+    _ranking,
+    ranking_arguments,
     ranking_fits,
-    ranking_options,
     settled,
 )
 
 
 def prefixes_fit(loss: Any, dims: Sequence[int], weights: Sequence[Any], embeddings: Sequence[Tensor]) -> str | None:
     """Checks that one sweep computes all prefixes of the ranking loss `loss`."""
-    why_not = ("it gathers across devices" if loss.gather_across_devices else None) or ranking_fits(loss, embeddings)
+    why_not = ranking_fits(loss, embeddings)
     if why_not:
         return why_not
     if len(set(dims)) != len(dims) or max(dims) > embeddings[0].shape[-1]:
@@ -41,16 +43,16 @@ def prefixes_fit(loss: Any, dims: Sequence[int], weights: Sequence[Any], embeddi
 
 
 def prefixes(
-    loss: Any, dims: Sequence[int], weights: Sequence[float], embeddings: Sequence[Tensor], labels: Any
+    loss: Any,
+    library: ModuleType,
+    dims: Sequence[int],
+    weights: Sequence[float],
+    embeddings: Sequence[Tensor],
+    labels: Any,
 ) -> Tensor:
-    return fusedloss.matryoshka(
-        fusedloss.multiple_negatives_ranking,
-        *embeddings,
-        dims=dims,
-        weights=weights,
-        ids=ids_of(loss, labels, embeddings),
-        **ranking_options(loss),
-    )
+    tensors, options = ranking_arguments(loss, library, embeddings, labels)
+    ranking = fusedloss.multiple_negatives_ranking
+    return fusedloss.matryoshka(ranking, *tensors, dims=dims, weights=weights, **options)
 
 
 def steps(count: int, chosen: int) -> Sequence[int]:
@@ -75,7 +77,9 @@ class CachedLossDecorator(_matryoshka.CachedLossDecorator):
         chosen = steps(len(self.matryoshka_dims), self.n_dims_per_step)
         dims = [self.matryoshka_dims[i] for i in chosen]
         weights = [self.matryoshka_weights[i] for i in chosen]
-        return settled(prefixes(loss, dims, weights, columns, labels), kwargs.get("with_backward", False))
+        return settled(
+            prefixes(loss, _cached_ranking, dims, weights, columns, labels), kwargs.get("with_backward", False)
+        )
 
 
 class MatryoshkaLoss(_MatryoshkaLoss):
@@ -121,7 +125,7 @@ class MatryoshkaLoss(_MatryoshkaLoss):
         dims = [self.matryoshka_dims[i] for i in chosen]
         weights = [self.matryoshka_weights[i] for i in chosen]
         if fused(self, why_not):
-            return prefixes(self.loss, dims, weights, embeddings, labels)
+            return prefixes(self.loss, _ranking, dims, weights, embeddings, labels)
         loss: Any = 0.0
         for dim, weight in zip(dims, weights, strict=True):
             cut = [_matryoshka.shrink(x, dim) for x in embeddings]

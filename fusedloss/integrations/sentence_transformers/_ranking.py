@@ -94,19 +94,26 @@ def ranking_options(loss: Any) -> dict[str, Any]:
     }
 
 
-def ranking(loss: Any, library: ModuleType, embeddings: Sequence[Tensor], labels: Any) -> Tensor:
+def ranking_arguments(
+    loss: Any, library: ModuleType, embeddings: Sequence[Tensor], labels: Any
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Returns what multiple_negatives_ranking takes: the embeddings, gathered where the loss gathers, and options."""
     anchor = embeddings[0]
     ids = ids_of(loss, labels, embeddings)
     anchors, *documents = gathered(loss, library, *embeddings)
     several = anchors.shape[0] > anchor.shape[0]
     own = anchors[: anchor.shape[0]] if several else anchors
-    return fusedloss.multiple_negatives_ranking(
-        own,
-        *documents,
+    options = {
         **ranking_options(loss),
-        anchors=anchors if several else None,
-        ids=None if ids is None else gathered(loss, library, *ids),
-    )
+        "anchors": anchors if several else None,
+        "ids": None if ids is None else gathered(loss, library, *ids),
+    }
+    return [own, *documents], options
+
+
+def ranking(loss: Any, library: ModuleType, embeddings: Sequence[Tensor], labels: Any) -> Tensor:
+    tensors, options = ranking_arguments(loss, library, embeddings, labels)
+    return fusedloss.multiple_negatives_ranking(*tensors, **options)
 
 
 class MultipleNegativesRankingLoss(LeavesOutDuplicates, _MultipleNegativesRankingLoss):
