@@ -32,7 +32,8 @@ class Mask:
     guide: core.Guide | None = None
     rule: core.GuideRule = field(default_factory=core.GuideRule)
     offset: int | None = None
-    relative: float = 1.0  # of score_margin
+    relative: float = 1.0  # of score_margin, as is `factor`
+    factor: float | None = None
 
     def __and__(self, other: Mask | Tensor) -> Mask:
         if isinstance(other, Tensor):
@@ -62,6 +63,7 @@ class Mask:
             margin=self.margin if self.margin is not None else other.margin,
             exempt=self.exempt if self.margin is not None else other.exempt,
             relative=self.relative if self.margin is not None else other.relative,
+            factor=self.factor if self.margin is not None else other.factor,
             offset=self.offset if self.offset is not None else other.offset,
         )
 
@@ -81,20 +83,27 @@ def same_group(row_groups: Tensor, key_groups: Tensor) -> Mask:
     return Mask(compare=(("same_group", core.Compare(row_groups, key_groups, True)),))
 
 
-def score_margin(margin: float = 0.0, exempt: Tensor | None = None, *, relative: float = 1.0) -> Mask:
+def score_margin(
+    margin: float = 0.0, exempt: Tensor | None = None, *, relative: float = 1.0, factor: float | None = None
+) -> Mask:
     """Drops negatives whose similarity is above `relative` times the target's plus `margin`, before temperature and
     bias.
 
     `relative=0.95` is NV-Retriever's rule (arXiv 2407.15831): above 95 % of a positive's score a negative is a false
     one. `margin=0.1` is Qwen3-Embedding's.
 
-    exempt: int64 `[M, E]`, columns that are never dropped (curated hard negatives); -1 for none. Scores within (4 + D /
-    4) eps of the threshold, times both lengths, are ties and stay; within 2^-9 more if torch's switch allows TF32 for
-    fp32 products.
+    exempt: int64 `[M, E]`, columns that are never dropped (curated hard negatives); -1 for none. factor: from 0 to 1,
+    multiplies the similarity of such a negative instead of dropping it, as colpali's `filter_factor` (its
+    `filter_threshold` is `relative`); on backends "chunked", "dense" and "reference". A similarity below 0 rises.
+    Scores within (4 + D / 4) eps of the threshold, times both lengths, are ties and stay; within 2^-9 more if torch's
+    switch allows TF32 for fp32 products.
     """
     checks.number("margin", margin)
     checks.number("relative", relative)
-    return Mask(margin=float(margin), exempt=exempt, relative=float(relative))
+    if factor is not None:
+        checks.share("factor", factor)
+        factor = float(factor)
+    return Mask(margin=float(margin), exempt=exempt, relative=float(relative), factor=factor)
 
 
 def guide(guide_query: Tensor, guide_key: Tensor, *, margin: float = 0.0, strategy: str = "absolute") -> Mask:
@@ -200,7 +209,10 @@ def bind(mask: Mask | Tensor | None, rows: int, widths: Sequence[int], like: Ten
             checks.same_device(name, x, "the embeddings", like)
     own = None if mask.offset is None else row_numbers(rows, like) + mask.offset
     compare = tuple(c for _, c in mask.compare)
-    whole = core.Mask(compare, mask.dense, mask.margin, mask.exempt, mask.guide, own, mask.offset or 0, mask.relative)
+    offset = mask.offset or 0
+    whole = core.Mask(
+        compare, mask.dense, mask.margin, mask.exempt, mask.guide, own, offset, mask.relative, mask.factor
+    )
     masks, start = [], 0
     for width in widths:
         masks.append(whole.columns(slice(start, start + width)))

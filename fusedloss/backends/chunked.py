@@ -56,6 +56,8 @@ def can_exp(problem: Problem) -> bool:
 
     fp16 lacks the range for exponentials relative to a maximum that may still grow; it holds only dz and its gain.
     """
+    if any(block.mask.factor is not None for block in problem.blocks):
+        return False  # the gradient of a shrunk column is no multiple of its exponential's row
     return not problem.smooths_by_row and workspace_dtype(problem) != torch.float16
 
 
@@ -140,6 +142,22 @@ def _similarity(strip: Strip, rows: Rows, tile: slice, out: Tensor) -> None:
     products.mm(out, x, y.T, strip.onednn)
 
 
+def _shrink_(sim: Tensor, strip: Strip, tile: slice) -> Tensor | None:
+    """Multiplies similarities above the mask's threshold by its factor; returns the multipliers, None if all are 1."""
+    if strip.mask is None or strip.mask.factor is None or strip.mask.threshold is None:
+        return None
+    factors = torch.where(_above(sim, strip.mask, strip.mask.threshold, tile), strip.mask.factor, sim.new_ones(()))
+    sim.mul_(factors)
+    return factors
+
+
+def _above(values: Tensor, mask: StripMask, threshold: Tensor, tile: slice) -> Tensor:
+    above = values > threshold[:, None]
+    for column in mask.exempt.unbind(1) if mask.exempt is not None else ():
+        _fill_(above, column, tile, False)
+    return above
+
+
 def _logits(sim: Tensor, strip: Strip, tile: slice, out: Tensor) -> Tensor:
     return _admit_(torch.mul(sim, strip.scale, out=out), strip, tile)
 
@@ -191,12 +209,8 @@ def _dropped(z: Tensor, mask: StripMask, scale: Tensor | None, tile: slice) -> I
         yield test(compare.rows[:, None], compare.keys[tile])
     if mask.dense is not None:
         yield ~mask.dense[:, tile]
-    if mask.threshold is not None and scale is not None:
-        above = z > (mask.threshold * scale)[:, None]
-        if mask.exempt is not None:
-            for column in mask.exempt.unbind(1):
-                _fill_(above, column, tile, False)
-        yield above
+    if mask.threshold is not None and mask.factor is None and scale is not None:
+        yield _above(z, mask, mask.threshold * scale, tile)
 
 
 def admitted(mask: StripMask, tile: slice) -> Tensor:
@@ -288,6 +302,7 @@ def stats_rows(strips: list[Strip], tally: Tally | None = None, score: Tensor | 
             sim, scratch, z = (_view(buffer, rows, tile) for buffer in (buffers[0], buffers[1], buffers[-1]))
             z = sim if tally is None else z
             _similarity(strip, x, tile, sim)
+            _shrink_(sim, strip, tile)
             _logits(sim, strip, tile, out=z)
             if tally is not None and score is not None:
                 _count_(tally, strip, z, sim, score)
@@ -615,6 +630,7 @@ def grad_rows(
             sim, z, scratch, *more = (_view(buffer, count, tile) for buffer in buffers)
             dz = out[:, tile] if wide else more[0]
             _similarity(strip, x, tile, sim)
+            factors = _shrink_(sim, strip, tile)
             _logits(sim, strip, tile, out=z)
             directions = [rows.map(lambda v: v[:, None])]
             if columns is not None:
@@ -631,6 +647,8 @@ def grad_rows(
                 dz.sub_(torch.mul(z > -math.inf, smooth[:, None], out=scratch))
             if strip.softcap:
                 dz.mul_(_slope(z, strip.softcap, scratch))
+            if factors is not None:
+                dz.mul_(factors)
             if gain is not None:
                 dz.mul_(gain)
             _factors_(dz, strip, tile)

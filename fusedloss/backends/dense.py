@@ -176,9 +176,12 @@ def _softmax(
     if problem.softcap:
         dz.mul_(1 - (z.clamp_min(-problem.softcap) / problem.softcap).square_())
     by_scale, biases, start = None, [], 0
-    for block, sim, wanted in zip(problem.blocks, sims, wants.biases, strict=True):
+    factors = reference.factors(problem, rows, sims)
+    for block, sim, wanted, shrunk in zip(problem.blocks, sims, wants.biases, factors, strict=True):
         part = dz[:, start : start + sim.shape[1]]
         biases.append(part.sum(0) * share if wanted and block.bias is not None else None)
+        if shrunk is not None:
+            part.mul_(shrunk)
         if wants.scale:  # in fp64, because a row's terms cancel
             terms = (part * sim).sum(dtype=wide_dtype(dz.device, dz.dtype))
             by_scale = terms if by_scale is None else by_scale + terms

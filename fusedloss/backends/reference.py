@@ -102,6 +102,8 @@ def logits(problem: Problem, rows: list[Tensor], similarities: list[Tensor] | No
     itself = torch.arange(M, device=problem.device)
     for number, block in enumerate(problem.blocks):
         sim = rows[block.query][:M] @ rows[block.key].T if similarities is None else similarities[number]
+        if block.mask.factor is not None:
+            sim = sim * _factors(problem, number, sim, thresholds)
         own, own_penalty = (itself, block.own_penalty) if number else (problem.target, 0.0)
         z = sim * problem.scale
         if lost:  # a target's logit is a separate product, not of the tile
@@ -131,6 +133,26 @@ def logits(problem: Problem, rows: list[Tensor], similarities: list[Tensor] | No
             z = z.masked_fill(dropped, -torch.inf)
         parts.append(z)
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def factors(problem: Problem, rows: list[Tensor], similarities: list[Tensor]) -> list[Tensor | None]:
+    """Returns what multiplies each block's similarities [M, N] under a mask with a factor; None: nothing does."""
+    if not any(block.mask.factor is not None for block in problem.blocks):
+        return [None] * len(similarities)
+    thresholds = _thresholds(problem, rows)
+    return [
+        None if block.mask.factor is None else _factors(problem, number, sim, thresholds)
+        for number, (block, sim) in enumerate(zip(problem.blocks, similarities, strict=True))
+    ]
+
+
+def _factors(problem: Problem, number: int, sim: Tensor, thresholds: _Thresholds) -> Tensor:
+    mask = problem.blocks[number].mask
+    assert mask.factor is not None
+    above = _above(mask, sim.detach(), thresholds)
+    if number == 0:
+        above = above & ~_at(problem.target, above)
+    return torch.where(above, mask.factor, sim.new_ones(()))
 
 
 def marginal(problem: Problem, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,15 +198,20 @@ def _dropped(problem: Problem, mask: Mask, sim: Tensor, thresholds: _Thresholds)
         dropped = dropped | ((rows[:, None] == keys) ^ keep)
     if mask.dense is not None:
         dropped = dropped | ~mask.dense
-    if mask.margin is not None and thresholds.sim is not None:
-        own, ties = thresholds.sim
-        above = sim > mask.relative * own + ties + mask.margin
-        for column in mask.exempt.unbind(1) if mask.exempt is not None else ():
-            above = above & ~_at(column, above)
-        dropped = dropped | above
+    if mask.margin is not None and mask.factor is None:
+        dropped = dropped | _above(mask, sim, thresholds)
     if mask.guide is not None and thresholds.guide is not None:
         dropped = dropped | (_guide_cosines(mask.guide, problem.rows) > thresholds.guide)
     return dropped
+
+
+def _above(mask: Mask, sim: Tensor, thresholds: _Thresholds) -> Tensor:
+    assert mask.margin is not None and thresholds.sim is not None
+    own, ties = thresholds.sim
+    above = sim > mask.relative * own + ties + mask.margin
+    for column in mask.exempt.unbind(1) if mask.exempt is not None else ():
+        above = above & ~_at(column, above)
+    return above
 
 
 def _at(columns: Tensor, like: Tensor) -> Tensor:

@@ -8,6 +8,10 @@ from ..core.problem import Problem
 
 # exp(-69) = 1e-30 is the smallest row sum whose inverse, and products with x, stay normal numbers.
 LOWEST_EXPONENT = 69.0
+NO_FACTOR = (
+    "no kernel multiplies the gradient of single columns by score_margin's factor yet; 'chunked' and 'dense' do, or "
+    "leave factor out to drop them"
+)
 
 
 def can_exp(problem: Problem) -> bool:

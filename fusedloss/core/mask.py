@@ -41,9 +41,9 @@ class Mask(NamedTuple):
     `skip`.
 
     dense: bool [M, N], True for columns that may compete. margin: drops columns whose similarity is above the share
-    `relative` of the target's by more than this. exempt: int64 [M, E], columns that the margin never drops; -1: none.
-    skip: int64 [M], the one column that the row leaves out (itself); -1: none. skip_offset: its distance from column i;
-    across ranks it may be another rank's column.
+    `relative` of the target's by more than this, or with `factor` multiplies that similarity by it. exempt: int64 [M,
+    E], columns that the margin leaves as they are; -1: none. skip: int64 [M], the one column that the row leaves out
+    (itself); -1: none. skip_offset: its distance from column i; across ranks it may be another rank's column.
     """
 
     compare: tuple[Compare, ...] = ()
@@ -54,6 +54,7 @@ class Mask(NamedTuple):
     skip: Tensor | None = None
     skip_offset: int = 0
     relative: float = 1.0
+    factor: float | None = None
 
     @property
     def given(self) -> bool:
@@ -100,9 +101,10 @@ class StripMask(NamedTuple):
 
     compare: tuple[Compare, ...] = ()  # rows [R], keys [N]
     dense: Tensor | None = None  # [R, N]
-    threshold: Tensor | None = None  # [R]: larger similarities are dropped
+    threshold: Tensor | None = None  # [R]: larger similarities are dropped, or multiplied by `factor`
     exempt: Tensor | None = None  # [R, E], int64
     skip: Tensor | None = None  # [R]
+    factor: float | None = None
     dropped: Any = None  # columns dropped by the guide, in the backend's own format: tiles on demand, packed bits
 
     @classmethod
@@ -113,7 +115,9 @@ class StripMask(NamedTuple):
 
     def rows(self, part: slice) -> StripMask:
         """Returns the mask of some rows, before a guide has dropped any column."""
-        tensors = {name: rows_of(x, part) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        tensors: dict[str, Any] = {
+            name: rows_of(x, part) for name, x in self._asdict().items() if isinstance(x, Tensor)
+        }
         return self._replace(compare=tuple(c._replace(rows=rows_of(c.rows, part)) for c in self.compare), **tensors)
 
     @property

@@ -366,6 +366,7 @@ def _form(problem: Problem) -> list[str]:
             "ids": ", ".join("agree" if compare.keep else "differ" for compare in mask.compare),
             "margin": None if mask.margin is None else str(mask.margin),
             "margin's share of the target": None if mask.relative == 1 else mask.relative,
+            "margin's factor": None if mask.factor is None else str(mask.factor),
             "leaves out": None if mask.skip is None else f"column i + {mask.skip_offset}",
         }
         if mask.guide is not None:

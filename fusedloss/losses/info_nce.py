@@ -225,6 +225,10 @@ def info_nce_problem(
             f"key must have a row for each of query with masks.not_self, a bank and group, got {columns} for {rows}; "
             "leave the bank or the mask out"
         )
+    if bound[0].factor is not None and key_bias is not None and key_bias.requires_grad:
+        raise ValueError(
+            "key_bias must not require a gradient with score_margin's factor, got one that does; pass key_bias.detach()"
+        )
     scale, scale_bound = as_scale(temperature, query, inverse=True)
     matrices, (x, y) = distinct(query, key)
     if bank is None:

@@ -111,6 +111,9 @@ CASES = {
     "info_nce, margin": lambda b, **k: fusedloss.info_nce(
         b.x, b.y, mask=masks.score_margin(0.1) & masks.same_group(b.labels, b.labels), normalize=True, **k
     ),
+    "info_nce, margin's factor": lambda b, **k: fusedloss.info_nce(
+        b.x, b.y, temperature=b.temperature, mask=masks.score_margin(0.1, factor=0.5), normalize=True, **k
+    ),
     "info_nce, guide": lambda b, **k: fusedloss.info_nce(b.x, b.y, mask=masks.guide(b.g0, b.g1), **k),
     "info_nce, queue": lambda b, **k: fusedloss.info_nce(
         b.x,

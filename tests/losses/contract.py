@@ -256,6 +256,7 @@ CASES: dict[str, Callable[[Batch], Case]] = {
     "info_nce, same_id": _info_nce(mask=lambda b: masks.same_id(b.labels(), b.labels())),
     "info_nce, same_group": _info_nce(mask=lambda b: masks.same_group(b.labels(), b.labels())),
     "info_nce, score_margin": _info_nce(mask=lambda b: masks.score_margin(0.1, b.below(3, b.rows, 2))),
+    "info_nce, score_margin, factor": _info_nce(mask=lambda b: masks.score_margin(-0.5, factor=0.5)),
     "info_nce, guide": _info_nce(mask=lambda b: masks.guide(b.fixed(b.rows, 3), b.fixed(b.rows, 3), margin=0.1)),
     "info_nce, not_self": _info_nce(mask=lambda b: masks.not_self(1)),
     "info_nce, transform": _info_nce(transform=lambda b: transforms.focal(1.5)),

@@ -31,6 +31,7 @@ def whole():
         rows(),
         5,
         0.9,
+        0.5,
     )
     fold = Fold(
         "sigmoid",

@@ -13,8 +13,8 @@ from ...core.numerics import FOLD_COPIES, cdiv, stats_dtype
 from ...core.problem import Problem
 from ...core.rows import guide_threshold
 from ...core.strips import RowSums, Softmax, Strip, Tally
+from ..shared import NO_FACTOR, exp_shift
 from ..shared import can_exp as can_exp
-from ..shared import exp_shift
 from .folds import FOLDS as FOLDS
 from .folds import fold_rows as fold_rows
 from .launching import NOT_BUILT as NOT_BUILT
@@ -52,6 +52,8 @@ def why_not(problem: Problem) -> str | None:
 
 
 def _why_not_mask(mask: Mask) -> str | None:
+    if mask.factor is not None:
+        return NO_FACTOR
     for keep in (False, True):
         count = sum(compare.keep == keep for compare in mask.compare)
         if count > MAX_COMPARES:

@@ -20,7 +20,7 @@ from ...core.problem import Problem
 from ...core.rows import guide_threshold
 from ...core.strips import RowSums, Softmax, Strip, Tally
 from ...core.waves import wave_rows
-from ..shared import can_exp, exp_shift
+from ..shared import NO_FACTOR, can_exp, exp_shift
 from .launching import ALIGNMENT, config_of, descriptor, launch, multiprocessors, precision_of
 from .launching import compiling as compiling
 from .launching import why_not_on as why_not_on
@@ -42,6 +42,8 @@ def why_not(problem: Problem) -> str | None:
         return "no kernel sums several prefixes in one sweep yet; matryoshka takes them one after the other here"
     dtypes = {problem.dtype: None}  # in order
     for block in problem.blocks:
+        if block.mask.factor is not None:
+            return NO_FACTOR
         dtypes |= {x.dtype: None for x in block.mask.guide or ()}
     reasons = (why_not_on(dtype, problem.device) for dtype in dtypes)
     return next((reason for reason in reasons if reason), None)
