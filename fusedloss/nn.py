@@ -17,7 +17,7 @@ from .losses.multiple_negatives_ranking import check_directions, check_hardness
 class InfoNCELoss(
     LossModule,
     function=F.info_nce,
-    tensors=("negatives", "bank", "key_bias", "mask", "weight"),
+    tensors=("negatives", "bank", "key_bias", "mask", "weight", "negatives_mask"),
     named=("bank_across", "bias_on_target", "margin", "decoupled", "transform"),
 ): ...
 
@@ -34,8 +34,8 @@ class ClipDistillLoss(LossModule, function=F.clip_distill): ...
 class MultipleNegativesRankingLoss(
     LossModule,
     function=F.multiple_negatives_ranking,
-    tensors=("mask", "anchors", "ids"),
-    named=("decoupled", "transform"),
+    tensors=("mask", "anchors", "ids", "negatives_mask"),
+    named=("decoupled", "transform", "own_negatives"),
 ):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

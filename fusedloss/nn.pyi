@@ -94,6 +94,7 @@ class InfoNCELoss(LossModule, Generic[R]):
         key_bias: Tensor | None = None,
         mask: masks.Mask | Tensor | None = None,
         weight: Tensor | None = None,
+        negatives_mask: Tensor | None = None,
     ) -> R: ...
     __call__ = forward
 
@@ -215,6 +216,7 @@ class MultipleNegativesRankingLoss(LossModule, Generic[R]):
         *,
         decoupled: bool = False,
         transform: Transform | Callable[[Tensor], Tensor] | None = None,
+        own_negatives: bool = False,
     ) -> None: ...
     @overload
     def __init__(
@@ -235,6 +237,7 @@ class MultipleNegativesRankingLoss(LossModule, Generic[R]):
         grad_scale: str = "ddp",
         decoupled: bool = False,
         transform: Transform | Callable[[Tensor], Tensor] | None = None,
+        own_negatives: bool = False,
     ) -> None: ...
     @overload
     def __init__(
@@ -255,6 +258,7 @@ class MultipleNegativesRankingLoss(LossModule, Generic[R]):
         grad_scale: str = "ddp",
         decoupled: bool = False,
         transform: Transform | Callable[[Tensor], Tensor] | None = None,
+        own_negatives: bool = False,
     ) -> None: ...
     def forward(
         self,
@@ -264,6 +268,7 @@ class MultipleNegativesRankingLoss(LossModule, Generic[R]):
         mask: masks.Mask | Tensor | None = None,
         anchors: Tensor | None = None,
         ids: Sequence[Tensor] | None = None,
+        negatives_mask: Tensor | None = None,
     ) -> R: ...
     __call__ = forward
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Unpack
 
-import torch
 from torch import Tensor
 
 from .. import masks, transforms
 from ..core import checks
-from ..core.numerics import stats_dtype
 from ..core.problem import NO_MARGIN, Block, Margin, Problem
-from ..core.softmax import softplus
-from ..core.transforms import Transform, transformed
+from ..core.transforms import Transform
 from ..distributed import Request
-from ..rowwise.pairs import cosine, dot, of_pairs, scores
 from ._options import Call, CountingAcrossOptions, expanded, ranks
-from ._softmax import Loss, as_scale, autocast, counted, distinct, mean_of, over, result_of
+from ._private import refusal, with_private
+from ._softmax import Loss, as_scale, autocast, counted, distinct, result_of
 
 
 @expanded
@@ -41,6 +37,7 @@ def info_nce(
     margin: float = 0.0,
     decoupled: bool = False,
     transform: Transform | Callable[[Tensor], Tensor] | None = None,
+    negatives_mask: Tensor | None = None,
     **options: Unpack[CountingAcrossOptions],
 ) -> Loss:
     """InfoNCE (van den Oord et al. 2018): each query's key against all the other keys of the batch.
@@ -151,9 +148,11 @@ def info_nce(
         ignored = ignore_index if across and target is not None else None
         return call.request(what, problem, ignore_index=ignored, stays=stays)
 
+    if negatives_mask is not None and negatives is None:
+        raise ValueError("negatives must be given with negatives_mask, got the mask alone; pass [M, K, D]")
     if negatives is not None and ranks(options) is None:
         call = Call(**options)
-        return _with_private(ask(call).problems[0], call, query, negatives)
+        return _with_private(ask(call).problems[0], call, query, negatives, negatives_mask)
     return result_of(options, ask)
 
 
@@ -257,37 +256,16 @@ def info_nce_problem(
     )
 
 
-def _with_private(problem: Problem, call: Call, query: Tensor, negatives: Tensor) -> Tensor:
-    """Adds each row's private columns: `log(exp(loss) + sum_k exp(z_ik - z_it))`, exact for tiny losses, too."""
+def _with_private(problem: Problem, call: Call, query: Tensor, negatives: Tensor, real: Tensor | None) -> Tensor:
     if not isinstance(negatives, Tensor) or negatives.dim() != 3 or negatives.shape[::2] != query.shape:
         got = f"shape {list(negatives.shape)}" if isinstance(negatives, Tensor) else checks.a(negatives)
         raise ValueError(f"negatives must be [M, K, D] = [{len(query)}, any, {query.shape[1]}], got {got}")
     columns = negatives.unbind(1)
     checks.embeddings(query=query, **{f"negatives[:, {k}]": x for k, x in enumerate(columns)})
+    if real is not None:
+        checks.boolean("negatives_mask", real, tuple(negatives.shape[:2]), query)
     if any(problem.margin):
         raise ValueError("margin must be 0 with negatives, got both; leave one of them out")
-    if problem.label_smoothing or problem.wants_tally or problem.decoupled:
-        what = (
-            "label_smoothing" if problem.label_smoothing else "decoupled" if problem.decoupled else "return_stats=True"
-        )
+    if what := refusal(problem):
         raise ValueError(f"negatives must not be given together with {what}, got both; leave one of them out")
-    weight = problem.weight
-    # A left-out row stays left out whatever its private columns hold. Rows that count are weighted afterwards.
-    counts = torch.where(weight == 0, 0, torch.ones_like(weight))
-    phi = problem.transform
-    loss = mean_of([replace(problem, weight=counts, transform=None)], replace(call, reduction="none"))
-    if columns:
-        block = problem.blocks[0]
-        x, y = problem.operands[block.query], problem.operands[block.key]
-        backend = "auto" if call.backend in ("cuda", "dense") else call.backend  # which take no pairs of rows
-        z = scores("cos" if problem.cosine else "dot", x, *autocast(*columns), backend=backend) * problem.scale
-        own = of_pairs(cosine if problem.cosine else dot, x, y, problem.target) * problem.scale
-        if block.bias is not None and problem.bias_on_target:
-            own = own + block.bias.to(own.dtype)[problem.target]
-        own = own.masked_fill(weight == 0, 0)
-        loss = loss + softplus(torch.logsumexp(z, dim=1) - own - loss)
-    loss = transformed(loss, phi)
-    loss = torch.where(weight == 0, 0, weight * loss).to(stats_dtype(query.dtype))
-    if call.reduction == "none":
-        return loss
-    return over(loss.sum(), weight.sum()) if call.reduction == "mean" else loss.sum()
+    return with_private(problem, call, columns, real)

@@ -35,9 +35,9 @@ DEFAULTS = {
     loss: {
         p.name: p.default
         for p in inspect.signature(loss).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.default is not p.empty and p.name not in (*FIELDS, "negatives")
+        if p.kind is p.KEYWORD_ONLY and p.default is not p.empty and p.name in inspect.signature(problem).parameters
     }
-    for loss in PROBLEMS
+    for loss, problem in PROBLEMS.items()
 }
 
 
@@ -91,14 +91,15 @@ def matryoshka(
         raise ValueError(
             "return_stats must be False, got True; statistics differ per prefix: call the loss itself on one prefix"
         )
-    for name in ("negatives", "bank"):
+    for name in ("negatives", "negatives_mask", "bank"):
         if loss is info_nce and loss_options.get(name) is not None:
             raise ValueError(
                 f"{name} must not be given with info_nce under matryoshka, got it; pass it to "
                 "multiple_negatives_ranking as columns"
             )
     if loss in PROBLEMS and loss_options.get("group") is None:
-        options = {n: x for n, x in loss_options.items() if x is not None or n not in ("negatives", "group")}
+        absent = () if loss is not info_nce else ("negatives", "negatives_mask")
+        options = {n: x for n, x in loss_options.items() if x is not None or n not in ("group", *absent)}
         for name in options:
             if name not in KEYWORDS[loss]:
                 raise TypeError(checks.unexpected(loss.__name__, name, options[name], inspect.signature(loss)))

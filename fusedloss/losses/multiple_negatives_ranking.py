@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Unpack
 
+import torch
 from torch import Tensor
 
 from .. import masks, transforms
 from ..core import checks
-from ..core.mask import NO_MASK, Mask
-from ..core.numerics import row_numbers
+from ..core.mask import NO_MASK, Compare, Mask
+from ..core.numerics import filled, row_numbers, savable
 from ..core.problem import Block, Problem
 from ..core.transforms import Transform
-from ..distributed import Request
+from ..distributed import Request, world_of
 from ._duplicates import check_ids, without_duplicates
-from ._options import Call, CountingAcrossOptions, expanded
+from ._options import Call, CountingAcrossOptions, expanded, ranks
+from ._private import refusal, with_private
 from ._softmax import Loss, as_scale, autocast, counted, distinct, result_of
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 PARTITION_MODES = ("joint", "per_direction")
+HARD = ("hard_negatives", "all_negatives")  # that weigh the anchor's own hard negatives
 HARDNESS_MODES = ("in_batch_negatives", "hard_negatives", "all_negatives")
 
 
@@ -39,6 +42,8 @@ def multiple_negatives_ranking(
     ids: Sequence[Tensor] | None = None,
     decoupled: bool = False,
     transform: Transform | Callable[[Tensor], Tensor] | None = None,
+    negatives_mask: Tensor | None = None,
+    own_negatives: bool = False,
     **options: Unpack[CountingAcrossOptions],
 ) -> Loss:
     """Multiple negatives ranking (Henderson et al. 2017), with the options of sentence-transformers 6.2.
@@ -82,6 +87,11 @@ def multiple_negatives_ranking(
             `info_nce`.
         transform: a function of each row's own loss, under "per_direction" of each direction's, before their mean: one
             of `fusedloss.transforms`, or a function of a tensor `[B]`.
+        negatives_mask: bool `[N, K]` for K columns of negatives of N rows each, True for those that exist; False for
+            padding, which competes nowhere and must be finite.
+        own_negatives: whether a row sees its own hard negatives alone, and no other row's. Each column then has a row
+            for each anchor. Without group, mask, decoupled, return_stats and "per_direction" their scores are merged
+            outside the sweep: B K of them instead of B^2 K.
         reduction: "mean", "sum" or "none" (`[B]`).
         return_stats: return `(loss, Stats)`; under "per_direction" those of query_to_doc.
 
@@ -97,8 +107,8 @@ def multiple_negatives_ranking(
         >>> fusedloss.multiple_negatives_ranking(anchor, positive, hard, scale=20.0).backward()
     """
 
-    def ask(call: Call) -> Request:
-        problems = multiple_negatives_ranking_problems(
+    def problems_of(call: Call, apart: bool = False) -> list[Problem]:
+        return multiple_negatives_ranking_problems(
             anchor,
             positive,
             *negatives,
@@ -114,10 +124,23 @@ def multiple_negatives_ranking(
             ids=ids,
             decoupled=decoupled,
             transform=transform,
+            negatives_mask=negatives_mask,
+            own_negatives=own_negatives,
+            apart=apart,
         )
+
+    def ask(call: Call) -> Request:
+        problems = problems_of(call)
         named = f"directions {tuple(directions)}, {partition_mode}, hardness {hardness_mode}"
         return call.request(f"multiple_negatives_ranking, {named}", *problems)
 
+    masked = mask is not None or ids is not None
+    if own_negatives and negatives and not masked and partition_mode == "joint" and ranks(options) is None:
+        call = Call(**options)
+        (problem,) = problems_of(call, apart=True)
+        if refusal(problem) is None:
+            penalty = float(hardness_strength) if hardness_mode in HARD else 0.0
+            return with_private(problem, call, [x[: len(anchor)] for x in negatives], negatives_mask, penalty)
     return result_of(options, ask)
 
 
@@ -137,9 +160,14 @@ def multiple_negatives_ranking_problems(
     ids: Sequence[Tensor] | None = None,
     decoupled: bool = False,
     transform: Transform | Callable[[Tensor], Tensor] | None = None,
+    negatives_mask: Tensor | None = None,
+    own_negatives: bool = False,
     elsewhere: Mask = NO_MASK,
+    apart: bool = False,
 ) -> list[Problem]:
-    """elsewhere: a mask of the columns beyond query to document, besides the row's own."""
+    """elsewhere: a mask of the columns beyond query to document, besides the row's own. apart: the negatives are
+    checked and left out.
+    """
     named = {f"negatives[{i}]": x for i, x in enumerate(negatives)}
     checks.embeddings(anchor=anchor, positive=positive, **named, **({} if anchors is None else {"anchors": anchors}))
     if anchors is not None and call.group is not None:
@@ -159,12 +187,10 @@ def multiple_negatives_ranking_problems(
     check_hardness(hardness_mode, hardness_strength)
     owned = hardness_mode is not None or "doc_to_doc" in directions
     for name, x in {"positive": positive, **named}.items():
-        needed = owned or (name == "positive" and len(directions) > 1)
+        why = "own_negatives" if own_negatives and not owned else "these directions or hardness_mode"
+        needed = owned or (len(directions) > 1 if name == "positive" else own_negatives)
         if needed and x.shape[0] != owners:
-            raise ValueError(
-                f"{name} must have {owners} rows, one per row of anchor, with these directions or hardness_mode, "
-                f"got {x.shape[0]}"
-            )
+            raise ValueError(f"{name} must have {owners} rows, one per row of anchor, with {why}, got {x.shape[0]}")
     widths = [x.shape[0] for x in (positive, *negatives)]
     check_ids(ids, {"anchor": everyone, "positive": positive, **named})
     of_anchors, *of_documents = without_duplicates(ids, rows, owners, 2 + len(negatives))
@@ -174,6 +200,9 @@ def multiple_negatives_ranking_problems(
     ]
     phi = transforms.bind(transform, decoupled)
     multiplier, scale_bound = as_scale(scale, anchor, inverse=False)
+    belongs = _belonging(negatives, negatives_mask, own_negatives, anchor, call)
+    if apart:
+        negatives, bound = (), bound[:1]
     several = len(directions) > 1
     facing = (everyone, positive[:rows] if owners > rows else positive) if several else (anchor, positive)
     matrices, (query, queries, answer, *documents) = distinct(anchor, *facing, positive, *negatives)
@@ -184,17 +213,24 @@ def multiple_negatives_ranking_problems(
 
     strength = float(hardness_strength)
     others = strength if hardness_mode in ("in_batch_negatives", "all_negatives") else 0.0
-    hard = strength if hardness_mode in ("hard_negatives", "all_negatives") else 0.0
+    hard = strength if hardness_mode in HARD else 0.0
+
+    def with_compare(part: Mask, number: int) -> Mask:
+        return part._replace(compare=part.compare + belongs[number - 1]) if number else part
+
     parts = {
         "query_to_doc": [
-            Block(query, key, None, part, others, hard if number else 0.0)
+            Block(query, key, None, with_compare(part, number), others, hard if number else 0.0)
             for number, (key, part) in enumerate(zip(documents, bound, strict=True))
         ],
         "query_to_query": [Block(query, queries, mask=beyond(of_anchors))],
         # Under "joint" the positive appears here once more, and is counted as a second copy of the target.
         "doc_to_query": [Block(answer, queries, mask=beyond(of_anchors) if partition_mode == "joint" else of_anchors)],
         "doc_to_doc": [
-            Block(answer, key, mask=beyond(same)) for key, same in zip(documents, of_documents, strict=True)
+            Block(answer, key, mask=with_compare(beyond(same), number))
+            for number, (key, same) in enumerate(
+                zip(documents[:1] if own_negatives else documents, of_documents, strict=False)
+            )
         ],
     }
     if partition_mode == "joint":
@@ -223,6 +259,40 @@ def multiple_negatives_ranking_problems(
         )
         for blocks in sets
     ]
+
+
+def _belonging(
+    negatives: Sequence[Tensor], real: Tensor | None, own: bool, anchor: Tensor, call: Call
+) -> list[tuple[Compare, ...]]:
+    """Returns what a row and a document of each column of negatives must have in common, so that no matrix is made."""
+    if real is not None:
+        if not negatives:
+            raise ValueError("negatives must be given with negatives_mask, got the mask alone; pass columns [N, D]")
+        checks.boolean("negatives_mask", real, (negatives[0].shape[0], len(negatives)), anchor)
+        for i, x in enumerate(negatives):
+            if x.shape[0] != negatives[0].shape[0]:
+                raise ValueError(
+                    f"negatives[{i}] must have {negatives[0].shape[0]} rows, like negatives[0], with negatives_mask, "
+                    f"got {x.shape[0]}; pad it"
+                )
+    if real is None and not own:
+        return [()] * len(negatives)
+    # Those of an anchor have its number, which no other rank has; or all have 0. Padding has -1.
+    first = 0
+    if own and call.group is not None:
+        first = world_of(call.group, call.strategy, call.grad_scale).rank << 32
+
+    def numbers(x: Tensor) -> Tensor:
+        return row_numbers(x.shape[0], x) + first if own else filled(x.shape[0], 0, torch.int64, x.device)
+
+    rows = numbers(anchor)
+    found: list[tuple[Compare, ...]] = []
+    for number, x in enumerate(negatives):
+        keys = numbers(x)
+        if real is not None:
+            keys = keys.masked_fill(~savable(real)[:, number], -1)
+        found.append((Compare(rows, keys, True),))
+    return found
 
 
 def check_directions(directions: Sequence[str], partition_mode: str) -> None:

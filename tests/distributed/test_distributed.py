@@ -149,6 +149,16 @@ CASES = {
     ),
     "clip, a number, sum": lambda b, **k: fusedloss.clip(b.x, b.y, 5.0, normalize=True, reduction="sum", **k),
     "ranking": lambda b, **k: ranking(b.x, b.y, b.n, b.m, scale=1 / b.temperature, **k),
+    "ranking, own negatives": lambda b, **k: ranking(
+        b.x,
+        b.y,
+        b.n,
+        b.m,
+        scale=1 / b.temperature,
+        own_negatives=True,
+        negatives_mask=torch.stack([b.ids != 0, b.labels != 1], 1),
+        **k,
+    ),
     "ranking, all directions": lambda b, **k: ranking(b.x, b.y, b.n, directions=ALL, scale=1 / b.temperature, **k),
     "ranking, per direction": lambda b, **k: ranking(
         b.x, b.y, b.n, directions=(ALL[0], ALL[2]), partition_mode="per_direction", scale=1 / b.temperature, **k

@@ -252,6 +252,9 @@ CASES: dict[str, Callable[[Batch], Case]] = {
     ),
     "info_nce, bank": _info_nce(bank=lambda b: b.fixed(7, D), key_bias=lambda b: b.fixed(b.rows + 7)),
     "info_nce, negatives": _info_nce(negatives=lambda b: b.x(b.rows, 2, D)),
+    "info_nce, negatives_mask": _info_nce(
+        negatives=lambda b: b.x(b.rows, 2, D), negatives_mask=lambda b: b.bits(b.rows, 2)
+    ),
     "info_nce, bool": _info_nce(mask=lambda b: b.bits(b.rows, b.rows)),
     "info_nce, same_id": _info_nce(mask=lambda b: masks.same_id(b.labels(), b.labels())),
     "info_nce, same_group": _info_nce(mask=lambda b: masks.same_group(b.labels(), b.labels())),
@@ -310,6 +313,16 @@ CASES: dict[str, Callable[[Batch], Case]] = {
             "hardness_mode": "in_batch_negatives",
             "hardness_strength": 1.0,
         },
+    ),
+    "multiple_negatives_ranking, own_negatives": lambda b: Case(
+        F.multiple_negatives_ranking,
+        (b.x(), b.x(), b.x(), b.x()),
+        {"scale": b.number(3.0), "negatives_mask": b.bits(b.rows, 2), "own_negatives": True},
+    ),
+    "multiple_negatives_ranking, negatives_mask": lambda b: Case(
+        F.multiple_negatives_ranking,
+        (b.x(), b.x(), b.x(), b.x()),
+        {"scale": 3.0, "negatives_mask": b.bits(b.rows, 2), "directions": ("query_to_doc", "doc_to_doc")},
     ),
     "multiple_negatives_ranking, mask": lambda b: Case(
         F.multiple_negatives_ranking, (b.x(), b.x()), {"scale": 3.0, "mask": masks.same_id(b.labels(), b.labels())}

@@ -661,6 +661,7 @@ OPTIONS = {
     "margin": {"margin": 0.15},
     "bias_on_target": {"bias_on_target": False},
     "transform": {"transform": fusedloss.transforms.focal(1.5)},
+    "own_negatives": {"own_negatives": True},
     "margin_strategy": {"margin_strategy": "relative", "margin": 0.5},
     "contrast_anchors": {"contrast_anchors": False, "temperature": 0.5, "margin": -0.5},
     "contrast_positives": {"contrast_positives": False, "temperature": 0.5, "margin": -0.5},
