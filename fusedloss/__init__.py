@@ -48,6 +48,8 @@ from .functional import l1 as l1
 from .functional import l1_loss as l1_loss
 from .functional import lambda_loss as lambda_loss
 from .functional import linear_cross_entropy as linear_cross_entropy
+from .functional import list_circle as list_circle
+from .functional import list_info_nce as list_info_nce
 from .functional import list_mle as list_mle
 from .functional import list_net as list_net
 from .functional import margin_mse as margin_mse
@@ -101,6 +103,8 @@ from .nn import InfoNCELoss as InfoNCELoss
 from .nn import L1Loss as L1Loss
 from .nn import LambdaLoss as LambdaLoss
 from .nn import LinearCrossEntropyLoss as LinearCrossEntropyLoss
+from .nn import ListCircleLoss as ListCircleLoss
+from .nn import ListInfoNCELoss as ListInfoNCELoss
 from .nn import ListMLELoss as ListMLELoss
 from .nn import ListNetLoss as ListNetLoss
 from .nn import MarginMSELoss as MarginMSELoss

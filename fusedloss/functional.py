@@ -13,6 +13,8 @@ from .losses.batch_triplet import batch_semi_hard_triplet as batch_semi_hard_tri
 from .losses.binary import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from .losses.clip import clip as clip
 from .losses.clip_distill import clip_distill as clip_distill
+from .losses.contrast_lists import list_circle as list_circle
+from .losses.contrast_lists import list_info_nce as list_info_nce
 from .losses.contrastive_tension import contrastive_tension_in_batch as contrastive_tension_in_batch
 from .losses.cosent import angle as angle
 from .losses.cosent import cosent as cosent

@@ -13,6 +13,8 @@ from fusedloss.losses.batch_triplet import batch_hard_triplet as batch_hard_trip
 from fusedloss.losses.batch_triplet import batch_semi_hard_triplet as batch_semi_hard_triplet
 from fusedloss.losses.binary import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from fusedloss.losses.clip_distill import clip_distill as clip_distill
+from fusedloss.losses.contrast_lists import list_circle as list_circle
+from fusedloss.losses.contrast_lists import list_info_nce as list_info_nce
 from fusedloss.losses.contrastive_tension import contrastive_tension_in_batch as contrastive_tension_in_batch
 from fusedloss.losses.cosent import angle as angle
 from fusedloss.losses.cosent import cosent as cosent

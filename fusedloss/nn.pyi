@@ -772,7 +772,31 @@ class RankNetLoss(LossModule):
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None: ...
-    def forward(self, scores: Lists, labels: Lists, *, mask: Tensor | None = None) -> Tensor: ...
+    def forward(
+        self,
+        scores: Lists,
+        labels: Lists | None = None,
+        *,
+        mask: Tensor | None = None,
+        soft: Tensor | None = None,
+        reference: Lists | None = None,
+    ) -> Tensor: ...
+    __call__ = forward
+
+class ListInfoNCELoss(LossModule):
+    def __init__(
+        self, temperature: float | Tensor = 1.0, positives: str = "each", reduction: str = "mean", backend: str = "auto"
+    ) -> None: ...
+    def forward(
+        self, scores: Tensor | Sequence[Tensor], labels: Tensor | Sequence[Tensor], *, mask: Tensor | None = None
+    ) -> Tensor: ...
+    __call__ = forward
+
+class ListCircleLoss(LossModule):
+    def __init__(self, m: float = 0.4, gamma: float = 80.0, reduction: str = "mean", backend: str = "auto") -> None: ...
+    def forward(
+        self, scores: Tensor | Sequence[Tensor], labels: Tensor | Sequence[Tensor], *, mask: Tensor | None = None
+    ) -> Tensor: ...
     __call__ = forward
 
 class ListNetLoss(LossModule):

@@ -104,32 +104,78 @@ def lambda_loss(
 @expanded
 def rank_net(
     scores: Lists,
-    labels: Lists,
+    labels: Lists | None = None,
     *,
     mask: Tensor | None = None,
     k: int | None = None,
     sigma: float = 1.0,
     eps: float = 1e-10,
     reduction_log: str = "binary",
+    soft: Tensor | None = None,
+    reference: Lists | None = None,
     **options: Unpack[RowOptions],
 ) -> Tensor:
-    """RankNet (Burges et al. 2005): `lambda_loss` with weights of 1, whose parameters, result and errors it has.
+    """RankNet (Burges et al. 2005), with labels, or with a target for every pair.
 
-        loss = mean of -log2 sigmoid(sigma (s_i - s_j)) over pairs of a query's documents with label_i > label_j
+        labels:  loss = mean of -log2 sigmoid(sigma (s_i - s_j)) over pairs of a query's documents, label_i > label_j
+        soft:    loss = sum_(i != j) p_ij -log2 sigmoid(sigma (s_i - s_j)) / sum_(i != j) p_ij
+
+    With labels this is `lambda_loss` with weights of 1, whose result and errors it has. `soft` is the loss of zELO
+    (arXiv 2509.12541): the binary cross-entropy of each pair, where p_ij + p_ji = 1. A pair that nobody judged has 0 in
+    both places. With a `reference` model's scores r, s_i - s_j becomes (s_i - s_j) - (r_i - r_j), and `sigma` is the
+    beta of direct preference optimisation (DPO, arXiv 2305.18290).
+
+    Args:
+        scores, labels, mask, k, sigma, eps, reduction_log: see `lambda_loss`. labels is None with soft.
+        soft: `[Q, n, n]`, floating, from 0 to 1: the probability that document i is more relevant than j. Receives no
+            gradient. The diagonal and the padding are not read. `scores` must be a tensor with it.
+        reference: of the form of `scores`, which it is subtracted from. Receives no gradient.
+        reduction: "mean" over all pairs that count (0 without one), "sum", or "none": `[Q]`, sums over each query.
+        backend: {rows}; with soft not "triton".
+            Second derivatives need "reference".
 
     Example:
         >>> fusedloss.rank_net(scores, labels, mask=is_document).backward()
+        >>> fusedloss.rank_net(scores, soft=preference, reduction_log="natural").backward()
     """
-    return lambda_loss(
+    call = Call(**options)
+    if (labels is None) == (soft is None):
+        got = "neither" if labels is None else "both"
+        raise ValueError(f"labels must be given, or soft in their place, got {got}; pass one of them")
+    if reference is not None:
+        scores = _above_reference(scores, reference)
+    if labels is not None:
+        return lambda_loss(
+            scores,
+            labels,
+            mask=mask,
+            weighting=None,
+            k=k,
+            sigma=sigma,
+            eps=eps,
+            reduction_log=reduction_log,
+            **options,
+        )
+    assert soft is not None
+    if not isinstance(scores, Tensor):
+        raise TypeError(
+            f"scores must be a tensor [Q, n] with soft, got {checks.a(scores)}; pad the lists, and pass mask"
+        )
+    scores, _, mask = _padded(scores, scores, mask)
+    check_lambda(None, k, sigma, eps, 0.0)
+    checks.choice("reduction_log", reduction_log, tuple(UNITS))
+    soft = _targets_of_pairs(soft, scores, mask)
+    if not scores.numel():
+        return _nothing(scores, call.reduction)
+    return lists.soft_pairs(
         scores,
-        labels,
-        mask=mask,
-        weighting=None,
+        soft,
+        mask,
         k=k,
         sigma=sigma,
-        eps=eps,
-        reduction_log=reduction_log,
-        **options,
+        unit=UNITS[reduction_log],
+        reduction=call.reduction,
+        backend=call.backend,
     )
 
 
@@ -275,44 +321,79 @@ def adr_mse(
 # Arguments ------------------------------------------------------------------------------------------------------------
 
 
-def _padded(scores: Lists, labels: Lists, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns scores and labels `[Q, n]`, and a mask of the documents."""
+def _above_reference(scores: Lists, reference: Lists) -> Lists:
+    """Returns the scores less the reference's, in fp32 or fp64."""
+    _padded(scores, reference, None, "reference")
+    if isinstance(scores, Tensor) and isinstance(reference, Tensor):
+        return _less(scores, reference)
+    return [_less(s, r) for s, r in zip(scores, reference, strict=True)]
+
+
+def _less(scores: Tensor, reference: Tensor) -> Tensor:
+    dtype = stats_dtype(scores.dtype)
+    return savable(scores).to(dtype) - savable(reference).detach().to(dtype)
+
+
+def _targets_of_pairs(soft: Tensor, scores: Tensor, mask: Tensor | None) -> Tensor:
+    shape = [*scores.shape, scores.shape[1]]
+    if not isinstance(soft, Tensor) or soft.dtype not in checks.FLOATING:
+        got = soft.dtype if isinstance(soft, Tensor) else checks.a(soft)
+        raise TypeError(f"soft must be a floating tensor {shape}, a probability for each pair of documents, got {got}")
+    checks.dense("soft", soft)
+    if list(soft.shape) != shape:
+        raise ValueError(f"soft must have shape {shape}, a number for each pair of documents, got {list(soft.shape)}")
+    checks.same_device("soft", soft, "scores", scores)
+    soft = savable(soft).detach()
+    if checks.reads_values(soft) and soft.numel():
+        pair = ~torch.eye(shape[1], dtype=torch.bool, device=soft.device)
+        if mask is not None:
+            pair = pair & mask[:, :, None] & mask[:, None, :]
+        low, high = (float(end) for end in soft.where(pair, 0).aminmax())
+        if low < 0 or high > 1:
+            raise ValueError(f"soft must hold numbers from 0 to 1, got {low if low < 0 else high}")
+    return soft
+
+
+def _padded(
+    scores: Lists, labels: Lists, mask: Tensor | None, name: str = "labels"
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns scores and labels, as errors call `name`, `[Q, n]`, and a mask of the documents."""
     if isinstance(scores, Tensor) and isinstance(labels, Tensor):
         if scores.dtype not in checks.FLOATING:
             raise TypeError(f"scores must be float16, bfloat16, float32 or float64, got {scores.dtype}")
         checks.dense("scores", scores)
-        checks.dense("labels", labels)
+        checks.dense(name, labels)
         if scores.dim() != 2:
             raise ValueError(
                 f"scores must be [queries, documents] or a list of 1-D tensors, got shape {list(scores.shape)}"
             )
         if labels.shape != scores.shape:
-            raise ValueError(f"labels must have shape {list(scores.shape)}, like scores, got {list(labels.shape)}")
+            raise ValueError(f"{name} must have shape {list(scores.shape)}, like scores, got {list(labels.shape)}")
         if labels.is_complex():
-            raise TypeError(f"labels must be real numbers, got {labels.dtype}")
+            raise TypeError(f"{name} must be real numbers, got {labels.dtype}")
         if labels.device != scores.device:
-            raise ValueError(f"labels must be on {scores.device}, like scores, got {labels.device}; move one of them")
+            raise ValueError(f"{name} must be on {scores.device}, like scores, got {labels.device}; move one of them")
         if mask is not None:
             checks.boolean("mask", mask, tuple(scores.shape), scores)
         return savable(scores), savable(labels), None if mask is None else savable(mask)
-    for name, given in (("scores", scores), ("labels", labels)):
-        checks.options_not_modules(**{name: given})
+    for own, given in (("scores", scores), (name, labels)):
+        checks.options_not_modules(**{own: given})
         if isinstance(given, Tensor) or not isinstance(given, Sequence):
             raise TypeError(
-                "scores and labels must both be [Q, n] tensors or both be lists of 1-D tensors, "
-                f"got {checks.a(given)} as {name}"
+                f"scores and {name} must both be [Q, n] tensors or both be lists of 1-D tensors, "
+                f"got {checks.a(given)} as {own}"
             )
         for i, x in enumerate(given):
             if not isinstance(x, Tensor) or x.dim() != 1:
                 got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else checks.a(x)
-                raise ValueError(f"{name}[{i}] must be a 1-D tensor, one number per document, got {got}")
+                raise ValueError(f"{own}[{i}] must be a 1-D tensor, one number per document, got {got}")
     if mask is not None:
         raise ValueError(
             "mask must be None if scores and labels are lists of tensors, which have no padding, got a mask"
         )
     lengths, found = ([len(x) for x in given] for given in (scores, labels))
     if lengths != found:
-        raise ValueError(f"labels must have lists of {lengths} documents, like scores, got {found}")
+        raise ValueError(f"{name} must have lists of {lengths} documents, like scores, got {found}")
     if not lengths:
         return torch.zeros(0, 0), torch.zeros(0, 0), None
     padded, relevance = (nn.utils.rnn.pad_sequence(list(given), batch_first=True) for given in (scores, labels))
@@ -321,7 +402,7 @@ def _padded(scores: Lists, labels: Lists, mask: Tensor | None) -> tuple[Tensor, 
         # Padded in the same way: copying lengths to a GPU would wait for it, and cannot be captured in a CUDA graph.
         ones = torch.ones(sum(lengths), dtype=torch.bool, device=padded.device)
         real = nn.utils.rnn.pad_sequence(ones.split(lengths), batch_first=True)
-    return _padded(padded, relevance, real)
+    return _padded(padded, relevance, real, name)
 
 
 def check_lambda(weighting: object, k: int | None, sigma: float, eps: float, mu: float) -> None:

@@ -23,13 +23,13 @@ def by_difference(gain: Tensor, discount: Tensor, labels: Tensor) -> Tensor:
     return (gain[:, :, None] - gain[:, None, :]).abs() + 0.25
 
 
-@drawer("lambda_loss", "rank_net", "list_net", "list_mle", "plist_mle", "adr_mse")
+@drawer("lambda_loss", "rank_net", "list_net", "list_mle", "plist_mle", "adr_mse", "list_info_nce", "list_circle")
 def lists(d: Draw, name: str) -> Case:
     Q, n = d.pick(1, 2, 3, 5), d.pick(1, 2, 3, d.whole(4, 12), d.whole(4, 12), d.whole(13, 40))
     if name in ("list_mle", "plist_mle", "list_net") and d.chance(0.05):
         Q, n = 2, d.whole(120, 140)
     ragged = d.chance(0.25)
-    pairs = name in ("lambda_loss", "rank_net")
+    pairs, contrasts = name in ("lambda_loss", "rank_net"), name in ("list_info_nce", "list_circle")
     scores = d.normal(Q, n) * d.pick(1, 1, 5, 0.1)
     if d.chance(0.2):
         scores = scores.round()  # ties
@@ -67,6 +67,10 @@ def lists(d: Draw, name: str) -> Case:
             options["lambda_weight"] = d.pick("default", None, weights_by_place)
     elif name == "adr_mse":
         options = d.some({"alpha": d.log(0.2, 5)})
+    elif name == "list_info_nce":
+        options = d.some({"temperature": d.log(0.2, 5), "positives": d.pick("each", "joint")})
+    elif name == "list_circle":
+        options = d.some({"m": d.real(-0.2, 0.6), "gamma": d.log(0.5, 5)})
     d.reduction(options)
 
     def queries(v: SimpleNamespace) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -107,19 +111,35 @@ def lists(d: Draw, name: str) -> Case:
             lost = lost / math.log(2)
         return torch.where(pair, lost, 0.0).sum(), int(pair.sum())
 
+    def contrast(s: Tensor, y: Tensor) -> tuple[Tensor, int]:
+        none = (s * 0).sum()
+        if name == "list_circle":
+            m, gamma = options.get("m", 0.4), options.get("gamma", 80.0)
+            pull = -gamma * torch.relu(1 + m - s.detach()) * (s - 1 + m)
+            push = gamma * torch.relu(s.detach() + m) * (s - m)
+            both = bool(y.any() and (~y).any())
+            return softplus(lse(pull[y]) + lse(push[~y])) if both else none, int(both)
+        z = s / options.get("temperature", 1.0)
+        if not y.any() or y.all():
+            return none, int(y.any())
+        above = lse(z[~y]) - (lse(z[y]) if options.get("positives") == "joint" else z[y])
+        return softplus(above).mean(), 1
+
     def formula(o: Ops, v: SimpleNamespace) -> Rows:
         found, counts = [], 0
         for s, y, place in queries(v):
             m = len(s)
             if not m:
                 found.append((s * 0).sum())
-                counts += 0 if pairs or name == "adr_mse" else 1
+                counts += name in ("list_net", "list_mle", "plist_mle")
                 continue
             if pairs:
                 loss, count = lambda_sums(s, y)
             elif name == "list_net":
                 count = 1
                 loss = -((y - lse(y)).exp() * (s - lse(s))).sum()
+            elif contrasts:
+                loss, count = contrast(s, y > 0)
             elif name == "adr_mse":
                 alpha = options.get("alpha", 1.0)
                 R = 1 + (alpha * (s - s[:, None])).sigmoid().masked_fill(torch.eye(m, dtype=torch.bool), 0.0).sum(1)
@@ -155,6 +175,7 @@ def lists(d: Draw, name: str) -> Case:
         return f(v["scores"], v["labels"], **({"mask": v["mask"]} if "mask" in v else {}), **o)
 
     modules = {"lambda_loss": "LambdaLoss", "rank_net": "RankNetLoss", "list_net": "ListNetLoss",
+               "list_info_nce": "ListInfoNCELoss", "list_circle": "ListCircleLoss",
                "list_mle": "ListMLELoss", "plist_mle": "PListMLELoss", "adr_mse": "ADRMSELoss"}  # fmt: skip
     learnt = [x for x in t if x.startswith("scores")]
     if name == "list_net" and kind.is_floating_point:
@@ -163,5 +184,5 @@ def lists(d: Draw, name: str) -> Case:
         name, d.dtype, t, call, formula, tuple(learnt) if d.chance(0.95) else (), options,
         axes={} if ragged else {x: ("row", None) for x in t}, rows_axis="row", module=modules[name],
         traits={"labels": kind, "ragged": ragged, "weighting": weighting},
-        backends=("chunked", "reference") if callable(weighting) else ("chunked", "reference", "triton"),
+        backends=("chunked", "reference") if callable(weighting) or contrasts else ("chunked", "reference", "triton"),
     )  # fmt: skip

@@ -103,6 +103,10 @@ class Batch:
         """Rows that sum to 1."""
         return self.constant(self._numbers(self.rows, columns).softmax(1))
 
+    def chances(self, *shape: int) -> Tensor:
+        """Numbers from 0 to 1."""
+        return self.constant(self._numbers(*shape).sigmoid())
+
     def labels(self) -> Tensor:
         return self.below(3)
 
@@ -284,6 +288,13 @@ CASES: dict[str, Callable[[Batch], Case]] = {
         (b.x(), b.x(CLASSES, D), b.below(CLASSES)),
         {"weight": b.positive(CLASSES), "label_smoothing": 0.1},
     ),
+    "list_circle": _lists(F.list_circle, gamma=3.0),
+    "list_info_nce": lambda b: Case(
+        F.list_info_nce,
+        (b.x(b.rows, COLUMNS), b.below(3, b.rows, COLUMNS)),
+        {"mask": b.bits(b.rows, COLUMNS), "temperature": b.number(0.7)},
+    ),
+    "list_info_nce, joint": _lists(F.list_info_nce, positives="joint"),
     "list_mle": _lists(F.list_mle, respect_input_order=False),
     "list_net": _lists(F.list_net),
     "margin_mse": lambda b: Case(F.margin_mse, (b.x(), b.x(), b.x()), {"label": b.fixed(b.rows)}),
@@ -340,6 +351,16 @@ CASES: dict[str, Callable[[Batch], Case]] = {
         F.proxy_nca, (b.x(), b.below(CLASSES), b.x(CLASSES, D)), {"scale": b.number(2.0), "decoupled": True}
     ),
     "rank_net": _lists(F.rank_net),
+    "rank_net, soft": lambda b: Case(
+        F.rank_net,
+        (b.x(b.rows, COLUMNS),),
+        {"soft": b.chances(b.rows, COLUMNS, COLUMNS), "mask": b.bits(b.rows, COLUMNS)},
+    ),
+    "rank_net, reference": lambda b: Case(
+        F.rank_net,
+        (b.x(b.rows, COLUMNS), b.below(3, b.rows, COLUMNS)),
+        {"reference": b.fixed(b.rows, COLUMNS), "sigma": 0.5},
+    ),
     "siglip": lambda b: Case(F.siglip, (b.x(), b.x(), b.number(2.0), b.number(-0.5)), {"normalize": True}),
     "siglip, target": lambda b: Case(F.siglip, (b.x(), b.x(), 2.0), {"target": b.below(3)}),
     "siglip, same_id": lambda b: Case(F.siglip, (b.x(), b.x(), 2.0), {"target": masks.same_id(b.labels(), b.labels())}),

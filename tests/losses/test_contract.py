@@ -38,7 +38,8 @@ def made(name, rows=6, dtype=torch.float64, change=lambda place, x: x):
     return CASES[name](batch), batch
 
 
-MODIFIERS = {F.adaptive_layer, F.matryoshka, F.matryoshka_2d}  # which have no kernels of their own
+# Which have no kernels of their own.
+WITHOUT_KERNELS = {F.adaptive_layer, F.list_circle, F.list_info_nce, F.matryoshka, F.matryoshka_2d}
 
 
 def on_backends(*names, kernels=()):
@@ -50,7 +51,7 @@ def on_backends(*names, kernels=()):
         if case.takes("workspace_bytes"):
             backends.append("dense")
         pairs += [pytest.param(name, backend) for backend in backends]
-        if name in FIRST and case.takes("backend") and case.function not in MODIFIERS:
+        if name in FIRST and case.takes("backend") and case.function not in WITHOUT_KERNELS:
             own = ["triton", "cuda"] if case.takes("workspace_bytes") else ["triton"]
             pairs += [pytest.param(name, backend, marks=kernels) for backend in own]
     return pytest.mark.parametrize("name, backend", pairs)

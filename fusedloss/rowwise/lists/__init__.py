@@ -11,9 +11,11 @@ gradient is saved for backward, in fp32, so that no pair's share underflows in 1
 
 from .adr_mse import adr_mse as adr_mse
 from .common import BLOCK as BLOCK
+from .common import PADDING as PADDING
 from .lambda_loss import LN2 as LN2
 from .lambda_loss import lambda_gradients as lambda_gradients
 from .lambda_loss import lambda_loss as lambda_loss
 from .listwise import list_mle as list_mle
 from .listwise import list_net as list_net
+from .soft_pairs import soft_pairs as soft_pairs
 from .walk import ONE_BLOCK as ONE_BLOCK

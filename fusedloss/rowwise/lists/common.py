@@ -50,7 +50,7 @@ def reduced(
     sums = sums.double()
     over: Tensor | float = unit
     if reduction == "mean":
-        count = count.clamp(min=1).to(sums.dtype) if isinstance(count, Tensor) else max(count, 1)
+        count = count.masked_fill(count == 0, 1).to(sums.dtype) if isinstance(count, Tensor) else max(count, 1)
         over = unit * count
     loss = ((sums if reduction == "none" else sums.sum()) / over).to(stats_dtype(scores.dtype))
     return loss if gradient is None else _Known.apply(scores, loss, gradient, scale / over)

@@ -33,7 +33,7 @@ def ranked(scores: Tensor, labels: Tensor, mask: Tensor | None, sigma: float) ->
     return Ranked(z, y.gather(1, order), order, z.shape[1] if mask is None else mask.sum(1))
 
 
-def _in_input_order(by_rank: Tensor, order: Tensor, left_out: Tensor) -> Tensor:
+def in_input_order(by_rank: Tensor, order: Tensor, left_out: Tensor) -> Tensor:
     return torch.empty_like(by_rank).scatter_(1, order, by_rank).masked_fill_(left_out, 0)
 
 
@@ -123,7 +123,7 @@ def lambda_loss(
         sums = found.loss.masked_fill_(none, 0)
         gradient = None
         if found.gradient is not None:
-            gradient = _in_input_order(found.gradient, by_rank.order, without_gradient(scores, mask) | none[:, None])
+            gradient = in_input_order(found.gradient, by_rank.order, without_gradient(scores, mask) | none[:, None])
     return reduced(scores, sums, gradient, reduction, count.sum(), unit=unit, scale=sigma)
 
 
@@ -146,7 +146,7 @@ def lambda_gradients(
         found = _lambdas(by_rank, weighting, top, eps, mu, ascending, gradient=True, curvature=True)
         assert found.gradient is not None and found.curvature is not None
         left_out = without_gradient(scores, mask) | (count == 0)[:, None]
-        gradient, curvature = (_in_input_order(t, by_rank.order, left_out) for t in (found.gradient, found.curvature))
+        gradient, curvature = (in_input_order(t, by_rank.order, left_out) for t in (found.gradient, found.curvature))
         return gradient.mul_(sigma), curvature.mul_(sigma * sigma)
 
 
@@ -212,7 +212,7 @@ def _lambdas(
             # The pair of a document with itself has loss log 2 and no gradient.
             gain = gain * inverse.to(z.dtype)
             found.loss.add_(gain[:, :top].sum(1), alpha=LN2)
-        _walk(z, top, Weigher(weighting, gain, inverse, mu), found)
+        walk(z, top, Weigher(weighting, gain, inverse, mu), found)
         return found
     assert inverse is not None
     # A user's weights are one per pair, so they are made for a few queries at a time.
@@ -225,7 +225,7 @@ def _lambdas(
                 "or pass backend='reference'"
             )
         part = Lambdas(found.loss[queries], *(None if t is None else t[queries] for t in found[1:]))
-        _walk(few.score, top, Weigher(weight, few.label, None, mu), part)
+        walk(few.score, top, Weigher(weight, few.label, None, mu), part)
     return found
 
 
@@ -274,7 +274,7 @@ def _by_position(weighting: str, inverse: Tensor, mu: float, rows: slice, column
     return near if weighting == "ndcg_loss2" else far.add_(near, alpha=mu)
 
 
-def _walk(z: Tensor, top: int, weigh: Weigher, found: Lambdas) -> None:
+def walk(z: Tensor, top: int, weigh: Callable[[slice, slice, slice, Tensor, Tensor], None], found: Lambdas) -> None:
     """Adds every pair to the sums and gradients. Padding adds nothing: it ranks last, infinitely far below."""
     for block in pairs(z, top, 5):
         queries, rows, columns, (below, weight, wrong, loss, room), _ = block
