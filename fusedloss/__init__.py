@@ -14,6 +14,7 @@ from . import search as search
 from . import transforms as transforms
 from .core.errors import UnsupportedError as UnsupportedError
 from .core.problem import Stats as Stats
+from .core.problem import TokenStats as TokenStats
 from .core.version import VERSION as __version__  # noqa: F401
 from .functional import adaptive_layer as adaptive_layer
 from .functional import adr_mse as adr_mse

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 from fusedloss.core.problem import Stats
+from fusedloss.core.problem import TokenStats
 from fusedloss.core.transforms import Transform
 from fusedloss.losses.adaptive_layer import adaptive_layer as adaptive_layer
 from fusedloss.losses.adaptive_layer import matryoshka_2d as matryoshka_2d
@@ -22,7 +23,6 @@ from fusedloss.losses.cross_entropy import cross_entropy as cross_entropy
 from fusedloss.losses.distill import distill_kl_div as distill_kl_div
 from fusedloss.losses.embed_distill import embed_distill as embed_distill
 from fusedloss.losses.focal import focal as focal
-from fusedloss.losses.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from fusedloss.losses.lists import adr_mse as adr_mse
 from fusedloss.losses.lists import lambda_loss as lambda_loss
 from fusedloss.losses.lists import list_mle as list_mle
@@ -57,6 +57,7 @@ from fusedloss.losses.softmax_pair import softmax_pair as softmax_pair
 from fusedloss.losses.sup_con import sup_con as sup_con
 from fusedloss.losses.triplet import triplet as triplet
 from torch import Tensor
+from typing import Any
 from typing import Literal
 from typing import overload
 import fusedloss.masks as masks
@@ -305,6 +306,72 @@ def info_nce(
     strategy: str = "gather",
     grad_scale: str = "ddp",
 ) -> Tensor | tuple[Tensor, Stats]: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    compact: bool | None = None,
+    transform: Transform | Callable[[Tensor], Tensor] | None = None,
+    temperature: float = 1.0,
+    return_stats: Literal[False] = False,
+    entropy_gradient: bool = False,
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    compact: bool | None = None,
+    transform: Transform | Callable[[Tensor], Tensor] | None = None,
+    temperature: float = 1.0,
+    return_stats: Literal[True],
+    entropy_gradient: bool = False,
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> tuple[Tensor, TokenStats]: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    compact: bool | None = None,
+    transform: Transform | Callable[[Tensor], Tensor] | None = None,
+    temperature: float = 1.0,
+    return_stats: bool,
+    entropy_gradient: bool = False,
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor | tuple[Tensor, TokenStats]: ...
 @overload
 def multiple_negatives_ranking(
     anchor: Tensor,

@@ -102,7 +102,10 @@ class ProxyAnchorLoss(LossModule, function=F.proxy_anchor): ...
 
 # The layer's own parameters stay the model's: torch's module of this name holds a layer of its own.
 class LinearCrossEntropyLoss(
-    LossModule, function=F.linear_cross_entropy, tensors=("linear_bias", "weight"), named=("transform",)
+    LossModule,
+    function=F.linear_cross_entropy,
+    tensors=("linear_bias", "weight"),
+    named=("transform", "temperature", "return_stats", "entropy_gradient"),
 ): ...
 
 

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 from fusedloss.core.problem import Stats
+from fusedloss.core.problem import TokenStats
 from fusedloss.core.transforms import Transform
 from fusedloss.losses._module import LossModule
 from fusedloss.losses.lists import Lists
@@ -584,9 +585,10 @@ class ProxyAnchorLoss(LossModule):
     def forward(self, embeddings: Tensor, target: Tensor, proxies: Tensor) -> Tensor: ...
     __call__ = forward
 
-class LinearCrossEntropyLoss(LossModule):
+class LinearCrossEntropyLoss(LossModule, Generic[R]):
+    @overload
     def __init__(
-        self,
+        self: LinearCrossEntropyLoss[Tensor],
         reduction: str = "mean",
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
@@ -598,6 +600,45 @@ class LinearCrossEntropyLoss(LossModule):
         workspace_bytes: int | None = None,
         *,
         transform: Transform | Callable[[Tensor], Tensor] | None = None,
+        temperature: float = 1.0,
+        return_stats: Literal[False] = False,
+        entropy_gradient: bool = False,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: LinearCrossEntropyLoss[tuple[Tensor, TokenStats]],
+        reduction: str = "mean",
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        compact: bool | None = None,
+        backend: str = "auto",
+        workspace_bytes: int | None = None,
+        *,
+        transform: Transform | Callable[[Tensor], Tensor] | None = None,
+        temperature: float = 1.0,
+        return_stats: Literal[True],
+        entropy_gradient: bool = False,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: LinearCrossEntropyLoss[Tensor | tuple[Tensor, TokenStats]],
+        reduction: str = "mean",
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        compact: bool | None = None,
+        backend: str = "auto",
+        workspace_bytes: int | None = None,
+        *,
+        transform: Transform | Callable[[Tensor], Tensor] | None = None,
+        temperature: float = 1.0,
+        return_stats: bool,
+        entropy_gradient: bool = False,
     ) -> None: ...
     def forward(
         self,
@@ -607,7 +648,7 @@ class LinearCrossEntropyLoss(LossModule):
         *,
         linear_bias: Tensor | None = None,
         weight: Tensor | None = None,
-    ) -> Tensor: ...
+    ) -> R: ...
     __call__ = forward
 
 class CrossEntropyLoss(LossModule, torch.nn.CrossEntropyLoss):

@@ -21,11 +21,11 @@ PACKAGE = Path(nn.__file__).parent
 WIDTH = 120
 HEAD = "# Written by tools/stubs.py from the signatures of the functions.\n# ruff: noqa: I001\n\n"
 PLAIN = (bool, int, float, str, tuple, type(None))
-# return_stats as it is declared, and what is returned.
+# return_stats as it is declared, and what is returned; {} is the class of the statistics.
 STATS = {
     "Literal[False] = False": "Tensor",
-    "Literal[True]": "tuple[Tensor, Stats]",
-    "bool": "Tensor | tuple[Tensor, Stats]",
+    "Literal[True]": "tuple[Tensor, {}]",
+    "bool": "Tensor | tuple[Tensor, {}]",
 }
 Parameters = list[inspect.Parameter]
 
@@ -104,12 +104,18 @@ def scope_of(function: Callable[..., Any]) -> tuple[dict[str, Any], ...]:
     return inspect.unwrap(function).__globals__, vars(_options)
 
 
-def overloaded(name: str, parameters: Parameters, first: str, result: str, indent: str = "") -> str:
+def stats_of(function: Callable[..., Any]) -> str:
+    return "TokenStats" if "TokenStats" in str(inspect.signature(function).return_annotation) else "Stats"
+
+
+def overloaded(
+    name: str, parameters: Parameters, first: str, result: str, indent: str = "", stats: str = "Stats"
+) -> str:
     """One definition for each of STATS, or one. {} in `first` and `result` is for what is returned."""
     if all(p.name != "return_stats" for p in parameters):
         return definition(name, [first, *text(parameters)], result, indent)
     forms = []
-    for declared, returned in STATS.items():
+    for declared, returned in ((declared, returned.format(stats)) for declared, returned in STATS.items()):
         told = [f"return_stats: {declared}" if t.startswith("return_stats: ") else t for t in text(parameters)]
         stars = [t for t in told[: told.index(f"return_stats: {declared}")] if t.startswith("*")]
         if "=" not in declared and not stars:  # required, behind others that are not
@@ -128,9 +134,9 @@ def functional_stub() -> str:
             names.lines.add(f"from {inspect.unwrap(function).__module__} import {name} as {name}")
             continue
         parameters = annotated(signature.parameters.values(), names, *scope_of(function))
-        parts.append(overloaded(name, parameters, "", "{}"))
+        parts.append(overloaded(name, parameters, "", "{}", stats=stats_of(function)))
     names.lines |= {"from typing import Literal", "from typing import overload", "from torch import Tensor"}
-    names.lines.add("from fusedloss.core.problem import Stats")
+    names.lines |= {f"from fusedloss.core.problem import {stats}" for stats in ("Stats", "TokenStats")}
     return f"{HEAD}{names}\n\n" + "\n".join(parts) + "\n"
 
 
@@ -146,13 +152,15 @@ def nn_stub() -> str:
         inputs = [p for n, p in function.items() if n in cls.inputs or p.kind is p.VAR_POSITIONAL]
         counts = "return_stats" in cls.signature.parameters
         bases = [base.__name__ if base is LossModule else f"torch.nn.{base.__name__}" for base in cls.__bases__]
-        made = overloaded("__init__", options, f"self: {name}[{{}}]" if counts else "self", "None", "    ")
+        first = f"self: {name}[{{}}]" if counts else "self"
+        made = overloaded("__init__", options, first, "None", "    ", stats_of(cls.function))
         takes = ["self", *text(annotated(inputs, names, *scopes))]
         forward = definition("forward", takes, "R" if counts else "Tensor", "    ")
         bases += ["Generic[R]"] if counts else []
         parts.append(f"class {name}({', '.join(bases)}):\n{made}\n{forward}\n    __call__ = forward")
     names.lines |= {"from typing import Generic", "from typing import Literal", "from typing import overload"}
-    names.lines |= {"import torch.nn", "from torch import Tensor", "from fusedloss.core.problem import Stats"}
+    names.lines |= {f"from fusedloss.core.problem import {stats}" for stats in ("Stats", "TokenStats")}
+    names.lines |= {"import torch.nn", "from torch import Tensor"}
     names.lines |= {"from fusedloss.losses._module import LossModule", "from typing_extensions import TypeVar"}
     return f'{HEAD}{names}\n\nR = TypeVar("R", default=Tensor)\n\n' + "\n\n".join(parts) + "\n"
 

@@ -228,6 +228,13 @@ class Problem:
         return self.operands[0].device
 
 
+class TokenStats(NamedTuple):
+    """Statistics of each row of `linear_cross_entropy`, of the shape of its target; 0 and False for left-out rows."""
+
+    correct: Tensor  # bool: whether the target has the largest logit; ties count for it
+    entropy: Tensor  # of the row's softmax, in nats
+
+
 class Stats(NamedTuple):
     """Statistics of a batch, over the rows that count; 0-dim tensors without gradient.
 

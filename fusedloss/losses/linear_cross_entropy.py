@@ -12,8 +12,9 @@ from .. import transforms
 from ..backends import select
 from ..core import checks
 from ..core.numerics import savable
-from ..core.problem import Block, Problem
+from ..core.problem import Block, Problem, TokenStats
 from ..core.transforms import Transform
+from ..sweep import entropy
 from ..sweep.autograd import loss_mean, loss_rows_or_sum
 from ._options import Call, WorkspaceOptions, expanded
 from ._softmax import as_scale, autocast, columns_and_weights, distinct
@@ -38,11 +39,15 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     compact: bool | None = None,
     transform: Transform | Callable[[Tensor], Tensor] | None = None,
+    temperature: float = 1.0,
+    return_stats: bool = False,
+    entropy_gradient: bool = False,
     **shared: Unpack[WorkspaceOptions],
-) -> Tensor:
+) -> Tensor | tuple[Tensor, TokenStats]:
     """`torch.nn.functional.linear_cross_entropy` of class indices, with neither logits nor their gradient in memory.
 
-        z      = input @ linear_weight.T + linear_bias            softcap: z = softcap * tanh(z / softcap)
+        z      = (input @ linear_weight.T + linear_bias) / temperature
+                 softcap: z = softcap * tanh((input @ linear_weight.T + linear_bias) / softcap) / temperature
         loss_i = weight_target (logsumexp_c z_ic - z_i,target)    z_loss:  + weight_target z_loss logsumexp_c(z_ic)^2
 
     Memory is O((N + C) D) plus a bounded workspace. In 16 bits the logits are fp32 from the accumulator to the
@@ -66,9 +71,15 @@ def linear_cross_entropy(
             that costs nothing, and False on a GPU, where it waits for the device.
         transform: a function of each row's own loss, before `weight`: one of `fusedloss.transforms`, or a function of a
             tensor of a loss per row. `label_smoothing` and `z_loss` must be 0 with it.
+        temperature: a positive number.
+        return_stats: return `(loss, TokenStats)`: whether each row's target has the largest logit, counted in the same
+            sweep, and the entropy of its softmax, which takes one more product.
+        entropy_gradient: whether that entropy may receive a gradient, which takes three more products. Second
+            derivatives of it need backend "reference".
 
     Returns:
-        A 0-dim tensor (`target`'s shape for "none"), float32, or float64 for float64 inputs.
+        A 0-dim tensor (`target`'s shape for "none"), float32, or float64 for float64 inputs; with `return_stats` also
+        TokenStats `(correct, entropy)`, both of `target`'s shape.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or option that does not fit.
@@ -78,6 +89,13 @@ def linear_cross_entropy(
     Example:
         >>> hidden = decoder(tokens)                                                     # [B, T, D]
         >>> fusedloss.linear_cross_entropy(hidden, head.weight, tokens_after, ignore_index=pad_id).backward()
+
+        With a bonus for entropy, as in reinforcement learning:
+
+        >>> loss, stats = fusedloss.linear_cross_entropy(
+        ...     hidden, head.weight, tokens_after, temperature=0.7, return_stats=True, entropy_gradient=True
+        ... )
+        >>> (loss - 0.01 * stats.entropy.mean()).backward()
     """
     call = Call(reduction=reduction, **shared)
     ignore_index = IGNORE_INDEX if ignore_index is None else ignore_index
@@ -94,6 +112,11 @@ def linear_cross_entropy(
     checks.share("label_smoothing", label_smoothing)
     checks.number("z_loss", z_loss, least=0)
     checks.softcap(softcap)
+    checks.number("temperature", temperature)
+    if temperature <= 0:
+        raise ValueError(f"temperature must be a positive number, got {temperature}")
+    if entropy_gradient and not return_stats:
+        raise ValueError("return_stats must be True with entropy_gradient=True, got False; pass return_stats=True")
     phi = transforms.bind(transform)
     for name, value in {"label_smoothing": label_smoothing, "z_loss": z_loss}.items():
         if phi is not None and value:
@@ -110,7 +133,11 @@ def linear_cross_entropy(
     kept = (index != ignore_index).nonzero()[:, 0] if compact else None
     if kept is not None and len(kept) < len(index):
         x, index = x.index_select(0, kept), index.index_select(0, kept)
-    scale, scale_bound = as_scale(1.0, x, inverse=False)
+    scale, scale_bound = as_scale(temperature, x, inverse=True)
+    number = 1.0 / temperature
+    softcap = None if softcap is None else softcap * number  # of logits that are divided before they are bent
+    if linear_bias is not None and temperature != 1:
+        linear_bias = savable(linear_bias).to(scale.dtype) * number
     index, counts = columns_and_weights(index, torch.ones_like(index, dtype=scale.dtype), classes, ignore_index)
     share, row_weight, smoothed = counts, counts, None
     if weight is not None:
@@ -119,7 +146,9 @@ def linear_cross_entropy(
         if label_smoothing:
             # eps / C sum_c w_c (lse - z_c) is a multiple of the cross-entropy plus a difference that is linear in x.
             row_weight = (1 - label_smoothing) * share + label_smoothing * weight.mean() * counts
-            smoothed = label_smoothing * _mean_difference(x, y, linear_bias, index, weight).masked_fill(counts == 0, 0)
+            smoothed = label_smoothing * _mean_difference(x, y, linear_bias, index, weight, number).masked_fill(
+                counts == 0, 0
+            )
             label_smoothing = 0.0
     operands, (query, key) = distinct(x, y)
     problem = Problem(
@@ -134,22 +163,45 @@ def linear_cross_entropy(
         softcap=float(softcap or 0.0),
         z_loss=float(z_loss),
         transform=phi,
+        wants_tally=return_stats,
     )
     chosen, total = select(problem, call.backend), share.sum()
     if reduction == "mean":
         divisor = total.masked_fill(total == 0, 1)
-        loss, _ = loss_mean(problem, chosen, divisor)
+        loss, tally = loss_mean(problem, chosen, divisor)
         if smoothed is not None:
             loss = loss + smoothed.sum() / divisor
-        return torch.where(total == 0, torch.nan, loss)  # the gradients of a mean over no rows are 0, as in torch
-    loss, _ = loss_rows_or_sum(problem, chosen, reduction == "none")
-    if smoothed is not None:
-        loss = loss + (smoothed if reduction == "none" else smoothed.sum())
-    if reduction == "none":
-        if kept is not None and len(kept) < target.numel():
-            loss = loss.new_zeros(target.numel()).index_copy(0, kept, loss)
-        return loss.reshape(target.shape)
-    return loss
+        loss = torch.where(total == 0, torch.nan, loss)  # the gradients of a mean over no rows are 0, as in torch
+    else:
+        loss, tally = loss_rows_or_sum(problem, chosen, reduction == "none")
+        if smoothed is not None:
+            loss = loss + (smoothed if reduction == "none" else smoothed.sum())
+        if reduction == "none":
+            loss = _of_all(loss, kept, target)
+    if not return_stats:
+        return loss
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        found = _entropy(problem, chosen, linear_bias).masked_fill(counts == 0, 0)
+        by_row = _of_all(found, kept, target)
+    correct = (tally[1] == 0) & (counts != 0)
+    return loss, TokenStats(_of_all(correct, kept, target), by_row)
+
+
+def _of_all(found: Tensor, kept: Tensor | None, target: Tensor) -> Tensor:
+    """Returns a value for each row, of those that were kept, in the target's shape; 0 for the others."""
+    if kept is not None and len(kept) < target.numel():
+        found = found.new_zeros(target.numel()).index_copy(0, kept, found)
+    return found.reshape(target.shape)
+
+
+def _entropy(problem: Problem, backend: str, bias: Tensor | None) -> Tensor:
+    block, scale = problem.blocks[0], problem.scale_bound
+    assert scale is not None
+    given = problem.operands[block.query], problem.operands[block.key], bias, scale, problem.softcap
+    with torch.autocast(problem.device.type, enabled=False):
+        if backend == "reference" or torch.compiler.is_compiling():
+            return entropy.formula(*given)
+        return entropy.entropies(*given, problem.workspace_bytes)
 
 
 def _rows(input: Tensor, linear_weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,11 +225,12 @@ def _rows(input: Tensor, linear_weight: Tensor, target: Tensor) -> tuple[Tensor,
     return x, target.reshape(-1) if isinstance(target, Tensor) else target
 
 
-def _mean_difference(x: Tensor, y: Tensor, bias: Tensor | None, index: Tensor, weight: Tensor) -> Tensor:
-    """Returns `1/C sum_c weight_c (z_i,target - z_ic)` for each row, in O((N + C) D)."""
+def _mean_difference(x: Tensor, y: Tensor, bias: Tensor | None, index: Tensor, weight: Tensor, scale: float) -> Tensor:
+    """Returns `1/C sum_c weight_c (z_i,target - z_ic)` of a row in O((N + C) D), `z_ic = scale <x_i, y_c> + bias_c`."""
     with torch.autocast(x.device.type, enabled=False):
         x, y = x.to(weight.dtype), y.to(weight.dtype)
         difference = weight.sum() * (x * y.index_select(0, index)).sum(1) - x @ (weight @ y)
+        difference = scale * difference
         if bias is not None:
             bias = bias.to(weight.dtype)
             difference = difference + weight.sum() * bias[index] - weight @ bias

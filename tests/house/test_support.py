@@ -107,15 +107,22 @@ def circle_held(at: Point) -> Callable[..., Tensor]:
     unit = torch.nn.functional.normalize
     same = labels[:, None] == labels
     positive, held = same & ~torch.eye(len(labels), dtype=torch.bool), unit(at_point) @ unit(at_point).T
-    both = positive.any(1) & ~same.all(1)
+    return lambda x: circle_of(unit(x) @ unit(x).T, held, positive, ~same, m, gamma)
 
-    def loss(x: Tensor) -> Tensor:
-        s = unit(x) @ unit(x).T
-        pull = (-gamma * (1 + m - held).relu() * (s - 1 + m)).masked_fill(~positive, -torch.inf)[both].logsumexp(1)
-        push = (gamma * (held + m).relu() * (s - m)).masked_fill(same, -torch.inf)[both].logsumexp(1)
-        return (pull + push).exp().log1p().mean()
 
-    return loss
+def list_circle_held(at: Point) -> Callable[..., Tensor]:
+    (held, labels, mask), m, gamma = at.tensors, parameters("list_circle")["m"].default, at.case().options["gamma"]
+    return lambda s: circle_of(s, held, (labels > 0) & mask, (labels <= 0) & mask, m, gamma)
+
+
+def circle_of(s: Tensor, held: Tensor, positive: Tensor, negative: Tensor, m: float, gamma: float) -> Tensor:
+    both = positive.any(1) & negative.any(1)
+    pull = (-gamma * (1 + m - held).relu() * (s - 1 + m)).masked_fill(~positive, -torch.inf)[both].logsumexp(1)
+    push = (gamma * (held + m).relu() * (s - m)).masked_fill(~negative, -torch.inf)[both].logsumexp(1)
+    return (pull + push).exp().log1p().mean()
+
+
+HELD_WEIGHTS = {"circle": circle_held, "list_circle": list_circle_held}
 
 
 # Probes ---------------------------------------------------------------------------------------------------------------
@@ -229,7 +236,7 @@ def works(probe: Callable[[], None], *remedies: str) -> bool:
 
 def held(at: Point, **options: Any) -> Callable[..., Tensor]:
     """The loss whose derivative is the gradient."""
-    return circle_held(at) if at.loss == "circle" else at.call("reference", **options)
+    return HELD_WEIGHTS[at.loss](at) if at.loss in HELD_WEIGHTS else at.call("reference", **options)
 
 
 def value_and_gradient(at: Point, backend: str, **options: Any) -> None:

@@ -283,6 +283,11 @@ CASES: dict[str, Callable[[Batch], Case]] = {
         (b.x(), b.x(CLASSES, D), b.below(CLASSES)),
         {"linear_bias": b.x(CLASSES), "softcap": 5.0, "z_loss": 0.1},
     ),
+    "linear_cross_entropy, stats": lambda b: Case(
+        F.linear_cross_entropy,
+        (b.x(), b.x(CLASSES, D), b.below(CLASSES)),
+        {"linear_bias": b.x(CLASSES), "temperature": 0.7, "return_stats": True},
+    ),
     "linear_cross_entropy, weight": lambda b: Case(
         F.linear_cross_entropy,
         (b.x(), b.x(CLASSES, D), b.below(CLASSES)),

@@ -144,6 +144,9 @@ def test_its_parameters_are_torchs_and_more():
         "z_loss",
         "compact",
         "transform",
+        "temperature",
+        "return_stats",
+        "entropy_gradient",
         "backend",
         "workspace_bytes",
     ]
