@@ -101,7 +101,7 @@ def parameters(loss: str) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(FUNCTIONS[loss]).parameters)
 
 
-def circle_held(at: Point) -> Callable[..., Tensor]:
+def circle_held(at: Point, **_: Any) -> Callable[..., Tensor]:
     """circle with its weights as they are at the point, constants to its gradient, as its authors have it."""
     (at_point, labels), m, gamma = at.tensors, parameters("circle")["m"].default, at.case().options["gamma"]
     unit = torch.nn.functional.normalize
@@ -110,8 +110,9 @@ def circle_held(at: Point) -> Callable[..., Tensor]:
     return lambda x: circle_of(unit(x) @ unit(x).T, held, positive, ~same, m, gamma)
 
 
-def list_circle_held(at: Point) -> Callable[..., Tensor]:
+def list_circle_held(at: Point, **options: Any) -> Callable[..., Tensor]:
     (held, labels, mask), m, gamma = at.tensors, parameters("list_circle")["m"].default, at.case().options["gamma"]
+    mask = options.get("mask", mask)
     return lambda s: circle_of(s, held, (labels > 0) & mask, (labels <= 0) & mask, m, gamma)
 
 
@@ -236,7 +237,7 @@ def works(probe: Callable[[], None], *remedies: str) -> bool:
 
 def held(at: Point, **options: Any) -> Callable[..., Tensor]:
     """The loss whose derivative is the gradient."""
-    return HELD_WEIGHTS[at.loss](at) if at.loss in HELD_WEIGHTS else at.call("reference", **options)
+    return HELD_WEIGHTS[at.loss](at, **options) if at.loss in HELD_WEIGHTS else at.call("reference", **options)
 
 
 def value_and_gradient(at: Point, backend: str, **options: Any) -> None:
