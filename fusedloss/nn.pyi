@@ -436,6 +436,8 @@ class SupConLoss(LossModule):
         group: dist.ProcessGroup | str | None = None,
         strategy: str = "gather",
         grad_scale: str = "ddp",
+        *,
+        transform: Transform | Callable[[Tensor], Tensor] | None = None,
     ) -> None: ...
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor: ...
     __call__ = forward

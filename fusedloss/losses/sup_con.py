@@ -9,7 +9,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from .. import sweep
+from .. import sweep, transforms
 from ..backends import select
 from ..core import checks
 from ..core.mask import Mask
@@ -26,6 +26,7 @@ from ..core.numerics import (
 )
 from ..core.problem import Block, Fold, Problem
 from ..core.rows import finish
+from ..core.transforms import Transform, transformed
 from ..distributed import Request, World, agree, averaged, everywhere, part_across, scaled, summed_across
 from ..sweep import autograd
 from ._folded import fold_problem
@@ -43,6 +44,7 @@ def sup_con(
     *,
     temperature: float | Tensor = 0.1,
     form: str = "out",
+    transform: Transform | Callable[[Tensor], Tensor] | None = None,
     **options: Unpack[AcrossOptions],
 ) -> Tensor:
     """Supervised contrastive loss (Khosla et al. 2020), over unit rows u and z_ij = <u_i, u_j> / temperature.
@@ -59,6 +61,8 @@ def sup_con(
         labels: int64 `[N]`, any values.
         temperature: a positive number, or a tensor of one element, which receives a gradient.
         form: "out" (the paper's recommendation) or "in".
+        transform: with "out", a function of each row's own loss: one of `fusedloss.transforms`, or a function of a
+            tensor `[N]`. The rows' losses are then known before their gradient, which takes a fourth product.
         reduction: "mean" over the rows that have a positive, "sum", or "none" (`[N]`).
 
     Returns:
@@ -73,12 +77,15 @@ def sup_con(
         >>> fusedloss.sup_con(embeddings, torch.cat([y, y]), temperature=0.1).backward()
     """
     world = ranks(options)
+    phi = transforms.bind(transform)
 
     def ask(call: Call) -> Request:
         checks.embeddings(embeddings=embeddings)
         checks.integers("labels", labels, (embeddings.shape[0],), embeddings)
         checks.scalar("temperature", temperature, embeddings, positive=True)
         checks.choice("form", form, FORMS)
+        if phi is not None and form == "in":
+            raise ValueError("transform must be None with form='in', got one; pass form='out'")
         if world is not None and form == "in" and call.strategy == "ring":
             raise ValueError("strategy must be 'gather' with form='in', which sums whole rows in one pass, got 'ring'")
         scale, scale_bound = as_scale(temperature, embeddings, inverse=True)
@@ -90,20 +97,25 @@ def sup_con(
             problem = replace(fold_problem([x], scale, counts, fold, call, cosine=True), scale_bound=scale_bound)
         else:
             problem = _log_sum_exp(x, counts, scale, scale_bound, call)
-        return call.request(f"sup_con {form}, scale {scale_bound}", problem)
+        named = "" if phi is None else f", transform {phi.name} {phi.value} {phi.detach}"
+        return call.request(f"sup_con {form}, scale {scale_bound}{named}", problem)
 
     if world is not None:
-        return _across(world, lambda: ask(Call(**options)), labels, form)
+        return _across(world, lambda: ask(Call(**options)), labels, form, phi)
     call = Call(**options)
     (problem,) = ask(call).problems
     counts = problem.weight
     name = select(problem, call.backend)
-    rows, _ = autograd.loss_rows_or_sum(problem, name, per_row=call.reduction == "none")
+    per_row = call.reduction == "none" or phi is not None
+    rows, _ = autograd.loss_rows_or_sum(problem, name, per_row=per_row)
     if form == "out":
         classes = group_numbers(labels)
         weight = problem.scale * counts / (_sizes(classes) - 1).clamp(min=1)
         positive = weight * _sums_of_others(problem.operands[0], classes, name, call.workspace_bytes)
-        rows = rows - (positive if call.reduction == "none" else positive.sum())
+        rows = rows - (positive if per_row else positive.sum())
+    if phi is not None:
+        rows = transformed(rows, phi).masked_fill(counts == 0, 0)
+        rows = rows if call.reduction == "none" else rows.sum()
     return reduced(rows, counts, call.reduction)
 
 
@@ -122,7 +134,7 @@ def _log_sum_exp(x: Tensor, counts: Tensor, scale: Tensor, scale_bound: float | 
     )
 
 
-def _across(world: World, ask: Callable[[], Request], labels: Tensor, form: str) -> Tensor:
+def _across(world: World, ask: Callable[[], Request], labels: Tensor, form: str, phi: Transform | None) -> Tensor:
     """Runs across ranks: positives are of all ranks. Labels are gathered, 8 bytes each, also for a ring."""
     agreed, labels = agree(world, ask), savable(labels)
     (part,), reduction = agreed.parts, agreed.call.reduction
@@ -132,7 +144,8 @@ def _across(world: World, ask: Callable[[], Request], labels: Tensor, form: str)
     part = part._replace(problem=replace(part.problem, weight=counts))
     if form == "in":
         return part_across(agreed, part)
-    called = agreed.call._replace(reduction="none" if reduction == "none" else "sum")
+    per_row = reduction == "none" or phi is not None
+    called = agreed.call._replace(reduction="none" if per_row else "sum")
     lse = part_across(agreed._replace(call=called), part)
     by_rows, by_parameters = agreed.world.factors
     weight = scaled(scale, by_parameters) * counts / others.clamp(min=1)
@@ -140,10 +153,13 @@ def _across(world: World, ask: Callable[[], Request], labels: Tensor, form: str)
         u = unit_rows(scaled(x, by_rows).to(stats_dtype(x.dtype)))
         same = summed_across(_same_label, u, (labels,), rows, world.strategy) - u.square().sum(1)
     positive = weight * same
+    found = lse - positive if per_row else positive
+    if phi is not None:
+        found = transformed(found, phi).masked_fill(counts == 0, 0)
     if reduction == "none":
-        return lse - positive
-    count = counts.sum()
-    loss = lse - averaged(positive.sum(), count, rows, "sum")
+        return found
+    count, total = counts.sum(), averaged(found.sum(), counts.sum(), rows, "sum")
+    loss = total if per_row else lse - total
     return over(loss, averaged(count, count, rows, "sum")) if reduction == "mean" else loss
 
 

@@ -184,6 +184,9 @@ CASES = {
         b.x, b.y, 3.0, b.logit_bias, target=masks.same_id(b.ids, b.ids), normalize=True, reduction="sum", **k
     ),
     "sup_con": lambda b, **k: fusedloss.sup_con(b.x, b.labels, temperature=b.temperature, **k),
+    "sup_con, transform": lambda b, **k: fusedloss.sup_con(
+        b.x, b.labels, temperature=b.temperature, transform=fusedloss.transforms.generalised(0.5), **k
+    ),
     "sup_con, in": lambda b, **k: fusedloss.sup_con(b.x, b.labels, temperature=b.temperature, form="in", **k),
     "nt_xent": lambda b, **k: fusedloss.nt_xent(b.x, b.y, temperature=b.temperature, **k),
 }

@@ -382,6 +382,7 @@ CASES: dict[str, Callable[[Batch], Case]] = {
         {"concatenation": ("multiplication",)},
     ),
     "sup_con": _labelled(F.sup_con),
+    "sup_con, transform": _labelled(F.sup_con, temperature=0.5, transform=transforms.focal(1.5)),
     "sup_con, in": _labelled(F.sup_con, form="in"),
     "triplet": lambda b: Case(F.triplet, (b.x(), b.x(), b.x()), {}),
     "triplet, cosine": lambda b: Case(F.triplet, (b.x(), b.x(), b.x()), {"distance": "cosine", "margin": 0.5}),

@@ -294,3 +294,39 @@ def test_private_negatives_are_transformed_with_their_row():
     expected = by_formula(z, torch.arange(6), PHI["focal(2)"][1]).mean()
     found = fusedloss.info_nce(x, y, temperature=1.0, negatives=own, transform=transforms.focal(2.0))
     assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+# Supervised contrastive -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["dense", "chunked", "reference", "triton", "cuda"])
+@pytest.mark.parametrize("name", PHI)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_supervised_contrastive_rows(backend, name, reduction):
+    """The loss of a row is the mean over its positives; a row without one stays left out."""
+    phi, formula = PHI[name]
+    dtype = torch.float32 if backend in ("triton", "cuda") else torch.float64
+    labels = torch.tensor([0, 1, 0, 2, 1, 0, 3, 3, 4, 0])
+    x, t = rows(10, seed=2).to(dtype).requires_grad_(), torch.tensor(0.5, dtype=dtype, requires_grad=True)
+    positive = (labels[:, None] == labels) & ~torch.eye(10, dtype=torch.bool)
+    counts, upstream = positive.any(1), rows(10, 1, seed=3)[:, 0] if reduction == "none" else torch.tensor(1.0)
+
+    def wanted(x, t):
+        z = (unit(x) @ unit(x).T / t).masked_fill(torch.eye(10, dtype=torch.bool), -math.inf)
+        log_p = (z - z.logsumexp(1, keepdim=True)).where(positive, 0)
+        found = formula(-log_p.sum(1)[counts] / positive.sum(1)[counts])
+        return found.mean() if reduction == "mean" else torch.zeros(10, dtype=x.dtype).masked_scatter(counts, found)
+
+    found = fusedloss.sup_con(x, labels, temperature=t, transform=phi, reduction=reduction, backend=backend)
+    other = [v.detach().double().requires_grad_() for v in (x, t)]
+    right = wanted(*other)
+    near = {"rtol": 2e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-11}
+    assert_close(found.double(), right, **near)
+    gradients = torch.autograd.grad((found * upstream).sum(), (x, t))
+    for a, b in zip(gradients, torch.autograd.grad((right * upstream).sum(), other), strict=True):
+        assert_close(a.double(), b, **near)
+
+
+def test_supervised_contrastive_refuses_the_other_form():
+    with pytest.raises(ValueError, match="transform must be None with form='in', got one; pass form='out'"):
+        fusedloss.sup_con(rows(4), torch.tensor([0, 0, 1, 1]), form="in", transform=transforms.focal())
