@@ -163,3 +163,84 @@ def sim_kgc(query: Tensor, key: Tensor, *, temperature: float = 0.05, margin: fl
     """
     loss: Tensor = functional.info_nce(query, key, temperature=temperature, margin=margin, normalize=True)
     return loss
+
+
+def refined_logq(
+    query: Tensor, key: Tensor, probability: Tensor, *, temperature: float | Tensor = 0.05, normalize: bool = True
+) -> Tensor:
+    """The refined logQ correction (arXiv 2507.09331) of keys that are drawn by their popularity.
+
+        l_i  = -log(e^(z_ii) / (e^(z_ii) + sum_(j != i) e^(z_ij - log Q_j))),    z_ij = s(query_i, key_j) / temperature
+        loss = mean of (1 - e^-l_i) l_i, whose factor is a constant to the gradient
+
+    query, key: `[B, D]`. probability: `[B]`, Q_j, above 0: how probably key j is drawn. temperature: a positive number,
+    or a tensor of one element, which receives a gradient. normalize: s is the cosine; otherwise the dot product.
+
+    Example:
+        >>> recipes.refined_logq(encode(users), encode(items), count / count.sum()).backward()
+    """
+    checks.embeddings(query=query, key=key)
+    checks.vector("probability", probability, len(key), "key", query)
+    loss: Tensor = functional.info_nce(
+        query,
+        key,
+        temperature=temperature,
+        key_bias=-probability.detach().log(),
+        bias_on_target=False,
+        transform=transforms.refined_logq(),
+        normalize=normalize,
+    )
+    return loss
+
+
+def leaf(student: Tensor, teacher: Tensor, *, projection: Tensor | None = None) -> Tensor:
+    """LEAF (arXiv 2509.12539): the mean squared distance of unit vectors, `|u_i - t_i|^2 = 2 - 2 cos(u_i, t_i)`.
+
+    student: `[B, D]`. teacher: `[B, T]`, receives no gradient. projection: `[T, D]`, the last layer of the student,
+    which learns; None where D is T.
+
+    Example:
+        >>> recipes.leaf(encode(texts), teacher_embeddings, projection=last_layer.weight).backward()
+    """
+    return 2 * functional.embed_distill(student, teacher, distance="cosine", projection=projection)
+
+
+def bge_m3(
+    dense: Tensor,
+    lexical: Tensor,
+    multi_vector: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 0.02,
+    weights: Sequence[float] = (1.0, 0.3, 1.0),
+    shares: Sequence[float] = (1.0, 0.1, 1.0),
+) -> Tensor:
+    """BGE-M3's self-distillation (arXiv 2402.03216): three kinds of scores learn from their weighted sum.
+
+        s_inter = w_1 s_dense + w_2 s_lexical + w_3 s_multi
+        L       = (c_1 L(s_dense) + c_2 L(s_lexical) + c_3 L(s_multi) + L(s_inter)) / 4
+        L'      = (c_1 L'(s_dense) + c_2 L'(s_lexical) + c_3 L'(s_multi)) / 3
+        L'(s)   = cross-entropy of softmax(s / temperature) with softmax(s_inter / temperature), a constant
+        loss    = (L + L') / 2,      L(s): InfoNCE of s / temperature
+
+    dense, lexical, multi_vector: scores `[Q, n]` of each query's candidates. target: int64 `[Q]`, the column of the
+    positive. weights: w. shares: c.
+
+    Example:
+        >>> recipes.bge_m3(dense, lexical, multi_vector, torch.zeros(len(dense), dtype=torch.long)).backward()
+    """
+    for name, numbers in {"weights": weights, "shares": shares}.items():
+        checks.sequence(name, numbers, "numbers", "(1.0, 0.3, 1.0)")
+        if len(numbers) != 3:
+            raise ValueError(f"{name} must hold 3 numbers, of dense, lexical and multi_vector, got {len(numbers)}")
+    checks.number("temperature", temperature)
+    if temperature <= 0:
+        raise ValueError(f"temperature must be a positive number, got {temperature}")
+    each = [s / temperature for s in (dense, lexical, multi_vector)]
+    joint = sum(w * z for w, z in zip(weights, each, strict=True))
+    assert isinstance(joint, Tensor)
+    teacher = joint.detach().softmax(1)
+    loss = functional.cross_entropy(joint, target) / 4
+    for c, z in zip(shares, each, strict=True):
+        loss = loss + c * (functional.cross_entropy(z, target) / 4 + functional.cross_entropy(z, teacher) / 3)
+    return loss / 2

@@ -68,6 +68,33 @@ def kgc(q, k):
     return F.cross_entropy(s / 0.05, torch.arange(B))
 
 
+def logq(q, k):
+    z = cosines(q, k) / 0.1
+    own = torch.eye(B, dtype=torch.bool)
+    rest = (z - PROBABILITY.log()).masked_fill(own, -torch.inf).exp().sum(1)
+    loss = -(z.diagonal().exp() / (z.diagonal().exp() + rest)).log()
+    return ((1 - torch.exp(-loss)).detach() * loss).mean()
+
+
+def leaf(first, second):
+    student = first + second
+    return (F.normalize(student @ PROJECTION.T, dim=1) - F.normalize(PROJECTED, dim=1)).square().sum(1).mean()
+
+
+def bge_m3(dense, lexical, multi):
+    target = torch.arange(B) % 4
+    nll = lambda z: -z.log_softmax(1)[torch.arange(B), target].mean()
+    z = [x[:, :4] / 0.5 for x in (dense, lexical, multi)]
+    joint = z[0] + 0.3 * z[1] + z[2]
+    hard = (nll(z[0]) + 0.1 * nll(z[1]) + nll(z[2]) + nll(joint)) / 4
+    soft = [-(joint.detach().softmax(1) * x.log_softmax(1)).sum(1).mean() for x in z]
+    return (hard + (soft[0] + 0.1 * soft[1] + soft[2]) / 3) / 2
+
+
+PROBABILITY = torch.rand(B, generator=torch.Generator().manual_seed(1), dtype=torch.float64) / B + 0.01
+PROJECTION, PROJECTED = (
+    torch.randn(n, m, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n, m in ((7, D), (B, 7))
+)
 TEACHERS = [t.detach() for t in batch(6)[3:]]
 CASES = {
     "qwen3_embedding": (2, lambda *x: recipes.qwen3_embedding(*x, temperature=0.1), qwen3),
@@ -80,6 +107,13 @@ CASES = {
     "kalm_embedding_v2": (3, recipes.kalm_embedding_v2, kalm),
     "nv_retriever": (2, recipes.nv_retriever, nv),
     "sim_kgc": (2, recipes.sim_kgc, kgc),
+    "refined_logq": (2, lambda q, k: recipes.refined_logq(q, k, PROBABILITY, temperature=0.1), logq),
+    "leaf": (2, lambda x, y: recipes.leaf(x + y, PROJECTED, projection=PROJECTION), leaf),
+    "bge_m3": (
+        3,
+        lambda *s: recipes.bge_m3(*(x[:, :4] for x in s), torch.arange(B) % 4, temperature=0.5),
+        bge_m3,
+    ),
 }
 
 
@@ -112,5 +146,11 @@ def test_recipes_refuse():
         recipes.embedding_gemma(q, p, teacher=q)
     with pytest.raises(ValueError, match="hardness must be a number of at least 0"):
         recipes.embedding_gemma(q, p, hardness=-1.0)
+    with pytest.raises(ValueError, match=r"probability must .*\[12\]"):
+        recipes.refined_logq(q, p, PROBABILITY[:5])
+    with pytest.raises(ValueError, match="weights must hold 3 numbers"):
+        recipes.bge_m3(q, p, n, torch.arange(B), weights=(1.0,))
+    with pytest.raises(ValueError, match="temperature must be a positive number"):
+        recipes.bge_m3(q, p, n, torch.arange(B), temperature=-1.0)
     with pytest.raises(ValueError, match="spread must be a number of at least 0"):
         recipes.embedding_gemma(q, p, spread=-1.0)
