@@ -40,6 +40,7 @@ SECTIONS = {
         "grad_cache": "",
         "memory_bank": "",
         "hard_negatives": "",
+        "recipes": "",
         "vocabulary_head": "",
         "boosted_trees": "",
     },
