@@ -662,6 +662,7 @@ OPTIONS = {
     "bias_on_target": {"bias_on_target": False},
     "transform": {"transform": fusedloss.transforms.focal(1.5)},
     "own_negatives": {"own_negatives": True},
+    "entropy_gradient": {"entropy_gradient": True, "return_stats": True},
     "margin_strategy": {"margin_strategy": "relative", "margin": 0.5},
     "contrast_anchors": {"contrast_anchors": False, "temperature": 0.5, "margin": -0.5},
     "contrast_positives": {"contrast_positives": False, "temperature": 0.5, "margin": -0.5},
@@ -699,6 +700,7 @@ SAME_VALUE = (
     "backend",
     "workspace_bytes",
     "return_stats",
+    "entropy_gradient",
     "compact",
     "options",
     *OF_GROUPS,
@@ -754,12 +756,13 @@ def test_a_module_is_its_function(name, group_of_one):
         made = module(**chosen)
         found = made(*positional, **named)
         wanted = module.function(*positional, **named, **chosen)
-        if option == "return_stats":
-            assert isinstance(found, tuple) and isinstance(found[1], fusedloss.Stats)
+        if "return_stats" in chosen:
+            assert isinstance(found, tuple) and isinstance(found[1], fusedloss.Stats | fusedloss.TokenStats)
             found, wanted = found[0], wanted[0]
         close(found, wanted, rtol=0, atol=0)
         others = {name: value for name, value in chosen.items() if name != option}
         before = module.function(*positional, **named, **others)
+        before = before[0] if isinstance(before, tuple) else before
         changed = found.shape != before.shape or not torch.allclose(found, before, rtol=1e-6)
         assert changed == (option not in SAME_VALUE), option
         for shown, value in chosen.items():
