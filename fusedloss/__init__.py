@@ -45,6 +45,7 @@ from .functional import huber as huber
 from .functional import huber_loss as huber_loss
 from .functional import in_batch_margin_ranking as in_batch_margin_ranking
 from .functional import info_nce as info_nce
+from .functional import info_nce_distill as info_nce_distill
 from .functional import l1 as l1
 from .functional import l1_loss as l1_loss
 from .functional import lambda_loss as lambda_loss
@@ -100,6 +101,7 @@ from .nn import GISTEmbedLoss as GISTEmbedLoss
 from .nn import GlobalOrthogonalRegularizationLoss as GlobalOrthogonalRegularizationLoss
 from .nn import HuberLoss as HuberLoss
 from .nn import InBatchMarginRankingLoss as InBatchMarginRankingLoss
+from .nn import InfoNCEDistillLoss as InfoNCEDistillLoss
 from .nn import InfoNCELoss as InfoNCELoss
 from .nn import L1Loss as L1Loss
 from .nn import LambdaLoss as LambdaLoss

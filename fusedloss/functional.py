@@ -24,6 +24,7 @@ from .losses.embed_distill import embed_distill as embed_distill
 from .losses.focal import focal as focal
 from .losses.gist import gist_embed as gist_embed
 from .losses.info_nce import info_nce as info_nce
+from .losses.info_nce_distill import info_nce_distill as info_nce_distill
 from .losses.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from .losses.lists import adr_mse as adr_mse
 from .losses.lists import lambda_loss as lambda_loss

@@ -9,6 +9,7 @@ from torch import nn
 from . import functional as F
 from .losses import _pairs, embed_distill, pair, triplet
 from .losses._module import LossModule
+from .losses.info_nce_distill import check_form
 from .losses.multiple_negatives_ranking import check_directions, check_hardness
 
 # Softmax over a batch -------------------------------------------------------------------------------------------------
@@ -29,6 +30,16 @@ class SigLipLoss(LossModule, function=F.siglip, tensors=("target",)): ...
 
 
 class ClipDistillLoss(LossModule, function=F.clip_distill): ...
+
+
+class InfoNCEDistillLoss(
+    LossModule,
+    function=F.info_nce_distill,
+    tensors=("negatives", "teacher_negatives", "negatives_mask", "bank", "teacher_bank", "mask"),
+):
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        check_form(self.form, self.directions)
 
 
 class MultipleNegativesRankingLoss(

@@ -197,6 +197,36 @@ class ClipDistillLoss(LossModule):
     ) -> Tensor: ...
     __call__ = forward
 
+class InfoNCEDistillLoss(LossModule):
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.05,
+        teacher_temperature: float | Tensor = 0.05,
+        form: str = "kl",
+        directions: Sequence[str] = ("query_to_key",),
+        normalize: bool = False,
+        reduction: str = "mean",
+        backend: str = "auto",
+        workspace_bytes: int | None = None,
+        group: dist.ProcessGroup | str | None = None,
+        grad_scale: str = "ddp",
+    ) -> None: ...
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        teacher_query: Tensor,
+        teacher_key: Tensor,
+        *,
+        negatives: Tensor | None = None,
+        teacher_negatives: Tensor | None = None,
+        negatives_mask: Tensor | None = None,
+        bank: Tensor | None = None,
+        teacher_bank: Tensor | None = None,
+        mask: masks.Mask | Tensor | None = None,
+    ) -> Tensor: ...
+    __call__ = forward
+
 class MultipleNegativesRankingLoss(LossModule, Generic[R]):
     @overload
     def __init__(

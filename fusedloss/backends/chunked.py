@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ..core import checks, products
-from ..core.folds import SIDED, Part
+from ..core.folds import FOLDS, SIDED, Part
 from ..core.mask import GuideRule, StripMask
-from ..core.numerics import FLUSH, FOLD_COPIES, LOG2E, SAFE_SCALE, UNSHIFTED_SCALE, slices, stats_dtype, wide_dtype
+from ..core.numerics import FLUSH, LOG2E, SAFE_SCALE, UNSHIFTED_SCALE, slices, stats_dtype, wide_dtype
 from ..core.numerics import inverse_norms as inverse_norms
 from ..core.problem import Problem
 from ..core.rows import finish as finish  # torch has no faster form of these, which are used as they are
@@ -90,7 +90,7 @@ def can_halve(problem: Problem) -> bool:
 def workspace_copies(problem: Problem) -> float:
     """Returns a chunk's memory in matrices of its size; a guide's fp32 similarities of block 0 are one more."""
     if problem.fold is not None:
-        return FOLD_COPIES
+        return FOLDS[problem.fold.name].copies
     guide = problem.blocks[0].mask.guide
     if guide is None:
         return 1
@@ -213,13 +213,18 @@ def _dropped(z: Tensor, mask: StripMask, scale: Tensor | None, tile: slice) -> I
         yield _above(z, mask, mask.threshold * scale, tile)
 
 
-def admitted(mask: StripMask, tile: slice) -> Tensor:
-    """Returns True for columns that no part of a mask drops, for masks that do not depend on similarities."""
+def admitted(mask: StripMask, tile: slice, target: Tensor | None = None) -> Tensor:
+    """Returns True for columns that no part of a mask drops, for masks that do not depend on similarities.
+
+    target: `[R]`, columns that only `skip` drops.
+    """
     drops = None if mask.dropped is None else _drops(mask.dropped, tile)
     like = next(t for t in (*(c.rows for c in mask.compare), mask.dense, mask.skip, drops) if t is not None)
     z = torch.zeros(like.shape[0], tile.stop - tile.start, device=like.device)
     for dropped in _dropped(z, mask, None, tile):
         z.masked_fill_(dropped, 1)
+    if target is not None:
+        _fill_(z, target, tile, 0)
     if mask.skip is not None:
         _fill_(z, mask.skip, tile, 1)
     return z == 0 if drops is None else (z == 0) & (drops == 0)

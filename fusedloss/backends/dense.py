@@ -17,9 +17,9 @@ from torch import Tensor
 from ..core import checks, products
 from ..core.folds import FOLDS
 from ..core.mask import NO_MASK
-from ..core.numerics import FOLD_COPIES, NORM_EPS, saved_dtype, stats_dtype, wide_dtype
+from ..core.numerics import NORM_EPS, saved_dtype, stats_dtype, wide_dtype
 from ..core.problem import NO_MARGIN, Problem
-from ..core.rows import fold_part, fold_scalars, squared_distances
+from ..core.rows import fold_part, fold_places, fold_scalars, squared_distances
 from ..core.transforms import Transform, with_slope
 from . import reference
 from .protocol import Result, Wants
@@ -47,11 +47,13 @@ def fits(problem: Problem) -> bool:
     first, columns = operands[0], 0
     for block in blocks:
         columns += operands[block.key].shape[0]
+    if problem.fold is not None and problem.fold.beside is not None:
+        columns += problem.fold.beside.values.shape[1]
     size = operands[blocks[0].query].shape[0] * columns * (8 if first.dtype is torch.float64 else 4)
     if not 0 < size <= MOST.get(first.device.type, 0) or why_not(problem) is not None:
         return False
     _, budget = checks.budget(problem.workspace_bytes)
-    matrices = MATRICES if problem.fold is None else FOLD_COPIES
+    matrices = MATRICES if problem.fold is None else FOLDS[problem.fold.name].copies
     return budget is None or matrices * size <= budget
 
 
@@ -116,9 +118,12 @@ def _of_no_rows(problem: Problem, wants: Wants) -> Result:
         zero.new_zeros(b.bias.shape) if w and b.bias is not None else None
         for b, w in zip(problem.blocks, wants.biases, strict=True)
     ]
-    scalars = tuple(zero if w else None for w in wants.scalars)
+    scalars = [zero if w else None for w in wants.scalars]
+    if scalars and problem.fold is not None and problem.fold.beside is not None:
+        scalars[-1] = torch.zeros_like(problem.fold.beside.values)
     counted = [zero.new_zeros(0)] * 4 if problem.wants_tally else []
-    return Result(problem.weight, tuple(operands), zero if wants.scale else None, tuple(biases), scalars, counted)
+    scale = zero if wants.scale else None
+    return Result(problem.weight, tuple(operands), scale, tuple(biases), tuple(scalars), counted)
 
 
 def _prefixes(problem: Problem, wants: Wants, share: float) -> Result:
@@ -312,18 +317,28 @@ def _folded(
             values.diagonal().zero_()
         values = (values.sqrt_() if fold.distance == "euclidean" else values).to(x.dtype)
     else:
-        values = 1 - sims[0] if fold.distance else sims[0]
+        parts = sims if fold.beside is None else [*sims, fold.beside.values.to(x.dtype)]
+        values = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        values = 1 - values if fold.distance else values
     distances = values.clone() if fold.distance == "euclidean" and wants.any else None
-    part = fold_part(problem, slice(0, problem.rows))
+    part = fold_part(problem, slice(0, problem.rows), admitted=reference.fold_admitted(problem))
     folded = FOLDS[fold.name].torch(values, part, fold_scalars(problem), fold.options, wants.any)
     scalars: list[Tensor | None] = [t.to(problem.scale.dtype) * share for t in folded.scalars]
     scalars += [None] * (1 + len(fold.scalars) - len(scalars))
+    if fold.beside is not None:
+        scalars.append(None)
     counted = [] if folded.count is None else [folded.count]
-    result = Result(folded.loss, (None,) * len(rows), scalars[0], (None,), tuple(scalars[1:]), counted)
+    none = (None,) * len(rows), (None,) * len(problem.blocks)
+    result = Result(folded.loss, none[0], scalars[0], none[1], tuple(scalars[1:]), counted)
     if not wants.any:
-        return None, result._replace(scale=None, scalars=(None,) * len(fold.scalars))
+        return None, result._replace(scale=None, scalars=(None,) * len(result.scalars))
     if share != 1.0:
         values.mul_(share)
+    if fold.beside is not None:
+        place = fold_places(problem)[-1]
+        if wants.scalars[-1:] == (True,):
+            result = result._replace(scalars=(*result.scalars[:-1], values[:, place].clone()))
+        values = values[:, : place.start]
     if distances is not None:  # d|x - y| is (x - y) over the distance; 0 at distance 0
         values.div_(distances).masked_fill_(distances == 0, 0)
     return values, result

@@ -27,7 +27,7 @@ class Wants(NamedTuple):
     operands: tuple[bool, ...]
     scale: bool
     biases: tuple[bool, ...]  # one per block
-    scalars: tuple[bool, ...] = ()  # a fold's own
+    scalars: tuple[bool, ...] = ()  # a fold's own, and the columns beside its blocks
 
     @classmethod
     def none(cls, problem: Problem) -> Wants:
@@ -45,7 +45,7 @@ class Result(NamedTuple):
     operands: tuple[Tensor | None, ...]  # gradients of rows.sum(), in saved_dtype
     scale: Tensor | None
     biases: tuple[Tensor | None, ...]
-    scalars: tuple[Tensor | None, ...]
+    scalars: tuple[Tensor | None, ...]  # by a fold's own, and by the columns beside its blocks
     counted: list[Tensor]  # each [M]: the start of a Tally and the target's logit, or the divisor of a fold's sum
 
 

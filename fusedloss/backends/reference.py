@@ -125,11 +125,7 @@ def logits(problem: Problem, rows: list[Tensor], similarities: list[Tensor] | No
             z = torch.where(block.bias == -torch.inf, -torch.inf, z)  # even if z is NaN there
         if block.mask.given:
             with torch.no_grad():
-                dropped = _dropped(problem, block.mask, sim, thresholds)
-                if number == 0:
-                    dropped = dropped & ~_at(problem.target, dropped)
-                if block.mask.skip is not None:
-                    dropped = dropped | _at(block.mask.skip, dropped)
+                dropped = _left_out(problem, number, sim, thresholds)
             z = z.masked_fill(dropped, -torch.inf)
         parts.append(z)
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
@@ -214,6 +210,32 @@ def _above(mask: Mask, sim: Tensor, thresholds: _Thresholds) -> Tensor:
     return above
 
 
+def _left_out(problem: Problem, number: int, sim: Tensor, thresholds: _Thresholds) -> Tensor:
+    """Returns what a block's mask drops; the target stays, except under `skip`."""
+    mask = problem.blocks[number].mask
+    dropped = _dropped(problem, mask, sim, thresholds)
+    if number == 0:
+        dropped = dropped & ~_at(problem.target, dropped)
+    return dropped if mask.skip is None else dropped | _at(mask.skip, dropped)
+
+
+@torch.no_grad()
+def fold_admitted(problem: Problem) -> Tensor | None:
+    """Returns the columns that a fold with a teacher may see, bool [M, columns]; None: all."""
+    fold = problem.fold
+    assert fold is not None
+    beside = fold.beside
+    if not fold.teachers or not (problem.masked or (beside is not None and beside.admitted is not None)):
+        return None
+    sizes = [(problem.rows, problem.operands[block.key].shape[0]) for block in problem.blocks]
+    likes = [problem.scale.new_empty(()).expand(size) for size in sizes]
+    parts = [~_left_out(problem, number, like, _Thresholds(None, None)) for number, like in enumerate(likes)]
+    if beside is not None:
+        every = torch.ones_like(beside.values, dtype=torch.bool)
+        parts.append(every if beside.admitted is None else beside.admitted)
+    return torch.cat(parts, 1)
+
+
 def _at(columns: Tensor, like: Tensor) -> Tensor:
     return columns[:, None] == torch.arange(like.shape[1], device=like.device)
 
@@ -234,7 +256,10 @@ def _fold_rows(problem: Problem, rows: list[Tensor], lost: float) -> tuple[Tenso
     assert fold is not None
     x, y = rows[block.query][: problem.rows], rows[block.key]
     if fold.distance in ("", "cosine"):
-        sim = (1 - lost) * (x @ y.T) if lost else x @ y.T
+        parts = [(1 - lost) * (rows[b.query][: problem.rows] @ rows[b.key].T) for b in problem.blocks]
+        if fold.beside is not None:
+            parts.append(fold.beside.values.to(x.dtype))
+        sim = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         values = 1 - sim if fold.distance else sim
     else:
         squared = squared_distances(x, y)
@@ -248,7 +273,7 @@ def _fold_rows(problem: Problem, rows: list[Tensor], lost: float) -> tuple[Tenso
 
 
 def _folded(problem: Problem, values: Tensor) -> tuple[Tensor, list[Tensor]]:
-    fold, part = problem.fold, fold_part(problem, slice(0, len(values)))
+    fold, part = problem.fold, fold_part(problem, slice(0, len(values)), admitted=fold_admitted(problem))
     assert fold is not None
     loss, count = FOLDS[fold.name].formula(values, part, fold_scalars(problem), fold.options)
     return loss, [] if count is None else [count.detach()]

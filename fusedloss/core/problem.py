@@ -89,13 +89,22 @@ class Block:
             _set(self, mask=self.mask.contiguous())
 
 
+class Beside(NamedTuple):
+    """Columns of each row's own, behind those of all blocks, for a fold that has a teacher."""
+
+    values: Learned  # [M, K] similarities
+    teacher: Tensor  # [M, K], the teacher's
+    admitted: Tensor | None = None  # [M, K] bool; None: all compete
+
+
 @dataclass(frozen=True)
 class Fold:
     """A loss of a row's similarities other than a softmax: `folds.FOLDS[name]` on whole rows of one chunk.
 
     options: its numbers. labels: of rows and columns. itself: column i is row i, which is not a pair. distance:
     "euclidean" or "squared" if the fold takes distances; "cosine": `1 - sim`. scalars: 0-dim tensors after the scale,
-    maybe learnable. teacher: embeddings whose logits are the second input.
+    maybe learnable. teachers: for each block, embeddings whose similarities are the second input. beside: each row's
+    own columns. A fold that has teachers takes several blocks and masks.
     """
 
     name: str
@@ -104,8 +113,9 @@ class Fold:
     itself: bool = False
     distance: str = ""
     scalars: tuple[Learned, ...] = ()
-    teacher: Guide | None = None
+    teachers: tuple[Guide, ...] = ()
     teacher_scale: Tensor | None = None
+    beside: Beside | None = None
 
     def __post_init__(self) -> None:
         if self.labels is not None:

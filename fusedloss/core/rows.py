@@ -15,7 +15,7 @@ from torch import Tensor
 from . import products
 from .folds import Part
 from .mask import GuideRule
-from .numerics import NORM_EPS, inverse_norms, row_numbers, slices, stats_dtype, wide_dtype
+from .numerics import NORM_EPS, cdiv, inverse_norms, row_numbers, slices, stats_dtype, wide_dtype
 from .problem import NO_RULE, Problem, RowRule
 from .softmax import bent, decoupled_loss, marginal, softmax_loss
 from .strips import Patch, Prepared, RowSums, Settled
@@ -249,22 +249,46 @@ def fold_scalars(problem: Problem) -> tuple[Tensor, ...]:
     return (problem.scale, *(problem.fold.scalars if problem.fold is not None else ()))
 
 
-def fold_part(problem: Problem, chunk: slice) -> Part:
-    """Returns the `Part` for a chunk of rows. The teacher's logits are computed here, for all columns."""
+def fold_places(problem: Problem, pad: int = 1) -> list[slice]:
+    """Returns the places of the blocks, and of the columns beside them, in a row of a fold's values.
+
+    They start at multiples of `pad`.
+    """
+    assert problem.fold is not None
+    beside, places, start = problem.fold.beside, [], 0
+    widths = [problem.operands[block.key].shape[0] for block in problem.blocks]
+    for width in [*widths, *([] if beside is None else [beside.values.shape[1]])]:
+        places.append(slice(start, start + width))
+        start += cdiv(width, pad) * pad
+    return places
+
+
+def fold_part(
+    problem: Problem,
+    chunk: slice,
+    room: Tensor | None = None,
+    places: Sequence[slice] = (),
+    admitted: Tensor | None = None,
+) -> Part:
+    """Returns the `Part` for a chunk of rows. The teacher's similarities are computed here, for all columns.
+
+    room: where they are written, by `places`; None: a new tensor.
+    """
     fold = problem.fold
     assert fold is not None
     rows = row_numbers(chunk.stop, problem.scale)
     rows = rows[chunk.start :] if chunk.start else rows
     row_labels, key_labels = fold.labels or (None, None)
-    teacher = None
-    if fold.teacher is not None and fold.teacher_scale is not None:
-        query, key = fold.teacher
-        if products.narrow(key.dtype, key.device) and query.dtype == key.dtype:
-            teacher = problem.scale.new_empty((len(rows), len(key)))
-            products.mm(teacher, query[chunk], key.T)
-        else:
-            teacher = query.to(problem.scale.dtype)[chunk] @ key.to(problem.scale.dtype).T
-        teacher = teacher * fold.teacher_scale
+    if fold.teachers and room is None:
+        places = fold_places(problem)
+        room = problem.scale.new_empty((len(rows), places[-1].stop))
+    for (query, key), place in zip(fold.teachers, places, strict=False):
+        assert room is not None
+        if not (products.narrow(key.dtype, key.device) and query.dtype == key.dtype):
+            query, key = query.to(room.dtype), key.to(room.dtype)
+        products.mm(room[:, place], query[chunk], key.T)
+    if fold.beside is not None and room is not None:
+        room[:, places[-1]] = fold.beside.teacher[chunk]
     return Part(
         rows,
         problem.weight[chunk],
@@ -272,7 +296,9 @@ def fold_part(problem: Problem, chunk: slice) -> Part:
         None if row_labels is None else row_labels[chunk],
         key_labels,
         rows if fold.itself else None,
-        teacher,
+        room,
+        fold.teacher_scale,
+        admitted,
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import sweep
 from ..backends import SWEEPS, UnsupportedError, select
 from ..core import checks
-from ..core.problem import Problem, Ranks
+from ..core.problem import Fold, Problem, Ranks
 from .world import GRAD_SCALES, STRATEGIES, World, world_of
 
 
@@ -159,10 +159,17 @@ def _row(call: Request, said: str, matrices: Sequence[Tensor]) -> _Row:
             least, most = (int(kept.min()), int(kept.max())) if len(kept) else (0, -1)
     _, budget = checks.budget(call.problems[0].workspace_bytes)
     text = said.encode()
-    parameters = [x for p in call.problems for x in (p.scale, *(p.fold.scalars if p.fold else ()))]
+    parameters = [x for p in call.problems for x in (p.scale, *_parameters(p.fold))]
     values = tuple(_value(x) for x in parameters[:PARAMETERS])
     workspace = UNBOUNDED if budget is None else min(budget, UNBOUNDED)
     return _Row(0, zlib.crc32(text), len(text), workspace, least, most, values, tuple(len(x) for x in matrices))
+
+
+def _parameters(fold: Fold | None) -> Sequence[Tensor]:
+    """Returns a fold's numbers that may be tensors."""
+    if fold is None:
+        return ()
+    return fold.scalars if fold.teacher_scale is None else (*fold.scalars, fold.teacher_scale)
 
 
 def _value(x: Tensor) -> int:
@@ -356,6 +363,7 @@ def _form(problem: Problem) -> list[str]:
     if fold is not None:
         scalars = ", ".join(_grad(x) for x in fold.scalars)
         lines += [f"form {fold.name} {fold.options}", f"ids {fold.labels is not None}", f"parameters {scalars}"]
+        lines += [f"teacher [rows, {teacher.key.shape[1]}] {teacher.key.dtype}" for teacher in fold.teachers]
     for number, block in enumerate(problem.blocks):
         mask, bias, rule = block.mask, block.bias, problem.guide_rule
         about: dict[str, object] = {

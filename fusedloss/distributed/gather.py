@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends import select
+from ..core.mask import Guide
 from ..core.problem import Block, Problem, Ranks
 from ..core.rows import columns_and_weights, without_target
 from ..sweep import autograd
@@ -93,6 +94,8 @@ def _shared(part: Part, world: World, ignore_index: int | None) -> Problem:
     fold = problem.fold
     if fold is not None:
         fold = replace(fold, scalars=tuple(scaled(x, by_parameters) for x in fold.scalars))
+        if fold.beside is not None:
+            fold = replace(fold, beside=fold.beside._replace(values=scaled(fold.beside.values, by_rows)))
     problem = replace(
         problem,
         operands=tuple(scaled(x, by_rows) for x in problem.operands),
@@ -163,6 +166,9 @@ def spread(part: Part, world: World, ignore_index: int | None) -> Problem:
     fold = problem.fold
     if fold is not None and fold.labels is not None:
         fold = replace(fold, labels=(fold.labels[0], of_all(fold.labels[1], ranks[problem.blocks[0].key])))
+    if fold is not None and fold.teachers:
+        pairs = zip(fold.teachers, problem.blocks, strict=True)
+        fold = replace(fold, teachers=tuple(Guide(t.query, of_all(t.key, ranks[b.key])) for t, b in pairs))
     # Operands that no block refers to any more are left out.
     used = sorted({block.query for block in blocks})
     moved = {old: new for new, old in enumerate(used)} | {place[k]: len(used) + n for n, k in enumerate(keys)}

@@ -18,6 +18,9 @@ from ..core import checks
 # Checks that a constructor can run before there are embeddings. A name means the same in every loss.
 CHECKS: dict[str, Callable[[Any], None]] = {
     "temperature": lambda value: checks.scalar("temperature", value, None, positive=True),
+    "teacher_temperature": lambda value: (
+        None if value is None else checks.scalar("teacher_temperature", value, None, positive=True)
+    ),
     "scale": lambda value: checks.scalar("scale", value, None, positive=True),
     "label_smoothing": lambda value: checks.share("label_smoothing", value),
     "ignore_index": lambda value: None if value is None else checks.index("ignore_index", value),

@@ -71,6 +71,13 @@ class RankOptions(TypedDict, total=False):
     grad_scale: str
 
 
+class GroupOptions(TypedDict, total=False):
+    """Those of a loss that gathers, because it needs whole rows; see `RankOptions`."""
+
+    group: dist.ProcessGroup | str | None
+    grad_scale: str
+
+
 class SweepOptions(ReductionOptions, WorkspaceOptions, total=False):
     """Options of a loss over in-batch similarities."""
 
@@ -81,6 +88,10 @@ class CountingOptions(SweepOptions, StatsOptions, total=False):
 
 class AcrossOptions(SweepOptions, RankOptions, total=False):
     """Options of one that also runs over the batches of all ranks."""
+
+
+class GatherOptions(SweepOptions, GroupOptions, total=False):
+    """Options of one that also runs over the batches of all ranks, by whole rows."""
 
 
 class CountingAcrossOptions(CountingOptions, RankOptions, total=False):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Unpack
 
-import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.mask import Guide
+from ..core.mask import NO_MASK
 from ..core.problem import Fold
-from ._folded import fold_loss, fold_problem
 from ._options import Call, SweepOptions, expanded
-from ._softmax import as_scale, autocast, distinct
+from ._softmax import as_scale, mean_of
+from .info_nce_distill import Embeddings, distill_problem
 
 
 @expanded
@@ -72,13 +71,8 @@ def clip_distill(
     checks.scalar("teacher_logit_scale", teacher_logit_scale, image_features, positive=False)
     scale, _ = as_scale(logit_scale, image_features, inverse=False)
     teacher_scale, _ = as_scale(teacher_logit_scale, image_features, inverse=False)
-    image, text = autocast(image_features, text_features)
-    weight = torch.full((rows,), 0.5, dtype=scale.dtype, device=scale.device)
-    teachers = teacher_image_features.detach(), teacher_text_features.detach()
-    losses = []
-    for student, teacher in (((image, text), teachers), ((text, image), teachers[::-1])):
-        fold = Fold("distill", teacher=Guide(*teacher), teacher_scale=teacher_scale.detach())
-        operands, _ = distinct(*student)
-        problem = fold_problem(operands, scale, weight, fold, call, cosine=normalize)
-        losses.append(fold_loss(problem, call, over=rows)[0])
-    return losses[0] + losses[1]
+    fold = Fold("distill", teacher_scale=teacher_scale.detach())
+    student = Embeddings(image_features, text_features).cast()
+    teacher = Embeddings(teacher_image_features, teacher_text_features)
+    pairs = ((student, teacher), (student.turned(), teacher.turned()))
+    return mean_of([distill_problem(*pair, [NO_MASK], fold, scale, normalize, call) for pair in pairs], call)

@@ -144,7 +144,7 @@ def fold(
         same,
         distance,
         tuple(draw.number(value) for value in scalars),
-        Guide(*(draw.matrix(t[:, : dim // 2]) for t in draw.pair("random", M, N, dim))) if teacher else None,
+        (Guide(*(draw.matrix(t[:, : dim // 2]) for t in draw.pair("random", M, N, dim))),) if teacher else (),
         draw.number(9.0) if teacher else None,
     )
     target = torch.full((M,), -1) if labels else (5 * torch.arange(M) + 3) % N

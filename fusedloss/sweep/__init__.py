@@ -142,7 +142,10 @@ class _Sweep:
                 self.smoothing.add_to(gradients)
             operands = gradients.finished()
         narrowed = [None if g is None else g.to(self.inputs.dtype) for g in (gradients.scale, *gradients.scalars)]
-        return Result(losses, operands, narrowed[0], tuple(gradients.biases), tuple(narrowed[1:]), counted)
+        scalars = narrowed[1:]
+        if self.problem.fold is not None and self.problem.fold.beside is not None:
+            scalars.append(gradients.beside)
+        return Result(losses, operands, narrowed[0], tuple(gradients.biases), tuple(scalars), counted)
 
     def _chunks(self) -> list[tuple[slice, list[Tensor]]]:
         """Yields chunks of rows, and each block's part of the workspace for them."""
@@ -226,10 +229,12 @@ class _Sweep:
     # Other functions of a row's similarities --------------------------------------------------------------------------
 
     def _folded(self) -> tuple[Tensor, list[Tensor]]:
-        found = [
-            fold_chunk(self.inputs, self.gradients, chunk, self.admission.strips(chunk)[0], outs[0])
-            for chunk, outs in self._chunks()
-        ]
+        workspace = chunks.workspace(self.problem, self.backend)
+        teacher = torch.zeros_like(workspace) if self.problem.fold and self.problem.fold.teachers else None
+        found = []
+        for chunk in slices(self.problem.rows, workspace.shape[0]):
+            strips = self.admission.strips(chunk)
+            found.append(fold_chunk(self.inputs, self.gradients, chunk, strips, workspace, teacher))
         counts = [folded.count for folded in found if folded.count is not None]
         return _joined([folded.loss for folded in found]), [torch.cat(counts)] if counts else []
 

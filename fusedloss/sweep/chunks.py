@@ -13,7 +13,7 @@ from ..backends.protocol import Sweeps
 from ..core import checks
 from ..core.numerics import cdiv
 from ..core.problem import Problem
-from ..core.rows import fresh
+from ..core.rows import fold_places, fresh
 from ..core.waves import wave_rows
 
 MIB = 1 << 20
@@ -53,7 +53,7 @@ def chunk_rows(M: int, N: int, D: int, itemsize: int, device: torch.device, work
 def workspace_shape(problem: Problem, backend: Sweeps) -> tuple[tuple[int, int], torch.dtype]:
     """Returns (rows, columns) and dtype of the workspace; raises if the budget does not allow one."""
     dtype, D = backend.workspace_dtype(problem), problem.operands[0].shape[1]
-    width = sum(_block_widths(problem))
+    width = _width(problem)
     beside = math.ceil(width * backend.workspace_copies(problem))
     rows = chunk_rows(problem.rows, beside, D, dtype.itemsize, problem.device, problem.workspace_bytes)
     return (rows, width), dtype
@@ -61,6 +61,12 @@ def workspace_shape(problem: Problem, backend: Sweeps) -> tuple[tuple[int, int],
 
 def _block_widths(problem: Problem) -> list[int]:
     return [cdiv(problem.operands[block.key].shape[0], PAD) * PAD for block in problem.blocks]
+
+
+def _width(problem: Problem) -> int:
+    if problem.fold is None:
+        return sum(_block_widths(problem))
+    return cdiv(fold_places(problem, PAD)[-1].stop, PAD) * PAD
 
 
 @functools.cache

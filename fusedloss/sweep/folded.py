@@ -2,53 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from ..backends import chunked
 from ..backends.protocol import FoldsRows
 from ..core import products
 from ..core.folds import FOLDS, Folded
 from ..core.numerics import rows_of, slices
-from ..core.problem import Fold
-from ..core.rows import fold_part, fold_scalars, largest_finite, power_of_two, squared_distances
+from ..core.problem import Fold, Problem
+from ..core.rows import fold_part, fold_places, fold_scalars, largest_finite, power_of_two, squared_distances
 from ..core.strips import Strip
+from .chunks import PAD
 from .gradients import Gradients
 from .inputs import Inputs
 
+MASK_COLUMNS = 1024  # of a mask at a time: fp32 [1024, 1024] is 4 MiB
 DISTANCE_COLUMNS = 512  # distances in fp64 at a time: 4 MiB at 1024 rows, a few times
 
 
-def fold_chunk(inputs: Inputs, gradients: Gradients, chunk: slice, strip: Strip, out: Tensor) -> Folded:
-    """Returns the chunk's losses and adds their gradients. out: the chunk's part of the workspace."""
+def fold_chunk(
+    inputs: Inputs, gradients: Gradients, chunk: slice, strips: list[Strip], workspace: Tensor, teacher: Tensor | None
+) -> Folded:
+    """Returns the chunk's losses and adds their gradients. teacher: as the workspace, for a teacher's similarities."""
     problem, backend, fold, wanted = inputs.problem, inputs.backend, inputs.problem.fold, gradients.wants.any
     assert fold is not None
-    part = fold_part(problem, chunk)
+    places = fold_places(problem, PAD)
+    row = workspace[: chunk.stop - chunk.start, : places[-1].stop]  # as the fold sees it
+    outs = [row[:, place] for place in places]
+    room = None if teacher is None else teacher[: row.shape[0], : row.shape[1]]
+    part = fold_part(problem, chunk, room, places, _admitted(problem, chunk, strips, row, places))
     if backend.can_fold(problem):
         score = rows_of(inputs.prepared.score, chunk)
-        folded = cast(FoldsRows, backend).fold_rows(problem, strip, out if wanted else None, part, score)
+        folded = cast(FoldsRows, backend).fold_rows(problem, strips[0], outs[0] if wanted else None, part, score)
     else:
-        distances = _values(inputs, fold, chunk, strip, out)
-        folded = FOLDS[fold.name].torch(out, part, fold_scalars(problem), fold.options, wanted)
+        distances = _values(inputs, fold, chunk, strips, outs)
+        folded = FOLDS[fold.name].torch(row, part, fold_scalars(problem), fold.options, wanted)
     if not wanted:
         return folded
     for total, terms in zip([gradients.scale, *gradients.scalars], folded.scalars, strict=False):
         if total is not None:
             total += terms
+    if gradients.beside is not None:
+        gradients.beside[chunk] = outs[-1]
+    outs = outs[: len(strips)]
     if not backend.can_fold(problem):
-        out = _by_similarity(inputs, gradients, fold, chunk, strip, out, distances)
-    gradients.contract(chunk, [out])
+        outs = _by_similarity(inputs, gradients, fold, chunk, strips, row, outs, distances)
+    gradients.contract(chunk, outs)
     return folded
 
 
-def _values(inputs: Inputs, fold: Fold, chunk: slice, strip: Strip, out: Tensor) -> Tensor | None:
+def _admitted(
+    problem: Problem, chunk: slice, strips: list[Strip], row: Tensor, places: Sequence[slice]
+) -> Tensor | None:
+    """Returns the columns of a chunk that a fold with a teacher may see, bool like `row`; None: all.
+
+    Masks here do not depend on similarities, so that torch evaluates them on every backend. The padding between blocks
+    is none of the columns.
+    """
+    fold = problem.fold
+    assert fold is not None
+    beside = None if fold.beside is None else fold.beside.admitted
+    if not fold.teachers or (not problem.masked and beside is None and len(places) == 1):
+        return None
+    admitted = torch.zeros_like(row, dtype=torch.bool)
+    for strip, place in zip(strips, places, strict=False):
+        out = admitted[:, place]
+        if strip.mask is None:
+            out.fill_(True)
+            continue
+        for tile in slices(out.shape[1], MASK_COLUMNS):
+            out[:, tile] = chunked.admitted(strip.mask, tile, strip.target)
+    if fold.beside is not None:
+        admitted[:, places[-1]] = True if beside is None else beside[chunk]
+    return admitted
+
+
+def _values(inputs: Inputs, fold: Fold, chunk: slice, strips: list[Strip], outs: Sequence[Tensor]) -> Tensor | None:
     """Writes the fold's input, similarities or distances; returns a copy of distances if their gradient needs one."""
     if fold.distance in ("euclidean", "squared"):
-        return _distances(inputs, fold, chunk, out)
-    inputs.backend.similarities(strip, out)
+        return _distances(inputs, fold, chunk, outs[0])
+    for strip, out in zip(strips, outs, strict=False):
+        inputs.backend.similarities(strip, out)
+    if fold.beside is not None:
+        outs[-1].copy_(fold.beside.values[chunk])
     if fold.distance == "cosine":
-        torch.sub(1, out, out=out)
+        torch.sub(1, outs[0], out=outs[0])
     return None
 
 
@@ -64,36 +106,44 @@ def _distances(inputs: Inputs, fold: Fold, chunk: slice, out: Tensor) -> Tensor:
 
 
 def _by_similarity(
-    inputs: Inputs, gradients: Gradients, fold: Fold, chunk: slice, strip: Strip, out: Tensor, distances: Tensor | None
-) -> Tensor:
-    """Turns the gradient by the fold's input into the one by the similarities, for the products."""
+    inputs: Inputs,
+    gradients: Gradients,
+    fold: Fold,
+    chunk: slice,
+    strips: list[Strip],
+    row: Tensor,
+    outs: list[Tensor],
+    distances: Tensor | None,
+) -> list[Tensor]:
+    """Turns the gradient by the fold's input into those by the blocks' similarities, for the products."""
     if fold.distance == "cosine":
-        out.neg_()
+        row.neg_()
     elif distances is not None:
         # d |x - y|^2 = 2 (x - y) (dx - dy), and d|x - y| is half of that over the distance; 0 at distance 0.
-        out.div_(distances).masked_fill_(distances == 0, 0) if fold.distance == "euclidean" else out.mul_(2)
-    if strip.row_factor is not None and strip.col_factor is not None:
-        out.mul_(strip.row_factor[:, None]).mul_(strip.col_factor)
-    out = _narrowed(inputs, gradients, out)
+        row.div_(distances).masked_fill_(distances == 0, 0) if fold.distance == "euclidean" else row.mul_(2)
+    for strip, out in zip(strips, outs, strict=True):
+        if strip.row_factor is not None and strip.col_factor is not None:
+            out.mul_(strip.row_factor[:, None]).mul_(strip.col_factor)
+    outs = _narrowed(inputs, gradients, row, outs)
     if distances is not None:  # sums of the rounded dz, as multiplied: `dx_i = sum_j dz_ij (x_i - y_j)` may cancel
-        block = inputs.problem.blocks[0]
+        block, (out,) = inputs.problem.blocks[0], outs
         for number, rows, dim in ((block.query, chunk, 1), (block.key, slice(None), 0)):
             gradient = gradients.operands[number]
             if gradient is not None:
                 own, sums = inputs.operands[number][rows].to(inputs.dtype), out.sum(dim, dtype=inputs.dtype)
                 gradient.accumulator()[rows].addcmul_(own, sums[:, None])
         out.neg_()
-    return out
+    return outs
 
 
-def _narrowed(inputs: Inputs, gradients: Gradients, out: Tensor) -> Tensor:
-    """Returns the gradient by the similarities in the inputs' dtype, if the device multiplies that fastest."""
+def _narrowed(inputs: Inputs, gradients: Gradients, row: Tensor, outs: list[Tensor]) -> list[Tensor]:
+    """Returns the gradients by the similarities in the inputs' dtype, if the device multiplies that fastest."""
     dtype = inputs.problem.dtype
     if not products.narrow(dtype, inputs.problem.device):
-        return out
+        return outs
     if gradients.gain is not None:
-        fit(out, gradients)
-    return torch.empty_strided(out.shape, out.stride(), dtype=dtype, device=out.device).copy_(out)
+        fit(row, gradients)
+    return [torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device).copy_(x) for x in outs]
 
 
 def fit(out: Tensor, gradients: Gradients) -> None:

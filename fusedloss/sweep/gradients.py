@@ -34,7 +34,12 @@ class Gradients:
         # In fp64, which costs nothing here, because the parts of rows and chunks cancel.
         wide = wide_dtype(problem.device, inputs.dtype)
         self.scale = torch.zeros_like(problem.scale, dtype=wide) if wants.scale else None
-        self.scalars = [torch.zeros_like(problem.scale, dtype=wide) if x else None for x in wants.scalars]
+        number = 0 if problem.fold is None else len(problem.fold.scalars)
+        self.scalars = [torch.zeros_like(problem.scale, dtype=wide) if x else None for x in wants.scalars[:number]]
+        fold = problem.fold
+        self.beside: Tensor | None = None  # by a fold's columns beside the blocks
+        if fold is not None and fold.beside is not None and wants.scalars[-1:] == (True,):
+            self.beside = torch.zeros_like(fold.beside.values, dtype=inputs.dtype)
         self.gain = _gain(inputs)
         self.operands = [
             Gradient(problem, number, self._finisher(number), into) if wanted else None

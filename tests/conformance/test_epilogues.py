@@ -102,7 +102,7 @@ def _tally(backend: Any, name: str, strip: Strip) -> None:
 FOLDS = sweeps._FOLDS | {
     "batch_all": {"options": (0.5,), "labels": True, "same": True, "kind": "lattice"},
     "semi_hard": {"options": (0.5,), "labels": True, "same": True},
-    "distill": {"scale": 20.0, "teacher": True, "cosine": True},
+    **{name: {"scale": 20.0, "teacher": True, "cosine": True} for name in ("distill", "distill_ce", "distill_mse")},
 }
 
 

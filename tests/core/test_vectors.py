@@ -223,6 +223,21 @@ CASES = {
         {"logit_scale": one(2.0), "teacher_logit_scale": one(3.0)},
         learnt=("logit_scale",),
     ),
+    "info_nce_distill": Case(
+        F.info_nce_distill,
+        {
+            **embeddings("query", "key", "teacher_query", "teacher_key", "bank", "teacher_bank"),
+            "negatives": normal(M, K, D),
+            "teacher_negatives": normal(M, K, D),
+        },
+        {
+            "temperature": one(0.5),
+            "teacher_temperature": one(0.5),
+            "mask": may(M, 2 * M),
+            "negatives_mask": may(M, K),
+        },
+        learnt=("temperature",),
+    ),
     "multiple_negatives_ranking": Case(
         F.multiple_negatives_ranking,
         TRIPLET,

@@ -694,6 +694,49 @@ def clip_distill(d: Draw) -> Case:
     )  # fmt: skip
 
 
+@drawer("info_nce_distill")
+def info_nce_distill(d: Draw) -> Case:
+    M, D, T = d.rows(), d.dim(), d.dim()
+    directions = d.pick(("query_to_key",), ("key_to_query",), ("query_to_key", "key_to_query"))
+    N = d.pick(M, M + d.whole(1, 20)) if directions == ("query_to_key",) else M
+    normalize, form = d.chance(0.5), d.pick("kl", "ce", "mse")
+    dtype = d.pick(d.dtype, d.dtype, torch.float32, torch.bfloat16)
+    t = {"query": d.embeddings(M, D, zeros=normalize), "key": d.embeddings(N, D, zeros=normalize)}
+    t |= {f"teacher_{n}": d.embeddings(rows, T, dtype=dtype, zeros=normalize) for n, rows in (("query", M), ("key", N))}
+    temperature, taught = d.parameter(d.log(0.05, 10)), d.parameter(d.log(0.05, 10))
+    options: dict[str, Any] = {"directions": directions, "form": form} | ({"normalize": True} if normalize else {})
+    for n, x in (("temperature", temperature), ("teacher_temperature", taught)):
+        if isinstance(x, Tensor):
+            t[n] = x
+    d.reduction(options)
+    grads = [n for n in ("query", "key", "temperature") if n in t and d.chance(0.9)]
+
+    def formula(o: Ops, v: SimpleNamespace) -> Rows:
+        z = products(v.query, v.key, normalize) / (v.temperature.reshape(()) if "temperature" in t else temperature)
+        other = v.teacher_temperature.reshape(()) if "teacher_temperature" in t else taught
+        w = products(v.teacher_query, v.teacher_key, normalize) / other
+        losses = []
+        for direction in directions:
+            student, teacher = (z, w) if direction == "query_to_key" else (z.T, w.T)
+            log_p, log_q = teacher - lse(teacher)[:, None], student - lse(student)[:, None]
+            p, q = log_p.exp(), log_q.exp()
+            terms = {"kl": p * (log_p - log_q), "ce": -p * log_q, "mse": (q - p) ** 2}[form]
+            losses.append(terms.sum(1))
+        return Rows(torch.stack(losses).mean(0))
+
+    def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
+        return f(v["query"], v["key"], v["teacher_query"], v["teacher_key"],
+                 temperature=v.get("temperature", temperature),
+                 teacher_temperature=v.get("teacher_temperature", taught), **o)  # fmt: skip
+
+    columns = "row" if N == M else None
+    return Case(
+        "info_nce_distill", d.dtype, t, call, formula, tuple(grads), options,
+        axes={"query": ("row", None), "teacher_query": ("row", None), "key": (columns, None),
+              "teacher_key": (columns, None)}, rows_axis="row", module="InfoNCEDistillLoss",
+    )  # fmt: skip
+
+
 @drawer("mega_batch_margin", "in_batch_margin_ranking")
 def margins(d: Draw, name: str) -> Case:
     B, D = d.rows(), d.dim()

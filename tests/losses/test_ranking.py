@@ -648,6 +648,7 @@ MODULES = {
 # What each option may be beside its default, with what it needs to matter.
 OPTIONS = {
     "temperature": {"temperature": 0.3},
+    "teacher_temperature": {"teacher_temperature": 0.3},
     "scale": {"scale": 3.0},
     "label_smoothing": {"label_smoothing": 0.3},
     "ignore_index": {"ignore_index": 7},
@@ -687,6 +688,8 @@ OPTIONS = {
     "compact": {"compact": False},
     "options": {"options": getattr(torch.nn, "LinearCrossEntropyOptions", object)()},
 }
+# Where a name of an option means something else in another module.
+OF_MODULES = {"InfoNCEDistillLoss": {"form": {"form": "mse"}, "directions": {"directions": ("key_to_query",)}}}
 # Of a group of one process, which the test has.
 OF_GROUPS = {
     "group": {},
@@ -752,6 +755,7 @@ def test_a_module_is_its_function(name, group_of_one):
     assert list(module.signature.parameters) == [*(n for n in options if n not in later), *later]
     for option in module.signature.parameters:
         chosen = OF_GROUPS[option] | {"group": group_of_one} if option in OF_GROUPS else OPTIONS[option]
+        chosen = OF_MODULES.get(name, {}).get(option, chosen)
         chosen = chosen | {"normalize": True} if option == "margin" and "normalize" in options else chosen
         made = module(**chosen)
         found = made(*positional, **named)

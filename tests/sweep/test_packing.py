@@ -7,7 +7,7 @@ import torch
 
 from fusedloss import UnsupportedError
 from fusedloss.core.mask import Compare, Guide, GuideRule, Mask
-from fusedloss.core.problem import Block, Fold, Margin, Problem, Ranks
+from fusedloss.core.problem import Beside, Block, Fold, Margin, Problem, Ranks
 from fusedloss.core.transforms import Transform
 from fusedloss.sweep import packing
 
@@ -40,8 +40,9 @@ def whole():
         True,
         "cosine",
         (vector(), vector()),
-        Guide(vector(3, 2), vector(3, 2)),
+        (Guide(vector(3, 2), vector(3, 2)), Guide(vector(3, 2), vector(3, 2))),
         vector(),
+        Beside(vector(3, 2), vector(3, 2), torch.ones(3, 2, dtype=torch.bool)),
     )
     return Problem(
         (vector(3, 4), vector(3, 4), vector(3, 4)),
@@ -124,14 +125,14 @@ def test_what_is_apart_holds_no_tensor():
 
     problem = whole()
     empty, inputs, constants = packing.take_apart(problem)
-    assert tensors(problem) == len(inputs) + len(constants) == 24 and tensors(empty) == 0
+    assert tensors(problem) == len(inputs) + len(constants) == 29 and tensors(empty) == 0
 
 
 def test_inputs_are_in_the_order_of_gradients():
     problem = whole()
     biases = [block.bias for block in problem.blocks if block.bias is not None]
-    wanted = [*problem.operands, *biases, problem.scale, *problem.fold.scalars]
-    assert all(map(same, packing.take_apart(problem)[1], wanted)) and len(wanted) == 7
+    wanted = [*problem.operands, *biases, problem.scale, *problem.fold.scalars, problem.fold.beside.values]
+    assert all(map(same, packing.take_apart(problem)[1], wanted)) and len(wanted) == 8
 
 
 def test_a_function_as_transform_stays_eager():

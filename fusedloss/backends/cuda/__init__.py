@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...core.folds import FOLDS as IN_TORCH
 from ...core.mask import GuideRule, Mask
-from ...core.numerics import FOLD_COPIES, cdiv, stats_dtype
+from ...core.numerics import cdiv, stats_dtype
 from ...core.problem import Problem
 from ...core.rows import guide_threshold
 from ...core.strips import RowSums, Softmax, Strip, Tally
@@ -68,7 +69,8 @@ def takes_units(problem: Problem) -> bool:
 
 
 def workspace_copies(problem: Problem) -> float:
-    return FOLD_COPIES if problem.fold is not None and not can_fold(problem) else 1
+    fold = problem.fold
+    return IN_TORCH[fold.name].copies if fold is not None and not can_fold(problem) else 1
 
 
 def can_halve(problem: Problem) -> bool:

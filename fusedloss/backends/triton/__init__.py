@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ...core import products
+from ...core.folds import FOLDS
 from ...core.mask import GuideRule, StripMask
-from ...core.numerics import FOLD_COPIES, cdiv, stats_dtype
+from ...core.numerics import cdiv, stats_dtype
 from ...core.problem import Problem
 from ...core.rows import guide_threshold
 from ...core.strips import RowSums, Softmax, Strip, Tally
@@ -58,7 +59,7 @@ def can_fold(problem: Problem) -> bool:
 
 
 def workspace_copies(problem: Problem) -> float:
-    return FOLD_COPIES if problem.fold is not None else 1
+    return FOLDS[problem.fold.name].copies if problem.fold is not None else 1
 
 
 def can_halve(problem: Problem) -> bool:
