@@ -279,16 +279,19 @@ def fold_part(
     rows = row_numbers(chunk.stop, problem.scale)
     rows = rows[chunk.start :] if chunk.start else rows
     row_labels, key_labels = fold.labels or (None, None)
-    if fold.teachers and room is None:
-        places = fold_places(problem)
-        room = problem.scale.new_empty((len(rows), places[-1].stop))
-    for (query, key), place in zip(fold.teachers, places, strict=False):
-        assert room is not None
-        if not (products.narrow(key.dtype, key.device) and query.dtype == key.dtype):
-            query, key = query.to(room.dtype), key.to(room.dtype)
-        products.mm(room[:, place], query[chunk], key.T)
-    if fold.beside is not None and room is not None:
-        room[:, places[-1]] = fold.beside.teacher[chunk]
+    if fold.teachers and room is None:  # by calls that torch.func can transform
+        wide = problem.scale.dtype
+        parts = [query[chunk].to(wide) @ key.to(wide).T for query, key in fold.teachers]
+        parts += [] if fold.beside is None else [fold.beside.teacher[chunk]]
+        room = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    elif room is not None:
+        for (query, key), place in zip(fold.teachers, places, strict=False):
+            query = query[chunk]
+            if not (products.narrow(key.dtype, key.device) and query.dtype == key.dtype):
+                query, key = query.to(room.dtype), key.to(room.dtype)
+            products.mm(room[:, place], query, key.T)
+        if fold.beside is not None:
+            room[:, places[-1]] = fold.beside.teacher[chunk]
     return Part(
         rows,
         problem.weight[chunk],

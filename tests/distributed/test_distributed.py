@@ -83,6 +83,14 @@ class Batch:
 ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 unit = torch.nn.functional.normalize
 ranking = fusedloss.multiple_negatives_ranking
+
+
+def distill(b, strategy="gather", **options):
+    """With a teacher of dimension G; it has no other strategy."""
+    assert strategy == "gather"
+    return fusedloss.info_nce_distill(b.x, b.y, b.g0, b.g1, temperature=b.temperature, **options)
+
+
 CASES = {
     "info_nce": lambda b, **k: fusedloss.info_nce(b.x, b.y, temperature=b.temperature, **k),
     "info_nce, normalized, sum": lambda b, **k: fusedloss.info_nce(b.x, b.y, normalize=True, reduction="sum", **k),
@@ -188,6 +196,19 @@ CASES = {
         b.x, b.labels, temperature=b.temperature, transform=fusedloss.transforms.generalised(0.5), **k
     ),
     "sup_con, in": lambda b, **k: fusedloss.sup_con(b.x, b.labels, temperature=b.temperature, form="in", **k),
+    "distill, both directions": lambda b, **k: distill(
+        b, directions=("query_to_key", "key_to_query"), mask=masks.same_id(b.ids, b.ids), **k
+    ),
+    "distill, negatives, sum": lambda b, **k: distill(
+        b,
+        form="mse",
+        normalize=True,
+        negatives=torch.stack((b.n, b.m), 1),
+        teacher_negatives=torch.stack((b.g2, b.g3), 1),
+        mask=masks.not_self(1),
+        reduction="sum",
+        **k,
+    ),
     "nt_xent": lambda b, **k: fusedloss.nt_xent(b.x, b.y, temperature=b.temperature, **k),
 }
 # A gradient's scale is a factor, the same in each dtype.
@@ -198,7 +219,7 @@ OPTIONS = [
     for scale_and_reduction in (("ddp", None), ("sum", None), ("match:tevatron", None), ("ddp", "none"))
     if dtype == torch.float64 or scale_and_reduction in (("ddp", None), ("ddp", "none"))
 ]
-WHOLE_ROWS = "sup_con, in"  # which a ring does not have
+WHOLE_ROWS = ("sup_con, in", "distill, both directions", "distill, negatives, sum")  # which a ring does not have
 
 
 def settings(name, size):
@@ -207,7 +228,7 @@ def settings(name, size):
         (sizes, *options)
         for sizes in SHARDS[size]
         for options in OPTIONS
-        if not (options[-1] and "sum" in name) and not (options[1] == "ring" and name == WHOLE_ROWS)
+        if not (options[-1] and "sum" in name) and not (options[1] == "ring" and name in WHOLE_ROWS)
     ]
     first = list(CASES).index(name) % len(cases)
     cases = cases[first:] + cases[:first]

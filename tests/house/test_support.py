@@ -327,7 +327,8 @@ def nothing_read_back(at: Point) -> None:
 
 
 def with_group(at: Point, strategy: str, **options: Any) -> None:
-    across = {"group": dist.group.WORLD, "strategy": strategy, "grad_scale": "sum"}
+    across = {"group": dist.group.WORLD, "grad_scale": "sum"}
+    across |= {"strategy": strategy} if "strategy" in parameters(at.loss) else {}
     close(derived(at.call("chunked", **across, **options), at.learn), formula(at, **options), 1e-9)
 
 
@@ -347,7 +348,8 @@ def options_of(loss: str) -> dict[str, dict[str, Any] | None]:
         ("bool", "same_id", "same_group", "score_margin", "guide", "not_self", "smoothing", "stats", "bank", "weight")
     )
     if takes_masks(has.get("mask")):
-        N = sum(map(len, others))
+        taught = sum(name.startswith("teacher_") for name, p in has.items() if p.kind is not p.KEYWORD_ONLY)
+        N = sum(map(len, others[: len(others) - taught]))
         ids = draw.index(3, ROWS), draw.index(3, N)
         found["bool"] = {"mask": draw.share(ROWS, N) > 0.4}
         found["same_id"] = {"mask": masks.same_id(*ids)}
@@ -365,6 +367,7 @@ def options_of(loss: str) -> dict[str, dict[str, Any] | None]:
         found["stats"] = {"return_stats": True}
     if "bank" in has:
         found["bank"] = {"bank": draw.x(3, first.shape[1])}
+        found["bank"] |= {"teacher_bank": draw.x(3, others[-1].shape[1])} if "teacher_bank" in has else {}
     for option in ("weight", "class_weight"):
         if option in has and has[option].default is None:
             found["weight"] = {option: draw.share(*weight_shape(loss, option, first))}
@@ -429,8 +432,8 @@ def first_row(name: str) -> list[str]:
         cells.append(of_backends({b: works(lambda p=probe, b=b: p(at, b), "'reference'") for b in backends}))
     cells.append(said(works(lambda: compiled(at), "fullgraph")))
     cells.append(said(works(lambda: nothing_read_back(at), "capture")))
-    for strategy in ("gather", "ring"):
-        cells.append(said(works(lambda s=strategy: with_group(at, s), "group", "strategy")) if "group" in has else NONE)
+    for strategy, option in (("gather", "group"), ("ring", "strategy")):
+        cells.append(said(works(lambda s=strategy: with_group(at, s), "group", "strategy")) if option in has else NONE)
     return cells
 
 
@@ -456,13 +459,15 @@ def across_row(loss: str) -> list[str]:
     options = options_of(loss)
     keyword = "negatives" in has and has["negatives"].kind is inspect.Parameter.KEYWORD_ONLY
     options["negatives"] = {"negatives": draw.x(ROWS, 2, DIM)} if keyword else None
+    if "teacher_negatives" in has:
+        options["negatives"] = {"negatives": draw.x(ROWS, 2, DIM), "teacher_negatives": draw.x(ROWS, 2, 3)}
     options["columns"] = {"target": draw.index(ROWS)} if "target" in has else None
     for given in options.values():
         if given is None:
             cells.append(NONE)
             continue
         probed = {}
-        for strategy in ("gather", "ring"):
+        for strategy in ("gather", "ring") if "strategy" in has else ("gather",):
             probe = lambda s=strategy, g=given: with_group(point(loss), s, **g)
             probed[strategy] = works(probe, argument(given))
         cells.append(of_backends(probed))
@@ -492,7 +497,7 @@ loss has no such option. Nothing is promised beyond this page.
 * *compile*: `torch.compile(fullgraph=True)` on `chunked`, forward and backward.
 * *capture*: as a CUDA graph, by the host's path: on tensors without values, forward and backward read nothing back.
   No GPU has run it. Not captured: anything with `group=`, which asks the other ranks' sizes, and `compact=True`.
-* *group*, *ring*: `group=` with `strategy="gather"` and `"ring"`.
+* *group*, *ring*: `group=` with `strategy="gather"` and `"ring"`; a loss without a ring gathers.
 
 {first}
 

@@ -249,21 +249,20 @@ CASES: dict[str, Callable[[Batch], Case]] = {
     "info_nce_distill": lambda b: Case(
         F.info_nce_distill,
         (b.x(), b.x(), b.fixed(b.rows, 3), b.fixed(b.rows, 3)),
-        {"temperature": 0.5, "directions": ("query_to_key", "key_to_query")},
+        {"temperature": 0.5},
     ),
-    "info_nce_distill, negatives, bank": lambda b: Case(
+    "info_nce_distill, negatives": lambda b: Case(
         F.info_nce_distill,
         (b.x(), b.x(), b.fixed(b.rows, 3), b.fixed(b.rows, 3)),
         {
             "temperature": b.number(0.5),
             "form": "mse",
+            "directions": ("query_to_key", "key_to_query"),
             "normalize": True,
             "negatives": b.x(b.rows, 2, D),
             "teacher_negatives": b.fixed(b.rows, 2, 3),
             "negatives_mask": b.bits(b.rows, 2),
-            "bank": b.x(5, D),
-            "teacher_bank": b.fixed(5, 3),
-            "mask": masks.same_id(b.labels(), b.below(3, b.rows + 5)),
+            "mask": masks.same_id(b.labels(), b.labels()),
         },
     ),
     "info_nce, normalize": _info_nce(temperature=lambda b: b.number(0.5), normalize=lambda b: True),
