@@ -220,6 +220,25 @@ def test_both_directions_without_masks_are_clip_distill():
     torch.testing.assert_close(both, fusedloss.clip_distill(query, key, 2.0, *teacher, 5.0))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_of_one_matrix(backend):
+    """Self-similarities, each row's own left out: the matrix has one gradient, of both of its sides."""
+    x, taught = randn(7, 4), randn(7, 3)
+    others = ~torch.eye(7, dtype=torch.bool)
+    options = {"form": "mse", "directions": (QUERY_TO_KEY,), "normalize": True}
+
+    def found(x):
+        mask, own = masks.not_self(), {"temperature": 0.5, "teacher_temperature": 0.25, "backend": backend}
+        return fusedloss.info_nce_distill(x, x, taught, taught, mask=mask, **own, **options)
+
+    def wanted(x):
+        teacher = (taught, taught, None, None)
+        return formula(x, (x, None, None), teacher, 0.5, 0.25, admitted=others, reduction="mean", **options)
+
+    for a, b in zip(*(testing.value_and_gradients(f, [x]) for f in (found, wanted)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_a_bank_may_be_overwritten_before_the_backward():
     query, key, bank = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3), torch.randn(5, 3)
     wanted = torch.autograd.grad(distilled(query, key, bank=bank.clone(), teacher_bank=bank), query)[0]

@@ -67,6 +67,9 @@ def family_memory(loss: str, n: int) -> int:
         "sup_con": lambda q, k: fusedloss.sup_con(q, labels),
         "siglip": lambda q, k: fusedloss.siglip(q, k, 10.0, -10.0),
         "clip_distill": lambda q, k: fusedloss.clip_distill(q, k, 10.0, gx, gy, 5.0),
+        "info_nce_distill": lambda q, k: fusedloss.info_nce_distill(
+            q, k, gx, gy, normalize=True, mask=fusedloss.masks.same_id(labels, labels)
+        ),
         "batch_hard_triplet": lambda q, k: fusedloss.batch_hard_triplet(q, labels),
         "batch_all_triplet": lambda q, k: fusedloss.batch_all_triplet(q, labels),
         "mega_batch_margin": lambda q, k: fusedloss.mega_batch_margin(q, k),
@@ -89,6 +92,7 @@ def family_memory(loss: str, n: int) -> int:
             "sup_con",
             "siglip",
             "clip_distill",
+            "info_nce_distill",
             "batch_hard_triplet",
             "batch_all_triplet",
             "mega_batch_margin",
