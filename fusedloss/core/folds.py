@@ -649,7 +649,7 @@ def semi_hard_formula(values: Tensor, part: Part, scalars: Scalars, options: Opt
 # Distillation ---------------------------------------------------------------------------------------------------------
 
 # Elements of a tile: the passes over the logits of both models stay in a CPU's caches. Over whole chunks a step took
-# 1.33 times as long as its products at N = 4096, D = 384, T = 768; over tiles of 2^17 elements it takes 1.06.
+# 1.33 times as long as its products at N = 4096, D = 384, T = 768; over tiles of 2^17 elements it takes 1.1.
 DISTILL_TILE = 1 << 17
 DISTILL_COPIES = 6  # values and the teacher's; of a tile, both logits and both softmaxes
 Divergence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
