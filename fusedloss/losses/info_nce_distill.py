@@ -99,7 +99,7 @@ def info_nce_distill(
         student, own = student.cast(), None
         if negatives is not None and teacher_negatives is not None and negatives.shape[1]:
             own = _beside(student, teacher, negatives_mask, normalize, call)
-        elif negatives_mask is not None:
+        elif negatives is None and negatives_mask is not None:
             raise ValueError("negatives must be given with negatives_mask, got none; leave negatives_mask out")
         bound = _bound(mask, student)
         scale, number = as_scale(temperature, query, inverse=True)
@@ -224,6 +224,9 @@ def _check_embeddings(student: Embeddings, teacher: Embeddings, directions: Sequ
         if (own is None) != (other is None):
             given, missing = (name, f"teacher_{name}") if other is None else (f"teacher_{name}", name)
             raise ValueError(f"{missing} must be given with {given}, got None; pass both or none")
+    for name in ("negatives", "bank"):
+        if getattr(student, name) is not None and "query_to_key" not in directions:
+            raise ValueError(f"directions must hold 'query_to_key' with {name}, got {directions!r}; leave {name} out")
     if across and student.bank is not None:
         raise ValueError("bank must not be given together with group, got both; leave one of them out")
     for prefix, model in (("", student), ("teacher_", teacher)):

@@ -66,7 +66,8 @@ def cases(draw):
     admitted = [torch.ones(M, N, dtype=torch.bool)]
     tensors = {"query": randn(M, D), "key": randn(N, D), "temperature": randn().exp()}
     fixed = {"teacher_query": randn(M, T), "teacher_key": randn(N, T), "teacher_temperature": randn().exp().item()}
-    if draw(st.booleans()):
+    ahead = QUERY_TO_KEY in directions  # which alone has further columns
+    if ahead and draw(st.booleans()):
         B = draw(st.integers(0, 3))
         fixed |= {"bank": randn(B, D), "teacher_bank": randn(B, T)}
         admitted.append(torch.ones(M, B, dtype=torch.bool))
@@ -87,7 +88,7 @@ def cases(draw):
             offset = draw(st.integers(-2, 2))
             there = torch.arange(width) == torch.arange(M)[:, None] + offset
             fixed["mask"], admitted = masks.not_self(offset), [~there]
-    if draw(st.booleans()):
+    if ahead and draw(st.booleans()):
         K = draw(st.integers(0, 3))
         tensors["negatives"], fixed["teacher_negatives"] = randn(M, K, D), randn(M, K, T)
         keep = torch.ones(M, K, dtype=torch.bool)
@@ -273,6 +274,10 @@ def distilled(query: Tensor, key: Tensor, teacher_query=None, teacher_key=None, 
         (
             {"negatives": torch.ones(3, 1, 2), "teacher_negatives": torch.ones(3, 2, 2)},
             r"teacher_negatives must be \[3, 1, any\], like negatives, got \[3, 2, 2\]",
+        ),
+        (
+            {"directions": (KEY_TO_QUERY,), "bank": torch.ones(2, 2), "teacher_bank": torch.ones(2, 2)},
+            "directions must hold 'query_to_key' with bank, got",
         ),
         ({"negatives_mask": torch.ones(3, 1, dtype=torch.bool)}, "negatives must be given with negatives_mask, got"),
         ({"mask": masks.score_margin(0.1)}, "mask must be masks.same_id, masks.same_group, masks.not_self or a bool"),
