@@ -24,7 +24,6 @@ from fusedloss.losses.distill import distill_kl_div as distill_kl_div
 from fusedloss.losses.embed_distill import embed_distill as embed_distill
 from fusedloss.losses.focal import focal as focal
 from fusedloss.losses.info_nce_distill import info_nce_distill as info_nce_distill
-from fusedloss.losses.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from fusedloss.losses.lists import adr_mse as adr_mse
 from fusedloss.losses.lists import lambda_loss as lambda_loss
 from fusedloss.losses.lists import list_mle as list_mle
