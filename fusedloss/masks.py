@@ -220,5 +220,13 @@ def bind(mask: Mask | Tensor | None, rows: int, widths: Sequence[int], like: Ten
     return masks
 
 
+def mirrored(mask: Mask | Tensor | None) -> bool:
+    """Whether a mask of rows against themselves admits (j, i) where it admits (i, j), by what it is made of."""
+    if not isinstance(mask, Mask):
+        return mask is None
+    by_row = mask.dense is not None or mask.margin is not None or mask.guide is not None or bool(mask.offset)
+    return not by_row and all(c.rows is c.keys for _, c in mask.compare)
+
+
 def rule(mask: Mask | Tensor | None) -> core.GuideRule:
     return mask.rule if isinstance(mask, Mask) else core.GuideRule()

@@ -87,6 +87,11 @@ def can_halve(problem: Problem) -> bool:
     return problem.fold is None or problem.fold.name in SIDED
 
 
+def can_halve_rows(problem: Problem) -> bool:
+    """On a GPU the passes over half of the logits, for rows and for columns, are as many as those over all for rows."""
+    return False
+
+
 def workspace_copies(problem: Problem) -> float:
     """Returns a chunk's memory in matrices of its size; a guide's fp32 similarities of block 0 are one more."""
     if problem.fold is not None:

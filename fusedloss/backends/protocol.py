@@ -121,7 +121,10 @@ class Sweeps(Rows, Protocol):
         """Whether `fold_rows` replaces `similarities` and a fold in torch; the backend then implements `FoldsRows`."""
 
     def can_halve(self, problem: Problem) -> bool:
-        """Whether one matrix against itself takes half of the tiles; the backend then implements `Halves`."""
+        """Whether one matrix against itself takes half of its square tiles; the backend then implements `Halves`."""
+
+    def can_halve_rows(self, problem: Problem) -> bool:
+        """Whether one matrix against itself takes half of its chunks' columns, by the functions of rows and columns."""
 
     def workspace_dtype(self, problem: Problem) -> torch.dtype: ...
 

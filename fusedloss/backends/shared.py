@@ -1,4 +1,4 @@
-"""Shared by both sets of hand-written kernels: a shift known to be safe, and the check of vectors."""
+"""Shared by both sets of hand-written kernels: which modes they have, a safe shift, and the check of vectors."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ NO_FACTOR = (
 
 def can_exp(problem: Problem) -> bool:
     return problem.has_safe_shift
+
+
+def can_halve_rows(problem: Problem) -> bool:
+    return problem.fold is None and not problem.wants_tally  # counts are of rows alone
 
 
 def exp_shift(problem: Problem) -> float:

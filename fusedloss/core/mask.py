@@ -120,6 +120,13 @@ class StripMask(NamedTuple):
         }
         return self._replace(compare=tuple(c._replace(rows=rows_of(c.rows, part)) for c in self.compare), **tensors)
 
+    def columns(self, part: slice) -> StripMask:
+        """Returns the mask of some columns, counted from the first of them, before a guide has dropped any."""
+        exempt, skip = (x - part.start if x is not None and part.start else x for x in (self.exempt, self.skip))
+        dense = None if self.dense is None else self.dense[:, part]
+        compare = tuple(c._replace(keys=c.keys[part]) for c in self.compare)
+        return self._replace(compare=compare, dense=dense, exempt=exempt, skip=skip)
+
     @property
     def vectors(self) -> dict[str, Tensor | None]:
         """Returns the parts that are one number per row, by the names under which kernels read them."""

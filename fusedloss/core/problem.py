@@ -149,6 +149,8 @@ class Problem:
     that every row counts, with weight 1; a mean then needs no sum of the weights. transform: of each row's loss (of
     each direction's, if `symmetric`), before its weight; with neither smoothing nor z_loss nor prefixes.
     bias_on_target: whether block 0's bias, which then has no gradient, is added to the targets' logits as well.
+    mirrored: whether the host knows, where one matrix stands on both sides, that the mask admits (j, i) where it admits
+    (i, j), and that row i is the target of its target. A device's values need not be read then to see it.
     """
 
     operands: tuple[Learned, ...]
@@ -176,6 +178,7 @@ class Problem:
     every_row: bool = False
     transform: Transform | None = None
     bias_on_target: bool = True
+    mirrored: bool = False
 
     def __post_init__(self) -> None:
         _set(self, target=self.target.contiguous(), weight=self.weight.contiguous())

@@ -161,7 +161,8 @@ def settle(
 
 def patch_target(patch: Patch, entry: Tensor) -> None:
     out, target, row_factor, col_factor = patch
-    none, target = target < 0, target.clamp(min=0)
+    columns = out.shape[1]
+    none, target = (target < 0) | (target >= columns), target.clamp(0, max(columns - 1, 0))
     if row_factor is not None and col_factor is not None:
         entry = entry * row_factor * col_factor[target]
     index, entry = target[:, None], entry[:, None].to(out.dtype)

@@ -32,6 +32,16 @@ class Strip(NamedTuple):
     softcap: float = 0.0
     onednn: int = 0  # see `products.Chosen.sim`
 
+    def columns(self, part: slice) -> Strip:
+        """Returns the strip of some columns, counted from the first of them; without a column of its own scale."""
+        return self._replace(
+            y=self.y[part],
+            col_factor=None if self.col_factor is None else self.col_factor[part],
+            bias=None if self.bias is None else self.bias[part],
+            target=self.target - part.start if self.target is not None and part.start else self.target,
+            mask=None if self.mask is None else self.mask.columns(part),
+        )
+
 
 class Tile(NamedTuple):
     """A tile on or above the diagonal of one matrix against itself."""

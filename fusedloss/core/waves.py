@@ -8,22 +8,43 @@ GEMM_TILE = (128, 256)  # of the vendor's GEMMs on large products
 ACCUMULATION = 244  # reading and writing dy's fp32 sums once a chunk takes 244 / rows of the three products' time
 
 
+def _filled(rows: int, D: int, multiprocessors: int) -> float:
+    """Returns the part of its waves that a GEMM of rows x D fills."""
+    tiles = cdiv(rows, GEMM_TILE[0]) * cdiv(D, GEMM_TILE[1])
+    return tiles / (cdiv(tiles, multiprocessors) * multiprocessors)
+
+
 def wave_rows(M: int, D: int, most: int, multiprocessors: int) -> int:
     """Rows a chunk for which dx's GEMM, rows x D, fills whole waves of the device, up to `most`.
 
     On 132 multiprocessors: 5632 at D = 768 (132 tiles; 4096 rows would fill 73 %), 8448 at D = 1024 and 4096.
     """
-    tile_m, tile_n = GEMM_TILE
+    tile_m = GEMM_TILE[0]
     if most >= M:
         return max(1, M)
     if most < 2 * tile_m:
         return max(1, most)
-    columns = cdiv(D, tile_n)
-
-    def filled(rows: int) -> float:
-        tiles = rows // tile_m * columns
-        return tiles / (cdiv(tiles, multiprocessors) * multiprocessors)
-
     candidates = range(tile_m, most + 1, tile_m)
     # An idle part of dx's third of the work costs (1 / filled - 1) / 3.
-    return min(candidates, key=lambda rows: (1 / filled(rows) - 1) / 3 + ACCUMULATION / rows)
+    return min(candidates, key=lambda rows: (1 / _filled(rows, D, multiprocessors) - 1) / 3 + ACCUMULATION / rows)
+
+
+def half_rows(M: int, D: int, most: int, multiprocessors: int, whole: int, products: int) -> int:
+    """Rows a chunk, up to `most`, of one matrix of M rows against itself and the rows behind each; 0 if all take less.
+
+    whole: the rows of a chunk against all, which take so many products of M x M x D. A chunk's part on and above the
+    diagonal has two products of similarities and dx's, the one above it dy's. So one chunk takes three products.
+    """
+
+    def half(rows: int) -> float:
+        number, rest = divmod(M, rows)
+        columns = number * M - rows * number * (number - 1) // 2  # of all whole chunks
+        above = 1 - (rows * columns + rest * rest) / M**2
+        of_rows = rows * columns / _filled(rows, D, multiprocessors)
+        of_rest = rest * rest / _filled(rest, D, multiprocessors) if rest else 0
+        return 2 * (1 - above) + (of_rows + of_rest) / M**2 + above + 3 * ACCUMULATION * (columns + rest) / M**2
+
+    least = products - 1 + 1 / _filled(whole, D, multiprocessors) + 3 * ACCUMULATION / whole
+    candidates = [*range(GEMM_TILE[0], min(most, M - 1) + 1, GEMM_TILE[0]), *([M] if 0 < M <= most else [])]
+    best = min(candidates, key=half, default=0)
+    return best if best and half(best) < least else 0

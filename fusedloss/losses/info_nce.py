@@ -253,6 +253,7 @@ def info_nce_problem(
         margin=Margin(cosine=float(margin)) if margin else NO_MARGIN,
         decoupled=decoupled,
         transform=phi,
+        mirrored=query is key and target is None and masks.mirrored(mask),
     )
 
 

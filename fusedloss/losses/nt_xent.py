@@ -106,4 +106,5 @@ def nt_xent_problem(
         decoupled=decoupled,
         wants_tally=call.return_stats,
         transform=transforms.bind(transform),
+        mirrored=True,
     )

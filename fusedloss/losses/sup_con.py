@@ -131,6 +131,7 @@ def _log_sum_exp(x: Tensor, counts: Tensor, scale: Tensor, scale_bound: float | 
         scale_bound=scale_bound,
         workspace_bytes=call.workspace_bytes,
         decoupled=True,
+        mirrored=True,
     )
 
 

@@ -30,7 +30,7 @@ from .gradients import Gradients, gemm_dtype
 from .inputs import Elsewhere, Inputs, part
 from .prefixes import sweep_prefixes
 from .smoothing import Smoothing
-from .triangle import Triangle, disordered, halved, ordered, tops
+from .triangle import Staircase, Triangle, disordered, halved, ordered, tops
 
 __all__ = ["Elsewhere", "Partial", "Result", "Wants", "run", "top_rows", "workspace_shape"]
 
@@ -109,7 +109,7 @@ class _Sweep:
         counts = problem.wants_tally or self.by_row_smoothing
         self.tally = Tally.empty(problem.rows, problem.weight) if counts else None
         self.smoothing = Smoothing(self.inputs) if problem.label_smoothing and not self.by_row_smoothing else None
-        self.gradients = Gradients(self.inputs, wants, into)
+        self.gradients = Gradients(self.inputs, wants, into, half)
 
     def run(self) -> Result:
         problem = self.problem
@@ -121,7 +121,7 @@ class _Sweep:
         elif problem.symmetric:
             losses = self._symmetric()
         elif self.half:
-            losses = Triangle(self).softmax()
+            losses = (Triangle if self.backend.can_halve(problem) else Staircase)(self).softmax()
         elif self.wants.any:
             losses = self._one_directional()
         else:

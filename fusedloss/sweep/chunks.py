@@ -14,7 +14,7 @@ from ..core import checks
 from ..core.numerics import cdiv
 from ..core.problem import Problem
 from ..core.rows import fold_places, fresh
-from ..core.waves import wave_rows
+from ..core.waves import half_rows, wave_rows
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -40,14 +40,19 @@ def chunk_rows(M: int, N: int, D: int, itemsize: int, device: torch.device, work
             f"allow {MIN_ROWS} rows, {MIN_ROWS * row_bytes} bytes, or more"
         )
     if device.type == "cuda":
-        card = _properties(device)
-        least = min(CUDA_LEAST_ROWS * row_bytes, card.total_memory // CUDA_SHARE)
-        budget = max(CUDA_BYTES, least) if workspace_bytes is None else workspace_bytes
-        return wave_rows(M, D, min(CUDA_ROWS, budget // row_bytes), card.multi_processor_count)
+        most = _most_rows(row_bytes, device, workspace_bytes)
+        return wave_rows(M, D, most, _properties(device).multi_processor_count)
     rows = min(CPU_ROWS, (workspace_bytes or CPU_BYTES) // row_bytes)
     if rows < MIN_ROWS and workspace_bytes is not None:
         return min(max(rows, 1), max(M, 1))
     return max(1, min(max(MIN_ROWS, rows // MIN_ROWS * MIN_ROWS), M))
+
+
+def _most_rows(row_bytes: int, device: torch.device, workspace_bytes: int | None) -> int:
+    """Returns the rows that fit the budget on a GPU."""
+    least = min(CUDA_LEAST_ROWS * row_bytes, _properties(device).total_memory // CUDA_SHARE)
+    budget = max(CUDA_BYTES, least) if workspace_bytes is None else workspace_bytes
+    return min(CUDA_ROWS, budget // row_bytes)
 
 
 def workspace_shape(problem: Problem, backend: Sweeps) -> tuple[tuple[int, int], torch.dtype]:
@@ -57,6 +62,28 @@ def workspace_shape(problem: Problem, backend: Sweeps) -> tuple[tuple[int, int],
     beside = math.ceil(width * backend.workspace_copies(problem))
     rows = chunk_rows(problem.rows, beside, D, dtype.itemsize, problem.device, problem.workspace_bytes)
     return (rows, width), dtype
+
+
+def strip_rows(problem: Problem, backend: Sweeps) -> int:
+    """Returns the rows of a chunk that stands against itself and the rows behind it; 0 if that would save nothing.
+
+    All of them, or a multiple of PAD: columns that start behind a chunk keep the alignment of the kernels' loads.
+    """
+    (rows, width), dtype = workspace_shape(problem, backend)
+    products = 3 if backend.can_exp(problem) else 4
+    if problem.device.type == "cuda":
+        most = _most_rows(width * dtype.itemsize, problem.device, checks.budget(problem.workspace_bytes)[1])
+        card, D = _properties(problem.device), problem.operands[0].shape[1]
+        rows = half_rows(problem.rows, D, most, card.multi_processor_count, rows, products)
+    elif rows == problem.rows and products == 3:
+        return 0
+    return rows // PAD * PAD if rows < problem.rows else rows
+
+
+def strip_workspace(problem: Problem, backend: Sweeps, rows: int) -> Tensor:
+    """Returns the workspace of such chunks: the first one's columns behind it are the most, or its own."""
+    columns = cdiv(max(rows, problem.rows - rows), PAD) * PAD
+    return fresh(problem.scale, (rows, columns), backend.workspace_dtype(problem))
 
 
 def _block_widths(problem: Problem) -> list[int]:

@@ -23,8 +23,9 @@ from .inputs import Inputs, part
 class Gradients:
     """The gradients of one sweep. gain: the factor of dz in fp16, or None."""
 
-    def __init__(self, inputs: Inputs, wants: Wants, into: Mapping[int, Tensor] | None = None):
-        """into: the tensors that gradients of pure queries are added to; the others then are in fp32."""
+    def __init__(self, inputs: Inputs, wants: Wants, into: Mapping[int, Tensor] | None = None, half: bool = False):
+        """into: the tensors that gradients of pure queries are added to; the others then are in fp32. half: whether an
+        element is the gradient of both of its places."""
         problem = inputs.problem
         self.inputs, self.problem, self.wants = inputs, problem, wants
         self.biases = [
@@ -40,7 +41,7 @@ class Gradients:
         self.beside: Tensor | None = None  # by a fold's columns beside the blocks
         if fold is not None and fold.beside is not None and wants.scalars[-1:] == (True,):
             self.beside = torch.zeros_like(fold.beside.values, dtype=inputs.dtype)
-        self.gain = _gain(inputs)
+        self.gain = _gain(inputs, 2 if half else 1)
         self.operands = [
             Gradient(problem, number, self._finisher(number), into) if wanted else None
             for number, wanted in enumerate(wants.operands)
@@ -119,10 +120,14 @@ class Gradients:
         x, gradient, dtype = self.inputs.operands[number], self.operands[number], gemm_dtype(self.problem, values.dtype)
         if gradient is None:
             return
-        values, total = values.to(dtype), gradient.accumulator()
-        for (own, dim), other in zip(tile.directions, (tile.columns, tile.rows), strict=False):
-            onednn = self.inputs.onednn.dx if dim else self.inputs.onednn.dy
-            add_mm(total[own], values if dim else values.T, x[other].to(dtype), onednn)
+        total, onednn = gradient.accumulator(), self.inputs.onednn
+        rows, columns = x[tile.rows].to(dtype), x[tile.columns]
+        converts = not dtype == values.dtype == x.dtype
+        for some in slices(len(columns), chunks.CONVERTED_COLUMNS if converts else len(columns)):
+            entries = values[:, some].to(dtype)
+            add_mm(total[tile.rows], entries, columns[some].to(dtype), onednn.dx)
+            if tile.rows != tile.columns:
+                add_mm(total[tile.columns][some], entries.T, rows, onednn.dy)
 
     def undo_gain(self) -> None:
         """Divides the biases' gradients by the gain and the columns' factors."""
@@ -201,11 +206,12 @@ class Gradient:
         return out
 
 
-def _gain(inputs: Inputs) -> Tensor | None:
+def _gain(inputs: Inputs, places: int) -> Tensor | None:
     """Returns the gain of dz in fp16: the power of two that scales its largest possible value to fp16's upper half.
 
     Without it small values would round to 0. |dz| is at most the row's weight times both factors, at the target times
-    its slope, and times 1 + 2 z_loss lse, for which there is room up to 16. The gain of a fold is adjusted per chunk by
+    its slope, and times 1 + 2 z_loss lse, for which there is room up to 16. An element may be the sum of `places` of
+    them. The gain of a fold is adjusted per chunk by
     `folded.fit`. It is computed on the device and undone in fp32 after the GEMMs. A row of NaN spoils only itself.
     """
     problem, backend = inputs.problem, inputs.backend
@@ -220,7 +226,7 @@ def _gain(inputs: Inputs) -> Tensor | None:
     if inputs.prepared.slope is not None:
         weight = weight * inputs.prepared.slope.abs().clamp_min(1)
     weight = largest_finite(weight) if problem.rows else one
-    return power_of_two((11 if problem.z_loss else 15) - torch.log2(factors * weight))
+    return power_of_two((11 if problem.z_loss else 15) - torch.log2(factors * weight * places))
 
 
 def gemm_dtype(problem: Problem, stored: torch.dtype) -> torch.dtype:

@@ -3,12 +3,16 @@
 `S = X X^T` is symmetric. A tile `S_IJ` on or above the diagonal adds to the sums of the rows I, and by its columns to
 those of the rows J. Its gradient is that of both places, `W_IJ = dz_IJ + dz_JI^T`: `dX_I += W_IJ X_J` and
 `dX_J += W_IJ^T X_I`. That is 4 MND instead of 6.
+
+`Triangle` walks square tiles that stay in a CPU's caches, by primitives of their own. `Staircase` walks chunks of rows,
+each against itself and against all rows behind it, by the primitives that every kernel has for rows and columns.
 """
 
 # maths.md: Half of the tiles
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
@@ -35,20 +39,25 @@ def halved(problem: Problem, backend: Sweeps) -> Problem | None:
     """Returns the problem whose sweep takes half of the tiles, or None: the one place that decides it.
 
     The logits must be symmetric, with their masks, and the targets of rows that count mutual: row i is the target of
-    its target. A margin and a guide have a threshold by row, and smoothing over masked rows a share by row. A backend
-    that halves may read values.
+    its target. A margin and a guide have a threshold by row, and smoothing over masked rows a share by row. Values are
+    read to find that out by backends that halve tiles, on a CPU. For the others the host has to know it beforehand.
     """
     block, *others = problem.blocks
-    if others or block.query != block.key or problem.rows == 0 or not backend.can_halve(problem):
+    if others or block.query != block.key or problem.rows == 0:
         return None
     if block.bias is not None or block.penalty or block.own_penalty or problem.softcap or any(problem.margin):
         return None
     if problem.symmetric or problem.ranks is not None or problem.prefixes or problem.top or problem.smooths_by_row:
         return None
+    if not backend.can_halve(problem):
+        strips = problem.mirrored and backend.can_halve_rows(problem) and chunks.strip_rows(problem, backend) > 0
+        return problem if strips else None
     if problem.fold is not None:
         labels = problem.fold.labels
         plain = problem.fold.itself and not problem.fold.distance
         return problem if plain and labels is not None and _same(*labels) else None
+    if problem.mirrored:
+        return problem
     own = row_numbers(problem.rows, problem.target)
     target = problem.target.masked_fill(problem.weight == 0, -1)
     mutual = (target < 0) | (target[target.clamp(min=0)] == own)
@@ -72,6 +81,11 @@ def _symmetric(mask: Mask, own: Tensor) -> bool:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or torch.equal(a, b)
+
+
+def _of_both_places(entry: Tensor, target: Tensor) -> Tensor:
+    """Returns the targets' entries, each with that of its other place; of a row without a target, any number."""
+    return entry + entry[target.clamp(min=0)]
 
 
 def ordered(problem: Problem) -> tuple[Problem, Tensor]:
@@ -169,8 +183,7 @@ class Triangle:
         rows = inputs.settle(slice(0, problem.rows), RowSums(shift, total))
         if not sweep.wants.any:
             return rows.loss
-        target, entry = problem.target, rows.entry
-        entry = entry + entry[target.clamp(min=0)]  # of both places; nothing reads it where a row has no target
+        entry = _of_both_places(rows.entry, problem.target)
         softmax = Softmax(exponent, rows.weight, inputs.target_sim)
         q = self._terms() if inputs.target_sim is not None else None
         for tiles, strip in self._strips():
@@ -205,3 +218,51 @@ class Triangle:
                 q /= problem.scale  # dz is the gradient by a similarity
             sweep.gradients.add_scale(q)
         return rows.folded.loss, [] if rows.folded.count is None else [rows.folded.count]
+
+
+class Staircase:
+    """Chunks of rows, each against itself and against all rows behind it: two tiles, or one of the last chunk."""
+
+    def __init__(self, sweep: _Sweep):
+        self.sweep, self.problem, self.backend = sweep, sweep.problem, sweep.backend
+        self.side = chunks.strip_rows(sweep.problem, sweep.backend)
+
+    def _tiles(self) -> Iterator[tuple[Tile, Strip]]:
+        count = self.problem.rows
+        for rows in slices(count, self.side):
+            strip = self.sweep.admission.strips(rows)[0]
+            for columns in (rows, slice(rows.stop, count)):
+                if columns.stop > columns.start:
+                    yield Tile(rows, columns), strip.columns(columns)
+
+    def softmax(self) -> Tensor:
+        """Returns the losses of a softmax over each row, and adds the gradients."""
+        problem, backend, sweep = self.problem, self.backend, self.sweep
+        sums = RowSums.empty(problem.rows, problem.weight)
+        for tile, strip in self._tiles():
+            square = tile.rows == tile.columns
+            found = (backend.stats_rows([strip]),) if square else backend.stats_rows_and_columns(strip)
+            for (part, _), more in zip(tile.directions, found, strict=True):
+                self._add(sums, part, more)
+        rows = sweep.inputs.settle(slice(0, problem.rows), sums)
+        if not sweep.wants.any:
+            return rows.loss
+        softmax = rows.softmax(sweep.inputs.target_sim)
+        entry = _of_both_places(rows.entry, problem.target)
+        workspace = chunks.strip_workspace(problem, backend, self.side)
+        for tile, strip in self._tiles():
+            by_row, by_column = (softmax.map(operator.itemgetter(part)) for part in (tile.rows, tile.columns))
+            out = workspace[: len(strip.x), : len(strip.y)]
+            q = backend.grad_rows([strip], [out], by_row, by_column, entry[tile.rows], sweep.gradients.gain)
+            sweep.gradients.add_tile(tile, out)
+            if q is not None:
+                # A tile on the diagonal has both places of each of its pairs.
+                sweep.gradients.add_scale(q / 2 if tile.rows == tile.columns else q)
+        return rows.loss
+
+    def _add(self, sums: RowSums, part: slice, more: RowSums) -> None:
+        running = RowSums(cast(Tensor, sums.shift)[part], sums.total[part])
+        merged = self.backend.merge(running, more)
+        if merged is not running:  # kernels merge in place
+            cast(Tensor, running.shift).copy_(cast(Tensor, merged.shift))
+            running.total.copy_(merged.total)

@@ -32,7 +32,7 @@ ROWWISE = ("classes", "pair_logits", "pairs", "lists", "pointwise")
 BACKENDS = ("cuda", "triton")  # the backends with kernels
 PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
 
-Flags = tuple[tuple[str, str] | None, bool, bool, bool, bool, bool, bool, bool, bool, bool]
+Flags = tuple[tuple[str, str] | None, bool, bool, bool, bool, bool, bool, bool, bool, bool, bool]
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -84,6 +84,7 @@ def flags(problem: Problem) -> Flags:
     return (
         None if fold is None else (fold.name, fold.distance),
         problem.symmetric,
+        problem.mirrored,
         problem.top,
         masked,
         guided,
@@ -105,6 +106,7 @@ def _found(
     backend: str,
     fold: tuple[str, str] | None,
     symmetric: bool,
+    mirrored: bool,
     top: bool,
     masked: bool,
     guided: bool,
@@ -127,6 +129,7 @@ def _found(
         taken |= {"stats+columns", "grad+columns", *(["stored"] if safe else [])}
     else:
         taken |= {"stats", "grad", *(["exp"] if safe else [])}
+        taken |= {"stats+columns", "grad+columns"} if mirrored else set()  # half of the chunks' columns
     tally = tally or (smoothing and (masked or softcap))  # `Problem.smooths_by_row`
     options = {"masks": masked, "guide": guided, "softcap": softcap, "tally": tally}
     taken |= {name for name, given in options.items() if given}
@@ -138,5 +141,5 @@ _families = functools.cache(_found)
 
 def plain(backend: str, *, symmetric: bool, safe: bool, fp16: bool) -> tuple[str, ...]:
     """Returns the families of a softmax loss without further options."""
-    options = dict.fromkeys(("top", "masked", "guided", "softcap", "tally", "smoothing"), False)
+    options = dict.fromkeys(("mirrored", "top", "masked", "guided", "softcap", "tally", "smoothing"), False)
     return _found(backend, None, symmetric=symmetric, safe=safe and not fp16, fp16=fp16, **options)

@@ -70,6 +70,7 @@ def whole():
         True,
         Transform("focal", 2.0, True),
         False,
+        True,
     )
 
 

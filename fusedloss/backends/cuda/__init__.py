@@ -16,6 +16,7 @@ from ...core.rows import guide_threshold
 from ...core.strips import RowSums, Softmax, Strip, Tally
 from ..shared import NO_FACTOR, exp_shift
 from ..shared import can_exp as can_exp
+from ..shared import can_halve_rows as can_halve_rows
 from .folds import FOLDS as FOLDS
 from .folds import fold_rows as fold_rows
 from .launching import NOT_BUILT as NOT_BUILT
@@ -74,7 +75,7 @@ def workspace_copies(problem: Problem) -> float:
 
 
 def can_halve(problem: Problem) -> bool:
-    return False  # no scheduler walks a triangle of tiles
+    return False  # no kernel keeps square tiles
 
 
 def workspace_dtype(problem: Problem) -> torch.dtype:

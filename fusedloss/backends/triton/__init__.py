@@ -22,6 +22,7 @@ from ...core.rows import guide_threshold
 from ...core.strips import RowSums, Softmax, Strip, Tally
 from ...core.waves import wave_rows
 from ..shared import NO_FACTOR, can_exp, exp_shift
+from ..shared import can_halve_rows as can_halve_rows
 from .launching import ALIGNMENT, config_of, descriptor, launch, multiprocessors, precision_of
 from .launching import compiling as compiling
 from .launching import why_not_on as why_not_on
@@ -63,7 +64,7 @@ def workspace_copies(problem: Problem) -> float:
 
 
 def can_halve(problem: Problem) -> bool:
-    return False  # no scheduler walks a triangle of tiles
+    return False  # no kernel keeps square tiles
 
 
 def workspace_dtype(problem: Problem) -> torch.dtype:

@@ -148,6 +148,7 @@ class Pairs:
             cosine=self.kind.unit,
             scale_bound=bound,
             decoupled=True,
+            mirrored=self.itself and query == key,
         )
         return mean_of([problem], Call(reduction="none"))
 

@@ -1,0 +1,281 @@
+"""One matrix against itself by chunks of rows and the rows behind them: how kernels take half of the similarities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fusedloss
+from fusedloss import masks, sweep, testing, transforms
+from fusedloss.backends import BACKENDS, chunked
+from fusedloss.core.waves import half_rows, wave_rows
+from fusedloss.sweep import triangle
+
+PRIMITIVES = ("stats_rows", "stats_rows_and_columns", "exp_rows", "grad_rows")
+
+
+def split(loss):
+    return lambda x, labels, **o: loss(x[: len(x) // 2], x[len(x) // 2 : len(x) // 2 * 2], **o)
+
+
+def itself(x, labels, mask=None, **options):
+    return fusedloss.info_nce(x, x, mask=mask, **options)
+
+
+def weighted(x, labels, **options):
+    """Some rows are left out, some have no other row that they may compete with."""
+    weight = (labels % 3).to(x.dtype)
+    return itself(x, labels, masks.same_group(labels, labels), weight=weight, normalize=True, **options)
+
+
+LOSSES = {
+    "nt_xent": split(fusedloss.nt_xent),
+    "nt_xent, clipped": split(lambda *a, **o: fusedloss.nt_xent(*a, transform=transforms.clipped(0.5), **o)),
+    "decoupled_contrastive": split(fusedloss.decoupled_contrastive),
+    "sup_con": fusedloss.sup_con,
+    "labels": lambda x, labels, **o: itself(x, labels, masks.same_id(labels, labels), **o),
+    "itself": lambda x, labels, **o: itself(x, labels, masks.not_self(), normalize=True, **o),
+    "smoothed": lambda x, labels, **o: itself(x, labels, label_smoothing=0.2, normalize=True, **o),
+    "weights": weighted,
+}
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    monkeypatch.setattr("fusedloss.backends.dense.MOST", {})
+
+
+def by_strips(patch, side):
+    """`chunked` goes the way of the kernels, in chunks of so many rows."""
+    patch.setattr(chunked, "can_halve", lambda problem: False)
+    patch.setattr(chunked, "can_halve_rows", BACKENDS["triton"].can_halve_rows)
+    patch.setattr(sweep.chunks, "strip_rows", lambda problem, backend: min(side, problem.rows))
+
+
+def batch(rows, dim, classes, kind="random", seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, dim, generator=generator, dtype=torch.float64)
+    if kind == "duplicates":
+        x[1::2] = x[: rows // 2 * 2 : 2][: len(x[1::2])]
+    elif kind == "zeros":
+        x[::3] = 0
+    return x.to(dtype), torch.randint(0, classes, (rows,), generator=generator)
+
+
+def result(loss, x, labels, temperature, **options):
+    """Value and gradients, by the temperature as well if it is a tensor."""
+
+    def step(x, *temperatures):
+        return loss(x, labels, temperature=temperatures[0] if temperatures else temperature, **options).square().sum()
+
+    return testing.value_and_gradients(step, [x, *([temperature] if isinstance(temperature, torch.Tensor) else [])])
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(sorted(LOSSES)),
+    rows=st.integers(2, 23),
+    side=st.sampled_from([1, 5, 11, 16]),
+    classes=st.sampled_from([1, 2, 8]),
+    kind=st.sampled_from(["random", "duplicates", "zeros"]),
+    temperature=st.sampled_from([0.5, 0.1, 0.02, 0.004]),
+    learned=st.booleans(),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    seed=st.integers(0, 99),
+)
+def test_chunks_and_the_rows_behind_them_give_the_formula(
+    name, rows, side, classes, kind, temperature, learned, reduction, seed
+):
+    x, labels = batch(rows, 6, classes, kind, seed)
+    temperature = torch.tensor(temperature, dtype=torch.float64) if learned else temperature
+    with pytest.MonkeyPatch.context() as patch:
+        by_strips(patch, side)
+        found = result(LOSSES[name], x, labels, temperature, reduction=reduction, backend="chunked")
+        with torch.no_grad():
+            value = LOSSES[name](x, labels, temperature=temperature, reduction=reduction, backend="chunked")
+    wanted = result(LOSSES[name], x, labels, temperature, reduction=reduction, backend="reference")
+    torch.testing.assert_close(value.square().sum(), found[0], rtol=1e-12, atol=1e-12)
+    for a, b in zip(found, wanted, strict=True):
+        # The terms of a gradient are as large as the slope of the logits, and they cancel.
+        size = (1 + wanted[0].abs().sqrt().item()) / float(temperature) ** 2
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13 * size + 1e-10 * b.abs().max().item())
+
+
+def elements(monkeypatch, module):
+    """Counts the similarities that primitives are handed from now on, by primitive."""
+    counted = dict.fromkeys(PRIMITIVES, 0)
+
+    def counts(name, original):
+        def counting(*args, **kwargs):
+            given = next(a for a in args if isinstance(a, list) or type(a).__name__ == "Strip")
+            counted[name] += sum(len(s.x) * len(s.y) for s in (given if isinstance(given, list) else [given]))
+            return original(*args, **kwargs)
+
+        return counting
+
+    for name in PRIMITIVES:
+        monkeypatch.setattr(module, name, counts(name, getattr(module, name)))
+    return counted
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(sorted(LOSSES)),
+    half=st.integers(2, 30),
+    side=st.integers(1, 20),
+    learned=st.booleans(),
+    grad=st.booleans(),
+)
+def test_a_pair_is_multiplied_once_outside_of_the_diagonal(name, half, side, learned, grad):
+    """Of N rows in chunks of R, N (N + R) / 2 similarities at most, once for the sums and once for the gradient."""
+    rows = 2 * half
+    x, labels = batch(rows, 3, 3, dtype=torch.float32)
+    temperature = torch.tensor(0.1).requires_grad_(grad) if learned else 0.1
+    with pytest.MonkeyPatch.context() as patch:
+        by_strips(patch, side)
+        counted = elements(patch, chunked)
+        LOSSES[name](x.requires_grad_(grad), labels, temperature=temperature, backend="chunked")
+    squares = sum(min(side, rows - start) ** 2 for start in range(0, rows, side))
+    once = (rows * rows + squares) // 2
+    assert counted == {
+        "stats_rows": squares,
+        "stats_rows_and_columns": once - squares,
+        "exp_rows": 0,
+        "grad_rows": once if grad else 0,
+    }
+    assert once <= rows * (rows + min(side, rows)) / 2
+
+
+# The kernels ----------------------------------------------------------------------------------------------------------
+
+NUMBERS = {"triton": (torch.float32, torch.float16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+
+
+@pytest.mark.parametrize(
+    "backend, dtype", [(b, dtype) for b in NUMBERS for dtype in NUMBERS[b]], ids=lambda x: str(x).split(".")[-1]
+)
+@pytest.mark.parametrize("temperature", [0.5, 0.01, "learned"])
+@pytest.mark.parametrize("name", ["nt_xent", "sup_con", "labels", "weights"])
+def test_kernels_are_inside_the_error_budget(monkeypatch, name, temperature, backend, dtype):
+    """In chunks of 32 of 75 rows, the last one ragged: with a safe shift, without one, and by the temperature."""
+    x, labels = batch(75, 24, 4, seed=1, dtype=dtype)
+    x = x / 4
+    learned = temperature == "learned"
+    temperature = torch.tensor(0.1) if learned else temperature
+    counted = elements(monkeypatch, BACKENDS[backend])
+    options = {"workspace_bytes": 80 * 33 * x.itemsize, "backend": backend}
+    found = result(LOSSES[name], x, labels, temperature, **options)
+    rows = 75 if name in ("sup_con", "labels", "weights") else 74
+    once = (rows * rows + 2 * 32 * 32 + (rows - 64) ** 2) // 2
+    assert sum(counted.values()) == 2 * once and counted["grad_rows"] == once
+    assert all(map(torch.equal, found, result(LOSSES[name], x, labels, temperature, **options)))
+    baseline = result(LOSSES[name], x, labels, temperature, backend="reference")
+    wide = temperature.double() if learned else temperature
+    exact = result(LOSSES[name], x.double(), labels, wide, backend="reference")
+    for a, b, c in zip(found[:2], baseline, exact, strict=False):
+        assert testing.budget_share(a, b, c, dtype, 1e-6 * c.abs().max().item()) <= 1
+    if learned:
+        torch.testing.assert_close(found[2].double(), exact[2], rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_rows_that_are_not_finite_spoil_what_they_spoil_in_whole_rows(monkeypatch, backend):
+    """A NaN spoils the rows that compete with it, and no row that its mask keeps from it."""
+    x, labels = batch(60, 8, 3, dtype=torch.float32)
+    x[7, 0], x[41] = torch.nan, 0
+
+    def rows_and_gradient():
+        leaf = x.clone().requires_grad_()
+        mask, options = masks.same_group(labels, labels), {"workspace_bytes": 64 * 17 * 4, "backend": backend}
+        losses = itself(leaf, labels, mask, reduction="none", **options)
+        losses.sum().backward()
+        return losses.detach(), leaf.grad
+
+    found = rows_and_gradient()
+    monkeypatch.setattr(sweep.chunks, "strip_rows", lambda *_: 0)
+    assert 0 < found[0].isnan().sum() < 60
+    for a, b in zip(found, rows_and_gradient(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+WHOLE = {
+    "a matrix": lambda x, labels: itself(x, labels, labels[:, None] == labels),
+    "labels of two tensors": lambda x, labels: itself(x, labels, masks.same_id(labels, labels.clone())),
+    "targets": lambda x, labels: fusedloss.info_nce(x, x, torch.arange(len(x))),
+    "another's column": lambda x, labels: itself(x, labels, masks.not_self(1)),
+    "a margin": lambda x, labels: itself(x, labels, masks.score_margin(0.1)),
+    "two matrices": lambda x, labels: fusedloss.info_nce(x, x.clone()),
+    "a bias": lambda x, labels: fusedloss.info_nce(x, x, key_bias=x[:, 0].detach()),
+    "smoothing by row": lambda x, labels: itself(x, labels, masks.same_id(labels, labels), label_smoothing=0.1),
+    "counts": lambda x, labels: split(fusedloss.nt_xent)(x, labels, return_stats=True)[0],
+    "both directions": lambda x, labels: fusedloss.clip(x, x, 10.0),
+    "a fold": lambda x, labels: fusedloss.sup_con(x, labels, form="in"),
+    "one chunk": lambda x, labels: split(fusedloss.nt_xent)(x, labels, workspace_bytes=1 << 20),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_the_host_does_not_know_to_be_symmetric_takes_whole_rows(monkeypatch, name):
+    x, labels = batch(36, 4, 4, dtype=torch.float32)
+    step = lambda x: WHOLE[name](x, labels)
+    monkeypatch.setattr(triangle.Staircase, "__init__", None)  # not called
+    monkeypatch.setenv("FUSEDLOSS_WORKSPACE_BYTES", str(40 * 16 * 4 * 12))
+    monkeypatch.setenv("FUSEDLOSS_BACKEND", "triton")
+    found = testing.value_and_gradients(step, [x])
+    monkeypatch.setenv("FUSEDLOSS_BACKEND", "reference")
+    for a, b in zip(found, testing.value_and_gradients(step, [x]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_both_places_fit_fp16(monkeypatch):
+    """The gain leaves room for their sum: each is up to the largest weight, and the power of two of one would not."""
+    x = torch.zeros(40, 8, dtype=torch.float16)
+    x[:20, 0], x[20:, 0] = 1, -1  # each row's target is its opposite: its probability is 0, the entry is the weight
+    step = lambda x: split(fusedloss.nt_xent)(
+        x, None, temperature=0.05, reduction="sum", workspace_bytes=48 * 16 * 2, backend="triton"
+    )
+    found = testing.value_and_gradients(step, [x])
+    exact = testing.value_and_gradients(
+        lambda x: split(fusedloss.nt_xent)(x, None, temperature=0.05, reduction="sum", backend="reference"),
+        [x.double()],
+    )
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-3, atol=2e-3)
+
+
+# How many rows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("D", [64, 384, 768, 4096])
+@pytest.mark.parametrize("multiprocessors", [16, 108, 132])
+def test_a_chunk_leaves_rows_behind_it(D, multiprocessors):
+    for M in (1, 100, 129, 4096, 16384, 65536, 2**20):
+        for most in (1, 300, 8448):
+            whole = wave_rows(M, D, most, multiprocessors)
+            for products in (3, 4):
+                rows = half_rows(M, D, most, multiprocessors, whole, products)
+                assert 0 <= rows <= min(most, M) and (rows == M or rows % 128 == 0)
+
+
+@pytest.mark.parametrize("products, small", [(3, 0), (4, 1)])
+def test_half_is_taken_where_it_saves_products(products, small):
+    """H200, D = 768: 3 chunks of 16384 rows, 12 of 65536. One chunk saves dy's product where there are two sweeps."""
+    sizes = (1024, 2048, 4096, 16384, 65536)
+    chosen = [half_rows(M, 768, 8448, 132, wave_rows(M, 768, 8448, 132), products) for M in sizes]
+    assert chosen == [1024 * small, 2048 * small, 4096 * small, 5632, 5632]
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_one_chunk_saves_a_product_where_there_are_two_sweeps(monkeypatch, backend):
+    """`dz + dz^T` is symmetric, so that dx's product is all of the gradient. With a safe shift three are as few."""
+    x, _ = batch(40, 8, 1, dtype=torch.float32)
+    counted, products = elements(monkeypatch, BACKENDS[backend]), []
+    add_mm = sweep.gradients.add_mm
+    monkeypatch.setattr(sweep.gradients, "add_mm", lambda *a: (products.append(a[1].numel()), add_mm(*a)))
+    for temperature in (0.5, torch.tensor(0.5)):
+        result(LOSSES["nt_xent"], x, None, temperature, backend=backend)
+    once = 40 * 40
+    assert counted == {"exp_rows": once, "stats_rows": once, "stats_rows_and_columns": 0, "grad_rows": once}
+    assert products == [once]  # of the learnt temperature; the two of the other overwrite
