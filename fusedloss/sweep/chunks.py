@@ -26,6 +26,7 @@ MIN_ROWS = 64  # fewer make dy's rank-k update memory-bound
 CUDA_BYTES, CUDA_ROWS = checks.WORKSPACE_BYTES["cuda"], 8448
 CUDA_LEAST_ROWS, CUDA_SHARE = 3840, 16  # the default exceeds CUDA_BYTES for so many rows; at most this part of the card
 STATS_ROWS = {"cpu": 1024, "cuda": CUDA_ROWS}  # a sweep that stores nothing has partial sums only
+STRIP_STATS_ROWS = 2048  # likewise, against itself and the rows behind it: itself, 128 tiles of 128 x 256, are a wave
 CONVERTED_COLUMNS = 4096  # at a time, if a product needs the workspace in another dtype
 PAD = 16  # elements: each block's part of a workspace row starts aligned for 16-byte accesses
 

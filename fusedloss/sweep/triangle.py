@@ -227,9 +227,9 @@ class Staircase:
         self.sweep, self.problem, self.backend = sweep, sweep.problem, sweep.backend
         self.side = chunks.strip_rows(sweep.problem, sweep.backend)
 
-    def _tiles(self) -> Iterator[tuple[Tile, Strip]]:
+    def _tiles(self, side: int) -> Iterator[tuple[Tile, Strip]]:
         count = self.problem.rows
-        for rows in slices(count, self.side):
+        for rows in slices(count, side):
             strip = self.sweep.admission.strips(rows)[0]
             for columns in (rows, slice(rows.stop, count)):
                 if columns.stop > columns.start:
@@ -239,7 +239,7 @@ class Staircase:
         """Returns the losses of a softmax over each row, and adds the gradients."""
         problem, backend, sweep = self.problem, self.backend, self.sweep
         sums = RowSums.empty(problem.rows, problem.weight)
-        for tile, strip in self._tiles():
+        for tile, strip in self._tiles(min(self.side, chunks.STRIP_STATS_ROWS)):
             square = tile.rows == tile.columns
             found = (backend.stats_rows([strip]),) if square else backend.stats_rows_and_columns(strip)
             for (part, _), more in zip(tile.directions, found, strict=True):
@@ -250,7 +250,7 @@ class Staircase:
         softmax = rows.softmax(sweep.inputs.target_sim)
         entry = _of_both_places(rows.entry, problem.target)
         workspace = chunks.strip_workspace(problem, backend, self.side)
-        for tile, strip in self._tiles():
+        for tile, strip in self._tiles(self.side):
             by_row, by_column = (softmax.map(operator.itemgetter(part)) for part in (tile.rows, tile.columns))
             out = workspace[: len(strip.x), : len(strip.y)]
             q = backend.grad_rows([strip], [out], by_row, by_column, entry[tile.rows], sweep.gradients.gain)

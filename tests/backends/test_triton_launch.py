@@ -142,6 +142,21 @@ def test_batch_sizes_share_kernels(device):
     assert max(variants.values()) <= 6, variants
 
 
+@pytest.mark.processes
+def test_one_matrix_against_itself_takes_half_of_the_similarities(device):
+    """nt_xent by kernels, D = 768, in products of N x N x D: what DESIGN.md says. Nothing is read back to decide it."""
+    found = {tuple(case): counts for *case, counts in child(device, "front", "counts.py")}
+    work = {case: round(2 * sum(counts.values()), 2) for case, counts in found.items()}
+    sums = {case: counts["stats_rows"] + counts["stats_rows_and_columns"] for case, counts in found.items()}
+    for rows, half in ((16384, 4.46), (65536, 4.12)):
+        for learned in (False, True):
+            assert work[rows, learned, False] == (8 if learned else 6)
+            assert work[rows, learned, True] == half
+            assert sums[rows, learned, True] == (1 + 2048 / rows) / 2
+            assert found[rows, learned, True]["products"] == pytest.approx(1)
+    assert [work[2048, learned, True] for learned in (False, True)] == [6, 6]
+
+
 @pytest.fixture(scope="module")
 def failures(device) -> dict[str, list[str]]:
     return child(device, "front", "failures.py")

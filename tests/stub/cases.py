@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
+from unittest import mock
 
 HERE = Path(__file__).absolute().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "support"), str(HERE.parent / "losses")]
@@ -36,6 +37,7 @@ from fusedloss.core.problem import Fold  # noqa: E402
 from fusedloss.core.strips import Strip  # noqa: E402
 from fusedloss.losses._folded import fold_loss, fold_problem  # noqa: E402
 from fusedloss.losses._options import Call  # noqa: E402
+from fusedloss.sweep import triangle  # noqa: E402
 from fusedloss.trust import ask  # noqa: E402
 
 ask.admits = lambda *asked: False  # what runs nothing proves nothing: `auto` is `chunked`
@@ -163,6 +165,32 @@ def every_loss_in_torch(machine: pose.Machine) -> Iterator[Case]:
     for name in contract.CASES:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             yield f"{name}, {dtype}", lambda name=name, dtype=dtype: run(name, dtype)
+
+
+@group
+def one_matrix_against_itself(machine: pose.Machine) -> Iterator[Case]:
+    """Half of the similarities, in chunks whose columns start anywhere: nothing is read back to decide it."""
+
+    def run(dtype: torch.dtype, capability: int, learned: bool, loss: Callable[..., Tensor]) -> None:
+        x, temperature = empty(8192, 768, dtype=dtype, grad=True), empty(grad=True) if learned else 0.1
+        with mock.patch.object(triangle.Staircase, "softmax", autospec=True, side_effect=SOFTMAX) as halved:
+            step(machine, lambda: loss(x, temperature), capability=capability)
+        assert halved.call_count == 1
+        assert len([found for found in machine.launches if found["asked"] == "grad"]) > 2
+
+    losses: dict[str, Callable[..., Tensor]] = {
+        "nt_xent": lambda x, t: fusedloss.nt_xent(x[:4096], x[4096:], temperature=t, backend="cuda"),
+        "sup_con": lambda x, t: fusedloss.sup_con(x, empty(8192, dtype=torch.int64), temperature=t, backend="cuda"),
+        "info_nce": lambda x, t: fusedloss.info_nce(x, x, temperature=t, normalize=True, backend="cuda"),
+    }
+    for name, loss in losses.items():
+        for capability, dtype in ((80, torch.float16), (90, torch.bfloat16), (90, torch.float32)):
+            for learned in (False, True):
+                what = f"{name}, sm_{capability}, {dtype}{', learnt temperature' * learned}"
+                yield what, lambda a=(dtype, capability, learned, loss): run(*a)
+
+
+SOFTMAX = triangle.Staircase.softmax
 
 
 @group

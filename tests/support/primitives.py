@@ -30,6 +30,26 @@ PLAIN = {
 }
 
 
+SOFTMAX = ("stats_rows", "stats_rows_and_columns", "exp_rows", "grad_rows")
+
+
+def elements(module: Any, monkeypatch) -> dict[str, int]:
+    """The number of similarities that each function of the softmax is handed from now on."""
+    counted = dict.fromkeys(SOFTMAX, 0)
+
+    def counting(name: str, function: Any) -> Any:
+        @functools.wraps(function)
+        def counts(*args: Any, **kwargs: Any) -> Any:
+            counted[name] += sum(len(strip.x) * len(strip.y) for strip in _strips([*args, *kwargs.values()]))
+            return function(*args, **kwargs)
+
+        return counts
+
+    for name in SOFTMAX:
+        monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
+    return counted
+
+
 def record(backend: str, monkeypatch) -> set[str]:
     """The families, as they are asked for from now on."""
     module, found = BACKENDS[backend], set()
@@ -50,16 +70,19 @@ def _recorded(name: str, function: Any, found: set[str]) -> Any:
     return recorded
 
 
+def _strips(given: list[Any]) -> list[Any]:
+    return [x for arg in given for x in (arg if isinstance(arg, list) else [arg]) if type(x).__name__ == "Strip"]
+
+
 def _families(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
     given = [*args, *kwargs.values()]
-    strips = [x for arg in given for x in (arg if isinstance(arg, list) else [arg]) if type(x).__name__ == "Strip"]
-    found = set()
+    strips, found = _strips(given), set()
     if name in PLAIN:
         found.add(PLAIN[name])
     elif name == "fold_rows":
         found.add(f"fold:{args[0].fold.name}")
     else:
-        _strips, _outs, _rows, columns, *rest = args
+        _, _, _, columns, *rest = args
         found.add("grad" if columns is None else "grad+columns")
         if len(rest) > 2 and rest[2] is not None:  # a share of smoothing for each row
             found.add("tally")

@@ -6,14 +6,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from primitives import elements
 
 import fusedloss
 from fusedloss import masks, sweep, testing, transforms
 from fusedloss.backends import BACKENDS, chunked
 from fusedloss.core.waves import half_rows, wave_rows
 from fusedloss.sweep import triangle
-
-PRIMITIVES = ("stats_rows", "stats_rows_and_columns", "exp_rows", "grad_rows")
 
 
 def split(loss):
@@ -103,23 +102,6 @@ def test_chunks_and_the_rows_behind_them_give_the_formula(
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13 * size + 1e-10 * b.abs().max().item())
 
 
-def elements(monkeypatch, module):
-    """Counts the similarities that primitives are handed from now on, by primitive."""
-    counted = dict.fromkeys(PRIMITIVES, 0)
-
-    def counts(name, original):
-        def counting(*args, **kwargs):
-            given = next(a for a in args if isinstance(a, list) or type(a).__name__ == "Strip")
-            counted[name] += sum(len(s.x) * len(s.y) for s in (given if isinstance(given, list) else [given]))
-            return original(*args, **kwargs)
-
-        return counting
-
-    for name in PRIMITIVES:
-        monkeypatch.setattr(module, name, counts(name, getattr(module, name)))
-    return counted
-
-
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(sorted(LOSSES)),
@@ -135,7 +117,7 @@ def test_a_pair_is_multiplied_once_outside_of_the_diagonal(name, half, side, lea
     temperature = torch.tensor(0.1).requires_grad_(grad) if learned else 0.1
     with pytest.MonkeyPatch.context() as patch:
         by_strips(patch, side)
-        counted = elements(patch, chunked)
+        counted = elements(chunked, patch)
         LOSSES[name](x.requires_grad_(grad), labels, temperature=temperature, backend="chunked")
     squares = sum(min(side, rows - start) ** 2 for start in range(0, rows, side))
     once = (rows * rows + squares) // 2
@@ -164,7 +146,7 @@ def test_kernels_are_inside_the_error_budget(monkeypatch, name, temperature, bac
     x = x / 4
     learned = temperature == "learned"
     temperature = torch.tensor(0.1) if learned else temperature
-    counted = elements(monkeypatch, BACKENDS[backend])
+    counted = elements(BACKENDS[backend], monkeypatch)
     options = {"workspace_bytes": 80 * 33 * x.itemsize, "backend": backend}
     found = result(LOSSES[name], x, labels, temperature, **options)
     rows = 75 if name in ("sup_con", "labels", "weights") else 74
@@ -271,7 +253,7 @@ def test_half_is_taken_where_it_saves_products(products, small):
 def test_one_chunk_saves_a_product_where_there_are_two_sweeps(monkeypatch, backend):
     """`dz + dz^T` is symmetric, so that dx's product is all of the gradient. With a safe shift three are as few."""
     x, _ = batch(40, 8, 1, dtype=torch.float32)
-    counted, products = elements(monkeypatch, BACKENDS[backend]), []
+    counted, products = elements(BACKENDS[backend], monkeypatch), []
     add_mm = sweep.gradients.add_mm
     monkeypatch.setattr(sweep.gradients, "add_mm", lambda *a: (products.append(a[1].numel()), add_mm(*a)))
     for temperature in (0.5, torch.tensor(0.5)):
