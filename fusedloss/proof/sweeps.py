@@ -102,6 +102,25 @@ def softmax(
     return _run(problem, wants, draw.lost(dim))
 
 
+def itself(draw: Draw, rows: int, dim: int, *, learns: bool = False, chunk: int | None = None) -> Run:
+    """One matrix of unit rows against itself, as pairs of views: half of the similarities, where chunks allow it."""
+    M, dim = draw.size(rows) // 2 * 2, draw.length(dim)
+    own, scale = torch.arange(M), 20.0
+    problem = Problem(
+        (draw.matrix(draw.pair("clustered", M, M, dim)[0]),),
+        (Block(0, 0, mask=Mask(skip=draw.fixed(own))),),
+        draw.number(scale),
+        draw.fixed(own.roll(M // 2)),
+        draw.vector(draw.normal(M).abs() + 0.1),
+        cosine=True,
+        scale_bound=None if learns else scale,
+        mirrored=True,
+    )
+    if chunk is not None:
+        problem = replace(problem, workspace_bytes=_budget(problem, draw, chunk))
+    return _run(problem, Wants((True,), learns, (False,)), draw.lost(dim))
+
+
 def fold(
     draw: Draw,
     rows: int,
@@ -481,7 +500,12 @@ CASES: dict[str, dict[str, Make]] = {
         "4097 features": _case(softmax, 20, 45, 4097, learns=True),
     },
     "grad+columns": _both_ways(learns=True)
-    | {"without a gradient of the scale": _case(softmax, 257, 257, 96, symmetric=True)},
+    | {
+        "without a gradient of the scale": _case(softmax, 257, 257, 96, symmetric=True),
+        "one matrix against itself, one chunk": _case(itself, 130, 40, learns=True),
+        "one matrix against itself": _case(itself, 400, 96, chunk=128),
+        "one matrix against itself, by the scale": _case(itself, 400, 96, learns=True, chunk=128),
+    },
     "masks": {
         **_masked(learns=True),
         **{f"{name}, exp": make for name, make in _masked(cosine=True).items()},
