@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from .numerics import cdiv
 
 GEMM_TILE = (128, 256)  # of the vendor's GEMMs on large products
@@ -29,6 +31,7 @@ def wave_rows(M: int, D: int, most: int, multiprocessors: int) -> int:
     return min(candidates, key=lambda rows: (1 / _filled(rows, D, multiprocessors) - 1) / 3 + ACCUMULATION / rows)
 
 
+@functools.lru_cache(maxsize=256)  # 0.2 ms for 66 candidates, and a step asks twice
 def half_rows(M: int, D: int, most: int, multiprocessors: int, whole: int, products: int) -> int:
     """Rows a chunk, up to `most`, of one matrix of M rows against itself and the rows behind each; 0 if all take less.
 

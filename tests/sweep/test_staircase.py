@@ -182,6 +182,15 @@ def test_rows_that_are_not_finite_spoil_what_they_spoil_in_whole_rows(monkeypatc
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_rows_may_lie_by_column(backend):
+    x, labels = batch(75, 24, 4, dtype=torch.float32)
+    options = {"temperature": 0.1, "workspace_bytes": 80 * 33 * 4, "backend": backend}
+    step = lambda x: fusedloss.sup_con(x, labels, **options)
+    for a, b in zip(*(testing.value_and_gradients(step, [z]) for z in (x, x.T.contiguous().T)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 WHOLE = {
     "a matrix": lambda x, labels: itself(x, labels, labels[:, None] == labels),
     "labels of two tensors": lambda x, labels: itself(x, labels, masks.same_id(labels, labels.clone())),
