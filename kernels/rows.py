@@ -248,7 +248,7 @@ def weigh_kernel(
     entry = tl.load(Entry + offs, mask=mask, other=0.0)
     if RowFactor is not None:
         entry *= tl.load(RowFactor + offs, mask=mask, other=0.0)
-        entry *= tl.load(ColFactor + target, mask=mask, other=0.0)
+        entry *= tl.load(ColFactor + target, mask=mask & (target >= 0) & (target < N), other=0.0)
     for start in range(0, N, BLOCK_D):
         offs_n = start + tl.arange(0, BLOCK_D)
         col_weight = tl.load(ColWeight + offs_n, mask=offs_n < N, other=0.0)

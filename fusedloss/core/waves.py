@@ -32,22 +32,26 @@ def wave_rows(M: int, D: int, most: int, multiprocessors: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)  # 0.2 ms for 66 candidates, and a step asks twice
-def half_rows(M: int, D: int, most: int, multiprocessors: int, whole: int, products: int) -> int:
+def half_rows(M: int, D: int, most: int, multiprocessors: int, whole: int, room: int | None) -> int:
     """Rows a chunk, up to `most`, of one matrix of M rows against itself and the rows behind each; 0 if all take less.
 
-    whole: the rows of a chunk against all, which take so many products of M x M x D. A chunk's part on and above the
-    diagonal has two products of similarities and dx's, the one above it dy's. So one chunk takes three products.
+    whole: the rows of a chunk against all. room: the elements that may be stored until all sums are known; None: none,
+    for want of a safe shift, without which whole rows take four products of M x M x D instead of three. A chunk's part
+    on and above the diagonal has dx's product and two of similarities, or one if they are stored, and the one above it
+    dy's.
     """
 
     def half(rows: int) -> float:
         number, rest = divmod(M, rows)
         columns = number * M - rows * number * (number - 1) // 2  # of all whole chunks
-        above = 1 - (rows * columns + rest * rest) / M**2
+        stored = rows * columns + rest * rest
+        above = 1 - stored / M**2
         of_rows = rows * columns / _filled(rows, D, multiprocessors)
         of_rest = rest * rest / _filled(rest, D, multiprocessors) if rest else 0
-        return 2 * (1 - above) + (of_rows + of_rest) / M**2 + above + 3 * ACCUMULATION * (columns + rest) / M**2
+        times = 1 if room is not None and stored <= room else 2
+        return times * (1 - above) + (of_rows + of_rest) / M**2 + above + 3 * ACCUMULATION * (columns + rest) / M**2
 
-    least = products - 1 + 1 / _filled(whole, D, multiprocessors) + 3 * ACCUMULATION / whole
+    least = (2 if room is not None else 3) + 1 / _filled(whole, D, multiprocessors) + 3 * ACCUMULATION / whole
     candidates = [*range(GEMM_TILE[0], min(most, M - 1) + 1, GEMM_TILE[0]), *([M] if 0 < M <= most else [])]
     best = min(candidates, key=half, default=0)
     return best if best and half(best) < least else 0

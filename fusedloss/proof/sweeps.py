@@ -492,7 +492,7 @@ CASES: dict[str, dict[str, Make]] = {
     "stats": _one_way(backward=False) | _unsafe(backward=False),
     "stats+columns": _both_ways(learns=True, backward=False),
     "exp": _one_way(cosine=True),
-    "stored": _both_ways(cosine=True),
+    "stored": _both_ways(cosine=True) | {"one matrix against itself": _case(itself, 130, 40)},
     "grad": _one_way(learns=True)
     | _unsafe()
     | {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ..core import checks
 from ..core.numerics import cdiv
 from ..core.problem import Problem
 from ..core.rows import fold_places, fresh
+from ..core.strips import Tile
 from ..core.waves import half_rows, wave_rows
 
 MIB = 1 << 20
@@ -41,7 +42,7 @@ def chunk_rows(M: int, N: int, D: int, itemsize: int, device: torch.device, work
             f"allow {MIN_ROWS} rows, {MIN_ROWS * row_bytes} bytes, or more"
         )
     if device.type == "cuda":
-        most = _most_rows(row_bytes, device, workspace_bytes)
+        most = min(CUDA_ROWS, _gpu_bytes(row_bytes, device, workspace_bytes) // row_bytes)
         return wave_rows(M, D, most, _properties(device).multi_processor_count)
     rows = min(CPU_ROWS, (workspace_bytes or CPU_BYTES) // row_bytes)
     if rows < MIN_ROWS and workspace_bytes is not None:
@@ -49,11 +50,10 @@ def chunk_rows(M: int, N: int, D: int, itemsize: int, device: torch.device, work
     return max(1, min(max(MIN_ROWS, rows // MIN_ROWS * MIN_ROWS), M))
 
 
-def _most_rows(row_bytes: int, device: torch.device, workspace_bytes: int | None) -> int:
-    """Returns the rows that fit the budget on a GPU."""
+def _gpu_bytes(row_bytes: int, device: torch.device, workspace_bytes: int | None) -> int:
+    """Returns the budget on a GPU."""
     least = min(CUDA_LEAST_ROWS * row_bytes, _properties(device).total_memory // CUDA_SHARE)
-    budget = max(CUDA_BYTES, least) if workspace_bytes is None else workspace_bytes
-    return min(CUDA_ROWS, budget // row_bytes)
+    return max(CUDA_BYTES, least) if workspace_bytes is None else workspace_bytes
 
 
 def workspace_shape(problem: Problem, backend: Sweeps) -> tuple[tuple[int, int], torch.dtype]:
@@ -70,21 +70,32 @@ def strip_rows(problem: Problem, backend: Sweeps) -> int:
 
     All of them, or a multiple of PAD: columns that start behind a chunk keep the alignment of the kernels' loads.
     """
-    (rows, width), dtype = workspace_shape(problem, backend)
-    products = 3 if backend.can_exp(problem) else 4
+    (rows, width), _ = workspace_shape(problem, backend)
+    M, D = problem.operands[0].shape
     if problem.device.type == "cuda":
-        most = _most_rows(width * dtype.itemsize, problem.device, checks.budget(problem.workspace_bytes)[1])
-        card, D = _properties(problem.device), problem.operands[0].shape[1]
-        rows = half_rows(problem.rows, D, most, card.multi_processor_count, rows, products)
-    elif rows == problem.rows and products == 3:
-        return 0
-    return rows // PAD * PAD if rows < problem.rows else rows
+        room, processors = _room(problem, backend), _properties(problem.device).multi_processor_count
+        most = min(CUDA_ROWS, room // width)
+        rows = half_rows(M, D, most, processors, rows, room if backend.can_store(problem) else None)
+    return rows // PAD * PAD if rows < M else rows
 
 
-def strip_workspace(problem: Problem, backend: Sweeps, rows: int) -> Tensor:
-    """Returns the workspace of such chunks: the first one's columns behind it are the most, or its own."""
-    columns = cdiv(max(rows, problem.rows - rows), PAD) * PAD
-    return fresh(problem.scale, (rows, columns), backend.workspace_dtype(problem))
+def _room(problem: Problem, backend: Sweeps) -> int:
+    """Returns the elements that the budget allows for the workspace."""
+    size, budget = backend.workspace_dtype(problem).itemsize, checks.budget(problem.workspace_bytes)[1]
+    if problem.device.type == "cuda":
+        return _gpu_bytes(_block_widths(problem)[0] * size, problem.device, budget) // size
+    return (budget or CPU_BYTES) // size
+
+
+def tile_rooms(problem: Problem, backend: Sweeps, tiles: Sequence[Tile]) -> tuple[list[Tensor], bool]:
+    """Returns workspace for tiles, and whether each has its own: the same for all, where they do not fit side by side
+    or may not be stored."""
+    shapes = [(tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start) for tile in tiles]
+    sizes = [rows * cdiv(columns, PAD) * PAD for rows, columns in shapes]
+    stores = backend.can_store(problem) and sum(sizes) <= _room(problem, backend)
+    room = fresh(problem.scale, (sum(sizes) if stores else max(sizes),), backend.workspace_dtype(problem))
+    parts = room.split(sizes) if stores else [room[:size] for size in sizes]
+    return [part.view(rows, -1)[:, :columns] for part, (rows, columns) in zip(parts, shapes, strict=True)], stores
 
 
 def _block_widths(problem: Problem) -> list[int]:

@@ -5,7 +5,8 @@ those of the rows J. Its gradient is that of both places, `W_IJ = dz_IJ + dz_JI^
 `dX_J += W_IJ^T X_I`. That is 4 MND instead of 6.
 
 `Triangle` walks square tiles that stay in a CPU's caches, by primitives of their own. `Staircase` walks chunks of rows,
-each against itself and against all rows behind it, by the primitives that every kernel has for rows and columns.
+each against itself and against all rows behind it, by the primitives that every kernel has for rows and columns: 3 MND
+where the exponentials are stored until all sums are known.
 """
 
 # maths.md: Half of the tiles
@@ -20,13 +21,13 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from ..backends.protocol import Halves, Result, Sweeps
+from ..backends.protocol import Halves, Result, Stores, Sweeps
 from ..core.folds import SIDED, LogSum
 from ..core.mask import Mask
 from ..core.numerics import LOG2E, group_numbers, row_numbers, slices, wide_dtype
 from ..core.problem import Problem
 from ..core.rows import fold_part, fold_scalars
-from ..core.strips import Extremes, RowSums, Softmax, Strip, Tile
+from ..core.strips import Extremes, Patch, RowSums, Softmax, Strip, Tile
 from . import chunks
 from .admission import Admission
 from .inputs import Inputs
@@ -238,27 +239,48 @@ class Staircase:
     def softmax(self) -> Tensor:
         """Returns the losses of a softmax over each row, and adds the gradients."""
         problem, backend, sweep = self.problem, self.backend, self.sweep
-        sums = RowSums.empty(problem.rows, problem.weight)
-        for tile, strip in self._tiles(min(self.side, chunks.STRIP_STATS_ROWS)):
-            square = tile.rows == tile.columns
-            found = (backend.stats_rows([strip]),) if square else backend.stats_rows_and_columns(strip)
-            for (part, _), more in zip(tile.directions, found, strict=True):
-                self._add(sums, part, more)
-        rows = sweep.inputs.settle(slice(0, problem.rows), sums)
+        rooms: list[Tensor] = []
+        stored = False
+        if sweep.wants.any:
+            rooms, stored = chunks.tile_rooms(problem, backend, [tile for tile, _ in self._tiles(self.side)])
+        rows = sweep.inputs.settle(slice(0, problem.rows), self._stored(rooms) if stored else self._sums())
         if not sweep.wants.any:
             return rows.loss
         softmax = rows.softmax(sweep.inputs.target_sim)
         entry = _of_both_places(rows.entry, problem.target)
-        workspace = chunks.strip_workspace(problem, backend, self.side)
-        for tile, strip in self._tiles(self.side):
+        for (tile, strip), out in zip(self._tiles(self.side), rooms, strict=True):
             by_row, by_column = (softmax.map(operator.itemgetter(part)) for part in (tile.rows, tile.columns))
-            out = workspace[: len(strip.x), : len(strip.y)]
-            q = backend.grad_rows([strip], [out], by_row, by_column, entry[tile.rows], sweep.gradients.gain)
+            own_entry, q = entry[tile.rows], None
+            if stored:
+                assert strip.target is not None
+                patch = Patch(out, strip.target, strip.row_factor, strip.col_factor)
+                cast(Stores, backend).weigh(patch, by_row.weight, by_column.weight, own_entry)
+            else:
+                q = backend.grad_rows([strip], [out], by_row, by_column, own_entry, sweep.gradients.gain)
             sweep.gradients.add_tile(tile, out)
             if q is not None:
                 # A tile on the diagonal has both places of each of its pairs.
                 sweep.gradients.add_scale(q / 2 if tile.rows == tile.columns else q)
         return rows.loss
+
+    def _stored(self, rooms: list[Tensor]) -> RowSums:
+        """Writes the exponentials of all tiles, and returns the rows' sums. One shift serves all of them."""
+        backend, total, shift = cast(Stores, self.backend), torch.zeros_like(self.problem.weight), 0.0
+        for (tile, strip), out in zip(self._tiles(self.side), rooms, strict=True):
+            found = backend.exp_rows_and_columns(self.problem, strip, out)
+            for (part, _), more in zip(tile.directions, found, strict=False):
+                total[part] += more.total.sum(0) if more.total.dim() == 2 else more.total  # of tiles, or of the strip
+                shift = cast(float, more.shift)
+        return RowSums(shift, total)
+
+    def _sums(self) -> RowSums:
+        sums = RowSums.empty(self.problem.rows, self.problem.weight)
+        for tile, strip in self._tiles(min(self.side, chunks.STRIP_STATS_ROWS)):
+            square = tile.rows == tile.columns
+            found = (self.backend.stats_rows([strip]),) if square else self.backend.stats_rows_and_columns(strip)
+            for (part, _), more in zip(tile.directions, found, strict=True):
+                self._add(sums, part, more)
+        return sums
 
     def _add(self, sums: RowSums, part: slice, more: RowSums) -> None:
         running = RowSums(cast(Tensor, sums.shift)[part], sums.total[part])

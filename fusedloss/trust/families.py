@@ -129,7 +129,8 @@ def _found(
         taken |= {"stats+columns", "grad+columns", *(["stored"] if safe else [])}
     else:
         taken |= {"stats", "grad", *(["exp"] if safe else [])}
-        taken |= {"stats+columns", "grad+columns"} if mirrored else set()  # half of the chunks' columns
+        if mirrored:  # half of the chunks' columns
+            taken |= {"stats+columns", "grad+columns", *(["stored"] if safe else [])}
     tally = tally or (smoothing and (masked or softcap))  # `Problem.smooths_by_row`
     options = {"masks": masked, "guide": guided, "softcap": softcap, "tally": tally}
     taken |= {name for name, given in options.items() if given}

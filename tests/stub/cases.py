@@ -176,7 +176,8 @@ def one_matrix_against_itself(machine: pose.Machine) -> Iterator[Case]:
         with mock.patch.object(triangle.Staircase, "softmax", autospec=True, side_effect=SOFTMAX) as halved:
             step(machine, lambda: loss(x, temperature), capability=capability)
         assert halved.call_count == 1
-        assert len([found for found in machine.launches if found["asked"] == "grad"]) > 2
+        stored = not learned and dtype != torch.float16
+        assert len([found for found in machine.launches if found["asked"] == ("exp" if stored else "grad")]) > 2
 
     losses: dict[str, Callable[..., Tensor]] = {
         "nt_xent": lambda x, t: fusedloss.nt_xent(x[:4096], x[4096:], temperature=t, backend="cuda"),

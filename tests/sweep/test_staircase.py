@@ -125,6 +125,7 @@ def test_a_pair_is_multiplied_once_outside_of_the_diagonal(name, half, side, lea
         "stats_rows": squares,
         "stats_rows_and_columns": once - squares,
         "exp_rows": 0,
+        "exp_rows_and_columns": 0,
         "grad_rows": once if grad else 0,
     }
     assert once <= rows * (rows + min(side, rows)) / 2
@@ -138,20 +139,25 @@ NUMBERS = {"triton": (torch.float32, torch.float16), "cuda": (torch.float32, tor
 @pytest.mark.parametrize(
     "backend, dtype", [(b, dtype) for b in NUMBERS for dtype in NUMBERS[b]], ids=lambda x: str(x).split(".")[-1]
 )
-@pytest.mark.parametrize("temperature", [0.5, 0.01, "learned"])
+@pytest.mark.parametrize("temperature", [0.5, "0.5, stored", 0.01, "learned"])
 @pytest.mark.parametrize("name", ["nt_xent", "sup_con", "labels", "weights"])
 def test_kernels_are_inside_the_error_budget(monkeypatch, name, temperature, backend, dtype):
-    """In chunks of 32 of 75 rows, the last one ragged: with a safe shift, without one, and by the temperature."""
+    """In chunks of 32 of 75 rows, the last one ragged. Exponentials are stored where they have one safe shift and all
+    of them fit, and computed twice elsewhere."""
     x, labels = batch(75, 24, 4, seed=1, dtype=dtype)
     x = x / 4
-    learned = temperature == "learned"
-    temperature = torch.tensor(0.1) if learned else temperature
+    learned, stored = temperature == "learned", temperature == "0.5, stored"
+    temperature = torch.tensor(0.1) if learned else 0.5 if stored else temperature
+    options = {"workspace_bytes": 80 * (80 if stored else 33) * x.itemsize, "backend": backend}
+    if stored:
+        monkeypatch.setattr(sweep.chunks, "strip_rows", lambda *_: 32)
+        stored = dtype != torch.float16 and not name.startswith("labels")  # without cosines
     counted = elements(BACKENDS[backend], monkeypatch)
-    options = {"workspace_bytes": 80 * 33 * x.itemsize, "backend": backend}
     found = result(LOSSES[name], x, labels, temperature, **options)
     rows = 75 if name in ("sup_con", "labels", "weights") else 74
     once = (rows * rows + 2 * 32 * 32 + (rows - 64) ** 2) // 2
-    assert sum(counted.values()) == 2 * once and counted["grad_rows"] == once
+    assert sum(counted.values()) == (once if stored else 2 * once)
+    assert counted["exp_rows_and_columns" if stored else "grad_rows"] == once
     assert all(map(torch.equal, found, result(LOSSES[name], x, labels, temperature, **options)))
     baseline = result(LOSSES[name], x, labels, temperature, backend="reference")
     wide = temperature.double() if learned else temperature
@@ -203,7 +209,6 @@ WHOLE = {
     "counts": lambda x, labels: split(fusedloss.nt_xent)(x, labels, return_stats=True)[0],
     "both directions": lambda x, labels: fusedloss.clip(x, x, 10.0),
     "a fold": lambda x, labels: fusedloss.sup_con(x, labels, form="in"),
-    "one chunk": lambda x, labels: split(fusedloss.nt_xent)(x, labels, workspace_bytes=1 << 20),
 }
 
 
@@ -245,22 +250,28 @@ def test_a_chunk_leaves_rows_behind_it(D, multiprocessors):
     for M in (1, 100, 129, 4096, 16384, 65536, 2**20):
         for most in (1, 300, 8448):
             whole = wave_rows(M, D, most, multiprocessors)
-            for products in (3, 4):
-                rows = half_rows(M, D, most, multiprocessors, whole, products)
+            for room in (None, 1000, 2**28):
+                rows = half_rows(M, D, most, multiprocessors, whole, room)
                 assert 0 <= rows <= min(most, M) and (rows == M or rows % 128 == 0)
 
 
-@pytest.mark.parametrize("products, small", [(3, 0), (4, 1)])
-def test_half_is_taken_where_it_saves_products(products, small):
-    """H200, D = 768: 3 chunks of 16384 rows, 12 of 65536. One chunk saves dy's product where there are two sweeps."""
+@pytest.mark.parametrize(
+    "room, wanted",
+    [
+        (None, [1024, 2048, 4096, 5632, 5632]),  # two sweeps of half instead of two, and one product of a chunk's two
+        (0, [0, 0, 0, 5632, 5632]),  # instead of one sweep
+        (2**28, [1024, 2048, 4096, 5632, 5632]),  # one sweep of half, up to 20000 rows
+    ],
+)
+def test_half_is_taken_where_it_saves_products(room, wanted):
+    """H200, D = 768: 3 chunks of 16384 rows, 12 of 65536."""
     sizes = (1024, 2048, 4096, 16384, 65536)
-    chosen = [half_rows(M, 768, 8448, 132, wave_rows(M, 768, 8448, 132), products) for M in sizes]
-    assert chosen == [1024 * small, 2048 * small, 4096 * small, 5632, 5632]
+    assert [half_rows(M, 768, 8448, 132, wave_rows(M, 768, 8448, 132), room) for M in sizes] == wanted
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_one_chunk_saves_a_product_where_there_are_two_sweeps(monkeypatch, backend):
-    """`dz + dz^T` is symmetric, so that dx's product is all of the gradient. With a safe shift three are as few."""
+def test_one_chunk_saves_a_product(monkeypatch, backend):
+    """`dz + dz^T` is symmetric, so that dx's product is all of the gradient."""
     x, _ = batch(40, 8, 1, dtype=torch.float32)
     counted, products = elements(BACKENDS[backend], monkeypatch), []
     add_mm = sweep.gradients.add_mm
@@ -268,5 +279,6 @@ def test_one_chunk_saves_a_product_where_there_are_two_sweeps(monkeypatch, backe
     for temperature in (0.5, torch.tensor(0.5)):
         result(LOSSES["nt_xent"], x, None, temperature, backend=backend)
     once = 40 * 40
-    assert counted == {"exp_rows": once, "stats_rows": once, "stats_rows_and_columns": 0, "grad_rows": once}
-    assert products == [once]  # of the learnt temperature; the two of the other overwrite
+    found = {name: count for name, count in counted.items() if count}
+    assert found == {"exp_rows_and_columns": once, "stats_rows": once, "grad_rows": once}
+    assert products == [once, once]
