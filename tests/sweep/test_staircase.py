@@ -11,6 +11,8 @@ from primitives import elements
 import fusedloss
 from fusedloss import masks, sweep, testing, transforms
 from fusedloss.backends import BACKENDS, chunked
+from fusedloss.core.mask import Compare, StripMask
+from fusedloss.core.strips import Strip
 from fusedloss.core.waves import half_rows, wave_rows
 from fusedloss.sweep import triangle
 
@@ -129,6 +131,30 @@ def test_a_pair_is_multiplied_once_outside_of_the_diagonal(name, half, side, lea
         "grad_rows": once if grad else 0,
     }
     assert once <= rows * (rows + min(side, rows)) / 2
+
+
+@pytest.mark.parametrize("cut", [0, 1, 9, 13, 22])
+def test_the_columns_of_a_strip_are_its_columns(cut):
+    """With every part of a mask: the sums of two parts, merged, are those of the whole."""
+    rows, columns = 9, 22
+    x, labels = batch(rows + columns, 4, 3, seed=4)
+    own = torch.arange(rows)
+    mask = StripMask(
+        compare=(Compare(labels[:rows], labels[rows:], False), Compare(own % 2, torch.arange(columns) % 2, True)),
+        dense=(x[:rows, :1] + x[rows:, 1]) < 1,
+        threshold=torch.full((rows,), 0.3, dtype=torch.float64),
+        exempt=torch.stack([own * 2, own + 11], 1),
+        skip=columns - 1 - own,
+    )
+    one = torch.ones((), dtype=torch.float64)
+    strip = Strip(x[:rows], x[rows:], one, None, None, x[rows:, 2].contiguous(), (own * 7) % columns, mask)
+    whole = chunked.stats_rows([strip])
+    parts = [slice(0, cut), slice(cut, columns)]
+    found = [chunked.stats_rows([strip.columns(part)]) for part in parts if part.stop > part.start]
+    merged = found[0] if len(found) == 1 else chunked.merge(*found)
+    for sums in (whole, merged):
+        assert ((sums.total > 0).sum() > rows // 2) and (sums.total == 0).sum() < rows
+    torch.testing.assert_close(merged.total * merged.shift.exp(), whole.total * whole.shift.exp())
 
 
 # The kernels ----------------------------------------------------------------------------------------------------------
