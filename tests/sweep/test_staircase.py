@@ -12,7 +12,7 @@ import fusedloss
 from fusedloss import masks, sweep, testing, transforms
 from fusedloss.backends import BACKENDS, chunked
 from fusedloss.core.mask import Compare, StripMask
-from fusedloss.core.strips import Strip
+from fusedloss.core.strips import Patch, Strip
 from fusedloss.core.waves import half_rows, wave_rows
 from fusedloss.sweep import triangle
 
@@ -212,6 +212,18 @@ def test_rows_that_are_not_finite_spoil_what_they_spoil_in_whole_rows(monkeypatc
     assert 0 < found[0].isnan().sum() < 60
     for a, b in zip(found, rows_and_gradient(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_target_outside_of_the_tile_is_none(backend):
+    """Wherever it is: its factor is not read, and no entry is written."""
+    e, factor = torch.rand(5, 16), torch.rand(16)
+    target = torch.tensor([-1, 16, 2**45, -(2**45), 3])
+    rows, columns, entry = torch.rand(5), torch.rand(16), torch.rand(5)
+    wanted = e * (rows[:, None] + columns)
+    wanted[4, 3] = entry[4] * factor[4] * factor[3]
+    BACKENDS[backend].weigh(Patch(e, target, factor[:5], factor), rows, columns, entry)
+    torch.testing.assert_close(e, wanted)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
