@@ -148,7 +148,7 @@ class Pairs:
             cosine=self.kind.unit,
             scale_bound=bound,
             decoupled=True,
-            mirrored=self.itself and query == key,
+            mirrored=query == key and self.itself and self.ref_labels is self.labels,
         )
         return mean_of([problem], Call(reduction="none"))
 
