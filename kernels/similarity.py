@@ -42,6 +42,7 @@ def similarity_kernel(
     stride_yn,
     stride_om,
     EPILOGUE: tl.constexpr,
+    INNER: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -72,25 +73,13 @@ def similarity_kernel(
                 mask_d = offs_d < D - start
                 x = tl.load(x_ptrs + start, mask=(offs_m < M)[:, None] & mask_d[None, :], other=0.0)
                 y = tl.load(y_ptrs + start, mask=(offs_n < N)[None, :] & mask_d[:, None], other=0.0)
+                if INPUT_PRECISION == "tf32":
+                    x, y = _rounded(x), _rounded(y)
                 sim = tl.dot(x, y, sim, input_precision=INPUT_PRECISION)
-        # In two halves, fewer logits, similarities and column vectors are live at once: with rows,
-        # columns and q on sm_90, a whole 128 x 128 tile spills 264 bytes a thread, halves none.
-        if SUBTILES == 1:
-            _fold(
-                sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
-                pid_m, pid_n, EPILOGUE, DESCRIPTORS, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-        else:
-            halves = tl.permute(tl.reshape(sim, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-            left, right = tl.split(halves)
-            _fold(
-                left, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
-                pid_m, pid_n * 2, EPILOGUE, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
-            )  # fmt: skip
-            _fold(
-                right, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
-                pid_m, pid_n * 2 + 1, EPILOGUE, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
-            )  # fmt: skip
+        _fold_tile(
+            sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
+            pid_m, pid_n, EPILOGUE, INNER, DESCRIPTORS, BLOCK_M, BLOCK_N, SUBTILES,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_tile"])
@@ -111,6 +100,7 @@ def panel_kernel(
     stride_om,
     first_tile,  # the panel's first column is first_tile * BLOCK_N
     EPILOGUE: tl.constexpr,
+    INNER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -119,9 +109,9 @@ def panel_kernel(
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (offs_m < M)[:, None] & (first_tile.to(tl.int64) * BLOCK_N + offs_n < N)[None, :]
     sim = tl.load(Sim + offs_m[:, None] * stride_sm + offs_n[None, :], mask=mask, other=0.0)
-    _fold(
+    _fold_tile(
         sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
-        pid_m, first_tile + tl.program_id(1), EPILOGUE, False, BLOCK_M, BLOCK_N,
+        pid_m, first_tile + tl.program_id(1), EPILOGUE, INNER, False, BLOCK_M, BLOCK_N, 1,
     )  # fmt: skip
 
 
@@ -136,6 +126,14 @@ def _place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl
 
 
 @triton.jit
+def _rounded(x):
+    """Rounds to the nearest tf32, ties away from 0: the tensor cores would cut 13 bits off, and with them 7e-4 of the
+    length of duplicates' similarities. Infinities and NaN stay as they are."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where((bits & 0x7F800000) == 0x7F800000, bits, (bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _bent(z, softcap):
     if softcap is not None:
         z = softcap * tanh(z / softcap)
@@ -143,21 +141,100 @@ def _bent(z, softcap):
 
 
 @triton.jit
-def _fold(
+def _fold_tile(
     sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
     pid_m, pid_n,
-    EPILOGUE: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EPILOGUE: tl.constexpr, INNER: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,
+):  # fmt: skip
+    """Folds a tile. INNER: one inside of the matrix that holds no target, as most are, without a test of an element."""
+    if INNER:
+        if _is_inner(Target, M, N, pid_m, pid_n, BLOCK_M, BLOCK_N):
+            _fold_parts(
+                sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, None, masks, args, M, N, stride_om,
+                pid_m, pid_n, EPILOGUE, True, DESCRIPTORS, BLOCK_M, BLOCK_N, SUBTILES,
+            )  # fmt: skip
+        else:
+            _fold_parts(
+                sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
+                pid_m, pid_n, EPILOGUE, False, DESCRIPTORS, BLOCK_M, BLOCK_N, SUBTILES,
+            )  # fmt: skip
+    else:
+        _fold_parts(
+            sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
+            pid_m, pid_n, EPILOGUE, False, DESCRIPTORS, BLOCK_M, BLOCK_N, SUBTILES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _is_inner(Target, M, N, pid_m, pid_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    inner = ((pid_m + 1) * BLOCK_M <= M) & ((pid_n + 1) * BLOCK_N <= N)
+    if Target is not None:
+        offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        column = tl.load(Target + offs_m, mask=offs_m < M, other=-1) - pid_n.to(tl.int64) * BLOCK_N
+        inner &= tl.max(((column >= 0) & (column < BLOCK_N)).to(tl.int32), axis=0) == 0
+    return inner
+
+
+@triton.jit
+def _fold_parts(
+    sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
+    pid_m, pid_n,
+    EPILOGUE: tl.constexpr, INNER: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,
+):  # fmt: skip
+    # In two halves, fewer logits, similarities and column vectors are live at once: with rows,
+    # columns and q on sm_90, a whole 128 x 128 tile spills 264 bytes a thread, halves none.
+    if SUBTILES == 1:
+        _fold(
+            sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
+            pid_m, pid_n, EPILOGUE, INNER, DESCRIPTORS, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        halves = tl.permute(tl.reshape(sim, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        _fold(
+            left, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
+            pid_m, pid_n * 2, EPILOGUE, INNER, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+        _fold(
+            right, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
+            pid_m, pid_n * 2 + 1, EPILOGUE, INNER, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+
+
+@triton.jit
+def _fold(
+    acc, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
+    pid_m, pid_n,
+    EPILOGUE: tl.constexpr, INNER: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Turns the accumulator into logits, with -inf for inadmissible columns; then the epilogue and the store."""
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m = offs_m < M
-    mask_n = offs_n < N
+    if INNER:
+        mask_m, mask_n = tl.full((BLOCK_M,), 1, tl.int1), tl.full((BLOCK_N,), 1, tl.int1)
+    else:
+        mask_m, mask_n = offs_m < M, offs_n < N
+    sim, scale = acc, tl.load(Scale)
+    row_scale = scale
     if RowFactor is not None:
-        sim *= tl.load(RowFactor + offs_m, mask=mask_m, other=0.0)[:, None]
+        # The scale enters by the rows: a product less, where nothing reads the similarities.
+        row_factor = tl.load(RowFactor + offs_m, mask=mask_m, other=0.0)
+        sim *= row_factor[:, None]
+        row_scale = (row_factor * scale)[:, None]
     if ColFactor is not None:
-        sim *= tl.load(ColFactor + offs_n, mask=mask_n, other=0.0)[None, :]
-    z = sim * tl.load(Scale)
+        col_factor = tl.load(ColFactor + offs_n, mask=mask_n, other=0.0)
+        sim *= col_factor[None, :]
+        if INNER:
+            # In another order than otherwise: what both branches begin with is moved in front of them, and the last
+            # product is fused with the epilogue's subtraction only if they stand in one block.
+            z = acc * row_scale * col_factor[None, :]
+        else:
+            z = acc * col_factor[None, :] * row_scale
+    else:
+        z = acc * row_scale
     if masks is not None:
         if masks.Own is not None:
             z = tl.where(hits(masks.Own, offs_m, mask_m, pid_n, BLOCK_N), sim * tl.load(masks.OwnScale), z)
@@ -165,6 +242,8 @@ def _fold(
         bias = tl.load(Bias + offs_n, mask=mask_n, other=float("-inf"))
         # Not only an addition of -inf, because NaN in a removed column would stay NaN.
         z = tl.where(bias[None, :] == float("-inf"), float("-inf"), _bent(z + bias[None, :], softcap))
+    elif INNER:
+        z = _bent(z, softcap)
     else:
         z = tl.where(mask_n[None, :], _bent(z, softcap), float("-inf"))
     if masks is not None:
@@ -172,7 +251,7 @@ def _fold(
         z = tl.where(admit, z, float("-inf"))
     if Target is not None:
         z = tl.where(hits(Target, offs_m, mask_m, pid_n, BLOCK_N), float("-inf"), z)
-    value = EPILOGUE(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args)
+    value = EPILOGUE(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M, N, args)
     if Out is not None:
         if softcap is not None:
             # The softcap's derivative, 1 - tanh^2. Dropped columns are 0, and the target's entry has a slope of its

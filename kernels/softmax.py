@@ -58,8 +58,7 @@ class TallyArgs(NamedTuple):
 
 
 @triton.jit
-def tally(z, sim, offs_m, pid_n, M, args):
-    mask_m = offs_m < M
+def tally(z, sim, offs_m, mask_m, pid_n, M, args):
     row = pid_n.to(tl.int64) * M + offs_m
     admitted = z > float("-inf")
     score = tl.load(args.Score + offs_m, mask=mask_m, other=0.0)
@@ -81,21 +80,21 @@ class StatsArgs(NamedTuple):
 
 
 @triton.jit
-def stats(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args):
+def stats(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M, N, args):
     if args.Tally is not None:
-        tally(z, sim, offs_m, pid_n, M, args.Tally)
+        tally(z, sim, offs_m, mask_m, pid_n, M, args.Tally)
     row_max = tl.max(z, axis=1)
     row_sum = tl.sum(exponential(z - finite(row_max)[:, None]), axis=1)
     row = pid_n.to(tl.int64) * M + offs_m
-    tl.store(args.RowMax + row, row_max, mask=offs_m < M)
-    tl.store(args.RowSum + row, row_sum, mask=offs_m < M)
+    tl.store(args.RowMax + row, row_max, mask=mask_m)
+    tl.store(args.RowSum + row, row_sum, mask=mask_m)
     if args.ColMax is not None:
-        z = tl.where((offs_m < M)[:, None], z, float("-inf"))
+        z = tl.where(mask_m[:, None], z, float("-inf"))
         col_max = tl.max(z, axis=0)
         col_sum = tl.sum(exponential(z - finite(col_max)[None, :]), axis=0)
         col = pid_m.to(tl.int64) * N + offs_n
-        tl.store(args.ColMax + col, col_max, mask=offs_n < N)
-        tl.store(args.ColSum + col, col_sum, mask=offs_n < N)
+        tl.store(args.ColMax + col, col_max, mask=mask_n)
+        tl.store(args.ColSum + col, col_sum, mask=mask_n)
     return z
 
 
@@ -109,14 +108,14 @@ class ExpArgs(NamedTuple):
 
 
 @triton.jit
-def exp(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args):
+def exp(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M, N, args):
     if args.Tally is not None:
-        tally(z, sim, offs_m, pid_n, M, args.Tally)
+        tally(z, sim, offs_m, mask_m, pid_n, M, args.Tally)
     e = exponential(z - args.shift)
-    tl.store(args.RowSum + pid_n.to(tl.int64) * M + offs_m, tl.sum(e, axis=1), mask=offs_m < M)
+    tl.store(args.RowSum + pid_n.to(tl.int64) * M + offs_m, tl.sum(e, axis=1), mask=mask_m)
     if args.ColSum is not None:
-        col_sum = tl.sum(tl.where((offs_m < M)[:, None], e, 0.0), axis=0)
-        tl.store(args.ColSum + pid_m.to(tl.int64) * N + offs_n, col_sum, mask=offs_n < N)
+        col_sum = tl.sum(tl.where(mask_m[:, None], e, 0.0), axis=0)
+        tl.store(args.ColSum + pid_m.to(tl.int64) * N + offs_n, col_sum, mask=mask_n)
     return e
 
 
@@ -149,9 +148,7 @@ def _load_softmax(Shift, Weight, offs, mask):
 
 
 @triton.jit
-def grad(z, sim, Target, offs_m, offs_n, pid_m, pid_n, M, N, args):
-    mask_m = offs_m < M
-    mask_n = offs_n < N
+def grad(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M, N, args):
     shift, weight = _load_softmax(args.RowShift, args.RowWeight, offs_m, mask_m)
     dz = weight[:, None] * exponential(z - shift[:, None])
     if args.Q is not None:

@@ -16,6 +16,16 @@ def _filled(rows: int, D: int, multiprocessors: int) -> float:
     return tiles / (cdiv(tiles, multiprocessors) * multiprocessors)
 
 
+@functools.lru_cache(maxsize=256)
+def wave_columns(rows: int, most: int, step: int, multiprocessors: int) -> int:
+    """Returns the columns of a panel, a multiple of `step` up to `most`, whose GEMM [rows, columns] fills whole waves.
+
+    On 132 multiprocessors 5632 rows get 768 columns (132 tiles; 1280, which fit 32 MiB, would fill 83 %).
+    """
+    candidates = range(step, max(step, most) + 1, step)
+    return max(candidates, key=lambda columns: (_filled(rows, columns, multiprocessors), columns))
+
+
 def wave_rows(M: int, D: int, most: int, multiprocessors: int) -> int:
     """Rows a chunk for which dx's GEMM, rows x D, fills whole waves of the device, up to `most`.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fusedloss.backends.shared import exp_shift
 from fusedloss.core import rows as plain
 from fusedloss.core.problem import Block, Problem, RowRule
-from fusedloss.core.strips import Patch, RowSums, Strip
+from fusedloss.core.strips import Patch, RowSums, Softmax, Strip
 
 pytest.importorskip("triton")
 from fusedloss.backends import triton as backend
@@ -263,6 +263,40 @@ def test_addresses_beyond_two_to_the_31_elements(monkeypatch, tile):
     assert torch.equal(kept, wanted)
 
 
+OF_A_TILE = [(True, 0.0, False), (False, 2.0, False), (True, 0.0, True)]  # factors, softcap, bias
+
+
+@pytest.mark.parametrize("tile, given", [(tile, OF_A_TILE[i % 3]) for i, tile in enumerate(TILES)])
+def test_tiles_that_need_no_test_are_folded_like_the_others(monkeypatch, tile, given):
+    """Those inside of the matrix that hold no target. Elements are tested in all of them, and then in the others."""
+    config, (factors, softcap, bias) = TILES[tile], given
+    monkeypatch.setattr(backend, "config_of", lambda strip, mode: config)
+    strip = make(Case(40, (140,), 20, factors=factors, bias=bias), torch.float16)[0]
+    target = torch.arange(40, device=DEVICE)
+    strip = strip._replace(target=target, softcap=softcap)
+    of_targets = {(i // config.BLOCK_M, i // config.BLOCK_N) for i in range(40)}
+    whole = {(m, n) for m in range(40 // config.BLOCK_M) for n in range(140 // config.BLOCK_N)}
+    assert whole - of_targets
+    vectors = [torch.rand(size, device=DEVICE) + 0.5 for size in (40, 140)]
+    by_row, by_column = (Softmax(v, v, v) for v in vectors)
+
+    def run() -> list[Tensor]:
+        problem = problem_of([strip], scale_bound=SCALE)
+        outs = torch.empty(3, 40, 144, device=DEVICE, dtype=torch.float16)[:, :, :140].unbind(0)
+        rows, columns = backend.stats_rows_and_columns(strip)
+        e, _ = backend.exp_rows(problem, [strip], [outs[0]], None)
+        both = backend.exp_rows_and_columns(problem, strip, outs[1])
+        gain = torch.tensor(8.0, device=DEVICE)
+        q = backend.grad_rows([strip], [outs[2]], by_row, by_column, vectors[0], gain)
+        assert q is not None
+        return [lse(rows), lse(columns), e.total, *(sums.total for sums in both), q, *outs]
+
+    found = run()
+    monkeypatch.setattr(backend, "_has_inner", lambda strip, epilogue: False)
+    for a, b in zip(found, run(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-10 if a.dtype == torch.float16 else 3e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_are_not_aligned_are_copied_once(dtype):
     """To rows that begin on 16 bytes, as wide copies and tensor descriptors need; aligned ones stay as they are."""
@@ -381,7 +415,36 @@ def test_the_way_to_multiply_follows_the_device_and_the_width():
     assert way(768, (9, 0)) == way(768, (10, 0)) == "descriptors"
     assert way(768, (8, 0)) == way(4096, (8, 0)) == way(768, (12, 0)) == "pointers"
     assert way(4096, (9, 0)) == "library"
-    assert way(768, (9, 0), "fp32") == "pointers"
+    assert way(768, (9, 0), "fp32") == way(64, (8, 0), "fp32") == "library"
+    assert way(768, ELSEWHERE, "fp32") == "pointers"
+
+
+def test_tf32_is_rounded_to_the_nearest(monkeypatch):
+    """The tensor cores cut 13 bits off: of 1 + 0.75 of tf32's last place they would make 1."""
+    step = 2.0**-10
+    x = torch.tensor([[1 + 0.75 * step, -1 - 0.75 * step, 1 + 0.25 * step, math.inf, -math.inf, math.nan, 2.0**-126]])
+    wanted = torch.tensor([[1 + step, -1 - step, 1.0, math.inf, -math.inf, math.nan, 2.0**-126]])
+    x[0, 5] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # the NaN of a GPU
+    monkeypatch.setattr(backend, "precision_of", lambda dtype, device: "tf32")
+    monkeypatch.setattr(backend, "config_of", lambda strip, mode: TILES["pointers"])
+    x, y, out = x.T.contiguous().to(DEVICE), torch.ones(1, 1, device=DEVICE), torch.empty(7, 16, device=DEVICE)[:, :1]
+    one = torch.ones((), device=DEVICE)
+    backend.similarities(Strip(backend.operand(x), backend.operand(y), one, None, None, None, None), out)
+    torch.testing.assert_close(out.T.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_tensor_maps_round_to_tf32(monkeypatch):
+    found = []
+    monkeypatch.setattr(backend, "launch", lambda kernel, grid, device, *args, **options: found.append(args[:3]))
+    monkeypatch.setattr(backend, "config_of", lambda strip, mode: TILES["descriptors"])
+    strip = make(CASES["one row"], torch.float32)[0]
+    for precision in ("tf32", "ieee"):
+        monkeypatch.setattr(backend, "precision_of", lambda dtype, device, found=precision: found)
+        backend.exp_rows(problem_of([strip], scale_bound=SCALE), [strip], [torch.empty(1, 36)[:, :33]], None)
+    assert [[getattr(x, "round_f32_to_tf32", False) for x in args] for args in found] == [
+        [True, True, False],
+        [False, False, False],
+    ]
 
 
 @pytest.mark.parametrize("device, hip", [("xpu", None), ("xpu:1", None), ("cuda", "7.0")])

@@ -9,7 +9,7 @@ import torch
 
 import fusedloss
 from fusedloss import sweep, testing
-from fusedloss.core.waves import wave_rows
+from fusedloss.core.waves import wave_columns, wave_rows
 from fusedloss.sweep.chunks import GIB, MIB, chunk_rows
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -39,6 +39,21 @@ def test_chunks_never_exceed_what_they_may_have(most, multiprocessors):
     for M in (1, 100, 5000, 10**6):
         for D in (1, 384, 768, 4097):
             assert 1 <= wave_rows(M, D, most, multiprocessors) <= min(M, most)
+
+
+@pytest.mark.parametrize("rows, columns", [(5632, 768), (8448, 512), (4224, 1024)])
+def test_panels_fill_whole_waves(rows, columns):
+    """Of 132 multiprocessors, in 32 MiB; 1280 columns for 5632 rows would fill 83 %."""
+    assert wave_columns(rows, (32 << 20) // 4 // rows, 256, 132) == columns
+    assert rows // 128 * columns // 256 == 132
+
+
+@pytest.mark.parametrize("most", [0, 100, 256, 1000, 65536])
+def test_panels_are_whole_tiles_in_what_they_may_have(most):
+    for rows in (1, 130, 8448):
+        for multiprocessors in (1, 108, 148):
+            columns = wave_columns(rows, most, 256, multiprocessors)
+            assert columns % 256 == 0 and 256 <= columns <= max(256, most)
 
 
 @pytest.mark.parametrize("N", [4096, 8192])

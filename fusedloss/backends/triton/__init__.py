@@ -20,7 +20,7 @@ from ...core.numerics import cdiv, stats_dtype
 from ...core.problem import Problem
 from ...core.rows import guide_threshold
 from ...core.strips import RowSums, Softmax, Strip, Tally
-from ...core.waves import wave_rows
+from ...core.waves import wave_columns
 from ..shared import NO_FACTOR, can_exp, exp_shift
 from ..shared import can_halve_rows as can_halve_rows
 from .launching import ALIGNMENT, config_of, descriptor, launch, multiprocessors, precision_of
@@ -244,12 +244,12 @@ def _similarities(epilogue: Callable[..., None], strip: Strip, out: Tensor | Non
     tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
     if not tiles:
         return
-    descriptors = config.GEMM == "descriptors"
+    descriptors, precision = config.GEMM == "descriptors", precision_of(x.dtype, x.device)
     stride_om = 0 if out is None else out.stride(0)
     kernel_x, kernel_y, kernel_out = x, y, out
     if descriptors:
-        kernel_x = descriptor(x, config.BLOCK_M, config.BLOCK_D)
-        kernel_y = descriptor(y, config.BLOCK_N, config.BLOCK_D)
+        kernel_x = descriptor(x, config.BLOCK_M, config.BLOCK_D, precision == "tf32")
+        kernel_y = descriptor(y, config.BLOCK_N, config.BLOCK_D, precision == "tf32")
         if out is not None:
             kernel_out = descriptor(out, config.BLOCK_M, config.BLOCK_N // config.SUBTILES)
     launch(
@@ -268,10 +268,17 @@ def _similarities(epilogue: Callable[..., None], strip: Strip, out: Tensor | Non
         y.stride(0),
         stride_om,
         EPILOGUE=epilogue,
-        INPUT_PRECISION=precision_of(x.dtype, x.device),
+        INNER=_has_inner(strip, epilogue),
+        INPUT_PRECISION=precision,
         DESCRIPTORS=descriptors,
         **config.options(),
     )
+
+
+def _has_inner(strip: Strip, epilogue: Callable[..., None]) -> bool:
+    """Whether a tile inside of the matrix, without targets, needs no test of its elements."""
+    kinds = _softmax()
+    return not _masked(strip) and epilogue in (kinds.stats, kinds.exp, kinds.grad)
 
 
 def _panels(epilogue: Callable[..., None], strip: Strip, out: Tensor | None, args: tuple, config: Config) -> None:
@@ -298,6 +305,7 @@ def _panels(epilogue: Callable[..., None], strip: Strip, out: Tensor | None, arg
             0 if out is None else out.stride(0),
             start // config.BLOCK_N,
             EPILOGUE=epilogue,
+            INNER=_has_inner(strip, epilogue),
             BLOCK_M=config.BLOCK_M,
             BLOCK_N=config.BLOCK_N,
             num_warps=config.num_warps,
@@ -306,9 +314,8 @@ def _panels(epilogue: Callable[..., None], strip: Strip, out: Tensor | None, arg
 
 def _panel_columns(strip: Strip, config: Config) -> int:
     """Returns a panel's columns: whole tiles, and whole waves of the vendor's GEMM."""
-    M, N = strip.x.shape[0], strip.y.shape[0]
-    columns = wave_rows(N, M, PANEL_BYTES // 4 // max(1, M), multiprocessors(strip.x.device))
-    return max(config.BLOCK_N, columns // config.BLOCK_N * config.BLOCK_N)
+    rows = max(1, strip.x.shape[0])
+    return wave_columns(rows, PANEL_BYTES // 4 // rows, config.BLOCK_N, multiprocessors(strip.x.device))
 
 
 def _multiply(sim: Tensor, x: Tensor, y: Tensor) -> None:

@@ -192,7 +192,11 @@ def picked(*where: Any) -> Config:
     return pick_config(*where)
 
 
-def descriptor(x: Tensor, rows: int, columns: int) -> Any:
+def descriptor(x: Tensor, rows: int, columns: int, in_tf32: bool = False) -> Any:
+    """in_tf32: copies round fp32 to the nearest tf32. The tensor cores would cut off what it has less."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+    found = TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+    if in_tf32:
+        found.round_f32_to_tf32 = True  # Triton 3.6 has no such field, and cuts off
+    return found
