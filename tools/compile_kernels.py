@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import triton
+from fusedloss.kernels import rows, similarity
 from sources import digest
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -41,7 +42,6 @@ from fusedloss.backends.triton.config import ELSEWHERE
 from fusedloss.core.mask import Compare, GuideRule, StripMask
 from fusedloss.core.problem import Block, Margin, Problem, RowRule
 from fusedloss.core.strips import Patch, RowSums, Softmax, Strip, Tally
-from fusedloss.kernels import rows, similarity
 
 sys.path.append(str(Path(__file__).absolute().parents[1] / "tests" / "support"))
 from patience import seconds
