@@ -232,9 +232,14 @@ class Staircase:
         count = self.problem.rows
         for rows in slices(count, side):
             strip = self.sweep.admission.strips(rows)[0]
-            for columns in (rows, slice(rows.stop, count)):
-                if columns.stop > columns.start:
-                    yield Tile(rows, columns), strip.columns(columns)
+            yield Tile(rows, rows), strip.columns(rows)
+            behind = slice(rows.stop, count)
+            if behind.stop > behind.start:
+                # No row skips itself there, and without a mask the kernels have larger tiles. Mirrored masks have
+                # nothing else but comparisons.
+                mask = strip.mask
+                mask = mask._replace(skip=None) if mask is not None and mask.compare else None
+                yield Tile(rows, behind), strip._replace(mask=mask).columns(behind)
 
     def softmax(self) -> Tensor:
         """Returns the losses of a softmax over each row, and adds the gradients."""

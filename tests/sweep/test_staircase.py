@@ -133,6 +133,29 @@ def test_a_pair_is_multiplied_once_outside_of_the_diagonal(name, half, side, lea
     assert once <= rows * (rows + min(side, rows)) / 2
 
 
+@pytest.mark.parametrize(
+    "loss, masked", [("nt_xent", [True, False]), ("itself", [True, False]), ("labels", [True, True])]
+)
+def test_tiles_behind_a_chunk_skip_nothing(monkeypatch, loss, masked):
+    """Without a mask kernels have larger tiles, and test no element of most."""
+    found = []
+    by_strips(monkeypatch, 16)
+    original = chunked.stats_rows_and_columns
+
+    def seen(strip, *rest):
+        found.append((strip.x.data_ptr() == strip.y.data_ptr(), strip.mask is not None))
+        return original(strip, *rest)
+
+    monkeypatch.setattr(chunked, "stats_rows_and_columns", seen)
+    squares = []
+    rows = chunked.stats_rows
+    monkeypatch.setattr(chunked, "stats_rows", lambda strips, *a: squares.append(strips[0].mask) or rows(strips, *a))
+    x, labels = batch(40, 8, 4)
+    LOSSES[loss](x, labels, temperature=0.5, backend="chunked")
+    assert len(squares) == 3 and None not in squares
+    assert found == [(False, masked)] * 2
+
+
 @pytest.mark.parametrize("cut", [0, 1, 9, 13, 22])
 def test_the_columns_of_a_strip_are_its_columns(cut):
     """With every part of a mask: the sums of two parts, merged, are those of the whole."""
