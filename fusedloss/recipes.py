@@ -193,16 +193,23 @@ def refined_logq(
     return loss
 
 
-def leaf(student: Tensor, teacher: Tensor, *, projection: Tensor | None = None) -> Tensor:
-    """LEAF (arXiv 2509.12539): the mean squared distance of unit vectors, `|u_i - t_i|^2 = 2 - 2 cos(u_i, t_i)`.
+def leaf(student: Tensor, teacher: Tensor, *, projection: Tensor | None = None, normalize: bool = True) -> Tensor:
+    """LEAF (arXiv 2509.12539): the mean squared distance of a student's embeddings to a teacher's.
+
+        loss_i = |y_i - t_i|^2,    y_i = projection student_i
 
     student: `[B, D]`. teacher: `[B, T]`, receives no gradient. projection: `[T, D]`, the last layer of the student,
-    which learns; None where D is T.
+    which learns; None where D is T. normalize: both are divided by their norms first, as a student's are whose teacher
+    returns unit vectors: the loss is then `2 - 2 cos(y_i, t_i)`. False compares them as they are.
 
     Example:
         >>> recipes.leaf(encode(texts), teacher_embeddings, projection=last_layer.weight).backward()
     """
-    return 2 * functional.embed_distill(student, teacher, distance="cosine", projection=projection)
+    checks.embeddings(student=student)
+    checks.embeddings(teacher=teacher)
+    if normalize:
+        return 2 * functional.embed_distill(student, teacher, distance="cosine", projection=projection)
+    return teacher.shape[1] * functional.embed_distill(student, teacher, distance="mse", projection=projection)
 
 
 def bge_m3(
@@ -224,7 +231,7 @@ def bge_m3(
         loss    = (L + L') / 2,      L(s): InfoNCE of s / temperature
 
     dense, lexical, multi_vector: scores `[Q, n]` of each query's candidates. target: int64 `[Q]`, the column of the
-    positive. weights: w. shares: c.
+    positive. weights: w. shares: c. The defaults are the authors' (FlagEmbedding).
 
     Example:
         >>> recipes.bge_m3(dense, lexical, multi_vector, torch.zeros(len(dense), dtype=torch.long)).backward()

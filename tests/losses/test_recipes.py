@@ -76,9 +76,8 @@ def logq(q, k):
     return ((1 - torch.exp(-loss)).detach() * loss).mean()
 
 
-def leaf(first, second):
-    student = first + second
-    return (F.normalize(student @ PROJECTION.T, dim=1) - F.normalize(PROJECTED, dim=1)).square().sum(1).mean()
+def leaf(first, second, unit=lambda x: F.normalize(x, dim=1)):
+    return (unit((first + second) @ PROJECTION.T) - unit(PROJECTED)).square().sum(1).mean()
 
 
 def bge_m3(dense, lexical, multi):
@@ -109,6 +108,11 @@ CASES = {
     "sim_kgc": (2, recipes.sim_kgc, kgc),
     "refined_logq": (2, lambda q, k: recipes.refined_logq(q, k, PROBABILITY, temperature=0.1), logq),
     "leaf": (2, lambda x, y: recipes.leaf(x + y, PROJECTED, projection=PROJECTION), leaf),
+    "leaf, as they are": (
+        2,
+        lambda x, y: recipes.leaf(x + y, PROJECTED, projection=PROJECTION, normalize=False),
+        lambda x, y: leaf(x, y, unit=lambda x: x),
+    ),
     "bge_m3": (
         3,
         lambda *s: recipes.bge_m3(*(x[:, :4] for x in s), torch.arange(B) % 4, temperature=0.5),
@@ -152,5 +156,7 @@ def test_recipes_refuse():
         recipes.bge_m3(q, p, n, torch.arange(B), weights=(1.0,))
     with pytest.raises(ValueError, match="temperature must be a positive number"):
         recipes.bge_m3(q, p, n, torch.arange(B), temperature=-1.0)
+    with pytest.raises(TypeError, match="teacher must"):
+        recipes.leaf(q, [p], normalize=False)
     with pytest.raises(ValueError, match="spread must be a number of at least 0"):
         recipes.embedding_gemma(q, p, spread=-1.0)
