@@ -4,10 +4,11 @@
     python examples/recipes.py qwen3_embedding leaf   # some
 
 Each recipe of `fusedloss.recipes` that takes a batch's pairs trains an encoder of one seed on the same batches, and
-LEAF's student learns from the encoder that SimKGC's loss has trained. `bge_m3` is left out: it takes scores of three
-kinds, of which this encoder has one. The data and the encoder are those of code_search.py, and so is the measure,
-recall@10 on modules that training never saw. The last line has the recipe that learnt least. A model of this size does
-not say which recipe is the best one.
+LEAF's student learns from the encoder that SimKGC's loss has trained. Left out are `jina_embeddings_v5` and
+`nemotron_embed`, which learn from a teacher as well, and `bge_m3`, which takes scores of three kinds, of which this
+encoder has one. The data and the encoder are those of code_search.py, and so is the measure, recall@10 on modules that
+training never saw. The last line has the recipe that learnt least. A model of this size does not say which recipe is
+the best one.
 """
 
 from __future__ import annotations

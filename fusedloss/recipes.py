@@ -6,7 +6,7 @@ Each takes embeddings of one batch, not yet normalised, and returns the mean los
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -210,6 +210,111 @@ def leaf(student: Tensor, teacher: Tensor, *, projection: Tensor | None = None, 
     if normalize:
         return 2 * functional.embed_distill(student, teacher, distance="cosine", projection=projection)
     return teacher.shape[1] * functional.embed_distill(student, teacher, distance="mse", projection=projection)
+
+
+def jina_embeddings_v5(
+    query: Tensor,
+    document: Tensor,
+    *negatives: Tensor,
+    teacher: Sequence[Tensor],
+    projection: Tensor | Callable[[Tensor], Tensor] | None = None,
+    temperature: float | Tensor = 0.02,
+    matching: float = 2.0,
+    spread: float = 1.0,
+) -> Tensor:
+    """jina-embeddings-v5-text's retrieval (arXiv 2602.15547): InfoNCE, distances to a teacher and a spread-out term.
+
+        contrast_i = -log(e^(s(q_i, d_i) / t) / sum_j (e^(s(q_i, d_j) / t) + sum_k e^(s(q_i, n_kj) / t)))
+        match_i    = 1 - s(projection q_i, teacher_q_i) + 1 - s(projection d_i, teacher_d_i)
+        loss       = mean contrast + matching * mean match
+                     + spread * (second moment of the queries + that of the documents)
+        second moment of X: mean_{i != j} s(x_i, x_j)^2
+
+    Similarities are cosines. The paper adds up match over the rows; here its weight does not depend on the batch, and
+    `matching=2 * len(query)` is the sum. The first stage, without contrast and spread, is match alone:
+    `2 * embed_distill([query, document], teacher, projection=projection)`.
+
+    Args:
+        query, document: `[B, D]`. negatives: any number of `[B, D]`, hard negatives, each of which every row sees.
+        teacher: the teacher's embeddings of query and document, `[B, T]` each, which receive no gradient.
+        projection: from D to T: a weight `[T, D]` or a module such as `torch.nn.Linear(D, T)`; None where D is T.
+        temperature: a positive number, or a tensor of one element, which receives a gradient, as the paper's does.
+        matching, spread: the weights of the parts.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or number that does not fit.
+
+    Example:
+        >>> taught = teacher(questions), teacher(answers)
+        >>> recipes.jina_embeddings_v5(encode(questions), encode(answers), teacher=taught, projection=linear).backward()
+    """
+    checks.scalar("temperature", temperature, query, positive=True)
+    for name, value in {"matching": matching, "spread": spread}.items():
+        checks.number(name, value, least=0)
+    _check_pair("teacher", teacher)
+    loss: Tensor = functional.multiple_negatives_ranking(query, document, *negatives, scale=1 / temperature)
+    match = 2 * functional.embed_distill([query, document], teacher, distance="cosine", projection=projection)
+    loss = loss + matching * match
+    if spread:
+        second = means(query, True)[1] + means(document, True)[1]
+        loss = loss + (spread * second).to(loss.dtype)
+    return loss
+
+
+def nemotron_embed(
+    query: Tensor,
+    document: Tensor,
+    *,
+    teacher: Sequence[Tensor],
+    projection: Tensor | Callable[[Tensor], Tensor] | None = None,
+    cosine: float = 1.0,
+    squared: float = 1.0,
+    listwise: float = 0.0,
+    temperature: float = 0.05,
+) -> Tensor:
+    """The distillation of Nemotron-3-Embed-1B, as in the example of NVIDIA's NeMo Automodel: a teacher's embeddings.
+
+        match_i = sum over (x, y) of (query, document) and its teacher, with u_i = projection x_i:
+                  cosine (1 - cos(u_i, y_i)) + squared |u_i - y_i|^2 / T
+        list_i  = KL(p_i || softmax_j(cos(query_i, document_j) / temperature)), and p_i likewise of the teacher's
+        loss    = mean match + listwise * mean list
+
+    Args:
+        query, document: `[B, D]`.
+        teacher: the teacher's embeddings of query and document, `[B, T]` each, which receive no gradient.
+        projection: from D to T: a weight `[T, D]` or a module such as `torch.nn.Linear(D, T)`; None where D is T.
+        cosine, squared, listwise: the weights of the parts. The example has the list's at 0: not computed.
+        temperature: of both softmaxes, a positive number.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or number that does not fit.
+
+    Example:
+        >>> taught = teacher(questions), teacher(answers)
+        >>> recipes.nemotron_embed(encode(questions), encode(answers), teacher=taught, projection=linear).backward()
+    """
+    for name, value in {"cosine": cosine, "squared": squared, "listwise": listwise}.items():
+        checks.number(name, value, least=0)
+    _check_pair("teacher", teacher)
+    checks.scalar("temperature", temperature, query, positive=True)
+    angle, square = (
+        2 * functional.embed_distill([query, document], teacher, distance=distance, projection=projection)
+        for distance in ("cosine", "mse")
+    )
+    loss: Tensor = cosine * angle + squared * square
+    if listwise:
+        found = functional.info_nce_distill(
+            query, document, *teacher, temperature=temperature, teacher_temperature=temperature, normalize=True
+        )
+        assert isinstance(found, Tensor)
+        loss = loss + listwise * found
+    return loss
+
+
+def _check_pair(name: str, value: Sequence[Tensor]) -> None:
+    checks.sequence(name, value, "embeddings", f"({name}_query, {name}_document)")
+    if len(value) != 2:
+        raise ValueError(f"{name} must hold 2 tensors, of query and document, got {len(value)}")
 
 
 def bge_m3(

@@ -61,7 +61,8 @@ def info_nce_distill(
             and floating dtype. No tensor of the teacher receives a gradient.
         temperature: a positive number, or a tensor of one element, which receives a gradient.
         teacher_temperature: a positive number, or a tensor of one element.
-        form: "kl", "ce" or "mse". The mean of torch's mse_loss is "mse" divided by the number of columns.
+        form: "kl", "ce" or "mse". "mse" adds up over the columns, as NeMo Automodel's InfoNCEDistillLoss and
+            ScoreDistillLoss do; the mean of torch's mse_loss is "mse" divided by the number of columns.
         directions: "query_to_key", "key_to_query", or both, whose mean is the loss. "key_to_query" needs N = M.
         negatives, teacher_negatives: `[M, K, D]` and `[M, K, T]`, K more columns for each query that no other query
             sees. Masks do not apply to them. They are columns of "query_to_key" alone, as the bank's are.

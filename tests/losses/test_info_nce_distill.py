@@ -221,6 +221,32 @@ def test_both_directions_without_masks_are_clip_distill():
     torch.testing.assert_close(both, fusedloss.clip_distill(query, key, 2.0, *teacher, 5.0))
 
 
+def test_mse_is_the_sum_over_the_columns_as_in_nemo_automodel():
+    """Its InfoNCEDistillLoss, and its ScoreDistillLoss: each of both texts' matrices with itself, the diagonal kept."""
+    query, key, *teacher = randn(4, 7, 5).unbind(0)
+    options = {"temperature": 0.1, "teacher_temperature": 0.1, "form": "mse", "normalize": True}
+
+    def softmax(x, y):
+        return ((F.normalize(x, dim=1) @ F.normalize(y, dim=1).T) / 0.1).softmax(1)
+
+    def summed(student, taught):
+        return F.mse_loss(softmax(*student), softmax(*taught), reduction="sum") / len(query)
+
+    def score(query, key):
+        pairs = ((query, teacher[0]), (key, teacher[1]))
+        return sum(fusedloss.info_nce_distill(x, x, y, y, **options) for x, y in pairs)
+
+    def nemo_score(query, key):
+        return sum(summed((x, x), (y, y)) for x, y in ((query, teacher[0]), (key, teacher[1])))
+
+    for found, wanted in (
+        (lambda q, k: fusedloss.info_nce_distill(q, k, *teacher, **options), lambda q, k: summed((q, k), teacher)),
+        (score, nemo_score),
+    ):
+        for a, b in zip(*(testing.value_and_gradients(f, [query, key]) for f in (found, wanted)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_of_one_matrix(backend):
     """Self-similarities, each row's own left out: the matrix has one gradient, of both of its sides."""

@@ -80,6 +80,31 @@ def leaf(first, second, unit=lambda x: F.normalize(x, dim=1)):
     return (unit((first + second) @ PROJECTION.T) - unit(PROJECTED)).square().sum(1).mean()
 
 
+def warmth(x):
+    return 0.1 + 0.05 * x.mean().sigmoid()
+
+
+def apart(x, y):
+    """Returns each projected row's 1 - cosine, and its mean squared distance."""
+    x = x @ PROJECTION.T
+    return 1 - cosines(x, y).diagonal(), (x - y).square().mean(1)
+
+
+def jina(q, d, n, t, total=torch.mean):
+    q_taught, d_taught = TAUGHT
+    z = torch.cat([cosines(q, d), cosines(q, n)], 1) / t
+    loss = F.cross_entropy(z, torch.arange(B))
+    loss = loss + 2 * total(apart(q, q_taught)[0] + apart(d, d_taught)[0])
+    off = ~torch.eye(B, dtype=torch.bool)
+    return loss + cosines(q, q)[off].square().mean() + cosines(d, d)[off].square().mean()
+
+
+def nemotron(q, d, listwise=0.0):
+    (a, b), (c, e) = (apart(x, y) for x, y in zip((q, d), TAUGHT, strict=True))
+    p, log_q = (cosines(*TAUGHT) / 0.05).softmax(1), (cosines(q, d) / 0.05).log_softmax(1)
+    return (a + b + c + e).mean() + listwise * (p * (p.log() - log_q)).sum(1).mean()
+
+
 def bge_m3(dense, lexical, multi):
     target = torch.arange(B) % 4
     nll = lambda z: -z.log_softmax(1)[torch.arange(B), target].mean()
@@ -94,6 +119,7 @@ PROBABILITY = torch.rand(B, generator=torch.Generator().manual_seed(1), dtype=to
 PROJECTION, PROJECTED = (
     torch.randn(n, m, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n, m in ((7, D), (B, 7))
 )
+TAUGHT = [PROJECTED, PROJECTED.roll(1, 0) + PROJECTED]
 TEACHERS = [t.detach() for t in batch(6)[3:]]
 CASES = {
     "qwen3_embedding": (2, lambda *x: recipes.qwen3_embedding(*x, temperature=0.1), qwen3),
@@ -112,6 +138,28 @@ CASES = {
         2,
         lambda x, y: recipes.leaf(x + y, PROJECTED, projection=PROJECTION, normalize=False),
         lambda x, y: leaf(x, y, unit=lambda x: x),
+    ),
+    "jina_embeddings_v5": (
+        3,
+        lambda q, d, n: recipes.jina_embeddings_v5(q, d, n, teacher=TAUGHT, projection=PROJECTION, temperature=0.1),
+        lambda q, d, n: jina(q, d, n, 0.1),
+    ),
+    "jina_embeddings_v5, match as a sum and a learnt temperature": (
+        4,
+        lambda q, d, n, t: recipes.jina_embeddings_v5(
+            q, d, n, teacher=TAUGHT, projection=PROJECTION, temperature=warmth(t), matching=2 * len(q)
+        ),
+        lambda q, d, n, t: jina(q, d, n, warmth(t), total=torch.sum),
+    ),
+    "nemotron_embed": (
+        2,
+        lambda q, d: recipes.nemotron_embed(q, d, teacher=TAUGHT, projection=PROJECTION),
+        nemotron,
+    ),
+    "nemotron_embed, listwise": (
+        2,
+        lambda q, d: recipes.nemotron_embed(q, d, teacher=TAUGHT, projection=PROJECTION, listwise=0.5),
+        lambda q, d: nemotron(q, d, 0.5),
     ),
     "bge_m3": (
         3,
@@ -134,7 +182,8 @@ def test_a_recipe_is_its_papers_formula(name, backend, monkeypatch):
 
 
 def test_every_recipe_has_a_case():
-    public = {name for name, value in vars(recipes).items() if getattr(value, "__module__", "") == recipes.__name__}
+    functions = {name for name, value in vars(recipes).items() if getattr(value, "__module__", "") == recipes.__name__}
+    public = {name for name in functions if not name.startswith("_")}
     assert public == {name.split(",")[0] for name in CASES}
 
 
@@ -156,6 +205,15 @@ def test_recipes_refuse():
         recipes.bge_m3(q, p, n, torch.arange(B), weights=(1.0,))
     with pytest.raises(ValueError, match="temperature must be a positive number"):
         recipes.bge_m3(q, p, n, torch.arange(B), temperature=-1.0)
+    for recipe in (recipes.jina_embeddings_v5, recipes.nemotron_embed):
+        with pytest.raises(ValueError, match="teacher must hold 2 tensors"):
+            recipe(q, p, teacher=[q])
+        with pytest.raises(ValueError, match="temperature must be a positive number"):
+            recipe(q, p, teacher=[q, p], temperature=0.0)
+    with pytest.raises(ValueError, match="matching must be a number of at least 0"):
+        recipes.jina_embeddings_v5(q, p, teacher=[q, p], matching=-1.0)
+    with pytest.raises(ValueError, match="squared must be a number of at least 0"):
+        recipes.nemotron_embed(q, p, teacher=[q, p], squared=-1.0)
     with pytest.raises(TypeError, match="teacher must"):
         recipes.leaf(q, [p], normalize=False)
     with pytest.raises(ValueError, match="spread must be a number of at least 0"):
