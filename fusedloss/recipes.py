@@ -248,10 +248,10 @@ def jina_embeddings_v5(
         >>> taught = teacher(questions), teacher(answers)
         >>> recipes.jina_embeddings_v5(encode(questions), encode(answers), teacher=taught, projection=linear).backward()
     """
+    _check_pairs(query, document, teacher)
     checks.scalar("temperature", temperature, query, positive=True)
     for name, value in {"matching": matching, "spread": spread}.items():
         checks.number(name, value, least=0)
-    _check_pair("teacher", teacher)
     loss: Tensor = functional.multiple_negatives_ranking(query, document, *negatives, scale=1 / temperature)
     match = 2 * functional.embed_distill([query, document], teacher, distance="cosine", projection=projection)
     loss = loss + matching * match
@@ -293,9 +293,9 @@ def nemotron_embed(
         >>> taught = teacher(questions), teacher(answers)
         >>> recipes.nemotron_embed(encode(questions), encode(answers), teacher=taught, projection=linear).backward()
     """
+    _check_pairs(query, document, teacher)
     for name, value in {"cosine": cosine, "squared": squared, "listwise": listwise}.items():
         checks.number(name, value, least=0)
-    _check_pair("teacher", teacher)
     checks.scalar("temperature", temperature, query, positive=True)
     angle, square = (
         2 * functional.embed_distill([query, document], teacher, distance=distance, projection=projection)
@@ -311,10 +311,13 @@ def nemotron_embed(
     return loss
 
 
-def _check_pair(name: str, value: Sequence[Tensor]) -> None:
-    checks.sequence(name, value, "embeddings", f"({name}_query, {name}_document)")
-    if len(value) != 2:
-        raise ValueError(f"{name} must hold 2 tensors, of query and document, got {len(value)}")
+def _check_pairs(query: Tensor, document: Tensor, teacher: Sequence[Tensor]) -> None:
+    checks.embeddings(query=query, document=document)
+    if len(query) != len(document):
+        raise ValueError(f"document must have {len(query)} rows, like query, got {len(document)}")
+    checks.sequence("teacher", teacher, "embeddings", "(teacher_query, teacher_document)")
+    if len(teacher) != 2:
+        raise ValueError(f"teacher must hold 2 tensors, of query and document, got {len(teacher)}")
 
 
 def bge_m3(

@@ -208,6 +208,8 @@ def test_recipes_refuse():
     for recipe in (recipes.jina_embeddings_v5, recipes.nemotron_embed):
         with pytest.raises(ValueError, match="teacher must hold 2 tensors"):
             recipe(q, p, teacher=[q])
+        with pytest.raises(ValueError, match="document must have 12 rows"):
+            recipe(q, p[:5], teacher=[q, p])
         with pytest.raises(ValueError, match="temperature must be a positive number"):
             recipe(q, p, teacher=[q, p], temperature=0.0)
     with pytest.raises(ValueError, match="matching must be a number of at least 0"):
