@@ -233,6 +233,7 @@ def jina_embeddings_v5(
     Similarities are cosines. The paper adds up match over the rows; here its weight does not depend on the batch, and
     `matching=2 * len(query)` is the sum. The first stage, without contrast and spread, is match alone:
     `2 * embed_distill([query, document], teacher, projection=projection)`.
+    The defaults are as summaries of the paper's appendix give them.
 
     Args:
         query, document: `[B, D]`. negatives: any number of `[B, D]`, hard negatives, each of which every row sees.
