@@ -158,6 +158,17 @@ def clip_distill(n: int) -> Race:
     return Race([*two(n), torch.tensor(10.0)], {"fusedloss": ours, "eager": eager})
 
 
+@case("info_nce_distill")
+def info_nce_distill(n: int) -> Race:
+    teacher = [unit(n, 2), unit(n, 3)]
+
+    def eager(x: Tensor, y: Tensor) -> Tensor:
+        own, given = 20.0 * x @ y.T, 20.0 * teacher[0] @ teacher[1].T
+        return F.kl_div(own.log_softmax(1), given.softmax(1), reduction="batchmean")
+
+    return Race(two(n), {"fusedloss": lambda x, y: fusedloss.info_nce_distill(x, y, *teacher), "eager": eager})
+
+
 @case("gist_embed")
 def gist_embed(n: int) -> Race:
     guide = (normal(n, D, seed=7), normal(n, D, seed=8))
@@ -522,6 +533,27 @@ of_lists("adr_mse", rowwise.eager_adr_mse)
 of_lists("list_net", rowwise.eager_list_net)
 of_lists("list_mle", rowwise.eager_list_mle)
 of_lists("plist_mle", partial(rowwise.eager_list_mle, weighted=True))
+
+
+def eager_list_info_nce(scores: Tensor, labels: Tensor) -> Tensor:
+    positive = labels > 0
+    others = scores.masked_fill(positive, -torch.inf).logsumexp(1, keepdim=True)
+    number = positive.sum(1)
+    rows = (F.softplus(others - scores) * positive).sum(1) / number.clamp(min=1)
+    return rows.sum() / (number > 0).sum()
+
+
+def eager_list_circle(scores: Tensor, labels: Tensor, m: float = 0.4, gamma: float = 80.0) -> Tensor:
+    positive, fixed = labels > 0, scores.detach()
+    pull = -gamma * (1 + m - fixed).relu() * (scores - (1 - m))
+    push = gamma * (fixed + m).relu() * (scores - m)
+    both = positive.any(1) & ~positive.all(1)
+    z = pull.masked_fill(~positive, -torch.inf).logsumexp(1) + push.masked_fill(positive, -torch.inf).logsumexp(1)
+    return F.softplus(z[both]).sum() / both.sum()
+
+
+of_lists("list_info_nce", eager_list_info_nce)
+of_lists("list_circle", eager_list_circle)
 
 
 # The libraries' classes, where they are installed: imported when they are measured ------------------------------------
