@@ -115,10 +115,11 @@ def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=kind, device="meta")
 
 
-def similarities(mode: str, dtype: torch.dtype, size: int, dim: int) -> None:
-    """The launcher of `mode` with every optional operand present: the most registers it needs."""
+def similarities(mode: str, dtype: torch.dtype, size: int, dim: int, plain: bool = False) -> None:
+    """The launcher of `mode` with every optional operand present: the most registers it needs. plain: without a bias,
+    where sm_90 has a second path for tiles that need no test."""
     x, vector, target = empty(size, dim, kind=dtype), empty(size), empty(size, kind=torch.int64)
-    strip = Strip(x, x, empty(), vector, vector, vector, target)
+    strip = Strip(x, x, empty(), vector, vector, None if plain else vector, target)
     tally = score = smooth = None
     if "masked" in mode:
         compare = tuple(Compare(target, target, keep) for keep in (False, True))
@@ -421,9 +422,11 @@ def cases() -> list[tuple[str, str, str, str, int, int]]:
     full = [(mode, "float32", "highest", *large) for mode in (MODES[0], MODES[-1])]
     small = [(MODES[-1], dtype, "high", *few) for dtype in ("bfloat16", "float32")]
     library = [(mode, dtype, "high", *wide) for dtype in ("bfloat16", "float32") for mode in MODES]
-    odd = [(mode, dtype, "high", 8191, 768) for dtype in ("bfloat16", "float32") for mode in MODES]
+    sizes = (("bfloat16", 8192), ("bfloat16", 8191), ("float32", 8191))
+    plain = [(mode, dtype, "high", size, 768) for dtype, size in sizes for mode in MODES]
     return [
-        *(("similarities", *case) for case in (*narrow, *tf32, *masked, *bent, *full, *small, *library, *odd)),
+        *(("similarities", *case) for case in (*narrow, *tf32, *masked, *bent, *full, *small, *library)),
+        *(("plain", *case) for case in plain),
         *(("rows", name, dtype, "", 8192, 768) for dtype in ("bfloat16", "float32") for name in (*BY_ROW, *ROWWISE)),
     ]
 
@@ -440,6 +443,8 @@ def compile_all(target: str) -> list[dict[str, Any]]:
     results, seen = [], set()
     for kernel, mode, dtype, precision, size, dim in cases():
         kind = getattr(torch, dtype)
+        if amd(target) and kernel == "plain":
+            continue  # AMD's have one path
         if amd(target) and dtype == "float32" and precision:
             precision = "highest"  # fp32 is fp32 there
         entry = {"kernel": kernel, "mode": mode, "dtype": dtype, "precision": precision, "size": size, "D": dim}
@@ -451,11 +456,11 @@ def compile_all(target: str) -> list[dict[str, Any]]:
             torch.set_float32_matmul_precision(precision)
             where = (size, size, dim, {"float32": "tf32" if precision == "high" else "fp32"}.get(dtype, TYPES[kind]))
             config = launching.picked(*where, launching.capability_of(None), mode)
-            place = (*where[3:], config, mode, size % 16)
+            place = (kernel, *where[3:], config, mode, size % 16)
             if place in seen:
                 continue  # the library's D is like any other where there is no such way
             seen.add(place)
-            similarities(mode, kind, size, dim)
+            similarities(mode, kind, size, dim, kernel == "plain")
             entry |= {"config": config._asdict()}
         results.append({**entry, "warps": Recorder.warps, **resources(Recorder.compiled)})
     return results
@@ -569,7 +574,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
             )
             mma = next((e[name] for name in ("HGMMA", "UTCMMA", "HMMA", "MFMA", "WMMA") if e[name]), "")
             tma = f"{e['UTMALDG']} + {e['UTMASTG']}" if e["UTMALDG"] else ""
-            mode = e["mode"] if e["size"] % 16 == 0 else f"{e['mode']}; {e['size']}"
+            mode = f"{e['mode']}; no bias, {e['size']} rows" if e["kernel"] == "plain" else e["mode"]
             cells = (mode, e["dtype"] + precision, tile, e["registers"], f"{e['shared'] / 1024:.0f}", e["spilled"])
             lines.append("| " + " | ".join(map(str, (*cells, mma, tma, e["LDGSTS"] or "", e["EX2"] or ""))) + " |")
     return "\n".join(lines) + "\n"

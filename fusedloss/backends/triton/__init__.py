@@ -23,7 +23,15 @@ from ...core.strips import RowSums, Softmax, Strip, Tally
 from ...core.waves import wave_columns
 from ..shared import NO_FACTOR, can_exp, exp_shift
 from ..shared import can_halve_rows as can_halve_rows
-from .launching import ALIGNMENT, config_of, descriptor, launch, multiprocessors, precision_of
+from .launching import (
+    ALIGNMENT,
+    config_of,
+    descriptor,
+    has_registers_for_two_paths,
+    launch,
+    multiprocessors,
+    precision_of,
+)
 from .launching import compiling as compiling
 from .launching import why_not_on as why_not_on
 from .rows import finish as finish
@@ -276,9 +284,11 @@ def _similarities(epilogue: Callable[..., None], strip: Strip, out: Tensor | Non
 
 
 def _has_inner(strip: Strip, epilogue: Callable[..., None]) -> bool:
-    """Whether a tile inside of the matrix, without targets, needs no test of its elements."""
+    """Whether tiles inside of the matrix that hold no target have a path of their own; with a bias two paths spill."""
+    if strip.bias is not None or _masked(strip) or not has_registers_for_two_paths(strip.x.device):
+        return False
     kinds = _softmax()
-    return not _masked(strip) and epilogue in (kinds.stats, kinds.exp, kinds.grad)
+    return epilogue in (kinds.stats, kinds.exp, kinds.grad)
 
 
 def _panels(epilogue: Callable[..., None], strip: Strip, out: Tensor | None, args: tuple, config: Config) -> None:

@@ -153,6 +153,11 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
     return ELSEWHERE
 
 
+def has_registers_for_two_paths(device: torch.device) -> bool:
+    """True on sm_90, and in the interpreter. On sm_80, sm_100, sm_120 and AMD's some kernels would spill."""
+    return capability_of(device) in ((9, 0), None)
+
+
 def on_nvidia(device: torch.device) -> bool:
     """True on NVIDIA GPUs, and on a CPU in the interpreter; ROCm's devices are called cuda, too."""
     return device.type != "xpu" and torch.version.hip is None
