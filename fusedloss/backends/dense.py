@@ -123,7 +123,9 @@ def _of_no_rows(problem: Problem, wants: Wants) -> Result:
         scalars[-1] = torch.zeros_like(problem.fold.beside.values)
     counted = [zero.new_zeros(0)] * 4 if problem.wants_tally else []
     scale = zero if wants.scale else None
-    return Result(problem.weight, tuple(operands), scale, tuple(biases), tuple(scalars), counted)
+    # Not the weights themselves, which calls share: autograd would write its graph to them.
+    rows = torch.zeros_like(problem.weight)
+    return Result(rows, tuple(operands), scale, tuple(biases), tuple(scalars), counted)
 
 
 def _prefixes(problem: Problem, wants: Wants, share: float) -> Result:

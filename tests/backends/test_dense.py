@@ -10,7 +10,7 @@ import torch
 import fusedloss
 from fusedloss import UnsupportedError
 from fusedloss.backends import dense, select
-from fusedloss.core.numerics import FOLD_COPIES
+from fusedloss.core.numerics import FOLD_COPIES, filled
 from fusedloss.core.problem import Block, Fold, Problem
 
 
@@ -92,3 +92,16 @@ def test_gradients_of_rows_take_their_own_upstream():
     )
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_no_rows_leave_what_calls_share_without_a_graph():
+    """It returned the rows' weights themselves, a constant of all calls, which then had the graph of the first."""
+    weight = torch.ones(0)
+    for given in ({}, {"weight": weight}):
+        for _ in range(2):
+            x = torch.randn(0, 4, requires_grad=True)
+            loss = fusedloss.info_nce(x, torch.randn(3, 4), reduction="none", backend="dense", **given)
+            assert loss.requires_grad and not weight.requires_grad
+            (gradient,) = torch.autograd.grad(loss, x, torch.ones(0))
+            assert gradient.shape == (0, 4)
+    assert not filled(0, 1.0, torch.float32, weight.device).requires_grad
