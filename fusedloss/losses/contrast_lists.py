@@ -66,7 +66,7 @@ def list_info_nce(
     else:
         terms = softplus(negative[:, None] - z.where(found.positive, 0)).where(found.positive, 0)
         rows = terms.sum(1) / found.positive.sum(1).clamp(min=1)
-    return _reduced(rows, found.positive.any(1), call)
+    return _reduced(rows, found.positive.any(1), found.score, call)
 
 
 @expanded
@@ -109,7 +109,7 @@ def list_circle(
     pull = _lse(-gamma * torch.relu(1 + m - constant) * (s - (1 - m)), found.positive)
     push = _lse(gamma * torch.relu(constant + m) * (s - m), found.negative)
     both = found.positive.any(1) & found.negative.any(1)
-    return _reduced(softplus(torch.where(both, pull + push, PADDING)), both, call)
+    return _reduced(softplus(torch.where(both, pull + push, PADDING)), both, s, call)
 
 
 class _Sides(NamedTuple):
@@ -142,8 +142,9 @@ def _lse(z: Tensor, chosen: Tensor) -> Tensor:
     return z.where(chosen, PADDING).logsumexp(1)
 
 
-def _reduced(rows: Tensor, counts: Tensor, call: Call) -> Tensor:
-    rows = rows.where(counts, 0)
+def _reduced(rows: Tensor, counts: Tensor, score: Tensor, call: Call) -> Tensor:
+    # A NaN label is no positive: a query that does not count without it may have one. The square has a NaN gradient.
+    rows = rows.where(counts, 0) + score.where(score.isnan(), 0).square().sum(1)
     if call.reduction == "none":
         return rows
     return over(rows.sum(), counts.sum().to(rows.dtype)) if call.reduction == "mean" else rows.sum()

@@ -248,6 +248,20 @@ def test_lists_of_all_lengths_and_labels_that_are_no_numbers(loss):
     assert rows[0].isnan() and rows[1].isfinite()
 
 
+@pytest.mark.parametrize("loss", [fusedloss.list_info_nce, fusedloss.list_circle])
+@pytest.mark.parametrize("where", ["scores", "labels"])
+def test_nan_is_not_swallowed_where_no_document_is_relevant(loss, where):
+    scores, labels = torch.randn(2, 3, requires_grad=True), torch.zeros(2, 3)
+    with torch.no_grad():
+        (scores if where == "scores" else labels)[0, 2] = math.nan
+    rows = loss(scores, labels, reduction="none")
+    assert rows[0].isnan() and rows[1] == 0 and loss(scores, labels).isnan()
+    (gradient,) = torch.autograd.grad(rows.sum(), scores)
+    assert gradient[0].isnan().any() and gradient[1].eq(0).all()
+    mask = torch.tensor([[True, True, False]] * 2)
+    assert loss(scores, labels, mask=mask) == 0
+
+
 def test_a_well_fitted_list_keeps_its_digits():
     """Loss e^-60, where log_softmax in fp32 gives 0."""
     scores, labels = torch.tensor([[60.0, 0.0, -5.0]]), torch.tensor([[1, 0, 0]])
