@@ -244,7 +244,7 @@ class Problem:
 class TokenStats(NamedTuple):
     """Statistics of each row of `linear_cross_entropy`, of the shape of its target; 0 and False for left-out rows."""
 
-    correct: Tensor  # bool: whether the target has the largest logit; ties count for it
+    correct: Tensor  # bool: whether the target has the largest logit; ties count for it, a NaN does not
     entropy: Tensor  # of the row's softmax, in nats
 
 

@@ -183,7 +183,8 @@ def linear_cross_entropy(
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         found = _entropy(problem, chosen, linear_bias).masked_fill(counts == 0, 0)
         by_row = _of_all(found, kept, target)
-    correct = (tally[1] == 0) & (counts != 0)
+    _, above, maximum, score = tally[:4]
+    correct = (above == 0) & (counts != 0) & ~(maximum.isnan() | score.isnan())  # above a NaN there is nothing
     return loss, TokenStats(_of_all(correct, kept, target), by_row)
 
 

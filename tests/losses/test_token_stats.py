@@ -136,6 +136,17 @@ def test_a_small_workspace_has_the_same_numbers():
     close(ask(workspace_bytes=3 * 3000 * 8 * 5), ask(backend="reference"), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_with_a_logit_that_is_no_number_is_not_correct(backend):
+    x, w, target = randn(3, 4), randn(5, 4, seed=1), torch.tensor([0, 1, 2])
+    x[1] = torch.nan
+    correct = fusedloss.linear_cross_entropy(x, w, target, return_stats=True, backend=backend)[1].correct
+    assert correct.tolist() == [bool((x[i] @ w.T).argmax() == i) and i != 1 for i in range(3)]
+    w[4] = torch.nan  # of another class
+    correct = fusedloss.linear_cross_entropy(x, w, target, return_stats=True, backend=backend)[1].correct
+    assert not correct.any()
+
+
 def test_shapes_follow_the_target():
     x, w, target = randn(2, 3, 4), randn(5, 4, seed=1), torch.tensor([[0, 1, -100], [2, -100, 4]])
     _, stats = fusedloss.linear_cross_entropy(x, w, target, return_stats=True)
