@@ -122,7 +122,8 @@ def half_sides(problem: Problem, backend: Sweeps) -> tuple[int, int]:
     """Returns the side of a square tile, and the number of tiles that the workspace has room for beside two of them."""
     dtype, D = backend.workspace_dtype(problem), problem.operands[0].shape[1]
     copies = max(2, math.ceil(backend.workspace_copies(problem)))
-    side = chunk_rows(problem.rows, CPU_ROWS * copies, D, dtype.itemsize, problem.device, problem.workspace_bytes)
+    row = min(CPU_ROWS, problem.rows) * copies
+    side = chunk_rows(problem.rows, row, D, dtype.itemsize, problem.device, problem.workspace_bytes)
     budget = checks.budget(problem.workspace_bytes)[1] or CPU_BYTES
     return side, max(0, budget // (side * side * dtype.itemsize) - copies)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -122,3 +123,15 @@ def test_results_do_not_depend_on_the_budget(loss, backend):
     many = testing.value_and_gradients(lambda *t: loss(*t, backend=backend), leaves)
     for a, b in zip(few, many, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_few_rows_against_themselves_need_no_more_than_their_similarities():
+    """A tile of half a matrix was counted as 1024 columns wide, and 40 rows were refused 4000 bytes."""
+    (x, _), labels = testing.inputs("random", 40, 40, 12), torch.arange(40) % 7
+    for loss in (lambda x, **o: fusedloss.info_nce(x, x, **o), lambda x, **o: fusedloss.sup_con(x, labels, **o)):
+        found = []
+        for most in (4000, None):
+            of_budget = functools.partial(loss, backend="chunked", workspace_bytes=most)
+            found.append(testing.value_and_gradients(of_budget, [x]))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
