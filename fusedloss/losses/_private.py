@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..core.folds import FAR
 from ..core.numerics import savable, stats_dtype
 from ..core.problem import Problem
 from ..core.softmax import softplus
@@ -46,7 +47,7 @@ def with_private(
         if penalty:
             z = z + penalty * sim.detach()
         if real is not None:
-            z = z.masked_fill(~savable(real), -torch.inf)
+            z = z.masked_fill(~savable(real), FAR)  # second derivatives of a log-sum-exp of nothing but -inf are NaN
         own = of_pairs(cosine if problem.cosine else dot, x, y, problem.target) * problem.scale
         if block.bias is not None and problem.bias_on_target:
             own = own + block.bias.to(own.dtype)[problem.target]

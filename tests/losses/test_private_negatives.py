@@ -244,6 +244,26 @@ def test_both_directions_have_their_own_losses():
     torch.testing.assert_close(found, (ranking_formula(*texts, own=True, scale=3.0) + back) / 2)
 
 
+def test_second_derivatives_where_all_of_a_row_s_negatives_are_padding():
+    """As without those negatives; a log-sum-exp of nothing but -inf gave NaN."""
+    query, key, negatives = randn(4, 3, seed=1), randn(4, 3, seed=2), randn(4, 2, 3, seed=3)
+    real = torch.tensor([[True, True], [False, False], [True, False], [False, True]])
+
+    def penalty(loss):
+        x = query.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+    def ranking(x):
+        options = {"own_negatives": True, "negatives_mask": real, "similarity": "dot", "scale": 1 / 0.4}
+        return fusedloss.multiple_negatives_ranking(x, key, *negatives.unbind(1), **options)
+
+    wanted = penalty(lambda x: formula(x, key, negatives, torch.arange(4), 0.4, real=real).mean())
+    close([penalty(ranking)], [wanted], rtol=1e-9, atol=1e-12)
+    nce = lambda x: fusedloss.info_nce(x, key, temperature=0.4, negatives=negatives, negatives_mask=real)
+    close([penalty(nce)], [wanted], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "count, options, error, said",
     [
