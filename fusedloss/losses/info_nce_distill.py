@@ -98,10 +98,12 @@ def info_nce_distill(
         checks.scalar("temperature", temperature, query, positive=True)
         checks.scalar("teacher_temperature", teacher_temperature, query, positive=True)
         student, own = student.cast(), None
-        if negatives is not None and teacher_negatives is not None and negatives.shape[1]:
+        if negatives_mask is not None:
+            if negatives is None:
+                raise ValueError("negatives must be given with negatives_mask, got none; leave negatives_mask out")
+            checks.boolean("negatives_mask", negatives_mask, tuple(negatives.shape[:2]), query)
+        if negatives is not None and negatives.shape[1]:
             own = _beside(student, teacher, negatives_mask, normalize, call)
-        elif negatives is None and negatives_mask is not None:
-            raise ValueError("negatives must be given with negatives_mask, got none; leave negatives_mask out")
         bound = _bound(mask, student)
         scale, number = as_scale(temperature, query, inverse=True)
         fold = Fold(FORMS[form], teacher_scale=as_scale(teacher_temperature, query, inverse=True)[0].detach())
@@ -181,9 +183,6 @@ def distill_problem(
 def _beside(student: Embeddings, teacher: Embeddings, admitted: Tensor | None, normalize: bool, call: Call) -> Beside:
     """Returns the similarities of each query's own negatives; they cost M K D, as little as their gradient."""
     assert student.negatives is not None and teacher.negatives is not None
-    rows, number = student.negatives.shape[:2]
-    if admitted is not None:
-        checks.boolean("negatives_mask", admitted, (rows, number), student.query)
     kind = "cos" if normalize else "dot"
     backend = "auto" if call.backend in ("cuda", "dense") else call.backend  # which take no pairs of rows
     values = scores(kind, student.query, *student.negatives.unbind(1), backend=backend)

@@ -306,6 +306,14 @@ def distilled(query: Tensor, key: Tensor, teacher_query=None, teacher_key=None, 
             "directions must hold 'query_to_key' with bank, got",
         ),
         ({"negatives_mask": torch.ones(3, 1, dtype=torch.bool)}, "negatives must be given with negatives_mask, got"),
+        (
+            {
+                "negatives": torch.ones(3, 0, 2),
+                "teacher_negatives": torch.ones(3, 0, 2),
+                "negatives_mask": torch.ones(3, 2, dtype=torch.bool),
+            },
+            r"negatives_mask must be bool \[3, 0\], got shape \[3, 2\]",
+        ),
         ({"mask": masks.score_margin(0.1)}, "mask must be masks.same_id, masks.same_group, masks.not_self or a bool"),
     ],
 )
