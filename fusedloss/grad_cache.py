@@ -316,7 +316,7 @@ class WithMemory(nn.Module):
         super().__init__()
         if not callable(loss):
             raise TypeError(f"loss must be a module or a function, got {checks.a(loss)}")
-        checks.count("rows", rows)
+        checks.count("rows", rows, optional=False)
         self.loss, self.rows = loss, rows
         self.memory: list[Tensor] = []
 
@@ -331,9 +331,11 @@ class WithMemory(nn.Module):
         return result
 
     def _check(self, embeddings: Sequence[Tensor]) -> None:
+        if not embeddings:
+            raise ValueError("embeddings must hold at least one tensor, got none")
         checks.embeddings(**{f"embeddings[{number}]": x for number, x in enumerate(embeddings)})
         counts = [len(x) for x in embeddings]
-        if not counts or len(set(counts)) > 1:
+        if len(set(counts)) > 1:
             raise ValueError(f"embeddings must have one number of rows, row by row of one sample, got {counts}")
         widths, known = [x.shape[1] for x in embeddings], [m.shape[1] for m in self.memory]
         if known and widths != known:

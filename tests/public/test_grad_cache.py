@@ -777,7 +777,11 @@ def test_evaluation_and_failure_leave_the_memory_alone():
         loss(x[:, :5], x[:, :5])
     assert all(map(torch.equal, loss.memory, before))
     assert "memory" not in str(loss.state_dict()) and "rows=8" in repr(loss)
-    with pytest.raises(ValueError, match="rows must be"):
+    with pytest.raises(ValueError, match="embeddings must hold at least one tensor, got none"):
+        loss()
+    with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
         WithMemory(fusedloss.info_nce, rows=0)
+    with pytest.raises(TypeError, match="rows must be a whole number, got None"):  # would remember without a bound
+        WithMemory(fusedloss.info_nce, rows=None)
     with pytest.raises(TypeError, match="loss must be a module or a function, got"):
         WithMemory(None, rows=4)
