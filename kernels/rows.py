@@ -179,8 +179,9 @@ def settle_kernel(
     if (Loss is not None) | (z_loss is not None):
         positive = total > 0
         log_total = tl.log(tl.where(positive, total, 1.0).to(tl.float64))
-        # log(copies + exp(difference)); a NaN total takes the first branch and stays.
-        difference = tl.where(total == 0, float("-inf"), tl.where(positive, log_total, total.to(tl.float64)) - above)
+        # log(copies + exp(difference)); a NaN total stays, and a NaN target, also of a row without negatives.
+        log_total = tl.where(positive, log_total, total.to(tl.float64))
+        difference = tl.where(total == 0, float("-inf"), log_total) - above
         if DECOUPLED:
             loss = difference
         else:

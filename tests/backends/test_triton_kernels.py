@@ -160,13 +160,14 @@ def test_merge(tiles, level, few_rows):
 @pytest.mark.parametrize("one_shift", [False, True])
 @pytest.mark.parametrize("cosine", [False, True])
 def test_settle(tiles, label_smoothing, one_shift, cosine, few_rows):
-    """Rows left out, without negatives, far better and far worse than their negatives, and one that is NaN."""
+    """Rows left out, without negatives, far better and far worse than their negatives; NaN in a sum and in a target."""
     x, y, target = pair(torch.float16, dim=23)
     sums = partial_sums(tiles, 21)
+    sums.shift[:, 12], sums.total[:, 12] = -torch.inf, 0
     if one_shift:
         sums = RowSums(-40.0, sums.total)
     score = 20 * torch.randn(21, device=DEVICE, dtype=torch.float64)
-    score[4], score[5] = 200.0, -200.0
+    score[4], score[5], score[12] = 200.0, -200.0, torch.nan
     weight = torch.rand(21, device=DEVICE) - 0.2
     weight[6:9] = 0
     sums.total[0, 9] = torch.nan
