@@ -130,7 +130,16 @@ def test_where_out_dtype_raises_inputs_are_cast_up(monkeypatch):
 ROWWISE = {
     *("adr_mse", "angle", "binary_cross_entropy_with_logits", "contrastive", "contrastive_tension", "cosent"),
     *("cosine_similarity", "cross_entropy", "distill_kl_div", "embed_distill", "focal", "huber", "l1", "lambda_loss"),
-    *("global_orthogonal_regularization", "list_mle", "list_net", "margin_mse", "mse", "online_contrastive"),
+    *(
+        "global_orthogonal_regularization",
+        "list_circle",
+        "list_info_nce",
+        "list_mle",
+        "list_net",
+        "margin_mse",
+        "mse",
+        "online_contrastive",
+    ),
     *("plist_mle", "rank_net", "smooth_l1", "softmax_pair", "triplet", "matryoshka, cosent"),
 }
 

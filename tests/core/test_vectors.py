@@ -140,6 +140,11 @@ def gists(anchor: Tensor, positive: Tensor, negative: Tensor, **given: Any) -> T
     return F.gist_embed(anchor, positive, negative, guide=guide, **given)
 
 
+def with_text_ids(call: Callable[..., Tensor], *names: str) -> Callable[..., Tensor]:
+    """With the tensors of `names` as `ids`."""
+    return lambda **given: call(**given | {"ids": [given.pop(name) for name in names]})
+
+
 CASES = {
     "info_nce": Case(
         F.info_nce,
@@ -170,7 +175,7 @@ CASES = {
     "info_nce, bank": Case(
         F.info_nce,
         {**QUERIES, "bank": normal(K, D), "negatives": normal(M, 2, D)},
-        {"key_bias": (normal(N + K), FLOATS), "mask": may(M, N + K)},
+        {"key_bias": (normal(N + K), FLOATS), "mask": may(M, N + K), "negatives_mask": may(M, 2)},
         {"temperature": 0.5},
         ("key_bias",),
     ),
@@ -246,6 +251,22 @@ CASES = {
         call=behind(F.multiple_negatives_ranking, "first", "second"),
         also=("anchor", "negatives"),
     ),
+    "multiple_negatives_ranking, ids": Case(
+        F.multiple_negatives_ranking,
+        embeddings("anchor", "positive"),
+        {"anchor_ids": (integers(4, M), INTEGERS), "positive_ids": (integers(4, M), INTEGERS)},
+        {"scale": 3.0, "directions": ("query_to_doc", "doc_to_doc")},
+        call=with_text_ids(F.multiple_negatives_ranking, "anchor_ids", "positive_ids"),
+        also=("ids",),
+    ),
+    "multiple_negatives_ranking, own": Case(
+        F.multiple_negatives_ranking,
+        TRIPLET,
+        {"negatives_mask": may(M, 2)},
+        {"scale": 3.0, "own_negatives": True, "directions": ("query_to_doc", "query_to_query")},
+        call=behind(F.multiple_negatives_ranking, "first", "second"),
+        also=("anchor", "negatives"),
+    ),
     "multiple_negatives_ranking, anchors": Case(
         F.multiple_negatives_ranking,
         {"anchor": normal(M, D), "positive": normal(M + 3, D), "anchors": normal(M + 3, D)},
@@ -263,6 +284,16 @@ CASES = {
         learnt=("temperature",),
         call=gists,
         also=("guide", "negatives"),
+    ),
+    "gist_embed, ids": Case(
+        F.gist_embed,
+        {
+            **embeddings("anchor", "positive", "negative"),
+            **{f"guide_{name}": normal(M, 4) for name in ("anchor", "positive", "negative")},
+        },
+        {f"{name}_ids": (integers(4, M), INTEGERS) for name in ("anchor", "positive", "negative")},
+        call=with_text_ids(gists, "anchor_ids", "positive_ids", "negative_ids"),
+        also=("guide", "negatives", "ids"),
     ),
     "nt_xent": Case(F.nt_xent, embeddings("z1", "z2"), {"temperature": one(0.5)}, learnt=("temperature",)),
     "decoupled_contrastive": Case(
@@ -483,6 +514,19 @@ CASES = {
         )
         for function in (F.lambda_loss, F.list_net, F.plist_mle, F.adr_mse)
     },
+    "rank_net, soft": Case(
+        F.rank_net,
+        SCORES,
+        {
+            "soft": (uniform(4, 5, 5).clamp(max=1), FLOATS),
+            "mask": RELEVANCE["mask"],
+            "reference": (normal(4, 5), FLOATS),
+        },
+        backend=False,
+        sweep=False,
+    ),
+    "list_info_nce": Case(F.list_info_nce, SCORES, {**RELEVANCE, "temperature": one(0.5)}, backend=False, sweep=False),
+    "list_circle": Case(F.list_circle, SCORES, {**RELEVANCE, "gamma": one(4.0)}, backend=False, sweep=False),
 }
 
 BACKENDS = ("chunked", "triton", "cuda", "reference")
