@@ -21,6 +21,9 @@ import triton.language as tl
 from .masks import admitted
 from .softmax import hits, tanh
 
+# How a tile is folded: on the one path of all tiles, or on one of two.
+ONE_PATH, INNER_PATH, OTHER_PATH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
 
 @triton.jit
 def similarity_kernel(
@@ -152,17 +155,17 @@ def _fold_tile(
         if _is_inner(Target, M, N, pid_m, pid_n, BLOCK_M, BLOCK_N):
             _fold_parts(
                 sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, None, masks, args, M, N, stride_om,
-                pid_m, pid_n, EPILOGUE, True, DESCRIPTORS, BLOCK_M, BLOCK_N, SUBTILES,
+                pid_m, pid_n, EPILOGUE, INNER_PATH, DESCRIPTORS, BLOCK_M, BLOCK_N, SUBTILES,
             )  # fmt: skip
         else:
             _fold_parts(
                 sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
-                pid_m, pid_n, EPILOGUE, False, DESCRIPTORS, BLOCK_M, BLOCK_N, SUBTILES,
+                pid_m, pid_n, EPILOGUE, OTHER_PATH, DESCRIPTORS, BLOCK_M, BLOCK_N, SUBTILES,
             )  # fmt: skip
     else:
         _fold_parts(
             sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
-            pid_m, pid_n, EPILOGUE, False, DESCRIPTORS, BLOCK_M, BLOCK_N, SUBTILES,
+            pid_m, pid_n, EPILOGUE, ONE_PATH, DESCRIPTORS, BLOCK_M, BLOCK_N, SUBTILES,
         )  # fmt: skip
 
 
@@ -180,7 +183,7 @@ def _is_inner(Target, M, N, pid_m, pid_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 def _fold_parts(
     sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
     pid_m, pid_n,
-    EPILOGUE: tl.constexpr, INNER: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    EPILOGUE: tl.constexpr, PATH: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     # In two halves, fewer logits, similarities and column vectors are live at once: with rows,
@@ -188,18 +191,18 @@ def _fold_parts(
     if SUBTILES == 1:
         _fold(
             sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
-            pid_m, pid_n, EPILOGUE, INNER, DESCRIPTORS, BLOCK_M, BLOCK_N,
+            pid_m, pid_n, EPILOGUE, PATH, DESCRIPTORS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         halves = tl.permute(tl.reshape(sim, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         left, right = tl.split(halves)
         _fold(
             left, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
-            pid_m, pid_n * 2, EPILOGUE, INNER, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
+            pid_m, pid_n * 2, EPILOGUE, PATH, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         _fold(
             right, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
-            pid_m, pid_n * 2 + 1, EPILOGUE, INNER, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
+            pid_m, pid_n * 2 + 1, EPILOGUE, PATH, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
 
 
@@ -207,34 +210,32 @@ def _fold_parts(
 def _fold(
     acc, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
     pid_m, pid_n,
-    EPILOGUE: tl.constexpr, INNER: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    EPILOGUE: tl.constexpr, PATH: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Turns the accumulator into logits, with -inf for inadmissible columns; then the epilogue and the store."""
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if INNER:
+    if PATH == INNER_PATH:
         mask_m, mask_n = tl.full((BLOCK_M,), 1, tl.int1), tl.full((BLOCK_N,), 1, tl.int1)
     else:
         mask_m, mask_n = offs_m < M, offs_n < N
     sim, scale = acc, tl.load(Scale)
-    row_scale = scale
     if RowFactor is not None:
-        # The scale enters by the rows: a product less, where nothing reads the similarities.
         row_factor = tl.load(RowFactor + offs_m, mask=mask_m, other=0.0)
         sim *= row_factor[:, None]
-        row_scale = (row_factor * scale)[:, None]
     if ColFactor is not None:
         col_factor = tl.load(ColFactor + offs_n, mask=mask_n, other=0.0)
         sim *= col_factor[None, :]
-        if INNER:
-            # In another order than otherwise: what both branches begin with is moved in front of them, and the last
-            # product is fused with the epilogue's subtraction only if they stand in one block.
-            z = acc * row_scale * col_factor[None, :]
-        else:
-            z = acc * col_factor[None, :] * row_scale
+    if PATH == ONE_PATH or RowFactor is None or ColFactor is None:
+        z = sim * scale
+    # Of two paths, the scale enters by the rows: a product less where nothing reads the similarities. In two orders:
+    # what both begin with is moved in front of them, and the last product is fused with the epilogue's subtraction
+    # only if they stand in one block.
+    elif PATH == INNER_PATH:
+        z = acc * (row_factor * scale)[:, None] * col_factor[None, :]
     else:
-        z = acc * row_scale
+        z = acc * col_factor[None, :] * (row_factor * scale)[:, None]
     if masks is not None:
         if masks.Own is not None:
             z = tl.where(hits(masks.Own, offs_m, mask_m, pid_n, BLOCK_N), sim * tl.load(masks.OwnScale), z)
@@ -242,7 +243,7 @@ def _fold(
         bias = tl.load(Bias + offs_n, mask=mask_n, other=float("-inf"))
         # Not only an addition of -inf, because NaN in a removed column would stay NaN.
         z = tl.where(bias[None, :] == float("-inf"), float("-inf"), _bent(z + bias[None, :], softcap))
-    elif INNER:
+    elif PATH == INNER_PATH:
         z = _bent(z, softcap)
     else:
         z = tl.where(mask_n[None, :], _bent(z, softcap), float("-inf"))

@@ -57,7 +57,9 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
     few = cdiv(M, 128) * cdiv(N, 128) < FEW_TILES
     if not few and (found := _measured(D, dtype, capability, mode)):
         return found
-    if dtype == "fp32" and capability != ELSEWHERE:
+    if dtype == "fp32" and capability == ELSEWHERE:
+        return Config("pointers", 128, 64, 16, num_stages=2)
+    if dtype == "fp32":
         # On paper FMAs in a kernel reach 50 to 65 % of their peak, the vendor's 85 to 90 %.
         return Config("library", 32, 256, 32)
     if capability == ELSEWHERE:
@@ -67,10 +69,10 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
     narrow = dtype in ("bf16", "fp16")
     BLOCK_D = 64 if narrow else 32  # one 128-byte line of each row
     if capability[0] in (9, 10):
-        # Of sizes that are no multiples of 16 a whole tile spills 544 bytes on sm_100.
-        halves = 2 if capability[0] == 10 and mode == "grad, columns, q" else 1
+        # Of sizes that are no multiples of 16 a tile of 64 columns spills 544 bytes on sm_100.
+        columns = 32 if capability[0] == 10 and mode == "grad, columns, q" else 64
         if few:
-            return Config("descriptors", 64, 64, BLOCK_D, SUBTILES=halves, num_warps=4, num_stages=4)
+            return Config("descriptors", 64, columns, BLOCK_D, num_warps=4, num_stages=4)
         if D >= LIBRARY_D:
             return Config("library", 32, 256, BLOCK_D, num_warps=8)
         if capability[0] == 9 and mode in ("stats", "stats, columns", "exp", "exp, columns", "grad"):
@@ -82,7 +84,7 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
             # Every mask at once spills 208 bytes a thread at 128 columns on sm_90. On sm_100 tensor memory is
             # read a row per thread, with every column's vectors: 128 spill 104 with q alone. Halves of a tile
             # under a softcap are more than Triton 3.7.1's OptimizeTMemLayouts pass takes: it fails.
-            return Config("descriptors", 128, 64, BLOCK_D, SUBTILES=halves, num_stages=4)
+            return Config("descriptors", 128, columns, BLOCK_D, num_stages=4)
         return Config("descriptors", 128, 128, BLOCK_D, SUBTILES=2, num_stages=4)
     if few:
         return Config("pointers", 64, 64, BLOCK_D, num_warps=4, num_stages=4)
