@@ -418,3 +418,9 @@ def missing() -> set[str]:
     functions = {name for name in F.__all__ if getattr(F, name) not in called}
     classes = {cls for cls in vars(fusedloss).values() if isinstance(cls, type) and issubclass(cls, nn.Module)}
     return functions | {cls.__name__ for cls in classes if cls not in MODULES.values()}
+
+
+# What no kernel of Triton computes: backend="triton" raises.
+WITHOUT_TRITON = {
+    *("info_nce, score_margin, factor", "list_circle", "list_info_nce", "list_info_nce, joint", "rank_net, soft"),
+}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from condition import exact_and_moves, within
-from contract import CASES, MODULES, Batch, Case, missing
+from contract import CASES, MODULES, WITHOUT_TRITON, Batch, Case, missing
 from torch import Tensor, nn
 
 import fusedloss
@@ -480,8 +480,11 @@ def made_under_inference(x):
         return x.detach().clone()
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference", pytest.param("triton", marks=pytest.mark.grid)])
-@pytest.mark.parametrize("name", CASES)
+INFERENCE = [(name, backend) for name in CASES for backend in ("chunked", "reference")]
+OF_TRITON = [pytest.param(name, "triton", marks=pytest.mark.grid) for name in CASES if name not in WITHOUT_TRITON]
+
+
+@pytest.mark.parametrize("name, backend", [*INFERENCE, *OF_TRITON])
 def test_what_has_no_gradient_may_be_an_inference_tensor(name, backend):
     """Each argument in turn, a frozen side's embeddings included: what `encode(convert_to_tensor=True)` returns."""
     make, dtype = CASES[name], torch.float32 if backend == "triton" else torch.float64
