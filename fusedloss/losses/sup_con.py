@@ -97,7 +97,8 @@ def sup_con(
             problem = replace(fold_problem([x], scale, counts, fold, call, cosine=True), scale_bound=scale_bound)
         else:
             problem = _log_sum_exp(x, counts, scale, scale_bound, call)
-        named = "" if phi is None else f", transform {phi.name} {phi.value} {phi.detach}"
+        # Compiled, where there is no group, a number may be a symbol that has no words.
+        named = "" if phi is None or world is None else f", transform {phi.name} {phi.value} {phi.detach}"
         return call.request(f"sup_con {form}, scale {scale_bound}{named}", problem)
 
     if world is not None:
