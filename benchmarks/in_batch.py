@@ -3,9 +3,11 @@
     python benchmarks/in_batch.py --out benchmarks/results/in_batch.json
     python benchmarks/in_batch.py --device cuda --size 16384 65536 --out benchmarks/results/gpu-in_batch.json
 
-Steps are forward and backward, interleaved, medians of the rounds. Memory is what a step needs on top of its inputs and
-gradients, each in a fresh process. A library that would need more than the machine has is run under a limit of what is
-available, so that it fails alone.
+Steps are forward and backward, interleaved, medians of the rounds. Racers that stand for a bound: `floor` are the bare
+products by torch.mm, `better floor` by whichever of MKL and oneDNN is the faster at each product, `whole square` is
+the same loss without half of the tiles, `by torch.mm` without oneDNN. Memory is what a step needs on top of its inputs
+and gradients, each in a fresh process. A library that would need more than the machine has is run under a limit of what
+is available, so that it fails alone.
 """
 
 from __future__ import annotations
@@ -13,17 +15,20 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import fusedloss
 from fusedloss.bench import measure, race, results, tables
+from fusedloss.bench.floors import BETTER, FLOOR, FLOORS, floors
 
 DIMS = (768, 512, 256, 128, 64)
 MIB = 2**20
@@ -51,25 +56,28 @@ def step(loss: Callable[..., Tensor], *embeddings: Tensor) -> Step:
     return run
 
 
-def products(count: int, x: Tensor, columns: int, rows: int = 1024) -> Step:
-    """`count` bare products of x's rows with `columns` x D numbers, a third of each kind, by the chunks of a sweep."""
-    kinds = [count - 2 * (count // 3), count // 3, count // 3]
-    y = normal(columns, x.shape[1], str(x.device), 9)
-    tile, dx = x.new_empty(rows, columns), x.new_empty(rows, x.shape[1])
-    dy = x.new_zeros(columns, x.shape[1])
+def products_of(x: Tensor, count: int = 3, rows: int = 1024) -> dict[str, Step]:
+    """`count` bare products of x's rows with as many others, a third of each kind."""
+    y = normal(*x.shape, str(x.device), 9)
+    return floors(x, y, rows, (count - 2 * (count // 3), count // 3, count // 3))
 
-    def run() -> None:
-        for start in range(0, len(x), rows):
-            chunk = x[start : start + rows]
-            z = tile[: len(chunk)]
-            for _ in range(kinds[0]):
-                torch.mm(chunk, y.T, out=z)
-            for _ in range(kinds[1]):
-                torch.mm(z, y, out=dx[: len(chunk)])
-            for _ in range(kinds[2]):
-                dy.addmm_(z.T, chunk)
 
-    return run
+def whole_square(run: Step) -> Step:
+    """The step without half of the tiles, which were the only mode before."""
+
+    def step() -> None:
+        with mock.patch("fusedloss.sweep.halved", lambda *_: None):
+            run()
+
+    return step
+
+
+def by_torch_mm(run: Step) -> Step:
+    def step() -> None:
+        with mock.patch.dict(os.environ, FUSEDLOSS_CPU_PRODUCTS="mkl"):
+            run()
+
+    return step
 
 
 class Given(nn.Module):
@@ -112,11 +120,27 @@ def upstream_batch_hard(embeddings: Tensor, given: Tensor) -> Tensor:
     return BatchHardTripletLoss(Given()).compute_loss_from_embeddings([embeddings], given)
 
 
-def upstream_nt_xent(z1: Tensor, z2: Tensor) -> Tensor:
-    from pytorch_metric_learning.losses import NTXentLoss
+def of_metric_learning(name: str, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    from pytorch_metric_learning import losses
 
+    return getattr(losses, name)(**options)
+
+
+def upstream_nt_xent(z1: Tensor, z2: Tensor) -> Tensor:
     rows = torch.arange(len(z1), device=z1.device)
-    return NTXentLoss(temperature=0.5)(torch.cat([z1, z2]), torch.cat([rows, rows]))
+    return of_metric_learning("NTXentLoss", temperature=0.5)(torch.cat([z1, z2]), torch.cat([rows, rows]))
+
+
+def lightly_nt_xent(z1: Tensor, z2: Tensor) -> Tensor:
+    from lightly.loss import NTXentLoss
+
+    return NTXentLoss(temperature=0.5)(z1, z2)
+
+
+def eager_nt_xent(z1: Tensor, z2: Tensor) -> Tensor:
+    z = torch.cat([z1, z2])
+    logits = (z @ z.T / 0.5).fill_diagonal_(-torch.inf)
+    return nn.functional.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z1)))
 
 
 # What is measured -----------------------------------------------------------------------------------------------------
@@ -124,8 +148,7 @@ def upstream_nt_xent(z1: Tensor, z2: Tensor) -> Tensor:
 
 def gist(n: int, device: str) -> dict[str, Step]:
     x, y, gx, gy = (normal(n, 384, device, seed) for seed in range(4))
-    return {
-        "floor": products(12, x, n),
+    return products_of(x, 12) | {
         "fusedloss": step(lambda a, p: fusedloss.gist_embed(a, p, guide=(gx, gy)), x, y),
         "sentence-transformers": step(lambda a, p: upstream_gist(a, p, (gx, gy)), x, y),
     }
@@ -134,28 +157,44 @@ def gist(n: int, device: str) -> dict[str, Step]:
 def nt_xent(n: int, device: str, dim: int = 384) -> dict[str, Step]:
     """n rows: two views of n / 2."""
     x, y = (normal(n // 2, dim, device, seed) for seed in range(2))
-    return {
-        "floor": products(3, torch.cat([x, y]), n),
-        "fusedloss": step(lambda a, p: fusedloss.nt_xent(a, p), x, y),
+    ours = step(lambda a, p: fusedloss.nt_xent(a, p), x, y)
+    return products_of(torch.cat([x, y])) | {
+        "fusedloss": ours,
+        "whole square": whole_square(ours),
+        "eager": step(eager_nt_xent, x, y),
+        "torch.compile": step(torch.compile(eager_nt_xent), x, y),
         "pytorch-metric-learning": step(upstream_nt_xent, x, y),
+        "lightly": step(lightly_nt_xent, x, y),
     }
+
+
+def labelled(name: str, theirs: str, options: dict[str, Any], n: int, device: str) -> dict[str, Step]:
+    x, given = normal(n, 384, device, 0), labels(n, device)
+    ours = step(lambda e: getattr(fusedloss, name)(e, given), x)
+    return products_of(x) | {
+        "fusedloss": ours,
+        "whole square": whole_square(ours),
+        "pytorch-metric-learning": step(lambda e: of_metric_learning(theirs, **options)(e, given), x),
+    }
+
+
+def info_nce(n: int, device: str) -> dict[str, Step]:
+    x, y = (normal(n, 384, device, seed) for seed in range(2))
+    ours = step(lambda q, k: fusedloss.info_nce(q, k), x, y)
+    return products_of(x) | {"fusedloss": ours, "by torch.mm": by_torch_mm(ours)}
 
 
 def batch_hard(n: int, device: str) -> dict[str, Step]:
     x, given = normal(n, 384, device, 0), labels(n, device)
-    return {
-        "floor": products(2, x, n),
+    return products_of(x, 2) | {
         "fusedloss": step(lambda e: fusedloss.batch_hard_triplet(e, given), x),
         "sentence-transformers": step(lambda e: upstream_batch_hard(e, given), x),
     }
 
 
-def batch_all(n: int, device: str) -> dict[str, Step]:
+def mined(name: str, margin: float, n: int, device: str) -> dict[str, Step]:
     x, given = normal(n, 384, device, 0), labels(n, device)
-    return {
-        "floor": products(3, x, n),
-        "fusedloss": step(lambda e: fusedloss.batch_all_triplet(e, given, margin=0.2), x),
-    }
+    return products_of(x) | {"fusedloss": step(lambda e: getattr(fusedloss, name)(e, given, margin=margin), x)}
 
 
 def siglip(n: int, device: str) -> dict[str, Step]:
@@ -165,10 +204,10 @@ def siglip(n: int, device: str) -> dict[str, Step]:
         z = 10.0 * image @ text.T - 10.0
         return -nn.functional.logsigmoid(z * (2 * torch.eye(n, device=z.device) - 1)).sum() / n
 
-    return {
-        "floor": products(3, x, n),
+    return products_of(x) | {
         "fusedloss": step(lambda a, b: fusedloss.siglip(a, b, 10.0, -10.0), x, y),
         "eager": step(eager, x, y),
+        "torch.compile": step(torch.compile(eager), x, y),
     }
 
 
@@ -179,8 +218,7 @@ def matryoshka(n: int, device: str) -> dict[str, Step]:
     def loop(query: Tensor, key: Tensor) -> Tensor:
         return sum(single(query[:, :dim], key[:, :dim]) for dim in DIMS)
 
-    return {
-        "floor": products(3, x, n),
+    return products_of(x) | {
         "single": step(single, x, y),
         "fusedloss": step(lambda q, k: fusedloss.matryoshka(fusedloss.info_nce, q, k, dims=DIMS), x, y),
         "loop": step(loop, x, y),
@@ -191,22 +229,38 @@ CASES: dict[str, Callable[[int, str], dict[str, Step]]] = {
     "gist_embed": gist,
     "nt_xent": nt_xent,
     "nt_xent, D = 128": functools.partial(nt_xent, dim=128),
+    "sup_con": functools.partial(labelled, "sup_con", "SupConLoss", {"temperature": 0.07}),
+    "multi_similarity": functools.partial(labelled, "multi_similarity", "MultiSimilarityLoss", {}),
+    "circle": functools.partial(labelled, "circle", "CircleLoss", {}),
+    "info_nce": info_nce,
     "batch_hard_triplet": batch_hard,
-    "batch_all_triplet": batch_all,
+    "batch_all_triplet": functools.partial(mined, "batch_all_triplet", 0.2),
+    "batch_semi_hard_triplet": functools.partial(mined, "batch_semi_hard_triplet", 0.2),
     "siglip": siglip,
     "matryoshka": matryoshka,
 }
-# On two CPU cores: where each is raced, and the largest at which the library it replaces is tried.
-CPU_SIZES = {
+# On two CPU cores: where each is raced, and at what sizes the code that it replaces is.
+CPU_SIZES: dict[str, tuple[int, tuple[int, ...]]] = {
     "gist_embed": (4096, (512, 1024, 2048)),
-    "nt_xent": (16384, (512,)),
+    "nt_xent": (16384, (512, 4096)),
     "nt_xent, D = 128": (16384, ()),
+    "sup_con": (8192, (2048,)),
+    "multi_similarity": (8192, (2048,)),
+    "circle": (8192, (2048,)),
+    "info_nce": (16384, ()),
     "batch_hard_triplet": (16384, (4096,)),
     "batch_all_triplet": (4096, ()),
-    "siglip": (8192, ()),
+    "batch_semi_hard_triplet": (4096, ()),
+    "siglip": (8192, (4096,)),
     "matryoshka": (8192, ()),
 }
-GRADIENTS = {"gist_embed": 2, "nt_xent": 1, "nt_xent, D = 128": 1, "siglip": 2, "matryoshka": 2}  # x N x D; else 1
+GRADIENTS = {  # x N x D; else 1
+    "gist_embed": 2,
+    "info_nce": 2,
+    "siglip": 2,
+    "matryoshka": 2,
+}
+OURS = ("fusedloss", "whole square", "by torch.mm", "single", "loop")
 
 
 def memory(case: str, racer: str, n: int, device: str, limited: bool) -> int:
@@ -235,7 +289,7 @@ def seconds(case: str, racer: str, n: int, device: str) -> float:
 
 def rows_of(case: str, n: int, device: str, rounds: int, tick: Callable[..., None]) -> list[dict[str, Any]]:
     """Who fits beside each other, interleaved."""
-    calls = {name: call for name, call in CASES[case](n, device).items() if own(name) or device == "cuda"}
+    calls = {name: call for name, call in CASES[case](n, device).items() if name in FLOORS + OURS or device == "cuda"}
     taken: dict[str, list[float]] = {name: [] for name in calls}
     failed: dict[str, str] = {}
     for name, spent in measure.samples_interleaved(
@@ -251,15 +305,11 @@ def rows_of(case: str, n: int, device: str, rounds: int, tick: Callable[..., Non
             row["note"] = failed[name]
         elif spent:
             row["seconds"] = statistics.median(spent)
-            if name != "floor":
+            if name not in FLOORS:
                 tick(f"{case}, N = {n}: memory")
                 row["memory_bytes"] = measure.isolated(memory, case, name, n, device, False)
         found.append(row)
     return found
-
-
-def own(name: str) -> bool:
-    return name in ("floor", "fusedloss", "single", "loop", "eager")
 
 
 def library_rows(case: str, sizes: tuple[int, ...], tick: Callable[..., None]) -> list[dict[str, Any]]:
@@ -267,7 +317,7 @@ def library_rows(case: str, sizes: tuple[int, ...], tick: Callable[..., None]) -
     found = []
     for n in sizes:
         for name in CASES[case](64, "cpu"):
-            if name in ("floor", "single", "loop"):
+            if name in FLOORS or (name in OURS and name != "fusedloss"):
                 continue
             tick(f"{case}, N = {n}: {name}")
             row: dict[str, Any] = {"case": case, "n": n, "racer": name}
@@ -286,55 +336,38 @@ def _first_line(error: Exception) -> str:
 
 def claims(rows: list[dict[str, Any]]) -> list[dict]:
     at = {(row["case"], row["n"], row["racer"]): row for row in rows if "seconds" in row}
+    found = []
 
-    def ratio(case: str, n: int, above: str, below: str) -> float:
-        return at[case, n, above]["seconds"] / at[case, n, below]["seconds"]
+    def ratio(
+        text: str, case: str, below: str, most: float | None, above: str = "fusedloss", least: bool = False
+    ) -> None:
+        n = CPU_SIZES[case][0]
+        measured = at[case, n, above]["seconds"] / at[case, n, below]["seconds"]
+        found.append(race.claim(text, measured, most, at_least=least))
 
-    def mib(case: str, n: int) -> float:
-        return at[case, n, "fusedloss"]["memory_bytes"] / MIB
+    def over_floors(text: str, case: str, most: float | None, count: str = "three") -> None:
+        ratio(f"{text}: time over its {count} bare products", case, FLOOR, most)
+        ratio("over the faster of MKL's and oneDNN's", case, BETTER, None)
 
-    return [
-        race.claim(
-            "gist_embed, B=4096, D=384, guide of 384: time over its 12 bare products",
-            ratio("gist_embed", 4096, "fusedloss", "floor"),
-            1.3,
-        ),
-        race.claim("its MiB above inputs and gradients", mib("gist_embed", 4096), 128),
-        race.claim(
-            "matryoshka over 768, 512, 256, 128, 64, N=8192: time over the loss of 768 alone",
-            ratio("matryoshka", 8192, "fusedloss", "single"),
-            1.7,
-        ),
-        race.claim(
-            "how much faster than the loop over the dims",
-            ratio("matryoshka", 8192, "loop", "fusedloss"),
-            1.3,
-            at_least=True,
-        ),
-        race.claim(
-            "nt_xent, 2B=16384, D=384: time over its three bare products",
-            ratio("nt_xent", 16384, "fusedloss", "floor"),
-            1.2,
-        ),
-        race.claim(
-            "nt_xent, 2B=16384, D=128: time over its three bare products",
-            ratio("nt_xent, D = 128", 16384, "fusedloss", "floor"),
-            1.2,
-        ),
-        race.claim(
-            "batch_hard_triplet, N=16384, D=384: MiB above inputs and gradients", mib("batch_hard_triplet", 16384), 128
-        ),
-        race.claim(
-            "batch_hard_triplet, N=16384, D=384: time over two bare products",
-            ratio("batch_hard_triplet", 16384, "fusedloss", "floor"),
-            None,
-        ),
-        race.claim(
-            "siglip, N=8192, D=384: time over its three bare products",
-            ratio("siglip", 8192, "fusedloss", "floor"),
-            None,
-        ),
-    ]
+    def memory(text: str, case: str, most: float) -> None:
+        found.append(race.claim(text, at[case, CPU_SIZES[case][0], "fusedloss"]["memory_bytes"] / MIB, most))
+
+    over_floors("gist_embed, B=4096, D=384, guide of 384", "gist_embed", 1.10, "12")
+    memory("its MiB above inputs and gradients", "gist_embed", 128)
+    over_floors("nt_xent, 2B=16384, D=384", "nt_xent", 0.72)
+    over_floors("nt_xent, 2B=16384, D=128", "nt_xent, D = 128", 0.82)
+    for name in ("nt_xent", "sup_con", "multi_similarity", "circle"):
+        most = None if name == "nt_xent" else 0.70
+        ratio(f"{name}, N={CPU_SIZES[name][0]}, D=384: time over the whole square's", name, "whole square", most)
+    over_floors("batch_hard_triplet, N=16384, D=384", "batch_hard_triplet", 0.60, "two")
+    memory("its MiB above inputs and gradients", "batch_hard_triplet", 128)
+    ratio("matryoshka over 768, 512, 256, 128, 64, N=8192: time over the loss of 768", "matryoshka", "single", 1.60)
+    faster = seconds("matryoshka", "loop") / seconds("matryoshka", "fusedloss")
+    found.append(race.claim("how much faster than the loop over the dims", faster, 1.3, at_least=True))
+    over_floors("info_nce, N=16384, D=384", "info_nce", None)
+    ratio("its time over that by torch.mm alone", "info_nce", "by torch.mm", None)
+    over_floors("siglip, N=8192, D=384", "siglip", None)
+    return found
 
 
 def main() -> int:

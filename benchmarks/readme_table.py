@@ -111,13 +111,14 @@ def race(folder: Path) -> str:
             row["racer"],
             number(row, "seconds", "{:.0f}", 1e-3),
             number(row, "ratio", "{:.2f}"),
+            number(row, "better_ratio", "{:.2f}"),
             number(row, "memory_bytes", "{:.0f}", 2**20),
             number(row, "gradient_error", "{:.1e}"),
             row.get("note", ""),
         ]
         for row in here
     ]
-    headers = ["N", "racer", "ms", "x floor", "memory, MiB", "gradient error", ""]
+    headers = ["N", "racer", "ms", "x floor", "x better floor", "memory, MiB", "gradient error", ""]
     return tabulate(table, headers, tablefmt="github", disable_numparse=True) + absent(rows)
 
 

@@ -1,7 +1,8 @@
 """`python -m fusedloss bench`: the race. All racers get the same inputs in interleaved rounds; medians are compared.
 
 The floor is the time of the three matrix products that the gradient needs (four for CLIP), in the chunks that fusedloss
-uses: a perfect epilogue would add nothing to it. Memory is that of a step above its inputs and gradients. On a CPU only
+uses: a perfect epilogue would add nothing to it. On a CPU a second floor takes the faster of two libraries' fp32
+products, each product by itself. Memory is that of a step above its inputs and gradients. On a CPU only
 a process has a peak, so each racer's memory is measured in a fresh process. A racer whose gradient error exceeds 1e-2
 is shown, marked and not ranked. A racer that cannot run is shown with the reason.
 """
@@ -31,9 +32,9 @@ import fusedloss
 
 from .. import backends, sweep, testing
 from ..backends import BACKENDS
-from ..core import products
 from ..trust import order
 from . import measure, results, tables
+from .floors import BETTER, FLOOR, FLOORS, floors
 from .machine import picked, probe
 from .peers import DTYPES, PEERS, SIGLIP_BIAS, Loss, Point
 from .tables import Tick
@@ -173,22 +174,9 @@ def floor_rows(point: Point) -> int:
     )
 
 
-def floor(point: Point) -> Step:
-    """Returns the bare products S = x y^T, dx += S y, dy += S^T x. CLIP computes S twice, first for its normalisers."""
-    dtype, rows, columns = DTYPES[point.dtype], floor_rows(point), point.n
-
-    def step(query: Tensor, key: Tensor) -> None:
-        space = torch.empty(rows, columns, dtype=dtype, device=query.device)
-        dx, dy = torch.empty_like(query), torch.zeros(key.shape, device=key.device)  # dy accumulates in fp32
-        for start in range(0, point.n, rows):
-            chunk = slice(start, min(start + rows, point.n))
-            s = space[: chunk.stop - chunk.start]
-            for _ in range(2 if point.loss == "clip" else 1):
-                torch.mm(query[chunk], key.T, out=s)
-            torch.mm(s, key, out=dx[chunk])
-            products.add_mm(dy, s.T, query[chunk])
-
-    return step
+def bare(point: Point, query: Tensor, key: Tensor) -> dict[str, Callable[[], Any]]:
+    """Returns the floors of a point. CLIP computes the similarities twice, first for its normalisers."""
+    return floors(query, key, floor_rows(point), (2 if point.loss == "clip" else 1, 1, 1))
 
 
 def fits(point: Point, name: str) -> bool:
@@ -234,7 +222,8 @@ def gradient_error(found: list[Tensor], wanted: list[Tensor]) -> float:
 def steps(point: Point, rounds: int, only: set[str] | None) -> int:
     """Returns the largest number of ticks of `race`."""
     running = sum(fits(point, name) and racer.loss is not None for name, racer in entered(point, only).items())
-    return 2 + running + (2 * running + 1) * rounds + 2 * running
+    bare = 2 if point.device_type == "cpu" and point.dtype == "fp32" else 1
+    return 2 + running + (2 * running + bare) * rounds + 2 * running
 
 
 def race(
@@ -266,13 +255,13 @@ def race(
     place = f"{point.loss} N={point.n} D={point.d} scale {point.scale:g} {point.kind}"
     tick(f"{place}, inputs: floor")
     query, key = point.inputs()
+    calls = bare(point, query, key)
     entries = entered(point, only, excluded, own)
-    found: dict[str, dict[str, Any]] = {name: {**asdict(point), "racer": name} for name in ("floor", *entries)}
+    found: dict[str, dict[str, Any]] = {name: {**asdict(point), "racer": name} for name in (*calls, *entries)}
     rows += found.values()
     for name, racer in entries.items():
         found[name] |= {key: value for key in ("backend", "sweep") if (value := getattr(racer, key))}
     looked_at = _looked_at(point)
-    calls: dict[str, Callable[[], Any]] = {"floor": partial(floor(point), query, key)}
     repeats: dict[str, int] = {}
     sampled: dict[str, list[Tensor]] = {}
 
@@ -315,9 +304,11 @@ def race(
             continue
         calls |= {name: partial(both, query, key), name + FORWARD: partial(alone, query, key)}
     tick(f"{place}, first run: floor")
-    calls["floor"]()
-    if point.device_type == "cuda":
-        repeats["floor"] = _repeats(measure.seconds(calls["floor"]))
+    for name in FLOORS:
+        if name in calls:
+            calls[name]()
+            if point.device_type == "cuda":
+                repeats[name] = _repeats(measure.seconds(calls[name]))
 
     samples: dict[str, list[float]] = {}
     for name, taken in measure.samples_interleaved(
@@ -387,8 +378,9 @@ def _fill_in_times(found: dict[str, dict[str, Any]], samples: dict[str, list[flo
         if name in median:
             row["seconds"], row["rounds"], row["samples"] = median[name], len(samples[name]), samples[name]
             row["seconds_min"], row["seconds_max"] = min(samples[name]), max(samples[name])
-            if "floor" in median:
-                row["ratio"] = median[name] / median["floor"]
+            for ratio, below in (("ratio", FLOOR), ("better_ratio", BETTER)):
+                if below in median:
+                    row[ratio] = median[name] / median[below]
         if name in median and name + FORWARD in median:
             row["forward_seconds"], row["forward_samples"] = median[name + FORWARD], samples[name + FORWARD]
             row["backward_seconds"] = median[name] - row["forward_seconds"]
@@ -444,7 +436,7 @@ def cpu_claims(rounds: int, tick: Tick, claims: list[dict], samples: dict[str, l
     scale = torch.tensor(base.temperature, requires_grad=True)
     own, cce = fused(base, "auto"), PEERS["F.linear_cross_entropy"].enter(base)
     calls = {
-        "floor": partial(floor(base), query, key),
+        **bare(base, query, key),
         "fp32": partial(forward_backward(own), query, key),
         "cold": partial(forward_backward(fused(cold, "auto")), query, key),
         "learnable": partial(forward_backward(partial(fusedloss.info_nce, temperature=scale)), query, key),
@@ -477,7 +469,8 @@ CLAIM_CALLS = 6
 
 
 def _time_claims(seconds: dict[str, float]) -> list[dict]:
-    found = [claim("N=16384 D=384 fp32: time over the three bare products", seconds["fp32"] / seconds["floor"], 1.10)]
+    found = [claim("N=16384 D=384 fp32: time over the three bare products", seconds["fp32"] / seconds[FLOOR], 1.10)]
+    found.append(claim("over the faster of MKL's and oneDNN's", seconds["fp32"] / seconds[BETTER], None))
     if "F.linear_cross_entropy" in seconds:
         ratio = seconds["fp32"] / seconds["F.linear_cross_entropy"]
         found.append(claim("time over F.linear_cross_entropy with chunking", ratio, 1.0))
@@ -485,9 +478,7 @@ def _time_claims(seconds: dict[str, float]) -> list[dict]:
         *found,
         claim("temperature 1e-3: time over that at 0.05", seconds["cold"] / seconds["fp32"], 1.3),
         claim("bf16: times faster than fp32, logits in fp32", seconds["fp32"] / seconds["bf16"], 1.8, at_least=True),
-        claim(
-            "with a learnable temperature: time over the bare products", seconds["learnable"] / seconds["floor"], None
-        ),
+        claim("with a learnable temperature: time over the bare products", seconds["learnable"] / seconds[FLOOR], None),
     ]
 
 
@@ -550,12 +541,23 @@ def show_rows(title: str, rows: list[dict]) -> None:
                 number(row, "seconds", "{:.1f}", 1e-3),
                 spread,
                 number(row, "ratio", "{:.2f}"),
+                number(row, "better_ratio", "{:.2f}"),
                 number(row, "memory_bytes", "{:.0f}", 2**20),
                 number(row, "gradient_error", "{:.1e}"),
                 row.get("note", ""),
             ]
         )
-    headers = ["N", "temperature", "racer", "forward ms", "backward ms", "both ms", "min .. max", "x floor"]
+    headers = [
+        "N",
+        "temperature",
+        "racer",
+        "forward ms",
+        "backward ms",
+        "both ms",
+        "min .. max",
+        "x floor",
+        "x better floor",
+    ]
     tables.table(title, [*headers, "memory MiB", "gradient error", "note"], cells)
     for (racer, reason), sizes in absent.items():
         where = "" if len(set(sizes)) == len({row["n"] for row in rows}) else f" at N = {', '.join(map(str, sizes))}"
@@ -569,7 +571,7 @@ def main(arguments: Any) -> int:
     only = set(arguments.racers) if arguments.racers else None
     with tables.progress() as tick:  # peers are imported, some of which take seconds
         tick("looking who can race here")
-        if only and (unknown := only - set(racers(point)) - {"floor"}):
+        if only and (unknown := only - set(racers(point)) - {*FLOORS}):
             print(
                 f"--racers {' '.join(sorted(unknown))}: unknown; here are {', '.join(racers(point))}", file=sys.stderr
             )

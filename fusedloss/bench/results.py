@@ -23,6 +23,7 @@ import fusedloss
 
 from ..core.version import VERSION
 from . import peers
+from .floors import FLOORS
 from .machine import cpu_name
 
 CONDITIONS = ("loss", "n", "d", "dtype", "temperature", "kind", "device")  # what makes two rows one place of the race
@@ -183,7 +184,7 @@ def plot(path: Path, rows: list[dict], title: str) -> None:
     panels = [("ratio", "time over the bare products", 1), ("memory_bytes", "MiB above inputs and gradients", 2**20)]
     several = [key for key in ("temperature", "kind") if len({row[key] for row in rows}) > 1]
     lines = list(
-        dict.fromkeys((row["racer"], *(row[key] for key in several)) for row in rows if row["racer"] != "floor")
+        dict.fromkeys((row["racer"], *(row[key] for key in several)) for row in rows if row["racer"] not in FLOORS)
     )
     sizes = sorted({row["n"] for row in rows})
     for d, (time, memory) in zip(dims, axes, strict=True):
@@ -240,7 +241,7 @@ def summary(rows: Iterable[dict]) -> list[dict[str, Any]]:
             line["workspace_bytes"] = ours["memory_bytes"] - 4 * ours["n"] * ours["d"]
         line["ratios"] = {backend: row["ratio"] for backend, row in plain.items()}
         line["normalize_ratio"] = min((row["ratio"] for row in normalized.values()), default=None)
-        rivals = [r for name, r in racers.items() if name != "floor" and not name.startswith("fusedloss")]
+        rivals = [r for name, r in racers.items() if name not in FLOORS and not name.startswith("fusedloss")]
         ranked = [r for r in rivals if r.get("ranked")]
         if ranked:
             best = min(ranked, key=lambda r: r["seconds"])

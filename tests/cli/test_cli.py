@@ -147,7 +147,7 @@ def test_a_racer_that_fails_is_shown_and_the_others_race(monkeypatch):
     monkeypatch.setattr(testing, "eager_info_nce", out_of_memory)
     rows = race.race(race.Point(n=64, d=8), 1, {"fusedloss", "eager"}, False, lambda text: None, [])
     notes = {row["racer"]: row.get("note") for row in rows}
-    assert notes == {"floor": None, "fusedloss": None, "eager": "OOM"}
+    assert notes == {"floor": None, "better floor": None, "fusedloss": None, "eager": "OOM"}
 
 
 def test_unknown_racers_are_named(capsys):
@@ -159,7 +159,7 @@ def test_backends_race_by_name():
     point = race.Point(n=64, d=8)
     assert "fusedloss:reference" in race.racers(point) and "fusedloss:reference" not in race.entered(point, None)
     rows = race.race(point, 1, {"fusedloss:reference"}, False, lambda text: None, [])
-    assert [row["racer"] for row in rows] == ["floor", "fusedloss:reference"]
+    assert [row["racer"] for row in rows] == ["floor", "better floor", "fusedloss:reference"]
 
 
 @pytest.mark.slow
@@ -187,7 +187,8 @@ def test_eager_casts_16_bit_logits_up():
 
 
 def test_claims_set_the_exit_code(monkeypatch, tmp_path, capsys):
-    seconds = {"floor": 1.0, "fp32": 1.2, "cold": 1.3, "learnable": 1.2, "bf16": 0.5, "F.linear_cross_entropy": 1.25}
+    seconds = {"floor": 1.0, "better floor": 0.8, "fp32": 1.2, "cold": 1.3, "learnable": 1.2, "bf16": 0.5}
+    seconds["F.linear_cross_entropy"] = 1.25
 
     def measured(rounds, tick, claims, samples):
         claims += race._time_claims(seconds)
@@ -195,7 +196,7 @@ def test_claims_set_the_exit_code(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(race, "cpu_claims", measured)
     assert main(["bench", "--claims", "--out", str(tmp_path), "--name", "claims"]) == 1
     held = [c["held"] for c in json.loads((tmp_path / "claims.json").read_text())["claims"]]
-    assert held == [False, True, True, True, None] and "NO" in capsys.readouterr().out
+    assert held == [False, None, True, True, True, None] and "NO" in capsys.readouterr().out
     seconds["fp32"] = 1.05
     assert main(["bench", "--claims"]) == 0
 
@@ -421,7 +422,7 @@ def test_report_as_json_is_the_block_without_fences(capsys):
 
 def test_bench_as_json(capsys, tmp_path):
     found, code = printed(capsys, *TINY, "--racers", "fusedloss", "eager", "--out", str(tmp_path))
-    assert code == 0 and [row["racer"] for row in found["rows"]] == ["floor", "fusedloss", "eager"]
+    assert code == 0 and [row["racer"] for row in found["rows"]] == ["floor", "better floor", "fusedloss", "eager"]
     assert found["environment"]["torch"] == torch.__version__ and not found["interrupted"]
     assert json.loads((tmp_path / "bench.json").read_text()) == found
 
