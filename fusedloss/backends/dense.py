@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,15 +64,7 @@ def run(problem: Problem, wants: Wants, share: float = 1.0) -> Result:
         return _of_no_rows(problem, wants)
     if problem.prefixes:
         return _prefixes(problem, wants, share)
-    dtype, cosine = stats_dtype(problem.operands[0].dtype), problem.cosine
-    rows, norms, given = [], [], _multiplied_as_given(problem)
-    for x in problem.operands:
-        x = x if x.dtype is dtype else x.to(dtype)
-        if cosine:
-            norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(NORM_EPS)
-            norms.append(norm)
-            x = x / norm
-        rows.append(x)
+    rows, norms, given = _rows(problem)
     if problem.fold is None:
         dz, result = _softmax(problem, rows, _similarities(problem, rows, norms, given), wants, share)
     else:
@@ -79,6 +72,50 @@ def run(problem: Problem, wants: Wants, share: float = 1.0) -> Result:
     if dz is None:
         return result
     return result._replace(operands=_contracted(problem, rows, norms, given, dz, wants))
+
+
+def keeps(problem: Problem, wants: Wants) -> bool:
+    """Whether `run_and_keep` takes it: each row's gradient hangs on its own upstream gradient alone."""
+    whole = problem.fold is not None or problem.symmetric or bool(problem.prefixes) or any(wants.biases)
+    return wants.any and problem.rows > 0 and not whole
+
+
+class Kept(NamedTuple):
+    """What `finish` needs of the forward of losses by row: the one matrix that spares it a product and a softmax."""
+
+    dz: Tensor  # [M, columns], the gradient by the similarities
+    by_scale: Tensor | None  # [M], in fp64
+
+
+def run_and_keep(problem: Problem, wants: Wants) -> tuple[Result, Kept]:
+    """The weighted losses by row, without gradients."""
+    rows, norms, given = _rows(problem)
+    dz, result = _softmax(problem, rows, _similarities(problem, rows, norms, given), wants, 1.0, by_row=True)
+    assert dz is not None, "a problem that it keeps wants a gradient"
+    return result._replace(scale=None), Kept(dz, result.scale)
+
+
+def finish(problem: Problem, wants: Wants, kept: Kept, upstream: Tensor) -> list[Tensor | None]:
+    """The gradients by the operands, the biases, which want none, and the scale. Overwrites what was kept."""
+    rows, norms, given = _rows(problem)
+    dz = kept.dz.mul_(upstream[:, None]).masked_fill_(upstream[:, None] == 0, 0)  # of rows left out, NaN too
+    by_scale = None if kept.by_scale is None else (kept.by_scale * upstream).masked_fill(upstream == 0, 0)
+    by_scale = None if by_scale is None else by_scale.sum().to(problem.scale.dtype)
+    biases = [None for block in problem.blocks if block.bias is not None]
+    return [*_contracted(problem, rows, norms, given, dz, wants), *biases, by_scale]
+
+
+def _rows(problem: Problem) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...] | None]:
+    """The operands in the dtype of the logits, of length 1 where cosines are wanted; their lengths; as given."""
+    dtype, rows, norms = stats_dtype(problem.operands[0].dtype), [], []
+    for x in problem.operands:
+        x = x if x.dtype is dtype else x.to(dtype)
+        if problem.cosine:
+            norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(NORM_EPS)
+            norms.append(norm)
+            x = x / norm
+        rows.append(x)
+    return rows, norms, _multiplied_as_given(problem)
 
 
 def _multiplied_as_given(problem: Problem) -> tuple[Tensor, ...] | None:
@@ -157,9 +194,9 @@ def _sum(a: Result, b: Result) -> Result:
 
 
 def _softmax(
-    problem: Problem, rows: list[Tensor], sims: list[Tensor], wants: Wants, share: float
+    problem: Problem, rows: list[Tensor], sims: list[Tensor], wants: Wants, share: float, by_row: bool = False
 ) -> tuple[Tensor | None, Result]:
-    """The losses, and the gradient by the similarities `[M, columns]`."""
+    """The losses, and the gradient by the similarities `[M, columns]`. by_row: the scale's gradient is of each row."""
     scale, number = problem.scale, problem.scale_bound
     plain = _is_plain(problem)
     if not plain:
@@ -190,10 +227,11 @@ def _softmax(
         if shrunk is not None:
             part.mul_(shrunk)
         if wants.scale:  # in fp64, because a row's terms cancel
-            terms = (part * sim).sum(dtype=wide_dtype(dz.device, dz.dtype))
+            terms = (part * sim).sum(1 if by_row else (0, 1), dtype=wide_dtype(dz.device, dz.dtype))
             by_scale = terms if by_scale is None else by_scale + terms
         start += sim.shape[1]
-    by_scale = None if by_scale is None else (by_scale * share).to(scale.dtype)
+    if by_scale is not None and not by_row:
+        by_scale = (by_scale * share).to(scale.dtype)
     return dz.mul_(factor), result._replace(scale=by_scale, biases=tuple(biases))
 
 

@@ -435,7 +435,7 @@ def cpu_claims(rounds: int, tick: Tick, claims: list[dict], samples: dict[str, l
     short_query, short_key = narrow.inputs()
     scale = torch.tensor(base.temperature, requires_grad=True)
     own, cce = fused(base, "auto"), PEERS["F.linear_cross_entropy"].enter(base)
-    calls = {
+    calls: dict[str, Callable[[], Any]] = {
         **bare(base, query, key),
         "fp32": partial(forward_backward(own), query, key),
         "cold": partial(forward_backward(fused(cold, "auto")), query, key),

@@ -1,7 +1,8 @@
 """Autograd around the sweep: an `autograd.Function` in eager, one opaque `torch.library` op under torch.compile.
 
 Both run the same `execute`. Scalar reductions get their gradients out of the forward (upstream only scales them);
-`reduction="none"` cannot know its upstream weights, so its forward folds statistics and its backward sweeps again.
+`reduction="none"` cannot know its upstream weights, so its forward folds statistics and its backward sweeps again;
+`dense` keeps the gradient by the similarities for it, which it has anyway.
 """
 
 from __future__ import annotations
@@ -111,10 +112,7 @@ def execute(
     wanted: by (*operands, *biases, scale, *scalars), the order in which a problem declares its inputs. traced: it runs
         inside an op of a compiled graph, where autograd is out of reach and nothing is audited.
     """
-    flags = iter(wanted[len(problem.operands) :])
-    has_bias = [block.bias is not None for block in problem.blocks]
-    biases = tuple([has and next(flags) for has in has_bias])
-    wants = Wants(tuple(wanted[: len(problem.operands)]), next(flags), biases, tuple(flags))
+    wants = _wants(problem, wanted)
     if how.backend == "dense":
         with without_autocast(problem.operands[0]):
             result = dense.run(problem, wants, how.share)
@@ -123,8 +121,14 @@ def execute(
     if not traced and audit.due():
         audit.look(problem, how.backend, result.rows, result.operands)
     value = result.rows if how.per_row else result.rows.sum() if how.share == 1.0 else result.rows.mean()
-    kept = [g for g, has in zip(result.biases, has_bias, strict=True) if has]
+    kept = [g for g, block in zip(result.biases, problem.blocks, strict=True) if block.bias is not None]
     return value, result.counted, [*result.operands, *kept, result.scale, *result.scalars]
+
+
+def _wants(problem: Problem, wanted: Sequence[bool]) -> Wants:
+    flags = iter(wanted[len(problem.operands) :])
+    biases = tuple([block.bias is not None and next(flags) for block in problem.blocks])
+    return Wants(tuple(wanted[: len(problem.operands)]), next(flags), biases, tuple(flags))
 
 
 class _Loss(torch.autograd.Function):
@@ -144,8 +148,13 @@ class _Loss(torch.autograd.Function):
         if how.per_row and how.backend in SWEEPS:  # the backward sweeps: what it would be refused is refused now
             sweep.workspace_shape(problem, SWEEPS[how.backend])
         ctx.save_for_backward(*inputs, *constants)
-        value, counted, gradients = execute(problem, how, _in_forward(how, wanted))
-        ctx.gradients = None if how.per_row else gradients
+        ctx.gradients = ctx.kept = None
+        if how.per_row and how.backend == "dense" and dense.keeps(problem, wants := _wants(problem, wanted)):
+            with without_autocast(problem.operands[0]):
+                (value, *_, counted), ctx.kept = dense.run_and_keep(problem, wants)
+        else:
+            value, counted, gradients = execute(problem, how, _in_forward(how, wanted))
+            ctx.gradients = None if how.per_row else gradients
         ctx.dtypes = [x.dtype for x in inputs]
         ctx.mark_non_differentiable(*counted)
         return value, *counted
@@ -168,6 +177,10 @@ class _Loss(torch.autograd.Function):
         problem = put_together(ctx.empty, saved[: ctx.count], saved[ctx.count :])
         if torch.is_grad_enabled():
             return _differentiable_gradients(problem, ctx.how, ctx.wanted, upstream)
+        if ctx.kept is not None:
+            kept, ctx.kept = ctx.kept, None  # overwritten, so this state serves once
+            with without_autocast(problem.operands[0]):
+                return dense.finish(problem, _wants(problem, ctx.wanted), kept, upstream)
         if ctx.how.per_row:
             # Upstream per row is one more row weight: the same sweep, run with it.
             problem = replace(problem, weight=problem.weight * upstream, every_row=False)

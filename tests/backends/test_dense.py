@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss
 from fusedloss import UnsupportedError
@@ -92,6 +93,62 @@ def test_gradients_of_rows_take_their_own_upstream():
     )
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("learns", [False, True])
+def test_losses_of_rows_keep_the_gradient_by_the_similarities(dtype, learns):
+    """Three products forward and backward; a second backward finds the same."""
+    x, y = torch.randn(2, 5, 3, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    weight = torch.tensor([0.5, 0.0, -2.0, 1.0, 3.0], dtype=torch.float64)
+    found = []
+    for backend in ("dense", "chunked"):
+        leaves = [x.clone().requires_grad_(), y.clone().requires_grad_()]
+        temperature = torch.tensor(0.3, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+        leaves += [temperature.requires_grad_()] * learns
+        counted = Products()
+        with counted:
+            rows = fusedloss.info_nce(
+                *leaves[:2],
+                temperature=temperature,
+                reduction="none",
+                target=torch.tensor([0, 1, 2, -100, 4]),
+                backend=backend,
+            )
+            first = torch.autograd.grad(rows, leaves, weight.to(rows.dtype), retain_graph=True)
+        assert backend != "dense" or counted.count == 3
+        again = torch.autograd.grad(rows, leaves, weight.to(rows.dtype))
+        found.append([g.double() for g in (*first, *again)])
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-12 if dtype is torch.float64 else 1e-2, atol=1e-12)
+
+
+def test_a_row_of_weight_0_brings_no_nan():
+    x, y = torch.randn(2, 5, 3)
+    x[1] = torch.finfo(torch.float32).max  # its logits are infinite
+    rows = fusedloss.info_nce(x.requires_grad_(), y.requires_grad_(), reduction="none", backend="dense")
+    upstream = torch.tensor([0.5, 0.0, -2.0, 1.0, 3.0])
+    assert all(g.isfinite().all() for g in torch.autograd.grad(rows, (x, y), upstream))
+
+
+def test_losses_of_rows_refuse_inputs_that_were_written_to():
+    x, y = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
+    rows = fusedloss.info_nce(x, y, reduction="none", backend="dense")
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="must stay as it is until the last backward"):
+        rows.sum().backward()
 
 
 def test_no_rows_leave_what_calls_share_without_a_graph():
