@@ -76,7 +76,8 @@ def run(problem: Problem, wants: Wants, share: float = 1.0) -> Result:
 
 def keeps(problem: Problem, wants: Wants) -> bool:
     """Whether `run_and_keep` takes it: each row's gradient hangs on its own upstream gradient alone."""
-    whole = problem.fold is not None or problem.symmetric or bool(problem.prefixes) or any(wants.biases)
+    whole = problem.symmetric or bool(problem.prefixes) or any(wants.biases) or any(wants.scalars)
+    whole = whole or (problem.fold is not None and wants.scale)  # whose gradient a fold adds up itself
     return wants.any and problem.rows > 0 and not whole
 
 
@@ -90,9 +91,13 @@ class Kept(NamedTuple):
 def run_and_keep(problem: Problem, wants: Wants) -> tuple[Result, Kept]:
     """The weighted losses by row, without gradients."""
     rows, norms, given = _rows(problem)
-    dz, result = _softmax(problem, rows, _similarities(problem, rows, norms, given), wants, 1.0, by_row=True)
+    sims = _similarities(problem, rows, norms, given)
+    if problem.fold is None:
+        dz, result = _softmax(problem, rows, sims, wants, 1.0, by_row=True)
+    else:
+        dz, result = _folded(problem, rows, sims, wants, 1.0)
     assert dz is not None, "a problem that it keeps wants a gradient"
-    return result._replace(scale=None), Kept(dz, result.scale)
+    return result._replace(scale=None), Kept(dz, result.scale if problem.fold is None else None)
 
 
 def finish(problem: Problem, wants: Wants, kept: Kept, upstream: Tensor) -> list[Tensor | None]:
@@ -102,7 +107,8 @@ def finish(problem: Problem, wants: Wants, kept: Kept, upstream: Tensor) -> list
     by_scale = None if kept.by_scale is None else (kept.by_scale * upstream).masked_fill(upstream == 0, 0)
     by_scale = None if by_scale is None else by_scale.sum().to(problem.scale.dtype)
     biases = [None for block in problem.blocks if block.bias is not None]
-    return [*_contracted(problem, rows, norms, given, dz, wants), *biases, by_scale]
+    scalars = [None] * len(wants.scalars)
+    return [*_contracted(problem, rows, norms, given, dz, wants), *biases, by_scale, *scalars]
 
 
 def _rows(problem: Problem) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...] | None]:

@@ -218,10 +218,16 @@ def takes_sums(reducer: Any) -> bool:
     return type(reducer) is not reducers.AvgNonZeroReducer or (reducer.low == 0 and reducer.high is None)
 
 
-def reduced(reducer: Any, total: Tensor, above: Tensor, number: int, dtype: torch.dtype) -> dict[str, Any]:
+def takes_a_sum(reducer: Any) -> bool:
+    """Whether a reducer needs only the sum of all losses."""
+    return type(reducer) in STOCK[:2] and not reducer.collect_stats
+
+
+def reduced(reducer: Any, total: Tensor, above: Tensor | None, number: int, dtype: torch.dtype) -> dict[str, Any]:
     """Applies the reducer to `number` losses with sum `total`, of which `above` are above 0."""
     if type(reducer) is reducers.MeanReducer:
         total = total / number
     elif type(reducer) is reducers.AvgNonZeroReducer:
+        assert above is not None
         total = over(total, above)
     return {"losses": total.to(dtype), "indices": None, "reduction_type": "already_reduced"}
