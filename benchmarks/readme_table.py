@@ -105,20 +105,21 @@ def claims(folder: Path) -> str:
 def race(folder: Path) -> str:
     rows = json.loads((folder / "race.json").read_text())["rows"]
     here = [row for row in rows if "seconds" in row or not row.get("note", "").startswith("not run: ")]
+    better = any("better_ratio" in row for row in here)
     table = [
         [
             str(row["n"]),
             row["racer"],
             number(row, "seconds", "{:.0f}", 1e-3),
             number(row, "ratio", "{:.2f}"),
-            number(row, "better_ratio", "{:.2f}"),
+            *([number(row, "better_ratio", "{:.2f}")] * better),
             number(row, "memory_bytes", "{:.0f}", 2**20),
             number(row, "gradient_error", "{:.1e}"),
             row.get("note", ""),
         ]
         for row in here
     ]
-    headers = ["N", "racer", "ms", "x floor", "x better floor", "memory, MiB", "gradient error", ""]
+    headers = ["N", "racer", "ms", "x floor", *["x better floor"] * better, "memory, MiB", "gradient error", ""]
     return tabulate(table, headers, tablefmt="github", disable_numparse=True) + absent(rows)
 
 
@@ -194,10 +195,13 @@ def upstream(folder: Path) -> str:
 
 def library_up_to(folder: Path) -> str:
     """Up to which sizes a drop-in runs the library's code on a CPU, out of the rule itself."""
-    table = [
-        [name.replace(".", " `", 1) + "`", str(most), str(math.isqrt(most))] for name, most in LIBRARY_UP_TO.items()
-    ]
-    headers = ["class", "similarities", "rows, if square"]
+    pairs, table = False, []
+    for name, most in LIBRARY_UP_TO.items():
+        pairs = pairs or name == "sentence_transformers.ContrastiveLoss"  # the first of those that count elements
+        of, rows = ("elements of a column", most // 384) if pairs else ("similarities", math.isqrt(most))
+        of, rows = ("scores", most) if ".cross_encoder." in name else (of, rows)
+        table.append([name.replace(".", " `", 1) + "`", str(most), of, str(rows)])
+    headers = ["class", "most", "of", "rows: square, D = 384, one score each"]
     return tabulate(table, headers, tablefmt="github", disable_numparse=True)
 
 

@@ -70,7 +70,7 @@ def embed_distill(
         and len(students) == 1
         and first.dtype is teachers[0].dtype is stats_dtype(first.dtype)
         and first.numel()
-        and few(call.backend, first, "operator")
+        and few(call.backend, first, "squares")
     ):
         return checks.OPERATORS.mse_loss(savable(first), savable(teachers[0]), checks.CODES["mean"])
     kind, eps = {"cosine": ("cos", 1e-8), "mse": ("squared", 0.0), "l2": ("euclidean", 0.0)}[distance]

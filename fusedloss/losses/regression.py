@@ -183,7 +183,7 @@ def _difference(
     backend: str,
 ) -> Tensor:
     plain = under == 1.0 == over
-    what = "operator" if reduction != "none" and delta in (0, math.inf) else "longer"
+    what = "longer" if reduction == "none" else {0: "operator", math.inf: "squares"}.get(delta, "longer")
     if plain and weight is None and reduction in checks.CODES and by_operator(input, target, backend, what):
         return _operator(delta, twin, input, target, checks.CODES[reduction])
     if not plain:

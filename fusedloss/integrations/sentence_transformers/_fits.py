@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fusedloss.core import checks
 
-from .._drop_in import runs_fused
+from .._drop_in import library_is_faster, runs_fused
 from .._fits import alike, refusal, untouched
 
 MATRICES = {util.cos_sim: "cos", util.pytorch_cos_sim: "cos", util.dot_score: "dot"}
@@ -46,6 +46,13 @@ def fused(loss: nn.Module, why_not: str | None) -> bool:
             f"got {duplicates!r}; leave it out or remove the reason"
         )
     return False
+
+
+def few(loss: nn.Module, columns: Sequence[Any], *, rows: bool = False) -> bool:
+    """Whether the columns are so small that the library's code is the faster: by their elements, or `rows` squared."""
+    x = columns[0] if columns else None
+    number = None if rows or not isinstance(x, Tensor) else x.numel()
+    return library_is_faster(f"sentence_transformers.{type(loss).__name__}", x, number)
 
 
 def similarity(function: Any, known: dict[Any, str]) -> str | None:

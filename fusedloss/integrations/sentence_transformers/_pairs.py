@@ -89,7 +89,7 @@ class ContrastiveLoss(_ContrastiveLoss):
 
     @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        if not fused(self, _siamese_fits(self, embeddings, labels)):
+        if _fits.few(self, embeddings) or not fused(self, _siamese_fits(self, embeddings, labels)):
             return super().compute_loss_from_embeddings(embeddings, labels)
         a, b = embeddings
         return fusedloss.contrastive(
@@ -127,6 +127,8 @@ class CosineSimilarityLoss(_CosineSimilarityLoss):
 
     @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        if _fits.few(self, embeddings):
+            return super().compute_loss_from_embeddings(embeddings, labels)
         why_not = (
             ("there are fewer than two columns" if len(embeddings) < 2 else None)
             or _fits.embeddings_fit(*embeddings[:2])
@@ -196,6 +198,8 @@ class MarginMSELoss(_MarginMSELoss):
 
     @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        if _fits.few(self, embeddings):
+            return super().compute_loss_from_embeddings(embeddings, labels)
         why_not = (
             ("there are fewer than three columns" if len(embeddings) < 3 else None)
             or _fits.similarity_is_known(self.similarity_fct, PAIRS)
@@ -224,6 +228,8 @@ class DistillKLDivLoss(_DistillKLDivLoss):
 
     @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        if _fits.few(self, embeddings):
+            return super().compute_loss_from_embeddings(embeddings, labels)
         why_not = (
             ("there are fewer than three columns" if len(embeddings) < 3 else None)
             or _fits.similarity_is_known(self.similarity_fct, PAIRS)
@@ -260,7 +266,7 @@ class EmbedDistillLoss(_EmbedDistillLoss):
 
     @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], teacher_embeddings: list[Tensor]) -> Tensor:
-        if not fused(self, self._fits(embeddings, teacher_embeddings)):
+        if _fits.few(self, embeddings) or not fused(self, self._fits(embeddings, teacher_embeddings)):
             return super().compute_loss_from_embeddings(embeddings, teacher_embeddings)
         like = embeddings[0]
         shared = all(teacher is teacher_embeddings[0] for teacher in teacher_embeddings)
@@ -291,7 +297,7 @@ class SoftmaxLoss(_SoftmaxLoss):
         self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor
     ) -> Tensor | tuple[list[Tensor], Tensor]:
         embeddings = embed_columns(self.model, sentence_features)
-        if not fused(self, self._fits(embeddings, labels)):
+        if _fits.few(self, embeddings) or not fused(self, self._fits(embeddings, labels)):
             return _fits.replay(self, _SoftmaxLoss.forward, {"model": list(embeddings)}, labels)
         parts = {
             "rep": self.concatenation_sent_rep,

@@ -127,7 +127,8 @@ class MultipleNegativesRankingLoss(LeavesOutDuplicates, _MultipleNegativesRankin
 
     @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Any) -> Tensor:
-        if not fused(self, ranking_fits(self, embeddings)):
+        alone = self.duplicates is None and not self.gather_across_devices  # ranks have to gather alike
+        if (alone and _fits.few(self, embeddings, rows=True)) or not fused(self, ranking_fits(self, embeddings)):
             return super().compute_loss_from_embeddings(embeddings, labels)
         return ranking(self, _ranking, embeddings, labels)
 
@@ -243,7 +244,7 @@ class ContrastiveTensionLossInBatchNegatives(_ContrastiveTensionLossInBatchNegat
             or criterion_fits(self.cross_entropy_loss)
             or _fits.embeddings_fit(a, b)
         )
-        if not fused(self, why_not):
+        if _fits.few(self, [a], rows=True) or not fused(self, why_not):
             models = {"model1": [a], "model2": [b]}
             return _fits.replay(self, _ContrastiveTensionLossInBatchNegatives.forward, models, labels)
         cosine = _fits.similarity(self.similarity_fct, MATRICES) == "cos"
