@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core import softmax
 from ..core.folds import FOLDS
-from ..core.mask import Guide, Mask
+from ..core.mask import NO_MASK, Guide, Mask
 from ..core.numerics import autocasting, stats_dtype, unit_rows, wide_dtype
 from ..core.problem import Problem
 from ..core.rows import above_ties, fold_part, fold_scalars, guide_threshold, score_ties, squared_distances
@@ -42,6 +42,22 @@ def top_rows(problem: Problem) -> tuple[Tensor, Tensor]:
             return z.new_full((len(z),), -torch.inf), torch.full((len(z),), -1, device=z.device)
         maximum, column = z.max(1)
         return maximum, column.masked_fill(maximum == -torch.inf, -1)
+
+
+def opposed_rows(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Returns the columns of each row's largest logit of another label and of its smallest one of its own, the first on
+    ties, itself left out; -1 for none. The labels are those that the problem's mask compares."""
+    (block,) = problem.blocks
+    (labels,) = block.mask.compare
+    with torch.autocast(problem.device.type, enabled=False):
+        z = logits(replace(problem, blocks=(replace(block, mask=NO_MASK),)), _rows(problem))
+    none = torch.full((len(z),), -1, device=z.device)
+    if not z.numel():
+        return none, none
+    same = labels.rows[:, None] == labels.keys
+    largest, nearest = z.masked_fill(same, -torch.inf).max(1)
+    smallest, farthest = z.masked_fill_(~same, torch.inf).fill_diagonal_(torch.inf).min(1)
+    return torch.where(largest == -torch.inf, none, nearest), torch.where(smallest == torch.inf, none, farthest)
 
 
 def _loss_rows(problem: Problem, lost: float = 0.0) -> tuple[Tensor, list[Tensor]]:

@@ -321,8 +321,10 @@ def of_pairs(
     """
     none = column < 0
     x, y, column, row = savable(x), savable(y), column.clamp(min=0), None if row is None else savable(row)
-    if transformed():  # the compiler fuses the formula, but would unroll a loop over chunks
-        values = function(*_wide(_at(x, row), y[column]))
+    # The compiler fuses the formula, but would unroll a loop over chunks. In 16 bits gradients would be rounded twice.
+    plain = x.is_cpu and x.dtype.itemsize > 2 and column.numel() * x.shape[1] <= FEW["cosines"]
+    if plain or transformed():
+        values = function(*_wide(x if row is None else x[row], y[column]))
     else:
         values = _OfPairs.apply(function, x, y, column, row)
     return values.masked_fill(none, 0)

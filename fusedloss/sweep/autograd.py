@@ -97,7 +97,9 @@ def top_rows(problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
 
 def opposed_rows(problem: Problem, backend: str) -> tuple[Tensor, Tensor] | None:
     """Returns the columns of each row's largest logit of another label and of its smallest one of its own, from one
-    sweep over half of the tiles; None if the backend has none."""
+    matrix or one sweep over half of the tiles; None if the backend has none."""
+    if backend in ("reference", "dense"):
+        return reference.opposed_rows(problem)
     if torch.compiler.is_compiling() or backend not in SWEEPS:
         return None
     checks.untransformed(backend)
