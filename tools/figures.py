@@ -107,9 +107,143 @@ def ring() -> str:
     return page(680, 550, "The ring: shards of columns go around, and their gradients follow", parts)
 
 
+# One a family of losses ----------------------------------------------------------------------------------------------
+
+CELL = 30
+OF_CELLS = {"+": GREEN, "-": ORANGE, ".": GREY, "x": BLUE}
+
+
+def cells(left: float, top: float, rows: list[str], names: str = "") -> list[str]:
+    """A matrix: + a positive, - a negative, . left out, x a vector; a blank draws nothing."""
+    found = [
+        box(left + CELL * column, top + CELL * row, CELL, CELL, OF_CELLS[kind])
+        for row, line in enumerate(rows)
+        for column, kind in enumerate(line)
+        if kind != " "
+    ]
+    return [*found, text(left + CELL * len(rows[0]) / 2, top - 10, names, size=14)] if names else found
+
+
+def key(left: float, top: float, **words: str) -> list[str]:
+    """What the colours mean, one below the other."""
+    named = {"positive": GREEN, "negative": ORANGE, "none": GREY, "vector": BLUE}
+    found: list[str] = []
+    for row, (kind, meaning) in enumerate(words.items()):
+        found += [
+            box(left, top + 30 * row, 20, 20, named[kind]),
+            text(left + 30, top + 15 + 30 * row, meaning, "start", 14),
+        ]
+    return found
+
+
+def in_batch() -> str:
+    diagonal = ["".join("+" if row == column else "-" for column in range(6)) for row in range(6)]
+    diagonal[1], diagonal[4] = "-+--.-", "-.--+-"
+    parts = [
+        text(60, 150, "queries", size=14),
+        *cells(100, 60, diagonal, "keys of the batch"),
+        *cells(300, 60, ["--"] * 6, "own negatives"),
+        *cells(400, 60, ["---"] * 6, "bank"),
+        *key(530, 80, positive="the row's positive", negative="its negatives", none="masked: a duplicate"),
+        text(100, 275, "Each row is a softmax, or a hinge, over its cells.", "start", 14),
+    ]
+    return page(740, 300, "In-batch losses: each row's positive among the columns that compete with it", parts)
+
+
+def labelled() -> str:
+    label = "AABBBC"
+    rows = [
+        "".join("." if i == j else "+" if a == b else "-" for j, b in enumerate(label)) for i, a in enumerate(label)
+    ]
+    parts = [
+        *[text(100 + CELL * (i + 0.5), 50, name, size=14, bold=True) for i, name in enumerate(label)],
+        *[text(84, 60 + CELL * (i + 0.7), name, size=14, bold=True) for i, name in enumerate(label)],
+        *cells(100, 60, rows),
+        *key(330, 80, positive="the same label", negative="another label", none="the sample itself"),
+        text(100, 275, "One matrix on both sides: half of the cells are enough.", "start", 14),
+    ]
+    return page(560, 300, "Losses of labelled samples: the batch against itself", parts)
+
+
+def image_text() -> str:
+    rows = ["".join("+" if row == column else "-" for column in range(6)) for row in range(6)]
+    parts = [
+        text(56, 155, "images", size=14),
+        *cells(100, 60, rows, "texts"),
+        arrow(290, 75, 340, 75),
+        text(350, 80, "clip: a softmax of each row", "start", 14),
+        arrow(115, 250, 115, 285),
+        text(130, 280, "and of each column", "start", 14),
+        text(350, 135, "siglip: a decision for each cell", "start", 14),
+        *key(350, 165, positive="the pair belongs together", negative="it does not"),
+    ]
+    return page(600, 310, "Image and text: all pairs of a batch, in both directions", parts)
+
+
+def classes() -> str:
+    chosen = (2, 9, 5, 0)
+    rows = ["".join("+" if column == target else "-" for column in range(12)) for target in chosen]
+    parts = [
+        text(52, 125, "samples", size=14),
+        *cells(100, 60, rows, "class vectors, tokens or proxies: [C, D], with a gradient"),
+        *key(490, 70, positive="the sample's class", negative="all others"),
+        text(100, 210, "A margin moves the green cell alone.", "start", 14),
+    ]
+    return page(680, 235, "Losses over classes: rows of the batch against a table", parts)
+
+
+def pairs() -> str:
+    parts = [text(115, 40, "a", bold=True), text(275, 40, "b", bold=True)]
+    for row in range(4):
+        y = 50 + 44 * row
+        parts += [*cells(70, y, ["xxx"]), *cells(230, y, ["xxx"]), arrow(166, y + 15, 226, y + 15)]
+        parts.append(text(340, y + 20, f"score or label {row + 1}", "start", 14))
+    parts.append(text(70, 250, "A row needs its own pair or triplet; cosent compares the scores.", "start", 14))
+    return page(560, 275, "Pairs and triplets: row i of one matrix with row i of the others", parts)
+
+
+def lists() -> str:
+    rows = ["+--+---", "-+--...", "++---..", "-----+-"]
+    parts = [
+        text(52, 125, "queries", size=14),
+        *cells(100, 60, rows, "scores of the documents"),
+        *key(345, 70, positive="relevant", negative="less relevant", none="padding"),
+        text(100, 210, "A loss sees the order within a row: of pairs, or of the whole list.", "start", 14),
+    ]
+    return page(560, 235, "Lists: the documents of each query, by score and by relevance", parts)
+
+
+def teachers() -> str:
+    parts = [
+        *cells(40, 60, ["xxxxxx", "xxxxxx", "xxxxxx"], "student's scores, [M, N]"),
+        *cells(340, 60, ["......", "......", "......"], "teacher's scores, without a gradient"),
+        arrow(330, 105, 230, 105),
+        text(280, 95, "learns", size=14),
+        text(40, 185, "Embeddings, margins, or each row's softmax are compared.", "start", 14),
+    ]
+    return page(580, 210, "Teachers: a student learns scores or embeddings", parts)
+
+
+def elements() -> str:
+    parts = [
+        text(90, 75, "prediction", "end", 14),
+        *cells(100, 55, ["xxxxxxxx"]),
+        text(90, 125, "target", "end", 14),
+        *cells(100, 105, ["........"]),
+        text(90, 185, "loss", "end", 14),
+        *cells(100, 165, ["--------"]),
+        *[arrow(115 + CELL * k, 138, 115 + CELL * k, 161) for k in range(8)],
+        text(100, 225, "One pass: the value, and the derivative beside it.", "start", 14),
+    ]
+    return page(480, 250, "Losses of elements: each prediction with its own target", parts)
+
+
+FAMILIES = in_batch, labelled, image_text, classes, pairs, lists, teachers, elements
+
+
 def main() -> int:
     stale = 0
-    for draw in (chunk, ring):
+    for draw in (chunk, ring, *FAMILIES):
         path, drawn = FIGURES / f"{draw.__name__}.svg", draw()
         if path.exists() and path.read_text() == drawn:
             continue
