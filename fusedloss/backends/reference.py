@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core import softmax
 from ..core.folds import FOLDS
 from ..core.mask import NO_MASK, Guide, Mask
-from ..core.numerics import autocasting, stats_dtype, unit_rows, wide_dtype
+from ..core.numerics import autocasting, row_numbers, stats_dtype, unit_rows, wide_dtype
 from ..core.problem import Problem
 from ..core.rows import above_ties, fold_part, fold_scalars, guide_threshold, score_ties, squared_distances
 from ..core.transforms import transformed
@@ -56,7 +56,8 @@ def opposed_rows(problem: Problem) -> tuple[Tensor, Tensor]:
         return none, none
     same = labels.rows[:, None] == labels.keys
     largest, nearest = z.masked_fill(same, -torch.inf).max(1)
-    smallest, farthest = z.masked_fill_(~same, torch.inf).fill_diagonal_(torch.inf).min(1)
+    number = row_numbers(len(z), z)
+    smallest, farthest = z.masked_fill(~same | (number[:, None] == number), torch.inf).min(1)
     return torch.where(largest == -torch.inf, none, nearest), torch.where(smallest == torch.inf, none, farthest)
 
 
