@@ -16,6 +16,7 @@ from .core.errors import UnsupportedError as UnsupportedError
 from .core.problem import Stats as Stats
 from .core.problem import TokenStats as TokenStats
 from .core.version import VERSION as __version__  # noqa: F401
+from .costs import cost as cost
 from .functional import adaptive_layer as adaptive_layer
 from .functional import adr_mse as adr_mse
 from .functional import angle as angle

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -42,24 +43,38 @@ def chunk_rows(M: int, N: int, D: int, itemsize: int, device: torch.device, work
             f"allow {MIN_ROWS} rows, {MIN_ROWS * row_bytes} bytes, or more"
         )
     if device.type == "cuda":
-        most = min(CUDA_ROWS, _gpu_bytes(row_bytes, device, workspace_bytes) // row_bytes)
-        return wave_rows(M, D, most, _properties(device).multi_processor_count)
+        return gpu_rows(M, D, row_bytes, _properties(device), workspace_bytes)
     rows = min(CPU_ROWS, (workspace_bytes or CPU_BYTES) // row_bytes)
     if rows < MIN_ROWS and workspace_bytes is not None:
         return min(max(rows, 1), max(M, 1))
     return max(1, min(max(MIN_ROWS, rows // MIN_ROWS * MIN_ROWS), M))
 
 
-def _gpu_bytes(row_bytes: int, device: torch.device, workspace_bytes: int | None) -> int:
+class Card(Protocol):
+    """What the chunks' size asks of a GPU: torch's properties of a device, or a row of a table."""
+
+    @property
+    def multi_processor_count(self) -> int: ...
+    @property
+    def total_memory(self) -> int: ...
+
+
+def gpu_rows(M: int, D: int, row_bytes: int, card: Card, workspace_bytes: int | None) -> int:
+    """Returns the rows of a chunk on a GPU."""
+    most = min(CUDA_ROWS, gpu_bytes(row_bytes, card, workspace_bytes) // row_bytes)
+    return wave_rows(M, D, most, card.multi_processor_count)
+
+
+def gpu_bytes(row_bytes: int, card: Card, workspace_bytes: int | None) -> int:
     """Returns the budget on a GPU."""
-    least = min(CUDA_LEAST_ROWS * row_bytes, _properties(device).total_memory // CUDA_SHARE)
+    least = min(CUDA_LEAST_ROWS * row_bytes, card.total_memory // CUDA_SHARE)
     return max(CUDA_BYTES, least) if workspace_bytes is None else workspace_bytes
 
 
 def workspace_shape(problem: Problem, backend: Sweeps) -> tuple[tuple[int, int], torch.dtype]:
     """Returns (rows, columns) and dtype of the workspace; raises if the budget does not allow one."""
     dtype, D = backend.workspace_dtype(problem), problem.operands[0].shape[1]
-    width = _width(problem)
+    width = width_of(problem)
     beside = math.ceil(width * backend.workspace_copies(problem))
     rows = chunk_rows(problem.rows, beside, D, dtype.itemsize, problem.device, problem.workspace_bytes)
     return (rows, width), dtype
@@ -83,7 +98,7 @@ def _room(problem: Problem, backend: Sweeps) -> int:
     """Returns the elements that the budget allows for the workspace."""
     size, budget = backend.workspace_dtype(problem).itemsize, checks.budget(problem.workspace_bytes)[1]
     if problem.device.type == "cuda":
-        return _gpu_bytes(_block_widths(problem)[0] * size, problem.device, budget) // size
+        return gpu_bytes(_block_widths(problem)[0] * size, _properties(problem.device), budget) // size
     return (budget or CPU_BYTES) // size
 
 
@@ -102,7 +117,8 @@ def _block_widths(problem: Problem) -> list[int]:
     return [cdiv(problem.operands[block.key].shape[0], PAD) * PAD for block in problem.blocks]
 
 
-def _width(problem: Problem) -> int:
+def width_of(problem: Problem) -> int:
+    """Returns the columns of the workspace."""
     if problem.fold is None:
         return sum(_block_widths(problem))
     return cdiv(fold_places(problem, PAD)[-1].stop, PAD) * PAD

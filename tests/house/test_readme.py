@@ -32,7 +32,11 @@ SNIPPETS = [
     if not name.startswith(ELSEWHERE)
     for number, (code, printed) in enumerate(SNIPPET.findall(page))
 ]
-FUNCTIONS = {name for name, value in vars(fusedloss).items() if inspect.isfunction(value) and not name.startswith("_")}
+FUNCTIONS = {
+    name
+    for name, value in vars(fusedloss).items()
+    if inspect.isfunction(value) and not name.startswith("_") and value is not fusedloss.cost
+}
 TORCHS_NAMES = {"mse_loss", "l1_loss", "huber_loss", "smooth_l1_loss"}  # of functions that stand under a shorter name
 
 

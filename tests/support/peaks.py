@@ -33,13 +33,13 @@ def growth(peak: Callable[..., int], *arguments: object, sizes: tuple[int, int])
     return large - small
 
 
-def at_sizes(peak: Callable[..., int], *arguments: object, sizes: tuple[int, ...]) -> list[int]:
-    """The peaks themselves, of which differences count."""
+def at_sizes(peak: Callable[..., int], *arguments: object, sizes: tuple[object, ...]) -> list[int]:
+    """The peaks themselves, of which differences count. A size is what `peak` takes for one."""
     with mock.patch.dict(os.environ, ENVIRONMENT):
         return measure.isolated(_peaks, peak, arguments, sizes, timeout=seconds(3600))
 
 
-def _peaks(peak: Callable[..., int], arguments: tuple[object, ...], sizes: tuple[int, ...]) -> list[int]:
+def _peaks(peak: Callable[..., int], arguments: tuple[object, ...], sizes: tuple[object, ...]) -> list[int]:
     torch.set_num_threads(1)
     peak(*arguments, sizes[0])  # loads what a first step loads
     return [peak(*arguments, size) for size in sizes]
