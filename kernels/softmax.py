@@ -140,7 +140,7 @@ class GradArgs(NamedTuple):
 
 
 @triton.jit
-def _load_softmax(Shift, Weight, offs, mask):
+def load_softmax(Shift, Weight, offs, mask):
     """Loads shift and weight; a weight of 0 gets shift +inf, because 0 * exp(z - shift) may be NaN."""
     weight = tl.load(Weight + offs, mask=mask, other=0.0)
     shift = tl.load(Shift + offs, mask=mask, other=0.0)
@@ -149,13 +149,13 @@ def _load_softmax(Shift, Weight, offs, mask):
 
 @triton.jit
 def grad(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M, N, args):
-    shift, weight = _load_softmax(args.RowShift, args.RowWeight, offs_m, mask_m)
+    shift, weight = load_softmax(args.RowShift, args.RowWeight, offs_m, mask_m)
     dz = weight[:, None] * exponential(z - shift[:, None])
     if args.Q is not None:
         target_sim = tl.load(args.RowTargetSim + offs_m, mask=mask_m, other=0.0)
         q = tl.sum(dz * (sim - target_sim[:, None]), axis=1)
     if args.ColShift is not None:
-        shift, weight = _load_softmax(args.ColShift, args.ColWeight, offs_n, mask_n)
+        shift, weight = load_softmax(args.ColShift, args.ColWeight, offs_n, mask_n)
         p = weight[None, :] * exponential(z - shift[None, :])
         dz += p
         if args.Q is not None:

@@ -22,12 +22,13 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
-from fusedloss.kernels import rows, similarity
 from sources import digest
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -39,15 +40,23 @@ from fusedloss.backends.triton import launching
 from fusedloss.backends.triton import pairs as triton_pairs
 from fusedloss.backends.triton import rows as triton_rows
 from fusedloss.backends.triton.config import ELSEWHERE
+from fusedloss.core.folds import Part
 from fusedloss.core.mask import Compare, GuideRule, StripMask
-from fusedloss.core.problem import Block, Margin, Problem, RowRule
+from fusedloss.core.problem import Block, Fold, Margin, Problem, RowRule
 from fusedloss.core.strips import Patch, RowSums, Softmax, Strip, Tally
+from fusedloss.kernels import rows, similarity
 
 sys.path.append(str(Path(__file__).absolute().parents[1] / "tests" / "support"))
 from patience import seconds
 
 # Of a digest: the kernels, what launches them, and what is asked of it here.
-SOURCES = ("kernels/*", "fusedloss/backends/triton/*", "fusedloss/rowwise/**/*.py", "tools/compile_kernels.py")
+SOURCES = (
+    "kernels/*",
+    "fusedloss/backends/folds.py",
+    "fusedloss/backends/triton/*",
+    "fusedloss/rowwise/**/*.py",
+    "tools/compile_kernels.py",
+)
 # Shared memory that a block may have, in KiB; a multiprocessor's; the instruction of its matrix products.
 LIMITS = {
     "sm_80": (163, 164, "HMMA"),
@@ -83,6 +92,17 @@ MASKED = (
     "guide",
     "store",
 )
+# Losses without a softmax, with labels and own columns: the fold and its options.
+SIDES, CIRCLE = ("multi_similarity", (2.0, 40.0, 0.5)), ("circle", (0.4, 80.0))
+FOLDS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "sigmoid": ("sigmoid", ()),
+    "margin_ranking": ("margin_ranking", (0.1, 1.0)),
+    "pair_hinge": ("pair_hinge", (0.5, 1.0, 0.0)),
+    "sides_stats": SIDES,
+    "sides_grad": SIDES,
+    "circle_stats": CIRCLE,
+    "circle_grad": CIRCLE,
+}
 # Under a softcap, which stands in the way from similarities to logits and back.
 SOFTCAP = ("stats, softcap", "stats, tally, softcap", "exp, softcap", "grad, softcap")
 TYPES = {
@@ -153,6 +173,11 @@ def similarities(mode: str, dtype: torch.dtype, size: int, dim: int, plain: bool
             backend.guide_rows([strip], GuideRule(), empty())
         case "store", _:
             backend.similarities(strip, empty(size, size))
+        case name, _:
+            fold, part = Fold(*FOLDS[name], scalars=(empty(),)), Part(target, vector, target, target, target, target)
+            strip, problem = strip._replace(bias=None), replace(problem, fold=fold)
+            with mock.patch.object(backend, "merge", lambda running, tables: running):  # is compiled by itself
+                backend.fold_rows(problem, strip, None if name.endswith("stats") else out, part, vector)
 
 
 def by_row(name: str, dtype: torch.dtype) -> None:
@@ -418,6 +443,7 @@ def cases() -> list[tuple[str, str, str, str, int, int]]:
     masked = [(mode, "bfloat16", "high", *large) for mode in MASKED]
     bent = [(mode, dtype, "high", *large) for dtype in ("bfloat16", "float16", "float32") for mode in SOFTCAP]
     bent += [(mode, "bfloat16", "high", *wide) for mode in SOFTCAP]
+    folds = [(mode, dtype, "high", *large) for dtype in ("bfloat16", "float32") for mode in FOLDS]
     # In full precision the library multiplies.
     full = [(mode, "float32", "highest", *large) for mode in (MODES[0], MODES[-1])]
     small = [(MODES[-1], dtype, "high", *few) for dtype in ("bfloat16", "float32")]
@@ -425,7 +451,7 @@ def cases() -> list[tuple[str, str, str, str, int, int]]:
     sizes = (("bfloat16", 8192), ("bfloat16", 8191), ("float32", 8191))
     plain = [(mode, dtype, "high", size, 768) for dtype, size in sizes for mode in MODES]
     return [
-        *(("similarities", *case) for case in (*narrow, *tf32, *masked, *bent, *full, *small, *library)),
+        *(("similarities", *case) for case in (*narrow, *tf32, *masked, *bent, *folds, *full, *small, *library)),
         *(("plain", *case) for case in plain),
         *(("rows", name, dtype, "", 8192, 768) for dtype in ("bfloat16", "float32") for name in (*BY_ROW, *ROWWISE)),
     ]
@@ -494,7 +520,7 @@ def wrong(target: str, entry: dict[str, Any]) -> list[str]:
         found.append("registers of all programs")
     if programs * (entry["shared"] + 1024) > multiprocessor << 10:
         found.append("shared memory of all programs")
-    stores = not entry["mode"].startswith(("stats", "top", "guide"))
+    stores = not entry["mode"].startswith(("stats", "top", "guide")) and not entry["mode"].endswith("_stats")
     multiplies = config["GEMM"] != "library" and (narrow or entry["precision"] == "high")
     if bool(entry[products]) != multiplies:
         found.append(f"{products} {entry[products]}")
@@ -521,7 +547,7 @@ def faults(found: dict[str, list[dict[str, Any]]]) -> list[str]:
         there = {(e["mode"], e["dtype"], e["precision"] == "high") for e in entries if e["kernel"] == "similarities"}
         tf32 = ("float32", not amd(target))
         asked = {(mode, *kind) for mode in MODES for kind in (("bfloat16", False), ("float16", False), tf32)}
-        asked |= {(mode, "bfloat16", True) for mode in (*MASKED, *SOFTCAP)}
+        asked |= {(mode, "bfloat16", True) for mode in (*MASKED, *SOFTCAP, *FOLDS)}
         lines += [f"{target}: {one}: not compiled" for one in sorted(asked - there)]
         rows_there = {e["mode"] for e in entries if e["kernel"] == "rows"}
         lines += [f"{target}: {one}: not compiled" for one in sorted({*BY_ROW, *ROWWISE} - rows_there)]

@@ -114,7 +114,7 @@ def _automatic(problem: Problem, plain: bool) -> Candidates:
         names = _auto(device)
         if names[0] in KERNELS:
             names = order_.order(names, problem)
-        needed = {name: families.of_flags(name, flags) for name in KERNELS}
+        needed = dict.fromkeys(KERNELS, families.of_flags(flags))
         found = _remembered(chosen, key, names, needed, x)
     if found[0] == PLAIN and not (plain and order_.materialises(problem)):
         return (*found[1:], PLAIN)
@@ -140,7 +140,7 @@ def _remembered(
 
 
 def _proved(name: str, problem: Problem) -> bool:
-    needed, x = families.of_problem(problem, name), problem.operands[0]
+    needed, x = families.of_problem(problem), problem.operands[0]
     size = None if torch.compiler.is_compiling() else order_.raced_as(problem)
     if not ask.admits(name, needed, x.dtype, x.device, size):
         return False

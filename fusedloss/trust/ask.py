@@ -260,7 +260,7 @@ def _race(device: torch.device, names: Sequence[str], size: Size) -> _Race | Non
     kind, *around = size
 
     def proved(backend: str) -> bool:
-        needed = {verdicts.name_of(backend, family, precision) for family in order.needs(backend, precision, kind)}
+        needed = {verdicts.name_of(backend, family, precision) for family in order.needs(precision, kind)}
         return all(name in names or _state(device, name) == PROVED for name in needed)
 
     timed = [e for e in order.raced(device) if (e["dtype"], e["kind"]) == (precision, kind) and asked in e["seconds"]]

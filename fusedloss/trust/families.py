@@ -4,7 +4,7 @@ A verdict is of a family on one backend in one precision. A sweep takes several,
 without a sweep takes one. `cases.py` proves each.
 
     rows, stats, .. the epilogues of a sweep, which `core/epilogues.py` explains: "rows" belongs to every sweep,
-                    `fold:NAME` are the folds that `cuda` computes in its tile
+                    `fold:NAME` are the folds that kernels compute in their tile
     masks           whatever drops columns, or scales a row's own column: a branch of all of the above
     softcap, tally  branches of them, too; tally includes smoothing whose share differs from row to row
 
@@ -48,28 +48,28 @@ def precision(dtype: torch.dtype) -> str | None:
 def of_backend(backend: str, precision: str | None = None) -> tuple[str, ...]:
     """Returns the families of "cuda" or "triton"; with a precision, those that are ever launched in it.
 
-    fp16 stores no exponentials, and `cuda` folds it in torch, because a fold's derivatives may be below its range.
+    fp16 stores no exponentials, and is folded in torch, because a fold's derivatives may be below its range.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; no other has kernels")
-    known = [name for name in SWEEP if backend == "cuda" or not name.startswith("fold:")]
+    known = SWEEP
     if precision == "fp16":
-        known = [name for name in known if name not in ("exp", "stored") and not name.startswith("fold:")]
+        known = tuple(name for name in known if name not in ("exp", "stored") and not name.startswith("fold:"))
     return (*known, *(ROWWISE if backend == "triton" else ()))
 
 
-def of_problem(problem: Problem, backend: str) -> tuple[str, ...]:
+def of_problem(problem: Problem) -> tuple[str, ...]:
     """Returns the families that a forward and a backward of `problem` may launch, in the precision of its operands.
 
     Never too few: wanted gradients are not known here, nor whether a row's columns come from several ranks. Guides may
     be of another dtype: see `guide_dtypes`.
     """
-    return of_flags(backend, flags(problem))
+    return of_flags(flags(problem))
 
 
-def of_flags(backend: str, flags: Flags) -> tuple[str, ...]:
+def of_flags(flags: Flags) -> tuple[str, ...]:
     found = _found if torch.compiler.is_compiling() else _families  # a compiler warns of a cache
-    return found(backend, *flags)
+    return found(*flags)
 
 
 def flags(problem: Problem) -> Flags:
@@ -103,7 +103,6 @@ def guide_dtypes(problem: Problem) -> tuple[torch.dtype, ...]:
 
 
 def _found(
-    backend: str,
     fold: tuple[str, str] | None,
     symmetric: bool,
     mirrored: bool,
@@ -119,7 +118,7 @@ def _found(
     taken = {"rows"}
     if fold is not None:
         name, distance = fold
-        if backend == "cuda" and name in FOLDS and not distance and not fp16:
+        if name in FOLDS and not distance and not fp16:
             taken.add(f"fold:{name}")
         elif distance in ("", "cosine"):  # other distances are computed in torch
             taken.add("similarities")
@@ -140,7 +139,7 @@ def _found(
 _families = functools.cache(_found)
 
 
-def plain(backend: str, *, symmetric: bool, safe: bool, fp16: bool) -> tuple[str, ...]:
+def plain(*, symmetric: bool, safe: bool, fp16: bool) -> tuple[str, ...]:
     """Returns the families of a softmax loss without further options."""
     options = dict.fromkeys(("mirrored", "top", "masked", "guided", "softcap", "tally", "smoothing"), False)
-    return _found(backend, None, symmetric=symmetric, safe=safe and not fp16, fp16=fp16, **options)
+    return _found(None, symmetric=symmetric, safe=safe and not fp16, fp16=fp16, **options)

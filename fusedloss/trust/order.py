@@ -64,10 +64,10 @@ def raced_as(problem: Problem) -> tuple[str, int, int, int] | None:
     return of, M, N, D
 
 
-def needs(backend: str, precision: str, kind: str) -> tuple[str, ...]:
+def needs(precision: str, kind: str) -> tuple[str, ...]:
     """Returns the families of a raced loss of this kind, without masks."""
     both = kind in KINDS[True]
-    return families.plain(backend, symmetric=both, safe=kind == KINDS[both][True], fp16=precision == "fp16")
+    return families.plain(symmetric=both, safe=kind == KINDS[both][True], fp16=precision == "fp16")
 
 
 def materialises(problem: Problem) -> bool:

@@ -17,10 +17,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import fusedloss.kernels
 import pytest
 import sources
 import torch
+
+import fusedloss.kernels
 
 triton = pytest.importorskip("triton")
 
@@ -66,7 +67,7 @@ def test_the_committed_table_is_what_the_compiler_says(compiled, compiler):
 
 def test_the_rules_miss_no_kernel_and_see_a_spill(compiler, monkeypatch):
     none = compiler.faults({ONE: []})
-    assert len(none) == 3 * len(compiler.MODES) + len({*compiler.MASKED, *compiler.SOFTCAP}) + len(
+    assert len(none) == 3 * len(compiler.MODES) + len({*compiler.MASKED, *compiler.SOFTCAP, *compiler.FOLDS}) + len(
         {*compiler.BY_ROW, *compiler.ROWWISE}
     )
     counts = dict.fromkeys(("registers", "shared", "spilled", *compiler.INSTRUCTIONS, *compiler.AMD), 0)

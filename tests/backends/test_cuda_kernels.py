@@ -18,7 +18,6 @@ from epilogue_checks import (
     SCALE,
     SETS,
     assert_fenced,
-    assert_stored,
     check_exp,
     check_grad,
     check_stats,
@@ -33,14 +32,15 @@ from epilogue_checks import (
     with_factors,
     with_threshold,
 )
+from fold_checks import SUMS, check_fold
 from grids import DEVICES
-from strips import assert_near, direction, dropped, factored, formula, lse, unpacked
+from strips import direction, dropped, factored, formula, lse, unpacked
 from torch import Tensor
 
 import fusedloss
 from fusedloss.backends import cuda
 from fusedloss.backends.cuda import launching
-from fusedloss.core.folds import FOLDS, Part
+from fusedloss.core.folds import Part
 from fusedloss.core.mask import Compare, GuideRule, StripMask
 from fusedloss.core.problem import Fold
 from fusedloss.core.strips import Strip, Tally
@@ -339,60 +339,15 @@ def test_a_guides_own_targets_are_ties(device, number):
 
 # Folds ----------------------------------------------------------------------------------------------------------------
 
-KINDS = {
-    "sigmoid": ("sigmoid", ()),
-    "margin_ranking": ("margin_ranking", (0.3, 1.0)),
-    "pair_hinge, pulls": ("pair_hinge", (0.6, -1.0, 1.0)),
-    "pair_hinge, pushes": ("pair_hinge", (-0.1, 1.0, 0.0)),
-}
-
-
-def between(values: Tensor, near: float) -> float:
-    """In the widest gap of the values near a number: whether a hinge is open must not hang on a product's last bits."""
-    close = values[(values - near).abs() < 0.1].sort().values
-    if len(close) < 2:
-        return near
-    first = close.diff().argmax()
-    return float((close[first] + close[first + 1]) / 2)
-
 
 @pytest.mark.pairwise
 @pytest.mark.parametrize("shape", ON)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SUMS)
 @pytest.mark.parametrize("labelled", [False, True], ids=["targets", "labels"])
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "anywhere"])
 def test_folds(device, shape, kind, labelled, aligned, one_of_each):
-    """Against fusedloss/folds.py in fp64; without a gradient nothing is stored, and the losses are the same bits."""
     strip = strip_of(shape, one_of_each, device, "rows", "factors" if aligned else "dropped")._replace(mask=None)
-    M, N = len(strip.x), len(strip.y)
-    name, options = KINDS[kind]
-    values = torch.tensor([-(2**63), 2**32, 0, 1, 2**32 + 1], device=device)
-    labels = [values[torch.randint(5, (count,), device=device)] if labelled else None for count in (M, N)]
-    own = torch.randint(-1, N, (M,), device=device)
-    own = torch.where(own == strip.target, -1, own) if name == "margin_ranking" else own
-    weight = torch.rand(M, device=device) + 0.1
-    weight[1::3] = 0
-    part = Part(torch.arange(M, device=device), weight, strip.target, *labels, own)
-    bias = torch.tensor(-0.5, device=device)
-    sim = formula(strip)[0]
-    score = sim.gather(1, strip.target[:, None])[:, 0]
-    if name == "margin_ranking":
-        options = (-between(sim - score[:, None], -options[0]), *options[1:])
-    elif name == "pair_hinge":
-        options = (between(sim, options[0]), *options[1:])
-    problem = problem_of(strip, fold=Fold(name, options, scalars=(bias,) if name == "sigmoid" else ()))
-    slope, scalars = sim.clone(), (strip.scale.double(), bias.double()) if name == "sigmoid" else ()
-    wanted = FOLDS[name].torch(slope, part._replace(weight=weight.double()), scalars, options, True)
-    out, buffer = fenced(M, N, strip.x.dtype, device, aligned)
-    found = cuda.fold_rows(problem, strip, out, part, score)
-    assert_near(found.loss, wanted.loss, magnitude=weight.double())
-    assert (found.count is None) == (wanted.count is None)
-    assert found.count is None or torch.equal(found.count.double(), wanted.count)
-    for one, other in zip(found.scalars, wanted.scalars, strict=True):
-        assert_near(one, other, magnitude=(slope * sim).abs().sum() + slope.abs().sum())
-    assert_stored(out, factored(slope, strip), buffer)
-    alone = cuda.fold_rows(problem, strip, None, part, score)
-    assert torch.equal(alone.loss, found.loss)
+    check_fold(cuda, strip, kind, labelled, aligned)
 
 
 # NaN, infinities, extremes --------------------------------------------------------------------------------------------

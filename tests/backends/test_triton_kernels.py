@@ -8,6 +8,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from epilogue_checks import TILES
+from epilogue_checks import problem_of as checked_problem
+from fold_checks import KINDS, check_fold, fold_of, part_of
 from strips import assert_near, formula, lse
 from torch import Tensor
 
@@ -222,6 +224,43 @@ def test_finish(with_gain, with_l, cosine, in_place, few_rows):
     backend.finish(found, over_l, scale, gain, x, factor, outs[0])
     plain.finish(wanted, over_l, scale, gain, x, factor, outs[1])
     torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
+
+
+# Folds ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("labelled", [False, True], ids=["targets", "labels"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_folds(monkeypatch, tile, case, kind, labelled, stored):
+    """The interpreter multiplies no bf16: where torch does not, operands are fp16 and only what is stored is bf16."""
+    monkeypatch.setattr(backend, "config_of", lambda strip, mode: TILES[tile])
+    monkeypatch.setattr(backend, "_panel_columns", lambda strip, config: 2 * config.BLOCK_N)
+    operands = torch.float16 if stored == torch.bfloat16 and tile != "library" else stored
+    (strip,) = make(CASES[case], operands)
+    check_fold(backend, strip, kind, labelled, stored=stored)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_stays_in_its_row_of_a_fold(kind):
+    """And where the row is left out, nothing is NaN; all other rows have the same bits."""
+    (strip,) = make(CASES["several tiles, all edges ragged"], torch.float32)
+    sim = formula(strip)[0]
+    score = sim.gather(1, strip.target[:, None])[:, 0]
+    strip, fold = fold_of(strip, kind, sim, score)
+    part, found = part_of(strip, kind, labelled=True), []
+    for bad in (0.0, math.nan):
+        strip.x[3:5] += bad
+        out = torch.empty(40, 72, device=DEVICE)[:, :70]
+        found.append((backend.fold_rows(checked_problem(strip, fold=fold), strip, out, part, score).loss, out))
+    assert part.weight[3] > 0 and part.weight[4] == 0
+    (wanted, stored), (loss, out) = found
+    assert loss.isnan().nonzero().tolist() == [[3]]
+    others = [i for i in range(40) if i != 3]
+    assert torch.equal(loss[others], wanted[others]) and torch.equal(out[others], stored[others])
 
 
 # Addresses, alignment, extremes ---------------------------------------------------------------------------------------

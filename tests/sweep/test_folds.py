@@ -424,8 +424,7 @@ def test_sentence_transformers(name, margin, classes):
 
 
 # In a sweep -----------------------------------------------------------------------------------------------------------
-# cuda has kernels for the first three kinds; elsewhere, and for the others, torch folds the similarities of a chunk:
-# triton as chunked.
+# cuda and triton have kernels for these; in fp16, and on chunked, torch folds the similarities of a chunk.
 
 OPTIONS = {
     "sigmoid": ("sigmoid", ()),
@@ -521,7 +520,7 @@ def in_budget(fold, leaves, backend, dtype, upstream=None):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("labelled", [False, True], ids=["targets", "labels"])
-@pytest.mark.parametrize("backend", ["chunked", "cuda"])
+@pytest.mark.parametrize("backend", ["chunked", "cuda", "triton"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_sweep_with_a_fold(device, backend, labelled, options, size, dtype):
     """Labels and targets, both sides and both scalars, weights of 0."""
@@ -540,7 +539,7 @@ def skip_unless_it_runs(backend, leaves):
 @pytest.mark.parametrize("labelled", [False, True], ids=["targets", "labels"])
 @pytest.mark.parametrize("cosine", [False, True], ids=["dot", "cosine"])
 @pytest.mark.parametrize("itself", [False, True], ids=["two", "itself"])
-@pytest.mark.parametrize("backend", ["chunked", "cuda"])
+@pytest.mark.parametrize("backend", ["chunked", "cuda", "triton"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_sweep_with_a_fold_in_chunks_and_by_row(device, backend, itself, cosine, labelled, options, monkeypatch):
     """By the weights of an upstream gradient; rows that are their own columns; what is counted; without gradients."""
@@ -565,7 +564,7 @@ def test_a_sweep_with_a_fold_in_chunks_and_by_row(device, backend, itself, cosin
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("trained", range(4))
-@pytest.mark.parametrize("backend", ["chunked", "cuda"])
+@pytest.mark.parametrize("backend", ["chunked", "cuda", "triton"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_sweep_with_a_fold_of_which_one_leaf_is_trained(device, backend, trained, options):
     """The others' gradients are not computed, and do not matter."""
@@ -583,7 +582,7 @@ def test_a_sweep_with_a_fold_of_which_one_leaf_is_trained(device, backend, train
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("backend", ["chunked", "cuda"])
+@pytest.mark.parametrize("backend", ["chunked", "cuda", "triton"])
 def test_a_row_of_weight_0_may_hold_anything_in_a_sweep(backend, options):
     fold, leaves = swept(options, "one tile", torch.float32, "cpu")
     skip_unless_it_runs(backend, leaves)

@@ -66,7 +66,7 @@ def problem(dtype=torch.float32, **options):
 
 
 SIZE = ("one direction", 8, 8, 4)
-NAMES = [verdicts.name_of("triton", family, "fp32") for family in families.of_problem(problem(), "triton")]
+NAMES = [verdicts.name_of("triton", family, "fp32") for family in families.of_problem(problem())]
 
 
 def learn(state, *names, **fields):
@@ -170,7 +170,7 @@ def test_a_guide_of_another_dtype_is_proved_in_its_own(monkeypatch):
     guide = torch.ones(8, 3, dtype=torch.float16)
     x, ones = torch.ones(8, 4), torch.ones(8)
     guided = Problem((x, x), (Block(0, 1, mask=Mask(guide=Guide(guide, guide))),), ones[0], torch.arange(8), ones)
-    names = [verdicts.name_of("triton", family, "fp32") for family in families.of_problem(guided, "triton")]
+    names = [verdicts.name_of("triton", family, "fp32") for family in families.of_problem(guided)]
     learn(PROVED, *names)
     assert select(guided, "auto") == "chunked"
     learn(PROVED, "triton rows fp16", "triton guide fp16")
@@ -663,7 +663,7 @@ def test_a_race_is_of_all_that_is_proved_and_of_the_call_s_kind(plant, timed, mo
         [{"fp32": ["triton"]}, [8, 8, 4], ["both directions, bounded"]],
     ]
     # what was timed is not timed again for a family more
-    ask.admits("triton", (*families.of_problem(problem(), "triton"), "masks"), torch.float32, CPU, SIZE)
+    ask.admits("triton", (*families.of_problem(problem()), "masks"), torch.float32, CPU, SIZE)
     assert states()["triton masks fp32"] == PROVED and len(asked.read_text().splitlines()) == 2
 
 

@@ -109,8 +109,8 @@ def test_the_families_of_a_kind_are_those_of_its_problem():
                 if precision != "fp16":
                     assert order.raced_as(asked) == (kind, 64, 64, 8)
                 for backend in families.BACKENDS:
-                    needed = order.needs(backend, precision, kind)
-                    assert needed == families.of_problem(asked, backend)
+                    needed = order.needs(precision, kind)
+                    assert needed == families.of_problem(asked)
                     assert set(needed) <= set(families.of_backend(backend, precision))
 
 

@@ -9,13 +9,13 @@ import torch
 from contract import CASES, WITHOUT_TRITON, Batch
 from primitives import record
 
-from fusedloss.backends import BACKENDS
+from fusedloss.backends import BACKENDS, folds
 from fusedloss.bench.machine import probe
 from fusedloss.core.mask import Guide, Mask
 from fusedloss.trust import families
 
 NO_BACKEND = {"global_orthogonal_regularization"}
-# The problems are the same on both backends: what `triton` has in other families are folds.
+# The problems are the same on both backends.
 SHORT = ("batch_hard_triplet", "circle", "clip", "info_nce", "info_nce, guide", "siglip")
 WALK = [
     pytest.param(backend, name, marks=[] if backend == "cuda" or name in SHORT else [pytest.mark.slow])
@@ -31,7 +31,7 @@ def test_no_loss_launches_what_it_does_not_name(backend, name, monkeypatch):
     why_not = module.why_not
 
     def asked(problem):  # by `select`, which will ask for the verdicts of these
-        named.append(families.of_problem(problem, backend))
+        named.append(families.of_problem(problem))
         return why_not(problem)
 
     monkeypatch.setattr(module, "why_not", asked)
@@ -52,28 +52,27 @@ def test_no_loss_launches_what_it_does_not_name(backend, name, monkeypatch):
     assert of_sweeps <= set().union(*named)
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_families_of_common_problems(backend):
+def test_families_of_common_problems():
     x = probe("cpu")
-    assert families.of_problem(x, backend) == ("rows", "stats", "grad")
-    assert families.of_problem(probe("cpu", cosine=True, scale_bound=20.0), backend) == ("rows", "stats", "exp", "grad")
+    assert families.of_problem(x) == ("rows", "stats", "grad")
+    assert families.of_problem(probe("cpu", cosine=True, scale_bound=20.0)) == ("rows", "stats", "exp", "grad")
     # What the host does not know to be safe, or fp16 cannot hold, is no stored exponential.
     for options in ({"cosine": True, "scale_bound": 60.0}, {"scale_bound": 20.0}):
-        assert "exp" not in families.of_problem(probe("cpu", **options), backend)
-    assert "exp" not in families.of_problem(probe("cpu", torch.float16, cosine=True, scale_bound=20.0), backend)
-    both = families.of_problem(probe("cpu", symmetric=True, cosine=True, scale_bound=20.0), backend)
+        assert "exp" not in families.of_problem(probe("cpu", **options))
+    assert "exp" not in families.of_problem(probe("cpu", torch.float16, cosine=True, scale_bound=20.0))
+    both = families.of_problem(probe("cpu", symmetric=True, cosine=True, scale_bound=20.0))
     assert both == ("rows", "stats+columns", "stored", "grad+columns")
-    assert families.of_problem(probe("cpu", top=True), backend) == ("rows", "top")
+    assert families.of_problem(probe("cpu", top=True)) == ("rows", "top")
     # Smoothing is a rank-one correction, but under a softcap each row has its own.
-    assert families.of_problem(probe("cpu", label_smoothing=0.1), backend) == ("rows", "stats", "grad")
-    assert "tally" in families.of_problem(probe("cpu", label_smoothing=0.1, softcap=5.0), backend)
+    assert families.of_problem(probe("cpu", label_smoothing=0.1)) == ("rows", "stats", "grad")
+    assert "tally" in families.of_problem(probe("cpu", label_smoothing=0.1, softcap=5.0))
 
 
 def test_a_guide_of_another_dtype_is_named():
     problem, half = probe("cpu"), torch.ones(2, 3, dtype=torch.float16)
     block = dataclasses.replace(problem.blocks[0], mask=Mask(guide=Guide(half, half)))
     guided = dataclasses.replace(problem, blocks=(block,))
-    assert {"rows", "guide", "masks"} <= set(families.of_problem(guided, "cuda"))
+    assert {"rows", "guide", "masks"} <= set(families.of_problem(guided))
     assert families.guide_dtypes(guided) == (torch.float16,)
     assert families.guide_dtypes(problem) == ()
 
@@ -82,16 +81,15 @@ def test_families_of_backends():
     cuda, triton = families.of_backend("cuda"), families.of_backend("triton")
     assert set(cuda) == set(families.SWEEP)
     assert set(triton) - set(cuda) == set(families.ROWWISE)
-    assert {name for name in cuda if name not in triton} == {f"fold:{name}" for name in families.FOLDS}
-    assert not {"exp", "stored", "fold:circle"} & set(families.of_backend("cuda", "fp16"))
+    assert not set(cuda) - set(triton)
+    for backend in families.BACKENDS:
+        assert not {"exp", "stored", "fold:circle"} & set(families.of_backend(backend, "fp16"))
     with pytest.raises(ValueError, match="backend must be one of cuda, triton, got 'chunked'"):
         families.of_backend("chunked")
 
 
-def test_the_folds_are_those_of_the_backend():
-    from fusedloss.backends import cuda
-
-    assert set(families.FOLDS) == set(cuda.FOLDS)
+def test_the_folds_are_those_of_the_backends():
+    assert set(families.FOLDS) == set(folds.FOLDS)
 
 
 @pytest.mark.parametrize(

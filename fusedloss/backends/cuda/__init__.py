@@ -8,16 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.folds import FOLDS as IN_TORCH
 from ...core.mask import GuideRule, Mask
-from ...core.numerics import cdiv, stats_dtype
+from ...core.numerics import cdiv
 from ...core.problem import Problem
 from ...core.rows import guide_threshold
 from ...core.strips import RowSums, Softmax, Strip, Tally
+from ..folds import can_fold as can_fold
+from ..folds import workspace_copies as workspace_copies
+from ..folds import workspace_dtype as workspace_dtype
 from ..shared import NO_FACTOR, exp_shift
 from ..shared import can_exp as can_exp
 from ..shared import can_halve_rows as can_halve_rows
-from .folds import FOLDS as FOLDS
 from .folds import fold_rows as fold_rows
 from .launching import NOT_BUILT as NOT_BUILT
 from .launching import Launch, struct
@@ -69,29 +70,12 @@ def takes_units(problem: Problem) -> bool:
     return False  # factors act on the accumulator
 
 
-def workspace_copies(problem: Problem) -> float:
-    fold = problem.fold
-    return IN_TORCH[fold.name].copies if fold is not None and not can_fold(problem) else 1
-
-
 def can_halve(problem: Problem) -> bool:
     return False  # no kernel keeps square tiles
 
 
-def workspace_dtype(problem: Problem) -> torch.dtype:
-    """Returns the workspace's dtype; folds in torch take similarities in fp32."""
-    return stats_dtype(problem.dtype) if problem.fold is not None and not can_fold(problem) else problem.dtype
-
-
 def can_store(problem: Problem) -> bool:
     return can_exp(problem)
-
-
-def can_fold(problem: Problem) -> bool:
-    """True for sums over a row's similarities. fp16 lacks the range for their smallest derivatives."""
-    fold = problem.fold
-    known = fold is not None and fold.name in FOLDS and not fold.distance
-    return known and problem.dtype != torch.float16
 
 
 # The similarity GEMM --------------------------------------------------------------------------------------------------

@@ -14,13 +14,17 @@ import torch
 from torch import Tensor
 
 from ...core import products
-from ...core.folds import FOLDS
+from ...core.folds import Folded, Part
 from ...core.mask import GuideRule, StripMask
-from ...core.numerics import cdiv, stats_dtype
+from ...core.numerics import cdiv
 from ...core.problem import Problem
 from ...core.rows import guide_threshold
 from ...core.strips import RowSums, Softmax, Strip, Tally
 from ...core.waves import wave_columns
+from .. import folds
+from ..folds import can_fold as can_fold
+from ..folds import workspace_copies as workspace_copies
+from ..folds import workspace_dtype as workspace_dtype
 from ..shared import NO_FACTOR, can_exp, exp_shift
 from ..shared import can_halve_rows as can_halve_rows
 from .launching import (
@@ -63,20 +67,8 @@ def takes_units(problem: Problem) -> bool:
     return False  # factors act on the accumulator
 
 
-def can_fold(problem: Problem) -> bool:
-    return False  # folds are in torch
-
-
-def workspace_copies(problem: Problem) -> float:
-    return FOLDS[problem.fold.name].copies if problem.fold is not None else 1
-
-
 def can_halve(problem: Problem) -> bool:
     return False  # no kernel keeps square tiles
-
-
-def workspace_dtype(problem: Problem) -> torch.dtype:
-    return problem.dtype if problem.fold is None else stats_dtype(problem.dtype)  # folds see the similarities
 
 
 can_store = can_exp
@@ -134,6 +126,31 @@ def top_rows(strips: list[Strip]) -> tuple[Tensor, Tensor]:
     largest = top.amax(0)
     first = column.masked_fill(top != largest, strip.y.shape[0]).amin(0)
     return largest, first.masked_fill(largest == -torch.inf, -1)
+
+
+class _Fold:
+    """A fold's launch: one epilogue serves both kinds of sides, which differ in what they are given."""
+
+    def __init__(self, name: str, strip: Strip):
+        self.strip, self.config = strip, config_of(strip, name)
+        self.epilogue = getattr(_folds(), name.replace("circle", "sides"))
+
+    def row_table(self) -> Tensor:
+        return _row_table(self.strip, self.config)
+
+    def __call__(self, fields: dict[str, Any], out: Tensor | None = None) -> None:
+        given: dict[str, Any] = {"Scale": self.strip.scale}
+        for name, x in fields.items():
+            if x is None or isinstance(x, Tensor):
+                given[name.title().replace("_", "")] = x
+            else:
+                given[name] = float(x)  # an int would be compiled into the kernel
+        kind = _folds().FoldArgs if "weight" in fields else _folds().SidesArgs
+        _similarities(self.epilogue, self.strip, out, kind(**given), self.config)
+
+
+def fold_rows(problem: Problem, strip: Strip, out: Tensor | None, part: Part, score: Tensor) -> Folded:
+    return folds.fold_rows(folds.Kernels(_Fold, merge), problem, strip, out, part, score)
 
 
 def similarities(strip: Strip, out: Tensor) -> None:
@@ -394,6 +411,13 @@ def _epilogues() -> ModuleType:
     from ...kernels import epilogues
 
     return epilogues
+
+
+@functools.cache
+def _folds() -> ModuleType:
+    from ...kernels import folds
+
+    return folds
 
 
 @functools.cache

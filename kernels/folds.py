@@ -1,0 +1,210 @@
+"""Epilogues of losses that are no softmax: sums over a row's similarities v, and the derivative by v times its weight.
+
+Called as those of `softmax.py`, whose tables these write, too. They fold v itself and read no logit. Positives are the
+columns of equal label, or without labels the target; all others are negatives, except the row's own column.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .softmax import exponential, finite, hits, load_softmax
+
+# maths.md: Folds
+
+
+@triton.jit
+def softplus(u):
+    """Returns log(1 + exp(u)) to 3 ulp, and its derivative: the logistic function.
+
+    Of e = exp(-|u|), log(1 + e) is 2 atanh(s), s = e / (2 + e): the terms of its series that are left out are 1.4e-8 of
+    it. One division serves both.
+    """
+    e = exponential(-tl.abs(u))
+    inverse = 1 / ((1 + e) * (2 + e))
+    s = e * (1 + e) * inverse
+    q = s * s
+    series = 1.0 / 5 + q * (1.0 / 7 + q * (1.0 / 9 + q * (1.0 / 11 + q * (1.0 / 13))))
+    log = 2 * (s + s * (q * (1.0 / 3 + q * series)))
+    return tl.maximum(u, 0.0) + log, tl.where(u < 0, e, 1.0) * (2 + e) * inverse
+
+
+@triton.jit
+def _positives(sim, Target, offs_m, offs_n, mask_m, mask_n, pid_n, args):
+    """Returns which columns are positives of their row; without labels and without a target, none."""
+    if args.RowLabels is not None:
+        rows = tl.load(args.RowLabels + offs_m, mask=mask_m, other=0)
+        keys = tl.load(args.KeyLabels + offs_n, mask=mask_n, other=0)
+        positive = rows[:, None] == keys[None, :]
+    elif Target is not None:
+        positive = hits(Target, offs_m, mask_m, pid_n, sim.shape[1])
+    else:
+        positive = tl.full(sim.shape, 0, tl.int1)
+    return positive
+
+
+@triton.jit
+def _counts(sim, offs_m, mask_m, mask_n, pid_n, args):
+    """Returns which columns there are, the row's own left out."""
+    counts = mask_n[None, :]
+    if args.Own is not None:
+        counts &= ~hits(args.Own, offs_m, mask_m, pid_n, sim.shape[1])
+    return counts
+
+
+# Sums -----------------------------------------------------------------------------------------------------------------
+
+
+class FoldArgs(NamedTuple):
+    Scale: Any  # 0-dim
+    Weight: Any  # [M]; 0 leaves a row out
+    RowLabels: Any = None  # int64 [M]
+    KeyLabels: Any = None  # int64 [N]
+    Own: Any = None  # int64 [M]: the column that is the row itself
+    TargetValue: Any = None  # [M]: margin_ranking's v at the target
+    SigmoidBias: Any = None  # 0-dim
+    margin: Any = None
+    sign: Any = None
+    pulls: Any = None  # pair_hinge: 1 sums over the positives, 0 over the negatives
+    Loss: Any = None  # [n_tiles, M] each
+    Count: Any = None
+    ScaleGrad: Any = None
+    BiasGrad: Any = None
+
+
+@triton.jit
+def sigmoid(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M, N, args):
+    """`log(1 + exp(-y u))`, u = scale v + bias, y = 1 for positives and -1 for negatives."""
+    positive = _positives(sim, Target, offs_m, offs_n, mask_m, mask_n, pid_n, args)
+    counts = _counts(sim, offs_m, mask_m, mask_n, pid_n, args)
+    scale, weight = tl.load(args.Scale), tl.load(args.Weight + offs_m, mask=mask_m, other=0.0)
+    v = tl.where((weight != 0)[:, None], sim, 0.0)  # a row that is left out may be NaN
+    u = v * scale + tl.load(args.SigmoidBias)
+    loss, p = softplus(tl.where(positive, -u, u))
+    dz = tl.where(counts, weight[:, None] * tl.where(positive, -p, p), 0.0)
+    row = pid_n.to(tl.int64) * M + offs_m
+    tl.store(args.Loss + row, tl.sum(tl.where(counts, loss, 0.0), axis=1), mask=mask_m)
+    tl.store(args.BiasGrad + row, tl.sum(dz, axis=1), mask=mask_m)
+    tl.store(args.ScaleGrad + row, tl.sum(dz * v, axis=1), mask=mask_m)
+    return dz * scale
+
+
+@triton.jit
+def _hinge(hinge, chosen, slope, offs_m, mask_m, pid_n, M, args):
+    """Sums open hinges and counts them; NaN is open."""
+    pays = chosen & ~(hinge <= 0)
+    row = pid_n.to(tl.int64) * M + offs_m
+    tl.store(args.Loss + row, tl.sum(tl.where(pays, hinge, 0.0), axis=1), mask=mask_m)
+    tl.store(args.Count + row, tl.sum(tl.where(pays, 1.0, 0.0), axis=1), mask=mask_m)
+    return tl.where(pays, slope[:, None], 0.0)
+
+
+@triton.jit
+def margin_ranking(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M, N, args):
+    """`max(0, margin - v_t + v)` of all but the target, whose entry the host adds."""
+    counts = _counts(sim, offs_m, mask_m, mask_n, pid_n, args)
+    counts &= ~hits(Target, offs_m, mask_m, pid_n, sim.shape[1])
+    target_value = tl.load(args.TargetValue + offs_m, mask=mask_m, other=0.0)
+    weight = tl.load(args.Weight + offs_m, mask=mask_m, other=0.0)
+    return _hinge(sim - target_value[:, None] + args.margin, counts, weight, offs_m, mask_m, pid_n, M, args)
+
+
+@triton.jit
+def pair_hinge(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M, N, args):
+    """`max(0, sign (v - margin))` of the positives or of the negatives."""
+    positive = _positives(sim, Target, offs_m, offs_n, mask_m, mask_n, pid_n, args)
+    counts = _counts(sim, offs_m, mask_m, mask_n, pid_n, args)
+    counts &= positive ^ (args.pulls == 0)
+    slope = tl.load(args.Weight + offs_m, mask=mask_m, other=0.0) * args.sign
+    return _hinge(args.sign * (sim - args.margin), counts, slope, offs_m, mask_m, pid_n, M, args)
+
+
+# Two log-sum-exps -----------------------------------------------------------------------------------------------------
+
+
+class SidesArgs(NamedTuple):
+    """Losses of the log-sum-exps of f(v) over a row's positives, which it pulls, and over its negatives, which it
+    pushes.
+
+    f(v) = pull (scale v - pull_base), push likewise; with gamma circle's, whose weights are constants to the gradient:
+    -gamma max(0, 1 + margin - v) (v - 1 + margin) and gamma max(0, v + margin) (v - margin).
+    """
+
+    Scale: Any  # 0-dim
+    RowLabels: Any = None  # as FoldArgs'
+    KeyLabels: Any = None
+    Own: Any = None
+    pull: Any = None
+    push: Any = None
+    pull_base: Any = 0.0
+    push_base: Any = 0.0
+    margin: Any = None
+    gamma: Any = None
+    PullMax: Any = None  # statistics: [n_tiles, M] each
+    PullSum: Any = None
+    PushMax: Any = None
+    PushSum: Any = None
+    Count: Any = None  # of the positives
+    PullShift: Any = None  # gradient: [M] each
+    PullWeight: Any = None
+    PushShift: Any = None
+    PushWeight: Any = None
+    Q: Any = None  # [n_tiles, M]
+
+
+@triton.jit
+def _side(v, positive, args):
+    """Returns f(v) and its slope. positive: of each element, or of all."""
+    if args.gamma is None:
+        scale = tl.load(args.Scale)
+        factor = tl.where(positive, args.pull, args.push)
+        f = factor * (v * scale) - tl.where(positive, args.pull * args.pull_base, args.push * args.push_base)
+        slope = factor * scale
+    else:
+        u = tl.where(positive, 1 - v, v)
+        weight = args.gamma * tl.maximum(u + args.margin, 0.0)
+        f = weight * (u - args.margin)
+        slope = tl.where(positive, -weight, weight)
+    return f, slope
+
+
+@triton.jit
+def _log_sum(f, Max, Sum, mask_m):
+    largest = tl.max(f, axis=1)
+    tl.store(Max, largest, mask=mask_m)
+    tl.store(Sum, tl.sum(exponential(f - finite(largest)[:, None]), axis=1), mask=mask_m)
+
+
+@triton.jit
+def sides_stats(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M, N, args):
+    """Maxima of f and sums of exp(f - maximum), of each side.
+
+    Two exponentials an element, of which one is of -inf: to pick one by the labels after the maxima, these would be
+    compared again for every use, 74 instructions an element on sm_90 instead of NNN.
+    """
+    positive = _positives(sim, Target, offs_m, offs_n, mask_m, mask_n, pid_n, args)
+    counts = _counts(sim, offs_m, mask_m, mask_n, pid_n, args)
+    row = pid_n.to(tl.int64) * M + offs_m
+    pull, _ = _side(sim, True, args)
+    push, _ = _side(sim, False, args)
+    _log_sum(tl.where(counts & positive, pull, float("-inf")), args.PullMax + row, args.PullSum + row, mask_m)
+    _log_sum(tl.where(counts & ~positive, push, float("-inf")), args.PushMax + row, args.PushSum + row, mask_m)
+    tl.store(args.Count + row, tl.sum(tl.where(counts & positive, 1.0, 0.0), axis=1), mask=mask_m)
+    return sim
+
+
+@triton.jit
+def sides_grad(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M, N, args):
+    """`weight exp(f - shift)` times the slope of f, where weights hold the loss's derivative by the side's log-sum-exp
+    over the side's sum. Q receives the row sums of what is before the slope, times v."""
+    positive = _positives(sim, Target, offs_m, offs_n, mask_m, mask_n, pid_n, args)
+    counts = _counts(sim, offs_m, mask_m, mask_n, pid_n, args)
+    pull_shift, pull_weight = load_softmax(args.PullShift, args.PullWeight, offs_m, mask_m)
+    push_shift, push_weight = load_softmax(args.PushShift, args.PushWeight, offs_m, mask_m)
+    v = tl.where(((pull_weight != 0) | (push_weight != 0))[:, None], sim, 0.0)  # a row that is left out may be NaN
+    f, slope = _side(v, positive, args)
+    d = exponential(f - tl.where(positive, pull_shift[:, None], push_shift[:, None]))
+    d = tl.where(counts, d * tl.where(positive, pull_weight[:, None], push_weight[:, None]), 0.0)
+    tl.store(args.Q + pid_n.to(tl.int64) * M + offs_m, tl.sum(d * v, axis=1), mask=mask_m)
+    return d * slope
