@@ -180,8 +180,8 @@ def _log_sum(f, Max, Sum, mask_m):
 def sides_stats(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M, N, args):
     """Maxima of f and sums of exp(f - maximum), of each side.
 
-    Two exponentials an element, of which one is of -inf: to pick one by the labels after the maxima, these would be
-    compared again for every use, 74 instructions an element on sm_90 instead of NNN.
+    Two exponentials an element, one of them of -inf: to choose one would compare the labels again after the maxima, for
+    every sum.
     """
     positive = _positives(sim, Target, offs_m, offs_n, mask_m, mask_n, pid_n, args)
     counts = _counts(sim, offs_m, mask_m, mask_n, pid_n, args)
@@ -190,7 +190,9 @@ def sides_stats(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M,
     push, _ = _side(sim, False, args)
     _log_sum(tl.where(counts & positive, pull, float("-inf")), args.PullMax + row, args.PullSum + row, mask_m)
     _log_sum(tl.where(counts & ~positive, push, float("-inf")), args.PushMax + row, args.PushSum + row, mask_m)
-    tl.store(args.Count + row, tl.sum(tl.where(counts & positive, 1.0, 0.0), axis=1), mask=mask_m)
+    # Always 1, but of the tile: a sum of labels alone has a layout of its own, to which Triton 3.7.1 converts the tile.
+    one = tl.where((sim == sim) | (sim != sim), 1.0, 0.0)
+    tl.store(args.Count + row, tl.sum(tl.where(counts & positive, one, 0.0), axis=1), mask=mask_m)
     return sim
 
 

@@ -95,13 +95,13 @@ MASKED = (
 # Losses without a softmax, with labels and own columns: the fold and its options.
 SIDES, CIRCLE = ("multi_similarity", (2.0, 40.0, 0.5)), ("circle", (0.4, 80.0))
 FOLDS: dict[str, tuple[str, tuple[float, ...]]] = {
-    "sigmoid": ("sigmoid", ()),
-    "margin_ranking": ("margin_ranking", (0.1, 1.0)),
-    "pair_hinge": ("pair_hinge", (0.5, 1.0, 0.0)),
-    "sides_stats": SIDES,
-    "sides_grad": SIDES,
-    "circle_stats": CIRCLE,
-    "circle_grad": CIRCLE,
+    "fold, sigmoid": ("sigmoid", ()),
+    "fold, margin_ranking": ("margin_ranking", (0.1, 1.0)),
+    "fold, pair_hinge": ("pair_hinge", (0.5, 1.0, 0.0)),
+    "fold, sides_stats": SIDES,
+    "fold, sides_grad": SIDES,
+    "fold, circle_stats": CIRCLE,
+    "fold, circle_grad": CIRCLE,
 }
 # Under a softcap, which stands in the way from similarities to logits and back.
 SOFTCAP = ("stats, softcap", "stats, tally, softcap", "exp, softcap", "grad, softcap")
@@ -173,11 +173,11 @@ def similarities(mode: str, dtype: torch.dtype, size: int, dim: int, plain: bool
             backend.guide_rows([strip], GuideRule(), empty())
         case "store", _:
             backend.similarities(strip, empty(size, size))
-        case name, _:
-            fold, part = Fold(*FOLDS[name], scalars=(empty(),)), Part(target, vector, target, target, target, target)
+        case "fold", _:
+            fold, part = Fold(*FOLDS[mode], scalars=(empty(),)), Part(target, vector, target, target, target, target)
             strip, problem = strip._replace(bias=None), replace(problem, fold=fold)
             with mock.patch.object(backend, "merge", lambda running, tables: running):  # is compiled by itself
-                backend.fold_rows(problem, strip, None if name.endswith("stats") else out, part, vector)
+                backend.fold_rows(problem, strip, None if mode.endswith("_stats") else out, part, vector)
 
 
 def by_row(name: str, dtype: torch.dtype) -> None:

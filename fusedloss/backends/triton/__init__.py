@@ -132,7 +132,7 @@ class _Fold:
     """A fold's launch: one epilogue serves both kinds of sides, which differ in what they are given."""
 
     def __init__(self, name: str, strip: Strip):
-        self.strip, self.config = strip, config_of(strip, name)
+        self.strip, self.config = strip, config_of(strip, f"fold, {name}")
         self.epilogue = getattr(_folds(), name.replace("circle", "sides"))
 
     def row_table(self) -> Tensor:
