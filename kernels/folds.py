@@ -16,18 +16,18 @@ from .softmax import exponential, finite, hits, load_softmax
 
 @triton.jit
 def softplus(u):
-    """Returns log(1 + exp(u)) to 3 ulp, and its derivative: the logistic function.
+    """Returns log(1 + exp(u)) and its derivative, the logistic function.
 
-    Of e = exp(-|u|), log(1 + e) is 2 atanh(s), s = e / (2 + e): the terms of its series that are left out are 1.4e-8 of
-    it. One division serves both.
+    Of e = exp(-|u|), log(1 + e) is e times a polynomial that meets log(1 + e) / e at Chebyshev's points of [0, 1]: with
+    its rounding in fp32 1.04 ulp off, and 8 instructions fewer than the division of a series in e / (2 + e).
     """
     e = exponential(-tl.abs(u))
-    inverse = 1 / ((1 + e) * (2 + e))
-    s = e * (1 + e) * inverse
-    q = s * s
-    series = 1.0 / 5 + q * (1.0 / 7 + q * (1.0 / 9 + q * (1.0 / 11 + q * (1.0 / 13))))
-    log = 2 * (s + s * (q * (1.0 / 3 + q * series)))
-    return tl.maximum(u, 0.0) + log, tl.where(u < 0, e, 1.0) * (2 + e) * inverse
+    series = 0.019542526 + e * -0.0031760571
+    series = 0.10543624 + e * (-0.056373611 + e * series)
+    series = 0.19663274 + e * (-0.1526967 + e * series)
+    series = 0.3332971 + e * (-0.24951616 + e * series)
+    log = e * (1 + e * (-0.49999893 + e * series))
+    return tl.maximum(u, 0.0) + log, tl.where(u < 0, e, 1.0) / (1 + e)
 
 
 @triton.jit

@@ -305,7 +305,7 @@ def _has_inner(strip: Strip, epilogue: Callable[..., None]) -> bool:
     if strip.bias is not None or _masked(strip) or not has_registers_for_two_paths(strip.x.device):
         return False
     kinds = _softmax()
-    return epilogue in (kinds.stats, kinds.exp, kinds.grad)
+    return epilogue in (kinds.stats, kinds.exp, kinds.grad, _folds().sigmoid)
 
 
 def _panels(epilogue: Callable[..., None], strip: Strip, out: Tensor | None, args: tuple, config: Config) -> None:
