@@ -444,6 +444,7 @@ def cases() -> list[tuple[str, str, str, str, int, int]]:
     bent = [(mode, dtype, "high", *large) for dtype in ("bfloat16", "float16", "float32") for mode in SOFTCAP]
     bent += [(mode, "bfloat16", "high", *wide) for mode in SOFTCAP]
     folds = [(mode, dtype, "high", *large) for dtype in ("bfloat16", "float32") for mode in FOLDS]
+    folds += [(mode, "bfloat16", "high", 8191, 768) for mode in FOLDS]
     # In full precision the library multiplies.
     full = [(mode, "float32", "highest", *large) for mode in (MODES[0], MODES[-1])]
     small = [(MODES[-1], dtype, "high", *few) for dtype in ("bfloat16", "float32")]
@@ -600,7 +601,11 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
             )
             mma = next((e[name] for name in ("HGMMA", "UTCMMA", "HMMA", "MFMA", "WMMA") if e[name]), "")
             tma = f"{e['UTMALDG']} + {e['UTMASTG']}" if e["UTMALDG"] else ""
-            mode = f"{e['mode']}; no bias, {e['size']} rows" if e["kernel"] == "plain" else e["mode"]
+            mode = e["mode"]
+            if e["kernel"] == "plain":
+                mode += f"; no bias, {e['size']} rows"
+            elif e["size"] % 16:
+                mode += f"; {e['size']} rows"
             cells = (mode, e["dtype"] + precision, tile, e["registers"], f"{e['shared'] / 1024:.0f}", e["spilled"])
             lines.append("| " + " | ".join(map(str, (*cells, mma, tma, e["LDGSTS"] or "", e["EX2"] or ""))) + " |")
     return "\n".join(lines) + "\n"
