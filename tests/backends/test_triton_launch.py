@@ -132,7 +132,15 @@ BATCHES = (1, 2, 3, 7, 16, 31, 32, 48, 100, 128, 255, 256, 300, 512, 1000, 1024,
 @pytest.mark.slow
 def test_batch_sizes_share_kernels(device):
     """A new size in the midst of an epoch waits for the compiler, on every rank."""
-    losses = ("clip", "info_nce, guide", "multiple_negatives_ranking", "triplet", "cross_entropy", "mse, weight")
+    losses = (
+        "clip",
+        "info_nce, guide",
+        "multiple_negatives_ranking",
+        "siglip",
+        "triplet",
+        "cross_entropy",
+        "mse, weight",
+    )
     assert len(set(BATCHES)) == 20
     found = walk(
         device, 90, [(name, "bfloat16", rows, 64, "as made") for name in losses for rows in BATCHES], whole=False
