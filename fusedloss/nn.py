@@ -18,12 +18,12 @@ from .losses.multiple_negatives_ranking import check_directions, check_hardness
 class InfoNCELoss(
     LossModule,
     function=F.info_nce,
-    tensors=("negatives", "bank", "key_bias", "mask", "weight", "negatives_mask"),
-    named=("bank_across", "bias_on_target", "margin", "decoupled", "transform"),
+    tensors=("negatives", "bank", "key_bias", "mask", "weight", "negatives_mask", "teacher_scores"),
+    named=("bank_across", "bias_on_target", "margin", "decoupled", "transform", "debiased", "positives"),
 ): ...
 
 
-class ClipLoss(LossModule, function=F.clip, tensors=("mask",), named=("decoupled", "transform")): ...
+class ClipLoss(LossModule, function=F.clip, tensors=("mask",), named=("decoupled", "transform", "debiased")): ...
 
 
 class SigLipLoss(LossModule, function=F.siglip, tensors=("target",)): ...
@@ -46,7 +46,7 @@ class MultipleNegativesRankingLoss(
     LossModule,
     function=F.multiple_negatives_ranking,
     tensors=("mask", "anchors", "ids", "negatives_mask"),
-    named=("decoupled", "transform", "own_negatives"),
+    named=("decoupled", "transform", "own_negatives", "debiased"),
 ):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -60,7 +60,7 @@ class GISTEmbedLoss(LossModule, function=F.gist_embed, tensors=("guide", "ids"),
 class ContrastiveTensionInBatchLoss(LossModule, function=F.contrastive_tension_in_batch): ...
 
 
-class NTXentLoss(LossModule, function=F.nt_xent, named=("transform",)): ...
+class NTXentLoss(LossModule, function=F.nt_xent, named=("transform", "debiased")): ...
 
 
 class DCLLoss(LossModule, function=F.decoupled_contrastive): ...

@@ -41,6 +41,8 @@ class InfoNCELoss(LossModule, Generic[R]):
         margin: float = 0.0,
         decoupled: bool = False,
         transform: Transform | Callable[[Tensor], Tensor] | None = None,
+        debiased: float = 0.0,
+        positives: str = "each",
     ) -> None: ...
     @overload
     def __init__(
@@ -62,6 +64,8 @@ class InfoNCELoss(LossModule, Generic[R]):
         margin: float = 0.0,
         decoupled: bool = False,
         transform: Transform | Callable[[Tensor], Tensor] | None = None,
+        debiased: float = 0.0,
+        positives: str = "each",
     ) -> None: ...
     @overload
     def __init__(
@@ -83,6 +87,8 @@ class InfoNCELoss(LossModule, Generic[R]):
         margin: float = 0.0,
         decoupled: bool = False,
         transform: Transform | Callable[[Tensor], Tensor] | None = None,
+        debiased: float = 0.0,
+        positives: str = "each",
     ) -> None: ...
     def forward(
         self,
@@ -96,6 +102,7 @@ class InfoNCELoss(LossModule, Generic[R]):
         mask: masks.Mask | Tensor | None = None,
         weight: Tensor | None = None,
         negatives_mask: Tensor | None = None,
+        teacher_scores: Tensor | None = None,
     ) -> R: ...
     __call__ = forward
 
@@ -114,6 +121,7 @@ class ClipLoss(LossModule, Generic[R]):
         *,
         decoupled: bool = False,
         transform: Transform | Callable[[Tensor], Tensor] | None = None,
+        debiased: float = 0.0,
     ) -> None: ...
     @overload
     def __init__(
@@ -129,6 +137,7 @@ class ClipLoss(LossModule, Generic[R]):
         grad_scale: str = "ddp",
         decoupled: bool = False,
         transform: Transform | Callable[[Tensor], Tensor] | None = None,
+        debiased: float = 0.0,
     ) -> None: ...
     @overload
     def __init__(
@@ -144,6 +153,7 @@ class ClipLoss(LossModule, Generic[R]):
         grad_scale: str = "ddp",
         decoupled: bool = False,
         transform: Transform | Callable[[Tensor], Tensor] | None = None,
+        debiased: float = 0.0,
     ) -> None: ...
     def forward(
         self,
@@ -248,6 +258,7 @@ class MultipleNegativesRankingLoss(LossModule, Generic[R]):
         decoupled: bool = False,
         transform: Transform | Callable[[Tensor], Tensor] | None = None,
         own_negatives: bool = False,
+        debiased: float = 0.0,
     ) -> None: ...
     @overload
     def __init__(
@@ -269,6 +280,7 @@ class MultipleNegativesRankingLoss(LossModule, Generic[R]):
         decoupled: bool = False,
         transform: Transform | Callable[[Tensor], Tensor] | None = None,
         own_negatives: bool = False,
+        debiased: float = 0.0,
     ) -> None: ...
     @overload
     def __init__(
@@ -290,6 +302,7 @@ class MultipleNegativesRankingLoss(LossModule, Generic[R]):
         decoupled: bool = False,
         transform: Transform | Callable[[Tensor], Tensor] | None = None,
         own_negatives: bool = False,
+        debiased: float = 0.0,
     ) -> None: ...
     def forward(
         self,
@@ -390,6 +403,7 @@ class NTXentLoss(LossModule, Generic[R]):
         grad_scale: str = "ddp",
         *,
         transform: Transform | Callable[[Tensor], Tensor] | None = None,
+        debiased: float = 0.0,
     ) -> None: ...
     @overload
     def __init__(
@@ -404,6 +418,7 @@ class NTXentLoss(LossModule, Generic[R]):
         strategy: str = "gather",
         grad_scale: str = "ddp",
         transform: Transform | Callable[[Tensor], Tensor] | None = None,
+        debiased: float = 0.0,
     ) -> None: ...
     @overload
     def __init__(
@@ -418,6 +433,7 @@ class NTXentLoss(LossModule, Generic[R]):
         strategy: str = "gather",
         grad_scale: str = "ddp",
         transform: Transform | Callable[[Tensor], Tensor] | None = None,
+        debiased: float = 0.0,
     ) -> None: ...
     def forward(self, z1: Tensor, z2: Tensor) -> R: ...
     __call__ = forward

@@ -69,6 +69,13 @@ WORKS = {
         "CVPR",
         "1801.07698",
     ),
+    "Chuang et al. 2020": Work(
+        "chuang2020debiased",
+        "Chuang, Ching-Yao; Robinson, Joshua; Lin, Yen-Chen; Torralba, Antonio; Jegelka, Stefanie",
+        "Debiased Contrastive Learning",
+        "NeurIPS",
+        "2007.00224",
+    ),
     "Gao et al. 2021": Work(
         "gao2021gradcache",
         "Gao, Luyu; Zhang, Yunyi; Han, Jiawei; Callan, Jamie",

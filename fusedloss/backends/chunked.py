@@ -199,6 +199,9 @@ def _admit_(z: Tensor, strip: Strip, tile: slice, unit: float = 1.0, far: float 
         _fill_(z, strip.mask.skip, tile, -math.inf)
     if strip.target is not None:
         _fill_(z, strip.target, tile, -math.inf)
+    if strip.mask is not None and strip.mask.without is not None:
+        for column in strip.mask.without.unbind(1):
+            _fill_(z, column, tile, -math.inf)
     return z
 
 

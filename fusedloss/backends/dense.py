@@ -21,6 +21,7 @@ from ..core.mask import NO_MASK
 from ..core.numerics import NORM_EPS, saved_dtype, stats_dtype, wide_dtype
 from ..core.problem import NO_MARGIN, Problem
 from ..core.rows import fold_part, fold_places, fold_scalars, squared_distances
+from ..core.targets import from_logits
 from ..core.transforms import Transform, with_slope
 from . import reference
 from .protocol import Result, Wants
@@ -212,7 +213,11 @@ def _softmax(
     else:
         z = sims[0].mul_(scale if number is None else number)
     counted = reference.counted(problem, rows, z) if problem.wants_tally else []
-    loss, dz = _symmetric(problem, z, wants.any) if problem.symmetric else _one_direction(problem, z, wants.any)
+    more = None
+    if problem.bends:
+        loss, dz, more = _bent_ways(problem, z, wants.any)
+    else:
+        loss, dz = _symmetric(problem, z, wants.any) if problem.symmetric else _one_direction(problem, z, wants.any)
     result = Result(loss, (None,) * len(rows), None, (None,) * len(problem.blocks), (), counted)
     if not wants.any:
         return None, result
@@ -236,6 +241,8 @@ def _softmax(
             terms = (part * sim).sum(1 if by_row else (0, 1), dtype=wide_dtype(dz.device, dz.dtype))
             by_scale = terms if by_scale is None else by_scale + terms
         start += sim.shape[1]
+    if by_scale is not None and more is not None:
+        by_scale = by_scale + (more if by_row else more.sum(dtype=by_scale.dtype))
     if by_scale is not None and not by_row:
         by_scale = (by_scale * share).to(scale.dtype)
     return dz.mul_(factor), result._replace(scale=by_scale, biases=tuple(biases))
@@ -297,6 +304,33 @@ def _one_direction(problem: Problem, z: Tensor, wanted: bool) -> tuple[Tensor, T
     if problem.decoupled:
         entry = torch.where(index < 0, p[:, :1], entry)
     return loss[:, 0], p.scatter_(1, index.clamp(min=0) if problem.decoupled else index, entry)
+
+
+def _bent_ways(problem: Problem, z: Tensor, wanted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The weighted losses, their gradient by the logits, and by the scale where that is no factor of one."""
+    if not problem.symmetric:
+        return _bent(problem, z, problem.weight, wanted)
+    half = problem.weight / 2
+    loss, dz, more = _bent(problem, z, half, wanted)
+    loss_column, by_column, more_column = _bent(problem, z.t(), half, wanted)
+    both = None if more is None or more_column is None else more + more_column
+    return loss + loss_column, dz.add_(by_column.t()), both
+
+
+def _bent(problem: Problem, z: Tensor, weight: Tensor, wanted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    parts = from_logits(problem, z)
+    n, out = parts.negatives.logsumexp(1), weight == 0
+    empty = n == -math.inf
+    loss, by_negatives, by_targets, by_scale = parts.law(n, parts.scores)
+    if problem.transform is not None:
+        loss, slope = with_slope(loss, problem.transform, wanted)
+        by_negatives, by_targets = by_negatives * slope, by_targets * slope[:, None]
+        by_scale = None if by_scale is None else by_scale * slope
+    dz = parts.negatives.sub_(n[:, None]).exp_().masked_fill_(empty[:, None], 0).mul_((by_negatives * weight)[:, None])
+    entries = (by_targets * weight[:, None]).masked_fill(~parts.here, 0)
+    dz.scatter_add_(1, parts.places, entries).masked_fill_(out[:, None], 0)
+    more = None if by_scale is None else (by_scale * weight).masked_fill(out, 0)
+    return (loss * weight).masked_fill(out, 0), dz, more
 
 
 def _transformed(transform: Transform, loss: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from ..core.mask import NO_MASK, Guide, Mask
 from ..core.numerics import autocasting, row_numbers, stats_dtype, unit_rows, wide_dtype
 from ..core.problem import Problem
 from ..core.rows import above_ties, fold_part, fold_scalars, guide_threshold, score_ties, squared_distances
+from ..core.targets import from_logits, loss_of
 from ..core.transforms import transformed
 
 
@@ -93,6 +94,8 @@ def _losses(problem: Problem, z: Tensor) -> Tensor:
     if not problem.symmetric:
         # Before the formula: 0 times the NaN gradient of a row without admissible columns is NaN.
         z = z.masked_fill((problem.weight == 0)[:, None], 0)
+    if problem.bends:
+        return _bent(problem, z)
     loss = softmax.softmax_rows(z, problem.target, problem.label_smoothing, problem.decoupled, problem.copies)
     if problem.z_loss:
         loss = loss + problem.z_loss * z.logsumexp(1).square()
@@ -103,6 +106,13 @@ def _losses(problem: Problem, z: Tensor) -> Tensor:
             loss + transformed(softmax.softmax_rows(z.T, diagonal, decoupled=problem.decoupled), problem.transform)
         ) / 2
     # Left-out rows are exactly 0, even if their logits are not finite.
+    return torch.where(problem.weight == 0, 0, problem.weight * loss)
+
+
+def _bent(problem: Problem, z: Tensor) -> Tensor:
+    directions = (z, z.T) if problem.symmetric else (z,)
+    losses = [transformed(loss_of(from_logits(problem, x)), problem.transform) for x in directions]
+    loss = torch.stack(losses).mean(0) if problem.symmetric else losses[0]
     return torch.where(problem.weight == 0, 0, problem.weight * loss)
 
 
@@ -135,7 +145,10 @@ def logits(problem: Problem, rows: list[Tensor], similarities: list[Tensor] | No
             z = z.scatter(1, index, torch.where(problem.target[:, None] < 0, z.gather(1, index), target))
         if block.bias is not None:
             bias = block.bias.to(z.dtype)
-            z = z + (bias if number or problem.bias_on_target else bias.where(~_at(problem.target, z), 0))
+            if not number and not problem.bias_on_target:
+                at = torch.stack([_at(column, z) for column in problem.all_targets.unbind(1)]).any(0)
+                bias = bias.where(~at, 0)
+            z = z + bias
         if problem.softcap:
             z = softmax.bent(z, problem.softcap)
         if block.bias is not None:
@@ -232,7 +245,8 @@ def _left_out(problem: Problem, number: int, sim: Tensor, thresholds: _Threshold
     mask = problem.blocks[number].mask
     dropped = _dropped(problem, mask, sim, thresholds)
     if number == 0:
-        dropped = dropped & ~_at(problem.target, dropped)
+        for column in problem.all_targets.unbind(1):
+            dropped = dropped & ~_at(column, dropped)
     return dropped if mask.skip is None else dropped | _at(mask.skip, dropped)
 
 

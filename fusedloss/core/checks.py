@@ -262,6 +262,19 @@ def boolean(name: str, value: Tensor, shape: tuple[int | None, ...], like: Tenso
     _typed(name, value, torch.bool, shape, like)
 
 
+def floating(name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Checks a floating tensor of a shape."""
+    need = f"a floating tensor {list(shape)}"
+    if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+        got = value.dtype if isinstance(value, Tensor) else a(value)
+        hint = "; call .float()" if isinstance(value, Tensor) and not value.dtype.is_complex else remedy(value)
+        raise TypeError(f"{name} must be {need}, got {got}{hint}")
+    dense(name, value)
+    if value.shape != shape:
+        raise ValueError(f"{name} must be {need}, got shape {list(value.shape)}")
+    same_device(name, value, "the embeddings", like)
+
+
 def _typed(name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...], like: Tensor) -> None:
     if not isinstance(value, Tensor) or value.dtype != dtype:
         got = value.dtype if isinstance(value, Tensor) else a(value)
@@ -284,23 +297,39 @@ def index(name: str, value: int) -> None:
         raise ValueError(f"{name} must be a 64-bit integer, got {value}")
 
 
-def target(name: str, value: Tensor, rows: int, columns: int | None, ignore_index: int | None, like: Tensor) -> None:
-    """Checks indices. `ignore_index` None: every row counts. `columns` None: their number is not known yet."""
+def target(
+    name: str,
+    value: Tensor,
+    rows: int,
+    columns: int | None,
+    ignore_index: int | None,
+    like: Tensor,
+    *,
+    several: bool = False,
+) -> None:
+    """Checks indices. `ignore_index` None: every row counts. `columns` None: their number is not known yet.
+
+    several: whether a row may have several, `[rows, P]`.
+    """
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
         got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else a(value)
         raise TypeError(f"{name} must be an int64 tensor [{rows}] of column indices, got {got}{_indices(value)}")
     dense(name, value)
-    if value.shape != (rows,):
-        raise ValueError(f"{name} must have shape [{rows}], one index per row, got {list(value.shape)}")
+    if value.shape != (rows,) and not (several and value.dim() == 2 and value.shape[0] == rows):
+        need = (
+            f"[{rows}, P], one index per positive" if several and value.dim() == 2 else f"[{rows}], one index per row"
+        )
+        raise ValueError(f"{name} must have shape {need}, got {list(value.shape)}")
     same_device(name, value, "the embeddings", like)
     if columns is not None and reads_values(value):
         outside = (value < 0) | (value >= columns)
         if ignore_index is not None:
             outside &= value != ignore_index
         if bool(outside.any()):
-            row = int(outside.nonzero()[0, 0])
+            place = tuple(outside.nonzero()[0].tolist())
+            row = ", ".join(map(str, place))
             other = "" if ignore_index is None else f", or {ignore_index} to leave the row out"
-            raise IndexError(f"{name}[{row}] must be an index from 0 to {columns - 1}{other}, got {int(value[row])}")
+            raise IndexError(f"{name}[{row}] must be an index from 0 to {columns - 1}{other}, got {int(value[place])}")
 
 
 P = ParamSpec("P")

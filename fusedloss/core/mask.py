@@ -105,6 +105,7 @@ class StripMask(NamedTuple):
     exempt: Tensor | None = None  # [R, E], int64
     skip: Tensor | None = None  # [R]
     factor: float | None = None
+    without: Tensor | None = None  # [R, E], columns that the sums leave out besides the target; -1: none
     dropped: Any = None  # columns dropped by the guide, in the backend's own format: tiles on demand, packed bits
 
     @classmethod
@@ -122,10 +123,11 @@ class StripMask(NamedTuple):
 
     def columns(self, part: slice) -> StripMask:
         """Returns the mask of some columns, counted from the first of them, before a guide has dropped any."""
-        exempt, skip = (x - part.start if x is not None and part.start else x for x in (self.exempt, self.skip))
+        given = (self.exempt, self.skip, self.without)
+        exempt, skip, without = (x - part.start if x is not None and part.start else x for x in given)
         dense = None if self.dense is None else self.dense[:, part]
         compare = tuple(c._replace(keys=c.keys[part]) for c in self.compare)
-        return self._replace(compare=compare, dense=dense, exempt=exempt, skip=skip)
+        return self._replace(compare=compare, dense=dense, exempt=exempt, skip=skip, without=without)
 
     @property
     def vectors(self) -> dict[str, Tensor | None]:

@@ -89,6 +89,13 @@ class Block:
             _set(self, mask=self.mask.contiguous())
 
 
+class Targets(NamedTuple):
+    """Several targets of each row, all of block 0. Its negatives are the other columns that compete."""
+
+    columns: Tensor  # int64 [M, P], different in a row; the first is `Problem.target`, and -1 after it: none
+    form: str  # "each" or "joint", see `targets.of_several`
+
+
 class Beside(NamedTuple):
     """Columns of each row's own, behind those of all blocks, for a fold that has a teacher."""
 
@@ -150,7 +157,9 @@ class Problem:
     each direction's, if `symmetric`), before its weight; with neither smoothing nor z_loss nor prefixes.
     bias_on_target: whether block 0's bias, which then has no gradient, is added to the targets' logits as well.
     mirrored: whether the host knows, where one matrix stands on both sides, that the mask admits (j, i) where it admits
-    (i, j), and that row i is the target of its target. A device's values need not be read then to see it.
+    (i, j), and that row i is the target of its target. A device's values need not be read then to see it. targets:
+    the row's targets, if it may have several. debiased: the share of negatives that are none, in truth (Chuang et al.
+    2020); it needs `wants_tally` where `negatives` is None.
     """
 
     operands: tuple[Learned, ...]
@@ -179,9 +188,32 @@ class Problem:
     transform: Transform | None = None
     bias_on_target: bool = True
     mirrored: bool = False
+    targets: Targets | None = None
+    debiased: float = 0.0
 
     def __post_init__(self) -> None:
         _set(self, target=self.target.contiguous(), weight=self.weight.contiguous())
+
+    @property
+    def bends(self) -> bool:
+        """Whether a row's loss is another function of its targets and its negatives' sum: `core/targets.py`."""
+        return self.targets is not None or self.debiased != 0
+
+    @property
+    def negatives(self) -> int | None:
+        """The number of each row's negatives, if the host knows that all rows have as many."""
+        masks = [block.mask for block in self.blocks if block.mask.given]
+        if any(block.bias is not None for block in self.blocks):
+            return None
+        if not masks:
+            return self.columns - 1
+        itself = self.mirrored and len(self.blocks) == 1 and masks[0]._replace(skip=None) == NO_MASK
+        return self.columns - 2 if itself else None
+
+    @property
+    def all_targets(self) -> Tensor:
+        """int64 [M, P]; -1: none."""
+        return self.target[:, None] if self.targets is None else self.targets.columns
 
     @property
     def rule(self) -> RowRule:

@@ -93,6 +93,28 @@ def prepare(
     )
 
 
+def further_targets(
+    x: Tensor,
+    y: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    row_factor: Tensor | None,
+    col_factor: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Returns the logits of targets besides the first, and their similarities, `[M, P]`; those of column -1 are any."""
+    wide, columns = wide_dtype(x.device, scale.dtype), columns.clamp(min=0)
+    sim = torch.empty(columns.shape, dtype=wide, device=x.device)
+    for chunk in row_chunks(x):
+        own = x[chunk].to(wide)
+        for number, column in enumerate(columns[chunk].unbind(1)):
+            sim[chunk, number] = torch.linalg.vecdot(own, y[column].to(wide))
+    if row_factor is not None and col_factor is not None:
+        sim = sim * row_factor[:, None] * col_factor[columns]
+    score = sim * scale
+    return (score if bias is None else score + bias[columns]), sim
+
+
 def _length(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1).clamp_min(NORM_EPS)
 

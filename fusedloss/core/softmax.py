@@ -48,7 +48,7 @@ def softmax_loss(shift: Tensor, total: Tensor, z_target: Tensor, copies: int = 1
     The result is never negative. With one copy and no negatives it is exactly 0.
     """
     least = math.log(copies)
-    return softplus(_log(total) - (z_target - shift).to(total.dtype) - least) + least
+    return softplus(safe_log(total) - (z_target - shift).to(total.dtype) - least) + least
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def softplus(x: Tensor) -> Tensor:
 
 def decoupled_loss(shift: Tensor, total: Tensor, z_target: Tensor) -> Tensor:
     """Returns `log(total) + shift - z_t`, or 0 for a row without negatives."""
-    return torch.where(total == 0, 0, _log(total) - (z_target - shift).to(total.dtype))
+    return torch.where(total == 0, 0, safe_log(total) - (z_target - shift).to(total.dtype))
 
 
 def bent(z: Tensor, softcap: float) -> Tensor:
@@ -89,6 +89,6 @@ def marginal(cosine: Tensor, margin: Margin, eps: float) -> tuple[Tensor, Tensor
     return value - margin.cosine, slope
 
 
-def _log(total: Tensor) -> Tensor:
+def safe_log(total: Tensor) -> Tensor:
     """Returns log(total), -inf for 0. Plain torch.log would put 0 * inf into the gradient of the reference."""
     return torch.where(total == 0, -torch.inf, torch.log(torch.where(total == 0, 1, total)))

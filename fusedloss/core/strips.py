@@ -148,6 +148,7 @@ class Settled(NamedTuple):
     weight: Tensor  # weight / l
     entry: Tensor  # the target's entry of the gradient
     scaled: list[Tensor]
+    further: Tensor | None = None  # [R, P - 1], the entries of further targets
 
     def softmax(self, target_sim: Tensor | None) -> Softmax:
         return Softmax(self.shift, self.weight, target_sim)

@@ -356,6 +356,8 @@ def _form(problem: Problem) -> list[str]:
         lines.append("no bias on the target")
     if problem.decoupled:
         lines.append("decoupled")
+    if problem.debiased:
+        lines.append(f"debiased {problem.debiased:g}")
     if problem.transform is not None:
         name, value, detach, function = problem.transform
         lines.append(f"transform {name} {value} {detach}" if function is None else "transform by a function")

@@ -24,15 +24,24 @@ def refusal(problem: Problem) -> str | None:
         return "label_smoothing"
     if problem.decoupled:
         return "decoupled"
+    if problem.bends:
+        return "debiased" if problem.targets is None else "target [M, P]"
     return "return_stats=True" if problem.wants_tally else None
 
 
 def with_private(
-    problem: Problem, call: Call, columns: Sequence[Tensor], real: Tensor | None = None, penalty: float = 0.0
+    problem: Problem,
+    call: Call,
+    columns: Sequence[Tensor],
+    real: Tensor | None = None,
+    penalty: float = 0.0,
+    teacher: Tensor | None = None,
 ) -> Tensor:
     """Adds each row's private columns: `log(exp(loss) + sum_k exp(z_ik - z_it))`, exact for tiny losses, too.
 
     columns: K tensors `[M, D]`. real: bool `[M, K]`, False for padding. penalty: of their logits, as a block's.
+    teacher: `[M, 1 + K]`, scores of the target and of these columns. Their softmax t is the target distribution, which
+    adds `sum_k t_ik (z_it - z_ik)` to the loss.
     """
     weight, phi = problem.weight, problem.transform
     # A left-out row stays left out whatever its private columns hold. Rows that count are weighted afterwards.
@@ -53,6 +62,13 @@ def with_private(
             own = own + block.bias.to(own.dtype)[problem.target]
         own = own.masked_fill(weight == 0, 0)
         loss = loss + softplus(torch.logsumexp(z, dim=1) - own - loss)
+        if teacher is not None:
+            theirs = savable(teacher.detach()).to(own.dtype).masked_fill((weight == 0)[:, None], 0)
+            if real is not None:
+                absent = ~savable(real)
+                theirs = torch.cat([theirs[:, :1], theirs[:, 1:].masked_fill(absent, -torch.inf)], 1)
+                z = z.masked_fill(absent, 0)
+            loss = loss + (theirs.softmax(1)[:, 1:] * (own[:, None] - z)).sum(1)
     loss = transformed(loss, phi)
     loss = torch.where(weight == 0, 0, weight * loss).to(stats_dtype(problem.dtype))
     if call.reduction == "none":

@@ -14,6 +14,7 @@ from ..core.transforms import Transform
 from ..distributed import Request
 from ._options import Call, CountingAcrossOptions, expanded
 from ._softmax import Loss, as_scale, autocast, counted, distinct, result_of
+from ._targets import check_debiased
 
 
 @expanded
@@ -27,6 +28,7 @@ def clip(
     normalize: bool = False,
     decoupled: bool = False,
     transform: Transform | Callable[[Tensor], Tensor] | None = None,
+    debiased: float = 0.0,
     **options: Unpack[CountingAcrossOptions],
 ) -> Loss:
     """CLIP loss (Radford et al. 2021), the mean of both directions; argument names and order are open_clip's.
@@ -50,6 +52,8 @@ def clip(
         decoupled: leave the pair itself out of both normalisers (DCL, Yeh et al. 2022): see `info_nce`.
         transform: a function of each direction's own loss of a pair, before their mean: one of
             `fusedloss.transforms`, or a function of a tensor `[B]`.
+        debiased: the share of the negatives that are none in truth (Chuang et al. 2020), in each direction: see
+            `info_nce`. Neither `mask` nor `decoupled` can be given with it.
         reduction: "mean", "sum", or "none" (`[B]`: `(row_i + column_i) / 2`).
         return_stats: return `(loss, Stats)`, where the statistics are those of image to text.
 
@@ -75,6 +79,7 @@ def clip(
             normalize=normalize,
             decoupled=decoupled,
             transform=transform,
+            debiased=debiased,
             call=call,
         )
         return call.request("clip", problem)
@@ -97,6 +102,7 @@ def clip_problem(
     normalize: bool,
     decoupled: bool,
     transform: Transform | Callable[[Tensor], Tensor] | None,
+    debiased: float = 0.0,
     call: Call,
 ) -> Problem:
     checks.embeddings(image_features=image_features, text_features=text_features)
@@ -115,6 +121,7 @@ def clip_problem(
             "mask must be masks.same_id, masks.same_group or a bool matrix, which serve both directions of clip, got "
             "one for rows alone (score_margin, guide or not_self); for those average info_nce in both directions"
         )
+    check_debiased(debiased, call, decoupled=decoupled, mask=mask is not None)
     scale, scale_bound = as_scale(logit_scale, image_features, inverse=False)
     matrices, (x, y) = distinct(image_features, text_features)
     operands, block = autocast(*matrices), Block(x, y, mask=bound)
@@ -130,4 +137,5 @@ def clip_problem(
         wants_tally=call.return_stats,
         decoupled=decoupled,
         transform=transforms.bind(transform, decoupled),
+        debiased=float(debiased),
     )

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from .. import masks, transforms
 from ..core import checks
-from ..core.problem import NO_MARGIN, Block, Margin, Problem
+from ..core.problem import NO_MARGIN, Block, Margin, Problem, Targets
 from ..core.transforms import Transform
 from ..distributed import Request
 from ._options import Call, CountingAcrossOptions, expanded, ranks
 from ._private import refusal, with_private
 from ._softmax import Loss, as_scale, autocast, counted, distinct, result_of
+from ._targets import alone, check_debiased, counts, several
+from .contrast_lists import POSITIVES
 
 
 @expanded
@@ -38,6 +40,9 @@ def info_nce(
     decoupled: bool = False,
     transform: Transform | Callable[[Tensor], Tensor] | None = None,
     negatives_mask: Tensor | None = None,
+    debiased: float = 0.0,
+    positives: str = "each",
+    teacher_scores: Tensor | None = None,
     **options: Unpack[CountingAcrossOptions],
 ) -> Loss:
     """InfoNCE (van den Oord et al. 2018): each query's key against all the other keys of the batch.
@@ -51,7 +56,9 @@ def info_nce(
     Args:
         query: `[M, D]`, float16, bfloat16, float32 or float64, any strides.
         key: `[N, D]`, the dtype and device of `query`.
-        target: int64 `[M]`, the index into `key` of each row's positive. Default `arange(M)`, which needs N >= M.
+        target: int64 `[M]`, the index into `key` of each row's positive. Default `arange(M)`, which needs N >= M. Or
+            `[M, P]`, up to P positives of each row, `ignore_index` for those that are none: see `positives`. One that
+            stands twice in a row counts once. A row without any is left out.
         temperature: a positive number, or a tensor of one element, which receives a gradient.
         negatives: `[M, K, D]`, K more columns for each row that no other row sees. They have no bias, and masks do not
             apply to them. Their sums are merged outside the sweep, which costs a fourth product.
@@ -80,6 +87,27 @@ def info_nce(
             a row without negatives has loss 0. Neither `negatives` nor `label_smoothing` can be given with it.
         transform: a function of each row's own loss, before its weight: one of `fusedloss.transforms`, or a function of
             a tensor `[M]`. `label_smoothing` must be 0 with it.
+        debiased: the share tau of the negatives that are none in truth (Chuang et al. 2020), from 0 to below 1. With N
+            negatives and S the sum of their exponentials,
+
+                loss_i = log(1 + g / exp(z_it)),   g = max((S - tau N exp(z_it)) / (1 - tau), N exp(-1/temperature))
+
+            `normalize=True` is its setting: the bound is the least that N unit vectors have. Columns that `mask` or a
+            `key_bias` of -inf drops are not among the N.
+        positives: of a target `[M, P]`, with N(i) the columns of row i that are none of its positives P(i):
+
+                each:   loss_i = mean over p in P(i) of log(1 + sum_(n in N(i)) exp(z_in - z_ip))
+                joint:  loss_i = log(1 + sum_(n in N(i)) exp(z_in) / sum_(p in P(i)) exp(z_ip))
+
+            "each" has the positives not compete with each other; "joint" wants any of them at the top. No product is
+            computed again for them. On backends "chunked", "dense" and "reference".
+        teacher_scores: `[M, 1 + K]`, a teacher's scores of the row's own key and of its K `negatives`, divided by the
+            teacher's temperature. Their softmax t is the target instead of the key alone (Hinton et al. 2015), against
+            the student's softmax over all columns of the row:
+
+                loss_i = logsumexp_j z_ij - sum_c t_ic z_ic        c: the own key and the own negatives
+
+            It receives no gradient. What `negatives_mask` drops has t = 0.
         reduction: "mean" (over the rows that count; 0 if none does), "sum", or "none" (`[M]`, 0 for left-out rows).
 
     Returns:
@@ -141,6 +169,8 @@ def info_nce(
             margin=margin,
             decoupled=decoupled,
             transform=transform,
+            debiased=debiased,
+            positives=positives,
             call=call,
         )
         stays = () if bank_across else tuple(block.key for block in problem.blocks[1:])
@@ -150,9 +180,11 @@ def info_nce(
 
     if negatives_mask is not None and negatives is None:
         raise ValueError("negatives must be given with negatives_mask, got the mask alone; pass [M, K, D]")
+    if teacher_scores is not None and negatives is None:
+        raise ValueError("negatives must be given with teacher_scores, got the scores alone; pass [M, K, D]")
     if negatives is not None and ranks(options) is None:
         call = Call(**options)
-        return _with_private(ask(call).problems[0], call, query, negatives, negatives_mask)
+        return _with_private(ask(call).problems[0], call, query, negatives, negatives_mask, teacher_scores)
     return result_of(options, ask)
 
 
@@ -174,6 +206,8 @@ def info_nce_problem(
     margin: float,
     decoupled: bool,
     transform: Transform | Callable[[Tensor], Tensor] | None,
+    debiased: float = 0.0,
+    positives: str = "each",
     call: Call,
 ) -> Problem:
     """Builds the problem. With a group, targets index the keys of all ranks, in rank order."""
@@ -188,8 +222,9 @@ def info_nce_problem(
     rows, columns = query.shape[0], key.shape[0]
     widths = [columns] if bank is None else [columns, bank.shape[0]]
     checks.index("ignore_index", ignore_index)
+    checks.choice("positives", positives, POSITIVES)
     if target is not None:
-        checks.target("target", target, rows, None if across else columns, ignore_index, query)
+        checks.target("target", target, rows, None if across else columns, ignore_index, query, several=True)
     elif columns < rows:
         raise ValueError(
             f"key must have at least {rows} rows, one per row of query, for the default target arange({rows}), "
@@ -228,6 +263,21 @@ def info_nce_problem(
         raise ValueError(
             "key_bias must not require a gradient with score_margin's factor, got one that does; pass key_bias.detach()"
         )
+    facts = {"label_smoothing": label_smoothing != 0, "decoupled": decoupled, "margin": margin != 0}
+    check_debiased(debiased, call, **facts)
+    chosen = None
+    if target is not None and target.dim() == 2:
+        alone(
+            "target [M, P]",
+            **facts,
+            debiased=debiased != 0,
+            group=across,
+            return_stats=call.return_stats,
+            score_margin=bound[0].margin is not None,
+            guide=bound[0].guide is not None,
+        )
+        chosen = several(target, columns, ignore_index, None if key_bias is None else key_bias[:columns], bound[0].skip)
+        target = chosen.first
     scale, scale_bound = as_scale(temperature, query, inverse=True)
     matrices, (x, y) = distinct(query, key)
     if bank is None:
@@ -248,16 +298,25 @@ def info_nce_problem(
         scale_bound=scale_bound,
         workspace_bytes=call.workspace_bytes,
         guide_rule=masks.rule(mask),
-        wants_tally=call.return_stats,
+        wants_tally=call.return_stats or counts(debiased, blocks, across=across),
         bias_on_target=bias_on_target,
         margin=Margin(cosine=float(margin)) if margin else NO_MARGIN,
         decoupled=decoupled,
         transform=phi,
         mirrored=query is key and target is None and masks.mirrored(mask),
+        targets=None if chosen is None else Targets(chosen.columns, positives),
+        debiased=float(debiased),
     )
 
 
-def _with_private(problem: Problem, call: Call, query: Tensor, negatives: Tensor, real: Tensor | None) -> Tensor:
+def _with_private(
+    problem: Problem,
+    call: Call,
+    query: Tensor,
+    negatives: Tensor,
+    real: Tensor | None,
+    teacher: Tensor | None,
+) -> Tensor:
     if not isinstance(negatives, Tensor) or negatives.dim() != 3 or negatives.shape[::2] != query.shape:
         got = f"shape {list(negatives.shape)}" if isinstance(negatives, Tensor) else checks.a(negatives)
         raise ValueError(f"negatives must be [M, K, D] = [{len(query)}, any, {query.shape[1]}], got {got}")
@@ -265,8 +324,10 @@ def _with_private(problem: Problem, call: Call, query: Tensor, negatives: Tensor
     checks.embeddings(query=query, **{f"negatives[:, {k}]": x for k, x in enumerate(columns)})
     if real is not None:
         checks.boolean("negatives_mask", real, tuple(negatives.shape[:2]), query)
+    if teacher is not None:
+        checks.floating("teacher_scores", teacher, (len(query), 1 + len(columns)), query)
     if any(problem.margin):
         raise ValueError("margin must be 0 with negatives, got both; leave one of them out")
     if what := refusal(problem):
         raise ValueError(f"negatives must not be given together with {what}, got both; leave one of them out")
-    return with_private(problem, call, columns, real)
+    return with_private(problem, call, columns, real, teacher=teacher)

@@ -162,7 +162,7 @@ def _one_directional(problem: Problem, dims: tuple[int, ...], weights: Sequence[
 
 def _at_once(problem: Problem, call: Call) -> bool:
     """Whether the backend that would run this sums all prefixes in one sweep."""
-    if problem.transform is not None or any(problem.margin) or not problem.bias_on_target:
+    if problem.transform is not None or any(problem.margin) or not problem.bias_on_target or problem.bends:
         return False
     plain = not (problem.label_smoothing or any(b.mask.margin is not None for b in problem.blocks))
     if not plain or any(b.penalty or b.own_penalty for b in problem.blocks):

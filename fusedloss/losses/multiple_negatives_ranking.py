@@ -19,6 +19,7 @@ from ._duplicates import check_ids, without_duplicates
 from ._options import Call, CountingAcrossOptions, expanded, ranks
 from ._private import refusal, with_private
 from ._softmax import Loss, as_scale, autocast, counted, distinct, result_of
+from ._targets import check_debiased, counts
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 PARTITION_MODES = ("joint", "per_direction")
@@ -44,6 +45,7 @@ def multiple_negatives_ranking(
     transform: Transform | Callable[[Tensor], Tensor] | None = None,
     negatives_mask: Tensor | None = None,
     own_negatives: bool = False,
+    debiased: float = 0.0,
     **options: Unpack[CountingAcrossOptions],
 ) -> Loss:
     """Multiple negatives ranking (Henderson et al. 2017), with the options of sentence-transformers 6.2.
@@ -92,6 +94,8 @@ def multiple_negatives_ranking(
         own_negatives: whether a row sees its own hard negatives alone, and no other row's. Each column then has a row
             for each anchor. Without group, mask, decoupled, return_stats and "per_direction" their scores are merged
             outside the sweep: B K of them instead of B^2 K.
+        debiased: the share of the negatives that are none in truth (Chuang et al. 2020): see `info_nce`. The positive
+            must stand once in its row: not with doc_to_query under "joint".
         reduction: "mean", "sum" or "none" (`[B]`).
         return_stats: return `(loss, Stats)`; under "per_direction" those of query_to_doc.
 
@@ -126,6 +130,7 @@ def multiple_negatives_ranking(
             transform=transform,
             negatives_mask=negatives_mask,
             own_negatives=own_negatives,
+            debiased=debiased,
             apart=apart,
         )
 
@@ -162,6 +167,7 @@ def multiple_negatives_ranking_problems(
     transform: Transform | Callable[[Tensor], Tensor] | None = None,
     negatives_mask: Tensor | None = None,
     own_negatives: bool = False,
+    debiased: float = 0.0,
     elsewhere: Mask = NO_MASK,
     apart: bool = False,
 ) -> list[Problem]:
@@ -199,6 +205,8 @@ def multiple_negatives_ranking_problems(
         for part, of_document in zip(masks.bind(mask, rows, widths, anchor), of_documents, strict=True)
     ]
     phi = transforms.bind(transform, decoupled)
+    twice = partition_mode == "joint" and "doc_to_query" in directions
+    check_debiased(debiased, call, decoupled=decoupled, **{"doc_to_query under partition_mode='joint'": twice})
     multiplier, scale_bound = as_scale(scale, anchor, inverse=False)
     belongs = _belonging(negatives, negatives_mask, own_negatives, anchor, call)
     if apart:
@@ -251,11 +259,13 @@ def multiple_negatives_ranking_problems(
             symmetric=symmetric,
             scale_bound=scale_bound,
             workspace_bytes=call.workspace_bytes,
-            copies=2 if partition_mode == "joint" and "doc_to_query" in directions else 1,
+            copies=2 if twice else 1,
             guide_rule=masks.rule(mask),
-            wants_tally=call.return_stats,
+            wants_tally=call.return_stats
+            or counts(debiased, blocks, across=call.group is not None, symmetric=symmetric),
             decoupled=decoupled,
             transform=phi,
+            debiased=float(debiased),
         )
         for blocks in sets
     ]

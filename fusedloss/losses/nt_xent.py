@@ -16,6 +16,7 @@ from ..core.problem import Block, Problem
 from ..core.transforms import Transform
 from ._options import Call, CountingAcrossOptions, CountingOptions, expanded
 from ._softmax import Loss, as_scale, autocast, counting_mean_of, result_of
+from ._targets import check_debiased
 
 
 @expanded
@@ -25,6 +26,7 @@ def nt_xent(
     *,
     temperature: float | Tensor = 0.5,
     transform: Transform | Callable[[Tensor], Tensor] | None = None,
+    debiased: float = 0.0,
     **options: Unpack[CountingAcrossOptions],
 ) -> Loss:
     """NT-Xent (Chen et al. 2020, SimCLR): 2B rows, each view's positive is the other view of the same sample.
@@ -38,6 +40,7 @@ def nt_xent(
         z1, z2: `[B, D]`, two views of each sample; normalised inside.
         temperature: a positive number, or a tensor of one element, which receives a gradient.
         transform: a function of each row's own loss: one of `fusedloss.transforms`, or a function of a tensor `[2B]`.
+        debiased: the share of the negatives that are none in truth (Chuang et al. 2020): see `info_nce`.
         reduction: "mean" over the 2B rows, "sum", or "none" (`[2B]`, those of z1 first).
 
     Returns:
@@ -52,7 +55,10 @@ def nt_xent(
         >>> fusedloss.nt_xent(z1, z2, temperature=0.5).backward()
     """
     return result_of(
-        options, lambda call: call.request("nt_xent", nt_xent_problem(z1, z2, temperature, call, transform=transform))
+        options,
+        lambda call: call.request(
+            "nt_xent", nt_xent_problem(z1, z2, temperature, call, transform=transform, debiased=debiased)
+        ),
     )
 
 
@@ -85,11 +91,13 @@ def nt_xent_problem(
     *,
     decoupled: bool = False,
     transform: Transform | Callable[[Tensor], Tensor] | None = None,
+    debiased: float = 0.0,
 ) -> Problem:
     checks.embeddings(z1=z1, z2=z2)
     if z1.shape[0] != z2.shape[0]:
         raise ValueError(f"z2 must have {z1.shape[0]} rows, views of the samples of z1, got {z2.shape[0]}")
     checks.scalar("temperature", temperature, z1, positive=True)
+    check_debiased(debiased, call)
     scale, scale_bound = as_scale(temperature, z1, inverse=True)
     views = torch.cat(autocast(z1, z2))
     rows = row_numbers(views.shape[0], views)
@@ -107,4 +115,5 @@ def nt_xent_problem(
         wants_tally=call.return_stats,
         transform=transforms.bind(transform),
         mirrored=True,
+        debiased=float(debiased),
     )

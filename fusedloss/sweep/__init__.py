@@ -21,6 +21,7 @@ from ..core.numerics import autocasting, rows_of, saved_dtype, slices, stats_dty
 from ..core.problem import Problem
 from ..core.rows import above_ties
 from ..core.strips import Prepared, RowSums, Settled, Softmax, Strip, Tally
+from ..core.targets import add_entries
 from . import chunks
 from .admission import Admission
 from .chunks import workspace_shape
@@ -109,6 +110,7 @@ class _Sweep:
         counts = problem.wants_tally or self.by_row_smoothing
         self.tally = Tally.empty(problem.rows, problem.weight) if counts else None
         self.smoothing = Smoothing(self.inputs) if problem.label_smoothing and not self.by_row_smoothing else None
+        self.inputs.admitted = None if self.tally is None else self.tally.admitted
         self.gradients = Gradients(self.inputs, wants, into, half)
 
     def run(self) -> Result:
@@ -136,6 +138,8 @@ class _Sweep:
     def _result(self, losses: Tensor, counted: list[Tensor]) -> Result:
         gradients = self.gradients
         operands: tuple[Tensor | None, ...] = (None,) * len(self.problem.operands)
+        for terms in self.inputs.by_scale:
+            gradients.add_scale(terms)
         if self.wants.any:
             gradients.undo_gain()
             if self.smoothing is not None:
@@ -182,7 +186,8 @@ class _Sweep:
         """Without a safe shift: computes the row's log-sum-exp first, then dz itself."""
         strips = self.admission.strips(chunk)
         rows, smooth = self._stats(chunk, strips)
-        self._grad(chunk, strips, outs, rows.softmax(part(self.inputs.target_sim, chunk)), None, rows.entry, smooth)
+        softmax = rows.softmax(part(self.inputs.target_sim, chunk))
+        self._grad(chunk, strips, outs, softmax, None, rows.entry, smooth, rows.further)
         return rows
 
     def _grad(
@@ -194,8 +199,13 @@ class _Sweep:
         columns: Softmax | None,
         entry: Tensor,
         smooth: Tensor | None = None,
+        further: Tensor | None = None,
     ) -> None:
-        q = self.backend.grad_rows(strips, outs, rows, columns, entry, self.gradients.gain, smooth)
+        gain, targets = self.gradients.gain, self.problem.targets
+        q = self.backend.grad_rows(strips, outs, rows, columns, entry, gain, smooth)
+        if targets is not None and further is not None:
+            patch = self.inputs.patch(chunk, outs[0])._replace(target=rows_of(targets.columns, chunk)[:, 1:])
+            add_entries(patch, further if gain is None else further * gain)
         self.gradients.contract(chunk, outs)
         self.gradients.add_scale(q)
 

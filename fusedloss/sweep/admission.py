@@ -34,16 +34,17 @@ class Admission:
 
     def _mask(self, number: int, block: Block) -> StripMask | None:
         """Returns a block's mask; a margin's threshold is a share of the target's similarity plus the margin."""
-        mask = block.mask
+        mask, targets = block.mask, self.problem.targets
+        further = None if number or targets is None else targets.columns[:, 1:]
         if not mask.given:
-            return None
+            return None if further is None else StripMask(without=further)
         threshold = None if self.elsewhere is None else self.elsewhere.thresholds[number]
         if mask.margin is not None and threshold is None:
             target_sim = self.inputs.prepared.target_sim
             assert target_sim is not None
             own = target_sim if mask.relative == 1 else target_sim * mask.relative
             threshold = own + (self.ties + mask.margin)
-        return StripMask.of(mask, threshold)
+        return StripMask.of(mask, threshold)._replace(without=further)
 
     @functools.cached_property
     def ties(self) -> Tensor | float:

@@ -11,8 +11,9 @@ miss marks the families of that call as failed, so that `auto` uses another back
     the sigmoid fold    yes     as in one direction
 
 Not audited: what reads a threshold (`score_margin`, guides, other folds), where fp32 and fp64 may rightly decide
-differently; angular margins, prefixes, penalties of hardness; losses over a process group, whose rows lie
-elsewhere; losses without a sweep; and what runs inside torch.compile or while a CUDA graph is captured.
+differently; several targets, debiased losses, angular margins, prefixes, penalties of hardness; losses over a process
+group, whose rows lie elsewhere; losses without a sweep; and what runs inside torch.compile or while a CUDA graph is
+captured.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def auditable(problem: Problem) -> bool:
     fold = problem.fold
     if problem.prefixes or problem.ranks is not None or any(problem.margin) or problem.transform is not None:
         return False
-    if not (problem.rows and problem.columns and problem.operands[0].shape[1]):
+    if problem.bends or not (problem.rows and problem.columns and problem.operands[0].shape[1]):
         return False
     if fold is not None and (fold.name != "sigmoid" or fold.distance not in ("", "cosine") or fold.itself):
         return False

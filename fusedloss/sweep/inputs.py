@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..backends.protocol import Sweeps
-from ..core import products
+from ..core import products, targets
 from ..core.mask import StripMask
 from ..core.numerics import rows_of, stats_dtype
 from ..core.problem import Problem
+from ..core.rows import further_targets
 from ..core.strips import Patch, Prepared, RowSums, Settled, Strip
 from ..core.transforms import settled
 
@@ -54,6 +55,9 @@ class Inputs:
         self.own = torch.arange(problem.rows, device=problem.device) if any(penalties) else None
         self.target_sim = self.prepared.target_sim if by_scale else None
         self.onednn = self.chosen(self.given[0])
+        self.admitted: Tensor | None = None  # [M], the numbers of the rows' negatives, if they are counted
+        self.by_scale: list[Tensor] = []  # terms of the scale's gradient that no primitive returns
+        self.scores, self.sims = self._of_all_targets() if problem.bends else (self.prepared.score, self.target_sim)
 
     def _prepared(self, by_scale: bool, elsewhere: Elsewhere | None) -> Prepared:
         problem, block = self.problem, self.problem.blocks[0]
@@ -74,6 +78,20 @@ class Inputs:
             cosine=problem.cosine,
             wants_target_sim=by_scale or any(b.mask.margin is not None for b in problem.blocks),
         )
+
+    def _of_all_targets(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the logits of all targets `[M, P]`, and their similarities if the scale's gradient is wanted."""
+        problem, block, first = self.problem, self.problem.blocks[0], self.prepared.score[:, None]
+        own = None if self.target_sim is None else self.target_sim[:, None]
+        if problem.targets is None:
+            return first, own
+        bias = self.biases[0] if problem.bias_on_target else None
+        factors = self.prepared.row_factor, self.prepared.col_factor
+        further = problem.targets.columns[:, 1:]
+        scores, sims = further_targets(
+            self.given[block.query], self.given[block.key], further, problem.scale, bias, *factors
+        )
+        return torch.cat([first, scores], 1), None if own is None else torch.cat([own, sims.to(own.dtype)], 1)
 
     def _norms(self) -> list[Tensor | None]:
         block = self.problem.blocks[0]
@@ -112,6 +130,8 @@ class Inputs:
         weight = self.problem.weight if weight is None else weight
         score, slope = rows_of(self.prepared.score, chunk), part(self.prepared.slope, chunk)
         rule = self.problem.rule
+        if self.problem.bends:
+            return self._bent(chunk, sums, rows_of(weight, chunk), **options)
 
         def settle(weight: Tensor, **options: Any) -> Settled:
             return self.backend.settle(sums, score, weight, rule, slope=slope, **options)
@@ -120,8 +140,26 @@ class Inputs:
 
     def settle_columns(self, sums: RowSums, weight: Tensor) -> Settled:
         """Settles the other direction of a symmetric problem."""
+        if self.problem.bends:
+            return self._bent(slice(0, len(weight)), sums, weight)
         rule, score = self.problem.column_rule, self.prepared.score
         return self._transformed(weight, lambda weight: self.backend.settle(sums, score, weight, rule))
+
+    def _bent(self, chunk: slice, sums: RowSums, weight: Tensor, **options: Any) -> Settled:
+        """Settles rows whose loss is no plain softmax."""
+        problem, columns = self.problem, rows_of(self.problem.all_targets, chunk)
+        if sums.total.dim() > 1 and isinstance(sums.shift, Tensor):  # of tiles
+            sums = self.backend.merge(RowSums.empty(len(weight), weight), sums)
+        elif sums.total.dim() > 1:
+            sums = sums._replace(total=sums.total.sum(0))
+        scores, here = rows_of(self.scores, chunk), columns >= 0
+        law = targets.law_of(problem, here, scores[:, 0], part(self.admitted, chunk))
+        if "patch" in options:
+            options["patch"] = options["patch"]._replace(target=columns)
+        found, slopes = targets.settle(sums, scores, weight, law, problem.transform, wanted=self.by_any, **options)
+        if self.sims is not None:
+            self.by_scale.append(targets.scale_terms(slopes, rows_of(self.sims, chunk), here))
+        return found
 
     def _transformed(self, weight: Tensor, settle: Callable[..., Settled], **options: Any) -> Settled:
         transform = self.problem.transform

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.errors import UnsupportedError
 from ..core.mask import NO_MASK, Compare, Guide, GuideRule, Mask
-from ..core.problem import Beside, Block, Fold, Learned, Margin, Problem, Ranks
+from ..core.problem import Beside, Block, Fold, Learned, Margin, Problem, Ranks, Targets
 from ..core.transforms import Transform
 
 
@@ -55,7 +55,7 @@ def _holds_tensors(kind: Kind) -> bool:
 _ROOT = Kind("record", (), Problem)
 FIELDS: dict[type, tuple[tuple[str, Kind], ...]] = {
     record: tuple((name, _kind(hint)) for name, hint in get_type_hints(record, include_extras=True).items())
-    for record in (Compare, Guide, GuideRule, Margin, Mask, Ranks, Transform, Beside, Block, Fold, Problem)
+    for record in (Compare, Guide, GuideRule, Margin, Mask, Ranks, Transform, Targets, Beside, Block, Fold, Problem)
 }
 # Those that hold tensors, where they are not None; and the name of the leaf, of a field that is one.
 _TENSORS = {

@@ -50,6 +50,8 @@ def halved(problem: Problem, backend: Sweeps) -> Problem | None:
         return None
     if problem.symmetric or problem.ranks is not None or problem.prefixes or problem.top or problem.smooths_by_row:
         return None
+    if problem.targets is not None:
+        return None
     if not backend.can_halve(problem):
         strips = problem.mirrored and backend.can_halve_rows(problem) and chunks.strip_rows(problem, backend) > 0
         return problem if strips else None

@@ -150,6 +150,11 @@ CASES = {
         mask=masks.same_group(b.ids, torch.cat([b.ids, b.labels])) & masks.score_margin(0.2),
         **k,
     ),
+    "info_nce, debiased": lambda b, **k: fusedloss.info_nce(
+        b.x, b.y, b.target, temperature=b.temperature, normalize=True, debiased=0.1, **k
+    ),
+    "clip, debiased": lambda b, **k: fusedloss.clip(b.x, b.y, 1 / b.temperature, normalize=True, debiased=0.1, **k),
+    "nt_xent, debiased": lambda b, **k: fusedloss.nt_xent(b.x, b.y, temperature=b.temperature, debiased=0.1, **k),
     "info_nce, one tensor": lambda b, **k: fusedloss.info_nce(b.x, b.x, temperature=b.temperature, **k),
     "clip": lambda b, **k: fusedloss.clip(b.x, b.y, 1 / b.temperature, **k),
     "clip, normalized, ids": lambda b, **k: fusedloss.clip(
@@ -219,7 +224,10 @@ OPTIONS = [
     for scale_and_reduction in (("ddp", None), ("sum", None), ("match:tevatron", None), ("ddp", "none"))
     if dtype == torch.float64 or scale_and_reduction in (("ddp", None), ("ddp", "none"))
 ]
-WHOLE_ROWS = ("sup_con, in", "distill, both directions", "distill, negatives, sum")  # which a ring does not have
+WHOLE_ROWS = (  # which a ring does not have
+    *("sup_con, in", "distill, both directions", "distill, negatives, sum"),
+    *("info_nce, debiased", "clip, debiased", "nt_xent, debiased"),
+)
 
 
 def settings(name, size):

@@ -285,6 +285,25 @@ CASES: dict[str, Callable[[Batch], Case]] = {
     "info_nce, score_margin, factor": _info_nce(mask=lambda b: masks.score_margin(-0.5, factor=0.5)),
     "info_nce, guide": _info_nce(mask=lambda b: masks.guide(b.fixed(b.rows, 3), b.fixed(b.rows, 3), margin=0.1)),
     "info_nce, not_self": _info_nce(mask=lambda b: masks.not_self(1)),
+    "info_nce, debiased": _info_nce(debiased=lambda b: 0.1, normalize=lambda b: True),
+    "info_nce, debiased, bias, mask": _info_nce(
+        debiased=lambda b: 0.1,
+        temperature=lambda b: b.number(0.5),
+        normalize=lambda b: True,
+        key_bias=lambda b: b.x(b.rows),
+        mask=lambda b: masks.same_id(b.labels(), b.labels()),
+    ),
+    "info_nce, several positives": lambda b: Case(
+        F.info_nce,
+        (b.x(), b.x(), b.below(b.rows or 1, b.rows, 3)),
+        {"key_bias": b.x(b.rows), "temperature": b.number(0.5)},
+    ),
+    "info_nce, several positives, joint": lambda b: Case(
+        F.info_nce, (b.x(), b.x(), b.below(b.rows or 1, b.rows, 2)), {"positives": "joint", "normalize": True}
+    ),
+    "info_nce, teacher_scores": _info_nce(
+        negatives=lambda b: b.x(b.rows, 2, D), teacher_scores=lambda b: b.fixed(b.rows, 3)
+    ),
     "info_nce, transform": _info_nce(transform=lambda b: transforms.focal(1.5)),
     "info_nce, decoupled, bias": _info_nce(
         decoupled=lambda b: True,
@@ -422,5 +441,6 @@ def missing() -> set[str]:
 
 # What no kernel of Triton computes: backend="triton" raises.
 WITHOUT_TRITON = {
+    *("info_nce, several positives", "info_nce, several positives, joint"),
     *("info_nce, score_margin, factor", "list_circle", "list_info_nce", "list_info_nce, joint", "rank_net, soft"),
 }

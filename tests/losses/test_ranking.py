@@ -683,6 +683,8 @@ OPTIONS = {
     "second_moment_weight": {"second_moment_weight": 0.2},
     "aggregation": {"aggregation": "sum"},
     "decoupled": {"decoupled": True},
+    "debiased": {"debiased": 0.1},
+    "positives": {"positives": "joint"},
     "softcap": {"softcap": 2.0},
     "z_loss": {"z_loss": 0.1},
     "compact": {"compact": False},
@@ -700,6 +702,7 @@ OF_GROUPS = {
 SAME_VALUE = (
     "ignore_index",
     "bias_on_target",
+    "positives",  # of a target [M, P]
     "backend",
     "workspace_bytes",
     "return_stats",

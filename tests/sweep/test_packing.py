@@ -7,7 +7,7 @@ import torch
 
 from fusedloss import UnsupportedError
 from fusedloss.core.mask import Compare, Guide, GuideRule, Mask
-from fusedloss.core.problem import Beside, Block, Fold, Margin, Problem, Ranks
+from fusedloss.core.problem import Beside, Block, Fold, Margin, Problem, Ranks, Targets
 from fusedloss.core.transforms import Transform
 from fusedloss.sweep import packing
 
@@ -71,6 +71,8 @@ def whole():
         Transform("focal", 2.0, True),
         False,
         True,
+        Targets(vector(3, 2, dtype=torch.int64), "joint"),
+        0.1,
     )
 
 
@@ -126,7 +128,7 @@ def test_what_is_apart_holds_no_tensor():
 
     problem = whole()
     empty, inputs, constants = packing.take_apart(problem)
-    assert tensors(problem) == len(inputs) + len(constants) == 29 and tensors(empty) == 0
+    assert tensors(problem) == len(inputs) + len(constants) == 30 and tensors(empty) == 0
 
 
 def test_inputs_are_in_the_order_of_gradients():

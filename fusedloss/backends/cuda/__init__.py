@@ -16,7 +16,7 @@ from ...core.strips import RowSums, Softmax, Strip, Tally
 from ..folds import can_fold as can_fold
 from ..folds import workspace_copies as workspace_copies
 from ..folds import workspace_dtype as workspace_dtype
-from ..shared import NO_FACTOR, exp_shift
+from ..shared import NO_FACTOR, SEVERAL_TARGETS, exp_shift
 from ..shared import can_exp as can_exp
 from ..shared import can_halve_rows as can_halve_rows
 from .folds import fold_rows as fold_rows
@@ -42,6 +42,8 @@ LARGEST = 2**31 - 256  # indices up to a tile beyond the last row, column or fea
 def why_not(problem: Problem) -> str | None:
     if problem.prefixes:
         return "no kernel sums several prefixes in one sweep yet; matryoshka takes them one after the other here"
+    if problem.targets is not None:
+        return SEVERAL_TARGETS
     for block in problem.blocks:
         if reason := _why_not_mask(block.mask):
             return reason

@@ -25,7 +25,7 @@ from .. import folds
 from ..folds import can_fold as can_fold
 from ..folds import workspace_copies as workspace_copies
 from ..folds import workspace_dtype as workspace_dtype
-from ..shared import NO_FACTOR, can_exp, exp_shift
+from ..shared import NO_FACTOR, SEVERAL_TARGETS, can_exp, exp_shift
 from ..shared import can_halve_rows as can_halve_rows
 from .launching import (
     ALIGNMENT,
@@ -54,6 +54,8 @@ PANEL_BYTES = 32 << 20  # fp32 similarities of the vendor's GEMM, which fit an H
 def why_not(problem: Problem) -> str | None:
     if problem.prefixes:
         return "no kernel sums several prefixes in one sweep yet; matryoshka takes them one after the other here"
+    if problem.targets is not None:
+        return SEVERAL_TARGETS
     dtypes = {problem.dtype: None}  # in order
     for block in problem.blocks:
         if block.mask.factor is not None:
