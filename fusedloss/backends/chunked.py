@@ -200,8 +200,7 @@ def _admit_(z: Tensor, strip: Strip, tile: slice, unit: float = 1.0, far: float 
     if strip.target is not None:
         _fill_(z, strip.target, tile, -math.inf)
     if strip.mask is not None and strip.mask.without is not None:
-        for column in strip.mask.without.unbind(1):
-            _fill_(z, column, tile, -math.inf)
+        _leave_out_(z, strip.mask.without, tile)
     return z
 
 
@@ -250,6 +249,13 @@ def _fill_(values: Tensor, columns: Tensor, tile: slice, value: float) -> Tensor
     """Sets `values[i, columns[i]] = value` if that is in the tile."""
     inside, index = _hits(columns, tile)
     return values.scatter_(1, index, torch.where(inside, value, values.gather(1, index)))
+
+
+def _leave_out_(z: Tensor, columns: Tensor, tile: slice) -> None:
+    """Sets `z[i, columns[i, e]] = -inf` for those in the tile. Added, since others would overwrite at the edges."""
+    index = columns - tile.start
+    inside = (index >= 0) & (index < z.shape[1])
+    z.scatter_add_(1, index.clamp_(0, z.shape[1] - 1), torch.where(inside, -math.inf, z.new_zeros(())))
 
 
 def _count_(tally: Tally | None, strip: Strip, z: Tensor, sim: Tensor | None, score: Tensor) -> None:

@@ -34,6 +34,28 @@ def columns_and_weights(target: Tensor, weight: Tensor, columns: int, ignore_ind
     return target.masked_fill(ignored | outside, 0), weight.masked_fill(ignored, 0).masked_fill(outside, torch.nan)
 
 
+def several_targets(
+    target: Tensor, weight: Tensor, columns: int, ignore_index: int, bias: Tensor | None, skip: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Returns the targets of rows that may have several, [M, P], and the rows' weights.
+
+    They come in order, each once, and -1 behind the first: none. A bias of -inf removes targets, and so does `skip`. A
+    row without any gets weight 0, a row with one that is out of range NaN.
+    """
+    absent = target == ignore_index
+    outside = ~absent & ((target < 0) | (target >= columns))
+    inside = target.clamp(0, max(columns - 1, 0))
+    if bias is not None:
+        absent = absent | ((bias.detach()[inside] == -torch.inf) & ~outside)
+    if skip is not None:
+        absent = absent | (skip[:, None] == target)
+    ordered = inside.masked_fill(absent | outside, columns).sort(1).values
+    again = torch.cat([torch.zeros_like(absent[:, :1]), ordered[:, 1:] == ordered[:, :-1]], 1)
+    ordered = torch.where(again | (ordered == columns), -1, ordered)
+    weight = weight.masked_fill(ordered[:, 0] < 0, 0).masked_fill(outside.any(1), torch.nan)
+    return torch.cat([ordered[:, :1].clamp(min=0), ordered[:, 1:]], 1), weight
+
+
 def without_target(weight: Tensor, target: Tensor, bias: Tensor | None, skip: Tensor | None) -> Tensor:
     """Returns the rows' weights, 0 if a bias of -inf removes the target or the row skips it. A target of -1 is none."""
     if bias is not None:

@@ -73,8 +73,8 @@ def debiased(score: Tensor, count: Tensor | int, scale: Tensor, share: float) ->
         below = less >= 1
         less = torch.where(below, 0, less)
         free = plain + torch.log1p(-less) - math.log1p(-share)
-        many = count.log() if isinstance(count, Tensor) else math.log(count) if count else -math.inf
-        bound = (many - scale - score).to(n.dtype)
+        many = count if isinstance(count, Tensor) else torch.full_like(score, count)
+        bound = (many.log() - scale - score).to(n.dtype)
         least = softplus(bound)
         clamped = below | (free < least)  # False for NaN, which `free` keeps
         slope = torch.sigmoid(x) / (1 - less)
@@ -147,8 +147,8 @@ def settle(
     patch: Patch | None = None,
     scaled: Sequence[Tensor] = (),
     dtype: torch.dtype | None = None,
-) -> tuple[Settled, Slopes]:
-    """Returns what `rows.settle` does, and the loss and derivatives, weighted.
+) -> tuple[Settled, Tensor, Tensor | None]:
+    """Returns what `rows.settle` does, and the weighted losses' derivatives by the targets' logits and by the scale.
 
     scores: [R, P]. With `patch`, whose target is [R, P], the rows of its workspace are multiplied by `weight / l`
     later, so that entries are relative to it. Where the negatives' own derivative is far smaller than an entry, or 0,
@@ -177,16 +177,14 @@ def settle(
         add_entries(patch, relative.masked_fill(out, 0))
     over_l = over_l.masked_fill(left_out, 0)
     loss = (weight * loss).masked_fill(left_out, 0)
-    rows = Settled(
-        loss, shift, over_l, entries[:, 0], [(x * over_l[:, None]).to(dtype) for x in scaled], entries[:, 1:]
-    )
-    return rows, Slopes(loss, over_l, entries, by_scale)
+    operands = [(x * over_l[:, None]).to(dtype) for x in scaled]
+    return Settled(loss, shift, over_l, entries[:, 0], operands, entries[:, 1:]), entries, by_scale
 
 
-def scale_terms(slopes: Slopes, sims: Tensor, here: Tensor) -> Tensor:
+def scale_terms(entries: Tensor, by_scale: Tensor | None, sims: Tensor, here: Tensor) -> Tensor:
     """Returns `[R]`, the terms of the scale's gradient besides the negatives' `sum_j dz_j (sim_j - sim_first)`."""
-    terms = torch.where(here, slopes.by_targets * (sims - sims[:, :1]), 0).sum(1)
-    return terms if slopes.by_scale is None else terms + slopes.by_scale * (sims[:, 0] + 1)
+    terms = torch.where(here, entries * (sims - sims[:, :1]), 0).sum(1)
+    return terms if by_scale is None else terms + by_scale * (sims[:, 0] + 1)
 
 
 def add_entries(patch: Patch, entries: Tensor) -> None:

@@ -26,9 +26,10 @@ as that library does, right or wrong: `MATCH`.
 info_nce's `bank` stays on its rank: rows see the rank's own, such as a queue that all ranks hold alike. With
 bank_across=True the banks of all ranks compete.
 
-Refused with a group, on all ranks: label_smoothing, return_stats, bool masks (the others work), info_nce's `negatives`
-and targets `[M, P]`, siglip's int64 targets, second derivatives; with strategy="ring" also backend="reference",
-`debiased`, sup_con's form="in", and explicit targets together with a margin or a guide. docs/support.md has the table.
+Refused with a group, on all ranks: label_smoothing, return_stats, bool masks (the others work), info_nce's `negatives`,
+siglip's int64 targets, second derivatives; with strategy="ring" also backend="reference", `debiased`, info_nce's
+targets `[M, P]`, sup_con's form="in", and explicit targets together with a margin or a guide. docs/support.md has the
+table.
 """
 
 from .agreement import Part as Part

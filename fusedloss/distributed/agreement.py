@@ -356,6 +356,8 @@ def _form(problem: Problem) -> list[str]:
         lines.append("no bias on the target")
     if problem.decoupled:
         lines.append("decoupled")
+    if problem.targets is not None:
+        lines.append(f"several targets a row, {problem.targets.form}")
     if problem.debiased:
         lines.append(f"debiased {problem.debiased:g}")
     if problem.transform is not None:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from ..backends import select
 from ..core.mask import Guide
 from ..core.problem import Block, Problem, Ranks
-from ..core.rows import columns_and_weights, without_target
+from ..core.rows import columns_and_weights, several_targets, without_target
 from ..sweep import autograd
 from ..sweep.collectives import gather, scatter, total
 from . import ring
@@ -107,11 +107,25 @@ def _shared(part: Part, world: World, ignore_index: int | None) -> Problem:
         block = problem.blocks[0]
         keys = ranks[block.key]
         columns = sum(keys.sizes)
+        bias = None if block.bias is None else everywhere(block.bias.detach(), keys)
+        if problem.targets is not None:
+            return _of_several(problem, keys, ignore_index, bias)
         index, weight = columns_and_weights(problem.target, problem.weight, columns, ignore_index)
         index = (index - keys.offset) % max(columns, 1)  # in this rank's order
-        bias = None if block.bias is None else everywhere(block.bias.detach(), keys)
         problem = replace(problem, target=index, weight=without_target(weight, index, bias, block.mask.skip))
     return problem
+
+
+def _of_several(problem: Problem, keys: Ranks, ignore_index: int, bias: Tensor | None) -> Problem:
+    """Returns the problem with several targets a row among all ranks' columns, in this rank's order."""
+    assert problem.targets is not None
+    given, columns = problem.targets.columns, sum(keys.sizes)
+    inside = (given >= 0) & (given < columns)
+    index = torch.where(inside, (given - keys.offset) % max(columns, 1), columns)
+    index = torch.where(given == ignore_index, -1, index)
+    skip = problem.blocks[0].mask.skip
+    index, weight = several_targets(index, problem.weight, columns, -1, bias, skip)
+    return replace(problem, target=index[:, 0], weight=weight, targets=problem.targets._replace(columns=index))
 
 
 def _skipping(blocks: Sequence[Block], ranks: Sequence[Ranks]) -> list[Block]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.problem import Block
+from ..core.numerics import filled
+from ..core.problem import Block, Targets
+from ..core.rows import several_targets
 from ._options import Call
+from ._softmax import Rows
 
 
 def check_debiased(share: float, call: Call, **others: bool) -> None:
@@ -21,8 +22,13 @@ def check_debiased(share: float, call: Call, **others: bool) -> None:
     if not share:
         return
     alone("debiased", **others)
+    check_gathers(call, "debiased")
+
+
+def check_gathers(call: Call, name: str) -> None:
+    """Raises if the columns of all ranks would go around a ring."""
     if call.group is not None and call.strategy == "ring":
-        raise ValueError("strategy must be 'gather' with debiased, which counts the columns of all ranks, got 'ring'")
+        raise ValueError(f"strategy must be 'gather' with {name}, which needs whole rows, got 'ring'")
 
 
 def alone(name: str, **others: bool) -> None:
@@ -45,31 +51,29 @@ def counts(share: float, blocks: Sequence[Block], *, across: bool, symmetric: bo
     return True
 
 
-class Several(NamedTuple):
-    """Targets of rows that may have several."""
+class RowsOfSeveral(Rows):
+    """The fields of a Problem that describe its rows, which may have several targets."""
 
-    first: Tensor  # [M], as `counted` takes it: ignore_index where there is none
-    columns: Tensor  # [M, P], as a problem has it
+    targets: Targets
 
 
-def several(target: Tensor, columns: int, ignore_index: int, bias: Tensor | None, skip: Tensor | None) -> Several:
-    """Returns each row's targets in order. One that stands twice counts once; a bias of -inf or the mask removes some.
-
-    target: int64 [M, P]. skip: [M], the column that a row leaves out.
-    """
+def rows_of_several(
+    operands: Sequence[Tensor],
+    block: Block,
+    scale: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    *,
+    ignore_index: int,
+    elsewhere: bool,
+    form: str,
+) -> RowsOfSeveral:
+    """Returns what `counted` does, of a target [M, P]."""
+    query, columns = operands[block.query], operands[block.key].shape[0]
+    row_weight = filled(len(query), 1.0, scale.dtype, query.device) if weight is None else weight.detach()
+    row_weight = row_weight.to(scale.dtype)
     if not target.shape[1]:
         target = target.new_full((len(target), 1), ignore_index)
-    absent = target == ignore_index
-    outside = ~absent & ((target < 0) | (target >= columns))
-    inside = target.clamp(0, max(columns - 1, 0))
-    if bias is not None:
-        absent = absent | ((bias.detach()[inside] == -torch.inf) & ~outside)
-    if skip is not None:
-        absent = absent | (skip[:, None] == target)
-    ordered = inside.masked_fill(absent | outside, columns).sort(1).values
-    ordered[:, 1:] = ordered[:, 1:].masked_fill(ordered[:, 1:] == ordered[:, :-1], columns)
-    ordered = ordered.masked_fill(ordered == columns, -1)
-    first = ordered[:, 0].masked_fill(ordered[:, 0] < 0, ignore_index)
-    first = first.masked_fill(outside.any(1), columns)  # `counted` makes the row NaN
-    ordered[:, 0].clamp_(min=0)
-    return Several(first, ordered)
+    if not elsewhere:
+        target, row_weight = several_targets(target, row_weight, columns, ignore_index, block.bias, block.mask.skip)
+    return RowsOfSeveral(target=target[:, 0], weight=row_weight, every_row=False, targets=Targets(target, form))

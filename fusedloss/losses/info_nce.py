@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Unpack
 
 from torch import Tensor
 
 from .. import masks, transforms
 from ..core import checks
-from ..core.problem import NO_MARGIN, Block, Margin, Problem, Targets
+from ..core.problem import NO_MARGIN, Block, Margin, Problem
 from ..core.transforms import Transform
 from ..distributed import Request
 from ._options import Call, CountingAcrossOptions, expanded, ranks
 from ._private import refusal, with_private
-from ._softmax import Loss, as_scale, autocast, counted, distinct, result_of
-from ._targets import alone, check_debiased, counts, several
+from ._softmax import Loss, Rows, as_scale, autocast, counted, distinct, result_of
+from ._targets import alone, check_debiased, check_gathers, counts, rows_of_several
 from .contrast_lists import POSITIVES
 
 
@@ -265,19 +266,18 @@ def info_nce_problem(
         )
     facts = {"label_smoothing": label_smoothing != 0, "decoupled": decoupled, "margin": margin != 0}
     check_debiased(debiased, call, **facts)
-    chosen = None
+    of_rows: Callable[..., Rows] = counted
     if target is not None and target.dim() == 2:
+        of_rows = partial(rows_of_several, form=positives)
         alone(
             "target [M, P]",
             **facts,
             debiased=debiased != 0,
-            group=across,
             return_stats=call.return_stats,
             score_margin=bound[0].margin is not None,
             guide=bound[0].guide is not None,
         )
-        chosen = several(target, columns, ignore_index, None if key_bias is None else key_bias[:columns], bound[0].skip)
-        target = chosen.first
+        check_gathers(call, "target [M, P]")
     scale, scale_bound = as_scale(temperature, query, inverse=True)
     matrices, (x, y) = distinct(query, key)
     if bank is None:
@@ -292,7 +292,7 @@ def info_nce_problem(
         operands=operands,
         blocks=blocks,
         scale=scale,
-        **counted(operands, blocks[0], scale, target, weight, ignore_index=ignore_index, elsewhere=elsewhere),
+        **of_rows(operands, blocks[0], scale, target, weight, ignore_index=ignore_index, elsewhere=elsewhere),
         cosine=normalize,
         label_smoothing=label_smoothing,
         scale_bound=scale_bound,
@@ -304,7 +304,6 @@ def info_nce_problem(
         decoupled=decoupled,
         transform=phi,
         mirrored=query is key and target is None and masks.mirrored(mask),
-        targets=None if chosen is None else Targets(chosen.columns, positives),
         debiased=float(debiased),
     )
 

@@ -156,10 +156,12 @@ class Inputs:
         law = targets.law_of(problem, here, scores[:, 0], part(self.admitted, chunk))
         if "patch" in options:
             options["patch"] = options["patch"]._replace(target=columns)
-        found, slopes = targets.settle(sums, scores, weight, law, problem.transform, wanted=self.by_any, **options)
+        rows, entries, by_scale = targets.settle(
+            sums, scores, weight, law, problem.transform, wanted=self.by_any, **options
+        )
         if self.sims is not None:
-            self.by_scale.append(targets.scale_terms(slopes, rows_of(self.sims, chunk), here))
-        return found
+            self.by_scale.append(targets.scale_terms(entries, by_scale, rows_of(self.sims, chunk), here))
+        return rows
 
     def _transformed(self, weight: Tensor, settle: Callable[..., Settled], **options: Any) -> Settled:
         transform = self.problem.transform

@@ -390,6 +390,24 @@ def test_world_is_the_default_group(name, group_of_one):
     assert RIGHT[name]().item() == pytest.approx(alone[name]().item(), rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    "options", [{"debiased": 0.1}, {"target": torch.zeros(3, 2, dtype=torch.int64)}], ids=["debiased", "target [M, P]"]
+)
+def test_what_a_ring_does_not_have(options, group_of_one):
+    (name,) = options
+    name = {"target": r"target \[M, P\]"}.get(name, name)
+    with pytest.raises(ValueError, match=f"strategy must be 'gather' with {name}, which needs whole rows, got 'ring'"):
+        fusedloss.info_nce(*two(), **options, group="world", strategy="ring")
+
+
+def test_a_debiased_loss_across_ranks_counts_no_masked_negatives(group_of_one):
+    mask = masks.same_id(LABELS, LABELS)
+    with pytest.raises(
+        ValueError, match="debiased must be 0 where columns are dropped, by a mask or a bias, with group"
+    ):
+        fusedloss.info_nce(*two(), mask=mask, debiased=0.1, group="world")
+
+
 RULES = {
     "decoupled": {"decoupled": True},
     "copies": {"copies": 2},

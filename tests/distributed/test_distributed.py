@@ -153,6 +153,18 @@ CASES = {
     "info_nce, debiased": lambda b, **k: fusedloss.info_nce(
         b.x, b.y, b.target, temperature=b.temperature, normalize=True, debiased=0.1, **k
     ),
+    "info_nce, several targets": lambda b, **k: fusedloss.info_nce(
+        b.x,
+        b.y,
+        torch.stack([b.target, b.target // 2, (b.target // 3).masked_fill(b.ids == 0, -100)], 1),
+        temperature=b.temperature,
+        key_bias=b.bias.masked_fill(b.ids == 1, -torch.inf),
+        mask=masks.not_self() & masks.same_id(b.ids, b.ids),
+        **k,
+    ),
+    "info_nce, several targets, joint": lambda b, **k: fusedloss.info_nce(
+        b.x, b.y, torch.stack([b.target, b.target // 2], 1), positives="joint", normalize=True, ignore_index=0, **k
+    ),
     "clip, debiased": lambda b, **k: fusedloss.clip(b.x, b.y, 1 / b.temperature, normalize=True, debiased=0.1, **k),
     "nt_xent, debiased": lambda b, **k: fusedloss.nt_xent(b.x, b.y, temperature=b.temperature, debiased=0.1, **k),
     "info_nce, one tensor": lambda b, **k: fusedloss.info_nce(b.x, b.x, temperature=b.temperature, **k),
@@ -227,6 +239,7 @@ OPTIONS = [
 WHOLE_ROWS = (  # which a ring does not have
     *("sup_con, in", "distill, both directions", "distill, negatives, sum"),
     *("info_nce, debiased", "clip, debiased", "nt_xent, debiased"),
+    *("info_nce, several targets", "info_nce, several targets, joint"),
 )
 
 

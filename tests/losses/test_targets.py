@@ -90,6 +90,13 @@ def test_it_is_its_formula(form, backend, learnt):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", ["chunked", "dense"])
+def test_a_temperature_that_learns_in_fp32(form, backend):
+    given, leaves = inputs(torch.float32), inputs()
+    close(info_nce(*given, form, backend=backend), mean(*leaves, form), given, leaves, 3e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bias_on_target", [True, False])
 def test_masks_biases_banks_and_weights(form, backend, bias_on_target):
