@@ -239,3 +239,55 @@ def test_what_the_other_losses_refuse():
         fusedloss.clip(x, x, 1.0, mask=masks.same_id(torch.arange(3), torch.arange(3)), debiased=0.1)
     with pytest.raises(ValueError, match="doc_to_query under partition_mode='joint'"):
         fusedloss.multiple_negatives_ranking(x, x, directions=("query_to_doc", "doc_to_query"), debiased=0.1)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("backend", ["chunked", "dense"])
+def test_drawn_options(seed, backend):
+    draw = torch.Generator().manual_seed(seed)
+
+    def whole(low, high):
+        return int(torch.randint(low, high + 1, (1,), generator=draw))
+
+    def numbers(*shape):
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    M, N, K, tau = whole(1, 9), whole(1, 30), whole(0, 9), [0.0, 0.05, 0.3, 0.9][seed % 4]
+    normalize, masked, biased = (whole(0, 1) > 0 for _ in range(3))
+    target = torch.randint(N, (M,), generator=draw)
+    target[torch.rand(M, generator=draw) < 0.2] = -100
+    x, y, bank = numbers(M, 5), numbers(N, 5), numbers(K, 5)
+    s = torch.tensor(float(whole(1, 12)) if normalize else 0.7, dtype=torch.float64)
+    bias = numbers(N + K) if biased else torch.zeros(N + K, dtype=torch.float64)
+    bias[torch.rand(N + K, generator=draw) < 0.2 * biased] = -math.inf
+    ids = torch.randint(4, (M,), generator=draw), torch.randint(4, (N + K,), generator=draw)
+    weight = torch.rand(M, generator=draw, dtype=torch.float64)
+    given, leaves = ([t.clone().requires_grad_() for t in (x, y, s, bias)] for _ in range(2))
+
+    x, y, s, bias = leaves
+    unit = (lambda t: F.normalize(t, dim=1)) if normalize else (lambda t: t)
+    z = unit(x) @ unit(torch.cat([y, bank])).T * s + bias
+    counts = (target >= 0) & (bias[target.clamp(min=0)] > -math.inf)
+    z = z.masked_fill(~counts[:, None], 0)
+    admitted = (bias > -math.inf).expand_as(z)
+    admitted = admitted & (ids[0][:, None] != ids[1]) if masked else admitted
+    losses = chuang(z, target, tau, s, admitted)[0] if tau else plain(z, target, admitted)
+    total = weight[counts].sum()
+    wanted = (weight * losses.masked_fill(~counts, 0)).sum() / (total if total else 1)
+
+    x, y, s, bias = given
+    found = fusedloss.info_nce(
+        x, y, target, temperature=1 / s, normalize=normalize, debiased=tau, bank=bank, weight=weight,
+        key_bias=bias if biased else None, mask=masks.same_id(*ids) if masked else None, backend=backend,
+    )  # fmt: skip
+    assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    of = 3 + biased
+    for mine, their in zip(
+        torch.autograd.grad(found, given[:of]), torch.autograd.grad(wanted, leaves[:of]), strict=True
+    ):
+        assert_close(mine, their, rtol=1e-8, atol=1e-11)
+
+
+def plain(z, target, admitted):
+    at = torch.zeros_like(z, dtype=torch.bool).scatter(1, target.clamp(min=0)[:, None], True)
+    return z.masked_fill(~at & ~admitted, -math.inf).logsumexp(1) - z[at]

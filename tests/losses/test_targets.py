@@ -306,3 +306,55 @@ def test_what_teacher_scores_need():
         fusedloss.info_nce(x, x, negatives=torch.ones(3, 2, 4), teacher_scores=torch.zeros(3, 2))
     with pytest.raises(TypeError, match=r"teacher_scores must be a floating tensor \[3, 3\], got torch.int64"):
         fusedloss.info_nce(x, x, negatives=torch.ones(3, 2, 4), teacher_scores=torch.zeros(3, 3, dtype=torch.int64))
+
+
+# Drawn options ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("backend", ["chunked", "dense"])
+def test_drawn_options(seed, backend):
+    draw = torch.Generator().manual_seed(seed)
+
+    def whole(low, high):
+        return int(torch.randint(low, high + 1, (1,), generator=draw))
+
+    def chance():
+        return bool(torch.rand(1, generator=draw) < 0.5)
+
+    M, N, P, K, form = whole(1, 9), whole(1, 12), whole(1, 5), whole(0, 4), FORMS[whole(0, 1)]
+    normalize, ignore = chance(), whole(-1, 1)
+    target = torch.randint(N, (M, P), generator=draw)
+    target[torch.rand(M, P, generator=draw) < 0.3] = ignore
+    numbers = (torch.randn(n, 5, generator=draw, dtype=torch.float64) for n in (M, N, K))
+    x, y, bank = (t * whole(1, 3) for t in numbers)
+    s = torch.tensor(float(whole(1, 12)) if normalize else 0.7, dtype=torch.float64)
+    bias = torch.randn(N + K, generator=draw, dtype=torch.float64)
+    bias[torch.rand(N + K, generator=draw) < 0.2] = -math.inf
+    bias = bias if chance() else torch.zeros(N + K, dtype=torch.float64)
+    ids = torch.randint(4, (M,), generator=draw), torch.randint(4, (N + K,), generator=draw)
+    dense = torch.rand(M, N + K, generator=draw) < 0.7
+    weight = torch.rand(M, generator=draw, dtype=torch.float64).masked_fill(torch.rand(M, generator=draw) < 0.2, 0)
+    given, leaves = ([t.clone().requires_grad_() for t in (x, y, s, bias)] for _ in range(2))
+    unit = (lambda t: F.normalize(t, dim=1)) if normalize else (lambda t: t)
+
+    x, y, s, bias = leaves
+    z = unit(x) @ unit(torch.cat([y, bank])).T * s + bias
+    kept = target.masked_fill(target == ignore, -100)
+    kept = kept.masked_fill((kept >= 0) & (bias[kept.clamp(min=0)] == -math.inf), -100)
+    counts = (kept >= 0).any(1)
+    admitted = dense & (ids[0][:, None] != ids[1]) & (bias > -math.inf)
+    losses = formula(z, kept, form, admitted)
+    losses = (losses * (1 - torch.exp(-losses))).masked_fill(~counts, 0)
+    total = weight[counts].sum()
+    wanted = (weight * losses).sum() / (total if total else 1)
+
+    x, y, s, bias = given
+    found = fusedloss.info_nce(
+        x, y, target, temperature=1 / s, normalize=normalize, positives=form, bank=bank, key_bias=bias,
+        mask=masks.same_id(*ids) & dense, weight=weight, ignore_index=ignore, transform=transforms.focal(1.0),
+        backend=backend, workspace_bytes=[None, 4096][whole(0, 1)],
+    )  # fmt: skip
+    assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    for mine, their in zip(torch.autograd.grad(found, given), torch.autograd.grad(wanted, leaves), strict=True):
+        assert_close(mine, their, rtol=1e-8, atol=1e-11)
