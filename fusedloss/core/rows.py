@@ -22,6 +22,8 @@ from .strips import Patch, Prepared, RowSums, Settled
 
 # maths.md: Margin; Softcap; Online log-sum-exp; Settle; Masks and thresholds; Symmetric; Contraction
 ROWS = 1024  # converted at a time, so that their fp32 copies stay in a CPU's caches
+# Of dot products in fp64 on a CPU: 14 ms for 8192 of dimension 384, and 27 ms as vecdot of 1024 rows.
+FEW_ROWS = 256
 
 
 def columns_and_weights(target: Tensor, weight: Tensor, columns: int, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -127,10 +129,10 @@ def further_targets(
     """Returns the logits of targets besides the first, and their similarities, `[M, P]`; those of column -1 are any."""
     wide, columns = wide_dtype(x.device, scale.dtype), columns.clamp(min=0)
     sim = torch.empty(columns.shape, dtype=wide, device=x.device)
-    for chunk in row_chunks(x):
+    for chunk in row_chunks(x, FEW_ROWS if x.is_cpu else ROWS):
         own = x[chunk].to(wide)
         for number, column in enumerate(columns[chunk].unbind(1)):
-            sim[chunk, number] = torch.linalg.vecdot(own, y[column].to(wide))
+            sim[chunk, number] = y[column].to(wide).mul_(own).sum(1)
     if row_factor is not None and col_factor is not None:
         sim = sim * row_factor[:, None] * col_factor[columns]
     score = sim * scale
@@ -383,11 +385,11 @@ def finish(
             out[chunk] = dx
 
 
-def row_chunks(x: Tensor) -> Iterator[slice]:
+def row_chunks(x: Tensor, rows: int = ROWS) -> Iterator[slice]:
     if torch.compiler.is_compiling():  # the compiler fuses the steps; a loop would tie its graph to one number of rows
         yield slice(None)
         return
-    yield from slices(x.shape[0], ROWS)
+    yield from slices(x.shape[0], rows)
 
 
 def largest_finite(x: Tensor) -> Tensor:
