@@ -179,6 +179,12 @@ CASES = {
         {"temperature": 0.5},
         ("key_bias",),
     ),
+    "info_nce, a teacher": Case(
+        F.info_nce,
+        {**QUERIES, "negatives": torch.cos(torch.arange(float(M * 2 * D))).reshape(M, 2, D)},
+        {"teacher_scores": (torch.sin(torch.arange(float(3 * M))).reshape(M, 3), FLOATS), "negatives_mask": may(M, 2)},
+        {"temperature": 0.5},
+    ),
     "info_nce, masks": Case(
         F.info_nce,
         {**QUERIES, "guide_query": normal(M, 4), "guide_key": normal(N, 4)},
