@@ -39,7 +39,6 @@ from fusedloss.core.strips import Softmax, Strip
 N = 65536
 DIMS = (768, 1024, 4096, 384)  # in order of worth, should the time run out
 MODES = ("exp", "stats", "grad", "stats, columns", "grad, columns", "grad, columns, q", "grad, q", "exp, columns")
-NARROW = ("grad, columns, q",)  # of these: csrc/similarity.h
 USUAL_CONFIG, USUAL_PLAN = launching.picked, cuda_launching.plan_of
 MEASURED = Path(__file__).parents[1] / "fusedloss" / "backends" / "triton" / "measured.json"
 
@@ -59,10 +58,10 @@ class Plan(NamedTuple):
         return plan
 
 
-def plans(capability: tuple[int, int], mode: str) -> list[Plan]:
+def plans(capability: tuple[int, int]) -> list[Plan]:
     if capability != (9, 0):
         return [Plan(80)]
-    return [Plan(80), Plan(90)] + ([] if mode in NARROW else [Plan(90, 2)])
+    return [Plan(80), Plan(90), Plan(90, 2)]
 
 
 def candidates(capability: tuple[int, int]) -> Iterator[Config]:
@@ -192,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
             break
         rows = sweep.chunks.chunk_rows(N, N, D, 2, device)
         case = Case(backend, mode, rows, D, device)
-        configs = plans(capability, mode) if of_cuda else list(candidates(capability))
+        configs = plans(capability) if of_cuda else list(candidates(capability))
         seconds = times(case, configs, arguments.rounds)
         bare = seconds.pop(None)
         ranked = sorted(seconds, key=seconds.__getitem__)

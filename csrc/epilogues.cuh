@@ -29,14 +29,30 @@ struct OutOf<Store, T> {
   using type = float;
 };
 
+// What a fold on sm_90 fetches before the products, by `lay` into the scratch behind them.
+template <class Epilogue, class S>
+struct Ahead : Factors<S> {
+  FUSEDLOSS_INLINE Ahead(const Strip& strip, const typename Epilogue::Args&, const Place<S>& place)
+      : Factors<S>(strip, place) {}
+};
+template <bool GENERAL, bool COLUMNS, bool Q, class S>
+struct Ahead<Grad<GENERAL, COLUMNS, Q>, S> : Grad<GENERAL, COLUMNS, Q>::template Ahead<S> {
+  using Grad<GENERAL, COLUMNS, Q>::template Ahead<S>::Ahead;
+};
+
 // The whole of what happens to a tile. `thread` counts within the shape's warps, `pid_m` in tiles of S::BLOCK_M rows.
+template <class Epilogue, class T, class S>
+FUSEDLOSS_INLINE void fold(float (&acc)[S::MT][S::NT][4], const Strip& strip, const typename Epilogue::Args& args,
+                           const Place<S>& place, void* scratch) {
+  place.sync();  // scratch may still be read: by the products as their shared memory, or for the tile before
+  Epilogue::template run<typename OutOf<Epilogue, T>::type>(acc, strip, args, place,
+                                                            *static_cast<typename S::Scratch*>(scratch));
+}
 template <class Epilogue, class T, class S>
 FUSEDLOSS_INLINE void fold(float (&acc)[S::MT][S::NT][4], const Strip& strip, const typename Epilogue::Args& args,
                            int pid_m, int pid_n, int thread, void* scratch) {
   const Place<S> place(strip, pid_m, pid_n, thread);
-  place.sync();  // scratch may still be read: by the products as their shared memory, or for the tile before
-  Epilogue::template run<typename OutOf<Epilogue, T>::type>(acc, strip, args, place,
-                                                            *static_cast<typename S::Scratch*>(scratch));
+  fold<Epilogue, T, S>(acc, strip, args, place, scratch);
 }
 
 }  // namespace fusedloss

@@ -159,6 +159,13 @@ FUSEDLOSS_INLINE void ldmatrix_trans(uint32_t (&r)[4], uint32_t row) {
                : "memory");
 }
 
+// From sm_90 on: the way back, with the registers and addresses of ldmatrix. Other lanes read it behind sync_warp.
+FUSEDLOSS_INLINE void stmatrix(uint32_t row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // c += a b. m16n8k16 of 16-bit numbers, m16n8k8 of tf32.
 #define FUSEDLOSS_MMA(TYPE, INSTRUCTION)                                                                       \
   FUSEDLOSS_INLINE void mma(TYPE, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {             \

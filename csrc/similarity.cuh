@@ -49,6 +49,7 @@ cudaError_t Similarities<T>::stats(const Strip& strip, const StatsArgs& args, co
 
 template <class T>
 cudaError_t Similarities<T>::exp(const Strip& strip, const ExpArgs& args, const Plan& plan, cudaStream_t stream) {
+  if (!strip.out) return cudaErrorInvalidValue;
   if constexpr (kHasRange<T>) {
     if (general(strip, args.tally.score)) return run<T, Exp<true, true>>(strip, args, plan, stream);
     if (args.col_sum) return run<T, Exp<false, true>>(strip, args, plan, stream);
@@ -59,6 +60,7 @@ cudaError_t Similarities<T>::exp(const Strip& strip, const ExpArgs& args, const 
 
 template <class T>
 cudaError_t Similarities<T>::grad(const Strip& strip, const GradArgs& args, const Plan& plan, cudaStream_t stream) {
+  if (!strip.out) return cudaErrorInvalidValue;
   if (general(strip, args.smooth)) return run<T, Grad<true, true, true>>(strip, args, plan, stream);
   if (args.col_shift && args.q) return run<T, Grad<false, true, true>>(strip, args, plan, stream);
   if (args.col_shift) return run<T, Grad<false, true, false>>(strip, args, plan, stream);
@@ -80,6 +82,7 @@ cudaError_t Similarities<T>::guide(const Strip& strip, const BitsArgs& args, con
 }
 template <class T>
 cudaError_t Similarities<T>::store(const Strip& strip, const StoreArgs& args, const Plan& plan, cudaStream_t stream) {
+  if (!strip.out) return cudaErrorInvalidValue;
   return run<T, Store>(strip, args, plan, stream);
 }
 

@@ -27,14 +27,13 @@ using Pointers = const int64_t* [N];
 struct Plan {
   int capability;  // 80 or 90: the kernel's, at most the device's
   int BLOCK_M, BLOCK_N;
-  int cluster;  // 90: blocks along M that share what they load of y; 2 for bf16 and epilogues that are not narrow
+  int cluster;  // 90: blocks along M that share what they load of y, 1 or 2 (not of narrow epilogues); 0: by M
   int blocks;   // 90: at most so many, which leaves multiprocessors to others; 0: one on each
 };
 
 // A pure function of what is asked: the device's capability (86, 90, ...; 0 on the host); whether products are the
 // tensor cores'; whether both operands are row-major with rows that start at multiples of 16 bytes; and whether the
-// epilogue is a narrow one: of fp32, general (masks, a softcap, a tally, smoothing), by columns and with q, top or a
-// fold.
+// epilogue is a narrow one: of fp32, general (masks, a softcap, a tally, smoothing), top or a fold.
 Plan plan(int capability, bool tensor_cores, bool aligned, bool narrow);
 
 // Launches, asynchronous on `stream`, which must belong to the current device. Whatever they return but cudaSuccess,

@@ -172,17 +172,22 @@ __device__ __forceinline__ void consumer(const Strip& strip, const typename Epil
   static_assert(sizeof(typename Tile::Scratch) <= Config::kScratchBytes);
   const int thread = ptx::thread() % Config::kWarpgroup;
   const uint32_t stages = ptx::shared_address(shared);
+  auto& scratch = *reinterpret_cast<typename Tile::Scratch*>(shared + Config::kScratch + index * Config::kScratchBytes);
   auto ring = Ring<Config::kStages>::consumer();
   Tiles<Config>(strip).each(rank, [&](int tile_m, int tile_n) {
     float acc[1][kTiles][4];
+    const int pid_m = 2 * tile_m + index;
+    fusedloss::Place<Tile> place(strip, pid_m, tile_n, thread);
+    place.read_rows(strip);
+    const Ahead<Epilogue, Tile> ahead(strip, args, place);
+    place.sync();  // behind the fold before, which reads what `ahead` overwrites
     ConsumerOps<Config, T> ops{acc[0], descriptor(stages + index * Config::kRows * kRowBytes),
                                descriptor(stages + Config::kXBytes), barriers, thread % 32};
     consume<Config::kLead>(ring, steps, index == 0, ops);
-    const int pid_m = 2 * tile_m + index;
     // A table by column has cdiv(M, 64) lines.
     if (pid_m <= (strip.M - 1) / Config::kRows) {
-      fold<Epilogue, T, Tile>(acc, strip, args, pid_m, tile_n, thread,
-                              shared + Config::kScratch + index * Config::kScratchBytes);
+      ahead.lay(place, scratch);
+      fold<Epilogue, T, Tile>(acc, strip, args, place, &scratch);
     }
   });
 }

@@ -16,6 +16,7 @@ struct Fold {
 
   template <class S>
   struct Visit : Visitor<S> {
+    static constexpr bool STMATRIX = S::WARPGROUP && KIND != FoldKind::sigmoid;  // or else 16 bytes spill
     const Args& args;
     const Place<S>& place;
     float scale, bias;
@@ -66,7 +67,7 @@ struct Fold {
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
                                    const Place<S>& place, typename S::Scratch& scratch) {
     Visit<S> visit(args, strip, place);
-    for_each_logit<false, Out, KIND == FoldKind::sigmoid>(acc, strip, place, visit);
+    for_each_logit<false, Out, KIND == FoldKind::sigmoid>(acc, strip, place, scratch, visit);
     rows_to_table<Sum>(visit.loss, args.loss, place, scratch);
     rows_to_table<Sum>(visit.count, KIND == FoldKind::sigmoid ? args.bias_grad : args.count, place, scratch);
     if constexpr (KIND == FoldKind::sigmoid) rows_to_table<Sum>(visit.scale_grad, args.scale_grad, place, scratch);

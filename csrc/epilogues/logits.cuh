@@ -17,9 +17,40 @@ struct Element {
   bool target;
 };
 
+// What a fold reads of vectors is fetched before the products of a warpgroup on sm_90, which hide the way to L2, and
+// laid into the scratch behind them: a number of a column once for all warps. This is what every fold reads.
+template <class S>
+struct Factors {
+  static constexpr int EACH = S::BLOCK_N / S::THREADS;  // columns of a thread
+  float factor[EACH];
+
+  FUSEDLOSS_INLINE Factors(const Strip& strip, const Place<S>& place) {
+#pragma unroll
+    for (int e = 0; e < EACH; ++e) factor[e] = place.of_local_col(strip.col_factor, column(place, e), 1.0f);
+  }
+  FUSEDLOSS_INLINE static int column(const Place<S>& place, int e) { return place.thread + e * S::THREADS; }
+  FUSEDLOSS_INLINE void lay(const Place<S>& place, typename S::Scratch& scratch) const {
+#pragma unroll
+    for (int e = 0; e < EACH; ++e) scratch.factor[column(place, e)] = factor[e];
+  }
+};
+
+// Numbers of the columns j and j + 1, out of those of the tile.
+struct alignas(8) Pair {
+  float x[2];
+};
+template <class S>
+FUSEDLOSS_INLINE Pair pair_at(const float* columns, int j, const Place<S>& place) {
+  return *reinterpret_cast<const Pair*>(columns + place.local_col(j));
+}
+
 // What every visitor may leave out.
 template <class S>
 struct Visitor {
+  // Always, so that there is no question for each group of columns. Where ptxas would then mix groups, and spill, the
+  // question stays.
+  static constexpr bool STORES = false;
+  static constexpr bool STMATRIX = S::WARPGROUP;  // rows for the store through the scratch
   template <bool INNER>
   FUSEDLOSS_INLINE void columns(int) {}
   template <bool INNER>
@@ -33,7 +64,8 @@ struct Visitor {
 // bias.
 template <bool GENERAL, bool INNER, class Out, class S, class Visit>
 FUSEDLOSS_INLINE void walk(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Place<S>& place,
-                           const float (&row_factor)[S::ROWS], const int (&target)[S::ROWS], Visit& visit) {
+                           const float (&row_factor)[S::ROWS], const int (&target)[S::ROWS],
+                           typename S::Scratch& scratch, Visit& visit) {
   const float scale = ptx::load(strip.scale);
   [[maybe_unused]] const float* const col_factors = INNER ? place.from_col(strip.col_factor) : nullptr;
   Bits<S> admit;
@@ -49,9 +81,14 @@ FUSEDLOSS_INLINE void walk(float (&acc)[S::MT][S::NT][4], const Strip& strip, co
 #pragma unroll
   for (int j = 0; j < S::COLUMNS; j += 2) {
     float col_factor[2], bias[2];
+    [[maybe_unused]] Pair factors;
+    if constexpr (S::WARPGROUP) factors = pair_at(scratch.factor, j, place);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      if constexpr (INNER) {
+      if constexpr (S::WARPGROUP) {
+        col_factor[e] = factors.x[e];
+        bias[e] = INNER ? 0 : place.of_col(strip.bias, j + e, place.col(j + e) < place.N ? 0.0f : -kInf);
+      } else if constexpr (INNER) {
         col_factor[e] = col_factors ? ptx::load(col_factors + place.offset(j + e)) : 1.0f;
         bias[e] = 0;
       } else {
@@ -97,9 +134,13 @@ FUSEDLOSS_INLINE void walk(float (&acc)[S::MT][S::NT][4], const Strip& strip, co
     if (j % (2 * kGroup) == 2 * (kGroup - 1)) {
       visit.template group<INNER>(j / (2 * kGroup));
       if constexpr (!std::is_void_v<Out>) {
-        if (strip.out) store_group<INNER, Out>(acc, j / (2 * kGroup), strip, place);
+        if ((S::WARPGROUP && Visit::STORES) || strip.out) {
+          store_group<INNER, Visit::STMATRIX, Out>(acc, j / (2 * kGroup), strip, place, scratch);
+        }
       }
-      ptx::sync_warp();  // or else ptxas loads the columns of all groups ahead, and spills up to 100 bytes on sm_90
+      // Or else ptxas loads the columns of all groups ahead, and spills up to 100 bytes on sm_90; there a group's rows
+      // are also read before the next group's overwrite them.
+      ptx::sync_warp();
     }
   }
 }
@@ -108,21 +149,26 @@ FUSEDLOSS_INLINE void walk(float (&acc)[S::MT][S::NT][4], const Strip& strip, co
 // epilogue that is long anyway (SPLIT = false) would fill the instruction cache.
 template <bool GENERAL, class Out, bool SPLIT = !GENERAL, class S, class Visit>
 FUSEDLOSS_INLINE void for_each_logit(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Place<S>& place,
-                                     Visit& visit) {
+                                     typename S::Scratch& scratch, Visit& visit) {
   float row_factor[S::ROWS];
   int target[S::ROWS];
   bool inner = !strip.bias && (place.pid_n + 1) * S::BLOCK_N <= place.N;
   if constexpr (!std::is_void_v<Out>) inner &= aligned_out<Out>(strip);
 #pragma unroll
   for (int i = 0; i < S::ROWS; ++i) {
-    row_factor[i] = place.of_row(strip.row_factor, i, 1.0f);
-    target[i] = place.hit(strip.target, i);
+    if constexpr (S::WARPGROUP) {
+      row_factor[i] = place.row_factor[i];
+      target[i] = place.target[i];
+    } else {
+      row_factor[i] = place.of_row(strip.row_factor, i, 1.0f);
+      target[i] = place.hit(strip.target, i);
+    }
     inner &= place.has_row(i) && target[i] < 0;
   }
   if constexpr (SPLIT) {
-    if (ptx::all(inner)) return walk<false, true, Out>(acc, strip, place, row_factor, target, visit);
+    if (ptx::all(inner)) return walk<false, true, Out>(acc, strip, place, row_factor, target, scratch, visit);
   }
-  walk<GENERAL, false, Out>(acc, strip, place, row_factor, target, visit);
+  walk<GENERAL, false, Out>(acc, strip, place, row_factor, target, scratch, visit);
 }
 
 }  // namespace fusedloss

@@ -33,7 +33,7 @@ struct Top {
     Visit<S> visit;
 #pragma unroll
     for (int i = 0; i < S::ROWS; ++i) visit.top[i] = -kInf, visit.column[i] = 0;
-    for_each_logit<true, void>(acc, strip, place, visit);
+    for_each_logit<true, void>(acc, strip, place, scratch, visit);
     const int64_t line = int64_t(place.pid_n) * place.M;
 #pragma unroll
     for (int i = 0; i < S::ROWS; ++i) {
@@ -90,9 +90,9 @@ struct Pick {
 
   template <class Out, class S>
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
-                                   const Place<S>& place, typename S::Scratch&) {
+                                   const Place<S>& place, typename S::Scratch& scratch) {
     Visit<S> visit(args, place);
-    for_each_logit<false, void, false>(acc, strip, place, visit);
+    for_each_logit<false, void, false>(acc, strip, place, scratch, visit);
   }
 };
 
@@ -134,9 +134,9 @@ struct Guide {
 
   template <class Out, class S>
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
-                                   const Place<S>& place, typename S::Scratch&) {
+                                   const Place<S>& place, typename S::Scratch& scratch) {
     Visit<S> visit(args, place);
-    for_each_logit<false, void>(acc, strip, place, visit);
+    for_each_logit<false, void>(acc, strip, place, scratch, visit);
   }
 };
 
@@ -153,9 +153,9 @@ struct Store {
 
   template <class Out, class S>
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args&,
-                                   const Place<S>& place, typename S::Scratch&) {
+                                   const Place<S>& place, typename S::Scratch& scratch) {
     Visit<S> visit;
-    for_each_logit<false, Out, false>(acc, strip, place, visit);
+    for_each_logit<false, Out, false>(acc, strip, place, scratch, visit);
   }
 };
 

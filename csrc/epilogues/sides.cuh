@@ -66,7 +66,7 @@ struct SidesStats {
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
                                    const Place<S>& place, typename S::Scratch& scratch) {
     Visit<S> visit(args, strip, place);
-    for_each_logit<false, void, false>(acc, strip, place, visit);
+    for_each_logit<false, void, false>(acc, strip, place, scratch, visit);
     float max[2][S::ROWS], sum[2][S::ROWS];  // negatives, positives
     int target[S::ROWS] = {};
     const auto positive = [&](int i, int j) {
@@ -149,7 +149,7 @@ struct SidesGrad {
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
                                    const Place<S>& place, typename S::Scratch& scratch) {
     Visit<S> visit(args, strip, place);
-    for_each_logit<false, Out, false>(acc, strip, place, visit);
+    for_each_logit<false, Out, false>(acc, strip, place, scratch, visit);
     rows_to_table<Sum>(visit.q, args.q, place, scratch);
   }
 };

@@ -63,7 +63,7 @@ struct Stats {
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
                                    const Place<S>& place, typename S::Scratch& scratch) {
     Visit<S> visit(args, place);
-    for_each_logit<GENERAL, void>(acc, strip, place, visit);
+    for_each_logit<GENERAL, void>(acc, strip, place, scratch, visit);
     if constexpr (GENERAL) visit.tally.store(args.tally, place, scratch);
     rows(acc, visit.max, args, place, scratch);
     if constexpr (COLUMNS) {
@@ -120,6 +120,7 @@ struct Exp {
 
   template <class S>
   struct Visit : Visitor<S> {
+    static constexpr bool STORES = !COLUMNS;
     const Args& args;
     const Place<S>& place;
     typename S::Scratch& scratch;
@@ -150,7 +151,7 @@ struct Exp {
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
                                    const Place<S>& place, typename S::Scratch& scratch) {
     Visit<S> visit(args, place, scratch);
-    for_each_logit<GENERAL, Out>(acc, strip, place, visit);
+    for_each_logit<GENERAL, Out>(acc, strip, place, scratch, visit);
     if constexpr (GENERAL) visit.tally.store(args.tally, place, scratch);
     rows_to_table<Sum>(visit.row_sum, args.row_sum, place, scratch);
     if constexpr (COLUMNS) {
@@ -162,26 +163,81 @@ struct Exp {
 template <bool GENERAL, bool COLUMNS, bool Q>
 struct Grad {
   using Args = GradArgs;
-  static constexpr bool NARROW = GENERAL || (COLUMNS && Q);
+  static constexpr bool NARROW = GENERAL;
+
+  // Of row `thread` of the tile and of the thread's columns. A weight of 0 gets shift +inf, because 0 * exp(z - shift)
+  // may be NaN.
+  template <class S>
+  struct Ahead : Factors<S> {
+    using Factors<S>::EACH, Factors<S>::column;
+    float weight, shift, entry, target_sim;
+    float col_weight[EACH], col_shift[EACH], col_target_sim[EACH];
+
+    FUSEDLOSS_INLINE Ahead(const Strip& strip, const Args& args, const Place<S>& place) : Factors<S>(strip, place) {
+      const float gain = args.gain ? ptx::load(args.gain) : 1.0f;
+      if (place.thread < S::BLOCK_M) {
+        weight = gain * place.of_local_row(args.row_weight, place.thread, 0.0f);
+        shift = weight == 0 ? kInf : place.of_local_row(args.row_shift, place.thread, kInf);
+        entry = gain * place.of_local_row(args.entry, place.thread, 0.0f);
+        if constexpr (Q) target_sim = place.of_local_row(args.row_target_sim, place.thread, 0.0f);
+      }
+#pragma unroll
+      for (int e = 0; COLUMNS && e < EACH; ++e) {
+        col_weight[e] = gain * place.of_local_col(args.col_weight, column(place, e), 0.0f);
+        col_shift[e] = col_weight[e] == 0 ? kInf : place.of_local_col(args.col_shift, column(place, e), kInf);
+        if constexpr (Q) col_target_sim[e] = place.of_local_col(args.col_target_sim, column(place, e), 0.0f);
+      }
+    }
+    FUSEDLOSS_INLINE void lay(const Place<S>& place, typename S::Scratch& scratch) const {
+      Factors<S>::lay(place, scratch);
+      if (place.thread < S::BLOCK_M) {
+        rows(scratch, 0)[place.thread] = weight;
+        rows(scratch, 1)[place.thread] = shift;
+        rows(scratch, 2)[place.thread] = entry;
+        if constexpr (Q) rows(scratch, 3)[place.thread] = target_sim;
+      }
+#pragma unroll
+      for (int e = 0; COLUMNS && e < EACH; ++e) {
+        scratch.col[0][0][column(place, e)] = col_weight[e];
+        scratch.col[0][1][column(place, e)] = col_shift[e];
+        if constexpr (Q) scratch.col[0][2][column(place, e)] = col_target_sim[e];
+      }
+    }
+    // This fold sums no columns.
+    FUSEDLOSS_INLINE static float* rows(typename S::Scratch& scratch, int vector) {
+      static_assert(sizeof(scratch.col[1]) >= 4 * S::BLOCK_M * sizeof(float));
+      return &scratch.col[1][0][0] + vector * S::BLOCK_M;
+    }
+  };
 
   template <class S>
   struct Visit : Visitor<S> {
+    static constexpr bool STORES = !Q;
     const Args& args;
     const Place<S>& place;
+    typename S::Scratch& scratch;
     float gain;
     float shift[S::ROWS], weight[S::ROWS], entry[S::ROWS], target_sim[S::ROWS], q[S::ROWS], smooth[S::ROWS];
     float col_shift[2], col_weight[2], col_target_sim[2];
 
-    FUSEDLOSS_INLINE Visit(const Args& args, const Place<S>& place) : args(args), place(place) {
+    FUSEDLOSS_INLINE Visit(const Args& args, const Place<S>& place, typename S::Scratch& scratch)
+        : args(args), place(place), scratch(scratch) {
       gain = args.gain ? ptx::load(args.gain) : 1.0f;
 #pragma unroll
       for (int i = 0; i < S::ROWS; ++i) {
-        weight[i] = gain * place.of_row(args.row_weight, i, 0.0f);
-        // A weight of 0 gets shift +inf, because 0 * exp(z - shift) may be NaN.
-        shift[i] = weight[i] == 0 ? kInf : place.of_row(args.row_shift, i, kInf);
-        entry[i] = gain * place.of_row(args.entry, i, 0.0f);
+        if constexpr (S::WARPGROUP) {
+          const int row = place.local_row(i);
+          weight[i] = Ahead<S>::rows(scratch, 0)[row];
+          shift[i] = Ahead<S>::rows(scratch, 1)[row];
+          entry[i] = Ahead<S>::rows(scratch, 2)[row];
+          if constexpr (Q) target_sim[i] = Ahead<S>::rows(scratch, 3)[row];
+        } else {
+          weight[i] = gain * place.of_row(args.row_weight, i, 0.0f);
+          shift[i] = weight[i] == 0 ? kInf : place.of_row(args.row_shift, i, kInf);
+          entry[i] = gain * place.of_row(args.entry, i, 0.0f);
+          if constexpr (Q) target_sim[i] = place.of_row(args.row_target_sim, i, 0.0f);
+        }
         q[i] = 0;
-        if constexpr (Q) target_sim[i] = place.of_row(args.row_target_sim, i, 0.0f);
         if constexpr (GENERAL) smooth[i] = gain * place.of_row(args.smooth, i, 0.0f);
       }
     }
@@ -189,6 +245,17 @@ struct Grad {
     template <bool INNER>
     FUSEDLOSS_INLINE void columns(int j) {
       if (!by_columns()) return;
+      if constexpr (S::WARPGROUP) {
+        const Pair weights = pair_at(scratch.col[0][0], j, place), shifts = pair_at(scratch.col[0][1], j, place);
+        [[maybe_unused]] Pair sims;
+        if constexpr (Q) sims = pair_at(scratch.col[0][2], j, place);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          col_weight[e] = weights.x[e], col_shift[e] = shifts.x[e];
+          if constexpr (Q) col_target_sim[e] = sims.x[e];
+        }
+        return;
+      }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         if constexpr (INNER) {  // they are given
@@ -220,8 +287,8 @@ struct Grad {
   template <class Out, class S>
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
                                    const Place<S>& place, typename S::Scratch& scratch) {
-    Visit<S> visit(args, place);
-    for_each_logit<GENERAL, Out>(acc, strip, place, visit);
+    Visit<S> visit(args, place, scratch);
+    for_each_logit<GENERAL, Out>(acc, strip, place, scratch, visit);
     if constexpr (Q) {
       if (!GENERAL || args.q) {
 #pragma unroll

@@ -69,7 +69,7 @@ def test_copies(selftest, order, copies, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["ldmatrix", "ldmatrix_trans", "mma_bf16", "mma_fp16", "mma_tf32", "truncated_sums", "matmul"]
+    "name", ["ldmatrix", "ldmatrix_trans", "stmatrix", "mma_bf16", "mma_fp16", "mma_tf32", "truncated_sums", "matmul"]
 )
 def test_matrices(selftest, order, name):
     passes(selftest(name, order=order))
@@ -83,6 +83,7 @@ FAULTS = {  # in selftest.cpp's order
     "barrier_number": r"barrier 16 of 64 threads: 0 to 15",
     "ldmatrix_unaligned": r"ldmatrix: shared address 8 is not aligned",
     "ldmatrix_beyond": r"ldmatrix: shared address 1008 is beyond the block's 992 bytes",
+    "stmatrix_unaligned": r"stmatrix: shared address 8 is not aligned",
     "copy_to_unaligned": r"cp.async: shared address 4 is not aligned",
     "copy_from_unaligned": r"cp.async: 0x\w+ is not aligned to 16 bytes",
     "copy_beyond": r"cp.async: shared address 992 is beyond",

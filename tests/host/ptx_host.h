@@ -218,6 +218,21 @@ FUSEDLOSS_INLINE void ldmatrix_trans(uint32_t (&r)[4], uint32_t row) {
   host::collective("ldmatrix_trans", ldmatrix_warp<true>, &self);
 }
 
+// The way back.
+inline void stmatrix_warp(void* const (&lanes)[32]) {
+  for (int m = 0; m < 4; m++) {
+    for (int j = 0; j < 8; j++) {
+      uint32_t row[4];
+      for (int k = 0; k < 4; k++) row[k] = static_cast<LdmatrixLane*>(lanes[4 * j + k])->r[m];
+      std::memcpy(host::shared16(static_cast<LdmatrixLane*>(lanes[8 * m + j])->row, "stmatrix"), row, 16);
+    }
+  }
+}
+FUSEDLOSS_INLINE void stmatrix(uint32_t row, const uint32_t (&r)[4]) {
+  LdmatrixLane self{const_cast<uint32_t*>(r), row};
+  host::collective("stmatrix", stmatrix_warp, &self);
+}
+
 // A is 16 x K, B K x 8. A register holds two numbers of 16 bits, neighbours along K, or one of tf32; a lane's registers
 // are half of K apart (A's odd ones 8 rows).
 struct MmaLane {

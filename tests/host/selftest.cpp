@@ -277,6 +277,20 @@ __global__ void load_matrices() {
 void ldmatrix() { run(load_matrices<false>, 32, 512); }
 void ldmatrix_trans() { run(load_matrices<true>, 32, 512); }
 
+// Number 64 i + 8 j + k is element k of row j of matrix i; rows lie as above.
+__global__ void store_matrices() {
+  const int t = ptx::thread(), slot = 5 * t % 32;
+  uint32_t r[4];
+  for (int i = 0; i < 4; i++) {
+    const int first = 64 * i + 8 * (t / 4) + 2 * (t % 4);
+    r[i] = uint32_t(first) | uint32_t(first + 1) << 16;
+  }
+  ptx::stmatrix(ptx::shared_address(shared<uint16_t>() + 8 * slot), r);
+  ptx::sync_warp();
+  for (int j = 0; j < 8; j++) CHECK(shared<uint16_t>()[8 * slot + j] == 8 * t + j);
+}
+void stmatrix() { run(store_matrices, 32, 512); }
+
 struct Element {
   int row, col;
 };
@@ -409,9 +423,9 @@ void matmul() {
 // Faults that must be reported ----------------------------------------------------------------------------------------
 
 enum class Fault {
-  divergence, exit, block_barrier, two_sizes, barrier_number, ldmatrix_unaligned, ldmatrix_beyond, copy_to_unaligned,
-  copy_from_unaligned, copy_beyond, copy_source, load_unaligned, load16_unaligned, store8_unaligned, not_shared,
-  shared_overrun, lane_mask,
+  divergence, exit, block_barrier, two_sizes, barrier_number, ldmatrix_unaligned, ldmatrix_beyond, stmatrix_unaligned,
+  copy_to_unaligned, copy_from_unaligned, copy_beyond, copy_source, load_unaligned, load16_unaligned, store8_unaligned,
+  not_shared, shared_overrun, lane_mask,
 };
 
 __global__ void commit(Fault fault, unsigned char* global) {
@@ -442,6 +456,10 @@ __global__ void commit(Fault fault, unsigned char* global) {
       break;
     case Fault::ldmatrix_beyond:
       ptx::ldmatrix_trans(r, t == 63 ? 1008 : 0);
+      break;
+    case Fault::stmatrix_unaligned:
+      r[0] = r[1] = r[2] = r[3] = 0;
+      ptx::stmatrix(8, r);
       break;
     case Fault::copy_to_unaligned:
       ptx::cp_async16(4, global, 16);
@@ -515,6 +533,7 @@ const struct {
     {"pipelines", pipelines},
     {"ldmatrix", ldmatrix},
     {"ldmatrix_trans", ldmatrix_trans},
+    {"stmatrix", stmatrix},
     {"mma_bf16", mma_bf16},
     {"mma_fp16", mma_fp16},
     {"mma_tf32", mma_tf32},

@@ -178,7 +178,7 @@ def grad_rows(
     by_column = columns or Softmax(None, None, None)  # type: ignore[arg-type]
     qs = []
     for strip, out in zip(strips, outs, strict=True):
-        run = Launch(strip, narrow=smooth is not None or (wants_q and columns is not None))
+        run = Launch(strip, narrow=smooth is not None)
         q = run.row_table() if wants_q else None
         if q is not None:
             qs.append(q)
