@@ -37,8 +37,10 @@ struct Sm90 {
   // 192 KiB of stages leave 35 of the 227 that a block may have.
   static constexpr int kXBytes = BLOCK_M * sm90::kRowBytes, kYBytes = BLOCK_N * sm90::kRowBytes;
   static constexpr int kStageBytes = kXBytes + kYBytes;
-  static constexpr int kStages = (192 << 10) / kStageBytes;  // 4 of 48 KiB, 6 of 32
-  static constexpr int kLead = kStages / 2;
+  static constexpr int kStages = (192 << 10) / kStageBytes;  // 8 of 24 KiB, 12 of 16
+  // A stage that the leader needs next was let go by the follower two stages or more before, which is what its load
+  // takes. With stages of twice the bytes the lead would shrink to one: docs/performance-notes.md.
+  static constexpr int kLead = kStages * 3 / 4;
   static constexpr int kScratchBytes = 16 << 10;         // for each consumer's fold
   static constexpr int kScratch = kStages * kStageBytes;
   static constexpr int kBarriers = kScratch + 2 * kScratchBytes;
@@ -268,7 +270,7 @@ inline PFN_cuTensorMapEncodeTiled_v12000 encode_tiled() {
   return encode;
 }
 
-// Boxes of box_rows rows and 128 bytes of the columns.
+// Boxes of box_rows rows and 64 bytes of the columns.
 template <class T>
 cudaError_t encode_rows(CUtensorMap* map, const void* matrix, int rows, int columns, int64_t stride, int box_rows) {
   const auto encode = encode_tiled();
@@ -283,7 +285,7 @@ cudaError_t encode_rows(CUtensorMap* map, const void* matrix, int rows, int colu
   const cuuint32_t every[] = {1, 1};
   const CUresult result =
       encode(map, kType, 2, const_cast<void*>(matrix), sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

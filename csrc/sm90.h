@@ -14,23 +14,23 @@ namespace fusedloss::sm90 {
 
 // Shared memory -------------------------------------------------------------------------------------------------------
 //
-// An operand tile has a row of x or y in each 128 bytes: 64 16-bit numbers or 32 tf32. Unswizzled, the same column of 8
-// rows would lie in the same 4 of 32 banks. The tensor memory accelerator therefore stores the 16-byte chunk c of row r
-// as chunk c ^ (r % 8), and the products read it back the same way. The pattern repeats every 8 rows, 1024 bytes, and
-// hangs on the address itself: tiles start at multiples of 1024.
-constexpr uint32_t kRowBytes = 128;
-constexpr uint32_t kAtomBytes = 1024;
+// An operand tile has a row of x or y in each 64 bytes: 32 16-bit numbers or 16 tf32. Unswizzled, the same column of 8
+// rows would lie in 8 of 32 banks. The tensor memory accelerator therefore stores the 16-byte chunk c of row r as chunk
+// c ^ (r / 2 % 4), and the products read it back the same way. The pattern repeats every 8 rows, 512 bytes, and hangs
+// on the address itself: tiles start at multiples of 512.
+constexpr uint32_t kRowBytes = 64;
+constexpr uint32_t kAtomBytes = 512;
 
-FUSEDLOSS_BOTH constexpr uint32_t swizzle128(uint32_t offset) { return offset ^ ((offset >> 3) & 0x70); }
+FUSEDLOSS_BOTH constexpr uint32_t swizzle64(uint32_t offset) { return offset ^ ((offset >> 3) & 0x30); }
 
 // The matrix descriptor of wgmma for such a tile, K-major. In units of 16 bytes:
 //   bits  0..13  start address
 //   bits 16..29  leading byte offset: without meaning where K fits the swizzled row, 1 by convention
 //   bits 32..45  stride byte offset: from 8 rows to the next 8
-//   bits 49..51  base offset: 0, since tiles start at multiples of 1024
-//   bits 62..63  1: swizzled in 128 bytes
+//   bits 49..51  base offset: 0, since tiles start at multiples of 512
+//   bits 62..63  2: swizzled in 64 bytes
 FUSEDLOSS_BOTH constexpr uint64_t descriptor(uint32_t address) {
-  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(kAtomBytes >> 4) << 32 | uint64_t(1) << 62;
+  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(kAtomBytes >> 4) << 32 | uint64_t(2) << 62;
 }
 
 // One wgmma eats 32 bytes of each row: k16 of 16-bit numbers, k8 of tf32. The swizzle is applied to the sum of start

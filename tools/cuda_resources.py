@@ -54,7 +54,7 @@ INSTRUCTIONS = {
 # Of similarity_sm90, by schedule(): the two products' fences, their waits, and nothing that serialises them.
 PRODUCER_REGISTERS = 24  # kProducerRegisters of csrc/similarity_sm90.cuh
 SCHEDULE = {
-    "HGMMA": 8,  # 4 of the first step, 4 in the loop
+    "HGMMA": 4,  # 2 of the first step, 2 in the loop
     "WARPGROUP.ARRIVE": 2,
     "WARPGROUP.DEPBAR": 2,
     "waits for all but one, then for all": 1,
@@ -302,7 +302,7 @@ def dynamic_shared(name: str) -> int:
     if name.startswith("similarity_sm80"):
         return 3 * 2 * 128 * 128  # stages, operands, rows, bytes of D
     if match := re.fullmatch(r"similarity_sm90<.*, (\d+), \d+>", name):
-        stage = (128 + int(match[1])) * 128
+        stage = (128 + int(match[1])) * 64
         stages = (192 << 10) // stage
         return stages * stage + 2 * (16 << 10) + 2 * stages * 8  # for the folds; barriers
     return 256 * 8 if name in ("merge_kernel", "settle_kernel") else 0

@@ -1,7 +1,7 @@
 """Every epilogue of csrc/'s similarity kernels against the plain formula in fp64: on a CPU with tests/host/ in the
 toolkit's place, and on a GPU as fusedloss._C.
 
-Tiles are 128 x 128 (128 x 256 with sm_90's), a stage is 128 bytes of D.
+Tiles are 128 x 128 (128 x 256 with sm_90's), a stage is 128 bytes of D, or 64.
 """
 
 from __future__ import annotations

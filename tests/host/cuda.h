@@ -1,5 +1,5 @@
 // The driver's part of tensor maps, in the toolkit's place: what is encoded keeps to the driver's rules and to what
-// ptx_host90.h can load, rows of two dimensions in boxes of 128 bytes.
+// ptx_host90.h can load, rows of two dimensions in boxes of 64 bytes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@ typedef uint64_t cuuint64_t;
 enum CUresult { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1 };
 enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_UINT16 = 1, CU_TENSOR_MAP_DATA_TYPE_TFLOAT32 = 11 };
 enum CUtensorMapInterleave { CU_TENSOR_MAP_INTERLEAVE_NONE };
-enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_128B = 3 };
+enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_64B = 2 };
 enum CUtensorMapL2promotion { CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3 };
 enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE };
 
@@ -47,7 +47,7 @@ inline CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cu
     valid = sizes[d] >= 1 && sizes[d] <= cuuint64_t(1) << 32 && box[d] >= 1 && box[d] <= 256 && every[d] == 1;
   }
   valid = valid && strides[0] % 16 == 0 && strides[0] < cuuint64_t(1) << 40 && strides[0] >= sizes[0] * element;
-  if (!valid || box[0] * element != 128) return CUDA_ERROR_INVALID_VALUE;
+  if (!valid || box[0] * element != 64) return CUDA_ERROR_INVALID_VALUE;
   map->host = {fusedloss::host::TensorMap::kEncoded,
                static_cast<const unsigned char*>(base),
                {int64_t(sizes[0]), int64_t(sizes[1])},

@@ -1,5 +1,5 @@
 // One epilogue of the sm_90 kernel alone: products of small whole numbers, which fp32 adds up without an error, by one
-// block or cluster, `products90 1 | 2`, that goes around its ring 15 or 7 times. tests/backends/test_cuda_sm90.py compiles it as
+// block or cluster, `products90 1 | 2`, that goes around its ring 14 or 7 times. tests/backends/test_cuda_sm90.py compiles it as
 // csrc/ is, and once more for every fault that it must find.
 #include <cstdio>
 #include <cstdlib>

@@ -63,7 +63,7 @@ inline void land(const TensorMap& map, int column, int row, unsigned char* share
     for (int c = 0; c < map.box[0]; c++) {
       const int64_t i = int64_t(row) + r, j = int64_t(column) + c;
       const uint32_t at = offset + r * map.box[0] * map.element + c * map.element;
-      unsigned char* to = shared + (at ^ (at >> 3 & 0x70));  // of the address: 128-byte swizzle
+      unsigned char* to = shared + (at ^ (at >> 3 & 0x30));  // of the address: 64-byte swizzle
       if (i < 0 || i >= map.sizes[1] || j < 0 || j >= map.sizes[0]) {
         std::memset(to, 0, map.element);
         continue;
@@ -99,25 +99,25 @@ inline void load(const char* what, uint32_t shared, const void* from, int column
 
 // Products ------------------------------------------------------------------------------------------------------------
 
-// A byte of an operand whose rows are swizzled in 128 bytes, K-major.
+// A byte of an operand whose rows are swizzled in 64 bytes, K-major.
 struct Operand {
   uint32_t start, stride;
 
   Operand(uint64_t descriptor, int rows) : start(descriptor & 0x3fff), stride(descriptor >> 32 & 0x3fff) {
     start *= 16, stride *= 16;
     const auto bits = [&](int first, int count) { return uint32_t(descriptor >> first & ((1u << count) - 1)); };
-    if (bits(62, 2) != 1) fail("wgmma: swizzle mode %u; the loads here know 1, of 128 bytes", bits(62, 2));
+    if (bits(62, 2) != 2) fail("wgmma: swizzle mode %u; the loads here know 2, of 64 bytes", bits(62, 2));
     if (bits(14, 2) | bits(30, 2) | bits(46, 3) | bits(52, 10)) fail("wgmma: a descriptor's reserved bits are not 0");
-    if (bits(49, 3) || start & 0x380) fail("wgmma: base offset %u, start %u: not on 1024 bytes", bits(49, 3), start);
+    if (bits(49, 3) || start & 0x1c0) fail("wgmma: base offset %u, start %u: not on 512 bytes", bits(49, 3), start);
     if (bits(16, 14) != 1) fail("wgmma: leading offset %u: 1 where K is in the swizzled row", bits(16, 14));
-    if (start % 128 + 32 > 128) fail("wgmma: start %u: K leaves its row of 128 bytes", start);
-    if (start + (rows / 8 - 1) * stride + 1024 - start % 128 > machine.shared_bytes) {
+    if (start % 64 + 32 > 64) fail("wgmma: start %u: K leaves its row of 64 bytes", start);
+    if (start + (rows / 8 - 1) * stride + 512 - start % 64 > machine.shared_bytes) {
       fail("wgmma: start %u, stride %u: %d rows leave shared memory", start, stride, rows);
     }
   }
   uint32_t at(int row, int byte) const {
-    const uint32_t address = start + row / 8 * stride + row % 8 * 128 + byte;
-    return address ^ (address >> 3 & 0x70);
+    const uint32_t address = start + row / 8 * stride + row % 8 * 64 + byte;
+    return address ^ (address >> 3 & 0x30);
   }
 };
 

@@ -32,41 +32,39 @@ using namespace fusedloss::sm90;
 // Addresses -----------------------------------------------------------------------------------------------------------
 
 void test_swizzle() {
-  // The ISA's figure of the 128-byte mode: where the 16-byte chunks of 8 rows lie.
-  const int figure[8][8] = {
-      {0, 1, 2, 3, 4, 5, 6, 7}, {1, 0, 3, 2, 5, 4, 7, 6}, {2, 3, 0, 1, 6, 7, 4, 5}, {3, 2, 1, 0, 7, 6, 5, 4},
-      {4, 5, 6, 7, 0, 1, 2, 3}, {5, 4, 7, 6, 1, 0, 3, 2}, {6, 7, 4, 5, 2, 3, 0, 1}, {7, 6, 5, 4, 3, 2, 1, 0}};
+  // The ISA's figure of the 64-byte mode: where the 16-byte chunks of 8 rows lie.
+  const int figure[8][4] = {{0, 1, 2, 3}, {0, 1, 2, 3}, {1, 0, 3, 2}, {1, 0, 3, 2},
+                            {2, 3, 0, 1}, {2, 3, 0, 1}, {3, 2, 1, 0}, {3, 2, 1, 0}};
   for (uint32_t row = 0; row < 256; ++row) {
-    for (uint32_t chunk = 0; chunk < 8; ++chunk) {
+    for (uint32_t chunk = 0; chunk < 4; ++chunk) {
       for (uint32_t byte : {0, 5, 15}) {
-        CHECK(swizzle128(row * 128 + chunk * 16 + byte) == row * 128 + figure[row % 8][chunk] * 16 + byte);
+        CHECK(swizzle64(row * 64 + chunk * 16 + byte) == row * 64 + figure[row % 8][chunk] * 16 + byte);
       }
     }
   }
 }
 
 void test_descriptor() {
-  // By hand, of the ISA's table of fields: swizzle mode 1 in bits 62-63 is 4 << 60; a stride of 1024 bytes is 64 in
-  // bits 32-45; the leading offset's 1 in bits 16-29; the address / 16 in bits 0-13.
-  CHECK(descriptor(0) == 0x4000'0040'0001'0000);
-  CHECK(descriptor(0x400) == 0x4000'0040'0001'0040);
-  CHECK(descriptor(0x38c00) == 0x4000'0040'0001'38c0);
-  CHECK(descriptor(0x0103'8c00) == 0x4000'0040'0001'38c0);  // the second block of a cluster: bits from 24 are its rank
-  CHECK(advance(descriptor(0x400), 32) == 0x4000'0040'0001'0042);
-  CHECK(advance(descriptor(0x400), 96) == 0x4000'0040'0001'0046);
-  CHECK(advance(descriptor(0x400), 3 * 49152) == descriptor(0x400 + 3 * 49152));
+  // By hand, of the ISA's table of fields: swizzle mode 2 in bits 62-63 is 8 << 60; a stride of 512 bytes is 32 in bits
+  // 32-45; the leading offset's 1 in bits 16-29; the address / 16 in bits 0-13.
+  CHECK(descriptor(0) == 0x8000'0020'0001'0000);
+  CHECK(descriptor(0x400) == 0x8000'0020'0001'0040);
+  CHECK(descriptor(0x38c00) == 0x8000'0020'0001'38c0);
+  CHECK(descriptor(0x0103'8c00) == 0x8000'0020'0001'38c0);  // the second block of a cluster: bits from 24 are its rank
+  CHECK(advance(descriptor(0x400), 32) == 0x8000'0020'0001'0042);
+  CHECK(advance(descriptor(0x400), 7 * 24576) == descriptor(0x400 + 7 * 24576));
   CHECK(advance(descriptor(227 * 1024), 1024) == descriptor(228 * 1024));
 
   // What the products read is what the loads wrote: byte b of row r, for each step along the row and wherever the tile
-  // lies. A product's byte is at start + r / 8 * stride + r % 8 * 128 + b, with that address's bits 7-9 xored into its
-  // bits 4-6.
+  // lies. A product's byte is at start + r / 8 * stride + r % 8 * 64 + b, with that address's bits 7-8 xored into its
+  // bits 4-5.
   for (uint32_t base : {0x400u, 0x4400u, 0x2c400u}) {
     for (uint32_t row = 0; row < 256; ++row) {
-      for (uint32_t byte = 0; byte < 128; ++byte) {
+      for (uint32_t byte = 0; byte < 64; ++byte) {
         const uint64_t d = advance(descriptor(base), byte / kStepBytes * kStepBytes);
         const uint32_t start = uint32_t(d & 0x3fff) * 16, stride = uint32_t(d >> 32 & 0x3fff) * 16;
-        const uint32_t address = start + row / 8 * stride + row % 8 * 128 + byte % kStepBytes;
-        CHECK((address ^ ((address & 0x380) >> 3)) == base + swizzle128(row * 128 + byte));
+        const uint32_t address = start + row / 8 * stride + row % 8 * 64 + byte % kStepBytes;
+        CHECK((address ^ ((address & 0x180) >> 3)) == base + swizzle64(row * 64 + byte));
       }
     }
   }
@@ -380,10 +378,9 @@ int main(int argc, char** argv) {
   test_swizzle();
   test_descriptor();
   test_place();
-  test_pipeline<4, 2, 1>(20);  // 128 x 256
-  test_pipeline<6, 3, 1>(20);  // 128 x 128
-  test_pipeline<4, 2, 2>(10);
-  test_pipeline<6, 3, 2>(10);
+  test_pipeline<8, 6, 1>(20);   // 128 x 256
+  test_pipeline<12, 9, 1>(10);  // 128 x 128
+  test_pipeline<8, 6, 2>(10);
   test_pipeline<2, 1, 1>(10);  // the least and the most that the proof allows
   test_pipeline<2, 2, 1>(10);
   test_pipeline<4, 4, 2>(10);

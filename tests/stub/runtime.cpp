@@ -87,7 +87,7 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, voi
   }
   if (strides[0] % 16 || strides[0] >= uint64_t(1) << 40) wrong = "a stride that is no multiple of 16, or 2^40";
   if (strides[0] < sizes[0] * bytes) wrong = "rows overlap";
-  if (box[0] * bytes % 16 || box[0] * bytes > 128) wrong = "a box's row does not fit the 128 bytes of the swizzle";
+  if (box[0] * bytes % 16 || box[0] * bytes > 64) wrong = "a box's row does not fit the 64 bytes of the swizzle";
   if (wrong) return CUDA_ERROR_INVALID_VALUE;
   std::memset(map, 0, sizeof *map);
   map->opaque[0] = reinterpret_cast<uint64_t>(address);
