@@ -21,11 +21,15 @@ cudaError_t run_sm90(const Strip& strip, const typename Epilogue::Args& args, co
   }
   if (error != cudaSuccess) return error;
   if (plan.blocks > 0) multiprocessors = std::min(multiprocessors, plan.blocks);
-  // Which of the two is faster no GPU has said yet: docs/performance-notes.md.
-  if constexpr (std::is_same_v<T, bf16> && !Epilogue::NARROW) {
-    if (plan.cluster == 2) return launch_sm90<T, Epilogue, BLOCK_N, 2>(strip, args, multiprocessors, stream);
+  if constexpr (BLOCK_N == 256) {
+    // A cluster of two fetches two thirds from L2, and multiplies zeros where the last row tile is a single one.
+    const int row_tiles = (strip.M - 1) / 128 + 1;
+    const bool pairs = (row_tiles % 2 == 0 || row_tiles >= 8) && multiprocessors > 1;
+    if (plan.cluster == 2 || (plan.cluster == 0 && pairs)) {
+      return launch_sm90<T, Epilogue, BLOCK_N, 2>(strip, args, multiprocessors, stream);
+    }
   }
-  if (plan.cluster != 1) return cudaErrorNotSupported;
+  if (plan.cluster > 1) return cudaErrorNotSupported;
   return launch_sm90<T, Epilogue, BLOCK_N>(strip, args, multiprocessors, stream);
 }
 

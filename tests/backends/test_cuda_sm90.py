@@ -27,7 +27,7 @@ from fusedloss.backends.cuda import launching
 
 ROOT = Path(__file__).absolute().parents[2]
 NUMBERS = ("bf16", "fp16", "tf32")
-# Instances for clusters of two are those of bf16 that are not narrow: similarity_sm90_run.cuh.
+# Instances for clusters of two are those of 16 bits that are not narrow: similarity_sm90_run.cuh.
 CLUSTERS = {
     *("test_products", "test_stats", "test_stats_of_several_strips", "test_stats_of_what_is_masked", "test_exp"),
     *("test_exp_of_what_is_masked", "test_grad", "test_guide", "test_a_guides_own_targets_are_ties"),
@@ -97,9 +97,9 @@ def table() -> list[Case]:
         for values in itertools.product(*axes.values()):
             given = dict(zip(axes, values, strict=True))
             found.append(Case(len(found), name, given, 1))
-            of_bf16 = given.get("number", given.get("one_of_each")) == "bf16"
-            narrow = given.get("given", "bias") not in PLAIN or (given.get("by_columns") and given.get("with_q"))
-            if name in CLUSTERS and of_bf16 and not narrow:
+            short = given.get("number", given.get("one_of_each")) != "tf32"
+            narrow = given.get("given", "bias") not in PLAIN
+            if name in CLUSTERS and short and not narrow:
                 found.append(Case(len(found), name, given, 2))
     return found
 
