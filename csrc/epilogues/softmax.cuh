@@ -254,19 +254,19 @@ struct Grad {
           col_weight[e] = weights.x[e], col_shift[e] = shifts.x[e];
           if constexpr (Q) col_target_sim[e] = sims.x[e];
         }
-        return;
-      }
+      } else {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if constexpr (INNER) {  // they are given
-          col_weight[e] = gain * ptx::load(args.col_weight + place.col0 + place.offset(j + e));
-          const float shift = ptx::load(args.col_shift + place.col0 + place.offset(j + e));
-          col_shift[e] = col_weight[e] == 0 ? kInf : shift;
-          if constexpr (Q) col_target_sim[e] = ptx::load(args.col_target_sim + place.col0 + place.offset(j + e));
-        } else {
-          col_weight[e] = gain * place.of_col(args.col_weight, j + e, 0.0f);
-          col_shift[e] = col_weight[e] == 0 ? kInf : place.of_col(args.col_shift, j + e, kInf);
-          if constexpr (Q) col_target_sim[e] = place.of_col(args.col_target_sim, j + e, 0.0f);
+        for (int e = 0; e < 2; ++e) {
+          if constexpr (INNER) {  // they are given
+            col_weight[e] = gain * ptx::load(args.col_weight + place.col0 + place.offset(j + e));
+            const float shift = ptx::load(args.col_shift + place.col0 + place.offset(j + e));
+            col_shift[e] = col_weight[e] == 0 ? kInf : shift;
+            if constexpr (Q) col_target_sim[e] = ptx::load(args.col_target_sim + place.col0 + place.offset(j + e));
+          } else {
+            col_weight[e] = gain * place.of_col(args.col_weight, j + e, 0.0f);
+            col_shift[e] = col_weight[e] == 0 ? kInf : place.of_col(args.col_shift, j + e, kInf);
+            if constexpr (Q) col_target_sim[e] = place.of_col(args.col_target_sim, j + e, 0.0f);
+          }
         }
       }
     }
