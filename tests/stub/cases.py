@@ -220,6 +220,9 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
+CLUSTERS: set[int] = set()
+
+
 @group
 def shapes_and_formats_on_every_gpu(machine: pose.Machine) -> Iterator[Case]:
     def run(capability: int, shape: tuple[int, int, int], dtype: torch.dtype, loss: str, tf32: bool) -> None:
@@ -237,6 +240,11 @@ def shapes_and_formats_on_every_gpu(machine: pose.Machine) -> Iterator[Case]:
         sm90 = capability == 90 and (dtype != torch.float32 or tf32)
         assert kernels
         assert all(("similarity_sm90" in kernel) == sm90 for kernel in kernels), kernels
+        wide = [
+            found for found in machine.launches if "similarity_sm90" in found["kernel"] and "256" in found["kernel"]
+        ]
+        assert all(found["cluster"] == (2 if -(-M // 128) % 2 == 0 else 1) for found in wide), wide
+        CLUSTERS.update(found["cluster"] for found in wide)
         torch.backends.cuda.matmul.fp32_precision = "ieee"
 
     formats = [(torch.bfloat16, False), (torch.float16, False), (torch.float32, False), (torch.float32, True)]
@@ -247,6 +255,11 @@ def shapes_and_formats_on_every_gpu(machine: pose.Machine) -> Iterator[Case]:
                 if capability == 90 or (n + m) % 3 == 0:
                     name = f"sm_{capability}, {shape}, {dtype}{' as tf32' * tf32}, {loss}"
                     yield name, lambda a=(capability, shape, dtype, loss, tf32): run(*a)
+
+    def by_rows() -> None:
+        assert CLUSTERS == {1, 2}
+
+    yield "single blocks and clusters of two", by_rows
 
 
 @group
