@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .cases import Case, Ops, Rows, drawer, lse, softplus
 from .draw import Draw
+from .in_batch import PHI, given, transform
 
 
 def cross_entropies(
@@ -143,10 +144,13 @@ def linear_cross_entropy(d: Draw) -> Case:
         t["linear_bias"] = d.vector(bias)
     t["target"] = d.lay(target.view(lead))
     d.reduction(options)
+    if not smoothing and not options.get("z_loss") and d.chance(0.25):
+        options["transform"] = d.pick(*PHI)
+    options |= d.some({"temperature": d.log(0.3, 3)}, 0.3)
+    bonus = d.pick(0.0, 0.0, 0.0, 0.5)  # of each row's entropy, beside the loss
 
-    def formula(o: Ops, v: SimpleNamespace) -> Rows:
-        x = v.input.reshape(-1, D)
-        z = x @ v.linear_weight.T
+    def logits_of(v: SimpleNamespace) -> Tensor:
+        z = v.input.reshape(-1, D) @ v.linear_weight.T
         present = torch.ones(C, dtype=torch.bool)
         if "linear_bias" in t:
             present = v.linear_bias > -torch.inf
@@ -154,25 +158,55 @@ def linear_cross_entropy(d: Draw) -> Case:
         cap = options.get("softcap")
         if cap:
             z = cap * (z / cap).tanh()
-        z = z.masked_fill(~present, -torch.inf)
-        index = v.target.reshape(-1)
-        losses, squares, over = cross_entropies(z, index, getattr(v, "weight", None), left, smoothing,
+        return (z / options.get("temperature", 1.0)).masked_fill(~present, -torch.inf)
+
+    def formula(o: Ops, v: SimpleNamespace) -> Rows:
+        z = logits_of(v)
+        present = v.linear_bias > -torch.inf if "linear_bias" in t else torch.ones(C, dtype=torch.bool)
+        index, weight = v.target.reshape(-1), getattr(v, "weight", None)
+        phi = "transform" in options  # before the weight
+        losses, squares, over = cross_entropies(z, index, None if phi else weight, left, smoothing,
                                                 options.get("z_loss", 0.0), present)  # fmt: skip
-        if "weight" in t:
-            squares = squares * v.weight[index.masked_fill(index == left, 0)]
-        return Rows((losses + squares).reshape(lead), over, float("nan"))
+        counted = index != left
+        of_target = torch.ones_like(losses) if weight is None else weight[index.masked_fill(~counted, 0)]
+        if phi:
+            losses = torch.where(counted, of_target * transform(o, options, losses), 0.0)
+            over = torch.where(counted, of_target, 0.0).sum().detach()
+        losses = losses + squares * of_target
+        log_p = torch.where(present, torch.where(present, z, 0.0) - lse(z)[:, None], 0.0)
+        entropy = torch.where(counted, -torch.where(present, log_p.exp() * log_p, 0.0).sum(1), 0.0)
+        if not bonus:
+            return Rows(losses.reshape(lead), over, float("nan"))
+        total = losses.sum()
+        mean = total * 0 + float("nan") if float(over) == 0 else total / over
+        return Rows((losses + bonus * entropy).reshape(lead), mean=mean + bonus * entropy.sum())
+
+    def stats(o: Ops, v: SimpleNamespace) -> dict[str, Tensor]:
+        z = logits_of(v)
+        index, counted = v.target.reshape(-1), v.target.reshape(-1) != left
+        own = z.gather(1, index.masked_fill(~counted, 0)[:, None])
+        at = torch.arange(C) == index[:, None]
+        above = o.above(z, own.expand_as(z), 1.0, where=counted[:, None] & ~at)
+        return {"correct": (~(above & ~at).any(1) & counted).double().sum()}
 
     def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
-        given = {n: v[n] for n in ("linear_bias", "weight") if n in v}
-        return f(v["input"], v["linear_weight"], v["target"], **given, **o)
+        tensors = {n: v[n] for n in ("linear_bias", "weight") if n in v}
+        if not bonus:
+            return f(v["input"], v["linear_weight"], v["target"], **tensors, **given(o))
+        more = tensors | {"return_stats": True, "entropy_gradient": True} | given(o)
+        loss, found = f(v["input"], v["linear_weight"], v["target"], **more)
+        entropy = bonus * found.entropy
+        entropy = entropy if o.get("reduction") == "none" else entropy.sum()
+        return loss + entropy, SimpleNamespace(correct=found.correct.double().sum())
 
     return Case(
         "linear_cross_entropy", d.dtype, t, call, formula,
         tuple(n for n in ("input", "linear_weight", "linear_bias") if n in t and d.chance(0.9)), options,
         axes={"input": ("row", None), "target": ("row",), "linear_weight": ("column", None), "linear_bias": ("column",),
               "weight": ("column",)} if len(lead) == 1 else {}, points={"target": "column"}, rows_axis="row",
-        independent="row" if len(lead) == 1 else None, counted=lambda o, v: v.target != left,
-        module="LinearCrossEntropyLoss",
+        independent="row" if len(lead) == 1 and not bonus else None, counted=lambda o, v: v.target != left,
+        stats=stats if bonus else None,
+        module=None if bonus else "LinearCrossEntropyLoss",
         traits={"weighted": weighted, "empty_is_nan": True},
     )  # fmt: skip
 

@@ -19,23 +19,40 @@ def one_hot(target: Tensor, columns: int) -> Tensor:
     return target[:, None] == torch.arange(columns)
 
 
-# fusedloss.transforms' names and numbers, of which a case draws one.
+# fusedloss.transforms' names and numbers, of which a case draws one, and a user's function.
 PHI: dict[tuple[str, float, bool], Callable[[Tensor], Tensor]] = {
     ("focal", 2.0, False): lambda loss: (-torch.expm1(-loss)) ** 2 * loss,
     ("focal", 1.0, True): lambda loss: (-torch.expm1(-loss)).detach() * loss,
     ("generalised", 0.7, False): lambda loss: -torch.expm1(-0.7 * loss) / 0.7,
+    ("clipped", 1.0, False): lambda loss: loss.clamp(max=1.0),
+    ("function", 0.0, False): lambda loss: (1 + loss.square()).sqrt(),
 }
 
 
-def transform(options: dict[str, Any], loss: Tensor) -> Tensor:
-    return PHI[options["transform"]](loss) if "transform" in options else loss
+def transform(o: Ops, options: dict[str, Any], loss: Tensor) -> Tensor:
+    if "transform" not in options:
+        return loss
+    if options["transform"][0] == "clipped":
+        o.above(loss, torch.ones_like(loss), 1.0)  # the slope's step
+    return PHI[options["transform"]](loss)
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """The options as the losses take them."""
     from fusedloss.transforms import Transform
 
-    return options | {name: Transform(*options[name]) for name in ("transform",) if name in options}
+    if "transform" not in options:
+        return options
+    phi = options["transform"]
+    return options | {"transform": PHI[phi] if phi[0] == "function" else Transform(*phi)}
+
+
+def of_rows(d: Draw) -> dict[str, Any]:
+    """`transform` and `decoupled`, whose losses may be negative: a focal transform does not take them."""
+    options: dict[str, Any] = {"transform": d.pick(*PHI)} if d.chance(0.25) else {}
+    if options.get("transform", ("",))[0] != "focal":
+        options |= d.some({"decoupled": True}, 0.2)
+    return options
 
 
 def softmax(
@@ -124,6 +141,8 @@ class MaskDraw:
                     self.axes["exempt"] = (row_axis, None)
                     if column_axis:
                         self.points["exempt"] = column_axis
+                if d.chance(0.3):
+                    self.options["factor"] = d.pick(0.0, 0.5, 0.9)
             elif kind == "guide":
                 self.options["guide"] = {
                     "margin": d.pick(0.0, 0.0, 0.1, -0.1),
@@ -144,7 +163,8 @@ class MaskDraw:
                 part = t["dense"]
             elif kind == "score_margin":
                 margin, relative = self.options["score_margin"]
-                part = masks.score_margin(margin, exempt=t.get("exempt"), relative=relative)
+                exempt, factor = t.get("exempt"), self.options.get("factor")
+                part = masks.score_margin(margin, exempt=exempt, relative=relative, factor=factor)
             elif kind == "guide":
                 part = masks.guide(t["guide_rows"], t["guide_keys"], **self.options["guide"])
             elif kind == "not_self":
@@ -165,19 +185,28 @@ class MaskDraw:
                 allowed &= t.same_group_rows[:, None] == t.same_group_keys
             elif kind == "dense":
                 allowed &= t.dense
-            elif kind == "score_margin":
-                own = s.gather(1, target[:, None])
-                margin, relative = self.options["score_margin"]
-                above = o.above(s, relative * own + margin, size)
-                if hasattr(t, "exempt"):
-                    for column in t.exempt.T:
-                        above &= ~one_hot(column, self.columns)
-                allowed &= ~above
+            elif kind == "score_margin" and "factor" not in self.options:
+                allowed &= ~self._above(o, t, s, size, target)
             elif kind == "guide":
                 allowed &= ~guided(o, t.guide_rows, t.guide_keys, target, **self.options["guide"])
             elif kind == "not_self":
                 itself = one_hot(torch.arange(self.rows) + self.options["not_self"], self.columns)
         return allowed & ~itself, itself
+
+    def shrunk(self, o: Ops, t: SimpleNamespace, s: Tensor, size: Tensor, target: Tensor) -> Tensor:
+        """The similarities, of which a margin with a factor multiplies those above it."""
+        if "factor" not in self.options:
+            return s
+        above = self._above(o, t, s, size, target) & ~one_hot(target, self.columns)
+        return torch.where(above, self.options["factor"] * s, s)
+
+    def _above(self, o: Ops, t: SimpleNamespace, s: Tensor, size: Tensor, target: Tensor) -> Tensor:
+        margin, relative = self.options["score_margin"]
+        above = o.above(s, relative * s.gather(1, target[:, None]) + margin, size).clone()
+        if hasattr(t, "exempt"):
+            for column in t.exempt.T:
+                above &= ~one_hot(column, self.columns)
+        return above
 
 
 def guided(
@@ -243,10 +272,18 @@ def info_nce(d: Draw) -> Case:
     if isinstance(temperature, Tensor):
         t["temperature"] = options.pop("temperature")
     grads = [n for n in ("query", "key", "negatives", "key_bias", "temperature") if n in t and d.chance(0.9)]
-    if not smoothing and d.chance(0.25):
-        options["transform"] = d.pick(*PHI)
-    if not smoothing and kind != "negatives" and options.get("transform", "generalised")[0] != "focal":
-        options |= d.some({"decoupled": True}, 0.2)
+    if not smoothing:
+        options |= of_rows(d)
+    if kind == "negatives":
+        options.pop("decoupled", None)
+        if d.chance(0.4):
+            t["negatives_mask"] = d.lay(d.uniform(0, 1, M, K) < d.pick(0.3, 0.8))
+    elif normalize and "temperature" not in grads:
+        options |= d.some({"margin": d.real(-0.2, 0.4)}, 0.3)
+    if "key_bias" in t:
+        options |= d.some({"bias_on_target": False}, 0.3)
+    if "factor" in mask.options or "bias_on_target" in options:
+        grads = [n for n in grads if n != "key_bias"]
 
     def target(v: SimpleNamespace) -> Tensor:
         return v.target if explicit else torch.arange(M)
@@ -259,11 +296,12 @@ def info_nce(d: Draw) -> Case:
         counted = chosen != ignore
         chosen = chosen.masked_fill(~counted, 0)
         cosine = normalize or unit_prefix(v)
-        s = products(q, k, cosine)
+        s, at = products(q, k, cosine), one_hot(chosen, columns)
         over = v.temperature.reshape(()) if isinstance(temperature, Tensor) else temperature
-        z = s / over
+        bent = mask.shrunk(o, v, s, norms(q, k, cosine), chosen)
+        z = torch.where(at, bent - options.get("margin", 0.0), bent) / over
         if "key_bias" in t:
-            z = z + v.key_bias
+            z = z + (v.key_bias if options.get("bias_on_target", True) else torch.where(at, 0.0, v.key_bias))
             counted = counted & (v.key_bias[chosen] > -torch.inf)
         allowed, itself = mask.admissible(o, v, s, norms(q, k, cosine), chosen)
         counted = counted & ~itself.gather(1, chosen[:, None])[:, 0]
@@ -280,9 +318,10 @@ def info_nce(d: Draw) -> Case:
             own = (v.negatives * v.query[:, None]).sum(2)
             own = own / (length(v.negatives) * length(v.query)[:, None]) if normalize else own
             z = torch.cat([z, own / p["over"]], 1)
-            allowed = torch.cat([allowed, torch.ones(M, K, dtype=torch.bool)], 1)
+            real = v.negatives_mask if "negatives_mask" in t else torch.ones(M, K, dtype=torch.bool)
+            allowed = torch.cat([allowed, real], 1)
         losses = softmax(z, allowed, p["target"], p["counted"], smoothing, options.get("decoupled", False))
-        losses = transform(options, losses)
+        losses = transform(o, options, losses)
         return mean_over_counted(losses, p["counted"], v.weight if "weight" in t else None)
 
     def stats(o: Ops, v: SimpleNamespace) -> dict[str, Tensor]:
@@ -292,7 +331,8 @@ def info_nce(d: Draw) -> Case:
     def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
         import fusedloss
 
-        tensors = {n: v[n] for n in ("target", "negatives", "bank", "key_bias", "weight") if n in v}
+        names = ("target", "negatives", "negatives_mask", "bank", "key_bias", "weight")
+        tensors = {n: v[n] for n in names if n in v}
         more = {"temperature": v["temperature"]} if "temperature" in v else {}
         return f(v["query"], v["key"], mask=mask.build(fusedloss.masks, v), **tensors, **more, **given(o))
 
@@ -302,6 +342,7 @@ def info_nce(d: Draw) -> Case:
         "target": ("row",),
         "weight": (row_axis,),
         "negatives": (row_axis, None, None),
+        "negatives_mask": (row_axis, None),
         "key_bias": (None if behind else column_axis,),
         **mask.axes,
     }
@@ -343,6 +384,8 @@ def clip(d: Draw, name: str) -> Case:
         t["logit_scale"] = scale
     d.reduction(options)
     grads = [n for n in (*names, "logit_scale", "logit_bias") if n in t and d.chance(0.9)]
+    if plain:
+        options |= of_rows(d)
 
     def parts(o: Ops, v: SimpleNamespace) -> tuple[Tensor, Tensor, Any]:
         x, y = (getattr(v, n) for n in names)
@@ -359,8 +402,9 @@ def clip(d: Draw, name: str) -> Case:
 
     def formula(o: Ops, v: SimpleNamespace) -> Rows:
         z, allowed, _ = parts(o, v)
-        own, every = torch.arange(M), torch.ones(M, dtype=torch.bool)
-        return Rows((softmax(z, allowed, own, every) + softmax(z.T, allowed.T, own, every)) / 2)
+        own, every, decoupled = torch.arange(M), torch.ones(M, dtype=torch.bool), options.get("decoupled", False)
+        sides = [softmax(*side, own, every, decoupled=decoupled) for side in ((z, allowed), (z.T, allowed.T))]
+        return Rows(sum(transform(o, options, losses) for losses in sides) / 2)
 
     def stats(o: Ops, v: SimpleNamespace) -> dict[str, Tensor]:
         z, allowed, factor = parts(o, v)
@@ -371,10 +415,10 @@ def clip(d: Draw, name: str) -> Case:
     def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
         import fusedloss
 
-        given = {} if mask is None else {"mask": mask.build(fusedloss.masks, v)}
+        more = {} if mask is None else {"mask": mask.build(fusedloss.masks, v)}
         if bias is not None:
-            given["logit_bias"] = v.get("logit_bias", bias)
-        return f(*(v[n] for n in names), logit_scale=v.get("logit_scale", scale), **given, **o)
+            more["logit_bias"] = v.get("logit_bias", bias)
+        return f(*(v[n] for n in names), logit_scale=v.get("logit_scale", scale), **more, **given(o))
 
     return Case(
         name, d.dtype, t, call, formula, tuple(grads), options,
@@ -442,6 +486,15 @@ def siglip(d: Draw) -> Case:
     )  # fmt: skip
 
 
+def no_duplicates(B: int, N: int, anchor: Tensor, positive: Tensor, *negatives: Tensor) -> tuple[Tensor, Tensor]:
+    """By `ids`: the pairs of B anchors, and the documents, that are no duplicates of a row's."""
+    alone = torch.arange(N) >= len(anchor)  # positives without an anchor
+    owners = torch.cat([anchor, anchor.new_zeros(N - len(anchor))])
+    own = positive[:B, None]
+    other = (own != positive) & ((anchor[:B, None] != owners) | alone)
+    return other[:, :B], torch.cat([other, *(own != x for x in negatives)], 1)
+
+
 DIRECTIONS = ("query_to_query", "doc_to_query", "doc_to_doc")
 
 
@@ -480,6 +533,16 @@ def multiple_negatives_ranking(d: Draw) -> Case:
         t["scale"] = scale
     d.reduction(options)
     grads = [n for n in ("anchor", "positive", *names, "scale") if n in t and d.chance(0.9)]
+    options |= of_rows(d)
+    if count and set(sizes) == {B}:
+        options |= d.some({"own_negatives": True}, 0.4)
+    if count and len(set(sizes)) == 1 and d.chance(0.3):
+        t["negatives_mask"] = d.lay(d.uniform(0, 1, sizes[0], count) < d.pick(0.3, 0.8))
+    ids = [f"{n}_ids" for n in ("anchor", "positive", *names)] if d.chance(0.3) else []
+    if ids:
+        groups = d.pick(2, 3, max(B, 2))
+        rows_of = (d.pick(B, N), *widths)  # the first may go on with the anchors of further positives
+        t |= {n: d.labels(rows, groups) for n, rows in zip(ids, rows_of, strict=True)}
 
     def parts(o: Ops, v: SimpleNamespace) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Any]:
         a, p, *n = (getattr(v, x) for x in ("anchor", "positive", *names))
@@ -488,6 +551,8 @@ def multiple_negatives_ranking(d: Draw) -> Case:
         own, every = torch.arange(B), torch.ones(B, dtype=torch.bool)
         cosine = zeros or unit_prefix(v)
         s = products(a, docs, cosine)
+        if mask is not None:
+            s = mask.shrunk(o, v, s, norms(a, docs, cosine), own)
         z = s * factor
         if strength:
             first = torch.arange(total) < N
@@ -495,28 +560,41 @@ def multiple_negatives_ranking(d: Draw) -> Case:
             other = ~mine if hardness in ("in_batch_negatives", "all_negatives") else torch.zeros_like(mine)
             hard = mine & ~first if hardness in ("hard_negatives", "all_negatives") else torch.zeros_like(mine)
             z = z + strength * s.detach() * (other | hard)
+        apart, among = own[:, None] != own, torch.arange(total) >= N
+        seen, other_pairs = torch.ones(B, total, dtype=torch.bool), torch.ones(B, B, dtype=torch.bool)
+        if "negatives_mask" in t:
+            seen &= torch.cat([torch.ones(N, dtype=torch.bool), v.negatives_mask.T.flatten()])
+        beyond = seen & ~among if "own_negatives" in options else seen
+        if "own_negatives" in options:
+            seen = seen & (~among | (own[:, None] == owner))
+        if ids:
+            other_pairs, other_docs = no_duplicates(B, N, *(getattr(v, n) for n in ids))
+            seen, beyond = seen & other_docs, beyond & other_docs
         allowed, counted = torch.ones(B, total, dtype=torch.bool), every
         if mask is not None:
             allowed, itself = mask.admissible(o, v, s, norms(a, docs, cosine), own)
             counted = ~itself.gather(1, own[:, None])[:, 0]
-        blocks = {"query_to_doc": (z, allowed)}
-        apart = own[:, None] != own
-        blocks["query_to_query"] = (products(a, a, cosine) * factor, apart)
-        blocks["doc_to_query"] = (products(p[:B], a, cosine) * factor, torch.ones(B, B, dtype=torch.bool))
-        blocks["doc_to_doc"] = (products(p[:B], docs, cosine) * factor, own[:, None] != owner)
+        blocks = {"query_to_doc": (z, allowed & seen)}
+        copy = ~apart & ("decoupled" not in options)  # the positive once more
+        blocks["query_to_query"] = (products(a, a, cosine) * factor, apart & other_pairs)
+        blocks["doc_to_query"] = (products(p[:B], a, cosine) * factor, copy | (apart & other_pairs))
+        blocks["doc_to_doc"] = (products(p[:B], docs, cosine) * factor, beyond & (own[:, None] != owner))
         return [blocks[x] for x in ("query_to_doc", *DIRECTIONS) if x in directions], counted, factor
+
+    def losses_of(o: Ops, z: Tensor, allowed: Tensor, counted: Tensor) -> Tensor:
+        decoupled = options.get("decoupled", False)
+        return transform(o, options, softmax(z, allowed, torch.arange(B), counted, decoupled=decoupled))
 
     def formula(o: Ops, v: SimpleNamespace) -> Rows:
         blocks, counted, _ = parts(o, v)
-        own = torch.arange(B)
         if partition == "joint":
             z, allowed = torch.cat([z for z, _ in blocks], 1), torch.cat([x for _, x in blocks], 1)
-            return mean_over_counted(softmax(z, allowed, own, counted), counted)
+            return mean_over_counted(losses_of(o, z, allowed, counted), counted)
         # Each direction is a loss of its own, with its own rows that count.
         found = [
-            mean_over_counted(softmax(z, x, own, counted), counted)
+            mean_over_counted(losses_of(o, z, x, counted), counted)
             if not i
-            else Rows(softmax(z, x, own, torch.ones(B, dtype=torch.bool)))
+            else Rows(losses_of(o, z, x, torch.ones(B, dtype=torch.bool)))
             for i, (z, x) in enumerate(blocks)
         ]
         if len(found) == 1:
@@ -536,15 +614,21 @@ def multiple_negatives_ranking(d: Draw) -> Case:
     def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
         import fusedloss
 
-        given: dict[str, Any] = {} if mask is None else {"mask": mask.build(fusedloss.masks, v)}
-        return f(v["anchor"], v["positive"], *(v[n] for n in names), scale=v.get("scale", scale), **given, **o)
+        more: dict[str, Any] = {} if mask is None else {"mask": mask.build(fusedloss.masks, v)}
+        if ids:
+            more["ids"] = tuple(v[n] for n in ids)
+        if "negatives_mask" in v:
+            more["negatives_mask"] = v["negatives_mask"]
+        negatives = [v[n] for n in names]
+        return f(v["anchor"], v["positive"], *negatives, scale=v.get("scale", scale), **more, **given(o))
 
     once = len(directions) == 1 or partition == "joint"
     return Case(
         "multiple_negatives_ranking", d.dtype, t, call, formula, tuple(grads), options,
         reductions=("mean", "sum", "none") if once else (options.get("reduction", "mean"),),
-        axes={n: ("row", None) for n in ("anchor", "positive", *names) if N == B}
-        if mask is None and all(k == B for k in sizes) else {}, rows_axis="row",
+        axes={**{n: ("row", None) for n in ("anchor", "positive", *names, "negatives_mask")},
+              **dict.fromkeys(ids, ("row",))}
+        if mask is None and N == B and all(k == B for k in sizes) else {}, rows_axis="row",
         takes_group=mask is None and N == B and all(k == B for k in sizes),
         stats=None if d.duplicates or len(directions) > 1 or strength else stats, module="MultipleNegativesRankingLoss",
         traits={"embeddings": ("anchor", "positive", *names), "mask": mask.kinds if mask else (),
@@ -580,6 +664,11 @@ def gist_embed(d: Draw) -> Case:
         t["temperature"] = temperature
     d.reduction(options)
     grads = [n for n in (*names, "temperature") if n in t and d.chance(0.9)]
+    options |= of_rows(d)
+    ids = [f"{n}_ids" for n in names] if d.chance(0.3) else []
+    if ids:
+        groups = d.pick(2, 3, max(B, 2))
+        t |= {n: d.labels(rows, groups) for n, rows in zip(ids, (d.pick(B, N), N, *sizes), strict=True)}
 
     def parts(o: Ops, v: SimpleNamespace) -> tuple[Tensor, Tensor, Any]:
         a, p, *n = (getattr(v, x) for x in names)
@@ -594,26 +683,36 @@ def gist_embed(d: Draw) -> Case:
         sets += [(a, x, ga, gx) for x, gx in zip(n, gn, strict=True)]
         z = torch.cat([products(x, y, True) / over for x, y, _, _ in sets], 1)
         dropped = [guided(o, gx, gy, torch.arange(B), margin, "", threshold) for _, _, gx, gy in sets]
+        if ids:
+            pairs, docs = no_duplicates(B, N, *(getattr(v, n) for n in ids))
+            parts_of = docs.split([N, *sizes], 1)
+            other = [parts_of[0]]
+            other += [pairs] if options.get("contrast_anchors", True) else []
+            other += [parts_of[0]] if options.get("contrast_positives", True) else []
+            dropped = [x | ~y for x, y in zip(dropped, [*other, *parts_of[1:]], strict=True)]
         return z, ~torch.cat(dropped, 1), over
 
     every = torch.ones(B, dtype=torch.bool)
 
     def formula(o: Ops, v: SimpleNamespace) -> Rows:
         z, allowed, _ = parts(o, v)
-        return Rows(softmax(z, allowed, torch.arange(B), every))
+        decoupled = options.get("decoupled", False)
+        return Rows(transform(o, options, softmax(z, allowed, torch.arange(B), every, decoupled=decoupled)))
 
     def stats(o: Ops, v: SimpleNamespace) -> dict[str, Tensor]:
         z, allowed, over = parts(o, v)
         return statistics(o, z, allowed, torch.arange(B), every, 1 / torch.as_tensor(over))
 
     def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
+        more = {"ids": tuple(v[n] for n in ids)} if ids else {}
         return f(*(v[n] for n in names), guide=tuple(v[n] for n in guides),
-                 temperature=v.get("temperature", temperature), **o)  # fmt: skip
+                 temperature=v.get("temperature", temperature), **more, **given(o))  # fmt: skip
 
     same = N == B and all(k == B for k in sizes)
     return Case(
         "gist_embed", d.dtype, t, call, formula, tuple(grads), options,
-        axes={n: ("row", None) for n in (*names, *guides)} if same else {}, rows_axis="row", takes_group=same,
+        axes={**{n: ("row", None) for n in (*names, *guides)}, **dict.fromkeys(ids, ("row",))} if same else {},
+        rows_axis="row", takes_group=same,
         stats=None if d.duplicates else stats, module="GISTEmbedLoss", traits={"embeddings": tuple(names)},
     )  # fmt: skip
 
@@ -628,6 +727,8 @@ def nt_xent(d: Draw, name: str) -> Case:
         t["temperature"] = temperature
     d.reduction(options)
     grads = [n for n in ("z1", "z2", "temperature") if n in t and d.chance(0.9)]
+    if name == "nt_xent" and d.chance(0.25):
+        options["transform"] = d.pick(*PHI)
     own = torch.arange(2 * B)
     pair = (own + B) % max(2 * B, 1)
 
@@ -639,7 +740,7 @@ def nt_xent(d: Draw, name: str) -> Case:
     def formula(o: Ops, v: SimpleNamespace) -> Rows:
         z, allowed, _ = parts(o, v)
         if name == "nt_xent":
-            return Rows(softmax(z, allowed, pair, torch.ones(2 * B, dtype=torch.bool)))
+            return Rows(transform(o, options, softmax(z, allowed, pair, torch.ones(2 * B, dtype=torch.bool))))
         if B == 1:
             return Rows((z * 0).sum(1))
         return Rows(lse(z.masked_fill(~allowed | one_hot(pair, 2 * B), -torch.inf)) - z.gather(1, pair[:, None])[:, 0])
@@ -649,7 +750,8 @@ def nt_xent(d: Draw, name: str) -> Case:
         return statistics(o, z, allowed, pair, torch.ones(2 * B, dtype=torch.bool), 1 / torch.as_tensor(over))
 
     return Case(
-        name, d.dtype, t, lambda f, v, o: f(v["z1"], v["z2"], temperature=v.get("temperature", temperature), **o),
+        name, d.dtype, t,
+        lambda f, v, o: f(v["z1"], v["z2"], temperature=v.get("temperature", temperature), **given(o)),
         formula, tuple(grads), options, axes={"z1": ("row", None), "z2": ("row", None)}, rows_axis="pairs",
         takes_group=name == "nt_xent", stats=None if d.duplicates or name != "nt_xent" else stats,
         module="NTXentLoss" if name == "nt_xent" else "DCLLoss", traits={"embeddings": ("z1", "z2")},
@@ -694,6 +796,17 @@ def clip_distill(d: Draw) -> Case:
     )  # fmt: skip
 
 
+def _beside(x: Tensor, own: Tensor, cosine: bool) -> Tensor:
+    found = (x[:, None] * own).sum(2)
+    return found / (length(x)[:, None] * length(own)) if cosine else found
+
+
+def _lse_of(z: Tensor, there: Tensor) -> Tensor:
+    """0 where there is nothing."""
+    total = lse(z.masked_fill(~there, -torch.inf))
+    return torch.where(there.any(1), total, 0.0)
+
+
 @drawer("info_nce_distill")
 def info_nce_distill(d: Draw) -> Case:
     M, D, T = d.rows(), d.dim(), d.dim()
@@ -709,31 +822,67 @@ def info_nce_distill(d: Draw) -> Case:
         if isinstance(x, Tensor):
             t[n] = x
     d.reduction(options)
-    grads = [n for n in ("query", "key", "temperature") if n in t and d.chance(0.9)]
+    K = bank = 0
+    if "query_to_key" in directions and d.chance(0.35):
+        K = d.whole(0 if d.chance(0.2) else 1, 6)
+        t["negatives"] = d.lay(d.normal(M, K, D).to(d.dtype))
+        t["teacher_negatives"] = d.lay(d.normal(M, K, T).to(dtype))
+        if d.chance(0.4):
+            t["negatives_mask"] = d.lay(d.uniform(0, 1, M, K) < d.pick(0.3, 0.8))
+    if "query_to_key" in directions and d.chance(0.3):
+        bank = d.whole(0 if d.chance(0.2) else 1, 12)
+        t["bank"] = d.embeddings(bank, D, zeros=normalize)
+        t["teacher_bank"] = d.embeddings(bank, T, dtype=dtype, zeros=normalize)
+    columns = "row" if N == M and "bank" not in t else None
+    mask = MaskDraw(d, M, N + bank, "row", columns, ("same_id", "same_group", "dense", "not_self"))
+    t |= mask.tensors
+    grads = [n for n in ("query", "key", "negatives", "temperature") if n in t and d.chance(0.9)]
 
     def formula(o: Ops, v: SimpleNamespace) -> Rows:
-        z = products(v.query, v.key, normalize) / (v.temperature.reshape(()) if "temperature" in t else temperature)
+        over = v.temperature.reshape(()) if "temperature" in t else temperature
         other = v.teacher_temperature.reshape(()) if "teacher_temperature" in t else taught
-        w = products(v.teacher_query, v.teacher_key, normalize) / other
+        keys, teachers = v.key, v.teacher_key
+        if "bank" in t:
+            keys, teachers = torch.cat([keys, v.bank.detach()]), torch.cat([teachers, v.teacher_bank])
+        z, w = products(v.query, keys, normalize) / over, products(v.teacher_query, teachers, normalize) / other
+        own = torch.arange(M)
+        allowed, itself = mask.admissible(o, v, torch.zeros(M, N + bank), torch.zeros(()), own)
+        allowed = allowed | (one_hot(own, N + bank) & ~itself)
         losses = []
         for direction in directions:
-            student, teacher = (z, w) if direction == "query_to_key" else (z.T, w.T)
-            log_p, log_q = teacher - lse(teacher)[:, None], student - lse(student)[:, None]
-            p, q = log_p.exp(), log_q.exp()
+            if direction == "query_to_key":
+                student, teacher, there = z, w, allowed
+                if K:
+                    student = torch.cat([z, _beside(v.query, v.negatives, normalize) / over], 1)
+                    teacher = torch.cat([w, _beside(v.teacher_query, v.teacher_negatives, normalize) / other], 1)
+                    real = v.negatives_mask if "negatives_mask" in t else torch.ones(M, K, dtype=torch.bool)
+                    there = torch.cat([allowed, real], 1)
+            else:
+                student, teacher, there = z[:, :N].T, w[:, :N].T, allowed[:, :N].T
+            logs = [torch.where(there, x, 0.0) - _lse_of(x, there)[:, None] for x in (teacher, student)]
+            log_p, log_q = (torch.where(there, x, 0.0) for x in logs)
+            p, q = (torch.where(there, x.exp(), 0.0) for x in (log_p, log_q))
             terms = {"kl": p * (log_p - log_q), "ce": -p * log_q, "mse": (q - p) ** 2}[form]
             losses.append(terms.sum(1))
         return Rows(torch.stack(losses).mean(0))
 
     def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
+        import fusedloss
+
+        names = ("negatives", "teacher_negatives", "negatives_mask", "bank", "teacher_bank")
+        more = {n: v[n] for n in names if n in v}
         return f(v["query"], v["key"], v["teacher_query"], v["teacher_key"],
                  temperature=v.get("temperature", temperature),
-                 teacher_temperature=v.get("teacher_temperature", taught), **o)  # fmt: skip
+                 teacher_temperature=v.get("teacher_temperature", taught), mask=mask.build(fusedloss.masks, v),
+                 **more, **o)  # fmt: skip
 
-    columns = "row" if N == M else None
     return Case(
         "info_nce_distill", d.dtype, t, call, formula, tuple(grads), options,
         axes={"query": ("row", None), "teacher_query": ("row", None), "key": (columns, None),
-              "teacher_key": (columns, None)}, rows_axis="row", module="InfoNCEDistillLoss",
+              "teacher_key": (columns, None), "negatives": ("row", None, None), "negatives_mask": ("row", None),
+              "teacher_negatives": ("row", None, None), **mask.axes}
+        if columns and "not_self" not in mask.kinds else {}, rows_axis="row", module="InfoNCEDistillLoss",
+        traits={"mask": mask.kinds},
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cases import Case, Ops, Rows, drawer, lse, mean_over_counted, products, root, softplus, unit_rows
 from .draw import Draw
-from .in_batch import one_hot, softmax
+from .in_batch import PHI, given, one_hot, softmax, transform
 
 
 def both(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,6 +29,8 @@ def labelled(d: Draw, name: str) -> Case:
     if name == "sup_con":
         temperature = d.parameter(d.log(0.01, 10))
         options["form"] = d.pick("out", "in")
+        if options["form"] == "out" and d.chance(0.3):
+            options["transform"] = d.pick(*PHI)
         if isinstance(temperature, Tensor):
             t["temperature"] = temperature
     elif name == "multi_similarity":
@@ -54,7 +56,7 @@ def labelled(d: Draw, name: str) -> Case:
                 losses = torch.where(counted, total[:, 0], 0.0) - own
             else:
                 losses = count.log() - lse(log_p.masked_fill(~positive, -torch.inf))
-            return mean_over_counted(torch.where(counted, losses, 0.0), counted)
+            return mean_over_counted(transform(o, options, torch.where(counted, losses, 0.0)), counted)
 
         def log1p_sum(z: Tensor, where: Tensor) -> Tensor:
             return softplus(lse(z.masked_fill(~where, -torch.inf)))
@@ -75,7 +77,7 @@ def labelled(d: Draw, name: str) -> Case:
     return Case(
         name, d.dtype, t,
         lambda f, v, o: f(v["embeddings"], labels=v["labels"], **({"temperature": v.get("temperature", temperature)}
-                                                                 if name == "sup_con" else {}), **o),
+                                                                 if name == "sup_con" else {}), **given(o)),
         formula, grads, options, axes={"embeddings": ("row", None), "labels": ("row",)}, rows_axis="row",
         takes_group=name == "sup_con", traits={"embeddings": ("embeddings",), "ring": options.get("form") != "in"},
         module={"sup_con": "SupConLoss", "multi_similarity": "MultiSimilarityLoss", "circle": "CircleLoss"}[name],

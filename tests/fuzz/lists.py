@@ -68,24 +68,69 @@ def lists(d: Draw, name: str) -> Case:
     elif name == "adr_mse":
         options = d.some({"alpha": d.log(0.2, 5)})
     elif name == "list_info_nce":
-        options = d.some({"temperature": d.log(0.2, 5), "positives": d.pick("each", "joint")})
+        options = d.some({"temperature": d.parameter(d.log(0.2, 5)), "positives": d.pick("each", "joint")})
+        if isinstance(options.get("temperature"), Tensor):
+            t["temperature"] = options.pop("temperature")
     elif name == "list_circle":
         options = d.some({"m": d.real(-0.2, 0.6), "gamma": d.log(0.5, 5)})
     d.reduction(options)
+    soft = name == "rank_net" and not ragged and d.chance(0.35)
+    if soft:  # a pair that nobody judged has 0 in both places; what is not read is NaN
+        del t["labels"]
+        upper = d.uniform(0, 1, Q, n, n).triu(1)
+        judged = (d.uniform(0, 1, Q, n, n) < d.pick(0.3, 1.0)).triu(1)
+        kind = d.pick(torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        targets = torch.where(judged, upper, 0.0) + torch.where(judged, 1 - upper, 0.0).mT
+        unread = torch.eye(n, dtype=torch.bool).expand(Q, n, n)
+        if "mask" in t:
+            unread = unread | ~(t["mask"][:, :, None] & t["mask"][:, None])
+        t["soft"] = d.lay(targets.masked_fill(unread, math.nan).to(kind))
+    against = name == "rank_net" and d.chance(0.3)
+    if against:
+        t |= {x.replace("scores", "reference"): d.lay(d.normal(*t[x].shape).to(d.dtype)) for x in t if "scores" in x}
 
     def queries(v: SimpleNamespace) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Scores and labels of the documents, and which places these are."""
+        """Scores and labels of the documents, or targets of their pairs, and which places these are."""
+
+        def score(i: int, suffix: object = "") -> Tensor:
+            own = getattr(v, f"scores{suffix}")
+            own = own - getattr(v, f"reference{suffix}").detach() if against else own
+            return own if ragged else own[i]
+
         if ragged:
-            return [(getattr(v, f"scores{i}"), getattr(v, f"labels{i}").double(), torch.arange(n) < k)
+            return [(score(i, i), getattr(v, f"labels{i}").double(), torch.arange(n) < k)
                     for i, k in enumerate(lengths)]  # fmt: skip
         masks = v.mask if "mask" in t else torch.ones(Q, n, dtype=torch.bool)
-        return [(v.scores[i][m], v.labels[i][m].double(), m) for i, m in enumerate(masks)]
+        if soft:
+            return [(score(i)[m], v.soft[i][m][:, m], m) for i, m in enumerate(masks)]
+        return [(score(i)[m], v.labels[i][m].double(), m) for i, m in enumerate(masks)]
 
-    def lambda_sums(s: Tensor, y: Tensor) -> tuple[Tensor, int]:
+    def ranked(o: Ops, s: Tensor) -> Tensor:
+        """The best first; differences of scores are rounded, which may make others of these equal."""
+
+        def decide() -> tuple[Tensor, Tensor]:
+            best = s.detach().sort(descending=True, stable=True)
+            apart = best.values[:-1] - best.values[1:]
+            near = (apart > 0) & (apart <= 64 * o.unit * best.values.abs().max()) if len(s) else apart > 0
+            return best.indices, near & (against and "k" in options)
+
+        return o._once(decide)
+
+    def of_pairs(o: Ops, s: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        order = ranked(o, s)
+        s, p = s[order], p[order][:, order]
+        place = torch.arange(len(s))
+        k = options.get("k") or len(s)
+        pair = (place[:, None] != place) & ((place[:, None] < k) | (place < k))
+        p = torch.where(pair, p, 0.0).detach()
+        lost = torch.where(pair, p * softplus(-options.get("sigma", 1.0) * (s[:, None] - s)), 0.0)
+        return lost.sum() / (math.log(2) if options.get("reduction_log", "binary") == "binary" else 1), p.sum()
+
+    def lambda_sums(o: Ops, s: Tensor, y: Tensor) -> tuple[Tensor, int]:
         m = len(s)
         k = options.get("k") or m
         sigma, mu = options.get("sigma", 1.0), options.get("mu", 10.0)
-        order = s.detach().sort(descending=True, stable=True).indices
+        order = ranked(o, s)
         s, y = s[order], y[order]
         place = torch.arange(1, m + 1, dtype=torch.float64)
         D = torch.log2(1 + place)
@@ -111,7 +156,7 @@ def lists(d: Draw, name: str) -> Case:
             lost = lost / math.log(2)
         return torch.where(pair, lost, 0.0).sum(), int(pair.sum())
 
-    def contrast(s: Tensor, y: Tensor) -> tuple[Tensor, int]:
+    def contrast(s: Tensor, y: Tensor, temperature: Tensor | None) -> tuple[Tensor, int]:
         none = (s * 0).sum()
         if name == "list_circle":
             m, gamma = options.get("m", 0.4), options.get("gamma", 80.0)
@@ -119,7 +164,7 @@ def lists(d: Draw, name: str) -> Case:
             push = gamma * torch.relu(s.detach() + m) * (s - m)
             both = bool(y.any() and (~y).any())
             return softplus(lse(pull[y]) + lse(push[~y])) if both else none, int(both)
-        z = s / options.get("temperature", 1.0)
+        z = s / (temperature.reshape(()) if "temperature" in t else options.get("temperature", 1.0))
         if not y.any() or y.all():
             return none, int(y.any())
         above = lse(z[~y]) - (lse(z[y]) if options.get("positives") == "joint" else z[y])
@@ -133,13 +178,15 @@ def lists(d: Draw, name: str) -> Case:
                 found.append((s * 0).sum())
                 counts += name in ("list_net", "list_mle", "plist_mle")
                 continue
-            if pairs:
-                loss, count = lambda_sums(s, y)
+            if soft:
+                loss, count = of_pairs(o, s, y)
+            elif pairs:
+                loss, count = lambda_sums(o, s, y)
             elif name == "list_net":
                 count = 1
                 loss = -((y - lse(y)).exp() * (s - lse(s))).sum()
             elif contrasts:
-                loss, count = contrast(s, y > 0)
+                loss, count = contrast(s, y > 0, getattr(v, "temperature", None))
             elif name == "adr_mse":
                 alpha = options.get("alpha", 1.0)
                 R = 1 + (alpha * (s - s[:, None])).sigmoid().masked_fill(torch.eye(m, dtype=torch.bool), 0.0).sum(1)
@@ -170,19 +217,24 @@ def lists(d: Draw, name: str) -> Case:
         return Rows(torch.stack(found), counts)
 
     def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
+        names = ("mask", "soft", *(() if ragged else ("reference",)), "temperature")
+        more: dict[str, Any] = {x: v[x] for x in names if x in v}
         if ragged:
-            return f([v[f"scores{i}"] for i in range(Q)], [v[f"labels{i}"] for i in range(Q)], **o)
-        return f(v["scores"], v["labels"], **({"mask": v["mask"]} if "mask" in v else {}), **o)
+            if against:
+                more["reference"] = [v[f"reference{i}"] for i in range(Q)]
+            return f([v[f"scores{i}"] for i in range(Q)], [v[f"labels{i}"] for i in range(Q)], **more, **o)
+        return f(v["scores"], v.get("labels"), **more, **o)
 
     modules = {"lambda_loss": "LambdaLoss", "rank_net": "RankNetLoss", "list_net": "ListNetLoss",
                "list_info_nce": "ListInfoNCELoss", "list_circle": "ListCircleLoss",
                "list_mle": "ListMLELoss", "plist_mle": "PListMLELoss", "adr_mse": "ADRMSELoss"}  # fmt: skip
-    learnt = [x for x in t if x.startswith("scores")]
+    learnt = [x for x in t if x.startswith(("scores", "temperature"))]
     if name == "list_net" and kind.is_floating_point:
         learnt += [x for x in t if x.startswith("labels")]
     return Case(
         name, d.dtype, t, call, formula, tuple(learnt) if d.chance(0.95) else (), options,
-        axes={} if ragged else {x: ("row", None) for x in t}, rows_axis="row", module=modules[name],
+        axes={} if ragged else {x: ("row", None, None)[: y.dim()] for x, y in t.items() if x != "temperature"},
+        rows_axis="row", module=modules[name],
         traits={"labels": kind, "ragged": ragged, "weighting": weighting},
-        backends=("chunked", "reference") if callable(weighting) or contrasts else ("chunked", "reference", "triton"),
+        backends=("chunked", "reference", *(() if callable(weighting) or contrasts or soft else ("triton",))),
     )  # fmt: skip

@@ -26,6 +26,8 @@ FOUND = [
     ("matryoshka_2d", 9, "a gradient of 0 between two sums of 55: the budget did not know of them"),
     ("proxy_nca", 119, "265 equal terms: the budget did not know how a sum of many is rounded"),
     ("sup_con", 106, "a gradient of 0 by an fp64 temperature beside bf16"),
+    ("contrastive_tension_in_batch", 89, "283 terms of one size, by a row of zeros: roundings of one sign add up"),
+    ("decoupled_contrastive", 86, "474 terms of one size, by a row of zeros"),
     ("online_contrastive", 113, "distances of 1 of both labels: a rounding decides which is hard"),
 ]
 
