@@ -295,6 +295,9 @@ class WithMemory(nn.Module):
     their positives. All are constants. A memory takes `rows` x D numbers, and the loss a copy of it.
 
     The newest rows are kept. Under `torch.no_grad()` the loss is that of the batch alone, and nothing is remembered. A
+    batch with a number that is not finite is not remembered either: the memory stays as it was, so that one bad step
+    does not spoil those after it. A full memory is kept so by the device alone; while it fills, its length depends on
+    the batch's numbers, which the host then reads, once a step. A
     loss that raises leaves the memory as it was. With a loss that has a `group`, each process remembers its own rows.
     `memory`, a list of tensors, is not saved with the parameters; assign `[]` to forget it.
 
@@ -327,8 +330,16 @@ class WithMemory(nn.Module):
         past = [m.to(x) for x, m in zip(embeddings, self.memory, strict=True)] if self.memory else []
         whole = [torch.cat(pair) for pair in zip(embeddings, past, strict=True)] if past else list(embeddings)
         result = self.loss(*whole, **options)
-        self.memory = [x[: self.rows].detach().clone() for x in whole]
+        self._remember([x[: self.rows].detach() for x in whole], [x.detach() for x in embeddings], past)
         return result
+
+    def _remember(self, newest: list[Tensor], batch: list[Tensor], past: list[Tensor]) -> None:
+        finite = torch.stack([x.isfinite().all().to(batch[0].device) for x in batch]).all()
+        if past and len(past[0]) == len(newest[0]):
+            kept = zip(newest, past, strict=True)
+            self.memory = [torch.where(finite.to(x.device), x, old) for x, old in kept]
+        elif bool(finite):
+            self.memory = [x.clone() for x in newest]
 
     def _check(self, embeddings: Sequence[Tensor]) -> None:
         if not embeddings:

@@ -19,6 +19,7 @@ from .core import mask as core
 from .core.numerics import row_numbers
 
 STRATEGIES = ("absolute", "relative")
+LARGEST_TOKEN = 2**31 - 1  # each token and place is another int64
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,14 +139,15 @@ def text_ids(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     among 131072 texts 5e-10 that any two do.
 
     Args:
-        input_ids: `[rows, places]`, integers from 0 to 2^31 - 1.
+        input_ids: `[rows, places]`, integers from 0 to 2^31 - 1, on a CPU, where values are read; those of the padding
+            may be any.
         attention_mask: `[rows, places]`, integers or bool, 0 for padding; None: no padding.
 
     Returns:
         int64 `[rows]`.
 
     Raises:
-        ValueError, TypeError: a shape or dtype that does not fit.
+        ValueError, TypeError: a shape, dtype or token that does not fit.
 
     Example:
         >>> tokens = tokenizer(answers, padding=True, return_tensors="pt")
@@ -162,6 +164,14 @@ def text_ids(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
             wanted = "[rows, places]" if x is input_ids else f"{list(input_ids.shape)}, like input_ids"
             raise ValueError(f"{name} must be {wanted}, got shape {list(x.shape)}; pad the texts to one length")
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    if checks.reads_values(input_ids) and input_ids.numel():
+        least, most = (int(end) for end in input_ids.where(real, 0).aminmax())
+        if least < 0 or most > LARGEST_TOKEN:
+            outside = least if least < 0 else most
+            raise ValueError(
+                f"input_ids must hold numbers from 0 to {LARGEST_TOKEN}, got {outside}; pass attention_mask, "
+                "0 for padding"
+            )
     mixed = _mixed(input_ids.long() * 2**32 + real.cumsum(1))
     return mixed.masked_fill_(~real, 0).sum(1)
 

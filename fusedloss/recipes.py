@@ -17,6 +17,7 @@ from .core.mask import Mask
 from .core.numerics import row_numbers
 from .losses._options import Call
 from .losses._softmax import mean_of
+from .losses.embed_distill import projected
 from .losses.multiple_negatives_ranking import multiple_negatives_ranking_problems
 from .losses.orthogonal import means
 
@@ -298,9 +299,9 @@ def nemotron_embed(
     for name, value in {"cosine": cosine, "squared": squared, "listwise": listwise}.items():
         checks.number(name, value, least=0)
     checks.scalar("temperature", temperature, query, positive=True)
+    students = projected([query, document], projection)
     angle, square = (
-        2 * functional.embed_distill([query, document], teacher, distance=distance, projection=projection)
-        for distance in ("cosine", "mse")
+        2 * functional.embed_distill(students, teacher, distance=distance) for distance in ("cosine", "mse")
     )
     loss: Tensor = cosine * angle + squared * square
     if listwise:

@@ -235,6 +235,11 @@ def softcap(value: float | None) -> None:
         scalar("softcap", value, None, positive=True)
 
 
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {a(value)}; pass one of the two")
+
+
 def sequence(name: str, value: object, what: str, example: str) -> None:
     """Checks for a list, a tuple or the like, but not a string."""
     if type(value) in (tuple, list):
@@ -339,14 +344,20 @@ INVERSE = {"temperature": ("scale", "logit_scale"), "scale": ("temperature",), "
 
 
 def explained(function: Callable[P, R]) -> Callable[P, R]:
-    """Wraps `function` so that an unknown keyword raises an error that names the right one."""
+    """Wraps `function` so that an unknown keyword raises an error that names the right one.
+
+    So does an option of type bool that is none: any other object, such as a mask, would count as True.
+    """
     known = keywords(function)
+    flags = frozenset(p.name for p in inspect.signature(function).parameters.values() if p.annotation == "bool")
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name in kwargs:
+        for name, value in kwargs.items():
             if name not in known:
-                raise TypeError(unexpected(function.__name__, name, kwargs[name], inspect.signature(function)))
+                raise TypeError(unexpected(function.__name__, name, value, inspect.signature(function)))
+            if name in flags and value is not True and value is not False:
+                flag(name, value)
         return function(*args, **kwargs)
 
     return call

@@ -111,7 +111,8 @@ class Fold:
     options: its numbers. labels: of rows and columns. itself: column i is row i, which is not a pair. distance:
     "euclidean" or "squared" if the fold takes distances; "cosine": `1 - sim`. scalars: 0-dim tensors after the scale,
     maybe learnable. teachers: for each block, embeddings whose similarities are the second input. beside: each row's
-    own columns. A fold that has teachers takes several blocks and masks.
+    own columns. A fold that has teachers takes several blocks and masks. teacher_cosine: the teachers' rows enter as
+    unit vectors, as the operands do under the problem's `cosine`.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Fold:
     teachers: tuple[Guide, ...] = ()
     teacher_scale: Tensor | None = None
     beside: Beside | None = None
+    teacher_cosine: bool = False
 
     def __post_init__(self) -> None:
         if self.labels is not None:

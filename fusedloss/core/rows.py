@@ -15,7 +15,7 @@ from torch import Tensor
 from . import products
 from .folds import Part
 from .mask import GuideRule
-from .numerics import NORM_EPS, cdiv, inverse_norms, row_numbers, slices, stats_dtype, wide_dtype
+from .numerics import NORM_EPS, cdiv, inverse_norms, row_numbers, slices, stats_dtype, unit_rows, wide_dtype
 from .problem import NO_RULE, Problem, RowRule
 from .softmax import bent, decoupled_loss, marginal, softmax_loss
 from .strips import Patch, Prepared, RowSums, Settled
@@ -328,15 +328,20 @@ def fold_part(
     row_labels, key_labels = fold.labels or (None, None)
     if fold.teachers and room is None:  # by calls that torch.func can transform
         wide = problem.scale.dtype
-        parts = [query[chunk].to(wide) @ key.to(wide).T for query, key in fold.teachers]
+        pairs = [(query[chunk].to(wide), key.to(wide)) for query, key in fold.teachers]
+        if fold.teacher_cosine:
+            pairs = [(unit_rows(query), unit_rows(key)) for query, key in pairs]
+        parts = [query @ key.T for query, key in pairs]
         parts += [] if fold.beside is None else [fold.beside.teacher[chunk]]
         room = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
     elif room is not None:
         for (query, key), place in zip(fold.teachers, places, strict=False):
-            query = query[chunk]
-            if not (products.narrow(key.dtype, key.device) and query.dtype == key.dtype):
-                query, key = query.to(room.dtype), key.to(room.dtype)
-            products.mm(room[:, place], query, key.T)
+            query, out = query[chunk], room[:, place]
+            as_is = products.narrow(key.dtype, key.device) and query.dtype == key.dtype
+            x, y = (query, key) if as_is else (query.to(room.dtype), key.to(room.dtype))
+            products.mm(out, x, y.T)
+            if fold.teacher_cosine:
+                out.mul_(inverse_norms(x)[:, None]).mul_(inverse_norms(y))
         if fold.beside is not None:
             room[:, places[-1]] = fold.beside.teacher[chunk]
     return Part(

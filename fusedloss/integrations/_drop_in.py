@@ -24,6 +24,7 @@ logger = logging.getLogger("fusedloss")
 calls: Counter[str] = Counter()
 _warned: set[tuple[str, str]] = set()
 _running: ContextVar[list[str] | None] = ContextVar("running", default=None)
+_standing: list[Patch] = []  # those that are not undone
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -154,6 +155,8 @@ def library(name: str, distribution: str, tested: str, least: str = "") -> Modul
 class Patch:
     """Replaces objects of a library by ours in every module that holds them. `undo()`, or the end of a `with`, reverts.
 
+    Of several patches with the same replacement the last that is undone puts the original back, in whatever order.
+
     `undo()` also reverts modules imported in the meantime; a module that held ours beforehand keeps it. While the patch
     stands our classes carry the originals' `__module__`: model cards link to the library's documentation, and pickle
     finds them by that name. An object of an original class, made beforehand, is pickled and copied by the same name, so
@@ -163,7 +166,7 @@ class Patch:
     def __init__(self, replacements: Mapping[Any, Any]):
         self._replacements = {} if disabled() else dict(replacements)
         ours = {id(own): own for own in self._replacements.values()}
-        self._chosen = {(module.__name__, name) for module, name, _ in _places(ours)}
+        self._chosen = {(module.__name__, name, id(own)) for module, name, own in _places(ours)}
         for module, name, own in _places({id(original): own for original, own in self._replacements.items()}):
             setattr(module, name, own)
         self._modules: dict[type, tuple[type, str]] = {}
@@ -172,11 +175,23 @@ class Patch:
                 self._modules[own] = original, own.__module__
                 own.__module__ = original.__module__
                 copyreg.pickle(original, functools.partial(_by_name, own))
+        if self._replacements:
+            _standing.append(self)
 
     def undo(self) -> None:
-        """Puts the originals back. A second call does nothing."""
-        for module, name, original in _places({id(own): original for original, own in self._replacements.items()}):
-            if (module.__name__, name) not in self._chosen:
+        """Puts the originals back, or leaves that to another patch that stands. A second call does nothing."""
+        if self in _standing:
+            _standing.remove(self)
+        for original, own in list(self._replacements.items()):
+            heir = next((patch for patch in _standing if patch._replacements.get(original) is own), None)
+            if heir is not None:
+                heir._chosen -= {place for place in heir._chosen - self._chosen if place[2] == id(own)}
+                if own in self._modules:
+                    heir._modules[own] = self._modules.pop(own)
+                del self._replacements[original]
+        places = _places({id(own): original for original, own in self._replacements.items()})
+        for module, name, original in places:
+            if (module.__name__, name, id(self._replacements[original])) not in self._chosen:
                 setattr(module, name, original)
         for own, (original, name) in self._modules.items():
             own.__module__ = name
@@ -193,6 +208,12 @@ class Patch:
 
     def __repr__(self) -> str:
         return f"Patch({', '.join(sorted(own.__name__ for own in self._replacements.values()))})"
+
+
+def replaced(found: Any) -> Any:
+    """Returns what `found` stands for by a patch; any other object as it is."""
+    originals = (original for patch in _standing for original, own in patch._replacements.items() if own is found)
+    return next(originals, found)
 
 
 def _by_name(own: type, instance: object) -> tuple[Any, ...]:

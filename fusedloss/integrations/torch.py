@@ -20,7 +20,7 @@ import fusedloss
 
 from .. import masks
 from ..core import checks
-from ._drop_in import Patch, counted, runs_fused
+from ._drop_in import Patch, counted, replaced, runs_fused
 
 _linear_cross_entropy: Any = getattr(F, "linear_cross_entropy", None)
 
@@ -134,8 +134,8 @@ class InfoNCELoss(nn.Module):
 def patch() -> Patch:
     """Replaces torch's functions and modules in every loaded module. Returns a Patch: `undo()` reverts it."""
     found = {
-        getattr(F, "linear_cross_entropy", None): linear_cross_entropy,
-        getattr(F, "info_nce_loss", None): info_nce_loss,
-        getattr(nn, "InfoNCELoss", None): InfoNCELoss,
+        replaced(getattr(F, "linear_cross_entropy", None)): linear_cross_entropy,
+        replaced(getattr(F, "info_nce_loss", None)): info_nce_loss,
+        replaced(getattr(nn, "InfoNCELoss", None)): InfoNCELoss,
     }
     return Patch({original: own for original, own in found.items() if original is not None and original is not own})

@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..core import checks
 from ..functional import clip, siglip
@@ -38,6 +41,7 @@ from transformers.models.vision_text_dual_encoder.modeling_vision_text_dual_enco
 )
 
 Loss = Callable[[Any, Tensor, Tensor], Tensor]
+Stock = Callable[[Tensor], Tensor]
 
 
 def _clip(model: Any, image: Tensor, text: Tensor) -> Tensor:
@@ -46,6 +50,20 @@ def _clip(model: Any, image: Tensor, text: Tensor) -> Tensor:
 
 def _siglip(model: Any, image: Tensor, text: Tensor) -> Tensor:
     return siglip(image, text, model.logit_scale.exp(), model.logit_bias)
+
+
+def _sigmoid_of(logits: Tensor) -> Tensor:
+    """Returns SigLIP's loss of the library's logits: it has no function for it."""
+    sign = 2 * torch.eye(len(logits), device=logits.device) - 1
+    return -F.logsigmoid(sign * logits).sum(-1).mean()
+
+
+def _stock(upstream: Any, loss: Loss) -> Stock | None:
+    """Returns the library's loss of its logits; None: this version has it under another name."""
+    if loss is _siglip:
+        return _sigmoid_of
+    found: Stock | None = getattr(sys.modules[upstream.__module__], "image_text_contrastive_loss", None)
+    return found
 
 
 def _why_not(model: Any, image: Any, text: Any) -> str | None:
@@ -57,10 +75,11 @@ def _why_not(model: Any, image: Any, text: Any) -> str | None:
 
 
 def _forward(upstream: Any, loss: Loss) -> Callable[..., Any]:
-    """Returns the library's forward with the loss of its embeddings."""
+    """Returns the library's forward with the loss of its embeddings, or of its logits: towers run once."""
     library_forward = upstream.forward
     signature = inspect.signature(library_forward)
     place = list(signature.parameters).index("return_loss") - 1
+    stock = _stock(upstream, loss)
 
     @functools.wraps(library_forward)
     @counted
@@ -79,9 +98,12 @@ def _forward(upstream: Any, loss: Loss) -> Callable[..., Any]:
         else:
             output = library_forward(self, *args, **kwargs | {"return_loss": False})
         image, text = output.image_embeds, output.text_embeds
-        if not runs_fused(name, _why_not(self, image, text)):
+        if runs_fused(name, _why_not(self, image, text)):
+            output.loss = loss(self, image, text)
+        elif stock is None or len(image) != len(text):  # the library's error
             return library_forward(self, *args, **kwargs)
-        output.loss = loss(self, image, text)
+        else:
+            output.loss = stock(output.logits_per_text)
         output.move_to_end("loss", last=False)  # where the library has it
         return output
 

@@ -101,6 +101,10 @@ def _students(
         raise ValueError("student must be [B, D] or hold at least one column [B, D], got none")
     names = ["student" if isinstance(student, Tensor) else f"student[{i}]" for i in range(len(students))]
     check_rows(**dict(zip(names, students, strict=True)))
+    return projected(students, projection)
+
+
+def projected(students: list[Tensor], projection: Tensor | Callable[[Tensor], Tensor] | None) -> list[Tensor]:
     return students if projection is None else [_projected(x, projection) for x in students]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import masks
 from ..core import checks
 from ..core.mask import Guide, Mask
-from ..core.numerics import filled, row_numbers, unit_rows
+from ..core.numerics import filled, row_numbers, stats_dtype
 from ..core.problem import Beside, Block, Fold, Problem
 from ..distributed import Request
 from ..rowwise.pairs import scores
@@ -72,8 +72,8 @@ def info_nce_distill(
         mask: the keys that may compete in a row: `masks.same_id`, `masks.same_group`, `masks.not_self` or bool
             `[M, N]`, True for those that may. Query i's own key i always may, except under `not_self`. It covers N + B
             columns with a bank.
-        normalize: divide each row of all embeddings, the teacher's included, by `max(|row|, 1e-12)` first. The
-            student's norms act on the fp32 accumulator; of the teacher's embeddings this makes copies.
+        normalize: divide each row of all embeddings, the teacher's included, by `max(|row|, 1e-12)` first. The norms
+            act on the fp32 accumulator, so that unit vectors are never rounded to 16 bits.
         reduction: "mean", "sum", or "none" (`[M]`). A row in which no column competes has loss 0, and counts.
 
     Returns:
@@ -106,9 +106,8 @@ def info_nce_distill(
             own = _beside(student, teacher, negatives_mask, normalize, call)
         bound = _bound(mask, student)
         scale, number = as_scale(temperature, query, inverse=True)
-        fold = Fold(FORMS[form], teacher_scale=as_scale(teacher_temperature, query, inverse=True)[0].detach())
-        if normalize:
-            teacher = teacher.units(scale.dtype)
+        taught = as_scale(teacher_temperature, query, inverse=True)[0].detach()
+        fold = Fold(FORMS[form], teacher_scale=taught, teacher_cosine=normalize)
         problems = []
         for direction in directions:
             if direction == "query_to_key":
@@ -145,14 +144,6 @@ class Embeddings(NamedTuple):
         key = query if self.key is self.query else autocast(self.key)[0]
         return Embeddings(query, key, *(None if x is None else autocast(x)[0] for x in (self.negatives, self.bank)))
 
-    def units(self, dtype: torch.dtype) -> Embeddings:
-        """Returns the same in unit rows, but for the negatives."""
-        query, key, bank = (
-            None if x is None else unit_rows(x.detach().to(dtype)) for x in (self.query, self.key, self.bank)
-        )
-        assert query is not None and key is not None
-        return Embeddings(query, key, self.negatives, bank)
-
 
 def distill_problem(
     student: Embeddings,
@@ -187,7 +178,9 @@ def _beside(student: Embeddings, teacher: Embeddings, admitted: Tensor | None, n
     backend = "auto" if call.backend in ("cuda", "dense") else call.backend  # which take no pairs of rows
     values = scores(kind, student.query, *student.negatives.unbind(1), backend=backend)
     with torch.no_grad():
-        taught = scores(kind, teacher.query, *teacher.negatives.unbind(1), backend=backend)
+        wide = stats_dtype(teacher.query.dtype) is values.dtype or values.dtype is torch.float32
+        columns = [x if wide else x.to(values.dtype) for x in (teacher.query, *teacher.negatives.unbind(1))]
+        taught = scores(kind, *columns, backend=backend)
     return Beside(values, taught.to(values.dtype), admitted)
 
 

@@ -98,6 +98,8 @@ def linear_cross_entropy(
         >>> (loss - 0.01 * stats.entropy.mean()).backward()
     """
     call = Call(reduction=reduction, **shared)
+    if compact is not None:
+        checks.flag("compact", compact)
     ignore_index = IGNORE_INDEX if ignore_index is None else ignore_index
     x, index = _rows(input, linear_weight, target)
     classes = linear_weight.shape[0]

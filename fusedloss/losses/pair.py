@@ -196,4 +196,7 @@ def contrastive_tension(
     if few(call.backend, dots, "pointwise") and not transformed() and (sign := signs(y)) is not None:
         return of_rows(F.softplus(dots * sign, threshold=50), call.reduction)
     # torch's binary cross-entropy would subtract dots of 5 from 5.008, which leaves a small loss half its digits.
-    return of_rows(torch.lerp(*softplus_of_both(dots), y), call.reduction)
+    no, yes = softplus_of_both(dots)
+    infinite = dots.isinf()  # 0 times an infinite term is 0
+    no, yes = no.masked_fill((y == 1) & infinite, 0), yes.masked_fill((y == 0) & infinite, 0)
+    return of_rows((1 - y) * no + y * yes, call.reduction)

@@ -55,8 +55,7 @@ class _Entropy(torch.autograd.Function):
             z.sub_(z.amax(1, keepdim=True))
             e = z.exp()
             total = e.sum(1)
-            if bias is not None:
-                z.masked_fill_(e == 0, 0)  # 0 times -inf, of a class that is removed
+            z.clamp_(min=torch.finfo(z.dtype).min)  # 0 times -inf, of a class that is removed, is 0
             found[rows] = total.log() - torch.linalg.vecdot(e, z) / total
         ctx.save_for_backward(x, y, bias, found)
         ctx.numbers = scale, softcap, workspace_bytes
@@ -80,8 +79,7 @@ class _Entropy(torch.autograd.Function):
             z.sub_(z.logsumexp(1, keepdim=True))
             dz = z.exp()
             z.add_(entropy[rows, None])
-            if bias is not None:
-                z.masked_fill_(dz == 0, 0)
+            z.clamp_(min=torch.finfo(z.dtype).min)
             dz.mul_(z).mul_(-upstream[rows, None].to(dtype))
             if slope is not None:
                 dz.mul_(slope)

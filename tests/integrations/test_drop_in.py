@@ -63,6 +63,7 @@ def test_undone_in_the_order_they_were_made(library):
     (Loss, _), original = ours_of(module), module.Loss
     patches = [Patch({original: Loss}) for _ in range(2)]
     for patch in patches:
+        assert script.Loss is module.Loss is Loss and Loss.__module__ == "a_library"
         patch.undo()
     assert script.Loss is module.Loss is original and Loss.__module__ == __name__
 

@@ -86,3 +86,13 @@ def test_the_patch_replaces_what_a_later_torch_has(monkeypatch):
         q = torch.randn(4, 8)
         torch.testing.assert_close(nn.InfoNCELoss(0.5)(q, q), fusedloss.info_nce(q, q, temperature=0.5, normalize=True))
     assert F.info_nce_loss is info_nce_loss and nn.InfoNCELoss is InfoNCELoss
+
+
+@needs_torch
+def test_an_inner_patch_outlives_the_outer():
+    original = F.linear_cross_entropy
+    outer, inner = fused.patch(), fused.patch()
+    outer.undo()
+    assert F.linear_cross_entropy is fused.linear_cross_entropy and "linear_cross_entropy" in repr(inner)
+    inner.undo()
+    assert F.linear_cross_entropy is original

@@ -188,3 +188,8 @@ def test_text_ids_refuse():
         masks.text_ids(tokens.flatten())
     with pytest.raises(ValueError, match=r"attention_mask must be \[2, 3\], like input_ids, got shape \[2, 2\]"):
         masks.text_ids(tokens, tokens[:, :2])
+    for wrong in (-1, 2**31):
+        tokens[0, 1] = wrong
+        with pytest.raises(ValueError, match=f"input_ids must hold numbers from 0 to 2147483647, got {wrong}"):
+            masks.text_ids(tokens)
+    assert masks.text_ids(tokens, torch.tensor([[1, 0, 1], [1, 1, 1]])).shape == (2,)  # of the padding none is read

@@ -331,3 +331,19 @@ def test_the_module_checks_its_options():
     assert torch.equal(
         loss(query, key, *teacher), fusedloss.info_nce_distill(query, key, *teacher, form="mse", normalize=True)
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_narrow_teacher_of_a_wide_student(normalize, backend):
+    """Its numbers are widened before they are multiplied, those of own negatives and of a bank as well."""
+    torch.manual_seed(0)
+    names = ("query", "key", "negatives", "bank")
+    shapes = (5, 4), (5, 4), (5, 2, 4), (3, 4)
+    student = {name: randn(*shape) for name, shape in zip(names, shapes, strict=True)}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        teacher = {f"teacher_{name}": randn(*shape).to(dtype) for name, shape in zip(names, shapes, strict=True)}
+        wide = {name: x.double() for name, x in teacher.items()}
+        options = {"normalize": normalize, "backend": backend, "temperature": 0.3}
+        found, wanted = (fusedloss.info_nce_distill(**student, **given, **options) for given in (teacher, wide))
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)

@@ -5,6 +5,7 @@ import inspect
 import re
 from typing import Unpack, get_args, get_origin, get_type_hints
 
+import contract
 import pytest
 import torch
 
@@ -128,3 +129,20 @@ def test_options_of_ranks_need_a_group(name, options):
         ValueError, match=r"group must be given with strategy=.*, got None; pass a ProcessGroup, or 'world'"
     ):
         calls[name]()
+
+
+FLAGS = {
+    name: [p.name for p in TAKES[name].values() if p.annotation in ("bool", "bool | None")]
+    for name in functional.__all__
+    if not name.endswith("_loss") and "size_average" not in TAKES[name]  # of torch, which takes any object
+}
+
+
+@pytest.mark.parametrize("name", sorted(name for name, flags in FLAGS.items() if flags and name in contract.CASES))
+def test_a_flag_is_true_or_false(name):
+    """A mask in its place would count as True."""
+    case = contract.CASES[name](contract.Batch(5))
+    for flag in FLAGS[name]:
+        for value, shown in ((torch.ones(5, dtype=torch.bool), "a Tensor"), ("no", "'no', a str"), (1, "1, an int")):
+            with pytest.raises(TypeError, match=f"{flag} must be True or False, got {shown}; pass one of the two"):
+                case.result(**{flag: value})

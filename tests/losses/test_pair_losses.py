@@ -204,6 +204,16 @@ def test_contrastive_tension_of_large_dots():
     assert found.tolist() == [0.0, 1e4, 1e4, 0.0]
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+def test_contrastive_tension_of_infinite_dots(backend):
+    """A pair that is certainly right has loss 0 and no gradient; one that is wrong, or partly so, an infinite loss."""
+    dots = torch.tensor([torch.inf, -torch.inf, torch.inf, -torch.inf, torch.inf]).requires_grad_()
+    label = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.5])
+    found = fusedloss.contrastive_tension(dots[:, None], torch.ones(5, 1), label, reduction="none", backend=backend)
+    assert found.tolist() == [0.0, 0.0, torch.inf, torch.inf, torch.inf]
+    assert torch.autograd.grad(found[:4].sum(), dots)[0].tolist() == [0.0, 0.0, 1.0, -1.0, 0.0]
+
+
 # Every loss -----------------------------------------------------------------------------------------------------------
 
 LABEL = torch.tensor([1, 0, 0, 1, 0, 1, 1])

@@ -220,3 +220,16 @@ def test_recipes_refuse():
         recipes.leaf(q, [p], normalize=False)
     with pytest.raises(ValueError, match="spread must be a number of at least 0"):
         recipes.embedding_gemma(q, p, spread=-1.0)
+
+
+def test_nemotron_embed_projects_each_text_once():
+    """Of a module with dropout, both distances are of one projection."""
+    (q, d), seen = batch(2), []
+
+    def projection(x):
+        seen.append(x)
+        return x @ PROJECTION.T
+
+    found = recipes.nemotron_embed(q, d, teacher=TAUGHT, projection=projection)
+    torch.testing.assert_close(found, nemotron(q, d), rtol=1e-9, atol=1e-9)
+    assert len(seen) == 2

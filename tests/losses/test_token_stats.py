@@ -111,6 +111,16 @@ def test_a_removed_class_and_certain_rows(backend, softcap):
     assert (sharp.entropy.abs() < 1e-100).all()
 
 
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_an_infinite_weight_concerns_the_rows_that_it_makes_infinite(backend):
+    """A class at -inf has no share; at inf there is no softmax, nor where 0 multiplies the weight."""
+    x, w = randn(4, 3), randn(5, 3, seed=1)
+    w[1, 2], x[:, 2] = torch.inf, torch.tensor([-1.0, -2.0, 0.5, 0.0])
+    _, stats = fusedloss.linear_cross_entropy(x, w, torch.zeros(4).long(), return_stats=True, backend=backend)
+    torch.testing.assert_close(stats.entropy[:2], entropy_of(x[:2] @ w[[0, 2, 3, 4]].T))
+    assert stats.entropy[2:].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_narrow_inputs(dtype):
     """The logits of 16-bit inputs are not rounded to 16 bits."""

@@ -763,6 +763,24 @@ def test_a_memory_takes_hard_negatives_and_forgets():
     torch.testing.assert_close(loss(*columns), fusedloss.multiple_negatives_ranking(*columns))
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("full", [False, True])
+def test_a_batch_that_is_not_finite_is_not_remembered(full, number):
+    torch.manual_seed(0)
+    loss, (x, y, spoilt) = WithMemory(fusedloss.InfoNCELoss(0.5), rows=4 if full else 10), randn(3, 4, 6)
+    loss(x, y)
+    before = list(loss.memory)
+    spoilt[1, 2] = number
+    assert not loss(x, spoilt).isfinite()
+    assert all(map(torch.equal, loss.memory, before))
+    torch.testing.assert_close(
+        loss(y, x), fusedloss.info_nce(torch.cat([y, x]), torch.cat([x, y]), temperature=0.5), rtol=1e-12, atol=0
+    )
+    fresh = WithMemory(fusedloss.InfoNCELoss(0.5), rows=4)
+    fresh(spoilt, x)
+    assert fresh.memory == []
+
+
 def test_evaluation_and_failure_leave_the_memory_alone():
     loss, x = WithMemory(fusedloss.InfoNCELoss(0.5), rows=8), randn(4, 6)
     loss(x, x)

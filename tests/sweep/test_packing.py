@@ -43,6 +43,7 @@ def whole():
         (Guide(vector(3, 2), vector(3, 2)), Guide(vector(3, 2), vector(3, 2))),
         vector(),
         Beside(vector(3, 2), vector(3, 2), torch.ones(3, 2, dtype=torch.bool)),
+        True,
     )
     return Problem(
         (vector(3, 4), vector(3, 4), vector(3, 4)),
