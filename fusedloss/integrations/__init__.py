@@ -1,5 +1,5 @@
 """Drop-ins for sentence_transformers, open_clip, pytorch_metric_learning, lightly, FlagEmbedding, colpali_engine,
-tevatron and transformers.
+tevatron, nemo_automodel, swift, transformers and torch.
 
     from fusedloss.integrations import sentence_transformers as fused
 

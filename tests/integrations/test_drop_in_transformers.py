@@ -161,3 +161,26 @@ def test_signatures_are_the_librarys(name):
     """The Trainer drops inputs that `forward` does not name."""
     ours, theirs = getattr(fused, name), getattr(transformers, name)
     assert issubclass(ours, theirs) and inspect.signature(ours.forward) == inspect.signature(theirs.forward)
+
+
+class Tagged(torch.Tensor):
+    """As libraries have that subclass tensors: no plain one."""
+
+
+@pytest.mark.parametrize("name", ["CLIPModel", "BlipModel", "SiglipModel"])
+def test_the_towers_run_once_where_the_loss_is_the_librarys(name):
+    results, before = [], calls.copy()
+    for library in (fused, transformers):
+        model, seen = build(name, library=library), []
+        model.text_model.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        head = model.text_model if name == "SiglipModel" else model.text_projection
+        if name == "SiglipModel":
+            head = model.text_model.head
+        head.register_forward_hook(lambda *given: given[2].as_subclass(Tagged))
+        results.append(run(model, batch(name)))
+        assert len(seen) == 1
+    (found, grads), (wanted, wanted_grads) = results
+    assert calls == before and list(found) == list(wanted)
+    torch.testing.assert_close(torch.Tensor(found.loss), torch.Tensor(wanted.loss), rtol=1e-12, atol=0)
+    for key, grad in grads.items():
+        torch.testing.assert_close(torch.Tensor(grad), torch.Tensor(wanted_grads[key]), rtol=1e-8, atol=1e-12)

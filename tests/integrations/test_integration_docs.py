@@ -32,6 +32,8 @@ SCALE = {
     "FlagEmbedding": 20.0,
     "colpali_engine": 50.0,
     "tevatron": 20.0,
+    "nemo_automodel": 20.0,
+    "swift": 10.0,
 }
 HUB = "sentence-transformers/all-MiniLM-L6-v2"
 
