@@ -34,8 +34,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 PACKAGE = Path(F.__file__).parent
 WRITES = "FUSEDLOSS_WRITE_SUPPORT" in os.environ
 REFUSALS = (UnsupportedError, ValueError, TypeError)
-BACKENDS = ("reference", "chunked", "triton", "cuda")
-KERNELS = ("triton", "cuda")
+BACKENDS = ("reference", "chunked", "dense", "triton", "cuda")
+TORCH = BACKENDS[:3]  # in fp64
+KERNELS = BACKENDS[3:]
 STEP = 1e-5  # of differences in fp64: eps / STEP and STEP^2 are about 1e-11 and 1e-10
 NONE = ""  # the loss has no such option
 
@@ -250,7 +251,7 @@ def value_and_gradient(at: Point, backend: str, **options: Any) -> None:
         ahead, behind = (loss(*shifted(at, directions, step)) for step in (STEP, -STEP))
         close([found], [(ahead - behind) / (2 * STEP)], 1e-6)
         return
-    if backend == "chunked":
+    if backend in TORCH:
         close(derived(at.call(backend, **options), at.learn), wanted, 1e-9)
         return
     narrow = at.to(torch.float32)
@@ -388,7 +389,7 @@ def argument(options: dict[str, Any]) -> str:
 def with_option(at: Point, backend: str, options: dict[str, Any]) -> None:
     value_and_gradient(at, backend, **options)
     if "return_stats" in options:
-        narrow = at if backend in ("reference", "chunked") else at.to(torch.float32)
+        narrow = at if backend in TORCH else at.to(torch.float32)
         stats, wanted = (
             here.call(name, **options)(*here.learn)[1] for here, name in ((narrow, backend), (at, "reference"))
         )
@@ -486,8 +487,8 @@ loss has no such option. Nothing is promised beyond this page.
 
 ## Every loss
 
-* *reference, chunked, triton, cuda*: `backend=`. The kernels ran without a GPU: Triton's in its interpreter, those of
-  `csrc/` compiled for a CPU.
+* *reference, chunked, dense, triton, cuda*: `backend=`. The kernels ran without a GPU: Triton's in its interpreter,
+  those of `csrc/` compiled for a CPU.
 * *second derivatives* (`create_graph=True`), *torch.func.grad*, *vmap*, *forward mode* (`torch.func.jvp`): yes is on
   `reference` and on `chunked`; a name is the backend that has it. Kernels have second derivatives where `chunked`
   has them, by the formula that it reruns, and none of the others. Where only `reference` has second derivatives, one
