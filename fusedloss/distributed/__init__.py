@@ -24,14 +24,15 @@ average. Both hold for encoders, and for learnable temperatures, scales and bias
 as that library does, right or wrong: `MATCH`.
 
 info_nce's `bank` stays on its rank: rows see the rank's own, such as a queue that all ranks hold alike. With
-bank_across=True the banks of all ranks compete.
+bank_across=True the banks of all ranks compete. `negatives`, which their own row alone sees, never travel.
 
-Refused with a group, on all ranks: label_smoothing, return_stats, bool masks (the others work), info_nce's `negatives`,
-siglip's int64 targets, second derivatives; with strategy="ring" also backend="reference", `debiased`, info_nce's
-targets `[M, P]`, sup_con's form="in", and explicit targets together with a margin or a guide. docs/support.md has the
-table.
+Refused with a group, on all ranks: label_smoothing, return_stats, bool masks (the others work), info_nce's `negatives`
+beside a target, siglip's int64 targets, second derivatives; with strategy="ring" also
+backend="reference", `debiased`, info_nce's targets `[M, P]`, sup_con's form="in", and explicit targets together with a
+margin or a guide. docs/support.md has the table.
 """
 
+from .agreement import Agreed as Agreed
 from .agreement import Part as Part
 from .agreement import Request as Request
 from .agreement import agree as agree

@@ -12,9 +12,9 @@ from .. import masks, transforms
 from ..core import checks
 from ..core.problem import NO_MARGIN, Block, Margin, Problem
 from ..core.transforms import Transform
-from ..distributed import Request
+from ..distributed import Request, agree
 from ._options import Call, CountingAcrossOptions, expanded, ranks
-from ._private import refusal, with_private
+from ._private import refusal, with_private, with_private_across
 from ._softmax import Loss, Rows, as_scale, autocast, counted, distinct, result_of
 from ._targets import alone, check_debiased, check_gathers, counts, rows_of_several
 from .contrast_lists import POSITIVES
@@ -62,7 +62,8 @@ def info_nce(
             stands twice in a row counts once. A row without any is left out.
         temperature: a positive number, or a tensor of one element, which receives a gradient.
         negatives: `[M, K, D]`, K more columns for each row that no other row sees. They have no bias, and masks do not
-            apply to them. Their sums are merged outside the sweep, which costs a fourth product.
+            apply to them. Their sums are merged outside the sweep, which costs a fourth product. With `group` they stay
+            on their rank, and each row's positive must too: no target.
         bank: `[K, D]`, K more columns that every row sees, behind the keys: a queue (MoCo), a memory (XBM). It is read
             in place, with any strides, and never copied, except under autocast if its dtype differs, or if it was made
             under inference_mode, which autograd cannot save. It receives no gradient, even if it requires one. It may
@@ -151,8 +152,11 @@ def info_nce(
 
     def ask(call: Call) -> Request:
         across = call.group is not None
-        if across and negatives is not None:
-            raise ValueError("negatives must not be given together with group, got both; leave one of them out")
+        if across and negatives is not None and target is not None:
+            raise ValueError(
+                "target must be None with negatives and group, each row's positive its own rank's, got a tensor; "
+                "leave one of the three out"
+            )
         problem = info_nce_problem(
             query,
             key,
@@ -176,6 +180,9 @@ def info_nce(
         )
         stays = () if bank_across else tuple(block.key for block in problem.blocks[1:])
         what = f"info_nce\nbank {'of all ranks' if bank_across else 'of the rank'}" if bank is not None else "info_nce"
+        if negatives is not None:
+            _check_private(problem, query, negatives, negatives_mask, teacher_scores)
+            what += "\nnegatives of each row"
         ignored = ignore_index if across and target is not None else None
         return call.request(what, problem, ignore_index=ignored, stays=stays)
 
@@ -183,10 +190,14 @@ def info_nce(
         raise ValueError("negatives must be given with negatives_mask, got the mask alone; pass [M, K, D]")
     if teacher_scores is not None and negatives is None:
         raise ValueError("negatives must be given with teacher_scores, got the scores alone; pass [M, K, D]")
-    if negatives is not None and ranks(options) is None:
-        call = Call(**options)
-        return _with_private(ask(call).problems[0], call, query, negatives, negatives_mask, teacher_scores)
-    return result_of(options, ask)
+    if negatives is None:
+        return result_of(options, ask)
+    world = ranks(options)
+    if world is not None:
+        agreed = agree(world, lambda: ask(Call(**options)))
+        return with_private_across(agreed, negatives.unbind(1), negatives_mask, teacher_scores)
+    call = Call(**options)
+    return with_private(ask(call).problems[0], call, negatives.unbind(1), negatives_mask, teacher=teacher_scores)
 
 
 def info_nce_problem(
@@ -308,25 +319,18 @@ def info_nce_problem(
     )
 
 
-def _with_private(
-    problem: Problem,
-    call: Call,
-    query: Tensor,
-    negatives: Tensor,
-    real: Tensor | None,
-    teacher: Tensor | None,
-) -> Tensor:
+def _check_private(
+    problem: Problem, query: Tensor, negatives: Tensor, real: Tensor | None, teacher: Tensor | None
+) -> None:
     if not isinstance(negatives, Tensor) or negatives.dim() != 3 or negatives.shape[::2] != query.shape:
         got = f"shape {list(negatives.shape)}" if isinstance(negatives, Tensor) else checks.a(negatives)
         raise ValueError(f"negatives must be [M, K, D] = [{len(query)}, any, {query.shape[1]}], got {got}")
-    columns = negatives.unbind(1)
-    checks.embeddings(query=query, **{f"negatives[:, {k}]": x for k, x in enumerate(columns)})
+    checks.embeddings(query=query, **{f"negatives[:, {k}]": x for k, x in enumerate(negatives.unbind(1))})
     if real is not None:
         checks.boolean("negatives_mask", real, tuple(negatives.shape[:2]), query)
     if teacher is not None:
-        checks.floating("teacher_scores", teacher, (len(query), 1 + len(columns)), query)
+        checks.floating("teacher_scores", teacher, (len(query), 1 + negatives.shape[1]), query)
     if any(problem.margin):
         raise ValueError("margin must be 0 with negatives, got both; leave one of them out")
     if what := refusal(problem):
         raise ValueError(f"negatives must not be given together with {what}, got both; leave one of them out")
-    return with_private(problem, call, columns, real, teacher=teacher)

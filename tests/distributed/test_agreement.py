@@ -67,10 +67,10 @@ REFUSED = {
         if option == "return_stats" or name == "info_nce"
     },
     "negatives": (
-        "info_nce",
+        "info_nce, target",
         {"negatives": torch.ones(3, 2, 4)},
         ValueError,
-        "negatives must not be given together with group",
+        "target must be None with negatives and group",
     ),
     "a bool mask": ("info_nce", {"mask": BOOL}, ValueError, "a bool mask must not be given together with group"),
     "clip's bool mask": ("clip", {"mask": BOOL}, ValueError, "a bool mask must not be given together with group"),
@@ -237,6 +237,7 @@ DIFFERENT = {
         {"bank": rows(2), "bank_across": True},
         "rank 0: bank of the rank; rank 1: bank of all ranks",
     ),
+    "own negatives": ("info_nce", {}, {"negatives": rows(3)[:, None]}, "rank 1: negatives of each row"),
     "strategy": ("ring", {}, None, "rank 0: strategy ring; rank 1: strategy gather"),
 }
 

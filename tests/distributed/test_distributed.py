@@ -167,6 +167,29 @@ CASES = {
     ),
     "clip, debiased": lambda b, **k: fusedloss.clip(b.x, b.y, 1 / b.temperature, normalize=True, debiased=0.1, **k),
     "nt_xent, debiased": lambda b, **k: fusedloss.nt_xent(b.x, b.y, temperature=b.temperature, debiased=0.1, **k),
+    "info_nce, own negatives": lambda b, **k: fusedloss.info_nce(
+        b.x,
+        b.y,
+        negatives=torch.stack((b.n, b.m), 1),
+        negatives_mask=torch.stack([b.ids != 0, b.labels != 1], 1),
+        key_bias=b.bias,
+        weight=b.weight,
+        temperature=b.temperature,
+        transform=fusedloss.transforms.focal(1.5),
+        **k,
+    ),
+    "info_nce, a teacher's scores": lambda b, **k: fusedloss.info_nce(
+        b.x, b.y, negatives=b.n[:, None], teacher_scores=torch.stack((b.bias, b.weight), 1), normalize=True, **k
+    ),
+    "info_nce, own negatives, margin, sum": lambda b, **k: fusedloss.info_nce(
+        b.x,
+        b.y,
+        negatives=b.n[:, None],
+        mask=masks.score_margin(0.1) & masks.same_id(b.ids, b.ids),
+        normalize=True,
+        reduction="sum",
+        **k,
+    ),
     "info_nce, one tensor": lambda b, **k: fusedloss.info_nce(b.x, b.x, temperature=b.temperature, **k),
     "clip": lambda b, **k: fusedloss.clip(b.x, b.y, 1 / b.temperature, **k),
     "clip, normalized, ids": lambda b, **k: fusedloss.clip(
