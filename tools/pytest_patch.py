@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -11,7 +12,14 @@ from typing import Any
 
 from fusedloss.integrations import LIBRARY_UP_TO, calls
 
-LIBRARIES = ("sentence_transformers", "open_clip", "pytorch_metric_learning", "lightly")
+LIBRARIES = (
+    "sentence_transformers",
+    "open_clip",
+    "pytorch_metric_learning",
+    "lightly",
+    "colpali_engine",
+    "nemo_automodel",
+)
 missing: dict[str, ImportError] = {}
 
 
@@ -24,6 +32,11 @@ def pytest_configure(config: Any) -> None:
             missing[name] = error
 
 
+def version(library: str) -> str:
+    found: str | None = getattr(sys.modules[library], "__version__", None)
+    return found or importlib.metadata.version(library)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.section("calls that ran fused")
     for name, count in sorted(calls.items()):
@@ -31,6 +44,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for name, error in missing.items():
         terminalreporter.line(f"not patched: {name}: {error}")
     if "FUSEDLOSS_CALLS" in os.environ:  # for tools/upstream.py
-        versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in LIBRARIES}
+        versions = {name: version(name) for name in LIBRARIES if name not in missing}
         found = {"calls": dict(sorted(calls.items())), "versions": versions}
         Path(os.environ["FUSEDLOSS_CALLS"]).write_text(json.dumps(found))

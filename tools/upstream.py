@@ -32,6 +32,8 @@ LIBRARIES = {
     "open_clip": "tests/test_loss.py tests/test_siglip_chunked_loss.py tests/test_task_specific_unit.py "
     "tests/test_task_base_unit.py tests/test_factory_task.py",
     "lightly": "tests/loss/test_ntx_ent_loss.py tests/loss/test_dcl_loss.py",
+    "colpali_engine": "tests/loss/test_bi_losses.py tests/loss/test_gradcache.py",
+    "nemo_automodel": "tests/unit_tests/loss/test_infonce.py tests/unit_tests/loss/test_embedding_distill.py",
 }
 
 
