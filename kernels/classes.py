@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .rows import _log1p
 from .softmax import exponential, finite
+from .vectors import up
 
 FP16_LARGEST = tl.constexpr(2.0**14)  # see fusedloss/rowwise/classes.py
 
@@ -65,12 +66,14 @@ def class_rows_kernel(
     SQUARES: tl.constexpr,
     FOCAL: tl.constexpr,
     CAPPED: tl.constexpr,
+    WIDE: tl.constexpr,  # divides C and the rows' strides: see vectors.py
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """hard (1 - p_t)^gamma (-log p_t) - smooth sum_j w_j log p_j + square logsumexp^2."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = offs < R
+    C, stride_xn, stride_gn = up(C, WIDE), up(stride_xn, WIDE), up(stride_gn, WIDE)
     base = offs // S * stride_xn + offs % S * stride_xs
     target = tl.load(Target + offs, mask=mask, other=0)
     own_z = tl.load(X + base + target * stride_xc, mask=mask, other=0.0).to(tl.float32)
@@ -180,15 +183,17 @@ def share_rows_kernel(
     SMOOTHS: tl.constexpr,
     SQUARES: tl.constexpr,
     CAPPED: tl.constexpr,
+    WIDE: tl.constexpr,  # divides C and the rows' strides: see vectors.py
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """-sum_j (hard w_j q_j + smooth w_j) log p_j + square logsumexp^2, over the mask's entries."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = offs < R
+    C, stride_xn, stride_gn = up(C, WIDE), up(stride_xn, WIDE), up(stride_gn, WIDE)
     base = offs // S * stride_xn + offs % S * stride_xs
-    share_base = offs // S * stride_qn + offs % S * stride_qs
-    mask_base = offs * stride_mr
+    share_base = offs // S * up(stride_qn, WIDE) + offs % S * stride_qs
+    mask_base = offs * up(stride_mr, WIDE)
     maximum = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     share_max = tl.full((BLOCK_R,), float("-inf"), tl.float32)
@@ -281,6 +286,7 @@ def pair_logits_kernel(
     DIFFERENCE: tl.constexpr,
     MULTIPLICATION: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,  # divides D and the rows' strides: see vectors.py
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -289,6 +295,7 @@ def pair_logits_kernel(
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     rows = offs_b < B
+    D, stride_ub, stride_vb, stride_wc = up(D, WIDE), up(stride_ub, WIDE), up(stride_vb, WIDE), up(stride_wc, WIDE)
     total = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
     for start in range(0, D, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)

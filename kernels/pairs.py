@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .rows import _load, _store
+from .vectors import up
 
 
 @triton.jit
@@ -23,24 +24,27 @@ def score_kernel(
     stride_qm,
     strides,
     KIND: tl.constexpr,
+    WIDE: tl.constexpr,  # divides D, half for AnglE, and the strides: see vectors.py
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = offs < M
+    D, half, stride_qm = up(D, WIDE), up(half, WIDE), up(stride_qm, WIDE)
     for k in tl.static_range(len(others)):
+        stride = up(strides[k], WIDE)
         value = tl.zeros((BLOCK_R,), tl.float32)
         x_squared = tl.zeros((BLOCK_R,), tl.float32)
         y_squared = tl.zeros((BLOCK_R,), tl.float32)
         for start in range(0, half if KIND == "angle" else D, BLOCK_D):
             if KIND == "angle":
-                x, x_hi, y, y_hi = _halves(Query, others[k], offs, stride_qm, strides[k], start, half, D, mask, BLOCK_D)
+                x, x_hi, y, y_hi = _halves(Query, others[k], offs, stride_qm, stride, start, half, D, mask, BLOCK_D)
                 value += tl.sum(x * y + x_hi * y_hi + x_hi * y - x * y_hi, axis=1)
                 x_squared += tl.sum(x * x + x_hi * x_hi, axis=1)
                 y_squared += tl.sum(y * y + y_hi * y_hi, axis=1)
             else:
                 x = _load(Query, offs, stride_qm, start, D, mask, BLOCK_D)
-                y = _load(others[k], offs, strides[k], start, D, mask, BLOCK_D)
+                y = _load(others[k], offs, stride, start, D, mask, BLOCK_D)
                 if KIND == "cos":
                     x_squared += tl.sum(x * x, axis=1)
                     y_squared += tl.sum(y * y, axis=1)
@@ -80,17 +84,20 @@ def score_backward_kernel(
     stride_qm,
     strides,
     KIND: tl.constexpr,
+    WIDE: tl.constexpr,  # divides D, half for AnglE, and the strides: see vectors.py
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = offs < M
+    D, half, stride_qm = up(D, WIDE), up(half, WIDE), up(stride_qm, WIDE)
     for start in range(0, half if KIND == "angle" else D, BLOCK_D):
         dx = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         if KIND == "angle":
             dx_hi = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         x_own = tl.zeros((BLOCK_R,), tl.float32)  # factor of the row itself, through its norm
         for k in tl.static_range(len(others)):
+            stride = up(strides[k], WIDE)
             weight = tl.load(Upstream + offs * stride_um + k * stride_uk, mask=mask, other=0.0).to(tl.float32)
             if Value is not None:
                 value = tl.load(Value + _place(k, M, offs), mask=mask, other=0.0)
@@ -108,7 +115,7 @@ def score_backward_kernel(
             if KIND == "euclidean":
                 weight = tl.where(value == 0, 0.0, weight / tl.where(value == 0, 1.0, value))
             if KIND == "angle":
-                x, x_hi, y, y_hi = _halves(Query, others[k], offs, stride_qm, strides[k], start, half, D, mask, BLOCK_D)
+                x, x_hi, y, y_hi = _halves(Query, others[k], offs, stride_qm, stride, start, half, D, mask, BLOCK_D)
                 dx += weight[:, None] * (y - y_hi)
                 dx_hi += weight[:, None] * (y_hi + y)
                 if dothers[k] is not None:
@@ -118,7 +125,7 @@ def score_backward_kernel(
                     _store(dothers[k], offs, D, start + half, D, mask, dy_hi, BLOCK_D)
             else:
                 x = _load(Query, offs, stride_qm, start, D, mask, BLOCK_D)
-                y = _load(others[k], offs, strides[k], start, D, mask, BLOCK_D)
+                y = _load(others[k], offs, stride, start, D, mask, BLOCK_D)
                 if KIND == "cos" or KIND == "dot":
                     dx += weight[:, None] * y
                     dy = weight[:, None] * x

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .softmax import finite
+from .vectors import up
 
 # maths.md: Margin; Softcap; Online log-sum-exp; Settle; Symmetric; Contraction
 # Rows shorter than this are divided by it, as in torch.nn.functional.normalize.
@@ -34,10 +35,12 @@ def prepare_kernel(
     stride_yn,
     SOFTCAP: tl.constexpr,  # or None
     MARGIN: tl.constexpr,  # angle, its sine and cosine, and the amount subtracted from a cosine; or None
+    WIDE: tl.constexpr,  # divides D and the strides: see vectors.py
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     # Numbers that scores depend on are constants, because an argument would be rounded to fp32.
+    D, stride_xm, stride_yn = up(D, WIDE), up(stride_xm, WIDE), up(stride_yn, WIDE)
     offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     if X is not None:
         mask = offs < M
@@ -150,6 +153,7 @@ def settle_kernel(
     Slope,  # [R] or None: factor of the target's entry
     RELATIVE: tl.constexpr,  # entries are relative to over_l
     DECOUPLED: tl.constexpr,  # the target stays out of l
+    WIDE: tl.constexpr,  # divides D and `strides`: see vectors.py
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -221,9 +225,10 @@ def settle_kernel(
                 entry *= tl.load(ColFactor + target, mask=hit, other=0.0)
             tl.store(Out + offs * stride_om + target, entry.to(Out.dtype.element_ty), mask=hit)
     for number in tl.static_range(len(xs)):
+        stride, scaled_stride = up(strides[2 * number], WIDE), up(strides[2 * number + 1], WIDE)
         for start in range(0, D, BLOCK_D):
-            x = _load(xs[number], offs, strides[2 * number], start, D, mask, BLOCK_D) * over_l[:, None]
-            _store(scaled[number], offs, strides[2 * number + 1], start, D, mask, x, BLOCK_D)
+            x = _load(xs[number], offs, stride, start, up(D, WIDE), mask, BLOCK_D) * over_l[:, None]
+            _store(scaled[number], offs, scaled_stride, start, up(D, WIDE), mask, x, BLOCK_D)
 
 
 @triton.jit
@@ -238,6 +243,7 @@ def weigh_kernel(
     R,
     N,
     stride_om,
+    WIDE: tl.constexpr,  # divides the stride; up to a multiple of it a row may be written
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -250,12 +256,14 @@ def weigh_kernel(
     if RowFactor is not None:
         entry *= tl.load(RowFactor + offs, mask=mask, other=0.0)
         entry *= tl.load(ColFactor + target, mask=mask & (target >= 0) & (target < N), other=0.0)
+    stride_om = up(stride_om, WIDE)
     for start in range(0, N, BLOCK_D):
         offs_n = start + tl.arange(0, BLOCK_D)
         col_weight = tl.load(ColWeight + offs_n, mask=offs_n < N, other=0.0)
-        dz = _load(Out, offs, stride_om, start, N, mask, BLOCK_D) * (row_weight[:, None] + col_weight[None, :])
+        dz = _load(Out, offs, stride_om, start, up(N, WIDE), mask, BLOCK_D)
+        dz *= row_weight[:, None] + col_weight[None, :]
         dz = tl.where(offs_n[None, :] == target[:, None], entry[:, None], dz)
-        _store(Out, offs, stride_om, start, N, mask, dz, BLOCK_D)
+        _store(Out, offs, stride_om, start, up(N, WIDE), mask, dz, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -272,6 +280,7 @@ def finish_kernel(
     stride_sm,
     stride_xm,
     stride_om,
+    WIDE: tl.constexpr,  # divides D and the strides: see vectors.py
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -281,6 +290,7 @@ def finish_kernel(
     """
     offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = offs < R
+    D, stride_sm, stride_xm, stride_om = up(D, WIDE), up(stride_sm, WIDE), up(stride_xm, WIDE), up(stride_om, WIDE)
     multiplier = tl.full((BLOCK_R,), 1.0, tl.float32) * tl.load(Scale)
     if Gain is not None:
         multiplier /= tl.load(Gain)

@@ -8,8 +8,9 @@ Two kernels, one fold, one table of epilogues (`softmax.py`):
                         and up) or through pointers (cp.async below)
     panel_kernel        the similarities of a panel of columns were written in fp32 by the vendor's GEMM
 
-N's divisibility by 16 allows wide stores, M's saves predicates: without specialising M, "exp" took 237 registers on
-sm_90 instead of 210, "grad" 255 instead of 231.
+N's divisibility by 16 saves predicates, as M's does: without specialising M, "exp" took 237 registers on sm_90 instead
+of 210, "grad" 255 instead of 231. Rows of any length are read and stored 16 bytes at a time: operands end in zeros, and
+of Out's rows the padding is written, too (`vectors.py`).
 
 Logits stay in fp32 from the accumulator to the exponential. The target, columns out of range and
 removed columns (bias = -inf) have z = -inf.
@@ -20,9 +21,12 @@ import triton.language as tl
 
 from .masks import admitted
 from .softmax import hits, tanh
+from .vectors import up
 
 # How a tile is folded: on the one path of all tiles, or on one of two.
 ONE_PATH, INNER_PATH, OTHER_PATH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+PANEL_WIDE = tl.constexpr(4)  # divides a panel's stride; up to a multiple of it a row of the panel ends in zeros
+DESCRIPTOR = tl.constexpr(0)  # in the place of OUT_WIDE: Out is one
 
 
 @triton.jit
@@ -48,6 +52,8 @@ def similarity_kernel(
     INNER: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    WIDE: tl.constexpr,  # divides D and the strides of X and Y
+    OUT_WIDE: tl.constexpr,  # divides Out's stride; up to a multiple of it a row may be written
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -70,10 +76,10 @@ def similarity_kernel(
             offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
             offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
             offs_d = tl.arange(0, BLOCK_D)
-            x_ptrs = X + offs_m[:, None] * stride_xm + offs_d[None, :]
-            y_ptrs = Y + offs_n[None, :] * stride_yn + offs_d[:, None]
+            x_ptrs = X + offs_m[:, None] * up(stride_xm, WIDE) + offs_d[None, :]
+            y_ptrs = Y + offs_n[None, :] * up(stride_yn, WIDE) + offs_d[:, None]
             for start in range(0, D, BLOCK_D):
-                mask_d = offs_d < D - start
+                mask_d = offs_d < up(D, WIDE) - start
                 x = tl.load(x_ptrs + start, mask=(offs_m < M)[:, None] & mask_d[None, :], other=0.0)
                 y = tl.load(y_ptrs + start, mask=(offs_n < N)[None, :] & mask_d[:, None], other=0.0)
                 if INPUT_PRECISION == "tf32":
@@ -81,7 +87,7 @@ def similarity_kernel(
                 sim = tl.dot(x, y, sim, input_precision=INPUT_PRECISION)
         _fold_tile(
             sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
-            pid_m, pid_n, EPILOGUE, INNER, DESCRIPTORS, BLOCK_M, BLOCK_N, SUBTILES,
+            pid_m, pid_n, EPILOGUE, INNER, OUT_WIDE, BLOCK_M, BLOCK_N, SUBTILES,
         )  # fmt: skip
 
 
@@ -104,17 +110,19 @@ def panel_kernel(
     first_tile,  # the panel's first column is first_tile * BLOCK_N
     EPILOGUE: tl.constexpr,
     INNER: tl.constexpr,
+    OUT_WIDE: tl.constexpr,  # as in similarity_kernel
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     pid_m = tl.program_id(0)
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (offs_m < M)[:, None] & (first_tile.to(tl.int64) * BLOCK_N + offs_n < N)[None, :]
-    sim = tl.load(Sim + offs_m[:, None] * stride_sm + offs_n[None, :], mask=mask, other=0.0)
+    columns = first_tile.to(tl.int64) * BLOCK_N + offs_n < up(N, PANEL_WIDE)
+    place = Sim + offs_m[:, None] * up(stride_sm, PANEL_WIDE) + offs_n[None, :]
+    sim = tl.load(place, mask=(offs_m < M)[:, None] & columns[None, :], other=0.0)
     _fold_tile(
         sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
-        pid_m, first_tile + tl.program_id(1), EPILOGUE, INNER, False, BLOCK_M, BLOCK_N, 1,
+        pid_m, first_tile + tl.program_id(1), EPILOGUE, INNER, OUT_WIDE, BLOCK_M, BLOCK_N, 1,
     )  # fmt: skip
 
 
@@ -147,7 +155,7 @@ def _bent(z, softcap):
 def _fold_tile(
     sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
     pid_m, pid_n,
-    EPILOGUE: tl.constexpr, INNER: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    EPILOGUE: tl.constexpr, INNER: tl.constexpr, OUT_WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """Folds a tile. INNER: one inside of the matrix that holds no target, as most are, without a test of an element."""
@@ -155,17 +163,17 @@ def _fold_tile(
         if _is_inner(Target, M, N, pid_m, pid_n, BLOCK_M, BLOCK_N):
             _fold_parts(
                 sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, None, masks, args, M, N, stride_om,
-                pid_m, pid_n, EPILOGUE, INNER_PATH, DESCRIPTORS, BLOCK_M, BLOCK_N, SUBTILES,
+                pid_m, pid_n, EPILOGUE, INNER_PATH, OUT_WIDE, BLOCK_M, BLOCK_N, SUBTILES,
             )  # fmt: skip
         else:
             _fold_parts(
                 sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
-                pid_m, pid_n, EPILOGUE, OTHER_PATH, DESCRIPTORS, BLOCK_M, BLOCK_N, SUBTILES,
+                pid_m, pid_n, EPILOGUE, OTHER_PATH, OUT_WIDE, BLOCK_M, BLOCK_N, SUBTILES,
             )  # fmt: skip
     else:
         _fold_parts(
             sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
-            pid_m, pid_n, EPILOGUE, ONE_PATH, DESCRIPTORS, BLOCK_M, BLOCK_N, SUBTILES,
+            pid_m, pid_n, EPILOGUE, ONE_PATH, OUT_WIDE, BLOCK_M, BLOCK_N, SUBTILES,
         )  # fmt: skip
 
 
@@ -183,7 +191,7 @@ def _is_inner(Target, M, N, pid_m, pid_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 def _fold_parts(
     sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
     pid_m, pid_n,
-    EPILOGUE: tl.constexpr, PATH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    EPILOGUE: tl.constexpr, PATH: tl.constexpr, OUT_WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     # In two halves, fewer logits, similarities and column vectors are live at once: with rows,
@@ -191,18 +199,18 @@ def _fold_parts(
     if SUBTILES == 1:
         _fold(
             sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
-            pid_m, pid_n, EPILOGUE, PATH, DESCRIPTORS, BLOCK_M, BLOCK_N,
+            pid_m, pid_n, EPILOGUE, PATH, OUT_WIDE, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         halves = tl.permute(tl.reshape(sim, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         left, right = tl.split(halves)
         _fold(
             left, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
-            pid_m, pid_n * 2, EPILOGUE, PATH, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
+            pid_m, pid_n * 2, EPILOGUE, PATH, OUT_WIDE, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         _fold(
             right, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
-            pid_m, pid_n * 2 + 1, EPILOGUE, PATH, DESCRIPTORS, BLOCK_M, BLOCK_N // 2,
+            pid_m, pid_n * 2 + 1, EPILOGUE, PATH, OUT_WIDE, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
 
 
@@ -210,7 +218,7 @@ def _fold_parts(
 def _fold(
     acc, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
     pid_m, pid_n,
-    EPILOGUE: tl.constexpr, PATH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    EPILOGUE: tl.constexpr, PATH: tl.constexpr, OUT_WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Turns the accumulator into logits, with -inf for inadmissible columns; then the epilogue and the store."""
@@ -265,8 +273,9 @@ def _fold(
             value *= tl.load(RowFactor + offs_m, mask=mask_m, other=0.0)[:, None]
         if ColFactor is not None:
             value *= tl.load(ColFactor + offs_n, mask=mask_n, other=0.0)[None, :]
-        if DESCRIPTORS:
+        if OUT_WIDE == DESCRIPTOR:
             Out.store([pid_m * BLOCK_M, pid_n * BLOCK_N], value.to(Out.dtype))
         else:
-            out_ptrs = Out + offs_m[:, None] * stride_om + offs_n[None, :]
-            tl.store(out_ptrs, value.to(Out.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+            out_ptrs = Out + offs_m[:, None] * up(stride_om, OUT_WIDE) + offs_n[None, :]
+            stored = mask_n if PATH == INNER_PATH else offs_n < up(N, OUT_WIDE)
+            tl.store(out_ptrs, value.to(Out.dtype.element_ty), mask=mask_m[:, None] & stored[None, :])

@@ -30,7 +30,7 @@ CUDA_LEAST_ROWS, CUDA_SHARE = 3840, 16  # the default exceeds CUDA_BYTES for so 
 STATS_ROWS = {"cpu": 1024, "cuda": CUDA_ROWS}  # a sweep that stores nothing has partial sums only
 STRIP_STATS_ROWS = 2048  # likewise, against itself and the rows behind it: itself, 128 tiles of 128 x 256, are a wave
 CONVERTED_COLUMNS = 4096  # at a time, if a product needs the workspace in another dtype
-PAD = 16  # elements: each block's part of a workspace row starts aligned for 16-byte accesses
+PAD = 16  # elements: each block's part of a workspace row starts and ends so; kernels write 16 bytes at a time
 
 
 def chunk_rows(M: int, N: int, D: int, itemsize: int, device: torch.device, workspace_bytes: int | None = None) -> int:

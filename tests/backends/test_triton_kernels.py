@@ -17,6 +17,9 @@ from fusedloss.backends.shared import exp_shift
 from fusedloss.core import rows as plain
 from fusedloss.core.problem import Block, Problem, RowRule
 from fusedloss.core.strips import Patch, RowSums, Softmax, Strip
+from fusedloss.functional import clip
+from fusedloss.proof.zones import Zones
+from fusedloss.testing import value_and_gradients
 
 pytest.importorskip("triton")
 from fusedloss.backends import triton as backend
@@ -347,14 +350,42 @@ def test_tiles_that_need_no_test_are_folded_like_the_others(monkeypatch, tile, s
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_are_not_aligned_are_copied_once(dtype):
-    """To rows that begin on 16 bytes, as wide copies and tensor descriptors need; aligned ones stay as they are."""
+    """To rows that begin and end on 16 bytes, as wide copies and tensor maps need; such ones stay as they are."""
     whole = torch.randn(12, 64, device=DEVICE).to(dtype)
     assert backend.operand(whole) is whole
     assert backend.operand(whole[2:, :40]).data_ptr() == whole[2:].data_ptr()
-    for odd in (whole[:, 1:9], whole[:, :7].contiguous(), whole.T, whole[:, ::2], whole[:1].expand(5, 64)[:, 3:]):
+    ends = (whole[:, :7].contiguous(), whole[:, :7], whole[:, :50])  # within 16 bytes; behind them the copy has zeros
+    for odd in (whole[:, 1:9], *ends, whole.T, whole[:, ::2], whole[:1].expand(5, 64)[:, 3:]):
         copy = backend.operand(odd)
+        columns = launching.whole(copy)
+        assert columns * dtype.itemsize % 16 == 0 and columns - odd.shape[1] < 16 // dtype.itemsize
+        assert not copy.as_strided((len(copy), columns), copy.stride())[:, odd.shape[1] :].any()
         assert torch.equal(copy, odd) and copy.data_ptr() != odd.data_ptr()
         assert copy.stride(1) == 1 and copy.stride(0) * dtype.itemsize % 16 == copy.data_ptr() % 16 == 0
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(35, 50), (1, 12), (21, 3)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", ["pointers", "library"])
+def test_what_lies_behind_a_row_is_in_no_sum(monkeypatch, tile, dtype, rows, dim):
+    """NaN stands behind the rows of the operands, in the workspace, and wherever memory has not been written."""
+    monkeypatch.setattr(backend, "config_of", lambda strip, mode: TILES[tile])
+    wide = [torch.full((rows, 64), math.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
+    for x in wide:
+        x[:, :dim] = matrix(rows, dim, dtype)
+    scale = torch.tensor(SCALE, device=DEVICE)
+
+    def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        name = "reference" if x.dtype == torch.float64 else "triton"
+        return clip(x[:, :dim], y[:, :dim], scale, normalize=True, backend=name)
+
+    with Zones(torch.device(DEVICE)) as zones:
+        found = value_and_gradients(loss, (*wide, scale))
+    assert zones.written() is None
+    wanted = value_and_gradients(loss, [x.double() for x in (*wide, scale)])
+    rounding = 1e-5 if dtype == torch.float32 else 2e-3
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=rounding, atol=rounding * b.abs().max().item(), check_dtype=False)
 
 
 def test_a_nan_logit_reaches_its_row_and_column_only():

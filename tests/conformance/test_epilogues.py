@@ -48,18 +48,18 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What a row of the registry is held to --------------------------------------------------------------------------------
 
 
-def _two(strip: Strip) -> list[Strip]:
+def _two(backend: Any, strip: Strip) -> list[Strip]:
     """With a second block of other columns, which has no target."""
     other = strip.y.flip(0)[: max(1, len(strip.y) - 3)]
     factor = None if strip.col_factor is None else strip.col_factor.flip(0)[: len(other)].contiguous()
     bias = None if strip.bias is None else strip.bias[: len(other)].contiguous()
     more = strip._replace(y=other.contiguous(), col_factor=factor, bias=bias, target=None, mask=None, own=None)
-    return [strip, more._replace(y=_laid_out(more.y), own_scale=None)]
+    return [strip, as_taken(backend, more._replace(y=_laid_out(more.y), own_scale=None))]
 
 
 def _grad(backend: Any, strip: Strip, by_columns: bool) -> None:
     for with_q in (True, False):
-        checks.check_grad(backend, [strip] if by_columns else _two(strip), by_columns, with_q)
+        checks.check_grad(backend, [strip] if by_columns else _two(backend, strip), by_columns, with_q)
 
 
 def _prefixes(backend: Any, strip: Strip) -> None:
@@ -72,9 +72,9 @@ def _prefixes(backend: Any, strip: Strip) -> None:
 
 CHECKS: dict[str, Any] = {
     "rows": lambda backend, strip: checks.check_rows(backend, strip._replace(mask=None, own=None, softcap=0.0)),
-    "stats": lambda backend, strip: checks.check_stats(backend, _two(strip)),
+    "stats": lambda backend, strip: checks.check_stats(backend, _two(backend, strip)),
     "stats+columns": checks.check_stats_with_columns,
-    "exp": lambda backend, strip: checks.check_exp(backend, _two(strip)),
+    "exp": lambda backend, strip: checks.check_exp(backend, _two(backend, strip)),
     "stored": checks.check_stored,
     "grad": lambda backend, strip: _grad(backend, strip, False),
     "grad+columns": lambda backend, strip: _grad(backend, strip, True),
@@ -171,7 +171,7 @@ def go(monkeypatch, backend: str, way: str) -> Any:
 
 
 def _laid_out(x: torch.Tensor) -> torch.Tensor:
-    """Rows that start on 16 bytes, as every `operand` leaves them, with NaN in between."""
+    """Rows that start on 16 bytes, as every `operand` leaves them, with NaN in between: see `as_taken`."""
     wide = 16 // x.itemsize
     padded = x.new_full((len(x), (x.shape[1] + wide - 1) // wide * wide + wide), torch.nan)
     return padded[:, : x.shape[1]].copy_(x)
@@ -185,7 +185,12 @@ def strip_of(shape: tuple[int, int, int], dtype: torch.dtype, *given: str) -> St
 
 
 def as_taken(backend: Any, strip: Strip) -> Strip:
-    """In torch a target is a column or -1, and what a guide drops is a matrix."""
+    """In torch a target is a column or -1, and what a guide drops is a matrix. Triton's rows end in zeros up to the
+    next 16 bytes."""
+    if backend is triton:
+        for x in (strip.x, strip.y):
+            columns = -(-x.shape[1] * x.itemsize // 16) * 16 // x.itemsize
+            x.as_strided((len(x), columns), x.stride())[:, x.shape[1] :] = 0
     if backend is not chunked:
         return strip
     if strip.target is not None:

@@ -25,7 +25,7 @@ from strips import (
 )
 from torch import Tensor
 
-from fusedloss.backends import chunked
+from fusedloss.backends import chunked, triton
 from fusedloss.backends.triton.config import Config
 from fusedloss.core.folds import SIDED
 from fusedloss.core.mask import Compare, GuideRule, Mask, StripMask
@@ -51,12 +51,21 @@ TILES = {
 # What is written ------------------------------------------------------------------------------------------------------
 
 
-def fenced(M: int, N: int, dtype: torch.dtype, device: torch.device, aligned: bool = True) -> tuple[Tensor, Tensor]:
-    """A matrix to be written, and all that lies around it: a row above and below, columns on both sides."""
+def fenced(
+    M: int, N: int, dtype: torch.dtype, device: torch.device, aligned: bool = True, padded: bool = False
+) -> tuple[Tensor, Tensor]:
+    """A matrix to be written, and all that lies around it: a row above and below, columns on both sides.
+
+    padded: a row may be written up to the next 16 bytes, behind which the fence begins.
+    """
     wide = 16 // torch.empty((), dtype=dtype).itemsize
-    left, width = (wide, -(-N // wide) * wide + 2 * wide) if aligned else (3, N + 6 + (N + 1) % 2)
+    whole = -(-N // wide) * wide
+    left, width = (wide, whole + 2 * wide) if aligned else (3, N + 6 + (N + 1) % 2)
+    if padded and aligned:
+        width = wide + whole
     buffer = torch.full((M + 2, width), FENCE, dtype=dtype, device=device)
-    return buffer[1 : 1 + M, left : left + N].fill_(math.nan), buffer
+    out = buffer[1 : 1 + M, left : left + N].fill_(math.nan)
+    return out, buffer[:, : left + N] if padded and aligned else buffer
 
 
 def assert_fenced(out: Tensor, buffer: Tensor) -> None:
@@ -214,7 +223,8 @@ def summed(sums: RowSums | Tensor) -> Any:
 
 def outs_of(backend: Any, problem: Problem, strips: list[Strip], aligned: bool = True) -> list[tuple[Tensor, Tensor]]:
     dtype = backend.workspace_dtype(problem)
-    return [fenced(len(s.x), len(s.y), dtype, s.x.device, aligned) for s in strips]
+    padded = backend is triton
+    return [fenced(len(s.x), len(s.y), dtype, s.x.device, aligned, padded) for s in strips]
 
 
 # Statistics -----------------------------------------------------------------------------------------------------------
@@ -515,7 +525,7 @@ def _size(values: Tensor, strip: Strip) -> Tensor:
 
 def check_similarities(backend: Any, strip: Strip) -> None:
     """In fp32 whatever the operands are, with factors and nothing else."""
-    out, buffer = fenced(len(strip.x), len(strip.y), torch.float32, strip.x.device)
+    out, buffer = fenced(len(strip.x), len(strip.y), torch.float32, strip.x.device, padded=backend is triton)
     backend.similarities(strip, out)
     size = strip.x.double().abs() @ strip.y.double().abs().T
     room = factored(size, strip) * (strip.x.shape[1] + 8) * 2**-24

@@ -31,10 +31,13 @@ from .launching import (
     ALIGNMENT,
     config_of,
     descriptor,
+    divisor,
     has_registers_for_two_paths,
     launch,
     multiprocessors,
+    out_wide,
     precision_of,
+    whole,
 )
 from .launching import compiling as compiling
 from .launching import why_not_on as why_not_on
@@ -268,6 +271,7 @@ def _similarities(epilogue: Callable[..., None], strip: Strip, out: Tensor | Non
         return _panels(epilogue, strip, out, args, config)
     x, y = strip.x, strip.y
     (M, D), N = x.shape, y.shape[0]
+    D = min(whole(x), whole(y))  # operands end in zeros
     tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
     if not tiles:
         return
@@ -298,6 +302,8 @@ def _similarities(epilogue: Callable[..., None], strip: Strip, out: Tensor | Non
         INNER=_has_inner(strip, epilogue),
         INPUT_PRECISION=precision,
         DESCRIPTORS=descriptors,
+        WIDE=16 if descriptors else divisor(D, x.stride(0), y.stride(0)),
+        OUT_WIDE=0 if descriptors else out_wide(out),
         **config.options(),
     )
 
@@ -320,6 +326,8 @@ def _panels(epilogue: Callable[..., None], strip: Strip, out: Tensor | None, arg
         part = y[start : start + width]
         sim = panel[:, : part.shape[0]]
         _multiply(sim, x, part)
+        if part.shape[0] % 4:  # up to there the kernel reads, and 0 times NaN is NaN
+            panel[:, part.shape[0] : cdiv(part.shape[0], 4) * 4] = 0
         launch(
             _similarity().panel_kernel,
             (cdiv(M, config.BLOCK_M), cdiv(part.shape[0], config.BLOCK_N)),
@@ -335,6 +343,7 @@ def _panels(epilogue: Callable[..., None], strip: Strip, out: Tensor | None, arg
             start // config.BLOCK_N,
             EPILOGUE=epilogue,
             INNER=_has_inner(strip, epilogue),
+            OUT_WIDE=out_wide(out),
             BLOCK_M=config.BLOCK_M,
             BLOCK_N=config.BLOCK_N,
             num_warps=config.num_warps,
@@ -390,15 +399,20 @@ def _mask_args(strip: Strip) -> Any:
 
 
 def operand(x: Tensor) -> Tensor:
-    """Returns rows of unit stride that start on 16-byte boundaries and do not overlap: `x` itself, or a padded copy.
+    """Returns rows of unit stride that start on 16-byte boundaries, do not overlap, and end in zeros up to the next 16
+    bytes: `x` itself, or a padded copy.
 
-    Rows that overlap or are expanded have no tensor map.
+    Rows that overlap or are expanded have no tensor map. The zeros are read by kernels that copy 16 bytes at a time:
+    what stands behind the rows of a slice may be NaN.
     """
     starts = x.stride(0) >= x.shape[1] and x.stride(0) * x.itemsize % ALIGNMENT == 0
-    if x.stride(1) == 1 and starts and x.data_ptr() % ALIGNMENT == 0:
+    ends = x.shape[1] * x.itemsize % ALIGNMENT == 0
+    if x.stride(1) == 1 and starts and ends and x.data_ptr() % ALIGNMENT == 0:
         return x
-    padded = x.new_empty((x.shape[0], cdiv(x.shape[1] * x.itemsize, ALIGNMENT) * ALIGNMENT // x.itemsize))
-    return padded[:, : x.shape[1]].copy_(x)
+    D, wide = x.shape[1], ALIGNMENT // x.itemsize
+    padded = x.new_empty((x.shape[0], cdiv(D, wide) * wide))
+    padded[:, D:] = 0
+    return padded[:, :D].copy_(x)
 
 
 @functools.cache

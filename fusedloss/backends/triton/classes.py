@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...core.numerics import cdiv
 from ...core.rows import tf32
-from .launching import launch, on_nvidia
+from .launching import divisor, launch, on_nvidia
 
 Found = tuple[Tensor, Tensor | None, Tensor | None]  # losses of rows, their gradient, and its factor
 
@@ -56,6 +56,7 @@ def rows(x: Tensor, terms: Any, wants_grad: bool) -> Found:
             *_strides(grad),
             **kinds,
             FOCAL=terms.gamma != 0,
+            WIDE=_wide(x, grad),
             **options,
         )
     else:
@@ -114,6 +115,7 @@ def _share_rows(
         *_strides(grad),
         *((0, 0) if mask is None else mask.stride()),
         SOFTMAX=softmax,
+        WIDE=_wide(x, share, grad, mask),
         **kinds,
         **options,
     )
@@ -148,6 +150,7 @@ def pair_logits(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, parts
         MULTIPLICATION="multiplication" in parts,
         # Three products on tensor cores, accurate to a few bits of fp32: without them 64 x 64 tiles spilled 750 bytes.
         # AMD's have no tf32x3; with bf16x6 a tile spills 217 registers on gfx1100, of 32 rows in fp32 none.
+        WIDE=divisor(D, u.stride(0), v.stride(0), weight.stride(0)),
         INPUT_PRECISION="ieee" if not nvidia else "tf32" if tf32() else "tf32x3",
         BLOCK_B=block_b,
         BLOCK_C=block_c,
@@ -179,6 +182,11 @@ def _strides(x: Tensor | None) -> tuple[int, int, int]:
     if x is None:
         return 0, 0, 0
     return x.stride(0), x.stride(1), x.stride(2) if x.dim() == 3 else 0
+
+
+def _wide(x: Tensor, *others: Tensor | None) -> int:
+    """Returns what divides the classes and the strides of rows, if classes are adjacent. Of odd rows nothing does."""
+    return divisor(x.shape[1], *(t.stride(0) for t in (x, *others) if t is not None))
 
 
 def _of_rows(value: float | Tensor, loss: Tensor) -> tuple[Tensor | None, float]:

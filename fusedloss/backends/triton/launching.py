@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...core import environment
+from ...core.numerics import cdiv
 from ...core.rows import tf32
 from ...core.strips import Strip
 from ..shared import check_vector
@@ -84,6 +86,29 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
             kernel[grid](*args, **constants, enable_fp_fusion=True)  # the default changes in Triton 3.10
         except Exception as error:
             raise RuntimeError(_failed(kernel.fn.__name__, device, error)) from error
+
+
+# How wide kernels read and write (kernels/vectors.py) -----------------------------------------------------------------
+
+
+def divisor(*sizes: int) -> int:
+    """Returns the largest of 1, 2, 4, 8 and 16 that divides all sizes and strides of a launch."""
+    return math.gcd(16, *sizes)
+
+
+def whole(x: Tensor) -> int:
+    """Returns the columns of a matrix up to the next 16 bytes, if each row has that room, else its columns."""
+    wide = ALIGNMENT // x.itemsize
+    columns, stride = cdiv(x.shape[1], wide) * wide, x.stride(0)
+    return columns if stride >= columns and stride % wide == 0 == x.data_ptr() % ALIGNMENT else x.shape[1]
+
+
+def out_wide(out: Tensor | None) -> int:
+    """Returns what divides a row that is written, with its padding up to 16 bytes: the workspace's, and never read."""
+    if out is None:
+        return 16
+    wide = divisor(whole(out), out.stride(0))
+    return wide if out.shape[1] % wide == 0 else min(wide, 8)
 
 
 # The remedies of a failed compile or launch, by words of its error.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...core.numerics import cdiv
-from .launching import launch
+from .launching import divisor, launch
 from .rows import row_options
 
 
@@ -59,6 +59,7 @@ def _launch(
     if not M:
         return
     options = row_options(name, query.device.type == "cpu")
+    half, by_row = (D + 1) // 2, (query.stride(0), tuple(x.stride(0) for x in others))
     launch(
         getattr(_pairs(), name),
         (cdiv(M, options["BLOCK_R"]),),
@@ -66,12 +67,12 @@ def _launch(
         *tensors,
         M,
         D,
-        (D + 1) // 2,
+        half,
         float(eps),
         *strides,
-        query.stride(0),
-        tuple(x.stride(0) for x in others),
+        *by_row,
         KIND=kind,
+        WIDE=divisor(D, half if kind == "angle" else 0, by_row[0], *by_row[1]),
         **options,
     )
 

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,7 @@ from torch import Tensor
 from ...core.numerics import cdiv
 from ...core.problem import NO_RULE, RowRule
 from ...core.strips import Patch, Prepared, RowSums, Settled
-from .launching import launch
-
-if TYPE_CHECKING:
-    pass
+from .launching import ALIGNMENT, divisor, launch, out_wide, whole
 
 
 def prepare(
@@ -31,7 +28,7 @@ def prepare(
     cosine: bool,
     wants_target_sim: bool,
 ) -> Prepared:
-    (M, D), N = x.shape, y.shape[0]
+    M, N, D = len(x), len(y), min(whole(x), whole(y))  # operands end in zeros
     row_factor = scale.new_empty(M) if cosine else None
     col_factor = row_factor if y is x else scale.new_empty(N) if cosine else None
     score = torch.empty(M, dtype=torch.float64, device=x.device)
@@ -60,16 +57,18 @@ def prepare(
         y.stride(0),
         SOFTCAP=softcap or None,
         MARGIN=(margin.angle, math.sin(margin.angle), math.cos(margin.angle), margin.cosine) if any(margin) else None,
+        WIDE=divisor(D, x.stride(0), y.stride(0)),
     )
     return Prepared(row_factor, col_factor, score, target_sim, slope)
 
 
 def inverse_norms(y: Tensor) -> Tensor:
-    N, D = y.shape
+    N, D = len(y), whole(y)
     factor = torch.empty(N, dtype=torch.float32, device=y.device)
     nothing = (None,) * 5
     sizes = (0, N, D, 0, y.stride(0))
-    by_row("prepare_kernel", y.device, N, None, y, None, None, factor, *nothing, *sizes, SOFTCAP=None, MARGIN=None)
+    constants = {"SOFTCAP": None, "MARGIN": None, "WIDE": divisor(D, y.stride(0))}
+    by_row("prepare_kernel", y.device, N, None, y, None, None, factor, *nothing, *sizes, **constants)
     return factor
 
 
@@ -95,10 +94,10 @@ def settle(
     shift, total = sums
     n_tiles, R = total.shape if total.dim() == 2 else (1, total.shape[0])
     loss, own_shift, over_l, entry = (torch.empty_like(weight) for _ in range(4))
-    settled = Settled(loss, own_shift, over_l, entry, [torch.empty_like(x, dtype=dtype) for x in scaled])
+    settled = Settled(loss, own_shift, over_l, entry, [_roomy(x, dtype) for x in scaled])
     given = isinstance(shift, float)
     out, target, row_factor, col_factor = patch or (None, None, None, None)
-    D = scaled[0].shape[1] if scaled else 1
+    D = min((whole(x) for x in (*scaled, *settled.scaled)), default=1)
     strides = tuple(x.stride(0) for pair in zip(scaled, settled.scaled, strict=True) for x in pair)
     by_row(
         "settle_kernel",
@@ -131,13 +130,15 @@ def settle(
         slope,
         RELATIVE=patch is not None,
         DECOUPLED=rule.decoupled,
+        WIDE=divisor(D, *strides) if scaled else 1,
     )
     return settled
 
 
 def weigh(patch: Patch, rows: Tensor, columns: Tensor, entry: Tensor) -> None:
-    R, N = patch.out.shape
-    by_row("weigh_kernel", patch.out.device, R, patch.out, rows, columns, entry, *patch[1:], R, N, patch.out.stride(0))
+    out, (R, N) = patch.out, patch.out.shape
+    sizes = (R, N, out.stride(0))
+    by_row("weigh_kernel", out.device, R, out, rows, columns, entry, *patch[1:], *sizes, WIDE=out_wide(out))
 
 
 def finish(
@@ -152,7 +153,15 @@ def finish(
     R, D = total.shape
     projected = None if factor is None else x
     strides = total.stride(0), x.stride(0), out.stride(0)
-    by_row("finish_kernel", total.device, R, total, over_l, scale, gain, projected, factor, out, R, D, *strides)
+    sizes = (R, D, *strides)
+    given = (total, over_l, scale, gain, projected, factor, out)
+    by_row("finish_kernel", total.device, R, *given, *sizes, WIDE=divisor(D, *strides))
+
+
+def _roomy(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Returns memory of the shape of `x`, whose rows start on 16 bytes."""
+    (rows, columns), wide = x.shape, ALIGNMENT // (dtype or x.dtype).itemsize
+    return x.new_empty((rows, cdiv(columns, wide) * wide), dtype=dtype)[:, :columns]
 
 
 def by_row(name: str, device: torch.device, R: int, *args: Any, **constants: Any) -> None:
