@@ -45,6 +45,7 @@ from fusedloss.core.mask import Compare, GuideRule, StripMask
 from fusedloss.core.problem import Block, Fold, Margin, Problem, RowRule
 from fusedloss.core.strips import Patch, RowSums, Softmax, Strip, Tally
 from fusedloss.kernels import rows, similarity
+from fusedloss.sweep.chunks import PAD
 
 sys.path.append(str(Path(__file__).absolute().parents[1] / "tests" / "support"))
 from patience import seconds
@@ -69,6 +70,7 @@ LIMITS = {
 }
 TARGETS = tuple(LIMITS)
 REGISTERS = 65536  # a multiprocessor's
+SINGLE = 8  # accesses of one 16-bit number in a kernel that reads and writes rows as wide as they allow
 # Under which Triton a kernel spills, and where: (mode, dtype) by architecture. Under any other nothing does.
 SPILLS: dict[str, dict[str, set[tuple[str, str]]]] = {}
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
@@ -114,8 +116,8 @@ TYPES = {
     torch.float64: "fp64",
     torch.int64: "i64",
 }
-# In the machine code: products, copies by the tensor memory accelerator and by cp.async, exponentials, and 16-byte
-# accesses. What spills shows as LDL and STL.
+# In the machine code: products, copies by the tensor memory accelerator and by cp.async, exponentials, accesses of 16
+# bytes and of one 16-bit number. What spills shows as LDL and STL.
 INSTRUCTIONS = {
     "HGMMA": r"\bHGMMA\b",
     "UTCMMA": r"\bUTC\w*MMA\b",
@@ -123,9 +125,12 @@ INSTRUCTIONS = {
     "UTMALDG": r"\bUTMALDG\b",
     "UTMASTG": r"\bUTMASTG\b",
     "LDGSTS": r"\bLDGSTS\b",
+    "LDGSTS.128": r"\bLDGSTS\.E\.(?:\w+\.)*128\b",
     "EX2": r"\bMUFU\.EX2\b",
     "LDG.128": r"\bLDG\.E\.(?:\w+\.)*128\b",
     "STG.128": r"\bSTG\.E\.(?:\w+\.)*128\b",
+    "LDG.16": r"\bLDG\.E\.(?:\w+\.)*U16\b",
+    "STG.16": r"\bSTG\.E\.(?:\w+\.)*U16\b",
     "local": r"\b(?:LDL|STL)\b",
 }
 AMD = {"MFMA": r"\bv_mfma_", "WMMA": r"\bv_wmma_", "EX2": r"\bv_exp_f32"}  # in AMD's
@@ -135,10 +140,18 @@ def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=kind, device="meta")
 
 
+def rows_of(size: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    return backend.operand(empty(size, dim, kind=dtype))
+
+
+def workspace(size: int, dtype: torch.dtype) -> torch.Tensor:
+    return empty(size, math.ceil(size / PAD) * PAD, kind=dtype)[:, :size]
+
+
 def similarities(mode: str, dtype: torch.dtype, size: int, dim: int, plain: bool = False) -> None:
     """The launcher of `mode` with every optional operand present: the most registers it needs. plain: without a bias,
     where sm_90 has a second path for tiles that need no test."""
-    x, vector, target = empty(size, dim, kind=dtype), empty(size), empty(size, kind=torch.int64)
+    x, vector, target = rows_of(size, dim, dtype), empty(size), empty(size, kind=torch.int64)
     strip = Strip(x, x, empty(), vector, vector, None if plain else vector, target)
     tally = score = smooth = None
     if "masked" in mode:
@@ -153,7 +166,7 @@ def similarities(mode: str, dtype: torch.dtype, size: int, dim: int, plain: bool
     if "tally" in mode:
         tally, score = Tally(*(vector.clone() for _ in Tally._fields)), vector
     problem = Problem((x,), (Block(0, 0),), empty(), target, vector, scale_bound=20.0)
-    out = empty(size, math.ceil(size / 16) * 16, kind=dtype)[:, :size]
+    out = workspace(size, dtype)
     gain = empty() if dtype == torch.float16 else None
     softmax = Softmax(vector, vector, vector if " q" in mode else None)
     match mode.split(", ")[0], "columns" in mode:
@@ -180,19 +193,17 @@ def similarities(mode: str, dtype: torch.dtype, size: int, dim: int, plain: bool
                 backend.fold_rows(problem, strip, None if mode.endswith("_stats") else out, part, vector)
 
 
-def by_row(name: str, dtype: torch.dtype) -> None:
+def by_row(name: str, dtype: torch.dtype, size: int = 8192, dim: int = 768) -> None:
     """The launcher of a kernel of rows.py, likewise."""
-    size, dim = 8192, 768
-    x, vector, target = empty(size, dim, kind=dtype), empty(size), empty(size, kind=torch.int64)
+    x, vector, target = rows_of(size, dim, dtype), empty(size), empty(size, kind=torch.int64)
     score, table = empty(size, kind=torch.float64), RowSums(empty(64, size), empty(64, size))
-    patch = Patch(empty(size, size, kind=dtype), target, vector, vector)
+    patch = Patch(workspace(size, dtype), target, vector, vector)
     match name:
         case "prepare":
-            backend.prepare(
-                x, empty(size, dim, kind=dtype), target, empty(), vector, cosine=True, wants_target_sim=True
-            )
+            y = rows_of(size, dim, dtype)
+            backend.prepare(x, y, target, empty(), vector, cosine=True, wants_target_sim=True)
         case "prepare, softcap, margin":
-            y, rule = empty(size, dim, kind=dtype), RowRule(softcap=30.0, margin=Margin(0.5, 0.1))
+            y, rule = rows_of(size, dim, dtype), RowRule(softcap=30.0, margin=Margin(0.5, 0.1))
             backend.prepare(x, y, target, empty(), vector, rule, cosine=True, wants_target_sim=True)
         case "norms":
             backend.inverse_norms(x)
@@ -250,11 +261,11 @@ def pointwise() -> Launches:
     return {**found, "pointwise, focal, no sum": of(formulas["focal"], True), "times": times}
 
 
-def classes() -> Launches:
+def classes(C: int = 32000, dim: int = 768) -> Launches:
     from fusedloss.backends.triton import classes as triton_classes
     from fusedloss.rowwise.classes import Terms
 
-    rows, C, S = 8192, 32000, 64
+    rows, S = 8192, 64
     row, target, weight = empty(rows), empty(rows, kind=torch.int64), empty(C)
     left_out, softcap = empty(rows, kind=torch.bool), 30.0
 
@@ -281,8 +292,8 @@ def classes() -> Launches:
         triton_classes.soft_rows(x, (x, empty(rows, 512, kind=torch.bool)), True)
 
     def pair_logits(dtype: torch.dtype) -> None:
-        u, parts = empty(rows, 768, kind=dtype), ("rep", "difference", "multiplication")
-        triton_classes.pair_logits(u, u, empty(3, 4 * 768, kind=dtype), empty(3, kind=dtype), parts)
+        u, parts = empty(rows, dim, kind=dtype), ("rep", "difference", "multiplication")
+        triton_classes.pair_logits(u, u, empty(3, 4 * dim, kind=dtype), empty(3, kind=dtype), parts)
 
     return {
         "class rows": class_rows,
@@ -295,15 +306,15 @@ def classes() -> Launches:
     }
 
 
-def pairs() -> Launches:
+def pairs(dim: int = 768) -> Launches:
     """Three others, with every gradient wanted."""
 
     def forward(kind: str) -> Callable[[torch.dtype], object]:
-        return lambda dtype: triton_pairs.forward(kind, 1e-6, *_pairs(dtype))
+        return lambda dtype: triton_pairs.forward(kind, 1e-6, *_pairs(dtype, dim))
 
     def backward(kind: str) -> Callable[[torch.dtype], object]:
         def launch(dtype: torch.dtype) -> object:
-            query, others = _pairs(dtype)
+            query, others = _pairs(dtype, dim)
             upstream, value, norm = empty(8192, 3), empty(3, 8192), empty(4, 8192) if kind in ("cos", "angle") else None
             kept = None if kind in ("dot", "manhattan") else value
             return triton_pairs.backward(kind, 1e-6, upstream, (query, *others), kept, norm, (True,) * 4)
@@ -316,8 +327,8 @@ def pairs() -> Launches:
     }
 
 
-def _pairs(dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    query, *others = (empty(8192, 768, kind=dtype) for _ in range(4))
+def _pairs(dtype: torch.dtype, dim: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    query, *others = (empty(8192, dim, kind=dtype) for _ in range(4))
     return query, others
 
 
@@ -343,6 +354,13 @@ def lists() -> Launches:
 
 
 ROWWISE: Launches = {**pointwise(), **classes(), **pairs(), **lists()}
+
+# Sizes that are no multiples of 16: rows of the workspace, and D, or the number of classes.
+ODD_ROWS, ODD = 8191, (50, 100, 300, 1000)
+ODD_KERNELS = (
+    *("prepare", "norms", "settle, patch", "weigh", "finish"),
+    *("score, cos", "score backward, cos", "class rows, plain", "pair logits"),
+)
 
 BY_ROW = (
     "prepare",
@@ -436,7 +454,8 @@ def resources(compiled: Any) -> dict[str, int]:
 
 
 def cases() -> list[tuple[str, str, str, str, int, int]]:
-    """(kernel, mode, dtype, precision, size, D): large and small batches, D where the library multiplies, odd sizes."""
+    """(kernel, mode, dtype, precision, size, D): large and small batches, D where the library multiplies, odd sizes (of
+    D, or of classes)."""
     large, few, wide = (8192, 768), (512, 768), (8192, 4096)
     narrow = [(mode, dtype, "highest", *large) for dtype in ("bfloat16", "float16") for mode in MODES]
     tf32 = [(mode, "float32", "high", *large) for mode in MODES]
@@ -451,9 +470,13 @@ def cases() -> list[tuple[str, str, str, str, int, int]]:
     library = [(mode, dtype, "high", *wide) for dtype in ("bfloat16", "float32") for mode in MODES]
     sizes = (("bfloat16", 8192), ("bfloat16", 8191), ("float32", 8191))
     plain = [(mode, dtype, "high", size, 768) for dtype, size in sizes for mode in MODES]
+    odd = [("exp", dtype, "high", ODD_ROWS, dim) for dtype in ("bfloat16", "float32") for dim in ODD]
+    odd += [("exp", "float32", "highest", ODD_ROWS, 1000)]
+    odd += [(name, "bfloat16", "", ODD_ROWS, dim) for dim in ODD for name in ODD_KERNELS]
     return [
         *(("similarities", *case) for case in (*narrow, *tf32, *masked, *bent, *folds, *full, *small, *library)),
         *(("plain", *case) for case in plain),
+        *(("odd", *case) for case in odd),
         *(("rows", name, dtype, "", 8192, 768) for dtype in ("bfloat16", "float32") for name in (*BY_ROW, *ROWWISE)),
     ]
 
@@ -470,21 +493,23 @@ def compile_all(target: str) -> list[dict[str, Any]]:
     results, seen = [], set()
     for kernel, mode, dtype, precision, size, dim in cases():
         kind = getattr(torch, dtype)
-        if kernel == "plain" and target != "sm_90":
-            continue  # the others have one path
+        if (kernel == "plain" and target != "sm_90") or (kernel == "odd" and amd(target)):
+            continue  # the others have one path; what an access takes is counted on NVIDIA's
         if amd(target) and dtype == "float32" and precision:
             precision = "highest"  # fp32 is fp32 there
+        torch.set_float32_matmul_precision(precision or "highest")
         entry = {"kernel": kernel, "mode": mode, "dtype": dtype, "precision": precision, "size": size, "D": dim}
-        if mode in ROWWISE:
+        if kernel == "odd" and mode in ROWWISE:
+            {**classes(dim, dim), **pairs(dim)}[mode](kind)
+        elif mode in ROWWISE:
             ROWWISE[mode](kind)
-        elif kernel == "rows":
-            by_row(mode, kind)
+        elif mode in BY_ROW:
+            by_row(mode, kind, size, dim)
         else:
-            torch.set_float32_matmul_precision(precision)
             where = (size, size, dim, {"float32": "tf32" if precision == "high" else "fp32"}.get(dtype, TYPES[kind]))
             config = launching.picked(*where, launching.capability_of(None), mode)
             place = (kernel, *where[3:], config, mode, size % 16)
-            if place in seen:
+            if place in seen and kernel != "odd":
                 continue  # the library's D is like any other where there is no such way
             seen.add(place)
             similarities(mode, kind, size, dim, kernel == "plain")
@@ -505,9 +530,12 @@ def wrong(target: str, entry: dict[str, Any]) -> list[str]:
     found = []
     if entry["shared"] > block << 10:
         found.append("shared memory")
+    # Few numbers are single: a target's logit or its entry, a bias.
+    if entry["kernel"] == "odd" and entry["LDG.16"] + entry["STG.16"] > SINGLE:
+        found.append(f"{entry['LDG.16']} numbers read and {entry['STG.16']} written one by one")
     if "config" not in entry:
         whole_rows = ("prepare", "prepare, softcap, margin", "norms", "settle, patch", "weigh", "finish")
-        if entry["mode"] in whole_rows and not entry["LDG.128"] and not amd(target):
+        if entry["kernel"] == "rows" and entry["mode"] in whole_rows and not entry["LDG.128"] and not amd(target):
             found.append("narrow loads")
         return found
     config = entry["config"]
@@ -529,9 +557,9 @@ def wrong(target: str, entry: dict[str, Any]) -> list[str]:
         found.append(f"UTMALDG {entry['UTMALDG']}")
     if bool(entry["UTMASTG"]) != (config["GEMM"] == "descriptors" and stores):
         found.append(f"UTMASTG {entry['UTMASTG']}")
-    if bool(entry["LDGSTS"]) != (config["GEMM"] == "pointers"):
-        found.append(f"LDGSTS {entry['LDGSTS']}")
-    if stores and config["GEMM"] != "descriptors" and multiplies and not entry["STG.128"] and not entry["size"] % 16:
+    if bool(entry["LDGSTS"]) != (config["GEMM"] == "pointers") or entry["LDGSTS"] != entry["LDGSTS.128"]:
+        found.append(f"LDGSTS {entry['LDGSTS']}, {entry['LDGSTS.128']} of them of 16 bytes")
+    if stores and config["GEMM"] != "descriptors" and not entry["STG.128"]:
         found.append("narrow stores")
     return found
 
@@ -552,6 +580,9 @@ def faults(found: dict[str, list[dict[str, Any]]]) -> list[str]:
         lines += [f"{target}: {one}: not compiled" for one in sorted(asked - there)]
         rows_there = {e["mode"] for e in entries if e["kernel"] == "rows"}
         lines += [f"{target}: {one}: not compiled" for one in sorted({*BY_ROW, *ROWWISE} - rows_there)]
+        odd = {case[1:] for case in cases() if case[0] == "odd" and not amd(target)}
+        odd -= {(e["mode"], e["dtype"], e["precision"], e["size"], e["D"]) for e in entries if e["kernel"] == "odd"}
+        lines += [f"{target}: {one}: not compiled" for one in sorted(odd)]
     return lines
 
 
@@ -579,7 +610,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
         "operand present; written by `python tools/compile_kernels.py --table` and compared with the compiler in "
         "`tests/backends/test_compile.py`. Tile: BLOCK_M x BLOCK_N x BLOCK_D, over 2 where the epilogue folds halves, "
         "warps, stages. MMA: HGMMA on sm_90, UTCMMA on sm_100, MFMA and WMMA on AMD's, HMMA elsewhere. TMA: loads and "
-        "stores; cp.async: LDGSTS. Registers are per thread, shared memory in KiB, spills in bytes a thread.",
+        "stores; cp.async: LDGSTS, all of 16 bytes. Registers are per thread, shared memory in KiB, spills in bytes a "
+        "thread. Of sizes that are no multiples of 16 no 16-bit matrix is read or written element by element.",
     ]
     for target, entries in found.items():
         lines += ["", f"## {target}", ""]
@@ -604,6 +636,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
             mode = e["mode"]
             if e["kernel"] == "plain":
                 mode += f"; no bias, {e['size']} rows"
+            elif e["kernel"] == "odd":
+                mode += f"; {e['size']} rows, D = {e['D']}"
             elif e["size"] % 16:
                 mode += f"; {e['size']} rows"
             cells = (mode, e["dtype"] + precision, tile, e["registers"], f"{e['shared'] / 1024:.0f}", e["spilled"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...core.numerics import cdiv
 from ...core.rows import tf32
-from .launching import divisor, launch, on_nvidia
+from .launching import ALIGNMENT, divisor, launch, on_nvidia
 
 Found = tuple[Tensor, Tensor | None, Tensor | None]  # losses of rows, their gradient, and its factor
 
@@ -129,6 +129,7 @@ def pair_logits(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, parts
         return out
     interpreted, nvidia = u.device.type == "cpu", on_nvidia(u.device)
     block_b, block_c = (16 if interpreted else 64 if nvidia else 32), (16 if C <= 16 else 32)
+    wide = divisor(D, u.stride(0), v.stride(0), weight.stride(0))
     launch(
         _kernels().pair_logits_kernel,
         (cdiv(B, block_b), cdiv(C, block_c)),
@@ -150,11 +151,12 @@ def pair_logits(u: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, parts
         MULTIPLICATION="multiplication" in parts,
         # Three products on tensor cores, accurate to a few bits of fp32: without them 64 x 64 tiles spilled 750 bytes.
         # AMD's have no tf32x3; with bf16x6 a tile spills 217 registers on gfx1100, of 32 rows in fp32 none.
-        WIDE=divisor(D, u.stride(0), v.stride(0), weight.stride(0)),
+        WIDE=wide,
         INPUT_PRECISION="ieee" if not nvidia else "tf32" if tf32() else "tf32x3",
         BLOCK_B=block_b,
         BLOCK_C=block_c,
-        BLOCK_D=32 if nvidia and not interpreted else 16,
+        # Of rows that are read by fewer than 16 bytes, 32 took so many addresses that 48 bytes spilled on sm_120.
+        BLOCK_D=32 if nvidia and not interpreted and wide * u.itemsize >= ALIGNMENT else 16,
         num_warps=4,
     )
     return out
