@@ -277,5 +277,7 @@ def _fold(
             Out.store([pid_m * BLOCK_M, pid_n * BLOCK_N], value.to(Out.dtype))
         else:
             out_ptrs = Out + offs_m[:, None] * up(stride_om, OUT_WIDE) + offs_n[None, :]
-            stored = mask_n if PATH == INNER_PATH else offs_n < up(N, OUT_WIDE)
+            stored = mask_n
+            if PATH != INNER_PATH and OUT_WIDE != 16:
+                stored = tl.arange(0, BLOCK_N) < up(N, OUT_WIDE) - pid_n * BLOCK_N
             tl.store(out_ptrs, value.to(Out.dtype.element_ty), mask=mask_m[:, None] & stored[None, :])
