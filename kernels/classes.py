@@ -202,8 +202,9 @@ def share_rows_kernel(
     bound = tl.zeros((BLOCK_R,), tl.float32)
     for start in range(0, C, BLOCK_C):
         offs_c = start + tl.arange(0, BLOCK_C)
-        inside = _inside(Mask, mask_base, mask, offs_c, C, stride_mc)
-        z = _load(X, base, offs_c, stride_xc, inside, float("-inf"))
+        known = mask[:, None] & (offs_c < C)[None, :]
+        inside = _inside(Mask, mask_base, known, offs_c, stride_mc)
+        z = _load_where(X, base, offs_c, stride_xc, known, inside, float("-inf"))
         if CAPPED:
             z = softcap * _tanh(z / softcap)
         z = tl.where(inside, z, float("-inf"))
@@ -211,13 +212,13 @@ def share_rows_kernel(
         total = total * exponential(maximum - finite(new)) + tl.sum(exponential(z - finite(new)[:, None]), axis=1)
         maximum = new
         if SOFTMAX:
-            q = _share_logits(Share, share_base, offs_c, stride_qc, inside)
+            q = _share_logits(Share, share_base, offs_c, stride_qc, known, inside)
             new = tl.maximum(share_max, tl.max(q, axis=1))
             part = tl.sum(exponential(q - finite(new)[:, None]), axis=1)
             share_sum = share_sum * exponential(share_max - finite(new)) + part
             share_max = new
         else:
-            q = _load(Share, share_base, offs_c, stride_qc, inside, 0.0)
+            q = _load_where(Share, share_base, offs_c, stride_qc, known, inside, 0.0)
             c = hard * q
             if SMOOTHS:
                 c += tl.where(inside, smooth, 0.0)
@@ -241,16 +242,17 @@ def share_rows_kernel(
         gain = _store_gain(Gain, 2 * bound, offs, mask)
     for start in range(0, C, BLOCK_C):
         offs_c = start + tl.arange(0, BLOCK_C)
-        inside = _inside(Mask, mask_base, mask, offs_c, C, stride_mc)
-        z = _load(X, base, offs_c, stride_xc, inside, float("-inf"))
+        known = mask[:, None] & (offs_c < C)[None, :]
+        inside = _inside(Mask, mask_base, known, offs_c, stride_mc)
+        z = _load_where(X, base, offs_c, stride_xc, known, inside, float("-inf"))
         if CAPPED:
             capped = _tanh(z / softcap)
             z = softcap * capped
         if SOFTMAX:
-            q = _share_logits(Share, share_base, offs_c, stride_qc, inside)
+            q = _share_logits(Share, share_base, offs_c, stride_qc, known, inside)
             c = exponential(q - share_shift[:, None]) * over_share[:, None]
         else:
-            c = hard * _load(Share, share_base, offs_c, stride_qc, inside, 0.0)
+            c = hard * _load_where(Share, share_base, offs_c, stride_qc, known, inside, 0.0)
             if SMOOTHS:
                 c += smooth
             c *= _weights(Weight, offs_c, C, BLOCK_C)[None, :]
@@ -260,8 +262,7 @@ def share_rows_kernel(
             dz = exponential(z) * (rest / total)[:, None] - c
             if CAPPED:
                 dz *= 1 - capped * capped
-            outside = mask[:, None] & (offs_c < C)[None, :]
-            _store(Grad, grad_base, offs_c, stride_gc, outside, tl.where(inside, dz / gain[:, None], 0.0))
+            _store(Grad, grad_base, offs_c, stride_gc, known, tl.where(inside, dz / gain[:, None], 0.0))
     tl.store(Loss + offs, loss, mask=mask)
 
 
@@ -332,12 +333,15 @@ def _load(X, base, offs_c, stride, inside, other):
 
 
 @triton.jit
-def _share_logits(Share, base, offs_c, stride, inside):
+def _load_where(X, base, offs_c, stride, known, inside, other):
+    """Loads what is known, and keeps what is inside: a load masked by an element is as narrow as an element."""
+    return tl.where(inside, _load(X, base, offs_c, stride, known, other), other)
+
+
+@triton.jit
+def _share_logits(Share, base, offs_c, stride, known, inside):
     """Loads logits of shares in any dtype, with -inf for missing ones: integers have no -inf."""
-    if Share.dtype.element_ty.is_floating():
-        return _load(Share, base, offs_c, stride, inside, float("-inf"))
-    else:
-        return tl.where(inside, _load(Share, base, offs_c, stride, inside, 0), float("-inf"))
+    return tl.where(inside, _load(Share, base, offs_c, stride, known, 0), float("-inf"))
 
 
 @triton.jit
@@ -346,10 +350,10 @@ def _store(X, base, offs_c, stride, inside, value):
 
 
 @triton.jit
-def _inside(Mask, base, mask, offs_c, C, stride):
-    inside = mask[:, None] & (offs_c < C)[None, :]
+def _inside(Mask, base, known, offs_c, stride):
+    inside = known
     if Mask is not None:
-        inside &= tl.load(Mask + base[:, None] + offs_c[None, :] * stride, mask=inside, other=0) != 0
+        inside &= tl.load(Mask + base[:, None] + offs_c[None, :] * stride, mask=known, other=0) != 0
     return inside
 
 

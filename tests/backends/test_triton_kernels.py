@@ -575,3 +575,20 @@ def test_programs_of_the_row_kernels_cover_every_row():
     for kernel in ("prepare_kernel", "merge_kernel", "settle_kernel", "finish_kernel"):
         sizes = pick_rows(kernel, interpreted=False)
         assert sizes["BLOCK_R"] * max(sizes.get("BLOCK_D", 1), sizes.get("BLOCK_T", 1)) <= 2048
+
+
+@pytest.mark.parametrize("classes", [16, 21])
+def test_logits_that_a_mask_leaves_out_are_in_no_sum(classes):
+    from fusedloss.backends.triton import classes as triton_classes
+
+    x, share = matrix(5, classes, torch.float32), matrix(5, classes, torch.float32)
+    mask = torch.rand(5, classes, device=DEVICE) < 0.7
+    mask[:, 0] = True
+    gone = [t.masked_fill(~mask, math.nan) for t in (x, share)]
+    loss, grad, _ = triton_classes.soft_rows(gone[0], (gone[1], mask), True)
+    leaf = x.double().requires_grad_()
+    log_p, q = (t.double().masked_fill(~mask, -math.inf).log_softmax(1) for t in (leaf, share))
+    wanted = -(q.exp() * log_p).masked_fill(~mask, 0).sum(1)
+    (slope,) = torch.autograd.grad(wanted.sum(), leaf)
+    torch.testing.assert_close(loss, wanted.detach(), rtol=1e-5, atol=1e-5, check_dtype=False)
+    torch.testing.assert_close(grad, slope, rtol=1e-5, atol=1e-5, check_dtype=False)
