@@ -9,6 +9,7 @@ from epilogue_checks import assert_stored, fenced, problem_of
 from strips import assert_near, factored, formula
 from torch import Tensor
 
+from fusedloss.backends import triton
 from fusedloss.core.folds import FOLDS, SUM, Part
 from fusedloss.core.problem import Fold
 from fusedloss.core.strips import Strip
@@ -73,7 +74,8 @@ def check_fold(
     part, problem, slope = part_of(strip, kind, labelled), problem_of(strip, fold=fold), sim.clone()
     wide, scalars = part._replace(weight=part.weight.double()), tuple(x.double() for x in (strip.scale, *fold.scalars))
     wanted = FOLDS[fold.name].torch(slope, wide, scalars, fold.options, True)
-    out, buffer = fenced(len(strip.x), len(strip.y), stored or strip.x.dtype, strip.x.device, aligned)
+    dtype, padded = stored or strip.x.dtype, backend is triton
+    out, buffer = fenced(len(strip.x), len(strip.y), dtype, strip.x.device, aligned, padded)
     found = backend.fold_rows(problem, strip, out, part, score)
     assert_near(found.loss, wanted.loss, magnitude=wide.weight)
     assert (found.count is None) == (wanted.count is None)
