@@ -29,6 +29,7 @@ from unittest import mock
 
 import torch
 import triton
+from fusedloss.kernels import rows, similarity
 from sources import digest
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -44,7 +45,6 @@ from fusedloss.core.folds import Part
 from fusedloss.core.mask import Compare, GuideRule, StripMask
 from fusedloss.core.problem import Block, Fold, Margin, Problem, RowRule
 from fusedloss.core.strips import Patch, RowSums, Softmax, Strip, Tally
-from fusedloss.kernels import rows, similarity
 from fusedloss.sweep.chunks import PAD
 
 sys.path.append(str(Path(__file__).absolute().parents[1] / "tests" / "support"))
