@@ -68,9 +68,7 @@ def test_the_rules_miss_no_kernel_and_see_a_spill(compiler, monkeypatch):
     none = compiler.faults({ONE: []})
     odd = [case for case in compiler.cases() if case[0] == "odd"]
     few = {*compiler.MASKED, *compiler.SOFTCAP, *compiler.FOLDS}
-    assert len(none) == 3 * len(compiler.MODES) + len(few) + len(odd) + len(
-        {*compiler.BY_ROW, *compiler.ROWWISE}
-    )
+    assert len(none) == 3 * len(compiler.MODES) + len(few) + len(odd) + len({*compiler.BY_ROW, *compiler.ROWWISE})
     counts = dict.fromkeys(("registers", "shared", "spilled", *compiler.INSTRUCTIONS, *compiler.AMD), 0)
     entry = counts | {"kernel": "rows", "mode": "times", "dtype": "float32", "precision": "", "spilled": 8}
     assert set(compiler.faults({ONE: [entry]})) - set(none) == {"sm_90: ('times', 'float32'): spills"}
