@@ -44,6 +44,10 @@ FEW_TILES = 66
 LIBRARY_D = 2304
 
 
+# Their tiles hold more numbers of a row than 128 columns leave registers for.
+WIDE_FOLDS = ("fold, sigmoid", "fold, margin_ranking", "fold, sides_grad", "fold, circle_grad")
+
+
 def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] | None, mode: str) -> Config:
     """The config for M x N similarities over D features.
 
@@ -69,8 +73,8 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
     narrow = dtype in ("bf16", "fp16")
     BLOCK_D = 64 if narrow else 32  # one 128-byte line of each row
     if capability[0] in (9, 10):
-        # Of sizes that are no multiples of 16 a tile of 64 columns spills 544 bytes on sm_100.
-        columns = 32 if capability[0] == 10 and mode == "grad, columns, q" else 64
+        # Of sizes that are no multiples of 16 a tile of 64 columns spills up to 544 bytes on sm_100.
+        columns = 32 if capability[0] == 10 and mode in ("grad, columns, q", *WIDE_FOLDS) else 64
         if few:
             return Config("descriptors", 64, columns, BLOCK_D, num_warps=4, num_stages=4)
         if D >= LIBRARY_D:
@@ -88,7 +92,7 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
         return Config("descriptors", 128, 128, BLOCK_D, SUBTILES=2, num_stages=4)
     if few:
         return Config("pointers", 64, 64, BLOCK_D, num_warps=4, num_stages=4)
-    if "masked" in mode or mode in ("grad, columns, q", "fold, sigmoid", "fold, sides_grad", "fold, circle_grad"):
+    if "masked" in mode or mode in ("grad, columns, q", *WIDE_FOLDS):
         # Of sizes that are no multiples of 16 a wider one spills up to 216 bytes on sm_80.
         return Config("pointers", 128, 64, BLOCK_D)
     # 96 KiB of shared memory: within sm_120's 99.
