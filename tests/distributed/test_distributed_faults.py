@@ -430,8 +430,8 @@ REFUSED = {
         "ValueError: a bool mask must not be given together with group",
     ),
     "private negatives": (
-        lambda: info_nce(negatives=torch.randn(3, 2, 4, dtype=torch.float64)),
-        "ValueError: negatives must not be given together with group",
+        lambda: info_nce(negatives=torch.randn(3, 2, 4, dtype=torch.float64), target=IDS()),
+        "ValueError: target must be None with negatives and group",
     ),
     "siglip's columns": (
         lambda: fusedloss.siglip(X(), X(), 2.0, target=IDS(), group=world()),

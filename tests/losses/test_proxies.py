@@ -199,7 +199,9 @@ def test_proxy_nca_is_its_formula(shape, scale, learnt, decoupled, reduction, ba
         return eager_nca(x, target, p, scale=s, **options)
 
     with chunks():
-        same(ours, formula, (x, proxies, torch.tensor(scale, dtype=torch.float64)) if learnt else (x, proxies))
+        inputs_of = (x, proxies, torch.tensor(scale, dtype=torch.float64)) if learnt else (x, proxies)
+        # As of proxy_anchor below: of one feature nothing is left of scale times the proxies.
+        same(ours, formula, inputs_of, atol=max(1e-11, 1e-12 * scale))
 
 
 @settings(max_examples=40, deadline=None)
