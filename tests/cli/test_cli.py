@@ -70,7 +70,7 @@ def test_bench_races_and_writes_its_results(loss, tmp_path, capsys):
     with (tmp_path / "bench.csv").open() as file:
         lines = [line for line in csv.DictReader(file) if line["kernel_operation_mode"] == "full"]
     times = {(r["kernel_provider"], int(r["x_value"])) for r in lines if r["metric_name"] == "speed"}
-    assert times == {(r["racer"], r["n"]) for r in results["rows"]} and len(times) == 6
+    assert times == {(r["racer"], r["n"]) for r in results["rows"]} and len(times) == 8
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
