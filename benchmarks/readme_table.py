@@ -17,6 +17,7 @@ from tabulate import tabulate
 from fusedloss.backends import KERNELS
 from fusedloss.bench.results import summary
 from fusedloss.integrations import LIBRARY_UP_TO
+from fusedloss.integrations._drop_in import ELEMENTS
 from fusedloss.trust.order import is_entry, rows_of
 
 ROOT = Path(__file__).parents[1]
@@ -195,11 +196,13 @@ def upstream(folder: Path) -> str:
 
 def library_up_to(folder: Path) -> str:
     """Up to which sizes a drop-in runs the library's code on a CPU, out of the rule itself."""
-    pairs, table = False, []
+    table = []
     for name, most in LIBRARY_UP_TO.items():
-        pairs = pairs or name == "sentence_transformers.ContrastiveLoss"  # the first of those that count elements
-        of, rows = ("elements of a column", most // 384) if pairs else ("similarities", math.isqrt(most))
-        of, rows = ("scores", most) if ".cross_encoder." in name else (of, rows)
+        of, rows = "similarities", math.isqrt(most)
+        if name in ELEMENTS:
+            of, rows = "elements of a column", most // 384
+        elif ".cross_encoder." in name:
+            of, rows = "scores", most
         table.append([name.replace(".", " `", 1) + "`", str(most), of, str(rows)])
     headers = ["class", "most", "of", "rows: square, D = 384, one score each"]
     return tabulate(table, headers, tablefmt="github", disable_numparse=True)

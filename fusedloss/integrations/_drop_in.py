@@ -56,8 +56,21 @@ def runs_fused(name: str, why_not: str | None) -> bool:
     return False
 
 
-# On a CPU the library's own code runs for at most so many similarities, scores or, of losses of pairs, elements of a
-# column of embeddings: up to there it takes less time than ours, and so many take 4 MiB at most. Measured by
+# See LIBRARY_UP_TO: of losses of pairs, the elements of a column of embeddings. Rows of 384 were measured.
+ELEMENTS: dict[str, int] = {
+    "sentence_transformers.ContrastiveLoss": 1 << 13,  # 1.15 at 16 rows, 1.04 at 64
+    "sentence_transformers.CosineSimilarityLoss": 1 << 15,  # 1.22 at 16, 1.07 at 64, 0.76 at 256
+    "sentence_transformers.SparseCosineSimilarityLoss": 1 << 15,
+    "sentence_transformers.MarginMSELoss": 1 << 19,  # 1.1 at 16, 1.09 at 256, 1.1 at 1024, 0.93 at 4096
+    "sentence_transformers.SparseMarginMSELoss": 1 << 19,
+    "sentence_transformers.DistillKLDivLoss": 1 << 19,  # 1.25 at 16, 1.2 at 256, 1.13 at 1024, 0.95 at 4096
+    "sentence_transformers.SparseDistillKLDivLoss": 1 << 19,
+    "sentence_transformers.EmbedDistillLoss": 1 << 15,  # 1.21 at 16, 1.09 at 64, 0.55 at 256
+    "sentence_transformers.SoftmaxLoss": 1 << 17,  # 1.4 at 16, 1.3 at 256, 0.9 at 1024
+}
+
+# On a CPU the library's own code runs for at most so many similarities, scores or elements: up to there it takes less
+# time than ours, and so many take 4 MiB at most. Measured by
 # `FUSEDLOSS_BACKEND=dense python benchmarks/small.py --losses drop-in --threads 1`, which runs ours at every size.
 # Left out are classes of which a page in docs/integrations/ promises what the library's code does not do, and sizes at
 # which a class of cubic memory holds more than 1 MiB, with any labels.
@@ -87,16 +100,7 @@ LIBRARY_UP_TO: dict[str, int] = {
     "pytorch_metric_learning.ContrastiveLoss": 25 * 25,  # beyond, its distance of equal rows is not 0
     "pytorch_metric_learning.CosFaceLoss": 1 << 18,  # 1.7 at 64 and 256 rows of 1000 classes
     "pytorch_metric_learning.TripletMarginLoss": 1 << 11,  # 1.7 at 32; at 64 1.35 of 32 labels, 0.7 of two
-    # Of elements of a column, D = 384:
-    "sentence_transformers.ContrastiveLoss": 1 << 13,  # 1.15 at 16 rows, 1.04 at 64
-    "sentence_transformers.CosineSimilarityLoss": 1 << 15,  # 1.22 at 16, 1.07 at 64, 0.76 at 256
-    "sentence_transformers.SparseCosineSimilarityLoss": 1 << 15,
-    "sentence_transformers.MarginMSELoss": 1 << 19,  # 1.1 at 16, 1.09 at 256, 1.1 at 1024, 0.93 at 4096
-    "sentence_transformers.SparseMarginMSELoss": 1 << 19,
-    "sentence_transformers.DistillKLDivLoss": 1 << 19,  # 1.25 at 16, 1.2 at 256, 1.13 at 1024, 0.95 at 4096
-    "sentence_transformers.SparseDistillKLDivLoss": 1 << 19,
-    "sentence_transformers.EmbedDistillLoss": 1 << 15,  # 1.21 at 16, 1.09 at 64, 0.55 at 256
-    "sentence_transformers.SoftmaxLoss": 1 << 17,  # 1.4 at 16, 1.3 at 256, 0.9 at 1024
+    **ELEMENTS,
 }
 
 

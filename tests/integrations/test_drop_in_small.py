@@ -32,10 +32,7 @@ SIMILARITIES = {
     f"{ST}.cross_encoder.MultipleNegativesRankingLoss": N * 5,
     f"{ST}.cross_encoder.CachedMultipleNegativesRankingLoss": N * 5,
 }
-OF_ELEMENTS = "Contrastive", "CosineSimilarity", "MarginMSE", "DistillKLDiv", "EmbedDistill", "Softmax"
-for _name in NAMES:
-    if _name.startswith(f"{ST}.") and _name.split(".")[-1].removeprefix("Sparse").removesuffix("Loss") in OF_ELEMENTS:
-        SIMILARITIES.setdefault(_name, N * small_cases.D)
+SIMILARITIES |= dict.fromkeys(_drop_in.ELEMENTS, N * small_cases.D)
 
 
 def case(name):
