@@ -338,12 +338,11 @@ def claims(rows: list[dict[str, Any]]) -> list[dict]:
     at = {(row["case"], row["n"], row["racer"]): row for row in rows if "seconds" in row}
     found = []
 
-    def ratio(
-        text: str, case: str, below: str, most: float | None, above: str = "fusedloss", least: bool = False
-    ) -> None:
-        n = CPU_SIZES[case][0]
-        measured = at[case, n, above]["seconds"] / at[case, n, below]["seconds"]
-        found.append(race.claim(text, measured, most, at_least=least))
+    def taken(case: str, racer: str) -> float:
+        return at[case, CPU_SIZES[case][0], racer]["seconds"]
+
+    def ratio(text: str, case: str, below: str, most: float | None) -> None:
+        found.append(race.claim(text, taken(case, "fusedloss") / taken(case, below), most))
 
     def over_floors(text: str, case: str, most: float | None, count: str = "three") -> None:
         ratio(f"{text}: time over its {count} bare products", case, FLOOR, most)
@@ -362,7 +361,7 @@ def claims(rows: list[dict[str, Any]]) -> list[dict]:
     over_floors("batch_hard_triplet, N=16384, D=384", "batch_hard_triplet", 0.60, "two")
     memory("its MiB above inputs and gradients", "batch_hard_triplet", 128)
     ratio("matryoshka over 768, 512, 256, 128, 64, N=8192: time over the loss of 768", "matryoshka", "single", 1.60)
-    faster = seconds("matryoshka", "loop") / seconds("matryoshka", "fusedloss")
+    faster = taken("matryoshka", "loop") / taken("matryoshka", "fusedloss")
     found.append(race.claim("how much faster than the loop over the dims", faster, 1.3, at_least=True))
     over_floors("info_nce, N=16384, D=384", "info_nce", None)
     ratio("its time over that by torch.mm alone", "info_nce", "by torch.mm", None)
