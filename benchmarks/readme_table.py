@@ -140,7 +140,7 @@ def in_batch(folder: Path) -> str:
             row["racer"],
             number(row, "seconds", "{:.0f}", 1e-3),
             number(row, "memory_bytes", "{:.0f}", 2**20),
-            row.get("note", ""),
+            row.get("note", "") + (f" (run of {row['kept_from'][:10]})" if "kept_from" in row else ""),
         ]
         for row in found["rows"]
     ]
