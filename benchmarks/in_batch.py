@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedloss
-from fusedloss.bench import measure, race, results, tables
+from fusedloss.bench import measure, peers, race, results, tables
 from fusedloss.bench.floors import BETTER, FLOOR, FLOORS, floors
 
 DIMS = (768, 512, 256, 128, 64)
@@ -379,6 +379,7 @@ def main() -> int:
     parser.add_argument("--keep-libraries", action="store_true", help="take the libraries' rows from --out as they are")
     options = parser.parse_args()
     environment = results.environment(__file__)
+    environment["peers"] = peers.versions("lightly", "pytorch-metric-learning")
     rows: list[dict[str, Any]] = []
     plan = [(c, n) for c in options.cases for n in options.size or [CPU_SIZES[c][0]]]
     tried = {c: CPU_SIZES[c][1] for c in options.cases if options.device == "cpu" and not options.size}

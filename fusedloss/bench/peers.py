@@ -91,10 +91,10 @@ def peer(name: str, **about: Any) -> Callable[[Build], Build]:
     return register
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions of the peers' packages that are installed."""
+def versions(*more: str) -> dict[str, str]:
+    """Returns the versions of the packages of the race's peers, and of `more`, that are installed."""
     found = {}
-    for package in sorted({p.package for p in PEERS.values() if p.package}):
+    for package in sorted({p.package for p in PEERS.values() if p.package} | {*more}):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
