@@ -203,7 +203,7 @@ def _on_cpu(loss: str, problem: Problem) -> Cost:
         )
     (rows, width), kind = chunks.workspace_shape(problem, chunked)
     workspace = math.ceil(rows * width * chunked.workspace_copies(problem)) * kind.itemsize
-    tile = rows * min(chunked.TILE_COLUMNS, N) * wide
+    tile = rows * min(chunked.tiles.TILE_COLUMNS, N) * wide
     if loss == "clip":
         return _cost("symmetric", 4, problem, workspace, workspace + 3 * tile + beside + STEP_BYTES * D // 2)
     more = tile if loss == "gist_embed" else 0

@@ -1,7 +1,7 @@
 """Which columns of a block may compete: a mask as the problem has it, and as a backend sees it, a chunk at a time.
 
-What users write is in `fusedloss.masks`. A new part has a field in both, its torch form in `backends/chunked.py` and
-`backends/reference.py`, and its device code in `kernels/masks.py` and `csrc/epilogues/masks.cuh`.
+What users write is in `fusedloss.masks`. A new part has a field in both, its torch form in `backends/chunked/masks.py`
+and `backends/reference.py`, and its device code in `kernels/masks.py` and `csrc/epilogues/masks.cuh`.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr("fusedloss.backends.dense.MOST", {})
     monkeypatch.setattr(sweep.chunks, "STATS_ROWS", {"cpu": 32, "cuda": 32})
     monkeypatch.setattr(sweep.chunks, "CONVERTED_COLUMNS", 48)
-    monkeypatch.setattr(chunked, "TILE_COLUMNS", 48)
+    monkeypatch.setattr(chunked.tiles, "TILE_COLUMNS", 48)
 
 
 @pytest.mark.pairwise

@@ -163,7 +163,7 @@ def go(monkeypatch, backend: str, way: str) -> Any:
         pytest.skip(f"{backend}: {reason}")
     config = WAYS[backend][way]
     if backend == "chunked":
-        monkeypatch.setattr(chunked, "TILE_COLUMNS", config)
+        monkeypatch.setattr(chunked.tiles, "TILE_COLUMNS", config)
     elif backend == "triton":
         monkeypatch.setattr(triton, "config_of", lambda strip, mode: config)
         monkeypatch.setattr(triton, "_panel_columns", lambda strip, config: 2 * config.BLOCK_N)
@@ -200,7 +200,7 @@ def as_taken(backend: Any, strip: Strip) -> Strip:
     if mask is not None and mask.dropped is not None:
         stored = dropped(StripMask(dropped=mask.dropped), torch.zeros(len(strip.x), len(strip.y), device=DEVICE))
         none = torch.empty(0, device=DEVICE)
-        drops = chunked.Drops(stored.float(), strip, chunked.Rows(none), none, none)
+        drops = chunked.masks.Drops(stored.float(), strip, chunked.tiles.Rows(none), none, none)
         strip = strip._replace(mask=mask._replace(dropped=drops))
     return strip
 

@@ -35,7 +35,7 @@ def chunks(rows=5, columns=7, units=True):
         patch.setattr(sweep.chunks, "chunk_rows", lambda M, *_: max(1, min(M, rows)))
         patch.setattr("fusedloss.backends.dense.MOST", {})
         patch.setattr(sweep.chunks, "STATS_ROWS", {"cpu": rows, "cuda": rows})
-        patch.setattr(chunked, "TILE_COLUMNS", columns)
+        patch.setattr(chunked.tiles, "TILE_COLUMNS", columns)
         if not units:
             patch.setattr(chunked, "UNIT_BYTES", 0)
         yield

@@ -40,7 +40,7 @@ def chunks(rows, columns):
         patch.setattr(sweep.chunks, "chunk_rows", lambda M, *_: max(1, min(M, rows)))
         patch.setattr("fusedloss.backends.dense.MOST", {})
         patch.setattr(sweep.chunks, "STATS_ROWS", {"cpu": rows, "cuda": rows})
-        patch.setattr(chunked, "TILE_COLUMNS", columns)
+        patch.setattr(chunked.tiles, "TILE_COLUMNS", columns)
         yield
 
 

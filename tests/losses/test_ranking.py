@@ -35,7 +35,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr("fusedloss.backends.dense.MOST", {})
     monkeypatch.setattr(sweep.chunks, "STATS_ROWS", {"cpu": 4, "cuda": 4})
     monkeypatch.setattr(sweep.chunks, "CONVERTED_COLUMNS", 7)
-    monkeypatch.setattr(chunked, "TILE_COLUMNS", 7)
+    monkeypatch.setattr(chunked.tiles, "TILE_COLUMNS", 7)
 
 
 def randn(*shape):

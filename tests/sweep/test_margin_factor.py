@@ -25,7 +25,7 @@ def small_chunks(monkeypatch):
 
     monkeypatch.setattr(sweep.chunks, "chunk_rows", lambda M, *_: min(M, 5))
     monkeypatch.setattr("fusedloss.backends.dense.MOST", {})
-    monkeypatch.setattr(chunked, "TILE_COLUMNS", 7)
+    monkeypatch.setattr(chunked.tiles, "TILE_COLUMNS", 7)
 
 
 def randn(*shape, dtype=torch.float64):

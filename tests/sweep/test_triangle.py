@@ -20,7 +20,7 @@ def small_tiles(monkeypatch):
     """Of 7 rows, the last ones ragged. A test calls `keep` with the number of tiles that the workspace has room for."""
     monkeypatch.setattr("fusedloss.backends.dense.MOST", {})
     monkeypatch.setattr(sweep.chunks, "chunk_rows", lambda M, *_: min(M, 7))
-    monkeypatch.setattr(chunked, "TILE_COLUMNS", 9)
+    monkeypatch.setattr(chunked.tiles, "TILE_COLUMNS", 9)
 
 
 def keep(monkeypatch, count):
@@ -125,13 +125,14 @@ def test_half_of_the_tiles_give_what_all_of_them_give(
 
 def similarities(monkeypatch):
     """Counts the similarities that are computed from now on."""
-    counted, original = [], chunked._similarity
+    counted, original = [], chunked.tiles.similarity
 
     def counts(strip, rows, tile, out):
         counted.append(out.numel())
         return original(strip, rows, tile, out)
 
-    monkeypatch.setattr(chunked, "_similarity", counts)
+    for module in (chunked.half, chunked.half_folds):
+        monkeypatch.setattr(module, "similarity", counts)
     return counted
 
 
