@@ -98,6 +98,15 @@ def select(problem: Problem, backend: str, *, plain: bool = True) -> str:
     raise UnsupportedError(f"{named_by} cannot run this problem. {reasons}{_remedy(named_by)}")
 
 
+def sums_prefixes(problem: Problem, backend: str, *, plain: bool = True) -> bool:
+    """Whether the backend that `select` would choose has one sweep for all prefixes of the problem."""
+    if problem.transform is not None or any(problem.margin) or not problem.bias_on_target or problem.bends:
+        return False
+    if problem.label_smoothing or any(b.penalty or b.own_penalty or b.mask.margin is not None for b in problem.blocks):
+        return False
+    return BACKENDS[select(problem.whole, backend, plain=plain)].why_not(problem) is None
+
+
 def _automatic(problem: Problem, plain: bool) -> Candidates:
     """Returns the candidates of `auto`. Looking up the result of an earlier call takes 2 us."""
     if torch.compiler.is_compiling():  # sizes may be symbols, and comparing one would add a guard

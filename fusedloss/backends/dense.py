@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -175,14 +174,11 @@ def _of_no_rows(problem: Problem, wants: Wants) -> Result:
 def _prefixes(problem: Problem, wants: Wants, share: float) -> Result:
     """The weighted sum of the losses of each prefix of D."""
     total: Result | None = None
-    for dim, weight in zip(problem.prefixes, problem.prefix_weights, strict=True):
-        operands = tuple(x[:, :dim] for x in problem.operands)
-        one = run(
-            replace(problem, operands=operands, cosine=True, prefixes=(), prefix_weights=()), wants, share * weight
-        )
+    for weight, own in problem.apart():
+        one = run(own, wants, share * weight)
         widened = []
         for x, g in zip(problem.operands, one.operands, strict=True):
-            widened.append(None if g is None else torch.nn.functional.pad(g, (0, x.shape[1] - dim)))
+            widened.append(None if g is None else torch.nn.functional.pad(g, (0, x.shape[1] - g.shape[1])))
         one = one._replace(rows=one.rows * weight, operands=tuple(widened))
         total = one if total is None else _sum(total, one)
     assert total is not None, "a problem of prefixes has one"

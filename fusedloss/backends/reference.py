@@ -65,9 +65,7 @@ def opposed_rows(problem: Problem) -> tuple[Tensor, Tensor]:
 def _loss_rows(problem: Problem, lost: float = 0.0) -> tuple[Tensor, list[Tensor]]:
     if problem.prefixes:
         total = torch.zeros_like(problem.weight)
-        for dim, weight in zip(problem.prefixes, problem.prefix_weights, strict=True):
-            operands = tuple(x[:, :dim] for x in problem.operands)
-            own = replace(problem, operands=operands, cosine=True, prefixes=(), prefix_weights=())
+        for weight, own in problem.apart():
             total = total + weight * _loss_rows(own, lost)[0]
         return total, []
     rows = _rows(problem)

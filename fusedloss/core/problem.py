@@ -11,7 +11,7 @@ or in several blocks, receives one gradient and is never copied.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple
 
 import torch
@@ -216,6 +216,18 @@ class Problem:
     def all_targets(self) -> Tensor:
         """int64 [M, P]; -1: none."""
         return self.target[:, None] if self.targets is None else self.targets.columns
+
+    @property
+    def whole(self) -> Problem:
+        """The problem of the whole embeddings, without prefixes."""
+        return replace(self, prefixes=(), prefix_weights=()) if self.prefixes else self
+
+    def apart(self) -> list[tuple[float, Problem]]:
+        """Returns the problem of each prefix alone, and its weight in the sum."""
+        return [
+            (weight, replace(self.whole, operands=tuple(x[:, :dim] for x in self.operands), cosine=True))
+            for dim, weight in zip(self.prefixes, self.prefix_weights, strict=True)
+        ]
 
     @property
     def rule(self) -> RowRule:

@@ -27,15 +27,15 @@ info_nce's `bank` stays on its rank: rows see the rank's own, such as a queue th
 bank_across=True the banks of all ranks compete. `negatives`, which their own row alone sees, never travel.
 
 Refused with a group, on all ranks: label_smoothing, return_stats, bool masks (the others work), info_nce's `negatives`
-beside a target, siglip's int64 targets, second derivatives; with strategy="ring" also
-backend="reference", `debiased`, info_nce's targets `[M, P]`, sup_con's form="in", and explicit targets together with a
-margin or a guide. docs/support.md has the table.
+beside a target, siglip's int64 targets, second derivatives; with strategy="ring" also backend="reference", sup_con's
+form="in", and explicit targets together with a margin or a guide. docs/support.md has the table.
 """
 
 from .agreement import Agreed as Agreed
 from .agreement import Part as Part
 from .agreement import Request as Request
 from .agreement import agree as agree
+from .agreement import alike as alike
 from .agreement import refuse as refuse
 from .gather import averaged as averaged
 from .gather import everywhere as everywhere

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import sweep
-from ..backends import SWEEPS, UnsupportedError, select
+from ..backends import SWEEPS, UnsupportedError, select, sums_prefixes
 from ..core import checks
 from ..core.problem import Fold, Problem, Ranks
 from .world import GRAD_SCALES, STRATEGIES, World, world_of
@@ -25,6 +25,7 @@ class Request(NamedTuple):
     what: the loss and its options, which must be the same everywhere, a line each. problems: of this rank's rows and
         columns alone; the loss is their mean. ignore_index: the target that leaves a row out, if the first problem's
         target indexes the columns of all ranks, in rank order. stays: operands whose rows are this rank's columns only.
+        return_stats: whether statistics are asked for.
     """
 
     what: str
@@ -33,6 +34,7 @@ class Request(NamedTuple):
     reduction: str
     ignore_index: int | None = None
     stays: tuple[int, ...] = ()
+    return_stats: bool = False
 
 
 class Part(NamedTuple):
@@ -84,6 +86,12 @@ class _Row(NamedTuple):
         return [*self[:6], *filled[0], *filled[1]]
 
     @classmethod
+    def saying(cls, text: str, refuses: int = 0) -> _Row:
+        """Returns the numbers of a text alone: facts, or an error."""
+        told = text.encode()
+        return cls(refuses, 0 if refuses else zlib.crc32(told), len(told), UNBOUNDED, 0, -1, (), ())
+
+    @classmethod
     def read(cls, numbers: Sequence[int]) -> _Row:
         refuses, facts, length, workspace, least, most, *rest = numbers
         told = tuple(rest[:PARAMETERS]), tuple(rest[PARAMETERS:])
@@ -108,25 +116,14 @@ def agree(world: World, ask: Callable[[], Request]) -> Agreed:
         row = _row(call, said, matrices)
     except Exception as refusal:  # any error must reach the other ranks
         error, said = refusal, _told(refusal)
-        row = _Row(1, 0, len(said.encode()), UNBOUNDED, 0, -1, (), ())
+        row = _Row.saying(said, refuses=1)
     counts: list[Sequence[int]] = [[len(x) for x in matrices]]
-    rows = [row]
     device = _meeting(world, matrices[0] if matrices else None)
+    rows = _met(world, row, said, error, device)
     if world.size > 1:
-        # Its width does not depend on the call, because ranks with different calls must not hang.
-        rows = [_Row.read(one) for one in _exchanged(world, row.numbers(), len(row.numbers()), device)]
-        if any(one.refuses for one in rows) or len({one.facts for one in rows}) > 1:
-            texts = _heard(world, said, [one.length for one in rows], device)
-            _raise_refused(error, [text if one.refuses else "" for one, text in zip(rows, texts, strict=True)])
-            raise ValueError(
-                "all ranks of group must call one loss with tensors of the same dtypes and dimensions, got "
-                + _differences([text.split("\n") for text in texts])
-            )
         counts = [one.counts[: len(matrices)] for one in rows]
         if len(matrices) > WIDTH:
             counts = [*_exchanged(world, [len(x) for x in matrices], len(matrices), device)]
-    if error is not None:
-        raise error
     assert call is not None
     _compare_parameters(rows)
     columns = zip(*counts, strict=True)
@@ -141,13 +138,46 @@ def agree(world: World, ask: Callable[[], Request]) -> Agreed:
     return Agreed(call, parts, world.of_rows() if call.reduction == "none" else world)
 
 
+def alike(world: World, say: Callable[[], str]) -> None:
+    """Raises on all ranks if `say` raises on one, or says on one what it does not say on the others.
+
+    For who calls losses several times: ranks that differed in how often would wait for each other.
+    """
+    said, error = "", None
+    try:
+        said = say()
+        row = _Row.saying(said)
+    except Exception as refusal:
+        error, said = refusal, _told(refusal)
+        row = _Row.saying(said, refuses=1)
+    _met(world, row, said, error, _meeting(world, None))
+
+
+def _met(world: World, row: _Row, said: str, error: Exception | None, device: torch.device) -> list[_Row]:
+    """Returns every rank's row; raises on all ranks if one refuses, or if they differ in their facts."""
+    rows = [row]
+    if world.size > 1:
+        # Its width does not depend on the call, because ranks with different calls must not hang.
+        rows = [_Row.read(one) for one in _exchanged(world, row.numbers(), len(row.numbers()), device)]
+        if any(one.refuses for one in rows) or len({one.facts for one in rows}) > 1:
+            texts = _heard(world, said, [one.length for one in rows], device)
+            _raise_refused(error, [text if one.refuses else "" for one, text in zip(rows, texts, strict=True)])
+            raise ValueError(
+                "all ranks of group must call one loss with tensors of the same dtypes and dimensions, got "
+                + _differences([text.split("\n") for text in texts])
+            )
+    if error is not None:
+        raise error
+    return rows
+
+
 def refuse(group: Any, error: Exception) -> None:
     """Raises the error here and on the other ranks, which are about to call a loss with this group."""
 
-    def ask() -> Request:
+    def say() -> str:
         raise error
 
-    agree(world_of(group, "gather", "ddp"), ask)
+    alike(world_of(group, "gather", "ddp"), say)
 
 
 def _row(call: Request, said: str, matrices: Sequence[Tensor]) -> _Row:
@@ -214,7 +244,7 @@ def _check_workspaces(
     call: Request, parts: Sequence[Part], rows: Sequence[_Row], world: World, device: torch.device
 ) -> None:
     """Checks that a row of all ranks' similarities fits every rank's bound. If none is tight, nothing is sent."""
-    widest = max(part.columns + sweep.chunks.PAD * len(part.problem.blocks) for part in parts)
+    widest = max(_width(part) for part in parts)
     if min(row.workspace for row in rows) >= COLUMN_BYTES * widest or not any(_stores(p.problem) for p in parts):
         return
     error: Exception | None = None
@@ -223,9 +253,13 @@ def _check_workspaces(
             pairs = zip(problem.operands, sizes, strict=True)
             most = (x.new_empty(1, x.shape[1]).expand(_most(ranks, world), -1) for x, ranks in pairs)
             whole = replace(problem, operands=tuple(most))
-            backend = select(problem, call.backend, plain=False)
-            if backend in SWEEPS:
-                sweep.workspace_shape(whole, SWEEPS[backend])
+            backend = select(problem.whole, call.backend, plain=False)
+            if backend not in SWEEPS:
+                continue
+            if problem.prefixes and world.strategy == "gather" and sums_prefixes(problem, call.backend, plain=False):
+                sweep.chunks.prefix_rows(whole)
+            else:
+                sweep.workspace_shape(whole.whole, SWEEPS[backend])
     except (UnsupportedError, ValueError) as refusal:
         error = refusal
     said = "" if error is None else _told(error)
@@ -234,6 +268,12 @@ def _check_workspaces(
         lengths = _exchanged(world, [len(said.encode())], 1, device)
         texts = _heard(world, said, [one[0] for one in lengths], device) if any(one[0] for one in lengths) else []
     _raise_refused(error, texts)
+
+
+def _width(part: Part) -> int:
+    """Returns the most columns of a workspace for one row."""
+    problem = part.problem
+    return (part.columns + sweep.chunks.PAD * len(problem.blocks)) * max(1, len(problem.prefixes))
 
 
 def _stores(problem: Problem) -> bool:
@@ -299,7 +339,7 @@ def _refuse(call: Request, world: World) -> None:
     for problem in call.problems:
         refused = {
             "label_smoothing": problem.label_smoothing,
-            "return_stats": problem.wants_tally,
+            "return_stats": call.return_stats,
             "a bool mask": any(block.mask.dense is not None for block in problem.blocks),
         }
         for name, given in refused.items():
@@ -307,7 +347,7 @@ def _refuse(call: Request, world: World) -> None:
                 raise ValueError(f"{name} must not be given together with group, got both; leave one of them out")
         if problem.symmetric and world.strategy == "gather":
             problem = replace(problem, ranks=Ranks(world.group.group_name, world.rank, (0,) * world.size))
-        backend = select(problem, call.backend, plain=False)
+        backend = select(problem.whole, call.backend, plain=False)
         if backend not in SWEEPS and world.strategy == "ring":
             raise UnsupportedError(
                 f"strategy must be 'gather' with backend={backend!r}, got 'ring'; or pass one of the backends "
@@ -352,6 +392,8 @@ def _form(problem: Problem) -> list[str]:
     lines = [f"normalize {problem.cosine}", f"both ways {problem.symmetric}", f"scale {scale}"]
     if any(problem.margin):
         lines.append(f"margin {problem.margin.cosine:g}")
+    if problem.prefixes:
+        lines.append(f"prefixes {problem.prefixes} by {problem.prefix_weights}")
     if not problem.bias_on_target:
         lines.append("no bias on the target")
     if problem.decoupled:

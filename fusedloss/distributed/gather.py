@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backends import select
+from ..backends import select, sums_prefixes
 from ..core.mask import Guide
 from ..core.problem import Block, Problem, Ranks
 from ..core.rows import columns_and_weights, several_targets, without_target
@@ -149,7 +149,8 @@ def shards(part: Part, world: World, ignore_index: int | None) -> Shards:
     problem = _shared(part, world, ignore_index)
     keys, index = part.sizes[problem.blocks[0].key], None
     if ignore_index is not None:
-        index = (problem.target + keys.offset) % max(sum(keys.sizes), 1)
+        index = problem.target if problem.targets is None else problem.targets.columns
+        index = torch.where(index < 0, -1, (index + keys.offset) % max(sum(keys.sizes), 1))
     return Shards(problem, part.rows, [part.sizes[block.key].sizes for block in problem.blocks], index)
 
 
@@ -211,13 +212,20 @@ def part_across(agreed: Agreed, part: Part) -> Tensor:
     each, ignore_index = call.reduction == "none", call.ignore_index
     if world.strategy == "ring":
         found = shards(part, world, ignore_index)
-        loss = ring.ring_loss(found, select(found.problem, call.backend, plain=False), each)
+        loss = ring.ring_loss(found, select(found.problem.whole, call.backend, plain=False), each)
         weight = found.problem.weight
     else:
         problem = spread(part, world, ignore_index)
-        loss, _ = autograd.loss_rows_or_sum(problem, select(problem, call.backend, plain=False), each)
-        weight = problem.weight
+        loss, weight = _of_rows(problem, call.backend, each), problem.weight
     return loss if each else averaged(loss, weight.sum(), part.rows, call.reduction)
+
+
+def _of_rows(problem: Problem, backend: str, each: bool) -> Tensor:
+    """Returns the weighted losses of rows against gathered columns, or their sum; of all prefixes, if it has some."""
+    if problem.prefixes and not sums_prefixes(problem, backend, plain=False):
+        return torch.stack([weight * _of_rows(own, backend, each) for weight, own in problem.apart()]).sum(0)
+    chosen = select(problem, backend, plain=False)
+    return autograd.loss_rows_or_sum(problem, chosen, each)[0]
 
 
 def _together(matrices: Sequence[Tensor], ranks: Sequence[Ranks]) -> list[Tensor]:

@@ -6,7 +6,7 @@
 
 While a rank works on a shard, it receives the next. If columns have a normaliser, too (CLIP), their sums are sent along
 in the first round and return complete; no product is computed twice for them. A loss that is a plain sum over columns
-(SigLIP) goes around once.
+(SigLIP) goes around once. Prefixes (Matryoshka) go around together, as the longest one, with a sweep for each.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import sweep
 from ..backends import SWEEPS
 from ..backends.protocol import Sweeps
+from ..core import targets as laws
 from ..core.mask import Mask
 from ..core.numerics import savable, without_autocast
 from ..core.problem import Block, Problem, Ranks, RowRule
@@ -118,8 +119,9 @@ class _Exchange:
 class Shards:
     """A problem whose columns are spread over ranks; `problem` holds this rank's.
 
-    sizes: of each block's key. A problem's keys, biases, and its masks' and folds' tensors of columns go around, except
-    those of a block that stays, whose sizes are of this rank alone.
+    sizes: of each block's key. target: of each row, its column among all ranks' in their order, `[M]`, or `[M, P]` if
+    it has several; None: its own. A problem's keys, biases, and its masks' and folds' tensors of columns go around,
+    except those of a block that stays, whose sizes are of this rank alone.
     """
 
     def __init__(self, problem: Problem, ranks: Ranks, sizes: Sequence[tuple[int, ...]], target: Tensor | None):
@@ -163,17 +165,26 @@ class Shards:
             own = block.own_penalty if home else block.penalty
             blocks.append(Block(self.queries.index(block.query), key, bias, mask, block.penalty, own))
             kept.append(number)
-        fold = problem.fold
+        fold, target, targets = problem.fold, self._target(shard), problem.targets
         if fold is not None and fold.labels is not None:
             fold = replace(fold, labels=(fold.labels[0], there(fold.labels[1])))
+        if targets is not None:
+            target, targets = target[:, 0], targets._replace(columns=target)
         return replace(
             problem,
             operands=tuple(operands),
             blocks=tuple(blocks),
-            target=self._target(shard),
+            target=target,
+            targets=targets,
             weight=weight,
             fold=fold,
         ), kept
+
+    @property
+    def negatives(self) -> int | None:
+        """The number of each row's negatives among all ranks' columns, if the host knows that all rows have as many."""
+        here = self.problem.negatives
+        return None if here is None else here + sum(map(sum, self.sizes)) - self.problem.columns
 
     def _target(self, shard: int) -> Tensor:
         if self.target is None:
@@ -195,7 +206,10 @@ def _within(index: Tensor, sizes: tuple[int, ...], shard: int) -> Tensor:
 
 
 class TwoRounds:
-    """One loss across a ring: the rows' losses after one round, then the gradients of their sum."""
+    """One loss across a ring: the rows' losses after one round, then the gradients of their sum.
+
+    first, second: what is done at each shard. `EachPrefix` takes several of these around together.
+    """
 
     def __init__(self, shards: Shards, backend: Sweeps, wants: Wants):
         self.shards, self.backend, self.wants = shards, backend, wants
@@ -203,27 +217,39 @@ class TwoRounds:
         self.weight = problem.weight / 2 if problem.symmetric else problem.weight
         self.merged = RowSums.empty(problem.rows, problem.weight)
         self.elsewhere: sweep.Elsewhere | None = None
-        self.score = problem.weight.new_zeros(problem.rows, dtype=torch.float64)
-        self.target_sim = torch.zeros_like(problem.weight)
+        # Of all targets [M, P].
+        self.score = problem.weight.new_zeros(problem.all_targets.shape, dtype=torch.float64)
+        self.sim = torch.zeros_like(self.score, dtype=problem.weight.dtype)
         self.slope = torch.ones_like(problem.weight) if problem.softcap or any(problem.margin) else None
+        self.admitted = torch.zeros_like(problem.weight)  # the numbers of the rows' negatives, if they are counted
+        self.by_scale: list[Tensor] = []  # `[M]` terms of the scale's gradient that no primitive returns
+        self.columns: Settled | None = None
 
     def losses(self) -> Tensor:
         """`[M]`, weighted."""
+        return self.settled(go_around(self.shards.parcels, self.shards.ranks, self.first, _merged))
+
+    def gradients(self, factor: Tensor) -> list[Tensor | None]:
+        """Returns the gradients of `(factor * losses).sum()` by scale, operands and biases. factor: 0-dim or `[M]`."""
+        home = go_around(self.start(factor), self.shards.ranks, self.second)
+        return self.found.all(home)
+
+    def first(self, shard: int, held: list[Tensor]) -> list[Parcel]:
+        """Adds a shard's part of the rows' sums, and returns its columns' sums if they have a loss."""
+        columns: RowSums | None = RowSums.empty(0, self.weight)
+        partial = self._partial(shard, held, self._nothing())
+        if partial is not None:
+            sums, columns = partial.sums()
+            self.merged = merge(self.merged, sums)
+            self._note(partial)
+        if not self.shards.problem.symmetric or columns is None:
+            return []
+        assert isinstance(columns.shift, Tensor)
+        return [Parcel(t, self.shards.parcels[0].sizes) for t in (columns.shift, columns.total)]
+
+    def settled(self, home: list[Tensor]) -> Tensor:
+        """Returns the weighted losses `[M]`. home: the sums of this rank's columns, if they have a loss."""
         problem = self.shards.problem
-
-        def visit(shard: int, held: list[Tensor]) -> list[Parcel]:
-            columns: RowSums | None = RowSums.empty(0, self.weight)
-            partial = self._partial(shard, held, self._nothing())
-            if partial is not None:
-                sums, columns = partial.sums()
-                self.merged = merge(self.merged, sums)
-                self._note(partial, shard)
-            if not problem.symmetric or columns is None:
-                return []
-            assert isinstance(columns.shift, Tensor)
-            return [Parcel(t, self.shards.parcels[0].sizes) for t in (columns.shift, columns.total)]
-
-        home = go_around(self.shards.parcels, self.shards.ranks, visit, _merged)
         self.rows = self._settled(self.merged, problem.rule, slope=self.slope)
         if not problem.symmetric:
             return self.rows.loss
@@ -231,39 +257,59 @@ class TwoRounds:
         return self.rows.loss + self.columns.loss
 
     def _settled(self, sums: RowSums, rule: RowRule, slope: Tensor | None = None) -> Settled:
+        problem = self.shards.problem
+        if problem.bends:
+            return self._bent(sums)
+
         def settle(weight: Tensor) -> Settled:
-            return self.backend.settle(sums, self.score, weight, rule, slope=slope)
+            return self.backend.settle(sums, self.score[:, 0], weight, rule, slope=slope)
 
-        transform = self.shards.problem.transform
-        if transform is None:
+        if problem.transform is None:
             return settle(self.weight)
-        return settled(transform, self.weight, settle, self.wants.any)
+        return settled(problem.transform, self.weight, settle, self.wants.any)
 
-    def gradients(self, factor: Tensor) -> list[Tensor | None]:
-        """Returns the gradients of `(factor * losses).sum()` by scale, operands and biases. factor: 0-dim or `[M]`."""
-        problem, shards = self.shards.problem, self.shards
-        target_sim = self.target_sim if self.wants.scale else None
-        rows = Softmax(self.rows.shift, self.rows.weight * factor, target_sim)
-        entry = self.rows.entry * factor
-        parcels = list(shards.parcels)
-        if problem.symmetric:
-            entry = entry + self.columns.entry * factor
+    def _bent(self, sums: RowSums) -> Settled:
+        """Settles rows whose loss is no plain softmax."""
+        problem = self.shards.problem
+        here, count = problem.all_targets >= 0, self.shards.negatives
+        law = laws.law_of(problem, here, self.score[:, 0], self.admitted if count is None else count)
+        rows, entries, by_scale = laws.settle(
+            sums, self.score, self.weight, law, problem.transform, wanted=self.wants.any
+        )
+        if self.wants.scale:
+            self.by_scale.append(laws.scale_terms(entries, by_scale, self.sim, here))
+        return rows
+
+    def start(self, factor: Tensor) -> list[Parcel]:
+        """Prepares for the second round, and returns what goes around in it. factor: of the rows' losses."""
+        target_sim = self.sim[:, 0].contiguous() if self.wants.scale else None
+        self.softmax = Softmax(self.rows.shift, self.rows.weight * factor, target_sim)
+        self.entry = self.rows.entry * factor
+        further = self.rows.further
+        self.further = None if further is None else further * factor.reshape(-1, 1)
+        self.found = _RingGradients(self)
+        if self.found.scale is not None:
+            for terms in self.by_scale:
+                self.found.scale += (terms * factor).sum()
+        parcels = list(self.shards.parcels)
+        if self.columns is not None:
+            self.entry = self.entry + self.columns.entry * factor
             own = [self.columns.shift, self.columns.weight * factor, *([] if target_sim is None else [target_sim])]
-            parcels.append(Parcel(torch.stack(own, 1), shards.parcels[0].sizes))
-        found = _RingGradients(self)
+            parcels.append(Parcel(torch.stack(own, 1), self.shards.parcels[0].sizes))
+        return parcels
 
-        def visit(shard: int, held: list[Tensor]) -> list[Parcel]:
-            columns = None
-            if problem.symmetric:
-                *held, along = held
-                parts = [t.contiguous() for t in along.unbind(1)]
-                columns = Softmax(*parts, *[None] * (3 - len(parts)))
-            partial = self._partial(shard, held, found.wants, found.rows)
-            result = None if partial is None else partial.differentiate(rows, columns, entry)
-            return found.take(result, self.kept, held)
-
-        home = go_around(parcels, shards.ranks, visit)
-        return found.all(home)
+    def second(self, shard: int, held: list[Tensor]) -> list[Parcel]:
+        """Adds a shard's part of the rows' gradients, and returns those of its columns."""
+        columns = None
+        if self.columns is not None:
+            *held, along = held
+            parts = [t.contiguous() for t in along.unbind(1)]
+            columns = Softmax(*parts, *[None] * (3 - len(parts)))
+        partial = self._partial(shard, held, self.found.wants, self.found.rows)
+        result = None
+        if partial is not None:
+            result = partial.differentiate(self.softmax, columns, self.entry, self.further)
+        return self.found.take(result, self.kept, held)
 
     def _nothing(self) -> Wants:
         """No gradient, except that `prepared` must know whether the scale wants one."""
@@ -286,14 +332,71 @@ class TwoRounds:
             self.elsewhere = partial.taken_along()._replace(targets=self.shards.target is not None)
         return partial
 
-    def _note(self, partial: Partial, shard: int) -> None:
-        """Stores the logits, similarities and slopes of the targets that are in this shard."""
-        here = partial.problem.target >= 0
-        self.score = torch.where(here, partial.prepared.score.to(self.score.dtype), self.score)
-        if partial.prepared.target_sim is not None:
-            self.target_sim = torch.where(here, partial.prepared.target_sim, self.target_sim)
+    def _note(self, partial: Partial) -> None:
+        """Stores the logits, similarities and slopes of the targets that are in this shard, and its numbers."""
+        inputs, here = partial.inputs, partial.problem.all_targets >= 0
+        self.score = torch.where(here, inputs.scores.reshape(here.shape).to(self.score.dtype), self.score)
+        if inputs.sims is not None:
+            self.sim = torch.where(here, inputs.sims.reshape(here.shape), self.sim)
         if self.slope is not None and partial.prepared.slope is not None:
-            self.slope = torch.where(here, partial.prepared.slope, self.slope)
+            self.slope = torch.where(here[:, 0], partial.prepared.slope, self.slope)
+        if inputs.admitted is not None:
+            self.admitted += inputs.admitted
+
+
+class EachPrefix:
+    """The weighted sum of the losses of several prefixes, a sweep for each; their columns go around once for all."""
+
+    def __init__(self, shards: Shards, backend: Sweeps, wants: Wants):
+        self.shards, self.wants = shards, wants
+        self.dims, apart = shards.problem.prefixes, shards.problem.apart()
+        self.weights = [weight for weight, _ in apart]
+        self.rings = [
+            TwoRounds(Shards(own, shards.ranks, shards.sizes, shards.target), backend, wants) for _, own in apart
+        ]
+        operands = [shards.problem.operands[key] for key in shards.keys]
+        self.cut = {shards.places[id(x)] for x in operands if id(x) in shards.places}
+
+    def _prefix(self, held: list[Tensor], dim: int) -> list[Tensor]:
+        return [x[:, :dim] if place in self.cut else x for place, x in enumerate(held)]
+
+    def losses(self) -> Tensor:
+        """`[M]`, weighted."""
+
+        def visit(shard: int, held: list[Tensor]) -> list[Parcel]:
+            for ring, dim in zip(self.rings, self.dims, strict=True):
+                ring.first(shard, self._prefix(held, dim))
+            return []
+
+        go_around(self.shards.parcels, self.shards.ranks, visit)
+        found = [weight * ring.settled([]) for weight, ring in zip(self.weights, self.rings, strict=True)]
+        return torch.stack(found).sum(0)
+
+    def gradients(self, factor: Tensor) -> list[Tensor | None]:
+        """Returns the gradients of `(factor * losses).sum()` by scale, operands and biases. factor: 0-dim or `[M]`."""
+        for ring, weight in zip(self.rings, self.weights, strict=True):
+            ring.start(factor * weight)
+
+        def visit(shard: int, held: list[Tensor]) -> list[Parcel]:
+            found = [
+                ring.second(shard, self._prefix(held, dim)) for ring, dim in zip(self.rings, self.dims, strict=True)
+            ]
+            return [Parcel(_added([p.tensor for p in one]), one[0].sizes) for one in zip(*found, strict=True)]
+
+        home = go_around(self.shards.parcels, self.shards.ranks, visit)
+        longest = self.dims.index(max(self.dims))
+        found = [ring.found.all(home if k == longest else []) for k, ring in enumerate(self.rings)]
+        given = ([g for g in one if g is not None] for one in zip(*found, strict=True))
+        return [_added(one) if one else None for one in given]
+
+
+def _added(gradients: Sequence[Tensor]) -> Tensor:
+    """The sum of gradients of prefixes, which all start at the first feature; overwrites the longest."""
+    longest = max(gradients, key=lambda g: g.shape[-1:].numel())
+    for g in gradients:
+        if g is not longest:
+            (longest[..., : g.shape[-1]] if g.dim() else longest).add_(g)
+    return longest
 
 
 class OneRound:
@@ -331,9 +434,12 @@ def _none(wants: Wants) -> Wants:
     return Wants(operands, False, biases, scalars)
 
 
+Ring = TwoRounds | EachPrefix | OneRound
+
+
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ring: TwoRounds | OneRound, per_row: bool, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, ring: Ring, per_row: bool, *tensors: Tensor) -> Tensor:
         ctx.ring, ctx.per_row = ring, per_row
         ctx.save_for_backward(*tensors)
         ctx.gradients = None
@@ -410,7 +516,8 @@ def ring_loss(shards: Shards, backend: str, per_row: bool) -> Tensor:
     by_operand = tuple(next(flags) for _ in problem.operands)
     by_bias = tuple(block.bias is not None and next(flags) for block in problem.blocks)
     wants = Wants(by_operand, by_scale, by_bias, tuple(flags))
-    ring = (TwoRounds if problem.fold is None else OneRound)(shards, SWEEPS[backend], wants)
+    kind = EachPrefix if problem.prefixes else TwoRounds if problem.fold is None else OneRound
+    ring = kind(shards, SWEEPS[backend], wants)
     return _Ring.apply(ring, per_row, *map(savable, tensors))
 
 
@@ -469,19 +576,23 @@ class _RingGradients:
         return Parcel(gradient.to(self.like.dtype), sizes)
 
     def all(self, home: list[Tensor]) -> list[Tensor | None]:
-        """Returns the gradients by the scale, the operands, the biases and a fold's scalars."""
+        """Returns the gradients by the scale, the operands, the biases and a fold's scalars.
+
+        home: those of this rank's columns that have come around; [] leaves them out.
+        """
         found = {self.shards.queries[number]: gradient for number, gradient in self.rows.items()}
         arrived = iter(home)
         queries = len(self.shards.queries)
         for number, key in enumerate(self.shards.keys):
             if self.wants.operands[queries + number]:
-                gradient = next(arrived)
-                found[key] = found[key].add_(gradient) if key in found else gradient
+                gradient = next(arrived, None)
+                if gradient is not None:
+                    found[key] = found[key].add_(gradient) if key in found else gradient
         operands = [found.get(number) for number in range(len(self.operands))]
         blocks = enumerate(self.shards.problem.blocks)
         here = self.shards.stays
         biases = [
-            (self.stayed[n] if here[n] else next(arrived)) if n in self.biased else None
+            (self.stayed[n] if here[n] else next(arrived, None)) if n in self.biased else None
             for n, block in blocks
             if block.bias is not None
         ]

@@ -6,10 +6,11 @@ its default and its line of documentation, to `help()`, `inspect.signature` and 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ParamSpec, TypedDict, TypeVar, get_args, get_type_hints
 
@@ -124,7 +125,7 @@ class Call:
         self, what: str, *problems: Problem, ignore_index: int | None = None, stays: tuple[int, ...] = ()
     ) -> Request:
         """Returns this call as the request that ranks agree on."""
-        return Request(what, problems, self.backend, self.reduction, ignore_index, stays)
+        return Request(what, problems, self.backend, self.reduction, ignore_index, stays, self.return_stats)
 
 
 def ranks(options: RankOptions) -> World | None:
@@ -139,6 +140,22 @@ def ranks(options: RankOptions) -> World | None:
             "pass a ProcessGroup, or 'world'"
         )
     return None
+
+
+def world_of_calls(loss: object, options: Mapping[str, Any]) -> World | None:
+    """Returns the ranks over whose batches a modifier calls `loss`: of its options, a partial's, or a module's."""
+    while isinstance(loss, functools.partial):
+        options = {**loss.keywords, **options}
+        loss = loss.args[0] if loss.args else loss.func
+    group = options.get("group", getattr(loss, "group", None))
+    if not isinstance(group, str) and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        return None  # or the loss refuses it
+    named = {n: options.get(n, getattr(loss, n, getattr(Call, n))) for n in ("strategy", "grad_scale")}
+    return world_of(group, **named)
+
+
+def name_of(loss: object) -> str:
+    return getattr(loss, "__name__", type(loss).__name__)
 
 
 # What is shown of them ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypedDict
 
 import torch
@@ -58,6 +59,15 @@ def counting_mean_of(problems: Sequence[Problem], call: Call) -> Loss:
     """Returns the mean of several losses, with the statistics of the first under `return_stats`."""
     loss, counted = _mean(problems, call)
     return (loss, _stats(problems[0], counted)) if call.return_stats else loss
+
+
+def both_ways(problem: Problem) -> list[Problem]:
+    """Splits a loss of both directions into one for each, whose mean it is; any other is returned alone."""
+    if not problem.symmetric:
+        return [problem]
+    (block,) = problem.blocks
+    forth = replace(problem, symmetric=False)
+    return [forth, replace(forth, blocks=(Block(block.key, block.query, mask=block.mask.turned()),))]
 
 
 def _mean(problems: Sequence[Problem], call: Call) -> tuple[Tensor, list[Tensor]]:

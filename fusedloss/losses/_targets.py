@@ -10,25 +10,16 @@ from ..core import checks
 from ..core.numerics import filled
 from ..core.problem import Block, Targets
 from ..core.rows import several_targets
-from ._options import Call
 from ._softmax import Rows
 
 
-def check_debiased(share: float, call: Call, **others: bool) -> None:
+def check_debiased(share: float, **others: bool) -> None:
     """others: whether options are given that do not go with it."""
     checks.number("debiased", share)
     if not 0 <= share < 1:
         raise ValueError(f"debiased must be at least 0 and below 1, the share of false negatives, got {share}")
-    if not share:
-        return
-    alone("debiased", **others)
-    check_gathers(call, "debiased")
-
-
-def check_gathers(call: Call, name: str) -> None:
-    """Raises if the columns of all ranks would go around a ring."""
-    if call.group is not None and call.strategy == "ring":
-        raise ValueError(f"strategy must be 'gather' with {name}, which needs whole rows, got 'ring'")
+    if share:
+        alone("debiased", **others)
 
 
 def alone(name: str, **others: bool) -> None:
@@ -38,17 +29,9 @@ def alone(name: str, **others: bool) -> None:
             raise ValueError(f"{name} must not be given together with {other}, got both; leave one of them out")
 
 
-def counts(share: float, blocks: Sequence[Block], *, across: bool, symmetric: bool = False) -> bool:
+def counts(share: float, blocks: Sequence[Block]) -> bool:
     """Whether the debiased loss needs the number of each row's negatives counted."""
-    if not share or not any(block.mask.given or block.bias is not None for block in blocks):
-        return False
-    if across or symmetric:
-        where = "group" if across else "both directions at once"
-        raise ValueError(
-            f"debiased must be 0 where columns are dropped, by a mask or a bias, with {where}, which does not count "
-            f"the negatives, got {share}; leave the mask out"
-        )
-    return True
+    return share != 0 and any(block.mask.given or block.bias is not None for block in blocks)
 
 
 class RowsOfSeveral(Rows):

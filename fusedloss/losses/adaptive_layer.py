@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from ..core import checks
 from ..core.numerics import stats_dtype
+from ..core.problem import Ranks
+from ..distributed import World, alike, averaged, scaled
+from ._options import name_of, world_of_calls
 from .matryoshka import matryoshka
 
 WEIGHTINGS: dict[str, Callable[[int], float]] = {
@@ -43,6 +46,9 @@ def adaptive_layer(
     with T = kl_temperature and the KL summed over the features, averaged over the rows of all columns. The last layer
     is the teacher in it and gets no gradient from it.
 
+    With `group=` the loss of each layer and the KL term are those of all ranks' rows. Layers and their weights must be
+    those of the other ranks: draw them alike.
+
     Args:
         loss: one of this package's functions, or any callable of embeddings.
         columns: for each of the embeddings that the loss takes, those of all layers, the last one last: a tensor
@@ -60,41 +66,65 @@ def adaptive_layer(
 
     Raises:
         ValueError, TypeError, IndexError: columns of different numbers of layers, indices of no prior layer, an unknown
-            weighting; and what the loss raises.
+            weighting; and what the loss raises. With `group=`, on all ranks.
 
     Example:
         >>> layers = [model.layer(text, i) for i in range(13)], [model.layer(answer, i) for i in range(13)]
         >>> fusedloss.adaptive_layer(fusedloss.multiple_negatives_ranking, *layers, layer_indices=[4]).backward()
     """
-    checks.function("loss", loss, "fusedloss.info_nce")
-    count = _layers(columns)
-    indices = _prior(layer_indices, count)
-    for name, value in (
-        ("last_layer_weight", last_layer_weight),
-        ("prior_layers_weight", prior_layers_weight),
-        ("kl_div_weight", kl_div_weight),
-        ("kl_temperature", kl_temperature),
-    ):
-        checks.number(name, value)
-    if kl_temperature < 0:
-        raise ValueError(f"kl_temperature must be a positive number, or 0 for no KL term, got {kl_temperature}")
-    if not callable(layer_weighting):
-        checks.choice("layer_weighting", layer_weighting, tuple(WEIGHTINGS))
-        layer_weighting = WEIGHTINGS[layer_weighting]
-    if loss_options.get("return_stats"):
-        raise ValueError(
-            "return_stats must be False, got True; statistics differ per layer: call the loss itself on one layer"
-        )
-    last = [column[count - 1] for column in columns]
+    world = world_of_calls(loss, loss_options)
+
+    def plan() -> _Plan:
+        checks.function("loss", loss, "fusedloss.info_nce")
+        count = _layers(columns)
+        indices = _prior(layer_indices, count)
+        for name, value in (
+            ("last_layer_weight", last_layer_weight),
+            ("prior_layers_weight", prior_layers_weight),
+            ("kl_div_weight", kl_div_weight),
+            ("kl_temperature", kl_temperature),
+        ):
+            checks.number(name, value)
+        if kl_temperature < 0:
+            raise ValueError(f"kl_temperature must be a positive number, or 0 for no KL term, got {kl_temperature}")
+        if not callable(layer_weighting):
+            checks.choice("layer_weighting", layer_weighting, tuple(WEIGHTINGS))
+        weighting = layer_weighting if callable(layer_weighting) else WEIGHTINGS[layer_weighting]
+        if loss_options.get("return_stats"):
+            raise ValueError(
+                "return_stats must be False, got True; statistics differ per layer: call the loss itself on one layer"
+            )
+        divergence = kl_temperature * kl_div_weight
+        if world is not None and divergence and loss_options.get("reduction") == "none":
+            raise ValueError(
+                "reduction must be 'mean' or 'sum' with group and a KL term, which is of all ranks' rows, got 'none'; "
+                "pass kl_div_weight=0"
+            )
+        weights = tuple(prior_layers_weight * weighting(i) / len(indices) for i in indices)
+        return _Plan(count, tuple(indices), weights, divergence)
+
+    if world is not None:
+        alike(world, lambda: "\n".join([f"adaptive_layer of {name_of(loss)}", *plan().said()]))
+    found = plan()
+    last = [column[found.layers - 1] for column in columns]
     total = loss(*last, **loss_options) * last_layer_weight
-    for i in indices:
+    for i, weight in zip(found.indices, found.weights, strict=True):
         layer = [column[i] for column in columns]
-        share = prior_layers_weight * layer_weighting(i) / len(indices)
-        total = total + loss(*layer, **loss_options) * share
-        if kl_temperature and kl_div_weight:
-            divergence = _divergence(layer, last, kl_temperature)
-            total = total + divergence * (kl_temperature * kl_div_weight)
+        total = total + loss(*layer, **loss_options) * weight
+        if found.divergence:
+            total = total + _divergence(layer, last, kl_temperature, world) * found.divergence
     return total
+
+
+class _Plan(NamedTuple):
+    layers: int
+    indices: tuple[int, ...]
+    weights: tuple[float, ...]  # of the losses of these layers
+    divergence: float  # the weight of the KL term
+
+    def said(self) -> list[str]:
+        """Returns what ranks must have in common, a line each."""
+        return [f"layers {self.indices} of {self.layers}", f"weights {self.weights}", f"KL term {self.divergence}"]
 
 
 def matryoshka_2d(
@@ -175,16 +205,23 @@ def _prior(indices: Sequence[int] | None, count: int) -> Sequence[int]:
     return indices
 
 
-def _divergence(students: Sequence[Tensor], teachers: Sequence[Tensor], temperature: float) -> Tensor:
-    """Returns the mean over all rows of `KL(softmax(teacher / T) || softmax(student / T))`."""
-    rows = max(sum(len(x) for x in students), 1)
+def _divergence(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], temperature: float, world: World | None
+) -> Tensor:
+    """Returns the mean over all rows, and all ranks', of `KL(softmax(teacher / T) || softmax(student / T))`."""
+    rows = sum(len(x) for x in students)
+    if world is not None:
+        students = [scaled(x, world.factors[0]) for x in students]
     total = None
     for student, teacher in zip(students, teachers, strict=True):
         dtype = stats_dtype(student.dtype)
         with torch.autocast(student.device.type, enabled=False):
             log_q = F.log_softmax(student.to(dtype) / temperature, dim=1)
             log_p = F.log_softmax(teacher.detach().to(dtype) / temperature, dim=1)
-            part = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / rows
+            part = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
         total = part if total is None else total + part
     assert total is not None
-    return total
+    if world is None:
+        return total / max(rows, 1)
+    ranks = Ranks(world.group.group_name, world.rank, (0,) * world.size)
+    return averaged(total, torch.full_like(total, rows), ranks, "mean")

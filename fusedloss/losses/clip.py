@@ -13,8 +13,8 @@ from ..core.problem import Block, Problem
 from ..core.transforms import Transform
 from ..distributed import Request
 from ._options import Call, CountingAcrossOptions, expanded
-from ._softmax import Loss, as_scale, autocast, counted, distinct, result_of
-from ._targets import check_debiased
+from ._softmax import Loss, as_scale, autocast, both_ways, counted, distinct, result_of
+from ._targets import check_debiased, counts
 
 
 @expanded
@@ -53,7 +53,7 @@ def clip(
         transform: a function of each direction's own loss of a pair, before their mean: one of
             `fusedloss.transforms`, or a function of a tensor `[B]`.
         debiased: the share of the negatives that are none in truth (Chuang et al. 2020), in each direction: see
-            `info_nce`. Neither `mask` nor `decoupled` can be given with it.
+            `info_nce`. With a `mask` each direction takes a sweep of its own. `decoupled` cannot be given with it.
         reduction: "mean", "sum", or "none" (`[B]`: `(row_i + column_i) / 2`).
         return_stats: return `(loss, Stats)`, where the statistics are those of image to text.
 
@@ -70,7 +70,7 @@ def clip(
     """
 
     def ask(call: Call) -> Request:
-        problem = clip_problem(
+        problems = clip_problems(
             image_features,
             text_features,
             logit_scale,
@@ -82,7 +82,7 @@ def clip(
             debiased=debiased,
             call=call,
         )
-        return call.request("clip", problem)
+        return call.request("clip", *problems)
 
     result = result_of(options, ask)
     if not isinstance(logit_bias, Tensor):
@@ -92,7 +92,7 @@ def clip(
     return (loss, stats[0]) if stats else loss
 
 
-def clip_problem(
+def clip_problems(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: float | Tensor,
@@ -104,7 +104,7 @@ def clip_problem(
     transform: Transform | Callable[[Tensor], Tensor] | None,
     debiased: float = 0.0,
     call: Call,
-) -> Problem:
+) -> list[Problem]:
     checks.embeddings(image_features=image_features, text_features=text_features)
     if image_features.shape[0] != text_features.shape[0]:
         raise ValueError(
@@ -121,11 +121,11 @@ def clip_problem(
             "mask must be masks.same_id, masks.same_group or a bool matrix, which serve both directions of clip, got "
             "one for rows alone (score_margin, guide or not_self); for those average info_nce in both directions"
         )
-    check_debiased(debiased, call, decoupled=decoupled, mask=mask is not None)
+    check_debiased(debiased, decoupled=decoupled)
     scale, scale_bound = as_scale(logit_scale, image_features, inverse=False)
     matrices, (x, y) = distinct(image_features, text_features)
     operands, block = autocast(*matrices), Block(x, y, mask=bound)
-    return Problem(
+    problem = Problem(
         operands=operands,
         blocks=(block,),
         scale=scale,
@@ -134,8 +134,10 @@ def clip_problem(
         symmetric=True,
         scale_bound=scale_bound,
         workspace_bytes=call.workspace_bytes,
-        wants_tally=call.return_stats,
+        wants_tally=call.return_stats or counts(debiased, (block,)),
         decoupled=decoupled,
         transform=transforms.bind(transform, decoupled),
         debiased=float(debiased),
     )
+    # Negatives are counted by sweeps of one direction.
+    return both_ways(problem) if counts(debiased, (block,)) else [problem]

@@ -16,7 +16,7 @@ from ..distributed import Request, agree
 from ._options import Call, CountingAcrossOptions, expanded, ranks
 from ._private import refusal, with_private, with_private_across
 from ._softmax import Loss, Rows, as_scale, autocast, counted, distinct, result_of
-from ._targets import alone, check_debiased, check_gathers, counts, rows_of_several
+from ._targets import alone, check_debiased, counts, rows_of_several
 from .contrast_lists import POSITIVES
 
 
@@ -276,7 +276,7 @@ def info_nce_problem(
             "key_bias must not require a gradient with score_margin's factor, got one that does; pass key_bias.detach()"
         )
     facts = {"label_smoothing": label_smoothing != 0, "decoupled": decoupled, "margin": margin != 0}
-    check_debiased(debiased, call, **facts)
+    check_debiased(debiased, **facts)
     of_rows: Callable[..., Rows] = counted
     if target is not None and target.dim() == 2:
         of_rows = partial(rows_of_several, form=positives)
@@ -288,7 +288,6 @@ def info_nce_problem(
             score_margin=bound[0].margin is not None,
             guide=bound[0].guide is not None,
         )
-        check_gathers(call, "target [M, P]")
     scale, scale_bound = as_scale(temperature, query, inverse=True)
     matrices, (x, y) = distinct(query, key)
     if bank is None:
@@ -309,7 +308,7 @@ def info_nce_problem(
         scale_bound=scale_bound,
         workspace_bytes=call.workspace_bytes,
         guide_rule=masks.rule(mask),
-        wants_tally=call.return_stats or counts(debiased, blocks, across=across),
+        wants_tally=call.return_stats or counts(debiased, blocks),
         bias_on_target=bias_on_target,
         margin=Margin(cosine=float(margin)) if margin else NO_MARGIN,
         decoupled=decoupled,

@@ -5,17 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..backends import BACKENDS, select
+from ..backends import sums_prefixes
 from ..core import checks
-from ..core.problem import Block, Problem
-from ._options import FIELDS, Call, ranks
-from ._softmax import distinct, mean_of
-from .clip import clip, clip_problem
+from ..core.problem import Problem
+from ..distributed import Request, alike, loss_across
+from ._options import FIELDS, Call, name_of, ranks, world_of_calls
+from ._softmax import both_ways, distinct, mean_of
+from .clip import clip, clip_problems
 from .gist import gist_embed, gist_embed_problem
 from .info_nce import info_nce, info_nce_problem
 from .multiple_negatives_ranking import multiple_negatives_ranking, multiple_negatives_ranking_problems
@@ -23,7 +24,7 @@ from .nt_xent import nt_xent, nt_xent_problem
 
 # Losses whose prefixes share one similarity product.
 PROBLEMS: dict[Callable[..., Any], Callable[..., Problem | list[Problem]]] = {
-    clip: clip_problem,
+    clip: clip_problems,
     gist_embed: gist_embed_problem,
     info_nce: info_nce_problem,
     multiple_negatives_ranking: multiple_negatives_ranking_problems,
@@ -58,6 +59,10 @@ def matryoshka(
     the longest prefix alone. Any other loss, label smoothing, `masks.score_margin`, hardness, and the triton backend
     take one pass for each prefix, with the same result.
 
+    With `group=`, these five exchange the columns of the longest prefix once for all prefixes. "ring" then takes one
+    pass for each prefix at every shard. Any other loss exchanges its own columns for each prefix. Dims and weights must
+    be those of the other ranks.
+
     Args:
         loss: one of this package's functions, or any callable of embeddings.
         embeddings: what the loss takes first, each `[rows, D]`.
@@ -70,11 +75,60 @@ def matryoshka(
         What the loss returns: a 0-dim tensor, or rows under `reduction="none"`.
 
     Raises:
-        ValueError, TypeError: dims or weights that do not fit, and what the loss raises.
+        ValueError, TypeError: dims or weights that do not fit, and what the loss raises. With `group=`, on all ranks.
 
     Example:
         >>> fusedloss.matryoshka(fusedloss.info_nce, query, key, dims=(768, 256, 64), temperature=0.05).backward()
     """
+
+    def plan() -> _Plan:
+        return _checked(loss, embeddings, dims, weights, loss_options)
+
+    world = world_of_calls(loss, loss_options)
+    if world is not None and loss in PROBLEMS:
+        return loss_across(world, lambda: _request(loss, embeddings, plan(), loss_options))
+    if world is not None:
+        alike(world, lambda: "\n".join([f"matryoshka of {name_of(loss)}", *plan().said()]))
+    found = plan()
+    if loss in PROBLEMS and world is None:
+        parts, call = _parts(loss, embeddings, found, loss_options)
+        if all(sums_prefixes(part, call.backend) for part in parts):
+            return mean_of(parts, call)
+    total = None
+    anchors = loss_options.get("anchors") if loss is multiple_negatives_ranking else None
+    operands, places = distinct(*embeddings, *([] if anchors is None else [anchors]))
+    for dim, weight in zip(found.dims, found.weights, strict=True):
+        prefixes = [F.normalize(x[:, :dim].float() if _narrow(x) else x[:, :dim], dim=1) for x in operands]
+        cut = [prefixes[place] for place in places]
+        if anchors is not None:
+            loss_options["anchors"] = cut.pop()
+        value = weight * loss(*cut, **loss_options)
+        total = value if total is None else total + value
+    assert total is not None
+    return total
+
+
+class _Plan(NamedTuple):
+    dims: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    def said(self) -> list[str]:
+        """Returns what ranks must have in common, a line each."""
+        return [f"dims {self.dims}", f"weights {self.weights}"]
+
+
+def _narrow(x: Tensor) -> bool:
+    """Unit vectors are not rounded to 16 bits."""
+    return x.element_size() == 2
+
+
+def _checked(
+    loss: Callable[..., Tensor],
+    embeddings: Sequence[Tensor],
+    dims: Sequence[int],
+    weights: Sequence[float] | None,
+    loss_options: dict[str, Any],
+) -> _Plan:
     checks.function("loss", loss, "fusedloss.info_nce")
     if not embeddings:
         raise ValueError("embeddings must hold the tensors that the loss takes, got none")
@@ -97,37 +151,40 @@ def matryoshka(
                 f"{name} must not be given with info_nce under matryoshka, got it; pass it to "
                 "multiple_negatives_ranking as columns"
             )
-    if loss in PROBLEMS and loss_options.get("group") is None:
-        absent = () if loss is not info_nce else ("negatives", "negatives_mask")
-        options = {n: x for n, x in loss_options.items() if x is not None or n not in ("group", *absent)}
-        for name in options:
-            if name not in KEYWORDS[loss]:
-                raise TypeError(checks.unexpected(loss.__name__, name, options[name], inspect.signature(loss)))
-        shared: Any = {name: options.pop(name) for name in FIELDS if name in options}
-        ranks(shared)
-        call = Call(**shared)
-        built = PROBLEMS[loss](*embeddings, **(DEFAULTS[loss] | options), call=call)
-        problems = built if isinstance(built, list) else [built]
-        parts = [part for one in problems for part in _one_directional(one, dims, weights)]
-        if all(_at_once(part, call) for part in parts):
-            return mean_of(parts, call)
-    total = None
-    anchors = loss_options.get("anchors") if loss is multiple_negatives_ranking else None
-    operands, places = distinct(*embeddings, *([] if anchors is None else [anchors]))
-    for dim, weight in zip(dims, weights, strict=True):
-        prefixes = [F.normalize(x[:, :dim].float() if _narrow(x) else x[:, :dim], dim=1) for x in operands]
-        cut = [prefixes[place] for place in places]
-        if anchors is not None:
-            loss_options["anchors"] = cut.pop()
-        value = weight * loss(*cut, **loss_options)
-        total = value if total is None else total + value
-    assert total is not None
-    return total
+    return _Plan(dims, tuple(float(weight) for weight in weights))
 
 
-def _narrow(x: Tensor) -> bool:
-    """Unit vectors are not rounded to 16 bits."""
-    return x.element_size() == 2
+def _parts(
+    loss: Callable[..., Tensor], embeddings: Sequence[Tensor], plan: _Plan, loss_options: dict[str, Any]
+) -> tuple[list[Problem], Call]:
+    """Returns the problems of all prefixes whose mean the loss is, one for each direction, and its call."""
+    absent = () if loss is not info_nce else ("negatives", "negatives_mask")
+    options = {n: x for n, x in loss_options.items() if x is not None or n not in ("group", *absent)}
+    for name in options:
+        if name not in KEYWORDS[loss]:
+            raise TypeError(checks.unexpected(loss.__name__, name, options[name], inspect.signature(loss)))
+    shared: Any = {name: options.pop(name) for name in FIELDS if name in options}
+    ranks(shared)
+    call = Call(**shared)
+    built = PROBLEMS[loss](*embeddings, **(DEFAULTS[loss] | options), call=call)
+    problems = built if isinstance(built, list) else [built]
+    # Each direction has its own normaliser for every prefix.
+    return [_of_prefixes(part, plan) for one in problems for part in both_ways(one)], call
+
+
+def _of_prefixes(problem: Problem, plan: _Plan) -> Problem:
+    return replace(problem, cosine=True, scale_bound=None, prefixes=plan.dims, prefix_weights=plan.weights)
+
+
+def _request(
+    loss: Callable[..., Tensor], embeddings: Sequence[Tensor], plan: _Plan, loss_options: dict[str, Any]
+) -> Request:
+    """Returns the call as ranks agree on it; the columns that they exchange are the longest prefix's."""
+    parts, call = _parts(loss, embeddings, plan, loss_options)
+    longest = max(plan.dims)
+    parts = [replace(part, operands=tuple(x[:, :longest] for x in part.operands)) for part in parts]
+    ignored = loss_options.get("ignore_index", -100) if loss_options.get("target") is not None else None
+    return call.request(f"matryoshka of {loss.__name__}", *parts, ignore_index=ignored)
 
 
 def _checked_dims(dims: Sequence[int], D: int) -> tuple[int, ...]:
@@ -141,35 +198,3 @@ def _checked_dims(dims: Sequence[int], D: int) -> tuple[int, ...]:
     if len(set(dims)) != len(dims):
         raise ValueError(f"dims must be distinct numbers, got {tuple(dims)}")
     return tuple(int(dim) for dim in dims)
-
-
-def _one_directional(problem: Problem, dims: tuple[int, ...], weights: Sequence[float]) -> list[Problem]:
-    """Splits a symmetric loss into both directions, because each has its own normaliser for every prefix."""
-    prefixed = replace(
-        problem,
-        cosine=True,
-        symmetric=False,
-        scale_bound=None,
-        prefixes=dims,
-        prefix_weights=tuple(float(weight) for weight in weights),
-    )
-    if not problem.symmetric:
-        return [prefixed]
-    (block,) = prefixed.blocks
-    back = replace(prefixed, blocks=(Block(block.key, block.query, mask=block.mask.turned()),))
-    return [prefixed, back]
-
-
-def _at_once(problem: Problem, call: Call) -> bool:
-    """Whether the backend that would run this sums all prefixes in one sweep."""
-    if problem.transform is not None or any(problem.margin) or not problem.bias_on_target or problem.bends:
-        return False
-    plain = not (problem.label_smoothing or any(b.mask.margin is not None for b in problem.blocks))
-    if not plain or any(b.penalty or b.own_penalty for b in problem.blocks):
-        return False
-    alone = replace(problem, prefixes=(), prefix_weights=())
-    return _can_run(problem, select(alone, call.backend))
-
-
-def _can_run(problem: Problem, backend: str) -> bool:
-    return BACKENDS[backend].why_not(problem) is None

@@ -206,7 +206,7 @@ def multiple_negatives_ranking_problems(
     ]
     phi = transforms.bind(transform, decoupled)
     twice = partition_mode == "joint" and "doc_to_query" in directions
-    check_debiased(debiased, call, decoupled=decoupled, **{"doc_to_query under partition_mode='joint'": twice})
+    check_debiased(debiased, decoupled=decoupled, **{"doc_to_query under partition_mode='joint'": twice})
     multiplier, scale_bound = as_scale(scale, anchor, inverse=False)
     belongs = _belonging(negatives, negatives_mask, own_negatives, anchor, call)
     if apart:
@@ -247,6 +247,7 @@ def multiple_negatives_ranking_problems(
         sets = [parts[name] for name in DIRECTIONS if name in directions]
     # Both directions over one matrix share its products.
     symmetric = len(sets) == 2 and len(documents) == 1 and owners == rows and mask is None and not strength
+    symmetric = symmetric and not counts(debiased, sets[0])  # which only a sweep of one direction does
     if symmetric:
         sets = sets[:1]
     return [
@@ -261,8 +262,7 @@ def multiple_negatives_ranking_problems(
             workspace_bytes=call.workspace_bytes,
             copies=2 if twice else 1,
             guide_rule=masks.rule(mask),
-            wants_tally=call.return_stats
-            or counts(debiased, blocks, across=call.group is not None, symmetric=symmetric),
+            wants_tally=call.return_stats or counts(debiased, blocks),
             decoupled=decoupled,
             transform=phi,
             debiased=float(debiased),

@@ -97,7 +97,7 @@ def nt_xent_problem(
     if z1.shape[0] != z2.shape[0]:
         raise ValueError(f"z2 must have {z1.shape[0]} rows, views of the samples of z1, got {z2.shape[0]}")
     checks.scalar("temperature", temperature, z1, positive=True)
-    check_debiased(debiased, call)
+    check_debiased(debiased)
     scale, scale_bound = as_scale(temperature, z1, inverse=True)
     views = torch.cat(autocast(z1, z2))
     rows = row_numbers(views.shape[0], views)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backends.protocol import Result, Stores, Sweeps, Wants
-from ..core.numerics import autocasting, rows_of, saved_dtype, slices, stats_dtype
+from ..core.numerics import autocasting, rows_of, saved_dtype, slices
 from ..core.problem import Problem
 from ..core.rows import above_ties
 from ..core.strips import Prepared, RowSums, Settled, Softmax, Strip, Tally
@@ -58,11 +58,7 @@ def _swept(problem: Problem, backend: Sweeps, wants: Wants) -> Result:
 
 def _prefixed(problem: Problem, backend: Sweeps, wants: Wants) -> Result:
     """Runs all prefixes from one similarity product: `prefixes.py`, which walks the same chunks."""
-    width, columns = len(problem.prefixes), problem.columns
-    chunk = chunks.stats_rows(problem.device)
-    if wants.any:
-        sizes = (problem.rows, width * columns, problem.operands[0].shape[1])
-        chunk = chunks.chunk_rows(*sizes, stats_dtype(problem.dtype).itemsize, problem.device, problem.workspace_bytes)
+    chunk = chunks.prefix_rows(problem) if wants.any else chunks.stats_rows(problem.device)
     admit = Admission(Inputs(problem, backend, False)).admitted if problem.masked else None
     found = sweep_prefixes(problem, wants, chunk, admit)
     kept = saved_dtype(problem.dtype)
@@ -287,11 +283,14 @@ class _Sweep:
             self._differentiate(by_row, column_softmax, rows.entry + by_column.entry)
         return rows.loss + by_column.loss
 
-    def _differentiate(self, rows: Softmax, columns: Softmax | None, entry: Tensor) -> None:
-        """Computes the gradients of all rows, whose softmax is known; `entry` is the targets'."""
+    def _differentiate(
+        self, rows: Softmax, columns: Softmax | None, entry: Tensor, further: Tensor | None = None
+    ) -> None:
+        """Computes the gradients of all rows, whose softmax is known; `entry` and `further` are the targets'."""
         for chunk, outs in self._chunks():
             of_chunk = rows.map(functools.partial(rows_of, part=chunk))
-            self._grad(chunk, self.admission.strips(chunk), outs, of_chunk, columns, rows_of(entry, chunk))
+            strips, more = self.admission.strips(chunk), part(further, chunk)
+            self._grad(chunk, strips, outs, of_chunk, columns, rows_of(entry, chunk), further=more)
 
     def _stored(self, weight: Tensor) -> Tensor:
         ((chunk, outs),) = self._chunks()
@@ -324,7 +323,7 @@ class Partial(_Sweep):
         for chunk in self.admission.stats_chunks() if problem.columns else ():
             strips = self.admission.strips(chunk)
             if columns is None:
-                rows = backend.stats_rows(strips, None, None)
+                rows = backend.stats_rows(strips, *self.counts(chunk))
             else:
                 rows, more = backend.stats_rows_and_columns(strips[0])
                 columns = backend.merge(columns, more)
@@ -333,10 +332,13 @@ class Partial(_Sweep):
             return RowSums.empty(problem.rows, problem.weight), columns
         return RowSums(*(_joined(vectors) for vectors in zip(*found, strict=True))), columns
 
-    def differentiate(self, rows: Softmax, columns: Softmax | None, entry: Tensor) -> Result:
-        """Returns the gradients of the sum of the losses of rows whose softmax is known; `entry` is the targets'."""
+    def differentiate(
+        self, rows: Softmax, columns: Softmax | None, entry: Tensor, further: Tensor | None = None
+    ) -> Result:
+        """Returns the gradients of the sum of the losses of rows whose softmax is known; `entry` and `further` are the
+        targets'."""
         if self.problem.rows and self.problem.columns:
-            self._differentiate(rows, columns, entry)
+            self._differentiate(rows, columns, entry, further)
         return self._result(entry, [])
 
 

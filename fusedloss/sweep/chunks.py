@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends.protocol import Sweeps
 from ..core import checks
-from ..core.numerics import cdiv
+from ..core.numerics import cdiv, stats_dtype
 from ..core.problem import Problem
 from ..core.rows import fold_places, fresh
 from ..core.strips import Tile
@@ -78,6 +78,13 @@ def workspace_shape(problem: Problem, backend: Sweeps) -> tuple[tuple[int, int],
     beside = math.ceil(width * backend.workspace_copies(problem))
     rows = chunk_rows(problem.rows, beside, D, dtype.itemsize, problem.device, problem.workspace_bytes)
     return (rows, width), dtype
+
+
+def prefix_rows(problem: Problem) -> int:
+    """Returns the rows of a chunk that holds the logits of all prefixes; raises if the budget does not allow one."""
+    width, D = len(problem.prefixes) * problem.columns, problem.operands[0].shape[1]
+    itemsize = stats_dtype(problem.dtype).itemsize
+    return chunk_rows(problem.rows, width, D, itemsize, problem.device, problem.workspace_bytes)
 
 
 def strip_rows(problem: Problem, backend: Sweeps) -> int:

@@ -54,6 +54,13 @@ RIGHT = {
     "ring": lambda **k: fusedloss.info_nce(*two(), group="world", strategy="ring", **k),
     "12 rows": lambda **k: fusedloss.info_nce(rows(12), rows(12, seed=1), group="world", **k),
     "InfoNCELoss": lambda **k: fusedloss.InfoNCELoss(group="world")(*two(), **k),
+    "matryoshka": lambda **k: fusedloss.matryoshka(fusedloss.info_nce, *two(), **{"dims": (4, 2)} | k, group="world"),
+    "matryoshka of siglip": lambda **k: fusedloss.matryoshka(
+        fusedloss.siglip, *two(), **{"dims": (4, 2)} | k, logit_scale=2.0, group="world"
+    ),
+    "adaptive_layer": lambda **k: fusedloss.adaptive_layer(
+        fusedloss.InfoNCELoss(group="world"), [rows(), rows(), rows()], [rows(seed=1)] * 3, **k
+    ),
     "clip's scale": lambda scale: fusedloss.clip(*two(), scale, group="world"),
     "siglip's bias": lambda bias: fusedloss.siglip(*two(), 2.0, bias, group="world"),
 }
@@ -188,6 +195,17 @@ REFUSED = {
     # Enough for a row of this rank's columns, too little for one of all ranks'.
     "a small workspace": ("12 rows", {"workspace_bytes": 130}, ValueError, "workspace_bytes must be at least 256"),
     "a smaller one in a ring": ("ring", {"workspace_bytes": 100}, ValueError, "workspace_bytes must be at least 1"),
+    "dims": ("matryoshka", {"dims": (4, 5)}, ValueError, "dims must be numbers from 1 to D = 4, got 5"),
+    "weights of dims": ("matryoshka", {"weights": (1.0,)}, ValueError, "weights must hold 2 numbers, one for each"),
+    "a prefix's option": ("matryoshka", {"temperature": -1.0}, ValueError, "temperature must be a positive number"),
+    "a small workspace for prefixes": (
+        "matryoshka",
+        {"workspace_bytes": 50},
+        ValueError,
+        "workspace_bytes must be at least 96, the bytes of one row of 12 similarities",
+    ),
+    "dims of another loss": ("matryoshka of siglip", {"dims": ()}, ValueError, "dims must hold at least one number"),
+    "layers": ("adaptive_layer", {"layer_indices": [2]}, IndexError, "layer_indices must be from 0 to 1, before the"),
     "module": (
         "InfoNCELoss",
         {"temperature": 0.1},
@@ -238,6 +256,24 @@ DIFFERENT = {
         "rank 0: bank of the rank; rank 1: bank of all ranks",
     ),
     "own negatives": ("info_nce", {}, {"negatives": rows(3)[:, None]}, "rank 1: negatives of each row"),
+    "other dims": (
+        "matryoshka",
+        {},
+        {"dims": (4,)},
+        "rank 0: prefixes (4, 2) by (1.0, 1.0); rank 1: prefixes (4,) by (1.0,)",
+    ),
+    "other dims of another loss": (
+        "matryoshka of siglip",
+        {},
+        {"dims": (4,)},
+        "rank 0: dims (4, 2), weights (1.0, 1.0); rank 1: dims (4,), weights (1.0,)",
+    ),
+    "other layers": (
+        "adaptive_layer",
+        {"layer_indices": [0]},
+        {"layer_indices": [1]},
+        "rank 0: layers (0,) of 3; rank 1: layers (1,) of 3",
+    ),
     "strategy": ("ring", {}, None, "rank 0: strategy ring; rank 1: strategy gather"),
 }
 
@@ -332,14 +368,15 @@ def test_what_ranks_may_ask_differently(ranks, name, options):
 
 
 class Travels(TorchDispatchMode):
-    """Notes the dtypes of all tensors that this rank hands to a collective."""
+    """Counts what this rank hands to collectives, and notes the dtypes of all tensors."""
 
     def __init__(self):
         super().__init__()
-        self.dtypes = set()
+        self.dtypes, self.calls = set(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
+            self.calls += 1
             self.dtypes |= {x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         return function(*args, **(kwargs or {}))
 
@@ -362,6 +399,17 @@ def test_gathered_anchors_are_refused_before_embeddings_travel(strategy):
         assert travelled == {torch.int64}  # that there is an error
     for error, travelled in on_ranks(2, with_gathered_anchors, strategy, False):
         assert error is None and torch.float64 in travelled
+
+
+def exchanges(rank, loss, strategy):
+    with Travels() as travels:
+        RIGHT[loss](strategy=strategy).backward()
+    return travels.calls
+
+
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+def test_all_prefixes_have_one_exchange(strategy):
+    assert on_ranks(2, exchanges, "matryoshka", strategy) == on_ranks(2, exchanges, "info_nce", strategy)
 
 
 # group="world" --------------------------------------------------------------------------------------------------------
@@ -389,24 +437,6 @@ def test_world_is_the_default_group(name, group_of_one):
         "sup_con": lambda: fusedloss.sup_con(rows(), LABELS),
     }
     assert RIGHT[name]().item() == pytest.approx(alone[name]().item(), rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    "options", [{"debiased": 0.1}, {"target": torch.zeros(3, 2, dtype=torch.int64)}], ids=["debiased", "target [M, P]"]
-)
-def test_what_a_ring_does_not_have(options, group_of_one):
-    (name,) = options
-    name = {"target": r"target \[M, P\]"}.get(name, name)
-    with pytest.raises(ValueError, match=f"strategy must be 'gather' with {name}, which needs whole rows, got 'ring'"):
-        fusedloss.info_nce(*two(), **options, group="world", strategy="ring")
-
-
-def test_a_debiased_loss_across_ranks_counts_no_masked_negatives(group_of_one):
-    mask = masks.same_id(LABELS, LABELS)
-    with pytest.raises(
-        ValueError, match="debiased must be 0 where columns are dropped, by a mask or a bias, with group"
-    ):
-        fusedloss.info_nce(*two(), mask=mask, debiased=0.1, group="world")
 
 
 RULES = {

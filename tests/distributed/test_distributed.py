@@ -91,6 +91,9 @@ def distill(b, strategy="gather", **options):
     return fusedloss.info_nce_distill(b.x, b.y, b.g0, b.g1, temperature=b.temperature, **options)
 
 
+prefixes = functools.partial(fusedloss.matryoshka, dims=(4, D, 2), weights=(1.0, 0.5, -0.3))
+
+
 CASES = {
     "info_nce": lambda b, **k: fusedloss.info_nce(b.x, b.y, temperature=b.temperature, **k),
     "info_nce, normalized, sum": lambda b, **k: fusedloss.info_nce(b.x, b.y, normalize=True, reduction="sum", **k),
@@ -167,6 +170,29 @@ CASES = {
     ),
     "clip, debiased": lambda b, **k: fusedloss.clip(b.x, b.y, 1 / b.temperature, normalize=True, debiased=0.1, **k),
     "nt_xent, debiased": lambda b, **k: fusedloss.nt_xent(b.x, b.y, temperature=b.temperature, debiased=0.1, **k),
+    "info_nce, debiased, columns dropped": lambda b, **k: fusedloss.info_nce(
+        b.x,
+        b.y,
+        temperature=b.temperature,
+        key_bias=b.bias.masked_fill(b.ids == 1, -torch.inf),
+        mask=masks.same_id(b.labels, b.labels),
+        transform=fusedloss.transforms.generalised(0.5),
+        debiased=0.2,
+        **k,
+    ),
+    "clip, debiased, ids": lambda b, **k: fusedloss.clip(
+        b.x, b.y, 1 / b.temperature, normalize=True, mask=masks.same_id(b.ids, b.ids), debiased=0.1, **k
+    ),
+    "ranking, debiased, both directions, ids": lambda b, **k: ranking(
+        b.x,
+        b.y,
+        directions=(ALL[0], ALL[2]),
+        partition_mode="per_direction",
+        ids=(b.ids, b.labels),
+        scale=1 / b.temperature,
+        debiased=0.1,
+        **k,
+    ),
     "info_nce, own negatives": lambda b, **k: fusedloss.info_nce(
         b.x,
         b.y,
@@ -250,6 +276,52 @@ CASES = {
         **k,
     ),
     "nt_xent": lambda b, **k: fusedloss.nt_xent(b.x, b.y, temperature=b.temperature, **k),
+    "prefixes, info_nce": lambda b, **k: prefixes(
+        fusedloss.info_nce,
+        b.x,
+        b.y,
+        temperature=b.temperature,
+        key_bias=b.bias,
+        weight=b.weight,
+        mask=masks.same_id(b.ids, b.ids),
+        **k,
+    ),
+    # By a sweep for each prefix.
+    "prefixes, info_nce, target, transform": lambda b, **k: prefixes(
+        fusedloss.info_nce,
+        b.x,
+        b.y,
+        target=b.target.masked_fill(b.ids == 0, -100),
+        temperature=b.temperature,
+        transform=fusedloss.transforms.focal(1.5),
+        **k,
+    ),
+    "prefixes, info_nce, margin": lambda b, **k: prefixes(
+        fusedloss.info_nce, b.x, b.y, mask=masks.score_margin(0.1), **k
+    ),
+    "prefixes, info_nce, several targets": lambda b, **k: prefixes(
+        fusedloss.info_nce, b.x, b.y, target=torch.stack([b.target, b.target // 2], 1), temperature=b.temperature, **k
+    ),
+    "prefixes, clip, sum": lambda b, **k: prefixes(
+        fusedloss.clip, b.x, b.y, logit_scale=1 / b.temperature, reduction="sum", **k
+    ),
+    "prefixes, ranking": lambda b, **k: prefixes(ranking, b.x, b.y, b.n, directions=ALL, scale=1 / b.temperature, **k),
+    "prefixes, gist_embed": lambda b, **k: prefixes(
+        fusedloss.gist_embed, b.x, b.y, guide=(b.g0, b.g1), temperature=b.temperature, **k
+    ),
+    "nt_xent, prefixes": lambda b, **k: prefixes(fusedloss.nt_xent, b.x, b.y, temperature=b.temperature, **k),
+    "prefixes, siglip": lambda b, **k: prefixes(
+        fusedloss.siglip, b.x, b.y, logit_scale=1 / b.temperature, logit_bias=b.logit_bias, **k
+    ),
+    "layers and prefixes, sum": lambda b, **k: fusedloss.matryoshka_2d(
+        fusedloss.info_nce,
+        torch.stack((b.n, b.x)),
+        torch.stack((b.m, b.y)),
+        dims=(D, 2),
+        temperature=b.temperature,
+        reduction="sum",
+        **k,
+    ),
 }
 # A gradient's scale is a factor, the same in each dtype.
 OPTIONS = [
@@ -259,11 +331,7 @@ OPTIONS = [
     for scale_and_reduction in (("ddp", None), ("sum", None), ("match:tevatron", None), ("ddp", "none"))
     if dtype == torch.float64 or scale_and_reduction in (("ddp", None), ("ddp", "none"))
 ]
-WHOLE_ROWS = (  # which a ring does not have
-    *("sup_con, in", "distill, both directions", "distill, negatives, sum"),
-    *("info_nce, debiased", "clip, debiased", "nt_xent, debiased"),
-    *("info_nce, several targets", "info_nce, several targets, joint"),
-)
+WHOLE_ROWS = ("sup_con, in", "distill, both directions", "distill, negatives, sum")  # which a ring does not have
 
 
 def settings(name, size):

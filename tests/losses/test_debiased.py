@@ -67,6 +67,18 @@ def both_ways(x, y, s, tau):
     return (chuang(z, own, tau, s)[0] + chuang(z.T, own, tau, s)[0]).mean() / 2
 
 
+ADMITTED = IDS[0][:, None] != IDS[0].roll(3)
+
+
+def both_ways_of(admitted):
+    def formula(x, y, s, tau):
+        z, own = cosines(x, y[: len(x)], s), torch.arange(len(x))
+        forth, back = chuang(z, own, tau, s, admitted)[0], chuang(z.T, own, tau, s, admitted.T)[0]
+        return (forth + back).mean() / 2
+
+    return formula
+
+
 def views(x, y, s, tau):
     u = torch.cat([x, y[: len(x)]])
     own = ~torch.eye(len(u), dtype=torch.bool)
@@ -84,6 +96,29 @@ LOSSES = {
     "info_nce": (info_nce, mean),
     "info_nce, mask, bias, target, weight": (of_masked, masked),
     "clip": (lambda x, y, s, tau, **o: fusedloss.clip(x, y[: len(x)], s, normalize=True, debiased=tau, **o), both_ways),
+    "clip, ids": (
+        lambda x, y, s, tau, **o: fusedloss.clip(
+            x, y[: len(x)], s, normalize=True, debiased=tau, mask=masks.same_id(IDS[0], IDS[0].roll(3)), **o
+        ),
+        both_ways_of(ADMITTED),
+    ),
+    "clip, bool": (
+        lambda x, y, s, tau, **o: fusedloss.clip(x, y[: len(x)], s, normalize=True, debiased=tau, mask=ADMITTED, **o),
+        both_ways_of(ADMITTED),
+    ),
+    "both directions, ids": (
+        lambda x, y, s, tau, **o: fusedloss.multiple_negatives_ranking(
+            x,
+            y[: len(x)],
+            scale=s,
+            directions=("query_to_doc", "doc_to_query"),
+            partition_mode="per_direction",
+            ids=(torch.arange(ROWS), IDS[0]),
+            debiased=tau,
+            **o,
+        ),
+        both_ways_of(IDS[0][:, None] != IDS[0]),
+    ),
     "nt_xent": (
         lambda x, y, s, tau, **o: fusedloss.nt_xent(x, y[: len(x)], temperature=1 / s, debiased=tau, **o),
         views,
@@ -235,8 +270,8 @@ def test_what_it_refuses(options, error):
 
 def test_what_the_other_losses_refuse():
     x = torch.randn(3, 4)
-    with pytest.raises(ValueError, match="debiased must not be given together with mask"):
-        fusedloss.clip(x, x, 1.0, mask=masks.same_id(torch.arange(3), torch.arange(3)), debiased=0.1)
+    with pytest.raises(ValueError, match="debiased must not be given together with decoupled"):
+        fusedloss.clip(x, x, 1.0, decoupled=True, debiased=0.1)
     with pytest.raises(ValueError, match="doc_to_query under partition_mode='joint'"):
         fusedloss.multiple_negatives_ranking(x, x, directions=("query_to_doc", "doc_to_query"), debiased=0.1)
 
