@@ -6,7 +6,8 @@
 
 The environment variables are the library's: INFONCE_TEMPERATURE, INFONCE_HARD_NEGATIVES, INFONCE_MASK_FAKE_NEGATIVE,
 INFONCE_FAKE_NEG_MARGIN, INFONCE_INCLUDE_QQ and INFONCE_INCLUDE_DD. Samples with different numbers of hard negatives,
-for which the library multiplies once a sample, are one product here. Tested with 4.6.0.
+for which the library multiplies once a sample, are one product here. Across processes each computes its own queries'
+rows against the texts of all, and not the rows of all. Tested with 4.6.0.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import masks
@@ -28,6 +30,7 @@ from ._fits import alike, refusal, scalar_fits
 _embedding: ModuleType = library("swift.loss.embedding", "ms-swift", "4.6.0")
 
 from swift.loss.mapping import loss_map  # noqa: E402
+from swift.sequence_parallel import sequence_parallel  # noqa: E402
 from swift.utils import get_dist_setting  # noqa: E402
 from transformers.utils import strtobool  # noqa: E402
 
@@ -69,13 +72,43 @@ def _why_not(loss: Any, x: Any, labels: Any, setting: Setting) -> str | None:
         return "its labels are no vector"
     if not setting.use_batch:
         return "INFONCE_USE_BATCH is false: a query is compared with its own documents alone"
-    if getattr(loss, "is_megatron", False) or get_dist_setting()[2] > 1:
-        return "its negatives are those of several processes"
+    if not _of_the_default_group(loss):
+        return "its processes are Megatron's, or those of a parallel sequence"
     if setting.masks and setting.margin < 0:
         return "INFONCE_FAKE_NEG_MARGIN is negative, which masks the positive"
     if setting.documents and setting.queries and setting.masks:
         return "INFONCE_MASK_FAKE_NEGATIVE masks queries, but no documents of INFONCE_INCLUDE_DD"
     return scalar_fits("temperature", setting.temperature, x, positive=True)
+
+
+def _why_not_samples(samples: Sequence[Tensor], setting: Setting, across: bool) -> str | None:
+    """Of the texts of each sample: its query, its positive and its hard negatives."""
+    numbers, kept = [len(sample) - 2 for sample in samples], setting.hard_negatives
+    if kept is not None:
+        if setting.documents:
+            return "INFONCE_INCLUDE_DD compares a positive with its own hard negatives"
+        if across and min(numbers, default=0) < kept:
+            return "INFONCE_HARD_NEGATIVES draws texts again, on each process those of all"
+        return None
+    if not samples or min(numbers) < 0:
+        return "a sample has no positive"
+    if setting.documents and max(numbers) > 0:
+        return "INFONCE_INCLUDE_DD compares a positive with its own hard negatives"
+    return None
+
+
+def _of_the_default_group(loss: Any) -> bool:
+    """Whether the processes that share a batch, if there are several, are all of torch's."""
+    if getattr(loss, "is_megatron", False) or getattr(sequence_parallel, "dp_group", None) is not None:
+        return False
+    return get_dist_setting()[2] <= 1 or (dist.is_available() and dist.is_initialized())
+
+
+def _why_not_anywhere(why_not: str | None, x: Any) -> str | None:
+    """Returns the reason of this process, or that another has one: all run the library's code, or none."""
+    against = torch.tensor(why_not is not None, dtype=torch.int32, device=getattr(x, "device", "cpu"))
+    dist.all_reduce(against, dist.ReduceOp.MAX)
+    return why_not or ("another process runs it" if int(against) else None)
 
 
 class InfonceLoss(_InfonceLoss):
@@ -84,41 +117,36 @@ class InfonceLoss(_InfonceLoss):
     @counted
     def __call__(self, outputs: Any, labels: Tensor, **kwargs: Any) -> Tensor:
         setting, x = Setting.read(), outputs["last_hidden_state"]
+        across = get_dist_setting()[2] > 1 and setting.use_batch and _of_the_default_group(self)
         why_not, samples = _why_not(self, x, labels, setting), []
-        if why_not is None and setting.hard_negatives is None:
+        if why_not is None:
             samples = _embedding._parse_multi_negative_sentences(x, labels, None)
-            if not samples or min(map(len, samples)) < 2:
-                why_not = "a sample has no positive"
-            elif setting.documents and max(map(len, samples)) > 2:
-                why_not = "INFONCE_INCLUDE_DD compares a positive with its own hard negatives"
-        elif why_not is None and setting.documents:
-            why_not = "INFONCE_INCLUDE_DD compares a positive with its own hard negatives"
+            why_not = _why_not_samples(samples, setting, across)
+        if across:
+            why_not = _why_not_anywhere(why_not, x)
         if not runs_fused("swift.InfonceLoss", why_not):
             found: Tensor = super().__call__(outputs, labels, **kwargs)
             return found
         if setting.hard_negatives is not None:  # drawn at random, once
             samples = _embedding._parse_multi_negative_sentences(x, labels, setting.hard_negatives)
-        return _fused(samples, setting)
+        return _fused(samples, setting, {"group": "world"} if across else {})
 
 
-def _fused(samples: Sequence[Tensor], setting: Setting) -> Tensor:
-    query = torch.stack([sample[0] for sample in samples])
+def _fused(samples: Sequence[Tensor], setting: Setting, across: dict[str, Any]) -> Tensor:
+    """across: the options by which the texts of all processes compete; the gradient is then the library's, too."""
+    query, positive = (torch.stack([sample[i] for sample in samples]) for i in (0, 1))
     mask = masks.score_margin(setting.margin) if setting.masks else None
     if setting.documents:
-        document = torch.stack([sample[1] for sample in samples])
         directions = ("query_to_doc", *(("query_to_query",) if setting.queries else ()), "doc_to_doc")
-        scale = 1 / setting.temperature
-        return multiple_negatives_ranking(
-            query, document, scale=scale, similarity="dot", directions=directions, mask=mask
-        )
-    key, starts = torch.cat([sample[1:] for sample in samples]), [0]
-    for sample in samples[:-1]:
-        starts.append(starts[-1] + len(sample) - 1)
-    if setting.queries:  # a query's own column is behind the documents
-        own = masks.not_self(len(key))
-        key, mask = torch.cat([key, query]), own if mask is None else mask & own
-    target = torch.tensor(starts, device=key.device)
-    return info_nce(query, key, target, temperature=setting.temperature, mask=mask)
+        options: dict[str, Any] = {"scale": 1 / setting.temperature, "similarity": "dot", "directions": directions}
+        return multiple_negatives_ranking(query, positive, mask=mask, **options, **across)
+    key = torch.cat([positive, *(sample[2:] for sample in samples)])
+    if setting.queries:  # all queries compete but the row's own, which has its number
+        first = dist.get_rank() << 32 if across else 0
+        own = torch.arange(len(query), device=query.device) + first
+        others = masks.same_id(own, torch.cat([torch.full((len(key),), -1, device=query.device), own]))
+        key, mask = torch.cat([key, query]), others if mask is None else mask & others
+    return info_nce(query, key, temperature=setting.temperature, mask=mask, **across)
 
 
 class _InMap(Patch):

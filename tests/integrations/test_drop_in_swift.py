@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
+from ranks import Ranks
 
 pytest.importorskip("swift.loss.embedding", reason="needs ms-swift")
 
@@ -101,3 +104,52 @@ def test_the_patch_and_back():
     assert embedding.InfonceLoss is fused.InfonceLoss is loss_map["infonce"]
     inner.undo()
     assert embedding.InfonceLoss is STOCK is loss_map["infonce"]
+
+
+# Across processes -----------------------------------------------------------------------------------------------------
+
+# The hard negatives of each rank's samples, the setting, and whether both run fused.
+ACROSS = {
+    "ragged": (((1, 3, 0), (2, 2)), {}, True),
+    "a margin": (((1, 1, 1), (1, 1)), {MASK: "True", "INFONCE_FAKE_NEG_MARGIN": "0.0"}, True),
+    "queries, a margin": (((1, 2), (0, 1, 1)), {QUERIES: "True", MASK: "True"}, True),
+    "documents": (((0, 0, 0), (0, 0, 0)), {DOCUMENTS: "True", QUERIES: "True"}, True),
+    "hard negatives": (((3, 4), (2, 2)), {"INFONCE_HARD_NEGATIVES": "2"}, True),
+    "drawn again": (((3, 3), (2, 2)), {"INFONCE_HARD_NEGATIVES": "3"}, False),  # on rank 1 alone
+    "of a sample alone": (((1, 1), (1, 1)), {"INFONCE_USE_BATCH": "False"}, False),
+}
+
+
+def on_a_rank(rank):
+    from accelerate import PartialState
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    PartialState(cpu=True)
+
+    def compare(name):
+        hard, setting, _ = ACROSS[name]
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in setting.items():
+                patch.setenv(key, value)
+            x, labels = batch(*hard[rank])
+            x = (x.detach() * (-1) ** rank).requires_grad_()
+            before = calls.total()
+            found = [run(kind, x, labels) for kind in (fused.InfonceLoss, STOCK)]
+            return found, calls.total() - before
+
+    return compare
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    ranks = Ranks(2, on_a_rank)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.mark.parametrize("name", ACROSS)
+def test_across_processes(name, two_ranks):
+    for (found, wanted), ran in two_ranks(name):
+        assert ran == ACROSS[name][2]
+        for own, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-12)
