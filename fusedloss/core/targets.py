@@ -173,7 +173,8 @@ def settle(
         least = torch.finfo(total.dtype).eps ** 1.5 * by_targets.abs().amax(1)
         factor = torch.maximum(by_negatives.abs(), least).copysign(by_negatives)
         over_l = factor * (weight / whole)
-        relative = by_targets * (whole / torch.where(factor == 0, 1, factor))[:, None]
+        # Entries first: `whole / factor` would be infinite for entries of 1e-30, which a row at the debiased bound has.
+        relative = by_targets / torch.where(factor == 0, 1, factor)[:, None] * whole[:, None]
         add_entries(patch, relative.masked_fill(out, 0))
     over_l = over_l.masked_fill(left_out, 0)
     loss = (weight * loss).masked_fill(left_out, 0)

@@ -276,6 +276,23 @@ def test_what_the_other_losses_refuse():
         fusedloss.multiple_negatives_ranking(x, x, directions=("query_to_doc", "doc_to_query"), debiased=0.1)
 
 
+@pytest.mark.parametrize("scale", [40.0, 55.0])
+def test_gradients_of_1e_30_at_the_bound_are_numbers(scale):
+    """As of a row whose target's cosine and scale add up to exponents of 65 to 80."""
+    cosine = torch.linspace(-1, 1, 41, dtype=torch.float64)
+    query = torch.stack([torch.ones_like(cosine), torch.zeros_like(cosine)], 1)
+    key = torch.stack([cosine, (1 - cosine.square()).sqrt()], 1)
+    options = {"temperature": 1 / scale, "normalize": True, "debiased": 0.3, "reduction": "sum"}
+    for rows in (slice(41), slice(28, 29)):
+        found, wanted = [], []
+        for kept, dtype, backend in ((found, torch.float32, "chunked"), (wanted, torch.float64, "reference")):
+            x, y = (t.to(dtype).requires_grad_() for t in (query[rows], key))
+            loss = fusedloss.info_nce(x, y, torch.arange(41)[rows], backend=backend, **options)
+            kept += [loss, *torch.autograd.grad(loss, (x, y))]
+        for own, other in zip(found, wanted, strict=True):
+            assert_close(own.double(), other, rtol=1e-5, atol=1e-28 + 1e-5 * float(other.detach().abs().max()))
+
+
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("backend", ["chunked", "dense"])
 def test_drawn_options(seed, backend):
