@@ -80,6 +80,20 @@ def softmax(
     return total - (1 - smoothing) * own - smoothing * spread
 
 
+def debiased(
+    o: Ops, share: float, z: Tensor, allowed: Tensor, target: Tensor, counted: Tensor, scale: Tensor | float
+) -> Tensor:
+    """log(1 + g) of Chuang et al. 2020, with g relative to the target's exponential."""
+    z = torch.where(counted[:, None], z, 0.0)
+    own = z.gather(1, target[:, None])
+    negative = allowed & ~one_hot(target, z.shape[1]) & (z > -torch.inf)
+    ratio = torch.exp(torch.where(negative, z - own, -torch.inf)).sum(1)
+    number = negative.sum(1)
+    free, bound = (ratio - share * number) / (1 - share), number * torch.exp(-scale - own[:, 0])
+    above = o.above(free, bound, (ratio + share * number).detach() / (1 - share), where=counted)
+    return torch.log1p(torch.where(above, free, bound))
+
+
 def statistics(o: Ops, z: Tensor, admissible: Tensor, target: Tensor, counted: Tensor, scale: Tensor, copies: int = 1):
     """Of the rows that count: as `Stats` has it."""
     at = one_hot(target, z.shape[1])
@@ -320,7 +334,10 @@ def info_nce(d: Draw) -> Case:
             z = torch.cat([z, own / p["over"]], 1)
             real = v.negatives_mask if "negatives_mask" in t else torch.ones(M, K, dtype=torch.bool)
             allowed = torch.cat([allowed, real], 1)
-        losses = softmax(z, allowed, p["target"], p["counted"], smoothing, options.get("decoupled", False))
+        if "debiased" in options:
+            losses = debiased(o, options["debiased"], z, allowed, p["target"], p["counted"], 1 / p["over"])
+        else:
+            losses = softmax(z, allowed, p["target"], p["counted"], smoothing, options.get("decoupled", False))
         losses = transform(o, options, losses)
         return mean_over_counted(losses, p["counted"], v.weight if "weight" in t else None)
 
@@ -348,6 +365,10 @@ def info_nce(d: Draw) -> Case:
     }
     points = {"target": "column", **mask.points} if explicit else mask.points
     permutable = not behind and "not_self" not in mask.kinds
+    if normalize and not (smoothing or kind == "negatives" or {"decoupled", "margin"} & set(options)):
+        options |= d.some({"debiased": d.pick(0.05, 0.3)}, 0.5)
+    if d.chance(0.12):
+        return several_positives(d)
     return Case(
         "info_nce", d.dtype, t, call, formula, tuple(grads), options,
         axes=axes if permutable else {}, points=points, rows_axis=row_axis,
@@ -360,6 +381,84 @@ def info_nce(d: Draw) -> Case:
                 "ring": not explicit or not {"guide", "score_margin"} & set(mask.kinds),
                 "embeddings": ("query", "key"),
                 "weight": "weight" in t, "smoothing": smoothing},
+    )  # fmt: skip
+
+
+def several_positives(d: Draw) -> Case:
+    """info_nce of targets [M, P]."""
+    M, D, N, P = d.rows(), d.dim(), d.whole(1, 40), d.pick(1, 2, 3, 5)
+    normalize, ignore = d.chance(0.5), d.pick(-100, -100, -1, 0)
+    t = {"query": d.embeddings(M, D, zeros=normalize), "key": d.embeddings(N, D, zeros=normalize)}
+    target = d.integers(0, N, M, P)
+    target[torch.rand(M, P, generator=d.generator) < d.pick(0.0, 0.3, 0.6)] = ignore
+    t["target"] = d.lay(target)
+    options: dict[str, Any] = {"normalize": True} if normalize else {}
+    options |= {} if ignore == -100 else {"ignore_index": ignore}
+    form = d.pick("each", "joint")
+    options |= {} if form == "each" else {"positives": form}
+    temperature = d.parameter(d.log(0.01, 10))
+    if isinstance(temperature, Tensor):
+        t["temperature"] = temperature
+    else:
+        options["temperature"] = temperature
+    if d.chance(0.35):
+        bias = d.normal(N)
+        bias[torch.rand(N, generator=d.generator) < d.pick(0.0, 0.3)] = -torch.inf
+        t["key_bias"] = d.vector(bias)
+    if d.chance(0.35):
+        weight = d.uniform(0, 2, M)
+        weight[torch.rand(M, generator=d.generator) < 0.3] = 0
+        t["weight"] = d.vector(weight)
+    mask = MaskDraw(d, M, N, "row", "column", ("same_id", "same_group", "dense", "not_self"))
+    t |= mask.tensors
+    d.reduction(options)
+    grads = tuple(n for n in ("query", "key", "key_bias", "temperature") if n in t and d.chance(0.9))
+    if d.chance(0.25):
+        options["transform"] = d.pick(*PHI)
+
+    def sets(o: Ops, v: SimpleNamespace, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The columns of each row that are its positives and its negatives, and the rows that count."""
+        allowed, itself = mask.admissible(o, v, s, norms(v.query, v.key, normalize), torch.zeros(M, dtype=torch.int64))
+        there = v.target != ignore
+        named = ((v.target[:, :, None] == torch.arange(N)) & there[:, :, None]).any(1)
+        if "key_bias" in t:
+            itself = itself | (v.key_bias == -torch.inf)
+        positive = named & ~itself
+        counted = positive.any(1)
+        if "weight" in t:
+            counted = counted & (v.weight != 0)
+        return positive, allowed & ~named & ~itself, counted
+
+    def formula(o: Ops, v: SimpleNamespace) -> Rows:
+        s = products(v.query, v.key, normalize or unit_prefix(v))
+        z = s / (v.temperature.reshape(()) if isinstance(temperature, Tensor) else temperature)
+        if "key_bias" in t:
+            z = z + v.key_bias
+        positive, negative, counted = sets(o, v, s)
+        total = lse(torch.where(negative, z, -torch.inf))
+        if form == "each":
+            each = softplus(total[:, None] - torch.where(positive, z, 0.0))
+            losses = torch.where(positive, each, 0.0).sum(1) / positive.sum(1).clamp(min=1)
+        else:
+            some = torch.where(counted[:, None], positive, True)
+            losses = softplus(total - lse(torch.where(some, torch.where(positive, z, 0.0), -torch.inf)))
+        return mean_over_counted(transform(o, options, losses), counted, v.weight if "weight" in t else None)
+
+    def call(f: Any, v: dict[str, Tensor], o: dict[str, Any]) -> Any:
+        import fusedloss
+
+        tensors = {n: v[n] for n in ("target", "key_bias", "weight", "temperature") if n in v}
+        return f(v["query"], v["key"], mask=mask.build(fusedloss.masks, v), **tensors, **given(o))
+
+    axes = {"query": ("row", None), "key": ("column", None), "target": ("row", None), "weight": ("row",)}
+    permutable = "not_self" not in mask.kinds
+    return Case(
+        "info_nce", d.dtype, t, call, formula, grads, options,
+        axes=axes | {"key_bias": ("column",)} | mask.axes if permutable else {},
+        points={"target": "column"}, rows_axis="row", independent="row" if permutable else None,
+        counted=lambda o, v: sets(o, v, products(v.query, v.key, normalize))[2],
+        backends=("chunked", "reference"), takes_group="dense" not in mask.kinds, module="InfoNCELoss",
+        traits={"embeddings": ("query", "key"), "mask": mask.kinds, "several": form},
     )  # fmt: skip
 
 
@@ -386,6 +485,8 @@ def clip(d: Draw, name: str) -> Case:
     grads = [n for n in (*names, "logit_scale", "logit_bias") if n in t and d.chance(0.9)]
     if plain:
         options |= of_rows(d)
+    if plain and normalize and bias is None and "decoupled" not in options:
+        options |= d.some({"debiased": d.pick(0.05, 0.3)}, 0.5)
 
     def parts(o: Ops, v: SimpleNamespace) -> tuple[Tensor, Tensor, Any]:
         x, y = (getattr(v, n) for n in names)
@@ -401,9 +502,14 @@ def clip(d: Draw, name: str) -> Case:
         return z, allowed, factor
 
     def formula(o: Ops, v: SimpleNamespace) -> Rows:
-        z, allowed, _ = parts(o, v)
+        z, allowed, factor = parts(o, v)
         own, every, decoupled = torch.arange(M), torch.ones(M, dtype=torch.bool), options.get("decoupled", False)
-        sides = [softmax(*side, own, every, decoupled=decoupled) for side in ((z, allowed), (z.T, allowed.T))]
+        sides = [
+            debiased(o, options["debiased"], *side, own, every, factor)
+            if "debiased" in options
+            else softmax(*side, own, every, decoupled=decoupled)
+            for side in ((z, allowed), (z.T, allowed.T))
+        ]
         return Rows(sum(transform(o, options, losses) for losses in sides) / 2)
 
     def stats(o: Ops, v: SimpleNamespace) -> dict[str, Tensor]:
@@ -729,6 +835,8 @@ def nt_xent(d: Draw, name: str) -> Case:
     grads = [n for n in ("z1", "z2", "temperature") if n in t and d.chance(0.9)]
     if name == "nt_xent" and d.chance(0.25):
         options["transform"] = d.pick(*PHI)
+    if name == "nt_xent":
+        options |= d.some({"debiased": d.pick(0.05, 0.3)}, 0.25)
     own = torch.arange(2 * B)
     pair = (own + B) % max(2 * B, 1)
 
@@ -738,9 +846,12 @@ def nt_xent(d: Draw, name: str) -> Case:
         return products(u, u, True) / over, own[:, None] != own, over
 
     def formula(o: Ops, v: SimpleNamespace) -> Rows:
-        z, allowed, _ = parts(o, v)
+        z, allowed, over = parts(o, v)
+        every = torch.ones(2 * B, dtype=torch.bool)
+        if "debiased" in options:
+            return Rows(transform(o, options, debiased(o, options["debiased"], z, allowed, pair, every, 1 / over)))
         if name == "nt_xent":
-            return Rows(transform(o, options, softmax(z, allowed, pair, torch.ones(2 * B, dtype=torch.bool))))
+            return Rows(transform(o, options, softmax(z, allowed, pair, every)))
         if B == 1:
             return Rows((z * 0).sum(1))
         return Rows(lse(z.masked_fill(~allowed | one_hot(pair, 2 * B), -torch.inf)) - z.gather(1, pair[:, None])[:, 0])
@@ -992,6 +1103,7 @@ def matryoshka(d: Draw) -> Case:
 
     return Case(
         "matryoshka", inner.dtype, inner.tensors, call, formula, inner.grads, inner.options,
+        takes_group=inner.takes_group,
         reductions=(reduction,) if reduction else (), default_reduction=inner.default_reduction, rows_axis=None,
         traits={**inner.traits, "inner": inner.name, "dims": dims},
     )  # fmt: skip
@@ -1060,5 +1172,5 @@ def adaptive_layer(d: Draw, name: str) -> Case:
         more = {} if dims is None else {"dims": dims}
         return inner.call(lambda *x, **k: f(loss, *x, **more, **k), v, o)
 
-    return Case(name, inner.dtype, t, call, formula, inner.grads, options, reductions=(),
+    return Case(name, inner.dtype, t, call, formula, inner.grads, options, reductions=(), takes_group=inner.takes_group,
                 traits={**inner.traits, "inner": inner.name})  # fmt: skip
