@@ -98,8 +98,16 @@ def numbers(case: Case) -> dict[str, float]:
     return {name: value for name, value in values.items() if isinstance(value, float)}
 
 
+MODIFIERS = ("adaptive_layer", "matryoshka", "matryoshka_2d")  # which hand options on to info_nce here
+
+
 def parameters(loss: str) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(FUNCTIONS[loss]).parameters)
+
+
+def taken(loss: str) -> dict[str, inspect.Parameter]:
+    """The options that a call may have, handed on or not."""
+    return parameters("info_nce" if loss in MODIFIERS else loss)
 
 
 def circle_held(at: Point, **_: Any) -> Callable[..., Tensor]:
@@ -329,7 +337,7 @@ def nothing_read_back(at: Point) -> None:
 
 def with_group(at: Point, strategy: str, **options: Any) -> None:
     across = {"group": dist.group.WORLD, "grad_scale": "sum"}
-    across |= {"strategy": strategy} if "strategy" in parameters(at.loss) else {}
+    across |= {"strategy": strategy} if "strategy" in taken(at.loss) else {}
     close(derived(at.call("chunked", **across, **options), at.learn), formula(at, **options), 1e-9)
 
 
@@ -421,7 +429,7 @@ def of_backends(worked: dict[str, bool]) -> str:
 
 def first_row(name: str) -> list[str]:
     at = point(name)
-    plain, has = at.plain, parameters(at.loss)
+    plain, has = at.plain, taken(at.loss)
     cells = []
     for backend in BACKENDS:
         if plain and backend != "reference":
