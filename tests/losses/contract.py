@@ -192,6 +192,9 @@ CASES: dict[str, Callable[[Batch], Case]] = {
     "clip, mask": lambda b: Case(
         F.clip, (b.x(), b.x(), 2.0), {"mask": masks.same_id(b.labels(), b.labels()) & b.bits(b.rows, b.rows)}
     ),
+    "clip, debiased, mask": lambda b: Case(
+        F.clip, (b.x(), b.x(), b.number(2.0)), {"normalize": True, "debiased": 0.1, "mask": b.bits(b.rows, b.rows)}
+    ),
     "clip_distill": lambda b: Case(
         F.clip_distill, (b.x(), b.x(), b.number(2.0), b.fixed(b.rows, 3), b.fixed(b.rows, 3), 3.0), {}
     ),
