@@ -64,27 +64,11 @@ def similarity_kernel(
     # keeps a second accumulator alive and spills (3.7.1 and 3.9.0, 128 x 256).
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=False):
-        pid_m, pid_n = _place(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        sim = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if DESCRIPTORS:
-            for start in range(0, D, BLOCK_D):
-                x = X.load([pid_m * BLOCK_M, start])
-                y = Y.load([pid_n * BLOCK_N, start])
-                sim = tl.dot(x, y.T, sim, input_precision=INPUT_PRECISION)
-        else:
-            # int64: a row's offset passes 2**31 elements at M = 2**20, D = 2048.
-            offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-            offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-            offs_d = tl.arange(0, BLOCK_D)
-            x_ptrs = X + offs_m[:, None] * up(stride_xm, WIDE) + offs_d[None, :]
-            y_ptrs = Y + offs_n[None, :] * up(stride_yn, WIDE) + offs_d[:, None]
-            for start in range(0, D, BLOCK_D):
-                mask_d = offs_d < up(D, WIDE) - start
-                x = tl.load(x_ptrs + start, mask=(offs_m < M)[:, None] & mask_d[None, :], other=0.0)
-                y = tl.load(y_ptrs + start, mask=(offs_n < N)[None, :] & mask_d[:, None], other=0.0)
-                if INPUT_PRECISION == "tf32":
-                    x, y = _rounded(x), _rounded(y)
-                sim = tl.dot(x, y, sim, input_precision=INPUT_PRECISION)
+        pid_m, pid_n = place(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        sim = product(
+            X, Y, M, N, D, stride_xm, stride_yn, pid_m, pid_n,
+            INPUT_PRECISION, DESCRIPTORS, WIDE, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
         _fold_tile(
             sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
             pid_m, pid_n, EPILOGUE, INNER, OUT_WIDE, BLOCK_M, BLOCK_N, SUBTILES,
@@ -127,7 +111,37 @@ def panel_kernel(
 
 
 @triton.jit
-def _place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def product(
+    X, Y, M, N, D, stride_xm, stride_yn, pid_m, pid_n,
+    INPUT_PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Returns a tile of `X @ Y.T`."""
+    sim = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if DESCRIPTORS:
+        for start in range(0, D, BLOCK_D):
+            x = X.load([pid_m * BLOCK_M, start])
+            y = Y.load([pid_n * BLOCK_N, start])
+            sim = tl.dot(x, y.T, sim, input_precision=INPUT_PRECISION)
+    else:
+        # int64: a row's offset passes 2**31 elements at M = 2**20, D = 2048.
+        offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_d = tl.arange(0, BLOCK_D)
+        x_ptrs = X + offs_m[:, None] * up(stride_xm, WIDE) + offs_d[None, :]
+        y_ptrs = Y + offs_n[None, :] * up(stride_yn, WIDE) + offs_d[:, None]
+        for start in range(0, D, BLOCK_D):
+            mask_d = offs_d < up(D, WIDE) - start
+            x = tl.load(x_ptrs + start, mask=(offs_m < M)[:, None] & mask_d[None, :], other=0.0)
+            y = tl.load(y_ptrs + start, mask=(offs_n < N)[None, :] & mask_d[:, None], other=0.0)
+            if INPUT_PRECISION == "tf32":
+                x, y = _rounded(x), _rounded(y)
+            sim = tl.dot(x, y, sim, input_precision=INPUT_PRECISION)
+    return sim
+
+
+@triton.jit
+def place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """GROUP_M row tiles walk the columns together, so that x stays in L2, and a y tile is fetched once for all."""
     m_tiles = tl.cdiv(M, BLOCK_M)
     group_size = GROUP_M * tl.cdiv(N, BLOCK_N)

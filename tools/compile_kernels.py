@@ -29,12 +29,12 @@ from unittest import mock
 
 import torch
 import triton
-from fusedloss.kernels import rows, similarity
 from sources import digest
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fusedloss.backends import distill
 from fusedloss.backends import triton as backend
 from fusedloss.backends.triton import classes as triton_classes
 from fusedloss.backends.triton import launching
@@ -45,6 +45,8 @@ from fusedloss.core.folds import Part
 from fusedloss.core.mask import Compare, GuideRule, StripMask
 from fusedloss.core.problem import Block, Fold, Margin, Problem, RowRule
 from fusedloss.core.strips import Patch, RowSums, Softmax, Strip, Tally
+from fusedloss.kernels import distill as distill_kernels
+from fusedloss.kernels import rows, similarity
 from fusedloss.sweep.chunks import PAD
 
 sys.path.append(str(Path(__file__).absolute().parents[1] / "tests" / "support"))
@@ -105,6 +107,15 @@ FOLDS: dict[str, tuple[str, tuple[float, ...]]] = {
     "fold, circle_stats": CIRCLE,
     "fold, circle_grad": CIRCLE,
 }
+# Of two similarity matrices: the fold and its options. "sums" writes no matrix, as the first launch of two does.
+DISTILL = (
+    "distill",
+    "distill, sums",
+    "distill, masked",
+    "distill_ce",
+    "distill_mse",
+    "distill_mse, sums",
+)
 # Under a softcap, which stands in the way from similarities to logits and back.
 SOFTCAP = ("stats, softcap", "stats, tally, softcap", "exp, softcap", "grad, softcap")
 TYPES = {
@@ -186,6 +197,13 @@ def similarities(mode: str, dtype: torch.dtype, size: int, dim: int, plain: bool
             backend.guide_rows([strip], GuideRule(), empty())
         case "store", _:
             backend.similarities(strip, empty(size, size))
+        case ("distill" | "distill_ce" | "distill_mse") as form, _:
+            mask = StripMask(dense=empty(size, size, kind=torch.bool)) if "masked" in mode else None
+            strip, side = strip._replace(bias=None, target=None, mask=mask), distill.Side(empty(), *[vector] * 3)
+            sums = "sums" in mode
+            mean = vector if form == "distill_mse" and not sums else None
+            rows = distill.Rows(form, side, side, vector, mean)
+            backend._both(strip._replace(own=None, own_scale=None), strip, None if sums else out, rows)
         case "fold", _:
             fold, part = Fold(*FOLDS[mode], scalars=(empty(),)), Part(target, vector, target, target, target, target)
             strip, problem = strip._replace(bias=None), replace(problem, fold=fold)
@@ -464,6 +482,9 @@ def cases() -> list[tuple[str, str, str, str, int, int]]:
     bent += [(mode, "bfloat16", "high", *wide) for mode in SOFTCAP]
     folds = [(mode, dtype, "high", *large) for dtype in ("bfloat16", "float32") for mode in FOLDS]
     folds += [(mode, "bfloat16", "high", 8191, 768) for mode in FOLDS]
+    both = [(mode, dtype, "high", *large) for dtype in ("bfloat16", "float32") for mode in DISTILL]
+    both += [(mode, "bfloat16", "high", *where) for where in ((8191, 768), wide, few) for mode in DISTILL]
+    both += [(mode, "float32", "highest", *large) for mode in DISTILL]
     # In full precision the library multiplies.
     full = [(mode, "float32", "highest", *large) for mode in (MODES[0], MODES[-1])]
     small = [(MODES[-1], dtype, "high", *few) for dtype in ("bfloat16", "float32")]
@@ -474,7 +495,7 @@ def cases() -> list[tuple[str, str, str, str, int, int]]:
     odd += [("exp", "float32", "highest", ODD_ROWS, 1000)]
     odd += [(name, "bfloat16", "", ODD_ROWS, dim) for dim in ODD for name in ODD_KERNELS]
     return [
-        *(("similarities", *case) for case in (*narrow, *tf32, *masked, *bent, *folds, *full, *small, *library)),
+        *(("similarities", *case) for case in (*narrow, *tf32, *masked, *bent, *folds, *both, *full, *small, *library)),
         *(("plain", *case) for case in plain),
         *(("odd", *case) for case in odd),
         *(("rows", name, dtype, "", 8192, 768) for dtype in ("bfloat16", "float32") for name in (*BY_ROW, *ROWWISE)),
@@ -487,7 +508,7 @@ def compile_all(target: str) -> list[dict[str, Any]]:
     backend.multiprocessors = lambda device: 132
     backend._multiply = lambda sim, x, y: None
     triton_rows.row_options = triton_pairs.row_options = lambda name, interpreted: {**row_options(name)}
-    for module in (rows, similarity, *ROWWISE_KERNELS):
+    for module in (rows, similarity, distill_kernels, *ROWWISE_KERNELS):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Recorder(getattr(module, name), target))
     results, seen = [], set()
@@ -549,7 +570,7 @@ def wrong(target: str, entry: dict[str, Any]) -> list[str]:
         found.append("registers of all programs")
     if programs * (entry["shared"] + 1024) > multiprocessor << 10:
         found.append("shared memory of all programs")
-    stores = not entry["mode"].startswith(("stats", "top", "guide")) and not entry["mode"].endswith("_stats")
+    stores = not entry["mode"].startswith(("stats", "top", "guide")) and not entry["mode"].endswith(("_stats", "sums"))
     multiplies = config["GEMM"] != "library" and (narrow or entry["precision"] == "high")
     if bool(entry[products]) != multiplies:
         found.append(f"{products} {entry[products]}")
@@ -576,7 +597,7 @@ def faults(found: dict[str, list[dict[str, Any]]]) -> list[str]:
         there = {(e["mode"], e["dtype"], e["precision"] == "high") for e in entries if e["kernel"] == "similarities"}
         tf32 = ("float32", not amd(target))
         asked = {(mode, *kind) for mode in MODES for kind in (("bfloat16", False), ("float16", False), tf32)}
-        asked |= {(mode, "bfloat16", True) for mode in (*MASKED, *SOFTCAP, *FOLDS)}
+        asked |= {(mode, "bfloat16", True) for mode in (*MASKED, *SOFTCAP, *FOLDS, *DISTILL)}
         lines += [f"{target}: {one}: not compiled" for one in sorted(asked - there)]
         rows_there = {e["mode"] for e in entries if e["kernel"] == "rows"}
         lines += [f"{target}: {one}: not compiled" for one in sorted({*BY_ROW, *ROWWISE} - rows_there)]

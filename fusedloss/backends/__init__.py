@@ -110,7 +110,7 @@ def sums_prefixes(problem: Problem, backend: str, *, plain: bool = True) -> bool
 def _automatic(problem: Problem, plain: bool) -> Candidates:
     """Returns the candidates of `auto`. Looking up the result of an earlier call takes 2 us."""
     if torch.compiler.is_compiling():  # sizes may be symbols, and comparing one would add a guard
-        return [(name, name not in KERNELS) for name in _auto(problem.device)]
+        return [(name, name not in KERNELS) for name in _in_tile_first(_auto(problem.device), problem)]
     if plain and dense.fits(problem):
         return DENSE
     operands, first, chosen = problem.operands, problem.blocks[0], order_.chosen
@@ -122,12 +122,20 @@ def _automatic(problem: Problem, plain: bool) -> Candidates:
     if found is None:
         names = _auto(device)
         if names[0] in KERNELS:
-            names = order_.order(names, problem)
-        needed = dict.fromkeys(KERNELS, families.of_flags(flags))
+            names = _in_tile_first(order_.order(names, problem), problem)
+        taken = families.of_flags(flags)
+        needed = {name: families.on(name, taken) for name in KERNELS}
         found = _remembered(chosen, key, names, needed, x)
     if found[0] == PLAIN and not (plain and order_.materialises(problem)):
         return (*found[1:], PLAIN)
     return found
+
+
+def _in_tile_first(names: tuple[str, ...], problem: Problem) -> tuple[str, ...]:
+    """Returns `triton` first where it alone folds in its tile: from `cuda`'s similarities torch would fold."""
+    if names[0] != "cuda" or problem.fold is None or cuda.can_fold(problem) or not triton.can_fold(problem):
+        return names
+    return "triton", *(name for name in names if name != "triton")
 
 
 def _remembered(
@@ -149,7 +157,7 @@ def _remembered(
 
 
 def _proved(name: str, problem: Problem) -> bool:
-    needed, x = families.of_problem(problem), problem.operands[0]
+    needed, x = families.on(name, families.of_problem(problem)), problem.operands[0]
     size = None if torch.compiler.is_compiling() else order_.raced_as(problem)
     if not ask.admits(name, needed, x.dtype, x.device, size):
         return False

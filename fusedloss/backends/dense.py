@@ -19,7 +19,7 @@ from ..core.folds import FOLDS
 from ..core.mask import NO_MASK
 from ..core.numerics import NORM_EPS, saved_dtype, stats_dtype, wide_dtype
 from ..core.problem import NO_MARGIN, Problem
-from ..core.rows import fold_part, fold_places, fold_scalars, squared_distances
+from ..core.rows import fold_part, fold_places, fold_scalars, squared_distances, teacher_sims
 from ..core.targets import from_logits
 from ..core.transforms import Transform, with_slope
 from . import reference
@@ -397,7 +397,8 @@ def _folded(
         values = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         values = 1 - values if fold.distance else values
     distances = values.clone() if fold.distance == "euclidean" and wants.any else None
-    part = fold_part(problem, slice(0, problem.rows), admitted=reference.fold_admitted(problem))
+    every = slice(0, problem.rows)
+    part = fold_part(problem, every, teacher_sims(problem, every), reference.fold_admitted(problem))
     folded = FOLDS[fold.name].torch(values, part, fold_scalars(problem), fold.options, wants.any)
     scalars: list[Tensor | None] = [t.to(problem.scale.dtype) * share for t in folded.scalars]
     scalars += [None] * (1 + len(fold.scalars) - len(scalars))

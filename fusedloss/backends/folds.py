@@ -70,14 +70,14 @@ def can_fold(problem: Problem) -> bool:
     return known and problem.dtype != torch.float16
 
 
-def workspace_copies(problem: Problem) -> float:
+def workspace_copies(problem: Problem, in_tile: bool) -> float:
     fold = problem.fold
-    return IN_TORCH[fold.name].copies if fold is not None and not can_fold(problem) else 1
+    return IN_TORCH[fold.name].copies if fold is not None and not in_tile else 1
 
 
-def workspace_dtype(problem: Problem) -> torch.dtype:
+def workspace_dtype(problem: Problem, in_tile: bool) -> torch.dtype:
     """Returns the workspace's dtype; folds in torch take similarities in fp32."""
-    return stats_dtype(problem.dtype) if problem.fold is not None and not can_fold(problem) else problem.dtype
+    return stats_dtype(problem.dtype) if problem.fold is not None and not in_tile else problem.dtype
 
 
 def fold_rows(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.folds import Folded, Part
 from ..core.mask import GuideRule, StripMask
-from ..core.problem import NO_RULE, Problem, RowRule
+from ..core.problem import NO_RULE, Beside, Problem, RowRule
 from ..core.strips import Extremes, Patch, Prepared, RowSums, Settled, Softmax, Strip, Tally, Tile
 
 
@@ -192,6 +192,25 @@ class FoldsRows(Sweeps, Protocol):
 
     def fold_rows(self, problem: Problem, strip: Strip, out: Tensor | None, part: Part, score: Tensor) -> Folded:
         """Writes the gradient, if `out`."""
+
+
+class Distills(FoldsRows, Protocol):
+    """Folds the similarities of two models in one tile."""
+
+    def taught(self, problem: Problem) -> list[Strip]:
+        """Returns each block's strip of the teacher's similarities, for all rows."""
+
+    def distill_rows(
+        self,
+        problem: Problem,
+        strips: list[Strip],
+        taught: list[Strip],
+        outs: Sequence[Tensor] | None,
+        part: Part,
+        beside: Beside | None = None,
+        gain: Tensor | None = None,
+    ) -> Folded:
+        """Writes the gradient times the gain, if `outs`, and returns that by the rows' own columns."""
 
 
 class Halves(Sweeps, Protocol):

@@ -13,7 +13,15 @@ from ..core.folds import FOLDS
 from ..core.mask import NO_MASK, Guide, Mask
 from ..core.numerics import autocasting, row_numbers, stats_dtype, unit_rows, wide_dtype
 from ..core.problem import Problem
-from ..core.rows import above_ties, fold_part, fold_scalars, guide_threshold, score_ties, squared_distances
+from ..core.rows import (
+    above_ties,
+    fold_part,
+    fold_scalars,
+    guide_threshold,
+    score_ties,
+    squared_distances,
+    teacher_sims,
+)
 from ..core.targets import from_logits, loss_of
 from ..core.transforms import transformed
 
@@ -302,7 +310,8 @@ def _fold_rows(problem: Problem, rows: list[Tensor], lost: float) -> tuple[Tenso
 
 
 def _folded(problem: Problem, values: Tensor) -> tuple[Tensor, list[Tensor]]:
-    fold, part = problem.fold, fold_part(problem, slice(0, len(values)), admitted=fold_admitted(problem))
+    fold, every = problem.fold, slice(0, len(values))
     assert fold is not None
+    part = fold_part(problem, every, teacher_sims(problem, every), fold_admitted(problem))
     loss, count = FOLDS[fold.name].formula(values, part, fold_scalars(problem), fold.options)
     return loss, [] if count is None else [count.detach()]

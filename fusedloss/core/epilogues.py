@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .folds import FOLDS, SIDES
+from .folds import FOLDS, SIDES, TEACHER
 
 OPTIONS = ("masks", "softcap", "tally")  # branches of an epilogue; tally: also smoothing with a share for each row
 
@@ -49,6 +49,14 @@ EPILOGUES: dict[str, Epilogue] = {
         Epilogue("guide", ("guide_room", "guide_rows", "guide_scores"), stores="one bit a column: dropped or not"),
         Epilogue("similarities", ("similarities",), stores="similarities"),
         Epilogue("prefixes", ("admitted",), "a log-sum-exp for each prefix", stores="dz of all prefixes"),
-        *(Epilogue(f"fold:{name}", ("fold_rows",), fold.sums, stores="dloss/dvalue") for name, fold in FOLDS.items()),
+        *(
+            Epilogue(
+                f"fold:{name}",
+                ("distill_rows" if fold.sums == TEACHER else "fold_rows",),
+                fold.sums,
+                stores="dloss/dvalue",
+            )
+            for name, fold in FOLDS.items()
+        ),
     )
 }

@@ -46,6 +46,7 @@ class Folded(NamedTuple):
     # [R] in the values' dtype; the sum of losses is divided by the sum of counts. None: the loss has no counts.
     count: Tensor | None  # type: ignore[assignment]  # hides tuple.count, which has no caller
     scalars: tuple[Tensor, ...] = ()  # 0-dim, the gradient by each of the fold's scalars
+    beside: Tensor | None = None  # [R, K], by the columns beside the blocks, if the values have none of theirs
 
 
 Scalars = tuple[Tensor, ...]
@@ -758,10 +759,11 @@ distill_ce_formula = _formula_of(lambda p, log_q: -p * log_q)
 distill_mse_formula = _formula_of(lambda p, log_q: (log_q.exp() - p).square())
 
 
-# How a fold reads a row: one similarity at a time; the two log-sum-exps and then similarities; the whole row at once.
-SUM, SIDES, ROW = (
+# How a fold reads a row: one similarity at a time; two log-sum-exps and then similarities; the whole row at once.
+SUM, SIDES, TEACHER, ROW = (
     "loss; count, or gradients by the scalars",
     "log-sum-exps of positives and of negatives",
+    "log-sum-exps of student and teacher; loss, gradient by the scale",
     "the whole row",
 )
 
@@ -771,7 +773,7 @@ class Forms(NamedTuple):
 
     torch: Fold
     formula: Formula
-    sums: str  # SUM or SIDES: a kernel can compute the fold in its tile; ROW: the fold needs the whole row
+    sums: str  # ROW: the fold needs the whole row; the others a kernel can compute in its tile
     copies: int = FOLD_COPIES  # matrices of a chunk that it needs at most, its values included
 
 
@@ -785,9 +787,9 @@ FOLDS: dict[str, Forms] = {
     "sup_con_in": Forms(sup_con_in, sup_con_in_formula, SIDES),
     "batch_all": Forms(batch_all, batch_all_formula, ROW),
     "semi_hard": Forms(semi_hard, semi_hard_formula, ROW),
-    "distill": Forms(distill, distill_formula, ROW, DISTILL_COPIES),
-    "distill_ce": Forms(distill_ce, distill_ce_formula, ROW, DISTILL_COPIES),
-    "distill_mse": Forms(distill_mse, distill_mse_formula, ROW, DISTILL_COPIES),
+    "distill": Forms(distill, distill_formula, TEACHER, DISTILL_COPIES),
+    "distill_ce": Forms(distill_ce, distill_ce_formula, TEACHER, DISTILL_COPIES),
+    "distill_mse": Forms(distill_mse, distill_mse_formula, TEACHER, DISTILL_COPIES),
 }
 
 

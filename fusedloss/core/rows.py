@@ -310,40 +310,13 @@ def fold_places(problem: Problem, pad: int = 1) -> list[slice]:
     return places
 
 
-def fold_part(
-    problem: Problem,
-    chunk: slice,
-    room: Tensor | None = None,
-    places: Sequence[slice] = (),
-    admitted: Tensor | None = None,
-) -> Part:
-    """Returns the `Part` for a chunk of rows. The teacher's similarities are computed here, for all columns.
-
-    room: where they are written, by `places`; None: a new tensor.
-    """
+def fold_part(problem: Problem, chunk: slice, teacher: Tensor | None = None, admitted: Tensor | None = None) -> Part:
+    """Returns the `Part` for a chunk of rows."""
     fold = problem.fold
     assert fold is not None
     rows = row_numbers(chunk.stop, problem.scale)
     rows = rows[chunk.start :] if chunk.start else rows
     row_labels, key_labels = fold.labels or (None, None)
-    if fold.teachers and room is None:  # by calls that torch.func can transform
-        wide = problem.scale.dtype
-        pairs = [(query[chunk].to(wide), key.to(wide)) for query, key in fold.teachers]
-        if fold.teacher_cosine:
-            pairs = [(unit_rows(query), unit_rows(key)) for query, key in pairs]
-        parts = [query @ key.T for query, key in pairs]
-        parts += [] if fold.beside is None else [fold.beside.teacher[chunk]]
-        room = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-    elif room is not None:
-        for (query, key), place in zip(fold.teachers, places, strict=False):
-            query, out = query[chunk], room[:, place]
-            as_is = products.narrow(key.dtype, key.device) and query.dtype == key.dtype
-            x, y = (query, key) if as_is else (query.to(room.dtype), key.to(room.dtype))
-            products.mm(out, x, y.T)
-            if fold.teacher_cosine:
-                out.mul_(inverse_norms(x)[:, None]).mul_(inverse_norms(y))
-        if fold.beside is not None:
-            room[:, places[-1]] = fold.beside.teacher[chunk]
     return Part(
         rows,
         problem.weight[chunk],
@@ -351,10 +324,41 @@ def fold_part(
         None if row_labels is None else row_labels[chunk],
         key_labels,
         rows if fold.itself else None,
-        room,
+        teacher,
         fold.teacher_scale,
         admitted,
     )
+
+
+def teacher_sims(
+    problem: Problem, chunk: slice, room: Tensor | None = None, places: Sequence[slice] = ()
+) -> Tensor | None:
+    """Returns a teacher's similarities of a chunk of rows to all columns, if the fold has one.
+
+    room: where they are written, by `places`; None: a new tensor, by calls that torch.func can transform.
+    """
+    fold = problem.fold
+    assert fold is not None
+    if not fold.teachers:
+        return None
+    if room is None:
+        wide = problem.scale.dtype
+        pairs = [(query[chunk].to(wide), key.to(wide)) for query, key in fold.teachers]
+        if fold.teacher_cosine:
+            pairs = [(unit_rows(query), unit_rows(key)) for query, key in pairs]
+        parts = [query @ key.T for query, key in pairs]
+        parts += [] if fold.beside is None else [fold.beside.teacher[chunk]]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    for (query, key), place in zip(fold.teachers, places, strict=False):
+        query, out = query[chunk], room[:, place]
+        as_is = products.narrow(key.dtype, key.device) and query.dtype == key.dtype
+        x, y = (query, key) if as_is else (query.to(room.dtype), key.to(room.dtype))
+        products.mm(out, x, y.T)
+        if fold.teacher_cosine:
+            out.mul_(inverse_norms(x)[:, None]).mul_(inverse_norms(y))
+    if fold.beside is not None:
+        room[:, places[-1]] = fold.beside.teacher[chunk]
+    return room
 
 
 def weigh(patch: Patch, rows: Tensor, columns: Tensor, entry: Tensor) -> None:

@@ -142,8 +142,10 @@ def fold(
     spoilt: bool = False,
     chunk: int | None = None,
     learns: bool = True,
+    mask: Masking | None = None,
 ) -> Run:
-    """A fold. same: one matrix on both sides; scale: of folds that have one, with a gradient if `learns`."""
+    """A fold. same: one matrix on both sides; scale: of folds that have one, with a gradient if `learns`. mask: of
+    folds with a teacher."""
     M, N, dim = draw.size(rows), draw.size(columns), draw.length(dim)
     x, y = draw.pair(kind, M, N, dim)
     if spoilt:
@@ -169,7 +171,7 @@ def fold(
     target = torch.full((M,), -1) if labels else (5 * torch.arange(M) + 3) % N
     problem = Problem(
         tuple(operands),
-        (Block(0, len(operands) - 1),),
+        (Block(0, len(operands) - 1, mask=Mask() if mask is None else mask(draw, M, N)),),
         draw.number(1.0 if scale is None else scale),
         draw.fixed(target),
         draw.vector(weight),
@@ -469,6 +471,8 @@ def _masked(**options: Any) -> dict[str, Make]:
     }
 
 
+_DISTANT: dict[str, Any] = {"scale": 9.0, "teacher": True, "distance": "cosine"}  # which torch folds on every backend
+
 CASES: dict[str, dict[str, Make]] = {
     "rows": {
         "cosine": _case(softmax, *RAGGED, cosine=True, learns=True),
@@ -549,15 +553,10 @@ CASES: dict[str, dict[str, Make]] = {
         "one row": _case(softmax, *ONE_ROW, guide=(0.1, False)),
     },
     "similarities": {
-        "distillation": _case(fold, *RAGGED, "distill", scale=20.0, teacher=True),
-        "one row": _case(fold, *ONE_ROW, "distill", scale=20.0, teacher=True),
-        "cosine, several chunks": _case(fold, 130, 131, 40, "distill", scale=20.0, teacher=True, cosine=True, chunk=30),
-        "cosine distances": _case(
-            fold, 70, 131, 40, "distill", scale=9.0, teacher=True, cosine=True, distance="cosine"
-        ),
-        "771 features, rows anywhere": _case(
-            fold, 65, 130, 771, "distill", scale=20.0, teacher=True, layout="anywhere"
-        ),
+        "distillation": _case(fold, *RAGGED, "distill", **_DISTANT),
+        "one row": _case(fold, *ONE_ROW, "distill", **_DISTANT),
+        "cosine, several chunks": _case(fold, 130, 131, 40, "distill", cosine=True, chunk=30, **_DISTANT),
+        "771 features, rows anywhere": _case(fold, 65, 130, 771, "distill", layout="anywhere", **_DISTANT),
         "by column": _case(fold, 130, 200, 40, "sigmoid", scale=20.0, scalars=(-9.0,), layout="columns"),
         "itself": _case(fold, 131, 131, 40, "sup_con_in", scale=9.0, labels=True, same=True, cosine=True),
         "a row of NaN": _case(fold, 70, 131, 40, "sigmoid", scale=20.0, scalars=(-9.0,), spoilt=True),
@@ -573,6 +572,7 @@ _FOLDS: dict[str, dict[str, Any]] = {
     "proxy_anchor": {"options": (0.1, 32.0), "scalars": (1.5,), **_TWO_SIDES},
     "circle": {"options": (0.4, 80.0), **_TWO_SIDES},
     "sup_con_in": {"scale": 10.0, **_TWO_SIDES},
+    **{name: {"scale": 20.0, "teacher": True, "cosine": True} for name in ("distill", "distill_ce", "distill_mse")},
 }
 
 
@@ -592,6 +592,7 @@ def _of_fold(name: str, options: dict[str, Any]) -> dict[str, Make]:
 
 
 CASES |= {f"fold:{name}": _of_fold(name, options) for name, options in _FOLDS.items()}
+CASES["fold:distill"]["masked"] = _case(fold, 130, 200, 40, "distill", mask=dense, **_FOLDS["distill"])
 CASES["fold:sigmoid"]["labels"] = _case(fold, 130, 200, 40, "sigmoid", labels=True, **_FOLDS["sigmoid"])
 CASES["fold:pair_hinge"]["pulls"] = _case(
     fold, 130, 200, 40, "pair_hinge", options=(0.53125, -1.0, 1.0), kind="lattice", labels=True

@@ -235,8 +235,9 @@ class _Sweep:
     # Other functions of a row's similarities --------------------------------------------------------------------------
 
     def _folded(self) -> tuple[Tensor, list[Tensor]]:
-        workspace = chunks.workspace(self.problem, self.backend)
-        teacher = torch.zeros_like(workspace) if self.problem.fold and self.problem.fold.teachers else None
+        workspace, fold = chunks.workspace(self.problem, self.backend), self.problem.fold
+        in_torch = fold is not None and fold.teachers and not self.backend.can_fold(self.problem)
+        teacher = torch.zeros_like(workspace) if in_torch else None
         found = []
         for chunk in slices(self.problem.rows, workspace.shape[0]):
             strips = self.admission.strips(chunk)

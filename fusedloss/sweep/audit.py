@@ -90,7 +90,8 @@ def look(problem: Problem, backend: str, losses: Tensor, gradients: Sequence[Ten
         found = found.to("cpu", non_blocking=True)  # into pinned memory
         done = torch.Event(device)
         done.record()
-    names = tuple(verdicts.name_of(backend, name, precision) for name in families.of_problem(problem))
+    needed = families.on(backend, families.of_problem(problem))
+    names = tuple(verdicts.name_of(backend, name, precision) for name in needed)
     _held[device] = _Held(found, done, names, _described(problem, backend, precision))
 
 

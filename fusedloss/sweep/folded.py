@@ -9,16 +9,26 @@ import torch
 from torch import Tensor
 
 from ..backends import chunked
-from ..backends.protocol import FoldsRows
+from ..backends.protocol import Distills, FoldsRows
 from ..core import products
 from ..core.folds import FOLDS, Folded
+from ..core.mask import StripMask
 from ..core.numerics import rows_of, slices
-from ..core.problem import Fold, Problem
-from ..core.rows import fold_part, fold_places, fold_scalars, largest_finite, power_of_two, squared_distances
+from ..core.problem import Beside, Fold, Problem
+from ..core.rows import (
+    fold_part,
+    fold_places,
+    fold_scalars,
+    largest_finite,
+    power_of_two,
+    squared_distances,
+    teacher_sims,
+)
 from ..core.strips import Strip
 from .chunks import PAD
 from .gradients import Gradients
 from .inputs import Inputs
+from .inputs import part as of_chunk
 
 MASK_COLUMNS = 1024  # of a mask at a time: fp32 [1024, 1024] is 4 MiB
 DISTANCE_COLUMNS = 512  # distances in fp64 at a time: 4 MiB at 1024 rows, a few times
@@ -27,18 +37,24 @@ DISTANCE_COLUMNS = 512  # distances in fp64 at a time: 4 MiB at 1024 rows, a few
 def fold_chunk(
     inputs: Inputs, gradients: Gradients, chunk: slice, strips: list[Strip], workspace: Tensor, teacher: Tensor | None
 ) -> Folded:
-    """Returns the chunk's losses and adds their gradients. teacher: as the workspace, for a teacher's similarities."""
+    """Returns the chunk's losses and adds their gradients.
+
+    teacher: as the workspace, for a teacher's similarities, where torch folds them.
+    """
     problem, backend, fold, wanted = inputs.problem, inputs.backend, inputs.problem.fold, gradients.wants.any
     assert fold is not None
     places = fold_places(problem, PAD)
     row = workspace[: chunk.stop - chunk.start, : places[-1].stop]  # as the fold sees it
     outs = [row[:, place] for place in places]
-    room = None if teacher is None else teacher[: row.shape[0], : row.shape[1]]
-    part = fold_part(problem, chunk, room, places, _admitted(problem, chunk, strips, row, places))
-    if backend.can_fold(problem):
-        score = rows_of(inputs.prepared.score, chunk)
+    if backend.can_fold(problem) and fold.teachers:
+        folded = _distilled(inputs, gradients.gain, chunk, strips, outs[: len(strips)] if wanted else None)
+    elif backend.can_fold(problem):
+        part, score = fold_part(problem, chunk), rows_of(inputs.prepared.score, chunk)
         folded = cast(FoldsRows, backend).fold_rows(problem, strips[0], outs[0] if wanted else None, part, score)
     else:
+        room = None if teacher is None else teacher[: row.shape[0], : row.shape[1]]
+        admitted = _admitted(problem, chunk, strips, row, places)
+        part = fold_part(problem, chunk, teacher_sims(problem, chunk, room, places), admitted)
         distances = _values(inputs, fold, chunk, strips, outs)
         folded = FOLDS[fold.name].torch(row, part, fold_scalars(problem), fold.options, wanted)
     if not wanted:
@@ -47,12 +63,41 @@ def fold_chunk(
         if total is not None:
             total += terms
     if gradients.beside is not None:
-        gradients.beside[chunk] = outs[-1]
+        gradients.beside[chunk] = outs[-1] if folded.beside is None else folded.beside
     outs = outs[: len(strips)]
     if not backend.can_fold(problem):
         outs = _by_similarity(inputs, gradients, fold, chunk, strips, row, outs, distances)
     gradients.contract(chunk, outs)
     return folded
+
+
+def _distilled(
+    inputs: Inputs, gain: Tensor | None, chunk: slice, strips: list[Strip], outs: list[Tensor] | None
+) -> Folded:
+    """Both models' similarities in one tile. A mask, in which the target may compete, becomes one bool matrix."""
+    problem, fold = inputs.problem, inputs.problem.fold
+    assert fold is not None
+    masks = [None if strip.mask is None else StripMask(dense=_dense(strip)) for strip in strips]
+    strips = [strip._replace(mask=mask, target=None) for strip, mask in zip(strips, masks, strict=True)]
+    taught = [
+        strip._replace(x=rows_of(strip.x, chunk), row_factor=of_chunk(strip.row_factor, chunk))
+        for strip in inputs.taught
+    ]
+    beside = None
+    if fold.beside is not None:
+        beside = Beside(*(None if x is None else x[chunk] for x in fold.beside))  # type: ignore[arg-type]
+    part = fold_part(problem, chunk)
+    return cast(Distills, inputs.backend).distill_rows(problem, strips, taught, outs, part, beside, gain)
+
+
+def _dense(strip: Strip, out: Tensor | None = None) -> Tensor:
+    """Returns the columns that a mask admits, bool [R, N]."""
+    assert strip.mask is not None
+    size = (strip.x.shape[0], strip.y.shape[0])
+    out = torch.empty(size, dtype=torch.bool, device=strip.x.device) if out is None else out
+    for tile in slices(size[1], MASK_COLUMNS):
+        out[:, tile] = chunked.admitted(strip.mask, tile, strip.target)
+    return out
 
 
 def _admitted(
@@ -73,9 +118,8 @@ def _admitted(
         out = admitted[:, place]
         if strip.mask is None:
             out.fill_(True)
-            continue
-        for tile in slices(out.shape[1], MASK_COLUMNS):
-            out[:, tile] = chunked.admitted(strip.mask, tile, strip.target)
+        else:
+            _dense(strip, out)
     if fold.beside is not None:
         admitted[:, places[-1]] = True if beside is None else beside[chunk]
     return admitted

@@ -223,6 +223,8 @@ def _gain(inputs: Inputs, places: int) -> Tensor | None:
     largest = [one if f is None or not len(f) else largest_finite(f) for f in inputs.factors]
     factors = torch.stack([largest[block.query] * largest[block.key] for block in problem.blocks]).amax()
     weight = problem.weight.abs()
+    if problem.fold is not None:  # a distillation: of "mse", |2 q_j (d_j - sum q d)| <= 4
+        weight = weight * (4 * problem.scale.abs())
     if inputs.prepared.slope is not None:
         weight = weight * inputs.prepared.slope.abs().clamp_min(1)
     weight = largest_finite(weight) if problem.rows else one

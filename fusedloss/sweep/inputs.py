@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ..backends.protocol import Sweeps
+from ..backends.protocol import Distills, Sweeps
 from ..core import products, targets
 from ..core.mask import StripMask
 from ..core.numerics import rows_of, stats_dtype
@@ -56,6 +56,7 @@ class Inputs:
         self.target_sim = self.prepared.target_sim if by_scale else None
         self.onednn = self.chosen(self.given[0])
         self.admitted: Tensor | None = None  # [M], the numbers of the rows' negatives, if they are counted
+        self.taught = self._taught()
         self.by_scale: list[Tensor] = []  # terms of the scale's gradient that no primitive returns
         self.scores, self.sims = self._of_all_targets() if problem.bends else (self.prepared.score, self.target_sim)
 
@@ -78,6 +79,13 @@ class Inputs:
             cosine=problem.cosine,
             wants_target_sim=by_scale or any(b.mask.margin is not None for b in problem.blocks),
         )
+
+    def _taught(self) -> list[Strip]:
+        """Returns each block's strip of a teacher's similarities, for all rows, where the backend folds them."""
+        fold = self.problem.fold
+        if fold is None or not fold.teachers or not self.backend.can_fold(self.problem):
+            return []
+        return cast(Distills, self.backend).taught(self.problem)
 
     def _of_all_targets(self) -> tuple[Tensor, Tensor | None]:
         """Returns the logits of all targets `[M, P]`, and their similarities if the scale's gradient is wanted."""

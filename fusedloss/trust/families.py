@@ -26,6 +26,8 @@ from ..core.problem import Problem
 from ..core.rows import tf32
 
 FOLDS = tuple(name for name, fold in folds.FOLDS.items() if fold.sums != folds.ROW)  # of sums in the tile
+# csrc/ folds one matrix a tile: there the similarities are folded in torch.
+TRITON_ONLY = tuple(f"fold:{name}" for name in FOLDS if folds.FOLDS[name].sums == folds.TEACHER)
 _KERNELS = [name for name in EPILOGUES if not name.startswith(("prefixes", "half", "fold:"))]  # of both backends
 SWEEP = (*_KERNELS, *OPTIONS, *(f"fold:{name}" for name in FOLDS))
 ROWWISE = ("classes", "pair_logits", "pairs", "lists", "pointwise")
@@ -48,21 +50,28 @@ def precision(dtype: torch.dtype) -> str | None:
 def of_backend(backend: str, precision: str | None = None) -> tuple[str, ...]:
     """Returns the families of "cuda" or "triton"; with a precision, those that are ever launched in it.
 
-    fp16 stores no exponentials, and is folded in torch, because a fold's derivatives may be below its range.
+    fp16 stores no exponentials, and is folded in torch, because a fold's derivatives may be below its range. Only
+    those of a distillation are known to be in it.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; no other has kernels")
-    known = SWEEP
+    known = on(backend, SWEEP)
     if precision == "fp16":
-        known = tuple(name for name in known if name not in ("exp", "stored") and not name.startswith("fold:"))
+        lacks = {"exp", "stored", *(f"fold:{name}" for name in FOLDS)} - set(TRITON_ONLY)
+        known = tuple(name for name in known if name not in lacks)
     return (*known, *(ROWWISE if backend == "triton" else ()))
+
+
+def on(backend: str, families: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns those of the families that a backend has."""
+    return families if backend == "triton" else tuple(name for name in families if name not in TRITON_ONLY)
 
 
 def of_problem(problem: Problem) -> tuple[str, ...]:
     """Returns the families that a forward and a backward of `problem` may launch, in the precision of its operands.
 
-    Never too few: wanted gradients are not known here, nor whether a row's columns come from several ranks. Guides may
-    be of another dtype: see `guide_dtypes`.
+    Never too few: wanted gradients are not known here, nor whether a row's columns come from several ranks. `on` leaves
+    out those that a backend lacks. Guides may be of another dtype: see `guide_dtypes`.
     """
     return of_flags(flags(problem))
 
@@ -118,7 +127,9 @@ def _found(
     taken = {"rows"}
     if fold is not None:
         name, distance = fold
-        if name in FOLDS and not distance and not fp16:
+        if f"fold:{name}" in TRITON_ONLY and not distance:  # where `cuda` takes the similarities
+            taken |= {f"fold:{name}", "stats", "similarities"}
+        elif name in FOLDS and not distance and not fp16:
             taken.add(f"fold:{name}")
         elif distance in ("", "cosine"):  # other distances are computed in torch
             taken.add("similarities")

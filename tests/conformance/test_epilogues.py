@@ -102,7 +102,6 @@ def _tally(backend: Any, name: str, strip: Strip) -> None:
 FOLDS = sweeps._FOLDS | {
     "batch_all": {"options": (0.5,), "labels": True, "same": True, "kind": "lattice"},
     "semi_hard": {"options": (0.5,), "labels": True, "same": True},
-    **{name: {"scale": 20.0, "teacher": True, "cosine": True} for name in ("distill", "distill_ce", "distill_mse")},
 }
 
 
@@ -116,7 +115,8 @@ def test_every_row_has_a_case():
 def test_every_primitive_has_a_row():
     """A method of the protocols that takes more than the problem computes something; the others are questions."""
     found = set()
-    for kind in (protocol.Rows, protocol.Sweeps, protocol.Stores, protocol.FoldsRows, protocol.Halves, protocol.Admits):
+    kinds = (protocol.Rows, protocol.Sweeps, protocol.Stores, protocol.FoldsRows, protocol.Distills)
+    for kind in (*kinds, protocol.Halves, protocol.Admits):
         for name, method in vars(kind).items():
             if not name.startswith("_") and list(inspect.signature(method).parameters) != ["self", "problem"]:
                 found.add(name)

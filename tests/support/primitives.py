@@ -53,7 +53,7 @@ def elements(module: Any, monkeypatch) -> dict[str, int]:
 def record(backend: str, monkeypatch) -> set[str]:
     """The families, as they are asked for from now on."""
     module, found = BACKENDS[backend], set()
-    for name in (*PLAIN, "grad_rows", "fold_rows"):
+    for name in (*PLAIN, "grad_rows", "fold_rows", "distill_rows"):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, _recorded(name, getattr(module, name), found))
     if backend == "triton":
@@ -79,7 +79,7 @@ def _families(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[s
     strips, found = _strips(given), set()
     if name in PLAIN:
         found.add(PLAIN[name])
-    elif name == "fold_rows":
+    elif name in ("fold_rows", "distill_rows"):
         found.add(f"fold:{args[0].fold.name}")
     else:
         _, _, _, columns, *rest = args

@@ -79,8 +79,8 @@ def test_a_guide_of_another_dtype_is_named():
 
 def test_families_of_backends():
     cuda, triton = families.of_backend("cuda"), families.of_backend("triton")
-    assert set(cuda) == set(families.SWEEP)
-    assert set(triton) - set(cuda) == set(families.ROWWISE)
+    assert set(cuda) == set(families.SWEEP) - set(families.TRITON_ONLY)
+    assert set(triton) - set(cuda) == {*families.ROWWISE, *families.TRITON_ONLY}
     assert not set(cuda) - set(triton)
     for backend in families.BACKENDS:
         assert not {"exp", "stored", "fold:circle"} & set(families.of_backend(backend, "fp16"))
@@ -89,7 +89,7 @@ def test_families_of_backends():
 
 
 def test_the_folds_are_those_of_the_backends():
-    assert set(families.FOLDS) == set(folds.FOLDS)
+    assert {*folds.FOLDS, "distill", "distill_ce", "distill_mse"} == set(families.FOLDS)
 
 
 @pytest.mark.parametrize(

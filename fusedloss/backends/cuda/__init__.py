@@ -13,9 +13,8 @@ from ...core.numerics import cdiv
 from ...core.problem import Problem
 from ...core.rows import guide_threshold
 from ...core.strips import RowSums, Softmax, Strip, Tally
+from .. import folds as in_tile
 from ..folds import can_fold as can_fold
-from ..folds import workspace_copies as workspace_copies
-from ..folds import workspace_dtype as workspace_dtype
 from ..shared import NO_FACTOR, SEVERAL_TARGETS, exp_shift
 from ..shared import can_exp as can_exp
 from ..shared import can_halve_rows as can_halve_rows
@@ -70,6 +69,14 @@ def _why_not_mask(mask: Mask) -> str | None:
 
 def takes_units(problem: Problem) -> bool:
     return False  # factors act on the accumulator
+
+
+def workspace_copies(problem: Problem) -> float:
+    return in_tile.workspace_copies(problem, can_fold(problem))
+
+
+def workspace_dtype(problem: Problem) -> torch.dtype:
+    return in_tile.workspace_dtype(problem, can_fold(problem))
 
 
 def can_halve(problem: Problem) -> bool:

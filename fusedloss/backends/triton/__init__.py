@@ -6,7 +6,7 @@ Triton is imported on first use: the package works without it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +17,11 @@ from ...core import products
 from ...core.folds import Folded, Part
 from ...core.mask import GuideRule, StripMask
 from ...core.numerics import cdiv
-from ...core.problem import Problem
+from ...core.problem import Beside, Problem
 from ...core.rows import guide_threshold
 from ...core.strips import RowSums, Softmax, Strip, Tally
 from ...core.waves import wave_columns
-from .. import folds
-from ..folds import can_fold as can_fold
-from ..folds import workspace_copies as workspace_copies
-from ..folds import workspace_dtype as workspace_dtype
+from .. import distill, folds
 from ..shared import NO_FACTOR, SEVERAL_TARGETS, can_exp, exp_shift
 from ..shared import can_halve_rows as can_halve_rows
 from .launching import (
@@ -74,6 +71,20 @@ def takes_units(problem: Problem) -> bool:
 
 def can_halve(problem: Problem) -> bool:
     return False  # no kernel keeps square tiles
+
+
+def can_fold(problem: Problem) -> bool:
+    return folds.can_fold(problem) or distill.can_distill(problem)
+
+
+def workspace_copies(problem: Problem) -> float:
+    if distill.can_distill(problem):
+        return distill.workspace_copies(problem)
+    return folds.workspace_copies(problem, can_fold(problem))
+
+
+def workspace_dtype(problem: Problem) -> torch.dtype:
+    return folds.workspace_dtype(problem, can_fold(problem))
 
 
 can_store = can_exp
@@ -156,6 +167,55 @@ class _Fold:
 
 def fold_rows(problem: Problem, strip: Strip, out: Tensor | None, part: Part, score: Tensor) -> Folded:
     return folds.fold_rows(folds.Kernels(_Fold, merge), problem, strip, out, part, score)
+
+
+def taught(problem: Problem) -> list[Strip]:
+    """Returns a teacher's strips of all rows, in fp32 where no kernel takes its dtype."""
+    fold = problem.fold
+    assert fold is not None and fold.teacher_scale is not None
+
+    def of(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        x = operand(x if why_not_on(x.dtype, x.device) is None else x.to(problem.scale.dtype))
+        return x, inverse_norms(x) if fold.teacher_cosine else None
+
+    strips = []
+    for teacher in fold.teachers:
+        (x, row_factor), (y, col_factor) = of(teacher.query), of(teacher.key)
+        strips.append(Strip(x, y, fold.teacher_scale, row_factor, col_factor, None, None))
+    return strips
+
+
+def distill_rows(
+    problem: Problem,
+    strips: list[Strip],
+    taught: list[Strip],
+    outs: Sequence[Tensor] | None,
+    part: Part,
+    beside: Beside | None = None,
+    gain: Tensor | None = None,
+) -> Folded:
+    kernels = distill.Kernels(stats_rows, merge, _both)
+    return distill.distill_rows(kernels, problem, strips, taught, outs, part, beside, gain)
+
+
+def _both(strip: Strip, other: Strip, out: Tensor | None, rows: distill.Rows) -> tuple[Tensor, Tensor]:
+    config = config_of(strip, _mode("distill", strip, None))
+    if strip.x.dtype != other.x.dtype:
+        config = config._replace(GEMM="library", SUBTILES=1)  # which multiplies each in its own dtype
+    loss, q = _row_table(strip, config), _row_table(strip, config)
+    student, teacher = (
+        _distill().Model(_slope(some), side.shift, side.inverse, some.col_factor)
+        for some, side in ((strip, rows.student), (other, rows.teacher))
+    )
+    args = _distill().DistillArgs(student, teacher, loss, q, None if out is None else rows.weight, rows.mean)
+    multiply = _panels_of_both if config.GEMM == "library" else _tiles_of_both
+    multiply(strip, other, out, args, rows.form, config)
+    return loss, q
+
+
+def _slope(strip: Strip) -> Tensor:
+    rows = strip.scale.expand(strip.x.shape[0]) if strip.row_factor is None else strip.scale * strip.row_factor
+    return rows.contiguous()
 
 
 def similarities(strip: Strip, out: Tensor) -> None:
@@ -350,6 +410,76 @@ def _panels(epilogue: Callable[..., None], strip: Strip, out: Tensor | None, arg
         )
 
 
+def _tiles_of_both(strip: Strip, other: Strip, out: Tensor | None, args: tuple, form: str, config: Config) -> None:
+    matrices = (strip.x, strip.y, other.x, other.y)
+    (M, N), D, T = (len(strip.x), len(strip.y)), *(min(whole(s.x), whole(s.y)) for s in (strip, other))
+    tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
+    if not tiles:
+        return
+    descriptors, precision = config.GEMM == "descriptors", precision_of(strip.x.dtype, strip.x.device)
+    given: Any = (*matrices, out)
+    if descriptors:
+        blocks = (config.BLOCK_M, config.BLOCK_N) * 2
+        given = [
+            descriptor(x, block, config.BLOCK_D, precision == "tf32") for x, block in zip(matrices, blocks, strict=True)
+        ]
+        given.append(None if out is None else descriptor(out, config.BLOCK_M, config.BLOCK_N // config.SUBTILES))
+    strides = [x.stride(0) for x in matrices]
+    launch(
+        _distill().distill_kernel,
+        (min(tiles, config.programs * multiprocessors(strip.x.device)),),
+        strip.x.device,
+        *given,
+        _mask_args(strip),
+        args,
+        M,
+        N,
+        D,
+        T,
+        *strides,
+        0 if out is None else out.stride(0),
+        FORM=form,
+        INPUT_PRECISION=precision,
+        DESCRIPTORS=descriptors,
+        WIDE=16 if descriptors else divisor(D, *strides[:2]),
+        TEACHER_WIDE=16 if descriptors else divisor(T, *strides[2:]),
+        OUT_WIDE=0 if descriptors else out_wide(out),
+        **config.options(),
+    )
+
+
+def _panels_of_both(strip: Strip, other: Strip, out: Tensor | None, args: tuple, form: str, config: Config) -> None:
+    """As `_panels`, with a panel of each model."""
+    M, N, step = len(strip.x), len(strip.y), config.BLOCK_N
+    width = max(step, _panel_columns(strip, config) // 2 // step * step)  # both fit
+    panels = strip.scale.new_empty((2, M, min(width, cdiv(N, 4) * 4)))
+    for start in range(0, N if M else 0, width):
+        columns = min(width, N - start)
+        for panel, some in zip(panels[..., :columns], (strip, other), strict=True):
+            _multiply(panel, some.x, some.y[start : start + columns])
+        if columns % 4:
+            panels[..., columns : cdiv(columns, 4) * 4] = 0
+        launch(
+            _distill().distill_panel_kernel,
+            (cdiv(M, config.BLOCK_M), cdiv(columns, step)),
+            strip.x.device,
+            *panels[..., :columns],
+            out,
+            _mask_args(strip),
+            args,
+            M,
+            N,
+            panels.stride(1),
+            0 if out is None else out.stride(0),
+            start // step,
+            FORM=form,
+            OUT_WIDE=out_wide(out),
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=step,
+            num_warps=config.num_warps,
+        )
+
+
 def _panel_columns(strip: Strip, config: Config) -> int:
     """Returns a panel's columns: whole tiles, and whole waves of the vendor's GEMM."""
     rows = max(1, strip.x.shape[0])
@@ -434,6 +564,13 @@ def _folds() -> ModuleType:
     from ...kernels import folds
 
     return folds
+
+
+@functools.cache
+def _distill() -> ModuleType:
+    from ...kernels import distill
+
+    return distill
 
 
 @functools.cache

@@ -68,10 +68,12 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
         return Config("library", 32, 256, 32)
     if capability == ELSEWHERE:
         # Fits the 64 KiB of a workgroup on gfx942 and gfx1100, and gfx1100's 256 registers.
-        small = few or "masked" in mode or mode == "guide"
+        small = few or "masked" in mode or mode == "guide" or mode.startswith("distill")
         return Config("pointers", 64 if small else 128, 64, 32, num_stages=2)
     narrow = dtype in ("bf16", "fp16")
     BLOCK_D = 64 if narrow else 32  # one 128-byte line of each row
+    if mode.startswith("distill"):
+        return _pick_distill(few, D, BLOCK_D, capability[0])
     if capability[0] in (9, 10):
         # Of sizes that are no multiples of 16 a tile of 64 columns spills up to 544 bytes on sm_100.
         columns = 32 if capability[0] == 10 and mode in ("grad, columns, q", *WIDE_FOLDS) else 64
@@ -97,6 +99,19 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
         return Config("pointers", 128, 64, BLOCK_D)
     # 96 KiB of shared memory: within sm_120's 99.
     return Config("pointers", 128, 128, BLOCK_D, SUBTILES=2)
+
+
+def _pick_distill(few: bool, D: int, BLOCK_D: int, major: int) -> Config:
+    """Two accumulators are alive at once: of 128 x 128 they take 128 registers of a thread's 255."""
+    if major in (9, 10):
+        if few:
+            return Config("descriptors", 64, 64, BLOCK_D, num_warps=4, num_stages=4)
+        if D >= LIBRARY_D:
+            return Config("library", 32, 256, BLOCK_D)
+        if major == 10:
+            return Config("descriptors", 128, 64, BLOCK_D, num_stages=4)
+        return Config("descriptors", 128, 128, BLOCK_D, SUBTILES=2, num_stages=4)
+    return Config("pointers", 64 if few else 128, 64, BLOCK_D, num_warps=4 if few else 8)
 
 
 def pick_rows(kernel: str, *, interpreted: bool) -> dict[str, int]:
