@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .masks import admitted
 from .similarity import DESCRIPTOR, PANEL_WIDE, place, product
 from .softmax import exponential
 from .vectors import up
@@ -53,7 +52,7 @@ def distill_kernel(
     U,
     V,
     Out,  # [M, N]: likewise BLOCK_M x BLOCK_N / SUBTILES; None where nothing is stored
-    masks,  # MaskArgs or None
+    Admit,  # uint8 [M, N], 0: left out; rows end in zeros up to a multiple of 16; or None
     args,  # DistillArgs
     M,
     N,
@@ -64,6 +63,7 @@ def distill_kernel(
     stride_um,
     stride_vn,
     stride_om,
+    stride_am,
     FORM: tl.constexpr,  # "distill", "distill_ce" or "distill_mse"
     INPUT_PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -89,17 +89,18 @@ def distill_kernel(
         )  # fmt: skip
         if SUBTILES == 1:
             _distill(
-                sim, taught, Out, masks, args, M, N, stride_om, pid_m, pid_n, FORM, OUT_WIDE, BLOCK_M, BLOCK_N
+                sim, taught, Out, Admit, args, M, N, stride_om, stride_am,
+                pid_m, pid_n, FORM, OUT_WIDE, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         else:
             left, right = _halves(sim, BLOCK_M, BLOCK_N)
             taught_left, taught_right = _halves(taught, BLOCK_M, BLOCK_N)
             _distill(
-                left, taught_left, Out, masks, args, M, N, stride_om,
+                left, taught_left, Out, Admit, args, M, N, stride_om, stride_am,
                 pid_m, pid_n * 2, FORM, OUT_WIDE, BLOCK_M, BLOCK_N // 2,
             )  # fmt: skip
             _distill(
-                right, taught_right, Out, masks, args, M, N, stride_om,
+                right, taught_right, Out, Admit, args, M, N, stride_om, stride_am,
                 pid_m, pid_n * 2 + 1, FORM, OUT_WIDE, BLOCK_M, BLOCK_N // 2,
             )  # fmt: skip
 
@@ -109,12 +110,13 @@ def distill_panel_kernel(
     Sim,  # [M, columns of the panel] fp32
     Taught,  # likewise, the teacher's
     Out,
-    masks,
+    Admit,
     args,
     M,
     N,
     stride_sm,  # of both
     stride_om,
+    stride_am,
     first_tile,  # the panels' first column is first_tile * BLOCK_N
     FORM: tl.constexpr,
     OUT_WIDE: tl.constexpr,
@@ -128,7 +130,7 @@ def distill_panel_kernel(
     at = offs_m[:, None] * up(stride_sm, PANEL_WIDE) + offs_n[None, :]
     sim, taught = tl.load(Sim + at, mask=there, other=0.0), tl.load(Taught + at, mask=there, other=0.0)
     _distill(
-        sim, taught, Out, masks, args, M, N, stride_om,
+        sim, taught, Out, Admit, args, M, N, stride_om, stride_am,
         pid_m, first_tile + tl.program_id(1), FORM, OUT_WIDE, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -149,7 +151,7 @@ def _exponents(u, admit, model, offs_m, mask_m):
 
 @triton.jit
 def _distill(
-    u, taught, Out, masks, args, M, N, stride_om, pid_m, pid_n,
+    u, taught, Out, Admit, args, M, N, stride_om, stride_am, pid_m, pid_n,
     FORM: tl.constexpr, OUT_WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Folds both accumulators."""
@@ -162,8 +164,10 @@ def _distill(
     if teacher.ColFactor is not None:
         taught *= tl.load(teacher.ColFactor + offs_n, mask=mask_n, other=0.0)[None, :]
     admit = mask_n[None, :]
-    if masks is not None:
-        admit = admitted(u, mask_m, mask_n, offs_m, offs_n, pid_n, N, masks, BLOCK_N)
+    if Admit is not None:
+        there = mask_m[:, None] & (offs_n < tl.cdiv(N, 16) * 16)[None, :]  # which needs no test of a single column
+        at = offs_m[:, None] * (stride_am // 16 * 16) + offs_n[None, :]
+        admit = tl.load(Admit + at, mask=there, other=0) != 0
         u = tl.where(admit, u, 0.0)  # its derivative is 0, and it may be NaN
     b, p = _exponents(taught, admit, teacher, offs_m, mask_m)
     a, q = _exponents(u, admit, student, offs_m, mask_m)

@@ -198,7 +198,7 @@ def similarities(mode: str, dtype: torch.dtype, size: int, dim: int, plain: bool
         case "store", _:
             backend.similarities(strip, empty(size, size))
         case ("distill" | "distill_ce" | "distill_mse") as form, _:
-            mask = StripMask(dense=empty(size, size, kind=torch.bool)) if "masked" in mode else None
+            mask = StripMask(dense=workspace(size, torch.bool)) if "masked" in mode else None
             strip, side = strip._replace(bias=None, target=None, mask=mask), distill.Side(empty(), *[vector] * 3)
             sums = "sums" in mode
             mean = vector if form == "distill_mse" and not sums else None

@@ -210,7 +210,10 @@ class Distills(FoldsRows, Protocol):
         beside: Beside | None = None,
         gain: Tensor | None = None,
     ) -> Folded:
-        """Writes the gradient times the gain, if `outs`, and returns that by the rows' own columns."""
+        """Writes the gradient times the gain, if `outs`, and returns that by the rows' own columns.
+
+        Strips have no target. A mask is one bool matrix, whose rows end in False up to a multiple of 16 columns.
+        """
 
 
 class Halves(Sweeps, Protocol):

@@ -13,7 +13,7 @@ from ..backends.protocol import Distills, FoldsRows
 from ..core import products
 from ..core.folds import FOLDS, Folded
 from ..core.mask import StripMask
-from ..core.numerics import rows_of, slices
+from ..core.numerics import cdiv, rows_of, slices
 from ..core.problem import Beside, Fold, Problem
 from ..core.rows import (
     fold_part,
@@ -91,11 +91,14 @@ def _distilled(
 
 
 def _dense(strip: Strip, out: Tensor | None = None) -> Tensor:
-    """Returns the columns that a mask admits, bool [R, N]."""
+    """Returns the columns that a mask admits, bool [R, N]; new rows end in False up to a multiple of PAD."""
     assert strip.mask is not None
-    size = (strip.x.shape[0], strip.y.shape[0])
-    out = torch.empty(size, dtype=torch.bool, device=strip.x.device) if out is None else out
-    for tile in slices(size[1], MASK_COLUMNS):
+    rows, columns = strip.x.shape[0], strip.y.shape[0]
+    if out is None:
+        room = torch.empty((rows, cdiv(columns, PAD) * PAD), dtype=torch.bool, device=strip.x.device)
+        room[:, columns:] = False
+        out = room[:, :columns]
+    for tile in slices(columns, MASK_COLUMNS):
         out[:, tile] = chunked.admitted(strip.mask, tile, strip.target)
     return out
 

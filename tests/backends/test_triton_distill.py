@@ -19,8 +19,8 @@ from fusedloss.core.problem import Block, Fold, Problem
 
 FORMS = ("kl", "ce", "mse")
 SHAPES = {  # M, N, D, T
-    "all edges ragged": (40, 70, 33, 17),
-    "full tiles": (32, 64, 16, 48),
+    "all edges ragged": (20, 37, 17, 9),
+    "full tiles": (16, 64, 16, 32),
     "one row": (1, 33, 17, 5),
     "one column": (20, 1, 8, 3),
     "one feature": (17, 40, 1, 1),
@@ -85,8 +85,7 @@ def check(
         assert testing.budget_share(one, other, right, kind, moves) <= 1, name
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("way", TILES)
+@pytest.mark.parametrize(("way", "form"), [*((way, "kl") for way in TILES), ("pointers", "ce"), ("library", "mse")])
 def test_every_way_to_multiply(monkeypatch, way, form):
     check(monkeypatch, SHAPES["all edges ragged"], way, torch.float32, form, True, "ids")
 
@@ -144,12 +143,11 @@ class Largest(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("mask", [None, masks.not_self()])
-@pytest.mark.parametrize("form", ["kl", "mse"])
+@pytest.mark.parametrize(("form", "mask"), [("kl", masks.not_self()), ("mse", None)])
 def test_nothing_grows_with_the_matrix(form, mask):
-    """Neither matrix is stored: of 256 x 256 numbers, 256 KiB, a chunk of 32 KiB, masks among them."""
-    x, y, u, v = (torch.randn(256, 4) for _ in range(4))
-    budget = 1 << 15
+    """Neither matrix is stored: of 128 x 128 numbers, 64 KiB, a chunk of 16 KiB, masks among them."""
+    x, y, u, v = (torch.randn(128, 4) for _ in range(4))
+    budget = 1 << 14
     with Largest() as largest:
         loss = fusedloss.info_nce_distill(
             x.requires_grad_(), y, u, v, form=form, mask=mask, workspace_bytes=budget, backend="triton"

@@ -213,6 +213,10 @@ def _both(strip: Strip, other: Strip, out: Tensor | None, rows: distill.Rows) ->
     return loss, q
 
 
+def _admit(strip: Strip) -> Tensor | None:
+    return None if strip.mask is None or strip.mask.dense is None else strip.mask.dense.view(torch.uint8)
+
+
 def _slope(strip: Strip) -> Tensor:
     rows = strip.scale.expand(strip.x.shape[0]) if strip.row_factor is None else strip.scale * strip.row_factor
     return rows.contiguous()
@@ -411,7 +415,7 @@ def _panels(epilogue: Callable[..., None], strip: Strip, out: Tensor | None, arg
 
 
 def _tiles_of_both(strip: Strip, other: Strip, out: Tensor | None, args: tuple, form: str, config: Config) -> None:
-    matrices = (strip.x, strip.y, other.x, other.y)
+    matrices, admit = (strip.x, strip.y, other.x, other.y), _admit(strip)
     (M, N), D, T = (len(strip.x), len(strip.y)), *(min(whole(s.x), whole(s.y)) for s in (strip, other))
     tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
     if not tiles:
@@ -430,7 +434,7 @@ def _tiles_of_both(strip: Strip, other: Strip, out: Tensor | None, args: tuple, 
         (min(tiles, config.programs * multiprocessors(strip.x.device)),),
         strip.x.device,
         *given,
-        _mask_args(strip),
+        admit,
         args,
         M,
         N,
@@ -438,6 +442,7 @@ def _tiles_of_both(strip: Strip, other: Strip, out: Tensor | None, args: tuple, 
         T,
         *strides,
         0 if out is None else out.stride(0),
+        0 if admit is None else admit.stride(0),
         FORM=form,
         INPUT_PRECISION=precision,
         DESCRIPTORS=descriptors,
@@ -450,7 +455,7 @@ def _tiles_of_both(strip: Strip, other: Strip, out: Tensor | None, args: tuple, 
 
 def _panels_of_both(strip: Strip, other: Strip, out: Tensor | None, args: tuple, form: str, config: Config) -> None:
     """As `_panels`, with a panel of each model."""
-    M, N, step = len(strip.x), len(strip.y), config.BLOCK_N
+    M, N, step, admit = len(strip.x), len(strip.y), config.BLOCK_N, _admit(strip)
     width = max(step, _panel_columns(strip, config) // 2 // step * step)  # both fit
     panels = strip.scale.new_empty((2, M, min(width, cdiv(N, 4) * 4)))
     for start in range(0, N if M else 0, width):
@@ -465,12 +470,13 @@ def _panels_of_both(strip: Strip, other: Strip, out: Tensor | None, args: tuple,
             strip.x.device,
             *panels[..., :columns],
             out,
-            _mask_args(strip),
+            admit,
             args,
             M,
             N,
             panels.stride(1),
             0 if out is None else out.stride(0),
+            0 if admit is None else admit.stride(0),
             start // step,
             FORM=form,
             OUT_WIDE=out_wide(out),
