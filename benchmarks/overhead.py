@@ -131,11 +131,13 @@ def launches(call: Callable[[], Any]) -> list[Callable[[], Any]]:
         fields_of_structs.append(fields)
         return struct(name, **fields)
 
-    struct = cuda_launching.struct
+    struct, again = cuda_launching.struct, triton.compiler.CompiledKernel.__getitem__
     places = [(triton.JITFunction, "run"), (sweep.gradients, "mm"), (sweep.gradients, "add_mm")]
     with contextlib.ExitStack() as patches:
         for owner, name in places:
             patches.enter_context(mock.patch.object(owner, name, recorded(getattr(owner, name))))
+        launcher = lambda compiled, grid: recorded(again(compiled, grid))
+        patches.enter_context(mock.patch.object(triton.compiler.CompiledKernel, "__getitem__", launcher))
         if cuda.build_info() is not None:
             extension = _launching(cuda_launching.extension(), recorded)
             patches.enter_context(mock.patch.object(cuda_launching, "extension", lambda: extension))

@@ -2,7 +2,8 @@
 
     python tests/launch/walk.py 90 '[["clip", "bfloat16", 300, 72, "as made"], ...]' [front end only]
 
-Writes what failed, how often each kernel was launched, and how many variants of it each loss needed, as JSON on stdout.
+Writes what failed, how often each kernel was launched, how many of the launches took the kernel of an earlier one, and
+how many variants of it each loss needed, as JSON on stdout.
 tests/backends/test_triton_launch.py starts it.
 """
 
@@ -30,6 +31,7 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
 
+from fusedloss.backends.triton import launching  # noqa: E402
 from fusedloss.losses import _twin  # noqa: E402
 
 _twin.PLAIN += (FakeTensor,)  # subclasses are left to torch; this one stands in for a GPU's tensors
@@ -42,16 +44,32 @@ class Kernels:
         self.asked: list[str] = []
         self.loss = ""
         self.variants: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        self.again = 0
         self._known: set[Any] = set()
-        run = triton.JITFunction.run
+        options_of: dict[Any, dict[str, Any]] = {}  # those that are no parameters, by what they compiled
+        run, launcher = triton.JITFunction.run, triton.compiler.CompiledKernel.__getitem__
 
         def asked(kernel: Any, *arguments: Any, **options: Any) -> Any:
             self.asked.append(kernel.fn.__name__)
             self._known.add(kernel)
             assert options["enable_fp_fusion"] is True, "launched around backends/triton.py's launch"
-            return run(kernel, *arguments, **options)
+            compiled = run(kernel, *arguments, **options)
+            parameters = ("grid", "warmup", *kernel.arg_names)
+            options_of[compiled] = {name: value for name, value in options.items() if name not in parameters}
+            return compiled
 
-        triton.JITFunction.run = asked
+        def asked_again(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*arguments: Any) -> None:
+                kernel = compiled.src.fn
+                self.asked.append(kernel.fn.__name__)
+                self.again += 1
+                taken = run(kernel, *arguments, grid=grid, warmup=True, **options_of[compiled])
+                assert taken is compiled, "Triton would have compiled another kernel for these arguments"
+                launcher(compiled, grid)(*arguments)
+
+            return launch
+
+        triton.JITFunction.run, triton.compiler.CompiledKernel.__getitem__ = asked, asked_again
         triton.knobs.runtime.jit_post_compile_hook = self._compiled
 
     def _compiled(self, *, key: str, fn: Any, **_: Any) -> None:
@@ -61,6 +79,7 @@ class Kernels:
         """Counts what the loss needs as if it were the first."""
         if loss != self.loss:
             self.loss = loss
+            launching._compiled.clear()
             for kernel in self._known:
                 kernel.device_caches.clear()
 
@@ -137,7 +156,8 @@ def main() -> None:
         print(f"{where}: {error or 'ok'} ({time.process_time() - start:.2f} s)", file=sys.stderr, flush=True)
         if error:
             failed.append(f"{where}, {error}")
-    json.dump({"failed": failed, "launches": launched, "variants": kernels.variants}, sys.stdout)
+    found = {"failed": failed, "launches": launched, "again": kernels.again, "variants": kernels.variants}
+    json.dump(found, sys.stdout)
 
 
 main()
