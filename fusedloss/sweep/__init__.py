@@ -3,8 +3,8 @@
     for each row chunk:   z tile -> exp or dz in the workspace       (a backend's primitive)
                           dx[chunk] = W @ y,   dy += W.T @ x[chunk]   (torch.mm, fp32 accumulation)
 
-No tensor here grows with M x N. The results are gradients of the *sum* of the weighted losses; the caller multiplies by
-upstream / denominator in fp32.
+No tensor here grows with M x N. The results are gradients of the *sum* of the weighted losses, times a number; the
+caller multiplies by upstream.
 """
 
 from __future__ import annotations
@@ -37,31 +37,34 @@ __all__ = ["Elsewhere", "Partial", "Result", "Wants", "run", "top_rows", "worksp
 
 
 @torch.no_grad()
-def run(problem: Problem, backend: Sweeps, wants: Wants) -> Result:
-    """Runs the sweep: the weighted losses and the gradients of their sum."""
+def run(problem: Problem, backend: Sweeps, wants: Wants, share: float = 1.0) -> Result:
+    """Runs the sweep: the weighted losses, and the gradients of `share` times their sum."""
     once = _prefixed if problem.prefixes else _swept
     if not autocasting(problem.operands[0]):
-        return once(problem, backend, wants)
+        return once(problem, backend, wants, share)
     with torch.autocast(problem.device.type, enabled=False):
-        return once(problem, backend, wants)
+        return once(problem, backend, wants, share)
 
 
-def _swept(problem: Problem, backend: Sweeps, wants: Wants) -> Result:
+def _swept(problem: Problem, backend: Sweeps, wants: Wants, share: float) -> Result:
     half = halved(problem, backend)
     if half is None:
-        return _Sweep(problem, backend, wants).run()
+        return _Sweep(problem, backend, wants, share=share).run()
     if half.fold is None:
-        return _Sweep(half, backend, wants, half=True).run()
+        return _Sweep(half, backend, wants, half=True, share=share).run()
     half, order = ordered(half)
-    return disordered(_Sweep(half, backend, wants, half=True).run(), order)
+    return disordered(_Sweep(half, backend, wants, half=True, share=share).run(), order)
 
 
-def _prefixed(problem: Problem, backend: Sweeps, wants: Wants) -> Result:
+def _prefixed(problem: Problem, backend: Sweeps, wants: Wants, share: float) -> Result:
     """Runs all prefixes from one similarity product: `prefixes.py`, which walks the same chunks."""
     chunk = chunks.prefix_rows(problem) if wants.any else chunks.stats_rows(problem.device)
     admit = Admission(Inputs(problem, backend, False)).admitted if problem.masked else None
     found = sweep_prefixes(problem, wants, chunk, admit)
     kept = saved_dtype(problem.dtype)
+    for gradient in (*found.gradients, found.scale, *found.biases) if share != 1.0 else ():
+        if gradient is not None:
+            gradient.mul_(share)
     gradients = tuple(None if g is None else g.to(kept) for g in found.gradients)
     return Result(found.losses, gradients, found.scale, found.biases, (), [])
 
@@ -96,8 +99,9 @@ class _Sweep:
         elsewhere: Elsewhere | None = None,
         into: Mapping[int, Tensor] | None = None,
         half: bool = False,
+        share: float = 1.0,
     ):
-        """into: see `Gradients`. half: whether `halved` has returned the problem."""
+        """into, share: see `Gradients`. half: whether `halved` has returned the problem."""
         self.half = half
         self.problem, self.backend, self.wants = problem, backend, wants
         self.inputs = Inputs(problem, backend, wants.scale, elsewhere, wants.any)
@@ -107,7 +111,7 @@ class _Sweep:
         self.tally = Tally.empty(problem.rows, problem.weight) if counts else None
         self.smoothing = Smoothing(self.inputs) if problem.label_smoothing and not self.by_row_smoothing else None
         self.inputs.admitted = None if self.tally is None else self.tally.admitted
-        self.gradients = Gradients(self.inputs, wants, into, half)
+        self.gradients = Gradients(self.inputs, wants, into, half, share)
 
     def run(self) -> Result:
         problem = self.problem
@@ -141,6 +145,7 @@ class _Sweep:
             if self.smoothing is not None:
                 self.smoothing.add_to(gradients)
             operands = gradients.finished()
+            gradients.share_others()
         narrowed = [None if g is None else g.to(self.inputs.dtype) for g in (gradients.scale, *gradients.scalars)]
         scalars = narrowed[1:]
         if self.problem.fold is not None and self.problem.fold.beside is not None:

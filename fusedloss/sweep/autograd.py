@@ -32,7 +32,7 @@ class How(NamedTuple):
 
     backend: str
     per_row: bool  # return [M] weighted losses instead of their sum
-    share: float = 1.0  # factor of the sum, for `dense`: 1 / M for the mean of M rows
+    share: float = 1.0  # factor of the sum: 1 / M for the mean of M rows
 
 
 def loss_rows_or_sum(problem: Problem, backend: str, per_row: bool, share: float = 1.0) -> tuple[Tensor, list[Tensor]]:
@@ -74,9 +74,11 @@ def loss_mean(problem: Problem, backend: str, count: Tensor | int) -> tuple[Tens
     """The sum of the weighted losses over `count`, and what the sweep counted.
 
     Gradients that the forward keeps in bf16 are divided before they are rounded. Divided afterwards they were rounded
-    twice: 2.36e-3 of their length from exact, where once is 1.66e-3.
+    twice: 2.36e-3 of their length from exact, where once is 1.66e-3. A number divides them as the backend finishes
+    them, in no call of torch; the compiler fuses the division.
     """
-    if backend == "dense" and isinstance(count, int) and count == max(problem.rows, 1):
+    once = backend != "reference" and not torch.compiler.is_compiling()
+    if once and isinstance(count, int) and count == max(problem.rows, 1):
         return loss_rows_or_sum(problem, backend, False, 1.0 / count)
     if backend == "dense" or (backend != "reference" and saved_dtype(problem.dtype) == torch.bfloat16):
         return loss_rows_or_sum(replace(problem, weight=problem.weight / count), backend, per_row=False)
@@ -119,9 +121,11 @@ def execute(
         with without_autocast(problem.operands[0]):
             result = dense.run(problem, wants, how.share)
     else:
-        result = sweep.run(problem, SWEEPS[how.backend], wants)
+        result = sweep.run(problem, SWEEPS[how.backend], wants, how.share)
     if not traced and audit.due():
-        audit.look(problem, how.backend, result.rows, result.operands)
+        dtype = stats_dtype(problem.dtype)
+        gradients = [None if g is None else g.to(dtype) / how.share for g in result.operands]
+        audit.look(problem, how.backend, result.rows, gradients)
     value = result.rows if how.per_row else result.rows.sum() if how.share == 1.0 else result.rows.mean()
     kept = [g for g, block in zip(result.biases, problem.blocks, strict=True) if block.bias is not None]
     return value, result.counted, [*result.operands, *kept, result.scale, *result.scalars]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends.protocol import Wants
 from ..core import products
-from ..core.numerics import NORM_EPS, rows_of, saved_dtype, slices, wide_dtype
+from ..core.numerics import NORM_EPS, constant, rows_of, saved_dtype, slices, wide_dtype
 from ..core.problem import Problem
 from ..core.products import add_mm, mm
 from ..core.rows import fresh, largest_finite, power_of_two
@@ -23,9 +23,16 @@ from .inputs import Inputs, part
 class Gradients:
     """The gradients of one sweep. gain: the factor of dz in fp16, or None."""
 
-    def __init__(self, inputs: Inputs, wants: Wants, into: Mapping[int, Tensor] | None = None, half: bool = False):
+    def __init__(
+        self,
+        inputs: Inputs,
+        wants: Wants,
+        into: Mapping[int, Tensor] | None = None,
+        half: bool = False,
+        share: float = 1.0,
+    ):
         """into: the tensors that gradients of pure queries are added to; the others then are in fp32. half: whether an
-        element is the gradient of both of its places."""
+        element is the gradient of both of its places. share: the factor of all gradients once they are finished."""
         problem = inputs.problem
         self.inputs, self.problem, self.wants = inputs, problem, wants
         self.biases = [
@@ -41,7 +48,8 @@ class Gradients:
         self.beside: Tensor | None = None  # by a fold's columns beside the blocks
         if fold is not None and fold.beside is not None and wants.scalars[-1:] == (True,):
             self.beside = torch.zeros_like(fold.beside.values, dtype=inputs.dtype)
-        self.gain = _gain(inputs, 2 if half else 1)
+        self.gain, self.share = _gain(inputs, 2 if half else 1), share
+        self.multiplier = _multiplier(problem, share)
         self.operands = [
             Gradient(problem, number, self._finisher(number), into) if wanted else None
             for number, wanted in enumerate(wants.operands)
@@ -49,9 +57,7 @@ class Gradients:
 
     def _finisher(self, number: int) -> Callable[..., None]:
         inputs = self.inputs
-        finish, scale, gain = inputs.backend.finish, self.problem.scale, self.gain
-        if self.problem.fold is not None:
-            scale = torch.ones_like(scale)  # folds give the gradient by the similarity itself
+        finish, multiplier, gain = inputs.backend.finish, self.multiplier, self.gain
         # The closures below do not hold `self`: a cycle would keep the gradients until the next collection, and
         # autograd would copy them.
         operand, norms, units = inputs.given[number], inputs.norms[number], inputs.units
@@ -66,7 +72,7 @@ class Gradients:
                 more = torch.ones_like(factor).masked_fill(zero, 1 / NORM_EPS)
             if more is not None:
                 over_l = more if over_l is None else over_l * more
-            finish(total, over_l, scale, gain, own, factor, out)
+            finish(total, over_l, multiplier, gain, own, factor, out)
 
         return apply
 
@@ -136,8 +142,15 @@ class Gradients:
                 col_factor, gain = self.inputs.factors[block.key], 1.0 if self.gain is None else self.gain
                 dbias.div_(gain if col_factor is None else col_factor * gain)
 
+    def share_others(self) -> None:
+        """Multiplies what are no operands' gradients, in which `finish` multiplies the products."""
+        if self.share != 1.0:
+            for gradient in (self.scale, *self.scalars, self.beside, *self.biases):
+                if gradient is not None:
+                    gradient.mul_(self.share)
+
     def finished(self) -> tuple[Tensor | None, ...]:
-        """Returns the operands' gradients, with the scale, the gain and the norms' projection applied."""
+        """Returns the operands' gradients, with the share, the scale, the gain and the norms' projection applied."""
         return tuple(None if g is None else g.finished() for g in self.operands)
 
 
@@ -204,6 +217,16 @@ class Gradient:
         if self.shape[0]:
             self.apply(total, None, slice(0, self.shape[0]), out)
         return out
+
+
+def _multiplier(problem: Problem, share: float) -> Tensor:
+    """Returns the factor of products that are the gradient by the similarities, or of a softmax by the logits."""
+    scale, number = problem.scale, problem.scale_bound
+    if problem.fold is not None:
+        return constant(share, scale.dtype, scale.device)
+    if share == 1.0:
+        return scale
+    return scale * share if number is None else constant(number * share, scale.dtype, scale.device)
 
 
 def _gain(inputs: Inputs, places: int) -> Tensor | None:
