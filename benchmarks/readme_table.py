@@ -291,7 +291,7 @@ def small_compiled(folder: Path) -> str:
     path = folder / "small.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     compiled = [row for row in rows if "torch.compile" in row.get("ratios", {})]
-    could = {row["loss"] for row in rows if row["family"] != "host" and "eager" in row.get("us", {})}
+    could = {row["loss"] for row in rows if "eager" in row.get("us", {})}
     never = sorted(could - {row["loss"] for row in compiled})
     without = f"torch.compile was not run for {', '.join(never)}." if never else ""
     if not compiled:
@@ -301,13 +301,16 @@ def small_compiled(folder: Path) -> str:
 
 def small_host(folder: Path) -> str:
     """The host's part of a step on a GPU, in us, beside eager's."""
-    path = folder / "small.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    host = [row for row in rows if row["family"] == "host"]
-    if not host:
+    path = folder / "small_host.json"
+    if not path.exists():
         return "**Not measured yet**; `benchmarks/small.py --host` does."
-    notes = dict.fromkeys(f"{row['loss']}: {row['note']}" for row in host if row.get("note"))
-    return by_size(host, small_cell) + (f"\n\nNot run: {'; '.join(notes)}." if notes else "")
+    found = json.loads(path.read_text())
+    about, rows = found["environment"], found["rows"]
+    commit = f" at commit {about['commit']}" if about["commit"] else ""
+    text = f"{about['cpu']}, run of {about['date'][:10]}{commit}, medians of {found['rounds']} rounds, one thread: "
+    text += f"torch {about['torch']}, triton {about['triton']}.\n\n" + by_size(rows, small_cell)
+    notes = dict.fromkeys(f"{row['loss']}: {row['note']}" for row in rows if row.get("note"))
+    return text + (f"\n\nNot run: {'; '.join(notes)}." if notes else "")
 
 
 def by_size(rows: list[dict], cell: Callable[[dict | None], str]) -> str:

@@ -4,7 +4,7 @@
     python benchmarks/small.py --losses info_nce,clip --sizes 16,64 --threads 1       # to the terminal
     python benchmarks/small.py --losses drop-in --sizes 16,64,256 --seconds 300
     python benchmarks/small.py --compile --threads 1 --json benchmarks/results/small.json
-    python benchmarks/small.py --host --json benchmarks/results/small.json            # the host's part on a GPU
+    python benchmarks/small.py --host --json benchmarks/results/small_host.json       # the host's part on a GPU
 
 A step is forward and backward. Racers take turns; a sample is as many steps in a row as last 3 ms, a ratio the median
 of the rounds' own ratios. Racers are `fusedloss`, `eager` (the formula as users write it) and the library's class; with
@@ -198,8 +198,8 @@ def front_end_only() -> None:
     device.front_end_only()
 
 
-def key(row: dict[str, Any]) -> tuple[str, str, int, str]:
-    return row["loss"], row["size"], row["threads"], "host" if row["family"] == "host" else ""
+def key(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["loss"], row["size"], row["threads"]
 
 
 class Store:
@@ -213,8 +213,8 @@ class Store:
             if all(before["environment"][name] == self.environment[name] for name in SAME):
                 self.rows = {key(row): row for row in before["rows"]}
 
-    def knows(self, name: str, size: Any, threads: int, kind: str, compiled: bool) -> bool:
-        row = self.rows.get((name, words(size), threads, kind))
+    def knows(self, name: str, size: Any, threads: int, compiled: bool) -> bool:
+        row = self.rows.get((name, words(size), threads))
         if row is None or not compiled or "us" not in row or size not in COMPILED or "eager" not in row["us"]:
             return row is not None
         return "torch.compile" in row["us"] or "torch.compile" in row.get("note", "")
@@ -311,8 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for threads in options.threads
             for size in sizes_of(case, options.sizes)
         ]
-    kind = "host" if options.host else ""
-    todo = [at for at in plan if not store.knows(at[0], at[2], at[3], kind, options.compile)]
+    todo = [at for at in plan if not store.knows(at[0], at[2], at[3], options.compile)]
     until, code, done = time.monotonic() + options.seconds, 0, 0
     warnings.filterwarnings("ignore", module="lightly|pytorch_metric_learning|sentence_transformers|torch")
     try:
@@ -330,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = 130
     store.write(options.rounds)
-    asked = {(name, words(size), threads, kind) for name, _, size, threads in plan}
+    asked = {(name, words(size), threads) for name, _, size, threads in plan}
     show([row for at, row in store.rows.items() if at in asked])
     if done < len(todo):
         print(f"{len(todo) - done} of {len(plan)} points were not measured; the same command goes on")

@@ -36,9 +36,11 @@ from .triangle import Staircase, Triangle, disordered, halved, ordered, tops
 __all__ = ["Elsewhere", "Partial", "Result", "Wants", "run", "top_rows", "workspace_shape"]
 
 
-@torch.no_grad()
 def run(problem: Problem, backend: Sweeps, wants: Wants, share: float = 1.0) -> Result:
     """Runs the sweep: the weighted losses, and the gradients of `share` times their sum."""
+    if torch.is_grad_enabled():  # inside of an autograd.Function it is not
+        with torch.no_grad():
+            return run(problem, backend, wants, share)
     once = _prefixed if problem.prefixes else _swept
     if not autocasting(problem.operands[0]):
         return once(problem, backend, wants, share)

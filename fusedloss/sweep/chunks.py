@@ -161,7 +161,8 @@ def of_blocks(problem: Problem, workspace: Tensor, chunk: slice) -> list[Tensor]
     outs, start = [], 0
     rows = chunk.stop - chunk.start
     for block, width in zip(problem.blocks, _block_widths(problem), strict=True):
-        outs.append(workspace[:rows, start : start + problem.operands[block.key].shape[0]])
+        shape = rows, problem.operands[block.key].shape[0]
+        outs.append(workspace if workspace.shape == shape else workspace[:rows, start : start + shape[1]])
         start += width
     return outs
 

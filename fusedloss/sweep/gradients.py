@@ -169,11 +169,10 @@ class Gradient:
         self.dtype = saved_dtype(problem.dtype) if into is None else problem.scale.dtype
         self.into = (into or {}).get(number)
         self.apply = finish  # (total, over_l, rows, out): applies what the products leave out
-        queries, keys = ({getattr(block, side) for block in problem.blocks} for side in ("query", "key"))
-        at_once = not problem.label_smoothing and number in queries - keys
+        self.at_once = not problem.label_smoothing and all([block.key != number for block in problem.blocks])
         if problem.fold is not None and problem.fold.distance in ("euclidean", "squared"):
-            at_once = False  # distances add a multiple of each row to the total
-        self.kept = (fresh(self.like, self.shape, self.dtype) if self.into is None else self.into) if at_once else None
+            self.at_once = False  # distances add a multiple of each row to the total
+        self.kept = self.into if self.at_once else None  # finished rows
         self.total: Tensor | None = None  # over all chunks
         self.product: Tensor | None = None  # of this chunk
 
@@ -203,7 +202,10 @@ class Gradient:
             part = torch.empty_like(self.product)
             self.apply(self.product, over_l, chunk, part)
             self.into[chunk] += part
-        elif self.kept is not None:
+        elif self.at_once:
+            if self.kept is None:
+                whole = self.product.shape == self.shape and self.product.dtype == self.dtype
+                self.kept = self.product if whole else fresh(self.like, self.shape, self.dtype)
             self.apply(self.product, over_l, chunk, rows_of(self.kept, chunk))
         else:
             self.accumulator()[chunk] += self.product if over_l is None else self.product.mul_(over_l[:, None])
@@ -238,7 +240,7 @@ def _gain(inputs: Inputs, places: int) -> Tensor | None:
     `folded.fit`. It is computed on the device and undone in fp32 after the GEMMs. A row of NaN spoils only itself.
     """
     problem, backend = inputs.problem, inputs.backend
-    one = torch.ones_like(problem.scale)
+    one = constant(1.0, problem.scale.dtype, problem.device)
     if backend.workspace_dtype(problem) != torch.float16:
         folds = problem.fold is not None and not backend.can_fold(problem)
         in_fp16 = folds and problem.dtype == torch.float16 and products.narrow(torch.float16, one.device)

@@ -167,9 +167,8 @@ def test_the_table(tmp_path):
         row("clip", "256", **by_class),
         row("mse", "64", family="elements", extra_us=18.0, held=False),
         {"loss": "batch_all_triplet", "family": "sweep", "size": "1024", "threads": 1, "note": "too large"},
-        row("clip", "64", family="host", held=False),
     ]
-    about = {"cpu": "a CPU", "date": "2026-01-02T", "commit": "abc", "torch": "2.13", "peers": {}}
+    about = {"cpu": "a CPU", "date": "2026-01-02T", "commit": "abc", "torch": "2.13", "triton": "3.7", "peers": {}}
     found = {"environment": about, "rounds": 9, "left_out": {"SomeLoss": "no stage"}, "rows": rows}
     (tmp_path / "small.json").write_text(json.dumps(found))
     text = readme_table.small(tmp_path)
@@ -179,6 +178,8 @@ def test_the_table(tmp_path):
     assert ["mse", "**+18 us**"] in lines
     assert "2 of 3 cells miss their bound" in text
     assert "batch_all_triplet at 1024: too large; SomeLoss: no stage" in text
+    assert "Not measured yet" in readme_table.small_host(tmp_path)
+    (tmp_path / "small_host.json").write_text(json.dumps(found | {"rows": [row("clip", "64", "host", held=False)]}))
     assert "**30 us, eager 12**" in readme_table.small_host(tmp_path)
     assert "torch.compile was not run for clip, mse" in readme_table.small_compiled(tmp_path)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...core import products
 from ...core.folds import Folded, Part
 from ...core.mask import GuideRule, StripMask
-from ...core.numerics import cdiv
+from ...core.numerics import cdiv, rows_of
 from ...core.problem import Beside, Problem
 from ...core.rows import guide_threshold
 from ...core.strips import RowSums, Softmax, Strip, Tally
@@ -254,8 +254,9 @@ def guide_scores(strip: Strip, room: Tensor) -> Tensor:
 
 
 def _mode(name: str, strip: Strip, tally: Tally | None) -> str:
-    more = {"tally": tally is not None, "masked": _masked(strip), "softcap": bool(strip.softcap)}
-    return ", ".join([name, *(option for option, given in more.items() if given)])
+    name += ", tally" if tally is not None else ""
+    name += ", masked" if _masked(strip) else ""
+    return name + ", softcap" if strip.softcap else name
 
 
 def _masked(strip: Strip) -> bool:
@@ -387,8 +388,8 @@ def _panels(epilogue: Callable[..., None], strip: Strip, out: Tensor | None, arg
     width = _panel_columns(strip, config)
     panel = strip.scale.new_empty((M, min(width, cdiv(N, 4) * 4)))
     for start in range(0, N if M else 0, width):
-        part = y[start : start + width]
-        sim = panel[:, : part.shape[0]]
+        part = rows_of(y, slice(start, min(start + width, N)))
+        sim = panel if panel.shape[1] == part.shape[0] else panel[:, : part.shape[0]]
         _multiply(sim, x, part)
         if part.shape[0] % 4:  # up to there the kernel reads, and 0 times NaN is NaN
             panel[:, part.shape[0] : cdiv(part.shape[0], 4) * 4] = 0

@@ -29,8 +29,9 @@ class Config(NamedTuple):
     num_stages: int = 3
     programs: int = 1
 
+    @functools.lru_cache(maxsize=1024)  # noqa: B019
     def options(self) -> dict[str, int]:
-        """The launch options of `similarity_kernel`."""
+        """The launch options of `similarity_kernel`, not to be written to."""
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "GROUP_M", "SUBTILES", "num_warps", "num_stages")
         return {name: getattr(self, name) for name in names}
 

@@ -90,7 +90,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
     The kernel that Triton compiled for an earlier launch like this one is launched at once: for each launch Triton
     reads its environment, specialises every argument and looks up the text of that, 17 us where this takes 10.
     """
-    like: list[Any] = [kernel.fn, device, *constants.items()]
+    like: list[Any] = [kernel.fn, device, *constants, *constants.values()]
     _likeness(args, like)
     key = tuple(like)
     known = _compiled.get(key)
@@ -275,9 +275,14 @@ def picked(*where: Any) -> Config:
 
 def descriptor(x: Tensor, rows: int, columns: int, in_tf32: bool = False) -> Any:
     """in_tf32: copies round fp32 to the nearest tf32. The tensor cores would cut off what it has less."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    found = TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+    found = _descriptors()(x, x.shape, x.stride(), [rows, columns])
     if in_tf32:
         found.round_f32_to_tf32 = True  # Triton 3.6 has no such field, and cuts off
     return found
+
+
+@functools.cache
+def _descriptors() -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor

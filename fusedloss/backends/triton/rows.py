@@ -93,7 +93,7 @@ def settle(
 ) -> Settled:
     shift, total = sums
     n_tiles, R = total.shape if total.dim() == 2 else (1, total.shape[0])
-    loss, own_shift, over_l, entry = (torch.empty_like(weight) for _ in range(4))
+    loss, own_shift, over_l, entry = [torch.empty_like(weight) for _ in range(4)]
     settled = Settled(loss, own_shift, over_l, entry, [_roomy(x, dtype) for x in scaled])
     given = isinstance(shift, float)
     out, target, row_factor, col_factor = patch or (None, None, None, None)
@@ -161,7 +161,8 @@ def finish(
 def _roomy(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Returns memory of the shape of `x`, whose rows start on 16 bytes."""
     (rows, columns), wide = x.shape, ALIGNMENT // (dtype or x.dtype).itemsize
-    return x.new_empty((rows, cdiv(columns, wide) * wide), dtype=dtype)[:, :columns]
+    room = x.new_empty((rows, cdiv(columns, wide) * wide), dtype=dtype)
+    return room if columns % wide == 0 else room[:, :columns]
 
 
 def by_row(name: str, device: torch.device, R: int, *args: Any, **constants: Any) -> None:
