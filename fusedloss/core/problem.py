@@ -217,6 +217,10 @@ class Problem:
         """int64 [M, P]; -1: none."""
         return self.target[:, None] if self.targets is None else self.targets.columns
 
+    def weighing(self, weight: Tensor) -> Problem:
+        """Returns the problem with these weights of its rows."""
+        return replace(self, weight=weight, every_row=False)
+
     @property
     def whole(self) -> Problem:
         """The problem of the whole embeddings, without prefixes."""

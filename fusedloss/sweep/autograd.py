@@ -8,7 +8,6 @@ Both run the same `execute`. Scalar reductions get their gradients out of the fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +80,7 @@ def loss_mean(problem: Problem, backend: str, count: Tensor | int) -> tuple[Tens
     if once and isinstance(count, int) and count == max(problem.rows, 1):
         return loss_rows_or_sum(problem, backend, False, 1.0 / count)
     if backend == "dense" or (backend != "reference" and saved_dtype(problem.dtype) == torch.bfloat16):
-        return loss_rows_or_sum(replace(problem, weight=problem.weight / count), backend, per_row=False)
+        return loss_rows_or_sum(problem.weighing(problem.weight / count), backend, per_row=False)
     loss, counted = loss_rows_or_sum(problem, backend, per_row=False)
     return loss / count, counted
 
@@ -189,7 +188,7 @@ class _Loss(torch.autograd.Function):
                 return dense.finish(problem, _wants(problem, ctx.wanted), kept, upstream)
         if ctx.how.per_row:
             # Upstream per row is one more row weight: the same sweep, run with it.
-            problem = replace(problem, weight=problem.weight * upstream, every_row=False)
+            problem = problem.weighing(problem.weight * upstream)
             return execute(problem, ctx.how._replace(per_row=False), ctx.wanted)[2]
         return _scaled(execute(problem, ctx.how, ctx.wanted)[2], upstream)
 
@@ -298,7 +297,7 @@ def _backward(ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
     kept = list(saved)
     if ctx.per_row:
         problem = unpack(Flat(inputs, constants, *ctx.numbers))
-        flat = pack(replace(problem, weight=problem.weight * upstream[0]))
+        flat = pack(problem.weighing(problem.weight * upstream[0]))
         kept = torch.ops.fusedloss.sweep(*flat, ctx.backend, False, ctx.wanted)[2:]
     else:
         kept = [g * _like(upstream[0], g) for g in kept]

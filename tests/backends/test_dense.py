@@ -163,3 +163,20 @@ def test_no_rows_leave_what_calls_share_without_a_graph():
             (gradient,) = torch.autograd.grad(loss, x, torch.ones(0))
             assert gradient.shape == (0, 4)
     assert not filled(0, 1.0, torch.float32, weight.device).requires_grad
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_compiled_call_weighs_its_rows(reduction):
+    """Where every row counts, the compiled sweep passed over the weights that made its sum a mean."""
+    x, y, upstream = torch.randn(6, 4), torch.randn(6, 4), torch.linspace(0.5, 2, 6)
+
+    def step(x, y):
+        loss = fusedloss.info_nce(x, y, reduction=reduction, backend="dense")
+        return loss if reduction == "mean" else (loss * upstream).sum()
+
+    found = []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        learnt = x.clone().requires_grad_(), y.clone().requires_grad_()
+        loss = call(*learnt)
+        found.append((loss, *torch.autograd.grad(loss, learnt)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
