@@ -47,11 +47,60 @@ class TopArgs(NamedTuple):
 
 @triton.jit
 def top(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M, N, args):
-    largest, index = tl.max(z, axis=1, return_indices=True, return_indices_tie_break_left=True)
     place = pid_n.to(tl.int64) * M + offs_m
-    tl.store(args.Top + place, largest, mask=mask_m)
-    column = pid_n.to(tl.int64) * z.shape[1] + index
-    tl.store(args.Column + place, column, mask=mask_m)
+    _largest(z, True, args.Top + place, args.Column + place, mask_m, pid_n.to(tl.int64) * z.shape[1], 1)
+    return z
+
+
+@triton.jit
+def _largest(value, chosen, Values, Places, mask, first, axis: tl.constexpr):
+    # A NaN is no value: of two, the reduction takes one by their order, and would lose what stands before it.
+    value = tl.where(chosen & (value == value), value, float("-inf"))
+    largest, index = tl.max(value, axis=axis, return_indices=True, return_indices_tie_break_left=True)
+    tl.store(Values, largest, mask=mask)
+    tl.store(Places, first + index, mask=mask)
+
+
+class OpposedArgs(NamedTuple):
+    """Of one matrix against itself. First the largest value of another label, then the largest of the negated values of
+    a row's own label, itself left out: [2, n_tiles, M] and, of the tile's columns as rows, [2, m_tiles, N]."""
+
+    Labels: Any  # int64 [M]
+    KeyLabels: Any  # int64 [N]
+    Own: Any  # int64 [M] on the diagonal, or None
+    RowBias: Any  # [M] or None
+    ColBias: Any  # [N] or None
+    Values: Any
+    Places: Any  # int64: the columns, the first on ties
+    stride: Any  # from the first to the second
+    ColValues: Any = None
+    ColPlaces: Any = None  # int64: the rows
+    col_stride: Any = None
+
+
+@triton.jit
+def opposed(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M, N, args):
+    rows = tl.load(args.Labels + offs_m, mask=mask_m, other=0)
+    keys = tl.load(args.KeyLabels + offs_n, mask=mask_n, other=0)
+    there, same = mask_m[:, None] & mask_n[None, :], rows[:, None] == keys[None, :]
+    other, same = there & ~same, there & same  # of labels
+    if args.Own is not None:
+        same &= ~hits(args.Own, offs_m, mask_m, pid_n, z.shape[1])
+    value = z
+    if args.ColBias is not None:
+        value = z + tl.load(args.ColBias + offs_n, mask=mask_n, other=0.0)[None, :]
+    place, first = pid_n.to(tl.int64) * M + offs_m, pid_n.to(tl.int64) * z.shape[1]
+    _largest(value, other, args.Values + place, args.Places + place, mask_m, first, 1)
+    place += args.stride
+    _largest(-value, same, args.Values + place, args.Places + place, mask_m, first, 1)
+    if args.ColValues is not None:
+        value = z
+        if args.RowBias is not None:
+            value = z + tl.load(args.RowBias + offs_m, mask=mask_m, other=0.0)[:, None]
+        place, first = pid_m.to(tl.int64) * N + offs_n, pid_m.to(tl.int64) * z.shape[0]
+        _largest(value, other, args.ColValues + place, args.ColPlaces + place, mask_n, first, 0)
+        place += args.col_stride
+        _largest(-value, same, args.ColValues + place, args.ColPlaces + place, mask_n, first, 0)
     return z
 
 

@@ -2,6 +2,9 @@
 
 Called as those of `softmax.py`, whose tables these write, too. They fold v itself and read no logit. Positives are the
 columns of equal label, or without labels the target; all others are negatives, except the row's own column.
+
+Of one matrix against itself a tile may stand for both places of its pairs. What is named `Col` is then that of its
+columns as rows: v_ij = v_ji, and i is a positive of j where j is one of i.
 """
 
 from typing import Any, NamedTuple
@@ -71,6 +74,9 @@ class FoldArgs(NamedTuple):
     Count: Any = None
     ScaleGrad: Any = None
     BiasGrad: Any = None
+    ColWeight: Any = None  # [N]: pair_hinge's, of both places
+    ColLoss: Any = None  # [m_tiles, N]
+    ColCount: Any = None
 
 
 @triton.jit
@@ -91,13 +97,16 @@ def sigmoid(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M, N, 
 
 
 @triton.jit
-def _hinge(hinge, chosen, slope, offs_m, mask_m, pid_n, M, args):
-    """Sums open hinges and counts them; NaN is open."""
-    pays = chosen & ~(hinge <= 0)
-    row = pid_n.to(tl.int64) * M + offs_m
-    tl.store(args.Loss + row, tl.sum(tl.where(pays, hinge, 0.0), axis=1), mask=mask_m)
-    tl.store(args.Count + row, tl.sum(tl.where(pays, 1.0, 0.0), axis=1), mask=mask_m)
-    return tl.where(pays, slope[:, None], 0.0)
+def _open(hinge, chosen):
+    """Returns which hinges are open; NaN is."""
+    return chosen & ~(hinge <= 0)
+
+
+@triton.jit
+def _add_hinges(hinge, pays, Loss, Count, mask, axis: tl.constexpr):
+    """Sums open hinges and counts them."""
+    tl.store(Loss, tl.sum(tl.where(pays, hinge, 0.0), axis=axis), mask=mask)
+    tl.store(Count, tl.sum(tl.where(pays, 1.0, 0.0), axis=axis), mask=mask)
 
 
 @triton.jit
@@ -107,7 +116,10 @@ def margin_ranking(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n,
     counts &= ~hits(Target, offs_m, mask_m, pid_n, sim.shape[1])
     target_value = tl.load(args.TargetValue + offs_m, mask=mask_m, other=0.0)
     weight = tl.load(args.Weight + offs_m, mask=mask_m, other=0.0)
-    return _hinge(sim - target_value[:, None] + args.margin, counts, weight, offs_m, mask_m, pid_n, M, args)
+    hinge, row = sim - target_value[:, None] + args.margin, pid_n.to(tl.int64) * M + offs_m
+    pays = _open(hinge, counts)
+    _add_hinges(hinge, pays, args.Loss + row, args.Count + row, mask_m, 1)
+    return tl.where(pays, weight[:, None], 0.0)
 
 
 @triton.jit
@@ -116,8 +128,16 @@ def pair_hinge(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M, 
     positive = _positives(sim, Target, offs_m, offs_n, mask_m, mask_n, pid_n, args)
     counts = _counts(sim, offs_m, mask_m, mask_n, pid_n, args)
     counts &= positive ^ (args.pulls == 0)
-    slope = tl.load(args.Weight + offs_m, mask=mask_m, other=0.0) * args.sign
-    return _hinge(args.sign * (sim - args.margin), counts, slope, offs_m, mask_m, pid_n, M, args)
+    hinge, row = args.sign * (sim - args.margin), pid_n.to(tl.int64) * M + offs_m
+    pays = _open(hinge, counts)
+    _add_hinges(hinge, pays, args.Loss + row, args.Count + row, mask_m, 1)
+    if args.ColLoss is not None:
+        column = pid_m.to(tl.int64) * N + offs_n
+        _add_hinges(hinge, pays & mask_m[:, None], args.ColLoss + column, args.ColCount + column, mask_n, 0)
+    slope = (tl.load(args.Weight + offs_m, mask=mask_m, other=0.0) * args.sign)[:, None]
+    if args.ColWeight is not None:
+        slope += (tl.load(args.ColWeight + offs_n, mask=mask_n, other=0.0) * args.sign)[None, :]
+    return tl.where(pays, slope, 0.0)
 
 
 # Two log-sum-exps -----------------------------------------------------------------------------------------------------
@@ -146,10 +166,18 @@ class SidesArgs(NamedTuple):
     PushMax: Any = None
     PushSum: Any = None
     Count: Any = None  # of the positives
+    ColPullMax: Any = None  # [m_tiles, N] each
+    ColPullSum: Any = None
+    ColPushMax: Any = None
+    ColPushSum: Any = None
     PullShift: Any = None  # gradient: [M] each
     PullWeight: Any = None
     PushShift: Any = None
     PushWeight: Any = None
+    ColPullShift: Any = None  # [N] each
+    ColPullWeight: Any = None
+    ColPushShift: Any = None
+    ColPushWeight: Any = None
     Q: Any = None  # [n_tiles, M]
 
 
@@ -170,10 +198,10 @@ def _side(v, positive, args):
 
 
 @triton.jit
-def _log_sum(f, Max, Sum, mask_m):
-    largest = tl.max(f, axis=1)
-    tl.store(Max, largest, mask=mask_m)
-    tl.store(Sum, tl.sum(exponential(f - finite(largest)[:, None]), axis=1), mask=mask_m)
+def _log_sum(f, Max, Sum, mask, axis: tl.constexpr):
+    largest = tl.max(f, axis=axis)
+    tl.store(Max, largest, mask=mask)
+    tl.store(Sum, tl.sum(exponential(f - tl.expand_dims(finite(largest), axis)), axis=axis), mask=mask)
 
 
 @triton.jit
@@ -188,12 +216,29 @@ def sides_stats(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M,
     row = pid_n.to(tl.int64) * M + offs_m
     pull, _ = _side(sim, True, args)
     push, _ = _side(sim, False, args)
-    _log_sum(tl.where(counts & positive, pull, float("-inf")), args.PullMax + row, args.PullSum + row, mask_m)
-    _log_sum(tl.where(counts & ~positive, push, float("-inf")), args.PushMax + row, args.PushSum + row, mask_m)
-    # Always 1, but of the tile: a sum of labels alone has a layout of its own, to which Triton 3.7.1 converts the tile.
-    one = tl.where((sim == sim) | (sim != sim), 1.0, 0.0)
-    tl.store(args.Count + row, tl.sum(tl.where(counts & positive, one, 0.0), axis=1), mask=mask_m)
+    pull = tl.where(counts & positive, pull, float("-inf"))
+    push = tl.where(counts & ~positive, push, float("-inf"))
+    _log_sum(pull, args.PullMax + row, args.PullSum + row, mask_m, 1)
+    _log_sum(push, args.PushMax + row, args.PushSum + row, mask_m, 1)
+    if args.ColPullMax is not None:
+        column = pid_m.to(tl.int64) * N + offs_n
+        pull = tl.where(mask_m[:, None], pull, float("-inf"))
+        push = tl.where(mask_m[:, None], push, float("-inf"))
+        _log_sum(pull, args.ColPullMax + column, args.ColPullSum + column, mask_n, 0)
+        _log_sum(push, args.ColPushMax + column, args.ColPushSum + column, mask_n, 0)
+    if args.Count is not None:
+        # Always 1, but of the tile: a sum of labels alone has a layout of its own, to which Triton 3.7.1 converts the
+        # tile.
+        one = tl.where((sim == sim) | (sim != sim), 1.0, 0.0)
+        tl.store(args.Count + row, tl.sum(tl.where(counts & positive, one, 0.0), axis=1), mask=mask_m)
     return sim
+
+
+@triton.jit
+def _softmax_of_side(f, positive, pull_shift, pull_weight, push_shift, push_weight):
+    """Returns `weight exp(f - shift)`, of each element's side."""
+    e = exponential(f - tl.where(positive, pull_shift, push_shift))
+    return e * tl.where(positive, pull_weight, push_weight)
 
 
 @triton.jit
@@ -204,9 +249,26 @@ def sides_grad(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M, 
     counts = _counts(sim, offs_m, mask_m, mask_n, pid_n, args)
     pull_shift, pull_weight = load_softmax(args.PullShift, args.PullWeight, offs_m, mask_m)
     push_shift, push_weight = load_softmax(args.PushShift, args.PushWeight, offs_m, mask_m)
-    v = tl.where(((pull_weight != 0) | (push_weight != 0))[:, None], sim, 0.0)  # a row that is left out may be NaN
+    taken = ((pull_weight != 0) | (push_weight != 0))[:, None]
+    if args.ColPullShift is not None:
+        col_pull_shift, col_pull_weight = load_softmax(args.ColPullShift, args.ColPullWeight, offs_n, mask_n)
+        col_push_shift, col_push_weight = load_softmax(args.ColPushShift, args.ColPushWeight, offs_n, mask_n)
+        taken = taken | ((col_pull_weight != 0) | (col_push_weight != 0))[None, :]
+    v = tl.where(taken, sim, 0.0)  # a row that is left out may be NaN
     f, slope = _side(v, positive, args)
-    d = exponential(f - tl.where(positive, pull_shift[:, None], push_shift[:, None]))
-    d = tl.where(counts, d * tl.where(positive, pull_weight[:, None], push_weight[:, None]), 0.0)
-    tl.store(args.Q + pid_n.to(tl.int64) * M + offs_m, tl.sum(d * v, axis=1), mask=mask_m)
+    d = _softmax_of_side(
+        f, positive, pull_shift[:, None], pull_weight[:, None], push_shift[:, None], push_weight[:, None]
+    )
+    if args.ColPullShift is not None:
+        d += _softmax_of_side(
+            f,
+            positive,
+            col_pull_shift[None, :],
+            col_pull_weight[None, :],
+            col_push_shift[None, :],
+            col_push_weight[None, :],
+        )
+    d = tl.where(counts, d, 0.0)
+    if args.Q is not None:
+        tl.store(args.Q + pid_n.to(tl.int64) * M + offs_m, tl.sum(d * v, axis=1), mask=mask_m)
     return d * slope

@@ -245,9 +245,15 @@ def _fold(
     sim, scale = acc, tl.load(Scale)
     if RowFactor is not None:
         row_factor = tl.load(RowFactor + offs_m, mask=mask_m, other=0.0)
-        sim *= row_factor[:, None]
     if ColFactor is not None:
         col_factor = tl.load(ColFactor + offs_n, mask=mask_n, other=0.0)
+    # Of one matrix against itself both places of a pair have the same bits if their factors are multiplied first. Or
+    # else exp(f - shift) of a row's largest, whose shift is of the other place, would be off by the rounding of f.
+    if RowFactor is not None and ColFactor is not None:
+        sim *= row_factor[:, None] * col_factor[None, :]
+    elif RowFactor is not None:
+        sim *= row_factor[:, None]
+    elif ColFactor is not None:
         sim *= col_factor[None, :]
     if PATH == ONE_PATH or RowFactor is None or ColFactor is None:
         z = sim * scale

@@ -44,7 +44,7 @@ from fusedloss.backends.triton.config import ELSEWHERE
 from fusedloss.core.folds import Part
 from fusedloss.core.mask import Compare, GuideRule, StripMask
 from fusedloss.core.problem import Block, Fold, Margin, Problem, RowRule
-from fusedloss.core.strips import Patch, RowSums, Softmax, Strip, Tally
+from fusedloss.core.strips import Extremes, Patch, RowSums, Softmax, Strip, Tally, Tile
 from fusedloss.kernels import distill as distill_kernels
 from fusedloss.kernels import rows, similarity
 from fusedloss.sweep.chunks import PAD
@@ -93,11 +93,12 @@ MASKED = (
     "exp, tally, masked",
     "grad, columns, q, masked",
     "top, masked",
+    "top, columns",
     "guide",
     "store",
 )
 # Losses without a softmax, with labels and own columns: the fold and its options.
-SIDES, CIRCLE = ("multi_similarity", (2.0, 40.0, 0.5)), ("circle", (0.4, 80.0))
+SIDES, CIRCLE, SUP_CON = ("multi_similarity", (2.0, 40.0, 0.5)), ("circle", (0.4, 80.0)), ("sup_con_in", ())
 FOLDS: dict[str, tuple[str, tuple[float, ...]]] = {
     "fold, sigmoid": ("sigmoid", ()),
     "fold, margin_ranking": ("margin_ranking", (0.1, 1.0)),
@@ -106,6 +107,12 @@ FOLDS: dict[str, tuple[str, tuple[float, ...]]] = {
     "fold, sides_grad": SIDES,
     "fold, circle_stats": CIRCLE,
     "fold, circle_grad": CIRCLE,
+    # A tile of one matrix against itself, for its columns as rows, too.
+    "fold, pair_hinge, columns": ("pair_hinge", (0.5, 1.0, 0.0)),
+    "fold, sides_stats, columns": SUP_CON,
+    "fold, sides_grad, columns": SUP_CON,  # the one with a gradient by the scale
+    "fold, circle_stats, columns": CIRCLE,
+    "fold, circle_grad, columns": CIRCLE,
 }
 # Of two similarity matrices: the fold and its options. "sums" writes no matrix, as the first launch of two does.
 DISTILL = (
@@ -191,8 +198,13 @@ def similarities(mode: str, dtype: torch.dtype, size: int, dim: int, plain: bool
             backend.exp_rows_and_columns(problem, strip, out)
         case "grad", columns:
             backend.grad_rows([strip], [out], softmax, softmax if columns else None, vector, gain, smooth)
-        case "top", _:
+        case "top", False:
             backend.top_rows([strip])
+        case "top", True:
+            tile = Tile(slice(0, size), slice(0, size))
+            strip = strip._replace(mask=StripMask((Compare(target, target, False),)))
+            with mock.patch.object(Tile, "directions", [(tile.rows, 1), (tile.columns, 0)]):  # as in `half`
+                backend.half_tops(problem, strip, [tile], Extremes(vector, target), Extremes(vector, target))
         case "guide", _:
             backend.guide_rows([strip], GuideRule(), empty())
         case "store", _:
@@ -204,11 +216,26 @@ def similarities(mode: str, dtype: torch.dtype, size: int, dim: int, plain: bool
             mean = vector if form == "distill_mse" and not sums else None
             rows = distill.Rows(form, side, side, vector, mean)
             backend._both(strip._replace(own=None, own_scale=None), strip, None if sums else out, rows)
-        case "fold", _:
+        case "fold", columns:
             fold, part = Fold(*FOLDS[mode], scalars=(empty(),)), Part(target, vector, target, target, target, target)
             strip, problem = strip._replace(bias=None), replace(problem, fold=fold)
             with mock.patch.object(backend, "merge", lambda running, tables: running):  # is compiled by itself
-                backend.fold_rows(problem, strip, None if mode.endswith("_stats") else out, part, vector)
+                if columns:
+                    half(problem, strip, None if "_stats" in mode else out, part)
+                else:
+                    backend.fold_rows(problem, strip, None if mode.endswith("_stats") else out, part, vector)
+
+
+def half(problem: Problem, strip: Strip, out: torch.Tensor | None, part: Part) -> None:
+    """A tile on the diagonal, with its rows' own columns and the sums of its columns, which no launch has at once."""
+    size = len(part.weight)
+    tile, fold = Tile(slice(0, size), slice(0, size)), backend.half_fold(problem, part)
+    with mock.patch.object(Tile, "directions", [(tile.rows, 1), (tile.columns, 0)]):
+        if out is None:
+            fold.add(strip, tile)
+        else:
+            fold.settle()
+            fold.write(strip, out, tile)
 
 
 def by_row(name: str, dtype: torch.dtype, size: int = 8192, dim: int = 768) -> None:
@@ -570,7 +597,8 @@ def wrong(target: str, entry: dict[str, Any]) -> list[str]:
         found.append("registers of all programs")
     if programs * (entry["shared"] + 1024) > multiprocessor << 10:
         found.append("shared memory of all programs")
-    stores = not entry["mode"].startswith(("stats", "top", "guide")) and not entry["mode"].endswith(("_stats", "sums"))
+    stores = not entry["mode"].startswith(("stats", "top", "guide"))
+    stores = stores and "_stats" not in entry["mode"] and not entry["mode"].endswith("sums")
     multiplies = config["GEMM"] != "library" and (narrow or entry["precision"] == "high")
     if bool(entry[products]) != multiplies:
         found.append(f"{products} {entry[products]}")

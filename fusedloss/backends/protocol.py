@@ -124,7 +124,8 @@ class Sweeps(Rows, Protocol):
         """Whether one matrix against itself takes half of its square tiles; the backend then implements `Halves`."""
 
     def can_halve_rows(self, problem: Problem) -> bool:
-        """Whether one matrix against itself takes half of its chunks' columns, by the functions of rows and columns."""
+        """Whether one matrix against itself takes half of its chunks' columns, by the functions of rows and columns; of
+        a fold the backend then implements `HalvesFolds`, of row maxima `HalvesTops`."""
 
     def workspace_dtype(self, problem: Problem) -> torch.dtype: ...
 
@@ -216,7 +217,36 @@ class Distills(FoldsRows, Protocol):
         """
 
 
-class Halves(Sweeps, Protocol):
+class HalfFold(Protocol):
+    """A fold of one matrix against itself, by tiles that each stand for both places of their pairs."""
+
+    @property
+    def sums_first(self) -> bool:
+        """Whether all tiles are added before one is written; if not, writing adds."""
+
+    def add(self, strip: Strip, tile: Tile) -> None:
+        """Adds the tile to the sums of its rows and of its columns."""
+
+    def settle(self) -> Folded:
+        """Returns the losses of all rows, once all tiles are added."""
+
+    def write(self, strip: Strip, out: Tensor, tile: Tile) -> Tensor | None:
+        """Writes the gradient by the similarities of both places; returns the terms of that by the scale, if any."""
+
+
+class HalvesFolds(FoldsRows, Protocol):
+    def half_fold(self, problem: Problem, part: Part) -> HalfFold:
+        """part: of all rows."""
+
+
+class HalvesTops(Sweeps, Protocol):
+    def half_tops(
+        self, problem: Problem, strip: Strip, tiles: list[Tile], nearest: Extremes, farthest: Extremes
+    ) -> None:
+        """Takes each row's largest logit of another label, and its smallest one of its own, itself left out."""
+
+
+class Halves(HalvesTops, Protocol):
     """Computes one matrix against itself by its tiles on and above the diagonal, a chunk's row of tiles at a time.
 
     Its sums are those of all rows, and their shifts are powers of two: `sum_{j != t} exp(z_ij) = total * 2**shift`.
@@ -259,11 +289,6 @@ class Halves(Sweeps, Protocol):
         q: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Yields each tile's gradient by the similarities of both places; adds `sum dv_ij v_ij` to q."""
-
-    def half_tops(
-        self, problem: Problem, strip: Strip, tiles: list[Tile], nearest: Extremes, farthest: Extremes
-    ) -> None:
-        """Takes each row's largest logit of another label, and its smallest one of its own, itself left out."""
 
 
 class Admits(Sweeps, Protocol):

@@ -19,8 +19,8 @@ def can_exp(problem: Problem) -> bool:
     return problem.has_safe_shift
 
 
-def can_halve_rows(problem: Problem) -> bool:
-    return problem.fold is None and not problem.wants_tally  # counts are of rows alone
+def half_softmax(problem: Problem) -> bool:
+    return problem.fold is None and not problem.top and not problem.wants_tally  # counts are of rows alone
 
 
 def exp_shift(problem: Problem) -> float:

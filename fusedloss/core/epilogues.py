@@ -44,6 +44,7 @@ EPILOGUES: dict[str, Epilogue] = {
         Epilogue("grad+columns", ("grad_rows",), "q", True, "gain * dz", ("masks", "softcap")),
         Epilogue("half", ("half_stats", "half_grad"), _NORMALISER, True, "dz_ij + dz_ji", ("tally",)),
         Epilogue("half+sides", ("half_sides", "half_sides_grad"), SIDES, True, "dloss/dvalue of both places"),
+        Epilogue("half+fold", ("half_fold",), "what the fold sums", True, "dloss/dvalue of both places"),
         Epilogue("half+tops", ("half_tops",), "largest of another label, smallest of its own, their columns", True),
         Epilogue("top", ("top_rows",), "maximum and its column", options=("masks", "softcap")),
         Epilogue("guide", ("guide_room", "guide_rows", "guide_scores"), stores="one bit a column: dropped or not"),

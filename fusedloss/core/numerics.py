@@ -167,3 +167,8 @@ def group_numbers(labels: Tensor) -> Tensor:
     changes = torch.ones_like(ordered).index_fill_(0, row_numbers(len(labels), labels)[:1], 0)
     changes[1:] = (ordered[1:] != ordered[:-1]).long()
     return torch.empty_like(labels).scatter_(0, order, changes.cumsum(0))
+
+
+def group_sizes(groups: Tensor) -> Tensor:
+    """Returns `[N]`, the number of rows in each row's group, of `group_numbers`."""
+    return torch.zeros_like(groups).index_add_(0, groups, torch.ones_like(groups))[groups]

@@ -128,7 +128,8 @@ class Fold:
 
     def __post_init__(self) -> None:
         if self.labels is not None:
-            _set(self, labels=tuple(x.contiguous() for x in self.labels))
+            rows, keys = (x.contiguous() for x in self.labels)
+            _set(self, labels=(rows, rows if self.labels[1] is self.labels[0] else keys))
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,9 @@ class Problem:
     each direction's, if `symmetric`), before its weight; with neither smoothing nor z_loss nor prefixes.
     bias_on_target: whether block 0's bias, which then has no gradient, is added to the targets' logits as well.
     mirrored: whether the host knows, where one matrix stands on both sides, that the mask admits (j, i) where it admits
-    (i, j), and that row i is the target of its target. A device's values need not be read then to see it. targets:
-    the row's targets, if it may have several. debiased: the share of negatives that are none, in truth (Chuang et al.
-    2020); it needs `wants_tally` where `negatives` is None.
+    (i, j), and that row i is the target of its target, or that a fold's rows and columns have one list of labels. A
+    device's values need not be read then to see it. targets: the row's targets, if it may have several. debiased: the
+    share of negatives that are none, in truth (Chuang et al. 2020); it needs `wants_tally` where `negatives` is None.
     """
 
     operands: tuple[Learned, ...]

@@ -46,7 +46,8 @@ def half_rows(M: int, D: int, most: int, multiprocessors: int, whole: int, room:
     """Rows a chunk, up to `most`, of one matrix of M rows against itself and the rows behind each; 0 if all take less.
 
     whole: the rows of a chunk against all. room: the elements that may be stored until all sums are known; None: none,
-    for want of a safe shift, without which whole rows take four products of M x M x D instead of three. A chunk's part
+    for want of a safe shift, without which whole rows take four products of M x M x D instead of three. A gradient that
+    needs no sums is as if all of them were stored. A chunk's part
     on and above the diagonal has dx's product and two of similarities, or one if they are stored, and the one above it
     dy's.
     """

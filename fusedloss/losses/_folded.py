@@ -47,6 +47,7 @@ def fold_problem(
         cosine=cosine,
         workspace_bytes=call.workspace_bytes,
         fold=fold,
+        mirrored=len(operands) == 1 and fold.itself and fold.labels is not None and fold.labels[0] is fold.labels[1],
     )
 
 

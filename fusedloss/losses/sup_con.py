@@ -17,6 +17,7 @@ from ..core.numerics import (
     NORM_EPS,
     filled,
     group_numbers,
+    group_sizes,
     row_numbers,
     savable,
     slices,
@@ -90,7 +91,7 @@ def sup_con(
             raise ValueError("strategy must be 'gather' with form='in', which sums whole rows in one pass, got 'ring'")
         scale, scale_bound = as_scale(temperature, embeddings, inverse=True)
         (x,) = autocast(embeddings)
-        others = _sizes(group_numbers(labels)) - 1
+        others = group_sizes(group_numbers(labels)) - 1
         counts = (others > 0).to(scale.dtype)
         if form == "in":
             fold = Fold("sup_con_in", labels=(labels, labels), itself=True)
@@ -111,7 +112,7 @@ def sup_con(
     rows, _ = autograd.loss_rows_or_sum(problem, name, per_row=per_row)
     if form == "out":
         classes = group_numbers(labels)
-        weight = problem.scale * counts / (_sizes(classes) - 1).clamp(min=1)
+        weight = problem.scale * counts / (group_sizes(classes) - 1).clamp(min=1)
         positive = weight * _sums_of_others(problem.operands[0], classes, name, call.workspace_bytes)
         rows = rows - (positive if per_row else positive.sum())
     if phi is not None:
@@ -141,7 +142,7 @@ def _across(world: World, ask: Callable[[], Request], labels: Tensor, form: str,
     agreed, labels = agree(world, ask), savable(labels)
     (part,), reduction = agreed.parts, agreed.call.reduction
     (x,), scale, rows = part.problem.operands, part.problem.scale, part.rows
-    others = _sizes(group_numbers(everywhere(labels, rows)))[: len(x)] - 1
+    others = group_sizes(group_numbers(everywhere(labels, rows)))[: len(x)] - 1
     counts = (others > 0).to(scale.dtype)
     part = part._replace(problem=replace(part.problem, weight=counts))
     if form == "in":
@@ -163,11 +164,6 @@ def _across(world: World, ask: Callable[[], Request], labels: Tensor, form: str,
     count, total = counts.sum(), averaged(found.sum(), counts.sum(), rows, "sum")
     loss = total if per_row else lse - total
     return over(loss, averaged(count, count, rows, "sum")) if reduction == "mean" else loss
-
-
-def _sizes(classes: Tensor) -> Tensor:
-    """Returns `[N]`, the number of rows with each row's label."""
-    return torch.zeros_like(classes).index_add_(0, classes, torch.ones_like(classes))[classes]
 
 
 def _same_label(u: Tensor, v: Tensor, labels: Tensor, others: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from ..core.mask import Compare, Guide, GuideRule, Mask
 from ..core.numerics import cdiv
 from ..core.problem import Block, Fold, Margin, Problem
 from ..core.rows import without_target
+from ..losses._folded import opposed as of_labels
+from ..losses._options import Call
 from ..sweep import Partial, Wants
 from .draws import Draw, Outputs, Run
 
@@ -155,7 +157,8 @@ def fold(
         N = M
     # Only the last row or column has the last label.
     ids = [torch.where(torch.arange(count) == count - 1, 6, draw.below(6, count)) for count in (M, N)]
-    given = (draw.fixed(ids[0]), draw.fixed(ids[0] if same else ids[1])) if labels else None
+    own = draw.fixed(ids[0])
+    given = (own, own if same else draw.fixed(ids[1])) if labels else None
     weight = draw.normal(M).abs() + 0.1
     weight[1 :: max(2, M // 3)] = 0  # the first row counts: there may be only one
     made = Fold(
@@ -177,6 +180,7 @@ def fold(
         draw.vector(weight),
         cosine,
         fold=made,
+        mirrored=same and labels,
     )
     if chunk is not None:
         problem = replace(problem, workspace_bytes=_budget(problem, draw, chunk))
@@ -210,6 +214,20 @@ def top(draw: Draw, rows: int, columns: int, dim: int, *, mask: Masking | None =
         else:
             largest, column = sweep.top_rows(problem, SWEEPS[backend])
         return {"largest": largest, "column": column}
+
+    return run
+
+
+def opposed(draw: Draw, rows: int, dim: int) -> Run:
+    """Each row's nearest of another label and its farthest of its own, exact on the lattice: the first of those that
+    tie."""
+    M, dim = draw.size(rows), draw.length(dim)
+    x = draw.matrix(draw.pair("lattice", M, M, dim)[1], exact=True)
+    labels, bias = draw.fixed(draw.below(5, M)), draw.vector(draw.below(3, M).double())
+
+    def run(backend: str) -> Outputs:
+        call = Call(backend=backend)
+        return dict(zip(("nearest", "farthest"), of_labels(x, labels, 2.0, call, cosine=False, bias=bias), strict=True))
 
     return run
 
@@ -385,7 +403,7 @@ def _compare(draw: Draw, M: int, N: int, ids: int, keep: bool) -> Compare:
 
 # The table ------------------------------------------------------------------------------------------------------------
 
-RAGGED, ONE_ROW = (257, 391, 96), (1, 70, 3)
+RAGGED, ONE_ROW, ITSELF = (257, 391, 96), (1, 70, 3), (400, 400, 96)
 
 
 def _case(function: Callable[..., Run], *shape: Any, **options: Any) -> Make:
@@ -543,6 +561,7 @@ CASES: dict[str, dict[str, Make]] = {
         "771 features, rows anywhere": _case(top, 65, 130, 771, layout="anywhere"),
         "masks": _case(top, 130, 200, 40, mask=dense),
         "nothing competes": _case(top, 33, 70, 24, mask=nothing),
+        "labels": _case(opposed, 130, 40),
     },
     "guide": {
         "absolute": _case(softmax, *RAGGED, guide=(0.1, False), learns=True),
@@ -587,6 +606,7 @@ def _of_fold(name: str, options: dict[str, Any]) -> dict[str, Make]:
         "forward": _case(fold, 70, 131, 40, name, backward=False, **options),
         "several chunks, sharp": _case(fold, 130, 131, 40, name, chunk=30, **sharp),
         **({"itself": _case(fold, 131, 131, 40, name, same=True, **options)} if labelled else {}),
+        **({"itself, several chunks": _case(fold, *ITSELF, name, same=True, chunk=128, **options)} if labelled else {}),
         **({"a row of NaN": _case(fold, 70, 131, 40, name, spoilt=True, **options)} if name == "sigmoid" else {}),
     }
 

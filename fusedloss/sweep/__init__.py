@@ -52,7 +52,7 @@ def _swept(problem: Problem, backend: Sweeps, wants: Wants, share: float) -> Res
     half = halved(problem, backend)
     if half is None:
         return _Sweep(problem, backend, wants, share=share).run()
-    if half.fold is None:
+    if half.fold is None or not backend.can_halve(half):
         return _Sweep(half, backend, wants, half=True, share=share).run()
     half, order = ordered(half)
     return disordered(_Sweep(half, backend, wants, half=True, share=share).run(), order)
@@ -121,11 +121,11 @@ class _Sweep:
         if not problem.rows and not (problem.symmetric and problem.ranks):
             losses = torch.empty_like(problem.weight)
         elif problem.fold is not None:
-            losses, counted = Triangle(self).fold() if self.half else self._folded()
+            losses, counted = self._halves().fold() if self.half else self._folded()
         elif problem.symmetric:
             losses = self._symmetric()
         elif self.half:
-            losses = (Triangle if self.backend.can_halve(problem) else Staircase)(self).softmax()
+            losses = self._halves().softmax()
         elif self.wants.any:
             losses = self._one_directional()
         else:
@@ -153,6 +153,9 @@ class _Sweep:
         if self.problem.fold is not None and self.problem.fold.beside is not None:
             scalars.append(gradients.beside)
         return Result(losses, operands, narrowed[0], tuple(gradients.biases), tuple(scalars), counted)
+
+    def _halves(self) -> Triangle | Staircase:
+        return (Triangle if self.backend.can_halve(self.problem) else Staircase)(self)
 
     def _chunks(self) -> list[tuple[slice, list[Tensor]]]:
         """Yields chunks of rows, and each block's part of the workspace for them."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..backends.protocol import Sweeps
 from ..core import checks
+from ..core.folds import FOLDS, SIDES
 from ..core.numerics import cdiv, stats_dtype
 from ..core.problem import Problem
 from ..core.rows import fold_places, fresh
@@ -97,8 +98,15 @@ def strip_rows(problem: Problem, backend: Sweeps) -> int:
     if problem.device.type == "cuda":
         room, processors = _room(problem, backend), _properties(problem.device).multi_processor_count
         most = min(CUDA_ROWS, room // width)
-        rows = half_rows(M, D, most, processors, rows, room if backend.can_store(problem) else None)
+        rows = half_rows(M, D, most, processors, rows, _kept(problem, backend, room))
     return rows // PAD * PAD if rows < M else rows
+
+
+def _kept(problem: Problem, backend: Sweeps, room: int) -> int | None:
+    """Returns how many elements need not be multiplied again for the gradient; None: it needs sums of all first."""
+    if problem.fold is not None:
+        return None if FOLDS[problem.fold.name].sums == SIDES else problem.rows**2
+    return room if backend.can_store(problem) else None
 
 
 def _room(problem: Problem, backend: Sweeps) -> int:
@@ -114,7 +122,7 @@ def tile_rooms(problem: Problem, backend: Sweeps, tiles: Sequence[Tile]) -> tupl
     or may not be stored."""
     shapes = [(tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start) for tile in tiles]
     sizes = [rows * cdiv(columns, PAD) * PAD for rows, columns in shapes]
-    stores = backend.can_store(problem) and sum(sizes) <= _room(problem, backend)
+    stores = problem.fold is None and backend.can_store(problem) and sum(sizes) <= _room(problem, backend)
     room = fresh(problem.scale, (sum(sizes) if stores else max(sizes),), backend.workspace_dtype(problem))
     parts = room.split(sizes) if stores else [room[:size] for size in sizes]
     return [part.view(rows, -1)[:, :columns] for part, (rows, columns) in zip(parts, shapes, strict=True)], stores

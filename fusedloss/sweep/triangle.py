@@ -5,8 +5,8 @@ those of the rows J. Its gradient is that of both places, `W_IJ = dz_IJ + dz_JI^
 `dX_J += W_IJ^T X_I`. That is 4 MND instead of 6.
 
 `Triangle` walks square tiles that stay in a CPU's caches, by primitives of their own. `Staircase` walks chunks of rows,
-each against itself and against all rows behind it, by the primitives that every kernel has for rows and columns: 3 MND
-where the exponentials are stored until all sums are known.
+each against itself and against all rows behind it, by the primitives that kernels have for rows and columns: 3 MND
+where the exponentials are stored until all sums are known, or where a fold needs no sum for its gradient.
 """
 
 # maths.md: Half of the tiles
@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from ..backends.protocol import Halves, Result, Stores, Sweeps
+from ..backends.protocol import Halves, HalvesFolds, HalvesTops, Result, Stores, Sweeps
 from ..core.folds import SIDED, LogSum
 from ..core.mask import Mask
-from ..core.numerics import LOG2E, group_numbers, row_numbers, slices, wide_dtype
+from ..core.numerics import LOG2E, group_numbers, group_sizes, row_numbers, slices, wide_dtype
 from ..core.problem import Problem
 from ..core.rows import fold_part, fold_scalars
 from ..core.strips import Extremes, Patch, RowSums, Softmax, Strip, Tile
@@ -121,15 +121,22 @@ def tops(problem: Problem, backend: Sweeps) -> tuple[Tensor, Tensor] | None:
 
     problem: one matrix against itself, of which a mask drops equal labels. None: the backend does not halve.
     """
-    if not problem.rows or not backend.can_halve(problem):
+    squares = backend.can_halve(problem)
+    if not problem.rows or not (squares or backend.can_halve_rows(problem)):
         return None
-    admission, halves = Admission(Inputs(problem, backend, False)), cast(Halves, backend)
+    admission, halves = Admission(Inputs(problem, backend, False)), cast(HalvesTops, backend)
     nearest, farthest = (Extremes.empty(problem.rows, problem.weight) for _ in range(2))
-    grid = list(slices(problem.rows, chunks.stats_rows(problem.device)))
+    grid = list(slices(problem.rows, chunks.stats_rows(problem.device) if squares else chunks.STRIP_STATS_ROWS))
     for i, rows in enumerate(grid):
-        tiles = [Tile(rows, columns) for columns in grid[i:]]
+        tiles = [Tile(rows, columns) for columns in grid[i:]] if squares else tiles_of(rows, problem.rows)
         halves.half_tops(problem, admission.strips(rows)[0], tiles, nearest, farthest)
     return nearest.column, farthest.column
+
+
+def tiles_of(rows: slice, count: int) -> list[Tile]:
+    """Returns a chunk of `count` rows against itself and, unless it is the last, against the rows behind it."""
+    behind = slice(rows.stop, count)
+    return [Tile(rows, rows), *([Tile(rows, behind)] if behind.stop > behind.start else [])]
 
 
 class Triangle:
@@ -206,8 +213,7 @@ class Triangle:
         found = [cast(Tensor, shift) for shift, _ in sums]
         shifts = [shift.masked_fill(shift == -torch.inf, 0) for shift in found]
         pull, push = (LogSum(shift, total.log()) for shift, (_, total) in zip(shifts, sums, strict=True))
-        classes = group_numbers(fold.labels[0])
-        number = torch.zeros_like(classes).index_add_(0, classes, torch.ones_like(classes))[classes] - 1
+        number = group_sizes(group_numbers(fold.labels[0])) - 1
         rows = SIDED[fold.name].rows(pull, push, number, part, scalars, fold.options)
         if sweep.wants.any:
             totals = [total.masked_fill(total == 0, 1) for _, total in sums]
@@ -234,14 +240,14 @@ class Staircase:
         count = self.problem.rows
         for rows in slices(count, side):
             strip = self.sweep.admission.strips(rows)[0]
-            yield Tile(rows, rows), strip.columns(rows)
-            behind = slice(rows.stop, count)
-            if behind.stop > behind.start:
+            on_diagonal, *others = tiles_of(rows, count)
+            yield on_diagonal, strip.columns(rows)
+            for behind in others:
                 # No row skips itself there, and without a mask the kernels have larger tiles. Mirrored masks have
                 # nothing else but comparisons.
                 mask = strip.mask
                 mask = mask._replace(skip=None) if mask is not None and mask.compare else None
-                yield Tile(rows, behind), strip._replace(mask=mask).columns(behind)
+                yield behind, strip._replace(mask=mask).columns(behind.columns)
 
     def softmax(self) -> Tensor:
         """Returns the losses of a softmax over each row, and adds the gradients."""
@@ -264,11 +270,30 @@ class Staircase:
                 cast(Stores, backend).weigh(patch, by_row.weight, by_column.weight, own_entry)
             else:
                 q = backend.grad_rows([strip], [out], by_row, by_column, own_entry, sweep.gradients.gain)
-            sweep.gradients.add_tile(tile, out)
-            if q is not None:
-                # A tile on the diagonal has both places of each of its pairs.
-                sweep.gradients.add_scale(q / 2 if tile.rows == tile.columns else q)
+            self._add_tile(tile, out, q)
         return rows.loss
+
+    def fold(self) -> tuple[Tensor, list[Tensor]]:
+        """Returns the losses of a fold of each row, and what they count; adds the gradients."""
+        problem, backend, sweep = self.problem, cast(HalvesFolds, self.backend), self.sweep
+        fold = backend.half_fold(problem, fold_part(problem, slice(0, problem.rows)))
+        if fold.sums_first or not sweep.wants.any:
+            for tile, strip in self._tiles(min(self.side, chunks.STRIP_STATS_ROWS)):
+                fold.add(strip, tile)
+        folded = fold.settle()
+        if sweep.wants.any:
+            rooms, _ = chunks.tile_rooms(problem, backend, [tile for tile, _ in self._tiles(self.side)])
+            for (tile, strip), out in zip(self._tiles(self.side), rooms, strict=True):
+                self._add_tile(tile, out, fold.write(strip, out, tile))
+            folded = folded if fold.sums_first else fold.settle()
+        return folded.loss, [] if folded.count is None else [folded.count]
+
+    def _add_tile(self, tile: Tile, out: Tensor, by_scale: Tensor | None) -> None:
+        gradients = self.sweep.gradients
+        gradients.add_tile(tile, out)
+        if by_scale is not None:
+            # A tile on the diagonal has both places of each of its pairs.
+            gradients.add_scale(by_scale / 2 if tile.rows == tile.columns else by_scale)
 
     def _stored(self, rooms: list[Tensor]) -> RowSums:
         """Writes the exponentials of all tiles, and returns the rows' sums. One shift serves all of them."""

@@ -154,15 +154,20 @@ def test_batch_sizes_share_kernels(device):
 
 @pytest.mark.processes
 def test_one_matrix_against_itself_takes_half_of_the_similarities(device):
-    """nt_xent by kernels, D = 768, in products of N x N x D: what DESIGN.md says. Nothing is read back to decide it."""
+    """By kernels, D = 768, in products of N x N x D: what DESIGN.md says. Nothing is read back to decide it."""
     found = {tuple(case): counts for *case, counts in child(device, "front", "counts.py")}
-    work = {case: round(2 * sum(counts.values()), 2) for case, counts in found.items()}
-    for rows, stored, twice in ((2048, 4, 6), (16384, 3.33, 4.46), (65536, 4.12, 4.12)):
-        assert [work[rows, learned, False] for learned in (False, True)] == [6, 8]
-        assert [work[rows, learned, True] for learned in (False, True)] == [stored, twice]
-        counts = found[rows, True, True]
-        assert counts["stats_rows"] + counts["stats_rows_and_columns"] == (1 + 2048 / rows) / 2
-        assert counts["products"] == pytest.approx(1)
+    work = {case: round(2 * (counts["launched"] + counts["products"]), 2) for case, counts in found.items()}
+    twice = ("nt_xent, learned", "multi_similarity", "circle", "sup_con, in")
+    for rows, stored, computed in ((2048, 4, 6), (16384, 3.33, 4.46), (65536, 4.12, 4.12)):
+        assert [work["nt_xent", rows, half] for half in (False, True)] == [6, stored]
+        for name in twice:
+            assert [work[name, rows, half] for half in (False, True)] == [8, computed], name
+            assert found[name, rows, True]["products"] == pytest.approx(1)
+        once = (1 + 2048 / rows) / 2
+        counts = found["nt_xent, learned", rows, True]
+        assert counts["stats_rows"] + counts["stats_rows_and_columns"] == once
+        # Both searches of batch-hard from one sweep.
+        assert [work["batch_hard_triplet", rows, half] for half in (False, True)] == [4, round(2 * once, 2)]
 
 
 @pytest.fixture(scope="module")

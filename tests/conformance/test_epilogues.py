@@ -80,6 +80,7 @@ CHECKS: dict[str, Any] = {
     "grad+columns": lambda backend, strip: _grad(backend, strip, True),
     "half": checks.check_half,
     "half+sides": checks.check_half_sides,
+    "half+fold": checks.check_half_fold,
     "half+tops": checks.check_half_tops,
     "top": checks.check_top,
     "guide": checks.check_guide,
@@ -115,8 +116,8 @@ def test_every_row_has_a_case():
 def test_every_primitive_has_a_row():
     """A method of the protocols that takes more than the problem computes something; the others are questions."""
     found = set()
-    kinds = (protocol.Rows, protocol.Sweeps, protocol.Stores, protocol.FoldsRows, protocol.Distills)
-    for kind in (*kinds, protocol.Halves, protocol.Admits):
+    kinds = (protocol.Rows, protocol.Sweeps, protocol.Stores, protocol.FoldsRows, protocol.Halves, protocol.Admits)
+    for kind in (*kinds, protocol.Distills, protocol.HalvesFolds, protocol.HalvesTops):
         for name, method in vars(kind).items():
             if not name.startswith("_") and list(inspect.signature(method).parameters) != ["self", "problem"]:
                 found.add(name)
@@ -141,7 +142,7 @@ def cases_of(backend: str, row: Any) -> Iterator[Any]:
     for k in range(max(len(sets), len(ways) * len(shapes))):
         turn = k // len(ways)
         number = numbers[(k + turn) % 2]
-        if row.name in ("exp", "stored") and number == "fp16":  # whose exponentials are not stored
+        if row.name in ("exp", "stored", "half+fold") and number == "fp16":  # which stores neither there
             number = "fp32"
         given, shape = sets[(k + turn * (len(sets) == 2)) % len(sets)], shapes[turn % len(shapes)]
         case = (backend, row.name, ways[k % len(ways)], number, shape, given)

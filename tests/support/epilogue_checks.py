@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fusedloss.backends import chunked, triton
 from fusedloss.backends.triton.config import Config
-from fusedloss.core.folds import SIDED
+from fusedloss.core.folds import FOLDS, SIDED
 from fusedloss.core.mask import Compare, GuideRule, Mask, StripMask
 from fusedloss.core.numerics import slices
 from fusedloss.core.problem import Block, Fold, Problem
@@ -412,6 +412,10 @@ def _of_chunk(strip: Strip, tiles: list[Tile]) -> Strip:
     return strip._replace(x=strip.x[rows], row_factor=factor, target=target, mask=mask)
 
 
+def _of_tile(strip: Strip, tile: Tile) -> Strip:
+    return _of_chunk(strip, [tile]).columns(tile.columns)
+
+
 def _both_places(tiles: list[list[Tile]], found: list[Tensor], count: int) -> Tensor:
     """The whole matrix of what is found in its tiles."""
     whole = found[0].new_full((count, count), math.nan)
@@ -460,13 +464,20 @@ def check_half_tally(backend: Any, strip: Strip) -> None:
     assert_near(tally.maximum, z.amax(1), magnitude=1.0)
 
 
+HALF_SIDES: dict[str, tuple[float, ...]] = {
+    "multi_similarity": (2.0, 9.0, 0.5),
+    "circle": (0.4, 8.0),
+    "sup_con_in": (),
+}
+
+
 def check_half_sides(backend: Any, strip: Strip) -> None:
     """Each fold's log-sum-exps, and their gradient by what each would have."""
     strip, tiles = of_itself(strip._replace(scale=torch.ones_like(strip.scale)))
     strip = strip._replace(target=None, mask=None)
     values, _ = formula(strip)
     labels = torch.arange(len(values), device=values.device) // 5
-    for name, options in (("multi_similarity", (2.0, 9.0, 0.5)), ("circle", (0.4, 8.0)), ("sup_con_in", ())):
+    for name, options in HALF_SIDES.items():
         fold = Fold(name, options, labels=(labels, labels), itself=True)
         problem = problem_of(strip, None, fold)
         part, sums = fold_part(problem, slice(0, len(values))), backend.half_sides_start(problem)
@@ -493,6 +504,52 @@ def check_half_sides(backend: Any, strip: Strip) -> None:
         terms = wanted * values / 2
         assert_near(_both_places(tiles, found, len(values)), factored(wanted, strip), magnitude=_size(wanted, strip))
         assert_near(q.sum(), terms.sum(), magnitude=terms.abs().sum())
+
+
+def check_half_fold(backend: Any, strip: Strip) -> None:
+    """Losses, counts and gradient of each fold that takes half, by chunks and the rows behind them."""
+    strip, _ = of_itself(strip._replace(scale=torch.ones_like(strip.scale)))
+    strip = strip._replace(target=None, mask=None)
+    values, count = formula(strip)[0], len(strip.y)
+    labels = torch.arange(count, device=values.device) // 5
+    grid = list(slices(count, 16))
+    tiles = [Tile(a, b) for a in grid for b in (a, slice(a.stop, count)) if b.stop > b.start]
+    hinge = (between(values, -0.1), 1.0, 0.0)
+    for name, options in {**HALF_SIDES, "pair_hinge": hinge}.items():
+        problem = problem_of(strip, None, Fold(name, options, labels=(labels, labels), itself=True))
+        weight = torch.rand(count, device=values.device) + 0.1
+        weight[1::3] = 0
+        part = fold_part(problem, slice(0, count))._replace(weight=weight)
+        slope, wide = values.clone(), part._replace(weight=weight.double())
+        wanted = FOLDS[name].torch(slope, wide, (strip.scale.double(),), options, True)
+        both, half = slope + slope.T, backend.half_fold(problem, part)
+        found, q = torch.full_like(both, math.nan), 0.0
+        for tile in tiles if half.sums_first else ():
+            half.add(_of_tile(strip, tile), tile)
+        folded = half.settle()
+        for tile in tiles:
+            shape = tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start
+            out, buffer = fenced(*shape, strip.x.dtype, values.device, True, backend is triton)
+            terms = half.write(_of_tile(strip, tile), out, tile)
+            found[tile.columns, tile.rows], found[tile.rows, tile.columns] = out.double().T, out.double()
+            assert_fenced(out, buffer)
+            q += 0.0 if terms is None else terms.double().sum() / (2 if tile.rows == tile.columns else 1)
+        folded = folded if half.sums_first else half.settle()
+        assert_near(folded.loss, wanted.loss, magnitude=wide.weight)
+        assert (folded.count is None) == (wanted.count is None)
+        assert folded.count is None or torch.equal(folded.count.double(), wanted.count)
+        assert_near(found, factored(both, strip), magnitude=_size(both, strip))
+        for total in wanted.scalars:
+            assert_near(q, total, magnitude=(slope * values).abs().sum())
+
+
+def between(values: Tensor, near: float) -> float:
+    """In the widest gap of the values near a number: whether a hinge is open must not hang on a product's last bits."""
+    close = values[(values - near).abs() < 0.1].sort().values
+    if len(close) < 2:
+        return near
+    first = close.diff().argmax()
+    return float((close[first] + close[first + 1]) / 2)
 
 
 def check_half_tops(backend: Any, strip: Strip) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from epilogue_checks import assert_stored, fenced, problem_of
+from epilogue_checks import assert_stored, between, fenced, problem_of
 from strips import assert_near, factored, formula
 from torch import Tensor
 
@@ -38,15 +38,6 @@ def part_of(strip: Strip, kind: str, labelled: bool) -> Part:
     weight = torch.rand(M, device=device) + 0.1
     weight[1::3] = 0
     return Part(torch.arange(M, device=device), weight, strip.target, *labels, own)
-
-
-def between(values: Tensor, near: float) -> float:
-    """In the widest gap of the values near a number: whether a hinge is open must not hang on a product's last bits."""
-    close = values[(values - near).abs() < 0.1].sort().values
-    if len(close) < 2:
-        return near
-    first = close.diff().argmax()
-    return float((close[first] + close[first + 1]) / 2)
 
 
 def fold_of(strip: Strip, kind: str, sim: Tensor, score: Tensor) -> tuple[Strip, Fold]:

@@ -21,6 +21,7 @@ PLAIN = {
     "weigh": "stored",
     "exp_rows_and_columns": "stored",
     "top_rows": "top",
+    "half_tops": "top",
     "similarities": "similarities",
     "guide_rows": "guide",
     "guide_scores": "guide",
@@ -30,6 +31,7 @@ PLAIN = {
 }
 
 
+FOLDS = ("fold_rows", "half_fold", "distill_rows")
 SOFTMAX = ("stats_rows", "stats_rows_and_columns", "exp_rows", "exp_rows_and_columns", "grad_rows")
 
 
@@ -53,7 +55,7 @@ def elements(module: Any, monkeypatch) -> dict[str, int]:
 def record(backend: str, monkeypatch) -> set[str]:
     """The families, as they are asked for from now on."""
     module, found = BACKENDS[backend], set()
-    for name in (*PLAIN, "grad_rows", "fold_rows", "distill_rows"):
+    for name in (*PLAIN, "grad_rows", *FOLDS):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, _recorded(name, getattr(module, name), found))
     if backend == "triton":
@@ -79,7 +81,7 @@ def _families(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[s
     strips, found = _strips(given), set()
     if name in PLAIN:
         found.add(PLAIN[name])
-    elif name in ("fold_rows", "distill_rows"):
+    elif name in FOLDS:
         found.add(f"fold:{args[0].fold.name}")
     else:
         _, _, _, columns, *rest = args
@@ -88,7 +90,7 @@ def _families(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[s
             found.add("tally")
     if any(type(arg).__name__ == "Tally" for arg in given):
         found.add("tally")
-    if name in ("fold_rows", "similarities"):
+    if name in ("fold_rows", "half_fold", "similarities"):
         return found
     if any(strip.mask is not None or strip.own_scale is not None for strip in strips):
         found.add("masks")

@@ -12,8 +12,11 @@ import fusedloss
 from fusedloss import masks, sweep, testing, transforms
 from fusedloss.backends import BACKENDS, chunked
 from fusedloss.core.mask import Compare, StripMask
+from fusedloss.core.problem import Fold
 from fusedloss.core.strips import Patch, Strip
 from fusedloss.core.waves import half_rows, wave_rows
+from fusedloss.losses._folded import fold_loss, fold_problem
+from fusedloss.losses._options import Call
 from fusedloss.sweep import triangle
 
 
@@ -262,6 +265,12 @@ def test_rows_may_lie_by_column(backend):
         torch.testing.assert_close(a, b)
 
 
+def folded(x, labels, others):
+    fold = Fold("sup_con_in", labels=(labels, others), itself=True)
+    one, call = x.new_ones(()), Call("sum")
+    return fold_loss(fold_problem([x], one, one.expand(len(x)), fold, call, cosine=True), call)[0]
+
+
 WHOLE = {
     "a matrix": lambda x, labels: itself(x, labels, labels[:, None] == labels),
     "labels of two tensors": lambda x, labels: itself(x, labels, masks.same_id(labels, labels.clone())),
@@ -273,7 +282,8 @@ WHOLE = {
     "smoothing by row": lambda x, labels: itself(x, labels, masks.same_id(labels, labels), label_smoothing=0.1),
     "counts": lambda x, labels: split(fusedloss.nt_xent)(x, labels, return_stats=True)[0],
     "both directions": lambda x, labels: fusedloss.clip(x, x, 10.0),
-    "a fold": lambda x, labels: fusedloss.sup_con(x, labels, form="in"),
+    "a fold's labels of two tensors": lambda x, labels: folded(x, labels, labels.clone()),
+    "a fold that takes whole rows": lambda x, labels: fusedloss.batch_semi_hard_triplet(x, labels),
 }
 
 

@@ -15,9 +15,8 @@ from ...core.rows import guide_threshold
 from ...core.strips import RowSums, Softmax, Strip, Tally
 from .. import folds as in_tile
 from ..folds import can_fold as can_fold
-from ..shared import NO_FACTOR, SEVERAL_TARGETS, exp_shift
+from ..shared import NO_FACTOR, SEVERAL_TARGETS, exp_shift, half_softmax
 from ..shared import can_exp as can_exp
-from ..shared import can_halve_rows as can_halve_rows
 from .folds import fold_rows as fold_rows
 from .launching import NOT_BUILT as NOT_BUILT
 from .launching import Launch, struct
@@ -81,6 +80,10 @@ def workspace_dtype(problem: Problem) -> torch.dtype:
 
 def can_halve(problem: Problem) -> bool:
     return False  # no kernel keeps square tiles
+
+
+def can_halve_rows(problem: Problem) -> bool:
+    return half_softmax(problem)  # a fold's tile has sums of rows alone
 
 
 def can_store(problem: Problem) -> bool:

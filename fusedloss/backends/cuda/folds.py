@@ -15,11 +15,14 @@ from .rows import merge
 
 
 class _Kernel:
-    def __init__(self, name: str, strip: Strip):
+    def __init__(self, name: str, strip: Strip, columns: bool):
         self.name, self.run = name, Launch(strip, narrow=True)
 
     def row_table(self) -> Tensor:
         return self.run.row_table()
+
+    def column_table(self) -> Tensor:
+        return self.run.column_table()
 
     def __call__(self, fields: dict[str, Any], out: Tensor | None = None) -> None:
         self.run(self.name, struct("FoldArgs" if self.name in folds.FOLDS else "SidesArgs", **fields), out)

@@ -16,14 +16,13 @@ from torch import Tensor
 from ...core import products
 from ...core.folds import Folded, Part
 from ...core.mask import GuideRule, StripMask
-from ...core.numerics import cdiv, rows_of
+from ...core.numerics import cdiv, row_numbers, rows_of
 from ...core.problem import Beside, Problem
 from ...core.rows import guide_threshold
-from ...core.strips import RowSums, Softmax, Strip, Tally
+from ...core.strips import Extremes, RowSums, Softmax, Strip, Tally, Tile
 from ...core.waves import wave_columns
 from .. import distill, folds
-from ..shared import NO_FACTOR, SEVERAL_TARGETS, can_exp, exp_shift
-from ..shared import can_halve_rows as can_halve_rows
+from ..shared import NO_FACTOR, SEVERAL_TARGETS, can_exp, exp_shift, half_softmax
 from .launching import (
     ALIGNMENT,
     config_of,
@@ -87,6 +86,10 @@ def workspace_dtype(problem: Problem) -> torch.dtype:
     return folds.workspace_dtype(problem, can_fold(problem))
 
 
+def can_halve_rows(problem: Problem) -> bool:
+    return problem.top or half_softmax(problem) or folds.can_halve(problem)
+
+
 can_store = can_exp
 
 
@@ -144,15 +147,54 @@ def top_rows(strips: list[Strip]) -> tuple[Tensor, Tensor]:
     return largest, first.masked_fill(largest == -torch.inf, -1)
 
 
+def half_tops(problem: Problem, strip: Strip, tiles: list[Tile], nearest: Extremes, farthest: Extremes) -> None:
+    assert strip.mask is not None
+    (labels,) = strip.mask.compare
+    for tile in tiles:
+        part = strip.columns(tile.columns)
+        on_diagonal = tile.rows == tile.columns
+        bare = part._replace(bias=None, target=None, mask=None)
+        config = config_of(bare, "top, columns")
+        tables = [(_row_table if dim else _column_table)(bare, config) for _, dim in tile.directions]
+        values = [table.new_empty((2, *table.shape)) for table in tables]
+        places = [torch.empty_like(value, dtype=torch.int64) for value in values]
+        args = _epilogues().OpposedArgs(
+            labels.rows,
+            labels.keys[tile.columns],
+            row_numbers(len(strip.x), strip.x) if on_diagonal else None,
+            None if strip.bias is None else strip.bias[tile.rows],
+            part.bias,
+            *(x for value, place in zip(values, places, strict=True) for x in (value, place, value.stride(0))),
+        )
+        _similarities(_epilogues().opposed, bare, None, args, config)
+        firsts = (tile.columns.start, tile.rows.start)
+        for value, place, (rows, _), first in zip(values, places, tile.directions, firsts, strict=False):
+            for side, extremes in enumerate((nearest, farthest)):
+                _take(extremes, rows, value[side], place[side], first)
+
+
+def _take(extremes: Extremes, rows: slice, values: Tensor, places: Tensor, first: int) -> None:
+    """Takes in tables of values and of their places, counted from `first`."""
+    largest = values.amax(0)
+    place = places.masked_fill(values != largest, torch.iinfo(torch.int64).max).amin(0) + first
+    value, column = extremes.value[rows], extremes.column[rows]
+    rises = largest > value
+    column.copy_(torch.where(rises, place, column))
+    value.copy_(torch.where(rises, largest, value))
+
+
 class _Fold:
     """A fold's launch: one epilogue serves both kinds of sides, which differ in what they are given."""
 
-    def __init__(self, name: str, strip: Strip):
-        self.strip, self.config = strip, config_of(strip, f"fold, {name}")
+    def __init__(self, name: str, strip: Strip, columns: bool):
+        self.strip, self.config = strip, config_of(strip, f"fold, {name}{', columns' if columns else ''}")
         self.epilogue = getattr(_folds(), name.replace("circle", "sides"))
 
     def row_table(self) -> Tensor:
         return _row_table(self.strip, self.config)
+
+    def column_table(self) -> Tensor:
+        return _column_table(self.strip, self.config)
 
     def __call__(self, fields: dict[str, Any], out: Tensor | None = None) -> None:
         given: dict[str, Any] = {"Scale": self.strip.scale}
@@ -167,6 +209,10 @@ class _Fold:
 
 def fold_rows(problem: Problem, strip: Strip, out: Tensor | None, part: Part, score: Tensor) -> Folded:
     return folds.fold_rows(folds.Kernels(_Fold, merge), problem, strip, out, part, score)
+
+
+def half_fold(problem: Problem, part: Part) -> folds.TwoSides | folds.HalfHinges:
+    return folds.half_fold(folds.Kernels(_Fold, merge), problem, part)
 
 
 def taught(problem: Problem) -> list[Strip]:

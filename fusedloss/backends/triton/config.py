@@ -46,7 +46,10 @@ LIBRARY_D = 2304
 
 
 # Their tiles hold more numbers of a row than 128 columns leave registers for.
-WIDE_FOLDS = ("fold, sigmoid", "fold, margin_ranking", "fold, sides_grad", "fold, circle_grad")
+WIDE_FOLDS = (
+    *("fold, sigmoid", "fold, margin_ranking", "fold, sides_grad", "fold, circle_grad", "top, columns"),
+    *(f"fold, {kind}_{pass_}, columns" for kind in ("sides", "circle") for pass_ in ("stats", "grad")),
+)
 
 
 def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] | None, mode: str) -> Config:
@@ -88,7 +91,8 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
             # columns' weights 96, with both 696.
             # 224 of 227 KiB in 16 bits. An fp32 tile to be stored takes 32 KiB more: three stages.
             return Config("descriptors", 128, 256, BLOCK_D, SUBTILES=2, num_stages=4 if narrow else 3)
-        if "masked" in mode or (capability[0] == 10 and any(what in mode for what in (" q", "softcap", "fold"))):
+        few_columns = mode in WIDE_FOLDS or any(what in mode for what in (" q", "softcap", "fold"))
+        if "masked" in mode or (capability[0] == 10 and few_columns):
             # Every mask at once spills 208 bytes a thread at 128 columns on sm_90. On sm_100 tensor memory is
             # read a row per thread, with every column's vectors: 128 spill 104 with q alone. Halves of a tile
             # under a softcap, or of a fold, are more than Triton 3.7.1's OptimizeTMemLayouts pass takes: it fails.
