@@ -213,6 +213,8 @@ def sides_stats(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M,
     """
     positive = _positives(sim, Target, offs_m, offs_n, mask_m, mask_n, pid_n, args)
     counts = _counts(sim, offs_m, mask_m, mask_n, pid_n, args)
+    if args.ColPullMax is not None:
+        counts &= mask_m[:, None]
     row = pid_n.to(tl.int64) * M + offs_m
     pull, _ = _side(sim, True, args)
     push, _ = _side(sim, False, args)
@@ -222,8 +224,6 @@ def sides_stats(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M,
     _log_sum(push, args.PushMax + row, args.PushSum + row, mask_m, 1)
     if args.ColPullMax is not None:
         column = pid_m.to(tl.int64) * N + offs_n
-        pull = tl.where(mask_m[:, None], pull, float("-inf"))
-        push = tl.where(mask_m[:, None], push, float("-inf"))
         _log_sum(pull, args.ColPullMax + column, args.ColPullSum + column, mask_n, 0)
         _log_sum(push, args.ColPushMax + column, args.ColPushSum + column, mask_n, 0)
     if args.Count is not None:

@@ -226,7 +226,7 @@ class HalfHinges:
     def write(self, strip: Strip, out: Tensor | None, tile: Tile) -> None:
         run, weight = self.kernels.of("pair_hinge", strip, True), self.part.weight
         given = {"weight": weight[tile.rows], "col_weight": weight[tile.columns]}
-        tables = {}
+        tables: dict[str, Tensor] = {}
         for _, place in (places := _places(self.part, tile)):
             tables |= {f"{place}{name}": (run.column_table if place else run.row_table)() for name in ("loss", "count")}
         run(self.fields | _relations(self.part, tile) | given | tables, out)

@@ -101,7 +101,6 @@ def taken(monkeypatch):
     counted = Counter()
     for kind, names in ((folds.TwoSides, ("add", "write")), (folds.HalfHinges, ("write",))):
         for name in names:
-
             monkeypatch.setattr(kind, name, counting(counted, name, getattr(kind, name)))
     return counted
 

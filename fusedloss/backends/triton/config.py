@@ -48,6 +48,7 @@ LIBRARY_D = 2304
 # Their tiles hold more numbers of a row than 128 columns leave registers for.
 WIDE_FOLDS = (
     *("fold, sigmoid", "fold, margin_ranking", "fold, sides_grad", "fold, circle_grad", "top, columns"),
+    "fold, pair_hinge, columns",
     *(f"fold, {kind}_{pass_}, columns" for kind in ("sides", "circle") for pass_ in ("stats", "grad")),
 )
 
@@ -100,6 +101,8 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
         return Config("descriptors", 128, 128, BLOCK_D, SUBTILES=2, num_stages=4)
     if few:
         return Config("pointers", 64, 64, BLOCK_D, num_warps=4, num_stages=4)
+    if mode == "fold, circle_grad, columns":
+        return Config("pointers", 64, 64, BLOCK_D)  # 128 rows spill up to 24 bytes on sm_120
     if "masked" in mode or mode in ("grad, columns, q", *WIDE_FOLDS):
         # Of sizes that are no multiples of 16 a wider one spills up to 216 bytes on sm_80.
         return Config("pointers", 128, 64, BLOCK_D)
