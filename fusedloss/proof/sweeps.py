@@ -597,6 +597,8 @@ _FOLDS: dict[str, dict[str, Any]] = {
 
 def _of_fold(name: str, options: dict[str, Any]) -> dict[str, Make]:
     labelled = options.get("labels", False)
+    # A BLAS may round the two places of a pair apart, by 1e-7 of gamma (1 + m)^2. Tensor cores have one order of sums.
+    halved = {**options, "options": (0.4, 40.0)} if name == "circle" else options
     sharp = {**options, "kind": "pairs", "scale": 100.0} if "scale" in options else options
     return {
         "ragged": _case(fold, *RAGGED, name, **options),
@@ -606,7 +608,7 @@ def _of_fold(name: str, options: dict[str, Any]) -> dict[str, Make]:
         "forward": _case(fold, 70, 131, 40, name, backward=False, **options),
         "several chunks, sharp": _case(fold, 130, 131, 40, name, chunk=30, **sharp),
         **({"itself": _case(fold, 131, 131, 40, name, same=True, **options)} if labelled else {}),
-        **({"itself, several chunks": _case(fold, *ITSELF, name, same=True, chunk=128, **options)} if labelled else {}),
+        **({"itself, several chunks": _case(fold, *ITSELF, name, same=True, chunk=128, **halved)} if labelled else {}),
         **({"a row of NaN": _case(fold, 70, 131, 40, name, spoilt=True, **options)} if name == "sigmoid" else {}),
     }
 
