@@ -17,8 +17,6 @@ from ..core.mask import Compare, Guide, GuideRule, Mask
 from ..core.numerics import cdiv
 from ..core.problem import Block, Fold, Margin, Problem
 from ..core.rows import without_target
-from ..losses._folded import opposed as of_labels
-from ..losses._options import Call
 from ..sweep import Partial, Wants
 from .draws import Draw, Outputs, Run
 
@@ -224,10 +222,28 @@ def opposed(draw: Draw, rows: int, dim: int) -> Run:
     M, dim = draw.size(rows), draw.length(dim)
     x = draw.matrix(draw.pair("lattice", M, M, dim)[1], exact=True)
     labels, bias = draw.fixed(draw.below(5, M)), draw.vector(draw.below(3, M).double())
+    others, own = (Compare(labels, labels, keep) for keep in (False, True))
+    problem = Problem(
+        (x,),
+        (Block(0, 0, bias, Mask((others,))),),
+        draw.number(2.0),
+        draw.fixed(torch.full((M,), -1)),
+        draw.vector(torch.ones(M)),
+        top=True,
+    )
+    same = replace(
+        problem,
+        blocks=(Block(0, 0, draw.vector(-bias.cpu()), Mask((own,), skip=draw.fixed(torch.arange(M)))),),
+        scale=draw.number(-2.0),
+    )
 
     def run(backend: str) -> Outputs:
-        call = Call(backend=backend)
-        return dict(zip(("nearest", "farthest"), of_labels(x, labels, 2.0, call, cosine=False, bias=bias), strict=True))
+        if backend in ("reference", "dense"):
+            found = reference.opposed_rows(problem)
+        else:
+            halves = sweep.opposed_rows(problem, SWEEPS[backend])
+            found = halves or tuple(sweep.top_rows(side, SWEEPS[backend])[1] for side in (problem, same))
+        return dict(zip(("nearest", "farthest"), found, strict=True))
 
     return run
 
