@@ -241,8 +241,9 @@ def opposed(draw: Draw, rows: int, dim: int) -> Run:
         if backend in ("reference", "dense"):
             found = reference.opposed_rows(problem)
         else:
-            halves = sweep.opposed_rows(problem, SWEEPS[backend])
-            found = halves or tuple(sweep.top_rows(side, SWEEPS[backend])[1] for side in (problem, same))
+            kernels = SWEEPS[backend]
+            halves = sweep.opposed_rows(problem, kernels)
+            found = halves or (sweep.top_rows(problem, kernels)[1], sweep.top_rows(same, kernels)[1])
         return dict(zip(("nearest", "farthest"), found, strict=True))
 
     return run
