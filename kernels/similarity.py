@@ -12,15 +12,15 @@ N's divisibility by 16 saves predicates, as M's does: without specialising M, "e
 of 210, "grad" 255 instead of 231. Rows of any length are read and stored 16 bytes at a time: operands end in zeros, and
 of Out's rows the padding is written, too (`vectors.py`).
 
-Logits stay in fp32 from the accumulator to the exponential. The target, columns out of range and
-removed columns (bias = -inf) have z = -inf.
+Logits stay in fp32 from the accumulator to the exponential. Targets, columns out of range and removed columns (bias =
+-inf) have z = -inf.
 """
 
 import triton
 import triton.language as tl
 
 from .masks import admitted
-from .softmax import hits, tanh
+from .softmax import hits, met, tanh
 from .vectors import up
 
 # How a tile is folded: on the one path of all tiles, or on one of two.
@@ -40,6 +40,7 @@ def similarity_kernel(
     Bias,  # [N] or None
     softcap,  # logits become softcap * tanh(z / softcap); or None
     Target,  # [M] int64 or None
+    Further,  # FurtherArgs or None
     masks,  # MaskArgs or None
     args,  # the epilogue's own
     M,
@@ -70,7 +71,7 @@ def similarity_kernel(
             INPUT_PRECISION, DESCRIPTORS, WIDE, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         _fold_tile(
-            sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
+            sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, Further, masks, args, M, N, stride_om,
             pid_m, pid_n, EPILOGUE, INNER, OUT_WIDE, BLOCK_M, BLOCK_N, SUBTILES,
         )  # fmt: skip
 
@@ -85,6 +86,7 @@ def panel_kernel(
     Bias,
     softcap,
     Target,
+    Further,
     masks,
     args,
     M,
@@ -105,7 +107,7 @@ def panel_kernel(
     place = Sim + offs_m[:, None] * up(stride_sm, PANEL_WIDE) + offs_n[None, :]
     sim = tl.load(place, mask=(offs_m < M)[:, None] & columns[None, :], other=0.0)
     _fold_tile(
-        sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
+        sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, Further, masks, args, M, N, stride_om,
         pid_m, first_tile + tl.program_id(1), EPILOGUE, INNER, OUT_WIDE, BLOCK_M, BLOCK_N, 1,
     )  # fmt: skip
 
@@ -167,43 +169,45 @@ def _bent(z, softcap):
 
 @triton.jit
 def _fold_tile(
-    sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
+    sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, Further, masks, args, M, N, stride_om,
     pid_m, pid_n,
     EPILOGUE: tl.constexpr, INNER: tl.constexpr, OUT_WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """Folds a tile. INNER: one inside of the matrix that holds no target, as most are, without a test of an element."""
     if INNER:
-        if _is_inner(Target, M, N, pid_m, pid_n, BLOCK_M, BLOCK_N):
+        if _is_inner(Target, Further, M, N, pid_m, pid_n, BLOCK_M, BLOCK_N):
             _fold_parts(
-                sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, None, masks, args, M, N, stride_om,
+                sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, None, None, masks, args, M, N, stride_om,
                 pid_m, pid_n, EPILOGUE, INNER_PATH, OUT_WIDE, BLOCK_M, BLOCK_N, SUBTILES,
             )  # fmt: skip
         else:
             _fold_parts(
-                sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
+                sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, Further, masks, args, M, N, stride_om,
                 pid_m, pid_n, EPILOGUE, OTHER_PATH, OUT_WIDE, BLOCK_M, BLOCK_N, SUBTILES,
             )  # fmt: skip
     else:
         _fold_parts(
-            sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
+            sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, Further, masks, args, M, N, stride_om,
             pid_m, pid_n, EPILOGUE, ONE_PATH, OUT_WIDE, BLOCK_M, BLOCK_N, SUBTILES,
         )  # fmt: skip
 
 
 @triton.jit
-def _is_inner(Target, M, N, pid_m, pid_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _is_inner(Target, Further, M, N, pid_m, pid_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     inner = ((pid_m + 1) * BLOCK_M <= M) & ((pid_n + 1) * BLOCK_N <= N)
+    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     if Target is not None:
-        offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         column = tl.load(Target + offs_m, mask=offs_m < M, other=-1) - pid_n.to(tl.int64) * BLOCK_N
         inner &= tl.max(((column >= 0) & (column < BLOCK_N)).to(tl.int32), axis=0) == 0
+    if Further is not None:
+        inner &= met(Further, offs_m, offs_m < M, pid_n, M, BLOCK_N) == 0
     return inner
 
 
 @triton.jit
 def _fold_parts(
-    sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
+    sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, Further, masks, args, M, N, stride_om,
     pid_m, pid_n,
     EPILOGUE: tl.constexpr, PATH: tl.constexpr, OUT_WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,
@@ -212,25 +216,25 @@ def _fold_parts(
     # columns and q on sm_90, a whole 128 x 128 tile spills 264 bytes a thread, halves none.
     if SUBTILES == 1:
         _fold(
-            sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
+            sim, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, Further, masks, args, M, N, stride_om,
             pid_m, pid_n, EPILOGUE, PATH, OUT_WIDE, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         halves = tl.permute(tl.reshape(sim, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         left, right = tl.split(halves)
         _fold(
-            left, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
+            left, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, Further, masks, args, M, N, stride_om,
             pid_m, pid_n * 2, EPILOGUE, PATH, OUT_WIDE, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         _fold(
-            right, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
+            right, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, Further, masks, args, M, N, stride_om,
             pid_m, pid_n * 2 + 1, EPILOGUE, PATH, OUT_WIDE, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
 
 
 @triton.jit
 def _fold(
-    acc, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, masks, args, M, N, stride_om,
+    acc, Out, Scale, RowFactor, ColFactor, Bias, softcap, Target, Further, masks, args, M, N, stride_om,
     pid_m, pid_n,
     EPILOGUE: tl.constexpr, PATH: tl.constexpr, OUT_WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -280,6 +284,9 @@ def _fold(
         z = tl.where(admit, z, float("-inf"))
     if Target is not None:
         z = tl.where(hits(Target, offs_m, mask_m, pid_n, BLOCK_N), float("-inf"), z)
+    if Further is not None:
+        for number in range(met(Further, offs_m, mask_m, pid_n, M, BLOCK_N)):
+            z = tl.where(hits(Further.Columns + number * M, offs_m, mask_m, pid_n, BLOCK_N), float("-inf"), z)
     value = EPILOGUE(z, sim, Target, offs_m, offs_n, mask_m, mask_n, pid_m, pid_n, M, N, args)
     if Out is not None:
         if softcap is not None:

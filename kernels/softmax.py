@@ -46,6 +46,23 @@ def hits(Target, offs_m, mask_m, pid_n, BLOCK_N: tl.constexpr):
     return tl.arange(0, BLOCK_N)[None, :] == column[:, None]
 
 
+class FurtherArgs(NamedTuple):
+    """A row's targets besides the first, in other columns."""
+
+    Columns: Any  # int64 [count, M]; -1: none
+    count: Any
+
+
+@triton.jit
+def met(Further, offs_m, mask_m, pid_n, M, BLOCK_N: tl.constexpr):
+    """Returns how many further targets to look for in a tile: all, or 0 if no row has one there, as in most tiles."""
+    found = tl.zeros(offs_m.shape, tl.int32)
+    for number in range(Further.count):
+        column = tl.load(Further.Columns + number * M + offs_m, mask=mask_m, other=-1) - pid_n.to(tl.int64) * BLOCK_N
+        found |= ((column >= 0) & (column < BLOCK_N)).to(tl.int32)
+    return tl.where(tl.max(found, axis=0) > 0, Further.count, 0)
+
+
 class TallyArgs(NamedTuple):
     """Counts of a row's admissible negatives, [n_tiles, M] each."""
 

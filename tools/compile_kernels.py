@@ -125,6 +125,8 @@ DISTILL = (
 )
 # Under a softcap, which stands in the way from similarities to logits and back.
 SOFTCAP = ("stats, softcap", "stats, tally, softcap", "exp, softcap", "grad, softcap")
+# With several targets a row.
+SEVERAL = ("stats, several", "exp, several", "grad, several", "grad, q, several")
 TYPES = {
     torch.int32: "i32",
     torch.uint8: "u8",
@@ -179,6 +181,8 @@ def similarities(mode: str, dtype: torch.dtype, size: int, dim: int, plain: bool
         mask = StripMask(compare, dense, vector, exempt, target, bits)
         strip = strip._replace(mask=mask, own=target, own_scale=empty())
         smooth = vector
+    if "several" in mode:
+        strip = strip._replace(mask=StripMask(without=empty(size, 3, kind=torch.int64)))
     if "softcap" in mode:
         strip, smooth = strip._replace(softcap=30.0), vector
     if "tally" in mode:
@@ -512,17 +516,20 @@ def cases() -> list[tuple[str, str, str, str, int, int]]:
     both = [(mode, dtype, "high", *large) for dtype in ("bfloat16", "float32") for mode in DISTILL]
     both += [(mode, "bfloat16", "high", *where) for where in ((8191, 768), wide, few) for mode in DISTILL]
     both += [(mode, "float32", "highest", *large) for mode in DISTILL]
+    several = [(mode, dtype, "high", *large) for dtype in ("bfloat16", "float32") for mode in SEVERAL]
+    several += [(mode, "bfloat16", "high", 8191, 768) for mode in SEVERAL]
     # In full precision the library multiplies.
     full = [(mode, "float32", "highest", *large) for mode in (MODES[0], MODES[-1])]
     small = [(MODES[-1], dtype, "high", *few) for dtype in ("bfloat16", "float32")]
     library = [(mode, dtype, "high", *wide) for dtype in ("bfloat16", "float32") for mode in MODES]
     sizes = (("bfloat16", 8192), ("bfloat16", 8191), ("float32", 8191))
-    plain = [(mode, dtype, "high", size, 768) for dtype, size in sizes for mode in MODES]
+    plain = [(mode, dtype, "high", size, 768) for dtype, size in sizes for mode in (*MODES, *SEVERAL)]
     odd = [("exp", dtype, "high", ODD_ROWS, dim) for dtype in ("bfloat16", "float32") for dim in ODD]
     odd += [("exp", "float32", "highest", ODD_ROWS, 1000)]
     odd += [(name, "bfloat16", "", ODD_ROWS, dim) for dim in ODD for name in ODD_KERNELS]
     return [
-        *(("similarities", *case) for case in (*narrow, *tf32, *masked, *bent, *folds, *both, *full, *small, *library)),
+        *(("similarities", *case) for case in (*narrow, *tf32, *masked, *bent, *folds, *both, *several)),
+        *(("similarities", *case) for case in (*full, *small, *library)),
         *(("plain", *case) for case in plain),
         *(("odd", *case) for case in odd),
         *(("rows", name, dtype, "", 8192, 768) for dtype in ("bfloat16", "float32") for name in (*BY_ROW, *ROWWISE)),
@@ -555,7 +562,7 @@ def compile_all(target: str) -> list[dict[str, Any]]:
             by_row(mode, kind, size, dim)
         else:
             where = (size, size, dim, {"float32": "tf32" if precision == "high" else "fp32"}.get(dtype, TYPES[kind]))
-            config = launching.picked(*where, launching.capability_of(None), mode)
+            config = launching.picked(*where, launching.capability_of(None), mode.removesuffix(", several"))
             place = (kernel, *where[3:], config, mode, size % 16)
             if place in seen and kernel != "odd":
                 continue  # the library's D is like any other where there is no such way
@@ -625,7 +632,7 @@ def faults(found: dict[str, list[dict[str, Any]]]) -> list[str]:
         there = {(e["mode"], e["dtype"], e["precision"] == "high") for e in entries if e["kernel"] == "similarities"}
         tf32 = ("float32", not amd(target))
         asked = {(mode, *kind) for mode in MODES for kind in (("bfloat16", False), ("float16", False), tf32)}
-        asked |= {(mode, "bfloat16", True) for mode in (*MASKED, *SOFTCAP, *FOLDS, *DISTILL)}
+        asked |= {(mode, "bfloat16", True) for mode in (*MASKED, *SOFTCAP, *FOLDS, *DISTILL, *SEVERAL)}
         lines += [f"{target}: {one}: not compiled" for one in sorted(asked - there)]
         rows_there = {e["mode"] for e in entries if e["kernel"] == "rows"}
         lines += [f"{target}: {one}: not compiled" for one in sorted({*BY_ROW, *ROWWISE} - rows_there)]

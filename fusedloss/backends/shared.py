@@ -8,7 +8,6 @@ from ..core.problem import Problem
 
 # exp(-69) = 1e-30 is the smallest row sum whose inverse, and products with x, stay normal numbers.
 LOWEST_EXPONENT = 69.0
-SEVERAL_TARGETS = "no kernel leaves several targets out of a row's sum yet; 'chunked' and 'dense' do"
 NO_FACTOR = (
     "no kernel multiplies the gradient of single columns by score_margin's factor yet; 'chunked' and 'dense' do, or "
     "leave factor out to drop them"

@@ -108,6 +108,12 @@ class StripMask(NamedTuple):
     without: Tensor | None = None  # [R, E], columns that the sums leave out besides the target; -1: none
     dropped: Any = None  # columns dropped by the guide, in the backend's own format: tiles on demand, packed bits
 
+    @property
+    def given(self) -> bool:
+        """Whether it drops columns besides the targets."""
+        parts = (self.dense, self.threshold, self.skip, self.dropped)
+        return bool(self.compare) or any(part is not None for part in parts)
+
     @classmethod
     def of(cls, mask: Mask, threshold: Tensor | None) -> StripMask:
         """Returns a block's mask for all rows, with a threshold in place of its margin."""

@@ -179,7 +179,8 @@ def settle(
     over_l = over_l.masked_fill(left_out, 0)
     loss = (weight * loss).masked_fill(left_out, 0)
     operands = [(x * over_l[:, None]).to(dtype) for x in scaled]
-    return Settled(loss, shift, over_l, entries[:, 0], operands, entries[:, 1:]), entries, by_scale
+    first = entries[:, 0].contiguous()  # kernels take no stride
+    return Settled(loss, shift, over_l, first, operands, entries[:, 1:]), entries, by_scale
 
 
 def scale_terms(entries: Tensor, by_scale: Tensor | None, sims: Tensor, here: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def info_nce(
                 joint:  loss_i = log(1 + sum_(n in N(i)) exp(z_in) / sum_(p in P(i)) exp(z_ip))
 
             "each" has the positives not compete with each other; "joint" wants any of them at the top. No product is
-            computed again for them. On backends "chunked", "dense" and "reference".
+            computed again for them.
         teacher_scores: `[M, 1 + K]`, a teacher's scores of the row's own key and of its K `negatives`, divided by the
             teacher's temperature. Their softmax t is the target instead of the key alone (Hinton et al. 2015), against
             the student's softmax over all columns of the row:

@@ -15,7 +15,7 @@ from ..backends import SWEEPS, reference
 from ..backends.dense import run as run_whole
 from ..core.mask import Compare, Guide, GuideRule, Mask
 from ..core.numerics import cdiv
-from ..core.problem import Block, Fold, Margin, Problem
+from ..core.problem import Block, Fold, Margin, Problem, Targets
 from ..core.rows import without_target
 from ..sweep import Partial, Wants
 from .draws import Draw, Outputs, Run
@@ -44,6 +44,7 @@ def softmax(
     mask: Masking | None = None,
     penalty: tuple[float, float] = (0.0, 0.0),
     guide: tuple[float, bool] | None = None,
+    several: str = "",
     spoilt: bool = False,
     chunk: int | None = None,
     more: dict[str, Any] | None = None,
@@ -51,7 +52,8 @@ def softmax(
     """A softmax over one or two blocks of columns.
 
     keys: the keys' layout, if it differs. learns: the scale is a tensor with a gradient, else a number. chunk: rows of
-    a chunk. spoilt: a NaN in a row of the queries; only their gradient is wanted. more: fields of Problem.
+    a chunk. spoilt: a NaN in a row of the queries; only their gradient is wanted. several: targets a row, in this
+    form: three, or two. more: fields of Problem.
     """
     M, N, dim = draw.size(rows), draw.size(columns), draw.length(dim)
     x, y = draw.pair(kind, M, N, dim)
@@ -92,6 +94,10 @@ def softmax(
         guide_rule=GuideRule() if guide is None else GuideRule(*guide),
     )
     problem = replace(problem, **(more or {}))
+    if several:
+        columns = (target[:, None] + torch.tensor([0, 1, N // 2])) % N
+        columns[::3, 1] = -1
+        problem = replace(problem, targets=Targets(draw.fixed(columns), several))
     if chunk is not None:
         problem = replace(problem, workspace_bytes=_budget(problem, draw, chunk))
     wants = Wants(
@@ -551,6 +557,9 @@ CASES: dict[str, dict[str, Make]] = {
         "both ways": _case(softmax, 131, 131, 40, symmetric=True, mask=dense, learns=True),
         "both ways, stored": _case(softmax, 131, 131, 40, symmetric=True, mask=drops, cosine=True),
         "hardness": _case(softmax, 60, 131, 40, blocks=2, penalty=(3.0, -2.0)),
+        "several targets": _case(softmax, *RAGGED, several="each", blocks=2, learns=True),
+        "several targets, exp": _case(softmax, *RAGGED, several="joint", cosine=True),
+        "several targets, ids": _case(softmax, 70, 131, 40, several="each", mask=drops),
         "several chunks": _case(softmax, 130, 131, 40, kind="lattice", scale=1.0, mask=everything, chunk=30),
     },
     "softcap": {

@@ -35,7 +35,7 @@ class Admission:
     def _mask(self, number: int, block: Block) -> StripMask | None:
         """Returns a block's mask; a margin's threshold is a share of the target's similarity plus the margin."""
         mask, targets = block.mask, self.problem.targets
-        further = None if number or targets is None else targets.columns[:, 1:]
+        further = None if number or targets is None or targets.columns.shape[1] == 1 else targets.columns[:, 1:]
         if not mask.given:
             return None if further is None else StripMask(without=further)
         threshold = None if self.elsewhere is None else self.elsewhere.thresholds[number]
@@ -115,7 +115,9 @@ class Admission:
         return self.room
 
     def stats_chunks(self) -> Iterator[slice]:
-        """Chunks of a sweep that stores nothing; with a guide the storing sweep's, so that both have one mask."""
+        """Chunks of a sweep that stores nothing; the storing sweep's with a guide, so that both have one mask, and with
+        several targets, which may become bits."""
         problem = self.problem
-        rows = chunks.workspace_shape(problem, self.backend)[0][0] if self.guides else chunks.stats_rows(problem.device)
+        as_stored = self.guides or problem.targets is not None
+        rows = chunks.workspace_shape(problem, self.backend)[0][0] if as_stored else chunks.stats_rows(problem.device)
         return slices(problem.rows, rows)

@@ -5,7 +5,7 @@ without a sweep takes one. `cases.py` proves each.
 
     rows, stats, .. the epilogues of a sweep, which `core/epilogues.py` explains: "rows" belongs to every sweep,
                     `fold:NAME` are the folds that kernels compute in their tile
-    masks           whatever drops columns, or scales a row's own column: a branch of all of the above
+    masks           whatever drops columns, further targets included, or scales a row's own: a branch of all above
     softcap, tally  branches of them, too; tally includes smoothing whose share differs from row to row
 
     classes         rows of logits                  pair_logits     logits of pairs of embeddings
@@ -83,7 +83,7 @@ def of_flags(flags: Flags) -> tuple[str, ...]:
 
 def flags(problem: Problem) -> Flags:
     """Returns the properties of a problem that decide its families: the arguments of `_found`."""
-    masked = guided = False
+    masked, guided = problem.targets is not None, False
     for block in problem.blocks:
         mask = block.mask
         if mask is not NO_MASK:

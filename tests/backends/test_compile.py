@@ -17,10 +17,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import fusedloss.kernels
 import pytest
 import sources
 import torch
+
+import fusedloss.kernels
 
 triton = pytest.importorskip("triton")
 
@@ -67,7 +68,7 @@ def test_the_committed_table_is_what_the_compiler_says(compiled, compiler):
 def test_the_rules_miss_no_kernel_and_see_a_spill(compiler, monkeypatch):
     none = compiler.faults({ONE: []})
     odd = [case for case in compiler.cases() if case[0] == "odd"]
-    few = {*compiler.MASKED, *compiler.SOFTCAP, *compiler.FOLDS, *compiler.DISTILL}
+    few = {*compiler.MASKED, *compiler.SOFTCAP, *compiler.FOLDS, *compiler.DISTILL, *compiler.SEVERAL}
     assert len(none) == 3 * len(compiler.MODES) + len(few) + len(odd) + len({*compiler.BY_ROW, *compiler.ROWWISE})
     counts = dict.fromkeys(("registers", "shared", "spilled", *compiler.INSTRUCTIONS, *compiler.AMD), 0)
     entry = counts | {"kernel": "rows", "mode": "times", "dtype": "float32", "precision": "", "spilled": 8}

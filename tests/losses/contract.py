@@ -444,6 +444,5 @@ def missing() -> set[str]:
 
 # What no kernel of Triton computes: backend="triton" raises.
 WITHOUT_TRITON = {
-    *("info_nce, several positives", "info_nce, several positives, joint"),
     *("info_nce, score_margin, factor", "list_circle", "list_info_nce", "list_info_nce, joint", "rank_net, soft"),
 }

@@ -39,7 +39,7 @@ def test_no_loss_launches_what_it_does_not_name(backend, name, monkeypatch):
     batch = Batch(5, torch.float32)
     try:
         value = CASES[name](batch).result(backend=backend)
-    except NotImplementedError as error:  # without a sweep, of several targets, with a margin's factor
+    except NotImplementedError as error:  # without a sweep, with a margin's factor
         if backend == "triton":
             assert name in WITHOUT_TRITON
         else:

@@ -15,7 +15,7 @@ from ...core.rows import guide_threshold
 from ...core.strips import RowSums, Softmax, Strip, Tally
 from .. import folds as in_tile
 from ..folds import can_fold as can_fold
-from ..shared import NO_FACTOR, SEVERAL_TARGETS, exp_shift, half_softmax
+from ..shared import NO_FACTOR, exp_shift, half_softmax
 from ..shared import can_exp as can_exp
 from .folds import fold_rows as fold_rows
 from .launching import NOT_BUILT as NOT_BUILT
@@ -40,8 +40,6 @@ LARGEST = 2**31 - 256  # indices up to a tile beyond the last row, column or fea
 def why_not(problem: Problem) -> str | None:
     if problem.prefixes:
         return "no kernel sums several prefixes in one sweep yet; matryoshka takes them one after the other here"
-    if problem.targets is not None:
-        return SEVERAL_TARGETS
     for block in problem.blocks:
         if reason := _why_not_mask(block.mask):
             return reason

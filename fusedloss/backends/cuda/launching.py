@@ -264,11 +264,13 @@ class Launch:
         mask = self.strip.mask or StripMask()
         drops, keeps = ([c for c in mask.compare if c.keep == keep] for keep in (False, True))
         dense, bits = mask.dense, mask.dropped
+        if mask.without is not None:  # no guide goes together with several targets
+            bits = columns_as_bits(mask.without, len(self.strip.y))
         exempt = () if mask.exempt is None else mask.exempt.unbind(1)
         ids = [[c.contiguous() for c in columns] for columns in (
             [c.rows for c in drops], [c.keys for c in drops], [c.rows for c in keeps], [c.keys for c in keeps], exempt
         )]  # fmt: skip
-        self.kept = ids  # keeps copies of contiguous() until the launch
+        self.kept = ids, bits  # keeps copies until the launch
         return struct(
             "Masks",
             **dict(zip(("drop_rows", "drop_keys", "keep_rows", "keep_keys", "exempt"), ids, strict=True)),
@@ -281,6 +283,13 @@ class Launch:
             stride_dn=0 if dense is None else dense.stride(1),
             stride_bm=0 if bits is None else bits.stride(0),
         )
+
+
+def columns_as_bits(columns: Tensor, N: int) -> Tensor:
+    """Returns int32 [R, cdiv(N, 32)], 1 at these columns [R, P] of each row, which differ; -1: none."""
+    bit = torch.where(columns < 0, 0, 1 << columns % 32).to(torch.int32)  # the last one is the sign
+    bits = bit.new_zeros((len(columns), cdiv(N, 32)))
+    return bits.scatter_add_(1, columns.clamp(min=0) // 32, bit)
 
 
 def operand(x: Tensor) -> Tensor:

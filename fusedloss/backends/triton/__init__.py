@@ -22,7 +22,7 @@ from ...core.rows import guide_threshold
 from ...core.strips import Extremes, RowSums, Softmax, Strip, Tally, Tile
 from ...core.waves import wave_columns
 from .. import distill, folds
-from ..shared import NO_FACTOR, SEVERAL_TARGETS, can_exp, exp_shift, half_softmax
+from ..shared import NO_FACTOR, can_exp, exp_shift, half_softmax
 from .launching import (
     ALIGNMENT,
     config_of,
@@ -53,8 +53,6 @@ PANEL_BYTES = 32 << 20  # fp32 similarities of the vendor's GEMM, which fit an H
 def why_not(problem: Problem) -> str | None:
     if problem.prefixes:
         return "no kernel sums several prefixes in one sweep yet; matryoshka takes them one after the other here"
-    if problem.targets is not None:
-        return SEVERAL_TARGETS
     dtypes = {problem.dtype: None}  # in order
     for block in problem.blocks:
         if block.mask.factor is not None:
@@ -306,7 +304,7 @@ def _mode(name: str, strip: Strip, tally: Tally | None) -> str:
 
 
 def _masked(strip: Strip) -> bool:
-    return strip.mask is not None or strip.own_scale is not None
+    return strip.own_scale is not None or (strip.mask is not None and strip.mask.given)
 
 
 def exp_rows(
@@ -550,8 +548,13 @@ def _multiply(sim: Tensor, x: Tensor, y: Tensor) -> None:
 
 
 def _columns(strip: Strip) -> tuple[Any, ...]:
-    softcap = strip.softcap or None
-    return strip.scale, strip.row_factor, strip.col_factor, strip.bias, softcap, strip.target, _mask_args(strip)
+    softcap, targets = strip.softcap or None, (strip.target, _further_args(strip))
+    return strip.scale, strip.row_factor, strip.col_factor, strip.bias, softcap, *targets, _mask_args(strip)
+
+
+def _further_args(strip: Strip) -> Any:
+    without = None if strip.mask is None else strip.mask.without
+    return None if without is None else _softmax().FurtherArgs(without.T.contiguous(), without.shape[1])
 
 
 def _mask_args(strip: Strip) -> Any:
