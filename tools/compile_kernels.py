@@ -126,7 +126,10 @@ DISTILL = (
 # Under a softcap, which stands in the way from similarities to logits and back.
 SOFTCAP = ("stats, softcap", "stats, tally, softcap", "exp, softcap", "grad, softcap")
 # With several targets a row.
-SEVERAL = ("stats, several", "exp, several", "grad, several", "grad, q, several")
+SEVERAL = (
+    *("stats, several", "exp, several", "grad, several", "grad, q, several"),
+    *("stats, several, masked", "exp, several, masked", "grad, q, several, masked"),
+)
 TYPES = {
     torch.int32: "i32",
     torch.uint8: "u8",
@@ -177,12 +180,14 @@ def similarities(mode: str, dtype: torch.dtype, size: int, dim: int, plain: bool
     if "masked" in mode:
         compare = tuple(Compare(target, target, keep) for keep in (False, True))
         dense, exempt = empty(size, size, kind=torch.bool), empty(size, 1, kind=torch.int64)
-        bits = empty(size, size // 32, kind=torch.int32)
+        bits = empty(size, math.ceil(size / 32), kind=torch.int32)
         mask = StripMask(compare, dense, vector, exempt, target, bits)
         strip = strip._replace(mask=mask, own=target, own_scale=empty())
         smooth = vector
     if "several" in mode:
-        strip = strip._replace(mask=StripMask(without=empty(size, 3, kind=torch.int64)))
+        without, smooth = empty(size, 3, kind=torch.int64), None  # without a margin, a guide, a column of their own
+        mask = StripMask(compare, dense, skip=target) if "masked" in mode else StripMask()
+        strip = strip._replace(mask=mask._replace(without=without), own=None, own_scale=None)
     if "softcap" in mode:
         strip, smooth = strip._replace(softcap=30.0), vector
     if "tally" in mode:
@@ -212,7 +217,7 @@ def similarities(mode: str, dtype: torch.dtype, size: int, dim: int, plain: bool
         case "guide", _:
             backend.guide_rows([strip], GuideRule(), empty())
         case "store", _:
-            backend.similarities(strip, empty(size, size))
+            backend.similarities(strip, workspace(size, torch.float32))
         case ("distill" | "distill_ce" | "distill_mse") as form, _:
             mask = StripMask(dense=workspace(size, torch.bool)) if "masked" in mode else None
             strip, side = strip._replace(bias=None, target=None, mask=mask), distill.Side(empty(), *[vector] * 3)
@@ -508,7 +513,7 @@ def cases() -> list[tuple[str, str, str, str, int, int]]:
     large, few, wide = (8192, 768), (512, 768), (8192, 4096)
     narrow = [(mode, dtype, "highest", *large) for dtype in ("bfloat16", "float16") for mode in MODES]
     tf32 = [(mode, "float32", "high", *large) for mode in MODES]
-    masked = [(mode, "bfloat16", "high", *large) for mode in MASKED]
+    masked = [(mode, "bfloat16", "high", size, 768) for size in (8192, 8191) for mode in MASKED]
     bent = [(mode, dtype, "high", *large) for dtype in ("bfloat16", "float16", "float32") for mode in SOFTCAP]
     bent += [(mode, "bfloat16", "high", *wide) for mode in SOFTCAP]
     folds = [(mode, dtype, "high", *large) for dtype in ("bfloat16", "float32") for mode in FOLDS]
@@ -562,7 +567,7 @@ def compile_all(target: str) -> list[dict[str, Any]]:
             by_row(mode, kind, size, dim)
         else:
             where = (size, size, dim, {"float32": "tf32" if precision == "high" else "fp32"}.get(dtype, TYPES[kind]))
-            config = launching.picked(*where, launching.capability_of(None), mode.removesuffix(", several"))
+            config = launching.picked(*where, launching.capability_of(None), mode)
             place = (kernel, *where[3:], config, mode, size % 16)
             if place in seen and kernel != "odd":
                 continue  # the library's D is like any other where there is no such way

@@ -298,9 +298,13 @@ def guide_scores(strip: Strip, room: Tensor) -> Tensor:
 
 
 def _mode(name: str, strip: Strip, tally: Tally | None) -> str:
-    name += ", tally" if tally is not None else ""
-    name += ", masked" if _masked(strip) else ""
-    return name + ", softcap" if strip.softcap else name
+    more = {
+        "tally": tally is not None,
+        "several": strip.mask is not None and strip.mask.without is not None,
+        "masked": _masked(strip),
+        "softcap": bool(strip.softcap),
+    }
+    return ", ".join([name, *(option for option, given in more.items() if given)])
 
 
 def _masked(strip: Strip) -> bool:

@@ -51,6 +51,10 @@ WIDE_FOLDS = (
     "fold, pair_hinge, columns",
     *(f"fold, {kind}_{pass_}, columns" for kind in ("sides", "circle") for pass_ in ("stats", "grad")),
 )
+NARROW = ("grad, columns, q", "grad, q, several", *WIDE_FOLDS)
+RAGGED = ("grad, columns, q, masked", "top, masked")
+# Have registers for a tile of 256 columns on sm_90; "exp, several" spills 8 to 40 bytes.
+BROAD = ("stats", "stats, columns", "exp", "exp, columns", "grad", "stats, several", "grad, several")
 
 
 def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] | None, mode: str) -> Config:
@@ -81,13 +85,20 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
     if mode.startswith("distill"):
         return _pick_distill(few, D, BLOCK_D, capability[0])
     if capability[0] in (9, 10):
-        # Of sizes that are no multiples of 16 a tile of 64 columns spills up to 544 bytes on sm_100.
-        columns = 32 if capability[0] == 10 and mode in ("grad, columns, q", *WIDE_FOLDS) else 64
+        # Of sizes that are no multiples of 16, and with every mask at once, a tile of 64 columns spills up to 544 bytes
+        # on sm_100, and on sm_90 up to 152 in two modes.
+        ragged = "masked" in mode and (M % 16 != 0 or N % 16 != 0)
+        narrow = mode in NARROW or ragged if capability[0] == 10 else ragged and mode in RAGGED
+        columns = 32 if narrow else 64
+        # There a bool mask beside a store is more than OptimizeTMemLayouts takes with 8 warps (Triton 3.7.1): it fails.
+        # Without a store, 8 warps spill 56 bytes with several targets, and 4 spill 176 with counts.
+        few_warps = ragged and (mode.startswith(("exp", "grad")) or "several" in mode)
+        warps = 4 if capability[0] == 10 and few_warps else 8
         if few:
             return Config("descriptors", 64, columns, BLOCK_D, num_warps=4, num_stages=4)
         if D >= LIBRARY_D:
             return Config("library", 32, 256, BLOCK_D, num_warps=8)
-        if capability[0] == 9 and mode in ("stats", "stats, columns", "exp", "exp, columns", "grad"):
+        if capability[0] == 9 and mode in BROAD:
             # In halves 176 KiB; whole, fp32 tiles take 272. With q halves spill 128 bytes, with the
             # columns' weights 96, with both 696.
             # 224 of 227 KiB in 16 bits. An fp32 tile to be stored takes 32 KiB more: three stages.
@@ -97,14 +108,15 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
             # Every mask at once spills 208 bytes a thread at 128 columns on sm_90. On sm_100 tensor memory is
             # read a row per thread, with every column's vectors: 128 spill 104 with q alone. Halves of a tile
             # under a softcap, or of a fold, are more than Triton 3.7.1's OptimizeTMemLayouts pass takes: it fails.
-            return Config("descriptors", 128, columns, BLOCK_D, num_stages=4)
+            return Config("descriptors", 128, columns, BLOCK_D, num_warps=warps, num_stages=4)
         return Config("descriptors", 128, 128, BLOCK_D, SUBTILES=2, num_stages=4)
     if few:
         return Config("pointers", 64, 64, BLOCK_D, num_warps=4, num_stages=4)
     if mode == "fold, circle_grad, columns":
         return Config("pointers", 64, 64, BLOCK_D)  # 128 rows spill up to 24 bytes on sm_120
-    if "masked" in mode or mode in ("grad, columns, q", *WIDE_FOLDS):
-        # Of sizes that are no multiples of 16 a wider one spills up to 216 bytes on sm_80.
+    if "masked" in mode or mode in NARROW or (mode == "grad, q" and capability != (8, 0)):
+        # Of sizes that are no multiples of 16 a wider one spills up to 216 bytes on sm_80; with q alone 8 on sm_89, 40 on
+        # sm_120.
         return Config("pointers", 128, 64, BLOCK_D)
     # 96 KiB of shared memory: within sm_120's 99.
     return Config("pointers", 128, 128, BLOCK_D, SUBTILES=2)
