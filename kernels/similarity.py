@@ -60,11 +60,13 @@ def similarity_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
 ):
     # Persistent: only as many programs as can run at once walk all tiles. Not flattened: one loop over tiles and D
     # keeps a second accumulator alive and spills (3.7.1 and 3.9.0, 128 x 256).
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=False):
+    # SPECIALIZE: one warp multiplies, two load, and the others fold the last tile out of a second accumulator.
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=False, warp_specialize=SPECIALIZE):
         pid_m, pid_n = place(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         sim = product(
             X, Y, M, N, D, stride_xm, stride_yn, pid_m, pid_n,

@@ -616,6 +616,8 @@ def wrong(target: str, entry: dict[str, Any]) -> list[str]:
         found.append(f"{products} {entry[products]}")
     if bool(entry["UTMALDG"]) != (config["GEMM"] == "descriptors"):
         found.append(f"UTMALDG {entry['UTMALDG']}")
+    if config["SPECIALIZE"] and entry["UTMALDG"] != 2:  # one loop of loads, without a prologue
+        found.append("not specialized")
     if bool(entry["UTMASTG"]) != (config["GEMM"] == "descriptors" and stores):
         found.append(f"UTMASTG {entry['UTMASTG']}")
     if bool(entry["LDGSTS"]) != (config["GEMM"] == "pointers") or entry["LDGSTS"] != entry["LDGSTS.128"]:
@@ -685,7 +687,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
             halves = " / 2" if config and config["SUBTILES"] == 2 else ""
             tile = (
                 f"{config['BLOCK_M']} x {config['BLOCK_N']}{halves} x {config['BLOCK_D']}, {config['num_warps']} w, "
-                f"{config['num_stages']} st, {config['GEMM']}"
+                f"{config['num_stages']} st, {config['GEMM']}{', specialized' if config['SPECIALIZE'] else ''}"
                 if config
                 else f"{e['warps']} w"
             )

@@ -95,9 +95,9 @@ def softmax(
     )
     problem = replace(problem, **(more or {}))
     if several:
-        columns = (target[:, None] + torch.tensor([0, 1, N // 2])) % N
-        columns[::3, 1] = -1
-        problem = replace(problem, targets=Targets(draw.fixed(columns), several))
+        places = (target[:, None] + torch.tensor([0, 1, N // 2])) % N
+        places[::3, 1] = -1
+        problem = replace(problem, targets=Targets(draw.fixed(places), several))
     if chunk is not None:
         problem = replace(problem, workspace_bytes=_budget(problem, draw, chunk))
     wants = Wants(
@@ -437,8 +437,10 @@ def _made(function: Callable[..., Run], shape: tuple[Any, ...], options: dict[st
     return function(draw, *shape, **options)
 
 
-def _wave(draw: Draw, dim: int, **options: Any) -> Run:
-    return softmax(draw, draw.wave(), draw.wave(), dim, **options)
+def _wave(draw: Draw, dim: int, *, whole: bool = False, **options: Any) -> Run:
+    """whole: of whole tiles, as where sm_100 folds beside the next products."""
+    size = draw.wave() // 128 * 128 if whole else draw.wave()
+    return softmax(draw, size, size, dim, **options)
 
 
 def _one_way(**options: Any) -> dict[str, Make]:
@@ -461,6 +463,7 @@ def _one_way(**options: Any) -> dict[str, Make]:
         "two blocks": _case(softmax, 67, 131, 24, blocks=2, **{**options, "learns": False}),
         "a row of NaN": _case(softmax, 70, 131, 40, spoilt=True, **{**options, "learns": False}),
         "more than a wave": _case(_wave, 40, **options),
+        "more than a wave, whole tiles": _case(_wave, 328, whole=True, **options),
     }
 
 
@@ -477,6 +480,7 @@ def _both_ways(**options: Any) -> dict[str, Make]:
         ),
         "duplicates": _case(softmax, 70, 70, 64, **{**options, "kind": "duplicates"}),
         "more than a wave": _case(_wave, 40, **options),
+        "more than a wave, whole tiles": _case(_wave, 328, whole=True, **options),
     }
 
 

@@ -16,7 +16,7 @@ class Config(NamedTuple):
 
     GEMM: "descriptors" (TMA) or "pointers" (cp.async) into `similarity_kernel`, or the vendor's
     "library" and `panel_kernel`. SUBTILES = 2 folds a tile in two halves of columns. `programs` run
-    at once on a multiprocessor.
+    at once on a multiprocessor. SPECIALIZE: Triton gives loads, products and folds warps of their own (sm_100).
     """
 
     GEMM: str
@@ -28,11 +28,12 @@ class Config(NamedTuple):
     num_warps: int = 8
     num_stages: int = 3
     programs: int = 1
+    SPECIALIZE: bool = False
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019
     def options(self) -> dict[str, int]:
         """The launch options of `similarity_kernel`, not to be written to."""
-        names = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "GROUP_M", "SUBTILES", "num_warps", "num_stages")
+        names = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "GROUP_M", "SUBTILES", "SPECIALIZE", "num_warps", "num_stages")
         return {name: getattr(self, name) for name in names}
 
 
@@ -52,6 +53,8 @@ WIDE_FOLDS = (
     *(f"fold, {kind}_{pass_}, columns" for kind in ("sides", "circle") for pass_ in ("stats", "grad")),
 )
 NARROW = ("grad, columns, q", "grad, q, several", *WIDE_FOLDS)
+# Whose folds run beside the products of the next tile on sm_100.
+SPECIALIZED = ("stats", "exp", "exp, columns", "grad")
 RAGGED = ("grad, columns, q, masked", "top, masked")
 # Have registers for a tile of 256 columns on sm_90; "exp, several" spills 8 to 40 bytes.
 BROAD = ("stats", "stats, columns", "exp", "exp, columns", "grad", "stats, several", "grad, several")
@@ -87,7 +90,8 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
     if capability[0] in (9, 10):
         # Of sizes that are no multiples of 16, and with every mask at once, a tile of 64 columns spills up to 544 bytes
         # on sm_100, and on sm_90 up to 152 in two modes.
-        ragged = "masked" in mode and (M % 16 != 0 or N % 16 != 0)
+        odd = M % 16 != 0 or N % 16 != 0
+        ragged = "masked" in mode and odd
         narrow = mode in NARROW or ragged if capability[0] == 10 else ragged and mode in RAGGED
         columns = 32 if narrow else 64
         # There a bool mask beside a store is more than OptimizeTMemLayouts takes with 8 warps (Triton 3.7.1): it fails.
@@ -103,6 +107,9 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
             # columns' weights 96, with both 696.
             # 224 of 227 KiB in 16 bits. An fp32 tile to be stored takes 32 KiB more: three stages.
             return Config("descriptors", 128, 256, BLOCK_D, SUBTILES=2, num_stages=4 if narrow else 3)
+        if capability[0] == 10 and mode in SPECIALIZED and not odd:
+            # 168 registers of 384 threads. Of other sizes exp spills 288 bytes, and so do other modes.
+            return Config("descriptors", 128, 128, BLOCK_D, num_stages=4, SPECIALIZE=True)
         few_columns = mode in WIDE_FOLDS or any(what in mode for what in (" q", "softcap", "fold"))
         if "masked" in mode or (capability[0] == 10 and few_columns):
             # Every mask at once spills 208 bytes a thread at 128 columns on sm_90. On sm_100 tensor memory is
@@ -115,8 +122,8 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
     if mode == "fold, circle_grad, columns":
         return Config("pointers", 64, 64, BLOCK_D)  # 128 rows spill up to 24 bytes on sm_120
     if "masked" in mode or mode in NARROW or (mode == "grad, q" and capability != (8, 0)):
-        # Of sizes that are no multiples of 16 a wider one spills up to 216 bytes on sm_80; with q alone 8 on sm_89, 40 on
-        # sm_120.
+        # Of sizes that are no multiples of 16 a wider one spills up to 216 bytes on sm_80. With q alone it spills 8 on
+        # sm_89, 40 on sm_120.
         return Config("pointers", 128, 64, BLOCK_D)
     # 96 KiB of shared memory: within sm_120's 99.
     return Config("pointers", 128, 128, BLOCK_D, SUBTILES=2)
