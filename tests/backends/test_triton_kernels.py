@@ -601,5 +601,6 @@ def test_folds_run_beside_the_next_products_on_sm_100_alone():
         assert pick(8192, (10, 0), mode).SPECIALIZE and pick(8192, (10, 3), mode).SPECIALIZE
         assert not pick(8191, (10, 0), mode).SPECIALIZE
         assert not any(pick(8192, capability, mode).SPECIALIZE for capability in ((8, 0), (9, 0), (12, 0), None))
+        assert pick(8192, (9, 0), mode).num_stages == 4
     assert not any(pick(8192, (10, 0), mode).SPECIALIZE for mode in ("grad, q", "exp, several", "exp, masked"))
     assert [pick(N, (10, 0), "exp, masked").num_warps for N in (8192, 8191)] == [8, 4]

@@ -92,8 +92,8 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
         # on sm_100, and on sm_90 up to 152 in two modes.
         odd = M % 16 != 0 or N % 16 != 0
         ragged = "masked" in mode and odd
-        narrow = mode in NARROW or ragged if capability[0] == 10 else ragged and mode in RAGGED
-        columns = 32 if narrow else 64
+        thin = mode in NARROW or ragged if capability[0] == 10 else ragged and mode in RAGGED
+        columns = 32 if thin else 64
         # There a bool mask beside a store is more than OptimizeTMemLayouts takes with 8 warps (Triton 3.7.1): it fails.
         # Without a store, 8 warps spill 56 bytes with several targets, and 4 spill 176 with counts.
         few_warps = ragged and (mode.startswith(("exp", "grad")) or "several" in mode)
