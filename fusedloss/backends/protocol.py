@@ -127,6 +127,9 @@ class Sweeps(Rows, Protocol):
         """Whether one matrix against itself takes half of its chunks' columns, by the functions of rows and columns; of
         a fold the backend then implements `HalvesFolds`, of row maxima `HalvesTops`."""
 
+    def shares_prefixes(self, problem: Problem) -> bool:
+        """Whether `sweep/prefixes.py` sums all prefixes; the backend then implements `Admits`."""
+
     def workspace_dtype(self, problem: Problem) -> torch.dtype: ...
 
     def workspace_copies(self, problem: Problem) -> float:
@@ -292,6 +295,6 @@ class Halves(HalvesTops, Protocol):
 
 
 class Admits(Sweeps, Protocol):
-    """Takes `problem.prefixes`."""
+    """Says what a mask admits, for prefixes that share one product."""
 
     def admitted(self, mask: StripMask, tile: slice) -> Tensor: ...

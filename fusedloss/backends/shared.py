@@ -22,6 +22,10 @@ def half_softmax(problem: Problem) -> bool:
     return problem.fold is None and not problem.top and not problem.wants_tally  # counts are of rows alone
 
 
+def shares_prefixes(problem: Problem) -> bool:
+    return False  # each is a sweep of its own
+
+
 def exp_shift(problem: Problem) -> float:
     """Returns the shift for logits within +-bound: exponents are at most 0, or higher if the lowest would underflow."""
     bound = problem.softcap or problem.scale_bound

@@ -54,10 +54,11 @@ def matryoshka(
 
         total = sum_k weights_k * loss(*(x[:, :dims_k] / |x[:, :dims_k]| for x in embeddings), **loss_options)
 
-    `info_nce`, `clip`, `multiple_negatives_ranking`, `gist_embed` and `nt_xent` take one pass: prefixes accumulate
-    along the features, so that all of them share one similarity product and one product for each gradient, the work of
-    the longest prefix alone. Any other loss, label smoothing, `masks.score_margin`, hardness, and the triton backend
-    take one pass for each prefix, with the same result.
+    `info_nce`, `clip`, `multiple_negatives_ranking`, `gist_embed` and `nt_xent` read the embeddings as they are. On the
+    `chunked` backend prefixes accumulate along the features, so that all of them share one similarity product and one
+    product for each gradient, the work of the longest prefix alone. The kernels sweep once for each prefix. Any other
+    loss, label smoothing, `masks.score_margin`, hardness and a transform take one pass for each prefix, normalised in
+    fp32 if the embeddings have 16 bits. The result is the same.
 
     With `group=`, these five exchange the columns of the longest prefix once for all prefixes. "ring" then takes one
     pass for each prefix at every shard. Any other loss exchanges its own columns for each prefix. Dims and weights must
@@ -173,7 +174,7 @@ def _parts(
 
 
 def _of_prefixes(problem: Problem, plan: _Plan) -> Problem:
-    return replace(problem, cosine=True, scale_bound=None, prefixes=plan.dims, prefix_weights=plan.weights)
+    return replace(problem, cosine=True, prefixes=plan.dims, prefix_weights=plan.weights)
 
 
 def _request(

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..backends.protocol import Result, Stores, Sweeps, Wants
-from ..core.numerics import autocasting, rows_of, saved_dtype, slices
+from ..core.numerics import autocasting, rows_of, saved_dtype, slices, stats_dtype
 from ..core.problem import Problem
 from ..core.rows import above_ties
 from ..core.strips import Prepared, RowSums, Settled, Softmax, Strip, Tally
@@ -41,19 +42,28 @@ def run(problem: Problem, backend: Sweeps, wants: Wants, share: float = 1.0) -> 
     if torch.is_grad_enabled():  # inside of an autograd.Function it is not
         with torch.no_grad():
             return run(problem, backend, wants, share)
-    once = _prefixed if problem.prefixes else _swept
     if not autocasting(problem.operands[0]):
-        return once(problem, backend, wants, share)
+        return _run(problem, backend, wants, share)
     with torch.autocast(problem.device.type, enabled=False):
-        return once(problem, backend, wants, share)
+        return _run(problem, backend, wants, share)
 
 
-def _swept(problem: Problem, backend: Sweeps, wants: Wants, share: float) -> Result:
+def _run(problem: Problem, backend: Sweeps, wants: Wants, share: float) -> Result:
+    if not problem.prefixes:
+        return _swept(problem, backend, wants, share)
+    if backend.shares_prefixes(problem):
+        return _prefixed(problem, backend, wants, share)
+    return _each_prefix(problem, backend, wants, share)
+
+
+def _swept(
+    problem: Problem, backend: Sweeps, wants: Wants, share: float, into: Mapping[int, Tensor] | None = None
+) -> Result:
     half = halved(problem, backend)
     if half is None:
-        return _Sweep(problem, backend, wants, share=share).run()
+        return _Sweep(problem, backend, wants, into=into, share=share).run()
     if half.fold is None or not backend.can_halve(half):
-        return _Sweep(half, backend, wants, half=True, share=share).run()
+        return _Sweep(half, backend, wants, into=into, half=True, share=share).run()
     half, order = ordered(half)
     return disordered(_Sweep(half, backend, wants, half=True, share=share).run(), order)
 
@@ -69,6 +79,31 @@ def _prefixed(problem: Problem, backend: Sweeps, wants: Wants, share: float) -> 
             gradient.mul_(share)
     gradients = tuple(None if g is None else g.to(kept) for g in found.gradients)
     return Result(found.losses, gradients, found.scale, found.biases, (), [])
+
+
+def _each_prefix(problem: Problem, backend: Sweeps, wants: Wants, share: float) -> Result:
+    """Sweeps once for each prefix, over the first columns of the operands as they are, and adds up in fp32."""
+    dtype, found = stats_dtype(problem.dtype), []
+    wanted = zip(problem.operands, wants.operands, strict=True)
+    totals = [x.new_zeros(x.shape, dtype=dtype) if want else None for x, want in wanted]
+    for dim, factor in zip(problem.prefixes, problem.prefix_weights, strict=True):
+        operands = tuple(x[:, :dim] for x in problem.operands)
+        weight = problem.weight * factor
+        one = replace(problem, operands=operands, weight=weight, every_row=False, prefixes=(), prefix_weights=())
+        result = _swept(one, backend, wants, share, into={})
+        for total, gradient in zip(totals, result.operands, strict=True):
+            if total is not None and gradient is not None:
+                total[:, :dim] += gradient
+        found.append(result._replace(operands=()))
+    kept = tuple(None if total is None else total.to(saved_dtype(problem.dtype)) for total in totals)
+    biases = tuple(_total(of_prefixes) for of_prefixes in zip(*(result.biases for result in found), strict=True))
+    rows = torch.stack([result.rows for result in found]).sum(0)
+    return Result(rows, kept, _total([result.scale for result in found]), biases, (), [])
+
+
+def _total(parts: Sequence[Tensor | None]) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    return torch.stack(given).sum(0) if given else None
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 import fusedloss
-from fusedloss import masks
+from fusedloss import masks, testing
+from fusedloss.backends import SWEEPS
 from fusedloss.losses import matryoshka as module
 
 B, D = 13, 9
@@ -164,3 +165,66 @@ def test_errors_name_the_argument(options, match):
 
 def test_the_table_holds_functions_of_the_package():
     assert all(getattr(fusedloss, function.__name__) is function for function in module.PROBLEMS)
+
+
+def strips_of(backend, monkeypatch):
+    """[(dtype, features)] of the statistics that are asked of a backend."""
+    seen, original = [], backend.stats_rows
+
+    def stats_rows(strips, *options):
+        seen.extend((strip.x.dtype, strip.x.shape[1]) for strip in strips)
+        return original(strips, *options)
+
+    monkeypatch.setattr(backend, "stats_rows", stats_rows)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "backend, dtype", [("triton", torch.float16), ("cuda", torch.float16), ("cuda", torch.bfloat16)]
+)
+@pytest.mark.parametrize("rows", [1, 21])
+def test_kernels_multiply_16_bit_embeddings_as_they_are(backend, dtype, rows, monkeypatch):
+    """Not as unit vectors in fp32, whose products take 15 times as long on an H200."""
+    seen = strips_of(SWEEPS[backend], monkeypatch)
+    dims, weights = (16, 40, 8), (1.0, 0.5, -2.0)
+    leaves = [3 * torch.randn(rows, 40), torch.randn(rows + 12, 40)]
+    given = [x.to(dtype) for x in leaves]
+    temperature = torch.tensor(0.125)
+
+    def run(function, name, kind):
+        own = [x.to(kind).requires_grad_() for x in given]
+        options = {"dims": dims, "weights": weights, "temperature": temperature, "backend": name}
+        value = function(fusedloss.info_nce, *own, **options)
+        return [value, *torch.autograd.grad(value, own)]
+
+    found, eager, exact = (
+        run(fusedloss.matryoshka, backend, dtype),
+        run(loop, "dense", torch.float32),
+        run(loop, "dense", torch.float64),
+    )
+    assert set(seen) == {(dtype, dim) for dim in dims}
+    for name, out, base, wanted in zip(("value", "dx", "dy"), found, eager, exact, strict=True):
+        assert testing.budget_share(out, base, wanted, out.dtype) <= 1, name
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("name", ["transform", "decoupled", "hardness, all directions"])
+def test_kernels_take_options_of_the_loss_alone(backend, name):
+    """Which `chunked` sums in a sweep for each prefix as well."""
+    loss, options = {
+        "transform": (fusedloss.info_nce, {"transform": fusedloss.transforms.focal(2.0)}),
+        "decoupled": (fusedloss.clip, {"decoupled": True, "logit_scale": 4.0}),
+        "hardness, all directions": (
+            fusedloss.multiple_negatives_ranking,
+            {"directions": ALL_DIRECTIONS, "hardness_mode": "all_negatives", "hardness_strength": 2.0},
+        ),
+    }[name]
+    leaves = [randn(B, D, dtype=torch.float32).requires_grad_() for _ in range(2)]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    found = [fusedloss.matryoshka(loss, *leaves, dims=(5, D), backend=one, **options) for one in (backend, "chunked")]
+    wanted = loop(loss, *wide, dims=(5, D), backend="reference", **options)
+    exact = torch.autograd.grad(wanted, wide)
+    for value in found:
+        torch.testing.assert_close(value.double(), wanted, rtol=2e-6, atol=0)
+        for a, b in zip(torch.autograd.grad(value, leaves), exact, strict=True):
+            assert (a - b).abs().max() <= 2e-5 * b.abs().max()

@@ -189,11 +189,12 @@ def test_zero_rows_and_zero_prefixes(chunk):
         assert (found[number] - wanted[number])[small].abs().max() < 1e-11
 
 
-def test_zero_rows_in_fp16():
+@pytest.mark.parametrize("kernels", ["chunked", "triton", "cuda"])
+def test_zero_rows_in_fp16(kernels):
     """The same rule as in the other dtypes: 1e-9 of these gradients is what fp16 holds."""
     x, y = torch.randn(6, 8).half(), torch.randn(6, 8).half()
     x[2], y[4, :4] = 0, 0
-    step = lambda x, y, backend="chunked": (
+    step = lambda x, y, backend=kernels: (
         1e-9 * fusedloss.matryoshka(fusedloss.info_nce, x, y, dims=[8, 4], temperature=1.0, backend=backend)
     )
     leaves = [t.clone().requires_grad_() for t in (x, y)]

@@ -86,6 +86,15 @@ def can_halve_rows(problem: Problem) -> bool:
     return False
 
 
+def shares_prefixes(problem: Problem) -> bool:
+    """In one direction, of a plain softmax of logits without a term that differs between a row's columns."""
+    if problem.symmetric or problem.bends or problem.transform is not None or any(problem.margin):
+        return False
+    if problem.label_smoothing or problem.softcap or problem.z_loss or not problem.bias_on_target:
+        return False
+    return not any(b.mask.margin is not None or b.penalty or b.own_penalty for b in problem.blocks)
+
+
 def workspace_copies(problem: Problem) -> float:
     """Returns a chunk's memory in matrices of its size; a guide's fp32 similarities of block 0 are one more."""
     if problem.fold is not None:

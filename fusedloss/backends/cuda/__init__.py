@@ -17,6 +17,7 @@ from .. import folds as in_tile
 from ..folds import can_fold as can_fold
 from ..shared import NO_FACTOR, exp_shift, half_softmax
 from ..shared import can_exp as can_exp
+from ..shared import shares_prefixes as shares_prefixes
 from .folds import fold_rows as fold_rows
 from .launching import NOT_BUILT as NOT_BUILT
 from .launching import Launch, struct
@@ -38,8 +39,6 @@ LARGEST = 2**31 - 256  # indices up to a tile beyond the last row, column or fea
 
 
 def why_not(problem: Problem) -> str | None:
-    if problem.prefixes:
-        return "no kernel sums several prefixes in one sweep yet; matryoshka takes them one after the other here"
     for block in problem.blocks:
         if reason := _why_not_mask(block.mask):
             return reason

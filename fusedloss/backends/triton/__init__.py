@@ -23,6 +23,7 @@ from ...core.strips import Extremes, RowSums, Softmax, Strip, Tally, Tile
 from ...core.waves import wave_columns
 from .. import distill, folds
 from ..shared import NO_FACTOR, can_exp, exp_shift, half_softmax
+from ..shared import shares_prefixes as shares_prefixes
 from .launching import (
     ALIGNMENT,
     config_of,
@@ -51,8 +52,6 @@ PANEL_BYTES = 32 << 20  # fp32 similarities of the vendor's GEMM, which fit an H
 
 
 def why_not(problem: Problem) -> str | None:
-    if problem.prefixes:
-        return "no kernel sums several prefixes in one sweep yet; matryoshka takes them one after the other here"
     dtypes = {problem.dtype: None}  # in order
     for block in problem.blocks:
         if block.mask.factor is not None:
