@@ -2,10 +2,11 @@
 
     z[i, j] = scale * row_factor[i] * col_factor[j] * <x_i, y_j> + bias[j], bent by a softcap
 
-Two kernels, one fold, one table of epilogues (`softmax.py`):
+Three kernels, one fold, one table of epilogues (`softmax.py`):
 
     similarity_kernel   the GEMM by hand, persistent; operands through tensor descriptors (TMA on sm_90
                         and up) or through pointers (cp.async below)
+    prefixes_kernel     the same GEMM, whose accumulator is folded at the end of each prefix of the features
     panel_kernel        the similarities of a panel of columns were written in fp32 by the vendor's GEMM
 
 N's divisibility by 16 saves predicates, as M's does: without specialising M, "exp" took 237 registers on sm_90 instead
@@ -78,6 +79,53 @@ def similarity_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def prefixes_kernel(
+    X,  # as in similarity_kernel
+    Y,
+    Outs,  # of each prefix a pointer to [M, N], or None
+    Scale,
+    RowFactors,  # of each prefix [M]
+    ColFactors,  # of each prefix [N]
+    Bias,
+    softcap,
+    Target,
+    masks,
+    args,  # of each prefix, the epilogue's own
+    Ends,  # of each prefix its last feature + 1, ascending; multiples of BLOCK_D but for the last
+    M,
+    N,
+    stride_xm,
+    stride_yn,
+    stride_om,
+    EPILOGUE: tl.constexpr,
+    INNER: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,  # of X and Y
+    WIDE: tl.constexpr,
+    OUT_WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
+):
+    """Folds the similarities of each prefix of the rows while the accumulator of the longest one grows."""
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=False):
+        pid_m, pid_n = place(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        sim = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for number in tl.static_range(len(Ends)):
+            sim = _products(
+                sim, X, Y, 0 if number == 0 else Ends[number - 1], Ends[number], M, N, stride_xm, stride_yn,
+                pid_m, pid_n, INPUT_PRECISION, DESCRIPTORS, WIDE, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+            _fold_tile(
+                sim, Outs[number], Scale, RowFactors[number], ColFactors[number], Bias, softcap, Target, masks,
+                args[number], M, N, stride_om, pid_m, pid_n, EPILOGUE, INNER, OUT_WIDE, BLOCK_M, BLOCK_N, SUBTILES,
+            )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["first_tile"])
 def panel_kernel(
     Sim,  # [M, columns of the panel] fp32
@@ -121,9 +169,21 @@ def product(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Returns a tile of `X @ Y.T`."""
-    sim = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    return _products(
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), X, Y, 0, D, M, N, stride_xm, stride_yn, pid_m, pid_n,
+        INPUT_PRECISION, DESCRIPTORS, WIDE, BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+
+
+@triton.jit
+def _products(
+    sim, X, Y, first, end, M, N, stride_xm, stride_yn, pid_m, pid_n,
+    INPUT_PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Adds the products over the features from `first` to `end`."""
     if DESCRIPTORS:
-        for start in range(0, D, BLOCK_D):
+        for start in range(first, end, BLOCK_D):
             x = X.load([pid_m * BLOCK_M, start])
             y = Y.load([pid_n * BLOCK_N, start])
             sim = tl.dot(x, y.T, sim, input_precision=INPUT_PRECISION)
@@ -134,8 +194,8 @@ def product(
         offs_d = tl.arange(0, BLOCK_D)
         x_ptrs = X + offs_m[:, None] * up(stride_xm, WIDE) + offs_d[None, :]
         y_ptrs = Y + offs_n[None, :] * up(stride_yn, WIDE) + offs_d[:, None]
-        for start in range(0, D, BLOCK_D):
-            mask_d = offs_d < up(D, WIDE) - start
+        for start in range(first, end, BLOCK_D):
+            mask_d = offs_d < up(end, WIDE) - start
             x = tl.load(x_ptrs + start, mask=(offs_m < M)[:, None] & mask_d[None, :], other=0.0)
             y = tl.load(y_ptrs + start, mask=(offs_n < N)[None, :] & mask_d[:, None], other=0.0)
             if INPUT_PRECISION == "tf32":

@@ -247,6 +247,28 @@ def half(problem: Problem, strip: Strip, out: torch.Tensor | None, part: Part) -
             fold.write(strip, out, tile)
 
 
+# Ends of prefixes, and the modes of the kernel that sums several of them, on the GPUs where `auto` shares a product.
+ENDS = (64, 256, 768)
+PREFIXES = ("prefixes, stats", "prefixes, exp", "prefixes, grad", "prefixes, grad, q")
+
+
+def prefixes(mode: str, dtype: torch.dtype, size: int, ends: tuple[int, ...] = ENDS) -> None:
+    """The launcher of several prefixes, which have neither masks nor biases."""
+    x, vector, target = rows_of(size, ends[-1], dtype), empty(size), empty(size, kind=torch.int64)
+    strip = Strip(x, x, empty(), vector, vector, None, target)
+    strips = [[strip._replace(x=x[:, :end], y=x[:, :end])] for end in ends]
+    outs, gain = [[workspace(size, dtype)] for _ in ends], empty() if dtype == torch.float16 else None
+    problem = Problem((x,), (Block(0, 0),), empty(), target, vector, scale_bound=20.0)
+    softmax = Softmax(vector, vector, vector if ", q" in mode else None)
+    match mode.split(", ")[1]:
+        case "stats":
+            backend.stats_prefixes(strips)
+        case "exp":
+            backend.exp_prefixes(problem, strips, outs)
+        case "grad":
+            backend.grad_prefixes(strips, outs, [softmax for _ in ends], [vector for _ in ends], [gain for _ in ends])
+
+
 def by_row(name: str, dtype: torch.dtype, size: int = 8192, dim: int = 768) -> None:
     """The launcher of a kernel of rows.py, likewise."""
     x, vector, target = rows_of(size, dim, dtype), empty(size), empty(size, kind=torch.int64)
@@ -532,9 +554,12 @@ def cases() -> list[tuple[str, str, str, str, int, int]]:
     odd = [("exp", dtype, "high", ODD_ROWS, dim) for dtype in ("bfloat16", "float32") for dim in ODD]
     odd += [("exp", "float32", "highest", ODD_ROWS, 1000)]
     odd += [(name, "bfloat16", "", ODD_ROWS, dim) for dim in ODD for name in ODD_KERNELS]
+    shared = [(mode, dtype, "high", 8191, 768) for dtype in ("bfloat16", "float32") for mode in PREFIXES]
+    shared += [("prefixes, grad, q", "bfloat16", "high", *few), ("prefixes, grad, q", "float16", "high", *large)]
     return [
         *(("similarities", *case) for case in (*narrow, *tf32, *masked, *bent, *folds, *both, *several)),
         *(("similarities", *case) for case in (*full, *small, *library)),
+        *(("prefixes", *case) for case in shared),
         *(("plain", *case) for case in plain),
         *(("odd", *case) for case in odd),
         *(("rows", name, dtype, "", 8192, 768) for dtype in ("bfloat16", "float32") for name in (*BY_ROW, *ROWWISE)),
@@ -555,6 +580,8 @@ def compile_all(target: str) -> list[dict[str, Any]]:
         kind = getattr(torch, dtype)
         if (kernel == "plain" and target != "sm_90") or (kernel == "odd" and amd(target)):
             continue  # the others have one path; what an access takes is counted on NVIDIA's
+        if kernel == "prefixes" and (amd(target) or number(target) // 10 not in backend.SHARING):
+            continue
         if amd(target) and dtype == "float32" and precision:
             precision = "highest"  # fp32 is fp32 there
         torch.set_float32_matmul_precision(precision or "highest")
@@ -572,7 +599,10 @@ def compile_all(target: str) -> list[dict[str, Any]]:
             if place in seen and kernel != "odd":
                 continue  # the library's D is like any other where there is no such way
             seen.add(place)
-            similarities(mode, kind, size, dim, kernel == "plain")
+            if kernel == "prefixes":
+                prefixes(mode, kind, size)
+            else:
+                similarities(mode, kind, size, dim, kernel == "plain")
             entry |= {"config": config._asdict()}
         results.append({**entry, "warps": Recorder.warps, **resources(Recorder.compiled)})
     return results
@@ -609,8 +639,8 @@ def wrong(target: str, entry: dict[str, Any]) -> list[str]:
         found.append("registers of all programs")
     if programs * (entry["shared"] + 1024) > multiprocessor << 10:
         found.append("shared memory of all programs")
-    stores = not entry["mode"].startswith(("stats", "top", "guide"))
-    stores = stores and "_stats" not in entry["mode"] and not entry["mode"].endswith("sums")
+    what = entry["mode"].removeprefix("prefixes, ")
+    stores = not what.startswith(("stats", "top", "guide")) and "_stats" not in what and not what.endswith("sums")
     multiplies = config["GEMM"] != "library" and (narrow or entry["precision"] == "high")
     if bool(entry[products]) != multiplies:
         found.append(f"{products} {entry[products]}")
@@ -641,6 +671,9 @@ def faults(found: dict[str, list[dict[str, Any]]]) -> list[str]:
         asked = {(mode, *kind) for mode in MODES for kind in (("bfloat16", False), ("float16", False), tf32)}
         asked |= {(mode, "bfloat16", True) for mode in (*MASKED, *SOFTCAP, *FOLDS, *DISTILL, *SEVERAL)}
         lines += [f"{target}: {one}: not compiled" for one in sorted(asked - there)]
+        if not amd(target) and number(target) // 10 in backend.SHARING:
+            shared = {e["mode"] for e in entries if e["kernel"] == "prefixes"}
+            lines += [f"{target}: {one}: not compiled" for one in sorted(set(PREFIXES) - shared)]
         rows_there = {e["mode"] for e in entries if e["kernel"] == "rows"}
         lines += [f"{target}: {one}: not compiled" for one in sorted({*BY_ROW, *ROWWISE} - rows_there)]
         odd = {case[1:] for case in cases() if case[0] == "odd" and not amd(target)}

@@ -130,6 +130,9 @@ class Sweeps(Rows, Protocol):
     def shares_prefixes(self, problem: Problem) -> bool:
         """Whether `sweep/prefixes.py` sums all prefixes; the backend then implements `Admits`."""
 
+    def common_prefixes(self, problem: Problem) -> tuple[int, ...]:
+        """Returns the prefixes, ascending, whose sweeps share a product; the backend then implements `Prefixes`."""
+
     def workspace_dtype(self, problem: Problem) -> torch.dtype: ...
 
     def workspace_copies(self, problem: Problem) -> float:
@@ -298,3 +301,24 @@ class Admits(Sweeps, Protocol):
     """Says what a mask admits, for prefixes that share one product."""
 
     def admitted(self, mask: StripMask, tile: slice) -> Tensor: ...
+
+
+class Prefixes(Sweeps, Protocol):
+    """Computes several prefixes of the same embeddings out of one product.
+
+    Lists are by prefix, ascending, and the inner ones by block. A function returns for each prefix what the one of a
+    single sweep returns.
+    """
+
+    def stats_prefixes(self, strips: list[list[Strip]]) -> list[RowSums]: ...
+
+    def exp_prefixes(self, problem: Problem, strips: list[list[Strip]], outs: list[list[Tensor]]) -> list[RowSums]: ...
+
+    def grad_prefixes(
+        self,
+        strips: list[list[Strip]],
+        outs: list[list[Tensor]],
+        rows: list[Softmax],
+        entries: list[Tensor],
+        gains: list[Tensor | None],
+    ) -> list[Tensor | None]: ...

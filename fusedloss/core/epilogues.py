@@ -30,6 +30,7 @@ class Epilogue(NamedTuple):
 
 
 _ROW = ("operand", "inverse_norms", "prepare", "merge", "settle", "finish")
+_TOGETHER, _BENT = ("stats_prefixes", "exp_prefixes", "grad_prefixes"), ("masks", "softcap")
 _NORMALISER = "maximum, sum of exp(z - maximum)"
 
 EPILOGUES: dict[str, Epilogue] = {
@@ -50,6 +51,7 @@ EPILOGUES: dict[str, Epilogue] = {
         Epilogue("guide", ("guide_room", "guide_rows", "guide_scores"), stores="one bit a column: dropped or not"),
         Epilogue("similarities", ("similarities",), stores="similarities"),
         Epilogue("prefixes", ("admitted",), "a log-sum-exp for each prefix", stores="dz of all prefixes"),
+        Epilogue("together", _TOGETHER, "those of stats, exp, grad for each prefix", False, "E or gain * dz", _BENT),
         *(
             Epilogue(
                 f"fold:{name}",

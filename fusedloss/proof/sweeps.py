@@ -518,6 +518,29 @@ def _masked(**options: Any) -> dict[str, Make]:
 
 _DISTANT: dict[str, Any] = {"scale": 9.0, "teacher": True, "distance": "cosine"}  # which torch folds on every backend
 
+
+def _prefixes(*dims: int) -> dict[str, Any]:
+    return {"prefixes": dims, "prefix_weights": tuple(1.0 - 0.4 * place for place in range(len(dims)))}
+
+
+def _together(**options: Any) -> dict[str, Make]:
+    """Prefixes that share one product: they end at any multiple of 16, in any order, and some do not take part."""
+    options = {"cosine": True, **options}
+    return {
+        "ragged": _case(softmax, *RAGGED, **options, more=_prefixes(96, 16, 64)),
+        "one row": _case(softmax, 1, 70, 96, **options, more=_prefixes(32, 96)),
+        "300 features, rows anywhere": _case(
+            softmax, 65, 130, 300, layout="anywhere", **options, more=_prefixes(16, 300, 256, 100)
+        ),
+        "shorter than the rows": _case(softmax, 70, 131, 96, **options, more=_prefixes(48, 64)),
+        "five, clusters": _case(
+            softmax, 130, 130, 256, kind="clustered", scale=59.0, **options, more=_prefixes(256, 128, 64, 32, 16)
+        ),
+        "several chunks": _case(softmax, 300, 131, 64, chunk=480, **options, more=_prefixes(16, 32, 64)),
+        "more than a wave": _case(_wave, 64, **options, more=_prefixes(16, 64)),
+    }
+
+
 CASES: dict[str, dict[str, Make]] = {
     "rows": {
         "cosine": _case(softmax, *RAGGED, cosine=True, learns=True),
@@ -554,6 +577,14 @@ CASES: dict[str, dict[str, Make]] = {
         "one matrix against itself, one chunk": _case(itself, 130, 40, learns=True),
         "one matrix against itself": _case(itself, 400, 96, chunk=128),
         "one matrix against itself, by the scale": _case(itself, 400, 96, learns=True, chunk=128),
+    },
+    "together": {
+        **_together(learns=True),
+        **{f"{name}, exp": make for name, make in _together().items()},
+        "two blocks": _case(softmax, 67, 131, 96, cosine=True, blocks=2, more=_prefixes(96, 16, 48)),
+        "forward": _case(softmax, 130, 200, 96, cosine=True, backward=False, more=_prefixes(96, 64)),
+        "by column": _case(softmax, 70, 131, 96, cosine=True, layout="columns", more=_prefixes(96, 32)),
+        "decoupled": _case(softmax, 70, 131, 64, cosine=True, more={**_prefixes(16, 64), "decoupled": True}),
     },
     "masks": {
         **_masked(learns=True),

@@ -10,20 +10,20 @@ caller multiplies by upstream.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..backends.protocol import Result, Stores, Sweeps, Wants
+from ..backends.protocol import Prefixes, Result, Stores, Sweeps, Wants
 from ..core.numerics import autocasting, rows_of, saved_dtype, slices, stats_dtype
 from ..core.problem import Problem
 from ..core.rows import above_ties
 from ..core.strips import Prepared, RowSums, Settled, Softmax, Strip, Tally
 from ..core.targets import add_entries
-from . import chunks
+from . import chunks, together
 from .admission import Admission
 from .chunks import workspace_shape
 from .collectives import gather, merge_columns
@@ -86,11 +86,7 @@ def _each_prefix(problem: Problem, backend: Sweeps, wants: Wants, share: float) 
     dtype, found = stats_dtype(problem.dtype), []
     wanted = zip(problem.operands, wants.operands, strict=True)
     totals = [x.new_zeros(x.shape, dtype=dtype) if want else None for x, want in wanted]
-    for dim, factor in zip(problem.prefixes, problem.prefix_weights, strict=True):
-        operands = tuple(x[:, :dim] for x in problem.operands)
-        weight = problem.weight * factor
-        one = replace(problem, operands=operands, weight=weight, every_row=False, prefixes=(), prefix_weights=())
-        result = _swept(one, backend, wants, share, into={})
+    for dim, result in _of_prefixes(problem, backend, wants, share):
         for total, gradient in zip(totals, result.operands, strict=True):
             if total is not None and gradient is not None:
                 total[:, :dim] += gradient
@@ -99,6 +95,22 @@ def _each_prefix(problem: Problem, backend: Sweeps, wants: Wants, share: float) 
     biases = tuple(_total(of_prefixes) for of_prefixes in zip(*(result.biases for result in found), strict=True))
     rows = torch.stack([result.rows for result in found]).sum(0)
     return Result(rows, kept, _total([result.scale for result in found]), biases, (), [])
+
+
+def _of_prefixes(problem: Problem, backend: Sweeps, wants: Wants, share: float) -> Iterator[tuple[int, Result]]:
+    """Yields prefixes with their results: first those that share a product, then the others, each by itself."""
+    ones: dict[int, Problem] = {}
+    for dim, factor in zip(problem.prefixes, problem.prefix_weights, strict=True):
+        weight = problem.weight * factor + (ones[dim].weight if dim in ones else 0)
+        operands = tuple(x[:, :dim] for x in problem.operands)
+        ones[dim] = replace(problem, operands=operands, weight=weight, every_row=False, prefixes=(), prefix_weights=())
+    common = backend.common_prefixes(problem)
+    if common and together.fit(ones[common[-1]], common, backend):
+        sharing = cast(Prefixes, backend)
+        sweeps = [_Sweep(ones.pop(dim), backend, wants, into={}, share=share) for dim in common]
+        yield from zip(common, together.Together(sweeps, sharing).run(), strict=True)
+    for dim, one in ones.items():
+        yield dim, _swept(one, backend, wants, share, into={})
 
 
 def _total(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -170,9 +182,9 @@ class _Sweep:
             losses += self.smoothing.losses()
         if self.tally is not None and problem.wants_tally:
             counted = [*self.tally[:3], self.inputs.prepared.score.to(self.inputs.dtype)]
-        return self._result(losses, counted)
+        return self.result(losses, counted)
 
-    def _result(self, losses: Tensor, counted: list[Tensor]) -> Result:
+    def result(self, losses: Tensor, counted: list[Tensor]) -> Result:
         gradients = self.gradients
         operands: tuple[Tensor | None, ...] = (None,) * len(self.problem.operands)
         for terms in self.inputs.by_scale:
@@ -208,9 +220,13 @@ class _Sweep:
 
     def _exp_chunk(self, chunk: slice, outs: list[Tensor]) -> Settled:
         """Writes E = exp(z - shift) to the workspace; weight / l is folded into the operands of the two GEMMs."""
-        inputs, gradients = self.inputs, self.gradients
-        strips, target_sim = self.admission.strips(chunk), part(inputs.target_sim, chunk)
+        strips, target_sim = self.admission.strips(chunk), part(self.inputs.target_sim, chunk)
         sums, q = self.backend.exp_rows(self.problem, strips, outs, target_sim, *self.counts(chunk))
+        return self.after_exp(chunk, outs, sums, q)
+
+    def after_exp(self, chunk: slice, outs: list[Tensor], sums: RowSums, q: Tensor | None) -> Settled:
+        """Settles the rows of a chunk whose exponentials are stored, and adds their products to the gradients."""
+        inputs, gradients = self.inputs, self.gradients
         queries = gradients.queries(chunk)
         rows = inputs.settle(
             chunk,
@@ -385,7 +401,7 @@ class Partial(_Sweep):
         targets'."""
         if self.problem.rows and self.problem.columns:
             self._differentiate(rows, columns, entry, further)
-        return self._result(entry, [])
+        return self.result(entry, [])
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

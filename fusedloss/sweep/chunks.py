@@ -88,6 +88,16 @@ def prefix_rows(problem: Problem) -> int:
     return chunk_rows(problem.rows, width, D, itemsize, problem.device, problem.workspace_bytes)
 
 
+def rows_of_panels(problem: Problem, backend: Sweeps, count: int) -> int:
+    """Returns the rows of a chunk with `count` parts of the workspace; 0 if the budget allows none."""
+    width, dtype = count * width_of(problem), backend.workspace_dtype(problem)
+    budget = checks.budget(problem.workspace_bytes)[1]
+    if budget is not None and budget < width * dtype.itemsize:
+        return 0
+    D = problem.operands[0].shape[1]
+    return chunk_rows(problem.rows, width, D, dtype.itemsize, problem.device, problem.workspace_bytes)
+
+
 def strip_rows(problem: Problem, backend: Sweeps) -> int:
     """Returns the rows of a chunk that stands against itself and the rows behind it; 0 if that would save nothing.
 

@@ -6,6 +6,7 @@ without a sweep takes one. `cases.py` proves each.
     rows, stats, .. the epilogues of a sweep, which `core/epilogues.py` explains: "rows" belongs to every sweep,
                     `fold:NAME` are the folds that kernels compute in their tile
     masks           whatever drops columns, further targets included, or scales a row's own: a branch of all above
+    together        several prefixes out of one product
     softcap, tally  branches of them, too; tally includes smoothing whose share differs from row to row
 
     classes         rows of logits                  pair_logits     logits of pairs of embeddings
@@ -26,15 +27,15 @@ from ..core.problem import Problem
 from ..core.rows import tf32
 
 FOLDS = tuple(name for name, fold in folds.FOLDS.items() if fold.sums != folds.ROW)  # of sums in the tile
-# csrc/ folds one matrix a tile: there the similarities are folded in torch.
-TRITON_ONLY = tuple(f"fold:{name}" for name in FOLDS if folds.FOLDS[name].sums == folds.TEACHER)
-_KERNELS = [name for name in EPILOGUES if not name.startswith(("prefixes", "half", "fold:"))]  # of both backends
+# csrc/ folds one matrix a tile, and once: there the similarities are folded in torch, and prefixes swept one by one.
+TRITON_ONLY = ("together", *(f"fold:{name}" for name in FOLDS if folds.FOLDS[name].sums == folds.TEACHER))
+_KERNELS = [name for name in EPILOGUES if not name.startswith(("prefixes", "half", "fold:"))]
 SWEEP = (*_KERNELS, *OPTIONS, *(f"fold:{name}" for name in FOLDS))
 ROWWISE = ("classes", "pair_logits", "pairs", "lists", "pointwise")
 BACKENDS = ("cuda", "triton")  # the backends with kernels
 PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
 
-Flags = tuple[tuple[str, str] | None, bool, bool, bool, bool, bool, bool, bool, bool, bool, bool]
+Flags = tuple[tuple[str, str] | None, bool, bool, bool, bool, bool, bool, bool, bool, bool, bool, bool]
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -102,6 +103,7 @@ def flags(problem: Problem) -> Flags:
         problem.label_smoothing != 0,
         (softcap or problem.scale_bound is not None) and problem.has_safe_shift,
         problem.operands[0].dtype is torch.float16,
+        bool(problem.prefixes),
     )
 
 
@@ -123,6 +125,7 @@ def _found(
     smoothing: bool,
     safe: bool,
     fp16: bool,
+    prefixes: bool,
 ) -> tuple[str, ...]:
     taken = {"rows"}
     if fold is not None:
@@ -141,6 +144,8 @@ def _found(
         taken |= {"stats", "grad", *(["exp"] if safe else [])}
         if mirrored:  # half of the chunks' columns
             taken |= {"stats+columns", "grad+columns", *(["stored"] if safe else [])}
+    if prefixes and "stats" in taken:
+        taken.add("together")
     tally = tally or (smoothing and (masked or softcap))  # `Problem.smooths_by_row`
     options = {"masks": masked, "guide": guided, "softcap": softcap, "tally": tally}
     taken |= {name for name, given in options.items() if given}
@@ -152,5 +157,5 @@ _families = functools.cache(_found)
 
 def plain(*, symmetric: bool, safe: bool, fp16: bool) -> tuple[str, ...]:
     """Returns the families of a softmax loss without further options."""
-    options = dict.fromkeys(("mirrored", "top", "masked", "guided", "softcap", "tally", "smoothing"), False)
+    options = dict.fromkeys(("mirrored", "top", "masked", "guided", "softcap", "tally", "smoothing", "prefixes"), False)
     return _found(None, symmetric=symmetric, safe=safe and not fp16, fp16=fp16, **options)

@@ -125,6 +125,21 @@ def test_any_rows_are_launched(device, capability):
     assert not found["failed"], "\n".join(found["failed"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_prefixes_share_a_launch(device, capability):
+    """Where they do. As many launches of each as a block has, whatever the number of prefixes."""
+    asked = [
+        (f"matryoshka, {name}", dtype, *shape, "as made")
+        for name, dtype in (("fixed", "bfloat16"), ("learnt", "bfloat16"), ("learnt", "float16"))
+        for shape in ((1, 64), (300, 72), (1200, 1000))
+    ]
+    found = walk(device, capability, asked, whole=False)
+    assert not found["failed"], "\n".join(found["failed"])
+    # Without a safe shift statistics come first.
+    assert found["launches"].get("prefixes_kernel", 0) == (0 if capability == 90 else 3 * (1 + 2 + 2))
+
+
 # Few tiles and many, multiples of 16 and none, and the last batch of an epoch, which may be one row.
 BATCHES = (1, 2, 3, 7, 16, 31, 32, 48, 100, 128, 255, 256, 300, 512, 1000, 1024, 1030, 2047, 2048, 4096)
 

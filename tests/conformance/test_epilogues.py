@@ -86,6 +86,7 @@ CHECKS: dict[str, Any] = {
     "guide": checks.check_guide,
     "similarities": checks.check_similarities,
     "prefixes": _prefixes,
+    "together": lambda backend, strip: checks.check_together(backend, _two(backend, strip)),
 }
 
 
@@ -117,7 +118,7 @@ def test_every_primitive_has_a_row():
     """A method of the protocols that takes more than the problem computes something; the others are questions."""
     found = set()
     kinds = (protocol.Rows, protocol.Sweeps, protocol.Stores, protocol.FoldsRows, protocol.Halves, protocol.Admits)
-    for kind in (*kinds, protocol.Distills, protocol.HalvesFolds, protocol.HalvesTops):
+    for kind in (*kinds, protocol.Distills, protocol.Prefixes, protocol.HalvesFolds, protocol.HalvesTops):
         for name, method in vars(kind).items():
             if not name.startswith("_") and list(inspect.signature(method).parameters) != ["self", "problem"]:
                 found.add(name)

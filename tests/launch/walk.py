@@ -120,10 +120,23 @@ def on_device(layout: str) -> Callable[[int, torch.Tensor], torch.Tensor]:
     return moved
 
 
+def prefixes(learnt: bool) -> Callable[[contract.Batch], contract.Case]:
+    """Prefixes that share a product."""
+
+    def case(b: contract.Batch) -> contract.Case:
+        options = {"dims": (16, contract.D, 48), "temperature": b.number(0.25) if learnt else 0.5}
+        return contract.Case(contract.F.matryoshka, (contract.F.info_nce, b.x(), b.x()), options)
+
+    return case
+
+
+PREFIXES = {"matryoshka, fixed": prefixes(False), "matryoshka, learnt": prefixes(True)}  # beside the contract's
+
+
 def step(name: str, dtype: str, rows: int, dim: int, layout: str) -> None:
     with FakeTensorMode(), mock.patch.object(contract, "D", dim):
         batch = contract.Batch(rows, getattr(torch, dtype), on_device(layout))
-        call = contract.CASES[name](batch)
+        call = {**contract.CASES, **PREFIXES}[name](batch)
         with device.captured():
             call.result(backend="triton").sum().backward()
         for leaf in batch.leaves:

@@ -176,6 +176,7 @@ def strips_of(backend, monkeypatch):
         return original(strips, *options)
 
     monkeypatch.setattr(backend, "stats_rows", stats_rows)
+    monkeypatch.setattr(backend, "common_prefixes", lambda problem: ())  # tests/sweep/test_together.py
     return seen
 
 

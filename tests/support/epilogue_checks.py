@@ -223,7 +223,7 @@ def summed(sums: RowSums | Tensor) -> Any:
 
 def outs_of(backend: Any, problem: Problem, strips: list[Strip], aligned: bool = True) -> list[tuple[Tensor, Tensor]]:
     dtype = backend.workspace_dtype(problem)
-    padded = backend is triton
+    padded = getattr(backend, "backend", backend) is triton
     return [fenced(len(s.x), len(s.y), dtype, s.x.device, aligned, padded) for s in strips]
 
 
@@ -663,3 +663,66 @@ def check_rows(backend: Any, strip: Strip) -> None:
     wanted = scaled - (scaled * unit).sum(1, keepdim=True) * unit
     backend.finish(gradient, weight, strip.scale, None, x, prepared.row_factor, out)
     assert_near(out, wanted, magnitude=scaled.abs().sum(1, keepdim=True))
+
+
+# Prefixes -------------------------------------------------------------------------------------------------------------
+
+
+class OfPrefix:
+    """A backend whose functions of rows are those of one of several prefixes that share a product."""
+
+    def __init__(self, backend: Any, by_prefix: list[list[Strip]], number: int):
+        self.backend, self.by_prefix, self.number = backend, by_prefix, number
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def _among(self, own: Any, others: list[Any]) -> list[Any]:
+        return [own if number == self.number else other for number, other in enumerate(others)]
+
+    def _outs(self, outs: list[Tensor]) -> list[list[Tensor]]:
+        """Of the other prefixes', which lie alike."""
+        alike = lambda out: out.new_empty(len(out), out.stride(0))[:, : out.shape[1]]
+        return self._among(outs, [[alike(out) for out in outs] for _ in self.by_prefix])
+
+    def stats_rows(self, strips: list[Strip]) -> RowSums:
+        return self.backend.stats_prefixes(self._among(strips, self.by_prefix))[self.number]
+
+    def exp_rows(self, problem: Problem, strips: list[Strip], outs: list[Tensor], target_sim: None) -> Any:
+        every = self._among(strips, self.by_prefix)
+        return self.backend.exp_prefixes(problem, every, self._outs(outs))[self.number], target_sim
+
+    def grad_rows(
+        self,
+        strips: list[Strip],
+        outs: list[Tensor],
+        rows: Softmax,
+        columns: None,
+        entry: Tensor,
+        gain: Tensor | None,
+        smooth: None,
+    ) -> Tensor | None:
+        every, count = self._among(strips, self.by_prefix), len(self.by_prefix)
+        alike = lambda x: None if x is None else torch.ones_like(x)
+        others = self._among(rows, [rows.map(torch.ones_like)] * count)
+        entries = self._among(entry, [torch.ones_like(entry)] * count)
+        gains = self._among(gain, [alike(gain)] * count)
+        return self.backend.grad_prefixes(every, self._outs(outs), others, entries, gains)[self.number]
+
+
+def check_together(backend: Any, strips: list[Strip]) -> None:
+    """Every prefix of the strips, with factors of its own, as if it were swept alone."""
+    D = strips[0].x.shape[1]
+    by_prefix = [[_cut(strip, end) for strip in strips] for end in (*range(16, D, 16), D)]
+    for number, own in enumerate(by_prefix):
+        one = OfPrefix(backend, by_prefix, number)
+        check_stats(one, own)
+        if own[0].x.dtype != torch.float16:
+            check_exp(one, own)
+        for with_q in (True, False):
+            check_grad(one, own, with_q=with_q)
+
+
+def _cut(strip: Strip, end: int) -> Strip:
+    factors = [None if f is None else f * (1 + torch.rand_like(f)) for f in (strip.row_factor, strip.col_factor)]
+    return strip._replace(x=strip.x[:, :end], y=strip.y[:, :end], row_factor=factors[0], col_factor=factors[1])

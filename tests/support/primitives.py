@@ -28,6 +28,9 @@ PLAIN = {
     "stats_rows": "stats",
     "stats_rows_and_columns": "stats+columns",
     "exp_rows": "exp",
+    "stats_prefixes": "together",
+    "exp_prefixes": "together",
+    "grad_prefixes": "together",
 }
 
 

@@ -47,7 +47,7 @@ def test_no_loss_launches_what_it_does_not_name(backend, name, monkeypatch):
         return
     if batch.leaves:
         torch.autograd.grad(value.sum(), batch.leaves, materialize_grads=True)
-    of_sweeps = launched & set(families.SWEEP)
+    of_sweeps = launched & {*families.SWEEP}
     assert bool(of_sweeps) == bool(named)
     assert of_sweeps <= set().union(*named)
 

@@ -95,6 +95,10 @@ def shares_prefixes(problem: Problem) -> bool:
     return not any(b.mask.margin is not None or b.penalty or b.own_penalty for b in problem.blocks)
 
 
+def common_prefixes(problem: Problem) -> tuple[int, ...]:
+    return ()
+
+
 def workspace_copies(problem: Problem) -> float:
     """Returns a chunk's memory in matrices of its size; a guide's fp32 similarities of block 0 are one more."""
     if problem.fold is not None:

@@ -87,6 +87,10 @@ def can_store(problem: Problem) -> bool:
     return can_exp(problem)
 
 
+def common_prefixes(problem: Problem) -> tuple[int, ...]:
+    return ()  # each is a sweep of its own
+
+
 # The similarity GEMM --------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ Triton is imported on first use: the package works without it.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from ..shared import NO_FACTOR, can_exp, exp_shift, half_softmax
 from ..shared import shares_prefixes as shares_prefixes
 from .launching import (
     ALIGNMENT,
+    capability_of,
     config_of,
     descriptor,
     divisor,
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from .config import Config
 
 PANEL_BYTES = 32 << 20  # fp32 similarities of the vendor's GEMM, which fit an H200's L2 until the fold reads them
+PREFIX_STEP = 16  # features: the least of a tensor core's product, in which rows stay aligned
+SHARING = (8, 12)  # compute capabilities, by their first number
 
 
 def why_not(problem: Problem) -> str | None:
@@ -548,6 +552,124 @@ def _multiply(sim: Tensor, x: Tensor, y: Tensor) -> None:
         products.wide_mm(sim, x, y.T)
     else:
         torch.mm(x.to(sim.dtype), y.to(sim.dtype).T, out=sim)
+
+
+# Prefixes that share a product. Lists are by prefix, ascending; the inner ones by block -------------------------------
+
+
+def common_prefixes(problem: Problem) -> tuple[int, ...]:
+    """Returns those that share a product: multiples of PREFIX_STEP, and the longest. The one place that decides it.
+
+    Not on sm_90 and sm_100, where one prefix at a time has tiles of 256 columns, whose accumulators leave no registers
+    for a fold beside them. Full precision of fp32 is the library's.
+    """
+    x = problem.operands[0]
+    capability = capability_of(x.device)
+    if capability is not None and capability[0] not in SHARING:
+        return ()
+    if capability is not None and x.dtype == torch.float32 and precision_of(x.dtype, x.device) == "ieee":
+        return ()
+    longest = max(problem.prefixes)
+    fit = {dim for dim in problem.prefixes if dim % PREFIX_STEP == 0 or dim == longest}
+    return tuple(sorted(fit)) if len(fit) > 1 else ()
+
+
+def stats_prefixes(strips: list[list[Strip]]) -> list[RowSums]:
+    found: list[list[RowSums]] = [[] for _ in strips]
+    for of_block in zip(*strips, strict=True):
+        config = _config_of_prefixes(of_block, "stats")
+        sums = [RowSums(_row_table(strip, config), _row_table(strip, config)) for strip in of_block]
+        _prefixes(_softmax().stats, of_block, None, tuple(_softmax().StatsArgs(*each) for each in sums), config)
+        for blocks, each in zip(found, sums, strict=True):
+            blocks.append(each)
+    return [RowSums(*(_stacked(list(tables)) for tables in zip(*blocks, strict=True))) for blocks in found]
+
+
+def exp_prefixes(problem: Problem, strips: list[list[Strip]], outs: list[list[Tensor]]) -> list[RowSums]:
+    shift, found = exp_shift(problem), [[] for _ in strips]  # type: tuple[float, list[list[Tensor]]]
+    for of_block, of_out in zip(zip(*strips, strict=True), zip(*outs, strict=True), strict=True):
+        config = _config_of_prefixes(of_block, "exp")
+        sums = [_row_table(strip, config) for strip in of_block]
+        args = tuple(_softmax().ExpArgs(shift, each) for each in sums)
+        _prefixes(_softmax().exp, of_block, of_out, args, config)
+        for blocks, each in zip(found, sums, strict=True):
+            blocks.append(each)
+    return [RowSums(shift, _stacked(blocks)) for blocks in found]
+
+
+def grad_prefixes(
+    strips: list[list[Strip]],
+    outs: list[list[Tensor]],
+    rows: list[Softmax],
+    entries: list[Tensor],
+    gains: list[Tensor | None],
+) -> list[Tensor | None]:
+    wants_q = rows[0].target_sim is not None
+    found: list[list[Tensor]] = [[] for _ in strips]
+    for of_block, of_out in zip(zip(*strips, strict=True), zip(*outs, strict=True), strict=True):
+        config = _config_of_prefixes(of_block, "grad, q" if wants_q else "grad")
+        args = []
+        for strip, softmax, entry, gain, blocks in zip(of_block, rows, entries, gains, found, strict=True):
+            own = None if strip.target is None else entry
+            q = _row_table(strip, config) if wants_q else None
+            args.append(_softmax().GradArgs(gain, softmax.shift, softmax.weight, own, softmax.target_sim, Q=q))
+            blocks += [] if q is None else [q]
+        _prefixes(_softmax().grad, of_block, of_out, tuple(args), config)
+    return [_stacked(blocks) if blocks else None for blocks in found]
+
+
+def _config_of_prefixes(strips: Sequence[Strip], mode: str) -> Config:
+    """Returns the tile, with a step along the features that divides all ends but the last."""
+    config = config_of(strips[-1], _mode(f"prefixes, {mode}", strips[-1], None))
+    ends = [strip.x.shape[1] for strip in strips[:-1]]
+    return config._replace(BLOCK_D=math.gcd(config.BLOCK_D, *ends))
+
+
+def _prefixes(
+    epilogue: Callable[..., None], strips: Sequence[Strip], outs: Sequence[Tensor] | None, args: tuple, config: Config
+) -> None:
+    """Launches one product for a block of all prefixes, each with the factors, tables and output of its own."""
+    longest = strips[-1]
+    x, y = longest.x, longest.y
+    M, N, D = x.shape[0], y.shape[0], min(whole(x), whole(y))
+    tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
+    if not tiles:
+        return
+    descriptors, precision = config.GEMM == "descriptors", precision_of(x.dtype, x.device)
+    kernel_x, kernel_y = x, y
+    if descriptors:
+        kernel_x = descriptor(x, config.BLOCK_M, config.BLOCK_D, precision == "tf32")
+        kernel_y = descriptor(y, config.BLOCK_N, config.BLOCK_D, precision == "tf32")
+    stride_om = outs[0].stride(0) if outs else 0
+    launch(
+        _similarity().prefixes_kernel,
+        (min(tiles, config.programs * multiprocessors(x.device)),),
+        x.device,
+        kernel_x,
+        kernel_y,
+        tuple(outs) if outs else (None,) * len(strips),
+        longest.scale,
+        tuple(strip.row_factor for strip in strips),
+        tuple(strip.col_factor for strip in strips),
+        longest.bias,
+        longest.softcap or None,
+        longest.target,
+        _mask_args(longest),
+        args,
+        (*(strip.x.shape[1] for strip in strips[:-1]), D),
+        M,
+        N,
+        x.stride(0),
+        y.stride(0),
+        stride_om,
+        EPILOGUE=epilogue,
+        INNER=_has_inner(longest, epilogue),
+        INPUT_PRECISION=precision,
+        DESCRIPTORS=descriptors,
+        WIDE=16 if descriptors else divisor(D, x.stride(0), y.stride(0)),
+        OUT_WIDE=min((out_wide(out) for out in outs), default=16) if outs else 16,
+        **config.options(),
+    )
 
 
 def _columns(strip: Strip) -> tuple[Any, ...]:

@@ -73,6 +73,14 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
     few = cdiv(M, 128) * cdiv(N, 128) < FEW_TILES
     if not few and (found := _measured(D, dtype, capability, mode)):
         return found
+    if mode.startswith("prefixes"):
+        # The accumulator outlives each fold: wider tiles spill up to 272 bytes, of "exp" 48 on sm_120.
+        BLOCK_D = 32 if dtype in ("tf32", "fp32") else 64
+        if few:
+            return Config("pointers", 64, 64, BLOCK_D, num_warps=4, num_stages=4)
+        if "grad" in mode or (capability[0] == 12 and "exp" in mode):
+            return Config("pointers", 128, 64, BLOCK_D)
+        return Config("pointers", 128, 128, BLOCK_D, SUBTILES=2)
     if dtype == "fp32" and capability == ELSEWHERE:
         # Two accumulators of 128 x 64 spill up to 84 bytes on gfx1100.
         return Config("pointers", 64 if mode.startswith("distill") else 128, 64, 16, num_stages=2)
