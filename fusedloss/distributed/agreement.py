@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import sweep
-from ..backends import SWEEPS, UnsupportedError, select, sums_prefixes
+from ..backends import SWEEPS, UnsupportedError, select
 from ..core import checks
 from ..core.problem import Fold, Problem, Ranks
 from .world import GRAD_SCALES, STRATEGIES, World, world_of
@@ -256,7 +256,7 @@ def _check_workspaces(
             backend = select(problem.whole, call.backend, plain=False)
             if backend not in SWEEPS:
                 continue
-            if problem.prefixes and world.strategy == "gather" and sums_prefixes(problem, call.backend, plain=False):
+            if problem.prefixes and world.strategy == "gather" and SWEEPS[backend].shares_prefixes(problem):
                 sweep.chunks.prefix_rows(whole)
             else:
                 sweep.workspace_shape(whole.whole, SWEEPS[backend])
