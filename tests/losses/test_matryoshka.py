@@ -211,7 +211,7 @@ def test_kernels_multiply_16_bit_embeddings_as_they_are(backend, dtype, rows, mo
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("name", ["transform", "decoupled", "hardness, all directions"])
 def test_kernels_take_options_of_the_loss_alone(backend, name):
-    """Which `chunked` sums in a sweep for each prefix as well."""
+    """By a pass for each prefix."""
     loss, options = {
         "transform": (fusedloss.info_nce, {"transform": fusedloss.transforms.focal(2.0)}),
         "decoupled": (fusedloss.clip, {"decoupled": True, "logit_scale": 4.0}),
