@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .problem import Margin
 
+LIKELY = math.log(0.9)  # up to this probability torch's loss and gradient lose less than one digit, to 1 - p
+
 
 def softmax_rows(
     z: Tensor, target: Tensor, label_smoothing: float = 0.0, decoupled: bool = False, copies: int = 1

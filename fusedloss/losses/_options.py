@@ -128,6 +128,14 @@ class Call:
         return Request(what, problems, self.backend, self.reduction, ignore_index, stays, self.return_stats)
 
 
+DEFAULTS = {field.name: field.default for field in fields(Call)}
+
+
+def are_default(options: Any) -> bool:
+    """Whether a call's options are those of a call without any."""
+    return not options or options.items() <= DEFAULTS.items()
+
+
 def ranks(options: RankOptions) -> World | None:
     """Returns the ranks that share the batch. Without a group strategy and grad_scale must be their defaults."""
     group = options.get("group")

@@ -13,7 +13,6 @@ gradient of the loss.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from ..backends import few, select_rowwise
 from ..backends.triton import classes as triton_classes
 from ..core import checks
 from ..core.numerics import savable, slices, stats_dtype
-from ..core.softmax import softmax_rows
+from ..core.softmax import LIKELY, softmax_rows
 from .pointwise import last_use, once_only, transformed
 
 # Elements at a time on a CPU: with 2^18, starting threads made 2^20 and 2^23 elements take 10 to 60 % longer.
@@ -34,7 +33,6 @@ BLOCK = 1 << 20
 FEW_CLASSES = 16
 FEW_ELEMENTS = 1 << 12  # up to this size the transposition takes longer
 LEAST = 1e-30  # smallest probability with all its digits
-LIKELY = math.log(0.9)  # up to this probability torch's loss and gradient lose less than one digit, to 1 - p
 FP16_LARGEST = 2.0**14  # of a row's saved gradient: numbers down to 2^-38 of that do not underflow
 
 # One for all rows, or `[M]`, or `[N, S]` beside logits `[N, C, S]`.

@@ -1,0 +1,151 @@
+"""The commonest losses of the smallest batches, on a CPU: differentiable torch, without a record of what was asked.
+
+Such a step takes torch 200 us; the record, the choice of a backend and an `autograd.Function` around the operands took
+300 more. Here products and norms are torch's own and differentiate themselves. So does torch's cross-entropy where no
+column is likely. It loses the digits of a likely target, so there the gradient is found beside the value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core import checks, environment
+from ..core.numerics import NORM_EPS, row_numbers, savable, unit_rows
+from ..core.softmax import LIKELY, softmax_rows
+
+# maths.md: Logits; The softmax row; Gradient of the logits
+MOST = 1 << 16  # similarities: N = 256
+PLAIN = (Tensor, nn.Parameter)
+WIDE = (torch.float32, torch.float64)
+TINY, LARGE = 2.0**-100, 2.0**100  # scales between are finite in both dtypes, and so are their inverses
+softplus = torch._C._nn.softplus  # F.softplus takes 1 us more
+
+
+def mean(
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    *,
+    inverse: bool = False,
+    cosine: bool = False,
+    symmetric: bool = False,
+    target: Tensor | None = None,
+) -> Tensor | None:
+    """Returns the mean cross-entropy of the rows of `scale <x_i, y_j>`; None where the losses' own checks are to
+    decide, or this cannot run.
+
+    inverse: `scale` is a temperature. symmetric: the mean of both directions. target: int64 [M] columns; None: the
+    diagonal. It reads the scale, the target's ends and the largest probability.
+    """
+    if not _fits(x, y, symmetric) or (target is not None and not _are_columns(target, x, y)):
+        return None
+    number = scale
+    if isinstance(scale, Tensor):
+        if type(scale) not in PLAIN or scale.dtype is not x.dtype or scale.dim() or not scale.is_cpu:
+            return None
+        number = scale.detach().item()
+    if not isinstance(number, float) or not TINY < number < LARGE:
+        return None
+    target = row_numbers(x.shape[0], x) if target is None else savable(target)
+    if cosine:
+        x, y = _Unit.apply(x, y)
+    z = torch.mm(x, y.t())
+    z = z / scale if inverse else z * scale
+    found, likely = [], False
+    for side in (z, z.t()) if symmetric else (z,):
+        found.append(torch.log_softmax(side, 1))
+        likely = likely or not found[-1].detach().max().item() < LIKELY  # a NaN is not below
+    if likely:
+        return _OfLogits.apply(z, target, *[log_p.detach() for log_p in found])
+    losses = [checks.OPERATORS.nll_loss_nd(log_p, target, None, checks.CODES["mean"], -100) for log_p in found]
+    return (losses[0] + losses[1]) / 2 if symmetric else losses[0]
+
+
+def _fits(x: Tensor, y: Tensor, symmetric: bool) -> bool:
+    """The one rule by which a batch comes here. A backward reads its inputs again, and what does not learn may be a
+    memory that is overwritten before it."""
+    if torch.compiler.is_compiling():  # sizes may be symbols
+        return False
+    if type(x) not in PLAIN or type(y) not in PLAIN or x.dtype not in WIDE or x.dtype is not y.dtype:
+        return False
+    if not (x.is_cpu and y.is_cpu and x.requires_grad and y.requires_grad and torch.is_grad_enabled()):
+        return False
+    if x.layout is not torch.strided or y.layout is not torch.strided or x.is_nested or y.is_nested:
+        return False
+    rows, columns = x.shape, y.shape
+    if len(rows) != 2 or len(columns) != 2 or rows[1] != columns[1] or not rows[1]:
+        return False
+    if not 0 < rows[0] * columns[0] <= MOST or (symmetric and rows[0] != columns[0]):
+        return False
+    if not checks.reads_values(x) or torch.autograd.forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
+        return False
+    return environment.backend() == "auto" and environment.workspace_bytes() is None
+
+
+def _are_columns(target: Tensor, x: Tensor, y: Tensor) -> bool:
+    if type(target) is not Tensor or target.dtype is not torch.int64 or not target.is_cpu or target.is_nested:
+        return False
+    if target.layout is not torch.strided or target.shape != x.shape[:1]:
+        return False
+    low, high = target.aminmax()
+    return low.item() >= 0 and high.item() < y.shape[0]
+
+
+class _Unit(torch.autograd.Function):
+    """Unit rows of both. The derivative of F.normalize takes 100 us more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        norms = [torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min_(NORM_EPS) for z in (x, y)]
+        units = x / norms[0], y / norms[1]
+        ctx.save_for_backward(x, y, *units, *norms)
+        return units
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, ...]:
+        x, y, *units, x_norm, y_norm = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return torch.autograd.grad((unit_rows(x), unit_rows(y)), (x, y), upstream, create_graph=True)
+        found = []
+        for unit, norm, g in zip(units, (x_norm, y_norm), upstream, strict=True):
+            along = (unit * g).sum(1, keepdim=True).masked_fill_(norm <= NORM_EPS, 0)  # a constant's is 0
+            found.append(torch.addcmul(g, unit, along, value=-1).div_(norm))
+        return tuple(found)
+
+
+class _OfLogits(torch.autograd.Function):
+    """The mean of the rows of logits, or of both directions', of which `log_p` are the log-softmaxes."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, target: Tensor, *log_p: Tensor) -> Tensor:
+        ctx.save_for_backward(z, target)
+        ctx.share = 1 / (len(target) * len(log_p))
+        loss, ctx.dz = _beside(log_p[0], target[:, None])
+        for other in log_p[1:]:
+            loss_of_columns, by_columns = _beside(other, target[:, None])
+            loss, ctx.dz = loss.add_(loss_of_columns), ctx.dz.add_(by_columns.t())
+        return loss.sum() * ctx.share
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return ctx.dz * (upstream * ctx.share), *(None,) * (len(ctx.needs_input_grad) - 1)
+        z, target = ctx.saved_tensors
+        sides = (z, z.t())[: len(ctx.needs_input_grad) - 2]
+        loss = torch.stack([softmax_rows(side, target).sum() for side in sides]).sum() * ctx.share
+        by_z = torch.autograd.grad(loss, z, upstream, create_graph=True)[0]
+        return by_z, *(None,) * (len(ctx.needs_input_grad) - 1)
+
+
+def _beside(log_p: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows' losses [M, 1], and the gradient of their sum by the logits.
+
+    The target's probability leaves the row before the others are summed: `1 - p_t` would cancel on well-fitted pairs.
+    """
+    p = log_p.exp().scatter_(1, index, 0)
+    rest = p.sum(1, keepdim=True)
+    loss = softplus(rest.log().sub_(log_p.gather(1, index)), 1, 40.0)
+    return loss, p.scatter_(1, index, rest.neg_())

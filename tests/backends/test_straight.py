@@ -1,0 +1,184 @@
+"""`straight`: which calls come there, and that its numbers are the formula's."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import fusedloss
+from fusedloss.backends import straight
+from fusedloss.testing import budget_share
+
+TARGET = torch.tensor([4, 0, 0, 3, 2])
+
+
+def linear(x, y, scale, **options):
+    return fusedloss.linear_cross_entropy(x, y, TARGET, temperature=1 / scale, **options)
+
+
+# Calls of (x, y, scale, **options), and whether rows are divided by their lengths, both directions, and the targets.
+CALLS = {
+    "info_nce": (lambda x, y, s, **o: fusedloss.info_nce(x, y, temperature=1 / s, **o), False, False, None),
+    "info_nce, target": (
+        lambda x, y, s, **o: fusedloss.info_nce(x, y, TARGET, temperature=1 / s, **o),
+        False,
+        False,
+        TARGET,
+    ),
+    "info_nce, normalize": (
+        lambda x, y, s, **o: fusedloss.info_nce(x, y, temperature=1 / s, normalize=True, **o),
+        True,
+        False,
+        None,
+    ),
+    "multiple_negatives_ranking": (
+        lambda x, y, s, **o: fusedloss.multiple_negatives_ranking(x, y, scale=s, **o),
+        True,
+        False,
+        None,
+    ),
+    "clip": (fusedloss.clip, False, True, None),
+    "clip, normalize": (partial(fusedloss.clip, normalize=True), True, True, None),
+    "contrastive_tension_in_batch": (fusedloss.contrastive_tension_in_batch, True, True, None),
+    "linear_cross_entropy": (linear, False, False, TARGET),
+}
+
+
+def matrices(seed, near, dtype=torch.float32, D=12):
+    """near: how much of y is x; the targets' columns are likely with most of it."""
+    draw = torch.Generator().manual_seed(seed)
+    x = F.normalize(torch.randn(5, D, generator=draw, dtype=torch.float64), dim=1)
+    y = F.normalize(near * x + torch.randn(5, D, generator=draw, dtype=torch.float64) / D**0.5, dim=1)
+    return [z.to(dtype).requires_grad_() for z in (x, y)]
+
+
+def formula(x, y, scale, cosine, symmetric, target):
+    x, y = (F.normalize(z, dim=1, eps=1e-12) if cosine else z for z in (x, y))
+    z = x @ y.T * scale
+    target = torch.arange(len(x)) if target is None else target
+    loss = F.cross_entropy(z, target)
+    return (loss + F.cross_entropy(z.T, target)) / 2 if symmetric else loss
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Whether each call of `straight.mean` had a result."""
+    found = []
+    mean = straight.mean
+    monkeypatch.setattr(straight, "mean", lambda *a, **o: found.append(mean(*a, **o)) or found[-1])
+    return found
+
+
+@pytest.mark.parametrize("near", [0.0, 1.0, 8.0])
+@pytest.mark.parametrize("name", CALLS)
+def test_value_and_gradient_are_within_the_budget(name, near, taken):
+    function, *how = CALLS[name]
+    for seed, scale in enumerate((0.5, 5.0, 40.0)):
+        x, y = matrices(seed, near)
+        learns = "clip" in name or "tension" in name
+        given = torch.tensor(scale, requires_grad=True) if learns else scale
+        leaves = [x, y, given] if learns else [x, y]
+        loss = function(x, y, given)
+        results = [loss.detach(), *torch.autograd.grad(loss, leaves)]
+        assert taken and taken[-1] is not None
+        wanted = []
+        for dtype in (torch.float32, torch.float64):
+            copies = [t.detach().to(dtype).requires_grad_() for t in leaves]
+            value = formula(*copies[:2], copies[2] if learns else scale, *how)
+            wanted.append([value.detach(), *torch.autograd.grad(value, copies)])
+        for place, (own, eager, exact) in enumerate(zip(results, *wanted, strict=True)):
+            # The scale's gradient is a sum of terms that cancel, each with the rounding of its similarity.
+            moves = 4 * torch.finfo(torch.float32).eps if place == 3 else 0.0
+            assert budget_share(own, eager, exact, torch.float32, moves) <= 1, (scale, place)
+
+
+@pytest.mark.parametrize("apart", [10.0, 30.0, 69.0])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_loss_of_well_fitted_pairs_keeps_its_digits(apart, symmetric, taken):
+    """`log(1 + exp(-apart))` each, 1e-30 at 69: 1 - p would be 0 from 17 on."""
+    x, y = torch.eye(4).mul(apart).requires_grad_(), torch.eye(4).requires_grad_()
+    loss = fusedloss.clip(x, y, 1.0) if symmetric else fusedloss.info_nce(x, y, temperature=1.0)
+    assert taken[-1] is not None
+    torch.testing.assert_close(loss.item(), math.log1p(3 * math.exp(-apart)), rtol=3e-6, atol=0)
+    (gradient,) = torch.autograd.grad(loss, x)
+    share = math.exp(-apart) / (1 + 3 * math.exp(-apart)) / 4
+    exact = torch.full((4, 4), share).fill_diagonal_(-3 * share)
+    torch.testing.assert_close(gradient, exact, rtol=3e-5, atol=0)
+
+
+@pytest.mark.parametrize("near", [0.0, 4.0])
+@pytest.mark.parametrize("name", CALLS)
+def test_second_derivatives(name, near, taken):
+    function, *how = CALLS[name]
+    leaves = matrices(3, near, torch.float64, D=3)
+    assert torch.autograd.gradgradcheck(lambda x, y: function(x, y, 3.0), leaves)
+    assert taken[-1] is not None
+    for own, wanted in zip(
+        torch.autograd.grad(function(*leaves, 3.0), leaves),
+        torch.autograd.grad(formula(*leaves, 3.0, *how), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, wanted, rtol=1e-10, atol=1e-14)
+
+
+def test_rows_of_length_0_and_logits_that_are_not_finite():
+    x, y = matrices(0, 1.0)
+    with torch.no_grad():
+        x[1] = 0
+    found, wanted = (
+        torch.autograd.grad(fusedloss.info_nce(x, y, normalize=True, backend=backend), (x, y))
+        for backend in ("auto", "reference")
+    )
+    for own, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
+    with torch.no_grad():
+        x[1, 0] = math.nan
+    assert fusedloss.info_nce(x, y).isnan() and fusedloss.clip(x, y, 2.0).isnan()
+
+
+def test_who_comes_here(taken, monkeypatch):
+    """fp32 and fp64 on a CPU, with a gradient for both sides, as `auto`, without options, up to one size."""
+    x, y = matrices(0, 1.0)
+    loss = fusedloss.info_nce
+
+    def comes(*given, **options):
+        taken.clear()
+        loss(*given, **options)
+        return bool(taken) and taken[-1] is not None
+
+    assert comes(x, y) and comes(x, x) and comes(x.double(), y.double()) and comes(x, torch.nn.Parameter(y.detach()))
+    assert comes(x, y, reduction="mean", return_stats=False, group=None)  # as modules pass them
+    assert not comes(x, y.detach())  # a memory may be overwritten before the backward
+    assert not comes(x.bfloat16(), y.bfloat16())
+    for options in ({"reduction": "sum"}, {"backend": "dense"}, {"workspace_bytes": 1 << 20}, {"return_stats": True}):
+        assert not comes(x, y, **options)
+    for options in ({"label_smoothing": 0.1}, {"decoupled": True}, {"weight": torch.ones(5)}, {"debiased": 0.1}):
+        assert not comes(x, y, **options)
+    assert not comes(x, y, torch.tensor([0, 1, 2, 3, -100]))
+    with torch.no_grad():
+        assert not comes(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not comes(x, y)
+    many = torch.ones(straight.MOST // 5 + 1, 12, requires_grad=True)
+    assert comes(x, many[:-1]) and not comes(x, many)
+    monkeypatch.setenv("FUSEDLOSS_WORKSPACE_BYTES", "100000000")
+    assert not comes(x, y)
+    monkeypatch.delenv("FUSEDLOSS_WORKSPACE_BYTES")
+    monkeypatch.setenv("FUSEDLOSS_BACKEND", "chunked")
+    assert not comes(x, y)
+
+
+def test_modules_come_here(taken):
+    x, y = matrices(0, 1.0)
+    for module in (
+        fusedloss.InfoNCELoss(),
+        fusedloss.MultipleNegativesRankingLoss(),
+        fusedloss.LinearCrossEntropyLoss(),
+    ):
+        taken.clear()
+        module(x, y, TARGET) if isinstance(module, fusedloss.LinearCrossEntropyLoss) else module(x, y)
+        assert taken[-1] is not None, module
