@@ -127,8 +127,7 @@ class MultipleNegativesRankingLoss(LeavesOutDuplicates, _MultipleNegativesRankin
 
     @counted
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Any) -> Tensor:
-        alone = self.duplicates is None and not self.gather_across_devices  # ranks have to gather alike
-        if (alone and _fits.few(self, embeddings, rows=True)) or not fused(self, ranking_fits(self, embeddings)):
+        if not fused(self, ranking_fits(self, embeddings)):
             return super().compute_loss_from_embeddings(embeddings, labels)
         return ranking(self, _ranking, embeddings, labels)
 
