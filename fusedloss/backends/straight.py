@@ -7,6 +7,7 @@ column is likely. It loses the digits of a likely target, so there the gradient 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -40,19 +41,12 @@ def mean(
     inverse: `scale` is a temperature. symmetric: the mean of both directions. target: int64 [M] columns; None: the
     diagonal. It reads the scale, the target's ends and the largest probability.
     """
-    if not _fits(x, y, symmetric) or (target is not None and not _are_columns(target, x, y)):
+    if not _fits(x, y, scale) or (symmetric and x.shape[0] != y.shape[0]):
         return None
-    number = scale
-    if isinstance(scale, Tensor):
-        if type(scale) not in PLAIN or scale.dtype is not x.dtype or scale.dim() or not scale.is_cpu:
-            return None
-        number = scale.detach().item()
-    if not isinstance(number, float) or not TINY < number < LARGE:
+    if x.shape[0] > y.shape[0] if target is None else not _are_columns(target, x, y):
         return None
     target = row_numbers(x.shape[0], x) if target is None else savable(target)
-    if cosine:
-        x, y = _Unit.apply(x, y)
-    z = torch.mm(x, y.t())
+    z = _similarities(x, y, cosine)
     z = z / scale if inverse else z * scale
     found, likely = [], False
     for side in (z, z.t()) if symmetric else (z,):
@@ -64,7 +58,36 @@ def mean(
     return (losses[0] + losses[1]) / 2 if symmetric else losses[0]
 
 
-def _fits(x: Tensor, y: Tensor, symmetric: bool) -> bool:
+def sigmoid(x: Tensor, y: Tensor, scale: float | Tensor, bias: float | Tensor | None, cosine: bool) -> Tensor | None:
+    """Returns `sum_ij log(1 + exp(-y_ij (scale <x_i, y_j> + bias))) / M`, y = 1 on the diagonal and -1 elsewhere; None
+    as `mean`. It reads the scale and the bias."""
+    if not _fits(x, y, scale) or x.shape[0] > y.shape[0]:
+        return None
+    if bias is not None and not -LARGE < _number(bias, x) < LARGE:
+        return None
+    z = _similarities(x, y, cosine) * scale
+    z = z if bias is None else z + bias
+    against = torch.ones(z.shape, dtype=z.dtype).fill_diagonal_(-1)
+    return softplus(z * against, 1, 40.0).sum() / x.shape[0]
+
+
+def _similarities(x: Tensor, y: Tensor, cosine: bool) -> Tensor:
+    if cosine:
+        x, y = _Unit.apply(x, y)
+    return torch.mm(x, y.t())
+
+
+def _number(value: float | Tensor, like: Tensor) -> float:
+    """The value of a float, or of a 0-dim tensor beside `like`; NaN of anything else."""
+    if type(value) is float:
+        return value
+    if type(value) not in PLAIN or value.dtype is not like.dtype or value.dim() or not value.is_cpu:  # type: ignore[union-attr]
+        return math.nan
+    number: float = value.detach().item()  # type: ignore[union-attr]
+    return number
+
+
+def _fits(x: Tensor, y: Tensor, scale: float | Tensor) -> bool:
     """The one rule by which a batch comes here. A backward reads its inputs again, and what does not learn may be a
     memory that is overwritten before it."""
     if torch.compiler.is_compiling():  # sizes may be symbols
@@ -78,7 +101,7 @@ def _fits(x: Tensor, y: Tensor, symmetric: bool) -> bool:
     rows, columns = x.shape, y.shape
     if len(rows) != 2 or len(columns) != 2 or rows[1] != columns[1] or not rows[1]:
         return False
-    if not 0 < rows[0] * columns[0] <= MOST or (symmetric and rows[0] != columns[0]):
+    if not 0 < rows[0] * columns[0] <= MOST or not TINY < _number(scale, x) < LARGE:
         return False
     if not checks.reads_values(x) or torch.autograd.forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
         return False

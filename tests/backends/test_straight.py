@@ -125,6 +125,49 @@ def test_second_derivatives(name, near, taken):
         torch.testing.assert_close(own, wanted, rtol=1e-10, atol=1e-14)
 
 
+def signed(x, y, scale, bias, cosine):
+    x, y = (F.normalize(z, dim=1) if cosine else z for z in (x, y))
+    signs = 2 * torch.eye(len(x), len(y), dtype=x.dtype) - 1
+    return -F.logsigmoid(signs * (scale * x @ y.T + bias)).sum() / len(x)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 10.0, 60.0])
+def test_siglip(cosine, scale, monkeypatch):
+    """Value and gradients within the budget, to the digits of pairs that fit; rows of more columns; its derivatives."""
+    found = []
+    sigmoid = straight.sigmoid
+    monkeypatch.setattr(straight, "sigmoid", lambda *given: found.append(sigmoid(*given)) or found[-1])
+    x, y = matrices(0, 4.0)
+    leaves = [x[:4].detach().requires_grad_(), y, torch.tensor(scale).requires_grad_(), torch.tensor(-0.5 * scale)]
+    leaves[3].requires_grad_()
+    results = []
+    for dtype in (None, torch.float32, torch.float64):
+        copies = leaves if dtype is None else [t.detach().to(dtype).requires_grad_() for t in leaves]
+        call = signed if dtype else lambda *given: fusedloss.siglip(*given[:4], normalize=given[4])
+        value = call(*copies, cosine)
+        results.append([value.detach(), *torch.autograd.grad(value, copies)])
+    assert found[-1] is not None
+    for place, (own, eager, exact) in enumerate(zip(*results, strict=True)):
+        moves = 16 * torch.finfo(torch.float32).eps if place > 2 else 0.0  # sums of terms that cancel
+        assert budget_share(own, eager, exact, torch.float32, moves) <= 1, place
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    assert torch.autograd.gradgradcheck(lambda *given: fusedloss.siglip(*given, normalize=cosine), wide)
+
+
+def test_siglip_keeps_the_digits_of_pairs_that_fit():
+    x = torch.eye(3).requires_grad_()
+    loss = fusedloss.siglip(x, torch.eye(3).requires_grad_(), 138.0, -69.0)
+    torch.testing.assert_close(loss.item(), 3 * math.exp(-69), rtol=3e-6, atol=0)
+
+
+def test_fewer_columns_than_rows_are_named():
+    x, y = matrices(0, 0.0)
+    for loss, name in ((fusedloss.info_nce, "key"), (lambda a, b: fusedloss.siglip(a, b, 1.0), "text_features")):
+        with pytest.raises(ValueError, match=f"{name} must have at least 5 rows"):
+            loss(x, y[:4])
+
+
 def test_rows_of_length_0_and_logits_that_are_not_finite():
     x, y = matrices(0, 1.0)
     with torch.no_grad():
