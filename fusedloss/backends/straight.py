@@ -103,7 +103,7 @@ def _fits(x: Tensor, y: Tensor, scale: float | Tensor) -> bool:
         return False
     if not 0 < rows[0] * columns[0] <= MOST or not TINY < _number(scale, x) < LARGE:
         return False
-    if not checks.reads_values(x) or torch.autograd.forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
+    if not checks.reads_values(x) or torch.autograd.forward_ad._current_level >= 0 or checks.autocasts(x):
         return False
     return environment.backend() == "auto" and environment.workspace_bytes() is None
 
