@@ -118,7 +118,7 @@ def _triton() -> str:
 def sources() -> list[Path]:
     """Returns the source files: the kernels with their tables of tiles, their launchers, and the cases."""
     package = Path(__file__).parents[1]
-    found = [package / "backends" / name for name in ("folds.py", "shared.py")]
+    found = [package / "backends" / name for name in ("distill.py", "folds.py", "shared.py")]
     found += [package / "proof" / f"{name}.py" for name in ("cases", "draws", "rowwise", "sweeps", "zones")]
     for backend in ("triton", "cuda"):
         found += sorted((package / "backends" / backend).glob("*.py"))

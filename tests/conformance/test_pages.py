@@ -14,7 +14,10 @@ MATHS = (ROOT / "docs" / "internals" / "maths.md").read_text()
 IMPLEMENTATIONS = (
     "fusedloss/core/softmax.py",
     "fusedloss/core/rows.py",
-    "fusedloss/core/folds.py",
+    "fusedloss/core/folds/distillation.py",
+    "fusedloss/core/folds/sides.py",
+    "fusedloss/core/folds/terms.py",
+    "fusedloss/core/folds/triplets.py",
     "fusedloss/backends/protocol.py",
     "fusedloss/backends/chunked/half.py",
     "fusedloss/backends/chunked/masks.py",

@@ -142,7 +142,7 @@ def check(case, backend: str, reduction: str, **more) -> None:
 def test_it_is_the_formula(backend, reduction, case, rows):
     """In chunks and tiles of a few rows, where the backend has them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fusedloss.core.folds.DISTILL_TILE", 20)
+        patch.setattr("fusedloss.core.folds.distillation.DISTILL_TILE", 20)
         more = {"workspace_bytes": rows * folds.DISTILL_COPIES * 64 * 8} if backend == "chunked" else {}
         check(case, backend, reduction, **more)
 

@@ -1,4 +1,4 @@
-"""A fold in the tile, of any backend with `fold_rows`, against `core/folds.py` in fp64."""
+"""A fold in the tile, of any backend with `fold_rows`, against `core/folds/` in fp64."""
 
 from __future__ import annotations
 
