@@ -105,7 +105,7 @@ def _fits(x: Tensor, y: Tensor, scale: float | Tensor) -> bool:
         return False
     if not checks.reads_values(x) or torch.autograd.forward_ad._current_level >= 0 or checks.autocasts(x):
         return False
-    return environment.backend() == "auto" and environment.workspace_bytes() is None
+    return environment.backend() == "auto" and environment.workspace_bytes() is None and not environment.audit()
 
 
 def _are_columns(target: Tensor, x: Tensor, y: Tensor) -> bool:
