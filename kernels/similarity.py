@@ -121,7 +121,7 @@ def prefixes_kernel(
                 pid_m, pid_n, INPUT_PRECISION, DESCRIPTORS, WIDE, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             _fold_tile(
-                sim, Outs[number], Scale, RowFactors[number], ColFactors[number], Bias, softcap, Target, masks,
+                sim, Outs[number], Scale, RowFactors[number], ColFactors[number], Bias, softcap, Target, None, masks,
                 args[number], M, N, stride_om, pid_m, pid_n, EPILOGUE, INNER, OUT_WIDE, BLOCK_M, BLOCK_N, SUBTILES,
             )  # fmt: skip
 
