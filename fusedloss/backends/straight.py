@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from ..core import checks, environment
 from ..core.numerics import NORM_EPS, row_numbers, savable, unit_rows
@@ -67,7 +68,7 @@ def sigmoid(x: Tensor, y: Tensor, scale: float | Tensor, bias: float | Tensor | 
         return None
     z = _similarities(x, y, cosine) * scale
     z = z if bias is None else z + bias
-    against = torch.ones(z.shape, dtype=z.dtype).fill_diagonal_(-1)
+    against = torch.ones(z.shape, dtype=z.dtype, device=z.device).fill_diagonal_(-1)
     return softplus(z * against, 1, 40.0).sum() / x.shape[0]
 
 
@@ -83,7 +84,7 @@ def _number(value: float | Tensor, like: Tensor) -> float:
         return value
     if type(value) not in PLAIN or value.dtype is not like.dtype or value.dim() or not value.is_cpu:  # type: ignore[union-attr]
         return math.nan
-    number: float = value.detach().item()  # type: ignore[union-attr]
+    number: float = math.nan if value.is_inference() else value.detach().item()  # type: ignore[union-attr]
     return number
 
 
@@ -97,6 +98,8 @@ def _fits(x: Tensor, y: Tensor, scale: float | Tensor) -> bool:
     if not (x.is_cpu and y.is_cpu and x.requires_grad and y.requires_grad and torch.is_grad_enabled()):
         return False
     if x.layout is not torch.strided or y.layout is not torch.strided or x.is_nested or y.is_nested:
+        return False
+    if x.is_inference() or y.is_inference() or _len_torch_dispatch_stack():  # autograd saves none; a mode may fake them
         return False
     rows, columns = x.shape, y.shape
     if len(rows) != 2 or len(columns) != 2 or rows[1] != columns[1] or not rows[1]:
@@ -131,6 +134,8 @@ class _Unit(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, ...]:
         x, y, *units, x_norm, y_norm = ctx.saved_tensors
         if torch.is_grad_enabled():
+            # Views, in case both are one tensor, or one is made of the other: else each would get the gradient of both.
+            x, y = x.view_as(x), y.view_as(y)
             return torch.autograd.grad((unit_rows(x), unit_rows(y)), (x, y), upstream, create_graph=True)
         found = []
         for unit, norm, g in zip(units, (x_norm, y_norm), upstream, strict=True):
@@ -144,19 +149,19 @@ class _OfLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, target: Tensor, *log_p: Tensor) -> Tensor:
-        ctx.save_for_backward(z, target)
         ctx.share = 1 / (len(target) * len(log_p))
-        loss, ctx.dz = _beside(log_p[0], target[:, None])
+        loss, dz = _beside(log_p[0], target[:, None])
         for other in log_p[1:]:
             loss_of_columns, by_columns = _beside(other, target[:, None])
-            loss, ctx.dz = loss.add_(loss_of_columns), ctx.dz.add_(by_columns.t())
+            loss, dz = loss.add_(loss_of_columns), dz.add_(by_columns.t())
+        ctx.save_for_backward(z, target, dz)  # which frees them after the backward, where a loss is kept
         return loss.sum() * ctx.share
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        z, target, dz = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return ctx.dz * (upstream * ctx.share), *(None,) * (len(ctx.needs_input_grad) - 1)
-        z, target = ctx.saved_tensors
+            return dz * (upstream * ctx.share), *(None,) * (len(ctx.needs_input_grad) - 1)
         sides = (z, z.t())[: len(ctx.needs_input_grad) - 2]
         loss = torch.stack([softmax_rows(side, target).sum() for side in sides]).sum() * ctx.share
         by_z = torch.autograd.grad(loss, z, upstream, create_graph=True)[0]

@@ -97,7 +97,7 @@ def linear_cross_entropy(
         ... )
         >>> (loss - 0.01 * stats.entropy.mean()).backward()
     """
-    tensors = linear_bias is None and weight is None and transform is None and softcap is None
+    tensors = target is not None and linear_bias is None and weight is None and transform is None and softcap is None
     numbers = type(label_smoothing) is type(z_loss) is type(temperature) is float and not (label_smoothing or z_loss)
     given = not (tensors and numbers) or reduction != "mean" or return_stats or entropy_gradient
     if not given and ignore_index is None and compact is None and are_default(shared):
@@ -227,7 +227,7 @@ def _rows(input: Tensor, linear_weight: Tensor, target: Tensor) -> tuple[Tensor,
         raise ValueError(f"linear_weight must be [C, D], got shape {shape}; {INSTEAD} K dimensions")
     if isinstance(target, Tensor) and target.dtype.is_floating_point:
         raise TypeError(f"target must be int64 class indices, got {target.dtype}; {INSTEAD} class probabilities")
-    x = input.reshape(-1, input.shape[-1])
+    x = savable(input).reshape(-1, input.shape[-1])  # a view of an inference tensor has no gradient
     checks.embeddings(input=x, linear_weight=linear_weight)
     if isinstance(target, Tensor) and target.shape != input.shape[:-1]:
         wanted = list(input.shape[:-1])

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
 import fusedloss
@@ -159,6 +160,74 @@ def test_siglip_keeps_the_digits_of_pairs_that_fit():
     x = torch.eye(3).requires_grad_()
     loss = fusedloss.siglip(x, torch.eye(3).requires_grad_(), 138.0, -69.0)
     torch.testing.assert_close(loss.item(), 3 * math.exp(-69), rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("near", [0.0, 8.0])
+def test_sides_that_are_one_tensor_or_made_of_each_other(near):
+    """Under create_graph=True each side has its own gradient, once."""
+    (w, _) = matrices(1, 0.0, torch.float64)
+    other = matrices(2, 0.0, torch.float64)[0].detach()
+    for x, y in ((w, w), (w, near * w + other), (near * w + other, w)):
+        for loss in (
+            partial(fusedloss.info_nce, normalize=True),
+            partial(fusedloss.clip, logit_scale=3.0, normalize=True),
+            partial(fusedloss.siglip, logit_scale=3.0, normalize=True),
+            fusedloss.multiple_negatives_ranking,
+        ):
+            (own,) = torch.autograd.grad(loss(x, y), w, create_graph=True)
+            (wanted,) = torch.autograd.grad(loss(x, y, backend="reference"), w, create_graph=True)
+            torch.testing.assert_close(own, wanted, rtol=1e-10, atol=1e-14)
+            second, wanted = (torch.autograd.grad(g.square().sum(), w, retain_graph=True)[0] for g in (own, wanted))
+            torch.testing.assert_close(second, wanted, rtol=1e-9, atol=1e-13)
+
+
+def test_tensors_made_in_inference_mode(taken):
+    """Autograd cannot save them: the losses copy them."""
+    x, y = matrices(0, 1.0)
+    with torch.inference_mode():
+        scale, z = torch.tensor(2.0), x.detach().clone().requires_grad_()
+    for own, plain, loss in (
+        ((x, y, scale), (x, y, 2.0), fusedloss.clip),
+        ((x, y, scale), (x, y, 2.0), fusedloss.siglip),
+        ((x, y, None, scale), (x, y, None, 2.0), lambda a, b, _, s: fusedloss.info_nce(a, b, temperature=s)),
+    ):
+        results = [torch.autograd.grad(loss(*given), (x, y)) for given in (own, plain)]
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+    for loss in (fusedloss.info_nce, lambda a, b: fusedloss.linear_cross_entropy(a, b, TARGET)):
+        z.grad = None
+        loss(z, y).backward()
+        torch.testing.assert_close(z.grad, torch.autograd.grad(loss(x, y), x)[0], rtol=1e-5, atol=1e-7)
+
+
+def test_another_default_device():
+    x, y = matrices(0, 1.0)
+    wanted = fusedloss.siglip(x, y, 2.0), fusedloss.clip(x, y, 2.0)
+    with torch.device("meta"):
+        own = fusedloss.siglip(x, y, 2.0), fusedloss.clip(x, y, 2.0)
+    torch.testing.assert_close(own, wanted)
+
+
+def test_a_mode_that_fakes_tensors():
+    x, y = matrices(0, 1.0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        loss = fusedloss.info_nce(x, y)
+    assert isinstance(loss, FakeTensor)
+
+
+def test_linear_cross_entropy_needs_a_target():
+    with pytest.raises(TypeError, match="target must be an int64 tensor"):
+        fusedloss.linear_cross_entropy(*matrices(0, 1.0), None)
+
+
+def test_a_loss_that_is_kept_holds_no_gradient():
+    """After its backward, as torch's: a list of losses of a whole epoch stays small."""
+    x, y = matrices(0, 8.0)
+    loss = fusedloss.info_nce(x, y, temperature=0.02)
+    assert type(loss.grad_fn).__name__ == "_OfLogitsBackward"
+    loss.backward()
+    assert not any(isinstance(value, torch.Tensor) for value in vars(loss.grad_fn).values())
+    with pytest.raises(RuntimeError, match="freed"):
+        loss.grad_fn.saved_tensors  # noqa: B018
 
 
 def test_fewer_columns_than_rows_are_named():
