@@ -143,6 +143,8 @@ def test_every_launch_fixes_whether_products_and_sums_are_fused():
     given = []
 
     class Kernel:
+        fn = None
+
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *args, **options: given.append((grid, args, options))
 

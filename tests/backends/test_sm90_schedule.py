@@ -31,14 +31,14 @@ def test_addresses_and_interleavings(program):
 
 @pytest.fixture(scope="module")
 def place():
-    """`_place` of kernels/similarity.py, on Python's integers."""
+    """`place` of kernels/similarity.py, on Python's integers."""
     tree = ast.parse((ROOT / "kernels/similarity.py").read_text())
-    (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "_place")
+    (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "place")
     function.decorator_list.clear()
     tl = SimpleNamespace(cdiv=lambda a, b: -(-a // b), minimum=min, constexpr=int)
     names = {"tl": tl}
-    exec(compile(ast.Module([function], []), "_place", "exec"), names)
-    return names["_place"]
+    exec(compile(ast.Module([function], []), "place", "exec"), names)
+    return names["place"]
 
 
 @pytest.mark.parametrize("M, N", [(1, 1), (128, 256), (1000, 3000), (1153, 257), (4096, 130), (2176, 5000)])

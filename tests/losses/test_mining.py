@@ -519,7 +519,7 @@ def test_few_positives_are_compared_one_by_one(monkeypatch, name, distance, clas
     ours = lambda x, b="chunked": TRIPLETS[name][0](x, labels, margin=0.3, distance=distance, backend=b)
     with chunks(7, 9):
         ordered = testing.value_and_gradients(ours, [x])
-        monkeypatch.setattr(folds, "FEW", 1)
+        monkeypatch.setattr(folds.triplets, "FEW", 1)
         found = testing.value_and_gradients(ours, [x])
     for a, b in zip(found, testing.value_and_gradients(lambda x: ours(x, "reference"), [x]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -131,7 +131,7 @@ def similarities(monkeypatch):
         counted.append(out.numel())
         return original(strip, rows, tile, out)
 
-    for module in (chunked.half, chunked.half_folds):
+    for module in (chunked.half, chunked.half_folds, chunked.masks, chunked.softmax):
         monkeypatch.setattr(module, "similarity", counts)
     return counted
 
