@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from ..core import checks, environment
 from ..core.numerics import NORM_EPS, row_numbers, savable, unit_rows
 from ..core.softmax import LIKELY, softmax_rows
+from . import dense
 
 # maths.md: Logits; The softmax row; Gradient of the logits
 MOST = 1 << 16  # similarities: N = 256
@@ -104,7 +105,10 @@ def _fits(x: Tensor, y: Tensor, scale: float | Tensor) -> bool:
     rows, columns = x.shape, y.shape
     if len(rows) != 2 or len(columns) != 2 or rows[1] != columns[1] or not rows[1]:
         return False
-    if not 0 < rows[0] * columns[0] <= MOST or not TINY < _number(scale, x) < LARGE:
+    size = rows[0] * columns[0]
+    if not 0 < size <= MOST or size * x.element_size() > dense.MOST.get("cpu", 0):  # nothing that `dense` would leave
+        return False
+    if not TINY < _number(scale, x) < LARGE:
         return False
     if not checks.reads_values(x) or torch.autograd.forward_ad._current_level >= 0 or checks.autocasts(x):
         return False

@@ -737,7 +737,7 @@ def test_launchers_refuse_a_vector_of_another_stride(vector):
         lambda: check_vector("labels", vector),
         lambda: launching.struct("SettleParams", weight=vector),
         lambda: launching.struct("Masks", drop_rows=[vector]),
-        lambda: triton_backend.launch(SimpleNamespace(fn=None), (1,), vector.device, 1, (None, (vector,))),
+        lambda: triton_backend.launch(SimpleNamespace(fn=check_vector), (1,), vector.device, 1, (None, (vector,))),
     ):
         with pytest.raises(RuntimeError, match=r"internal error: .* must be a vector of stride 1 .* got stride [02]"):
             refused()
