@@ -54,7 +54,7 @@ WIDE_FOLDS = (
 )
 NARROW = ("grad, columns, q", "grad, q, several", *WIDE_FOLDS)
 # Whose folds run beside the products of the next tile on sm_100.
-SPECIALIZED = ("stats", "exp", "exp, columns", "grad")
+SPECIALIZED = ("exp, columns",)
 RAGGED = ("grad, columns, q, masked", "top, masked")
 # Have registers for a tile of 256 columns on sm_90; "exp, several" spills 8 to 40 bytes.
 BROAD = ("stats", "stats, columns", "exp", "exp, columns", "grad", "stats, several", "grad, several")
@@ -116,10 +116,11 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
             # 224 of 227 KiB in 16 bits. An fp32 tile to be stored takes 32 KiB more: three stages.
             return Config("descriptors", 128, 256, BLOCK_D, SUBTILES=2, num_stages=4 if narrow else 3)
         if capability[0] == 10 and mode in SPECIALIZED and not odd:
-            # 168 registers of 384 threads. Of other sizes exp spills 288 bytes, and so do other modes.
+            # 168 registers of 384 threads. stats, exp and grad spill 24 to 80 bytes, and so do other sizes and modes.
             return Config("descriptors", 128, 128, BLOCK_D, num_stages=4, SPECIALIZE=True)
         few_columns = mode in WIDE_FOLDS or any(what in mode for what in (" q", "softcap", "fold"))
-        if "masked" in mode or (capability[0] == 10 and few_columns):
+        few_columns = (capability[0] == 10 and few_columns) or (mode == "grad, q, several" and dtype == "tf32")
+        if "masked" in mode or few_columns:
             # Every mask at once spills 208 bytes a thread at 128 columns on sm_90. On sm_100 tensor memory is
             # read a row per thread, with every column's vectors: 128 spill 104 with q alone. Halves of a tile
             # under a softcap, or of a fold, are more than Triton 3.7.1's OptimizeTMemLayouts pass takes: it fails.
@@ -127,8 +128,8 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
         return Config("descriptors", 128, 128, BLOCK_D, SUBTILES=2, num_stages=4)
     if few:
         return Config("pointers", 64, 64, BLOCK_D, num_warps=4, num_stages=4)
-    if mode == "fold, circle_grad, columns":
-        return Config("pointers", 64, 64, BLOCK_D)  # 128 rows spill up to 24 bytes on sm_120
+    if mode in ("fold, circle_grad, columns", "grad, columns, q, masked"):
+        return Config("pointers", 64, 64, BLOCK_D)  # 128 rows spill up to 24 bytes on sm_120, 48 on sm_80
     if "masked" in mode or mode in NARROW or (mode == "grad, q" and capability != (8, 0)):
         # Of sizes that are no multiples of 16 a wider one spills up to 216 bytes on sm_80. With q alone it spills 8 on
         # sm_89, 40 on sm_120.
