@@ -420,6 +420,7 @@ def _similarities(epilogue: Callable[..., None], strip: Strip, out: Tensor | Non
         DESCRIPTORS=descriptors,
         WIDE=16 if descriptors else divisor(D, x.stride(0), y.stride(0)),
         OUT_WIDE=0 if descriptors else out_wide(out),
+        SPECIALIZE=config.SPECIALIZE,
         **config.options(),
     )
 

@@ -32,8 +32,8 @@ class Config(NamedTuple):
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019
     def options(self) -> dict[str, int]:
-        """The launch options of `similarity_kernel`, not to be written to."""
-        names = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "GROUP_M", "SUBTILES", "SPECIALIZE", "num_warps", "num_stages")
+        """The launch options of the kernels of tiles, not to be written to."""
+        names = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "GROUP_M", "SUBTILES", "num_warps", "num_stages")
         return {name: getattr(self, name) for name in names}
 
 
