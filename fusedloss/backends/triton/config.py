@@ -100,7 +100,8 @@ def pick_config(M: int, N: int, D: int, dtype: str, capability: tuple[int, int] 
         # Of sizes that are no multiples of 16, and with every mask at once, a tile of 64 columns spills up to 544 bytes
         # on sm_100, and on sm_90 up to 152 in two modes.
         odd = M % 16 != 0 or N % 16 != 0
-        ragged = "masked" in mode and odd
+        # On sm_100 at whole sizes, too: a bool mask alone beside a store does not compile there with 8 warps.
+        ragged = "masked" in mode and (odd or capability[0] == 10)
         thin = mode in NARROW or ragged if capability[0] == 10 else ragged and mode in RAGGED
         columns = 32 if thin else 64
         # There a bool mask beside a store is more than OptimizeTMemLayouts takes with 8 warps (Triton 3.7.1): it fails.
