@@ -183,20 +183,20 @@ def test_sides_that_are_one_tensor_or_made_of_each_other(near):
 
 def test_tensors_made_in_inference_mode(taken):
     """Autograd cannot save them: the losses copy them."""
-    x, y = matrices(0, 1.0)
+    x, y = matrices(0, 1.0, torch.float64)
     with torch.inference_mode():
-        scale, z = torch.tensor(2.0), x.detach().clone().requires_grad_()
+        scale, z = torch.tensor(2.0, dtype=torch.float64), x.detach().clone().requires_grad_()
     for own, plain, loss in (
         ((x, y, scale), (x, y, 2.0), fusedloss.clip),
         ((x, y, scale), (x, y, 2.0), fusedloss.siglip),
         ((x, y, None, scale), (x, y, None, 2.0), lambda a, b, _, s: fusedloss.info_nce(a, b, temperature=s)),
     ):
         results = [torch.autograd.grad(loss(*given), (x, y)) for given in (own, plain)]
-        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(*results, rtol=1e-10, atol=1e-14)
     for loss in (fusedloss.info_nce, lambda a, b: fusedloss.linear_cross_entropy(a, b, TARGET)):
         z.grad = None
         loss(z, y).backward()
-        torch.testing.assert_close(z.grad, torch.autograd.grad(loss(x, y), x)[0], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(z.grad, torch.autograd.grad(loss(x, y), x)[0], rtol=1e-10, atol=1e-14)
 
 
 def test_another_default_device():
@@ -238,7 +238,7 @@ def test_fewer_columns_than_rows_are_named():
 
 
 def test_rows_of_length_0_and_logits_that_are_not_finite():
-    x, y = matrices(0, 1.0)
+    x, y = matrices(0, 1.0, torch.float64)
     with torch.no_grad():
         x[1] = 0
     found, wanted = (
@@ -246,7 +246,7 @@ def test_rows_of_length_0_and_logits_that_are_not_finite():
         for backend in ("auto", "reference")
     )
     for own, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
+        torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-12 * other.abs().max().item())
     with torch.no_grad():
         x[1, 0] = math.nan
     assert fusedloss.info_nce(x, y).isnan() and fusedloss.clip(x, y, 2.0).isnan()

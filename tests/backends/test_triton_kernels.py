@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import NamedTuple
 
@@ -22,10 +23,12 @@ from fusedloss.proof.zones import Zones
 from fusedloss.testing import value_and_gradients
 
 pytest.importorskip("triton")
+from fusedloss.kernels import distill, similarity
+
 from fusedloss.backends import triton as backend
 from fusedloss.backends.triton import launching
 from fusedloss.backends.triton import rows as launchers
-from fusedloss.backends.triton.config import ELSEWHERE, SPECIALIZED, pick_config, pick_rows
+from fusedloss.backends.triton.config import ELSEWHERE, SPECIALIZED, Config, pick_config, pick_rows
 
 pytestmark = pytest.mark.interpreter
 
@@ -605,3 +608,10 @@ def test_folds_run_beside_the_next_products_on_sm_100_alone():
         assert pick(8192, (9, 0), mode).num_stages == 4
     assert not any(pick(8192, (10, 0), mode).SPECIALIZE for mode in ("exp", "grad, q", "exp, several", "exp, masked"))
     assert [pick(N, (10, 0), "exp, masked").num_warps for N in (8192, 8191)] == [4, 4]
+
+
+def test_the_kernels_of_tiles_take_the_options_of_a_config():
+    """Triton refuses an option that a kernel does not name, where it compiles one."""
+    options = set(Config("pointers", 64, 64, 64).options()) - {"num_warps", "num_stages"}
+    for kernel in (similarity.similarity_kernel, similarity.prefixes_kernel, distill.distill_kernel):
+        assert options <= set(inspect.signature(kernel.fn).parameters)

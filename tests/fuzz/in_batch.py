@@ -457,7 +457,7 @@ def several_positives(d: Draw) -> Case:
         axes=axes | {"key_bias": ("column",)} | mask.axes if permutable else {},
         points={"target": "column"}, rows_axis="row", independent="row" if permutable else None,
         counted=lambda o, v: sets(o, v, products(v.query, v.key, normalize))[2],
-        backends=("chunked", "reference"), takes_group="dense" not in mask.kinds, module="InfoNCELoss",
+        backends=("chunked", "reference", "triton"), takes_group="dense" not in mask.kinds, module="InfoNCELoss",
         traits={"embeddings": ("query", "key"), "mask": mask.kinds, "several": form},
     )  # fmt: skip
 
