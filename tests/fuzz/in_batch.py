@@ -34,8 +34,6 @@ def transform(o: Ops, options: dict[str, Any], loss: Tensor) -> Tensor:
         return loss
     if options["transform"][0] == "clipped":
         o.above(loss, torch.ones_like(loss), 1.0)  # the slope's step
-    if options["transform"][0] == "generalised" and bool((loss < -80).any()):
-        o.unclear += 1  # the slope e^(-q l) of a decoupled loss times weight and scale overflows fp32
     return PHI[options["transform"]](loss)
 
 
