@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .mask import NO_MASK, Guide, GuideRule, Mask
-from .numerics import SAFE_SCALE
+from .numerics import SAFE_SCALE, UNSHIFTED_SCALE
 from .transforms import Transform
 
 Learned = Annotated[Tensor, "may receive a gradient"]  # as a field's type; other tensors receive none
@@ -266,6 +266,11 @@ class Problem:
                 return None
             penalty = max(penalty, block.penalty, block.own_penalty)
         return abs(self.scale_bound) + penalty
+
+    @property
+    def unshifted(self) -> bool:
+        """Whether the exponentials of the logits themselves, and sums of them, stay in range."""
+        return self.bound is not None and self.bound <= UNSHIFTED_SCALE
 
     @property
     def has_safe_shift(self) -> bool:

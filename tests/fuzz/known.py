@@ -31,8 +31,8 @@ KNOWN = [
     Known("bias", "triton, 16 bits: the gradient of a bias in fp32 or fp64 is a sum of entries rounded to 16 bits", (
         lambda c, form, what: "triton" in form and c.dtype.itemsize == 2
         and what.startswith(("linear_bias", "key_bias")))),
-    Known("slope", "generalised(q) of a decoupled loss below -88 / q: its slope e^(-q l) is beyond fp32, and times 0, of "
-          "a column left out, NaN", lambda c, form, what: (
+    Known("slope", "generalised(q) of a decoupled loss below -88 / q: its slope e^(-q l) is beyond fp32, and "
+          "times 0, of a column left out, NaN", lambda c, form, what: (
         c.dtype != torch.float64 and bool(c.options.get("decoupled"))
         and c.options.get("transform", ("",))[0] == "generalised" and "is nan" in what)),
 ]  # fmt: skip

@@ -50,9 +50,17 @@ def can_exp(problem: Problem) -> bool:
 
     fp16 lacks the range for exponentials relative to a maximum that may still grow; it holds only dz and its gain.
     """
-    if any(block.mask.factor is not None for block in problem.blocks):
-        return False  # the gradient of a shrunk column is no multiple of its exponential's row
+    if any(block.mask.factor is not None for block in problem.blocks) and not _multiplies(problem):
+        return False
     return not problem.smooths_by_row and workspace_dtype(problem) != torch.float16
+
+
+def _multiplies(problem: Problem) -> bool:
+    """Whether a mask's factor multiplies exponentials in the pass that writes them: what is stored is the gradient by
+    the similarities, from which no shift can be taken, and in which no guide's columns are counted."""
+    guided = any(block.mask.guide is not None for block in problem.blocks)
+    plain = not problem.softcap and not problem.wants_tally and not guided
+    return plain and problem.unshifted and workspace_dtype(problem) == stats_dtype(problem.dtype)
 
 
 def can_store(problem: Problem) -> bool:

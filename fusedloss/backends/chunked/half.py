@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...core.numerics import FLUSH, LOG2E, SAFE_SCALE, UNSHIFTED_SCALE
+from ...core.numerics import FLUSH, LOG2E, SAFE_SCALE
 from ...core.problem import Problem
 from ...core.strips import RowSums, Softmax, Strip, Tally, Tile
 from ..shared import exp_shift
@@ -28,7 +28,7 @@ def _exponent(problem: Problem) -> float | None:
     """Returns the power of two that is a safe shift for all rows, if the host knows one."""
     if problem.bound is None or problem.bound > SAFE_SCALE:
         return None
-    return 0.0 if problem.bound <= UNSHIFTED_SCALE else float(round(exp_shift(problem) * LOG2E))
+    return 0.0 if problem.unshifted else float(round(exp_shift(problem) * LOG2E))
 
 
 def half_stats(

@@ -14,7 +14,7 @@ import operator
 import torch
 from torch import Tensor
 
-from ...core.numerics import FLUSH, LOG2E, SAFE_SCALE, UNSHIFTED_SCALE
+from ...core.numerics import FLUSH, LOG2E, SAFE_SCALE
 from ...core.problem import Problem
 from ...core.rows import patch_target
 from ...core.strips import Patch, RowSums, Softmax, Strip, Tally
@@ -122,7 +122,7 @@ def exp_rows(
     """
     if outs[0].dtype != strips[0].scale.dtype:
         return _exp_rows_narrow(problem, strips, outs, target_sim, tally, score)
-    safe = problem.bound is not None and problem.bound <= UNSHIFTED_SCALE
+    safe = problem.unshifted
     if problem.softcap and safe and tally is None and not problem.masked:
         return _exp_rows_bent(strips, outs), None
     if target_sim is not None or tally is not None or problem.softcap:
@@ -136,9 +136,12 @@ def exp_rows(
         for tile in tiles(strip, at_once):
             z = out[:, tile]
             similarity(strip, x, tile, z)
+            shrunk = shrink_(z, strip, tile, strip.scale * LOG2E)
             admit_(z, strip, tile, LOG2E, FAR)
             if safe:
                 total += z.exp2_().sum(1)
+                if shrunk is not None:
+                    z.mul_(shrunk)
                 factors_(z, strip, tile)
             else:
                 maximum = torch.maximum(maximum, z.amax(1))
