@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import fusedloss
 from fusedloss import masks, transforms
-from fusedloss.bench import measure, race, results, tables
+from fusedloss.bench import measure, results, tables
 from fusedloss.bench.floors import FLOOR, floors
 
 PLAIN = "plain"
@@ -68,7 +68,8 @@ def pairs(loss: Callable[..., Tensor], options: dict[str, dict[str, Any]], n: in
 
 
 def info_nce(n: int) -> dict[str, Step]:
-    return pairs(functools.partial(fusedloss.info_nce, normalize=True), info_nce_options(n), n)  # a margin is of cosines
+    cosines = functools.partial(fusedloss.info_nce, normalize=True)  # which a margin is of
+    return pairs(cosines, info_nce_options(n), n)
 
 
 def own_negatives(n: int) -> dict[str, Step]:
