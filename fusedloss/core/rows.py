@@ -179,11 +179,14 @@ def settle(
     # A row without negatives takes its target's score as shift, so that 1 / l is 1 and not exp(-score). A row of weight
     # 0 does not, because its score may be -inf, and exp(-inf + inf) times its weight would be NaN.
     total = sums.total
-    shift = torch.where((total == 0) & ~left_out, score.to(total.dtype), sums.shift)
+    alone = (total == 0) & ~left_out
+    shift = torch.where(alone, score.to(total.dtype), sums.shift)
     # A target's logit far above the others must not make l infinite. A smoothed entry is a share of l, and the limit of
     # 80 leaves room for the product with y. It loses probabilities below exp(-80), beside a share of 1 / N.
     most = 80.0 if rule.label_smoothing or rule.z_loss else 88.0 if total.dtype == torch.float32 else 700.0
-    own = torch.exp((score - shift).clamp(max=most).to(total.dtype))
+    # A shift of 1e10 is rounded by up to 512: of a row without negatives the difference is 0, or NaN as its score is.
+    above = torch.where(alone, 0 * score, score - shift)
+    own = torch.exp(above.clamp(max=most).to(total.dtype))
     l = total.clone() if rule.decoupled else total + rule.copies * own
     loss = decoupled_loss(shift, total, score) if rule.decoupled else softmax_loss(shift, total, score, rule.copies)
     spread: float | Tensor = rule.label_smoothing

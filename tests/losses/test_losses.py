@@ -415,6 +415,22 @@ def tortured(case):
     return found, eager, oracle
 
 
+@pytest.mark.parametrize("temperature", [1e-10, 1e-20])
+@pytest.mark.parametrize("rows, normalize", [(1, False), (1, True), (5, False), (5, True)])
+def test_a_row_without_negatives_at_any_temperature(rows, normalize, temperature):
+    """Its logit and what fp32 keeps of it are more apart than exp can take."""
+    query, key = (torch.randn(rows, 8, requires_grad=True) for _ in range(2))
+    options = {"temperature": temperature, "normalize": normalize, "mask": torch.zeros(rows, rows, dtype=torch.bool)}
+    for given in (options, {**options, "workspace_bytes": 4096}):
+        loss = fusedloss.info_nce(query, key, reduction="none", backend="chunked", **given)
+        assert all((x == 0).all() for x in (loss, *torch.autograd.grad(loss.sum(), [query, key])))
+    with torch.no_grad():
+        query[0] = math.nan
+    loss = fusedloss.info_nce(query, key, reduction="none", backend="chunked", **options)
+    by_query, _ = torch.autograd.grad(loss.sum(), [query, key])
+    assert loss[0].isnan() and by_query[0].isnan().all() and (loss[1:] == 0).all() and (by_query[1:] == 0).all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [20, 40, 60, 69, 75])
 def test_the_loss_of_well_fitted_pairs_down_to_1e_30(backend, scale):
