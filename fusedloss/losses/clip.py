@@ -92,11 +92,14 @@ def clip(
         return call.request("clip", *problems)
 
     result = result_of(options, ask)
-    if not isinstance(logit_bias, Tensor):
-        return result
     loss, *stats = result if isinstance(result, tuple) else (result,)
-    loss = loss + 0.0 * logit_bias.reshape(()).to(loss.dtype)
+    loss = with_bias(loss, logit_bias)
     return (loss, stats[0]) if stats else loss
+
+
+def with_bias(loss: Tensor, logit_bias: float | Tensor | None) -> Tensor:
+    """The loss, of which a tensor `logit_bias` has a gradient of 0, and not none."""
+    return loss + 0.0 * logit_bias.reshape(()).to(loss.dtype) if isinstance(logit_bias, Tensor) else loss
 
 
 def clip_problems(

@@ -16,7 +16,7 @@ from ..core.problem import Problem
 from ..distributed import Request, alike, loss_across
 from ._options import FIELDS, Call, name_of, ranks, world_of_calls
 from ._softmax import both_ways, distinct, mean_of
-from .clip import clip, clip_problems
+from .clip import clip, clip_problems, with_bias
 from .gist import gist_embed, gist_embed_problem
 from .info_nce import info_nce, info_nce_problem
 from .multiple_negatives_ranking import multiple_negatives_ranking, multiple_negatives_ranking_problems
@@ -87,14 +87,15 @@ def matryoshka(
 
     world = world_of_calls(loss, loss_options)
     if world is not None and loss in PROBLEMS:
-        return loss_across(world, lambda: _request(loss, embeddings, plan(), loss_options))
+        across = loss_across(world, lambda: _request(loss, embeddings, plan(), loss_options))
+        return with_bias(across, loss_options.get("logit_bias"))
     if world is not None:
         alike(world, lambda: "\n".join([f"matryoshka of {name_of(loss)}", *plan().said()]))
     found = plan()
     if loss in PROBLEMS and world is None:
         parts, call = _parts(loss, embeddings, found, loss_options)
         if all(sums_prefixes(part, call.backend) for part in parts):
-            return mean_of(parts, call)
+            return with_bias(mean_of(parts, call), loss_options.get("logit_bias"))
     total = None
     anchors = loss_options.get("anchors") if loss is multiple_negatives_ranking else None
     operands, places = distinct(*embeddings, *([] if anchors is None else [anchors]))

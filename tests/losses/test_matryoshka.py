@@ -127,6 +127,15 @@ def test_learnable_scale_and_bias(backend):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["chunked", "dense", "reference"])
+def test_a_bias_of_clip_has_a_gradient_of_0(backend):
+    """And not none, which a wrapper that waits for every parameter's gradient would wait for."""
+    x, y = randn(B, D).requires_grad_(), randn(B, D)
+    bias = torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)
+    loss = fusedloss.matryoshka(fusedloss.clip, x, y, dims=(D, 4), logit_scale=5.0, logit_bias=bias, backend=backend)
+    assert torch.autograd.grad(loss, bias)[0] == 0
+
+
 @pytest.mark.lengthy
 def test_inside_torch_compile():
     x, y = (randn(B, D).requires_grad_() for _ in range(2))
