@@ -58,7 +58,8 @@ def contrastive(
     call = Call(**options)
     d = _distances(a, b, label, distance, margin, call)
     y = label.to(d.dtype)
-    return of_rows(0.5 * torch.lerp((margin - d).relu().square(), d.square(), y), call.reduction)
+    pulled, pushed = d.where(y != 0, 0).square(), (margin - d).relu().square()  # 0 times inf would be NaN
+    return of_rows(0.5 * (y * pulled + (1 - y) * pushed), call.reduction)
 
 
 @expanded

@@ -421,8 +421,8 @@ def test_a_row_without_negatives_at_any_temperature(rows, normalize, temperature
     """Its logit and what fp32 keeps of it are more apart than exp can take."""
     query, key = (torch.randn(rows, 8, requires_grad=True) for _ in range(2))
     options = {"temperature": temperature, "normalize": normalize, "mask": torch.zeros(rows, rows, dtype=torch.bool)}
-    for given in (options, {**options, "workspace_bytes": 4096}):
-        loss = fusedloss.info_nce(query, key, reduction="none", backend="chunked", **given)
+    for more in (options, {**options, "workspace_bytes": 4096}):
+        loss = fusedloss.info_nce(query, key, reduction="none", backend="chunked", **more)
         assert all((x == 0).all() for x in (loss, *torch.autograd.grad(loss.sum(), [query, key])))
     with torch.no_grad():
         query[0] = math.nan

@@ -101,6 +101,15 @@ def test_contrastive(distance, backend, data):
         )
 
 
+@pytest.mark.parametrize("distance", ["euclidean", "manhattan"])
+def test_contrastive_at_an_infinite_distance(distance):
+    """A pair that is pushed is far enough; the others' loss is infinite. The library's, 0 times inf, is NaN."""
+    a, b = randn(5, 4), randn(5, 4)
+    a[1:4, 0] = torch.inf
+    found = fusedloss.contrastive(a, b, torch.tensor([0, 0, 1, 0.5, 1]), distance=distance, reduction="none")
+    assert found[1] == 0 and (found[2:4] == torch.inf).all() and found[[0, 4]].isfinite().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("distance", CONTRASTIVE)
 @pytest.mark.filterwarnings("ignore:OnlineContrastiveLoss expects binary labels")
