@@ -181,7 +181,11 @@ class _Sweep:
         if self.smoothing is not None:
             losses += self.smoothing.losses()
         if self.tally is not None and problem.wants_tally:
-            counted = [*self.tally[:3], self.inputs.prepared.score.to(self.inputs.dtype)]
+            score = self.inputs.prepared.score.to(self.inputs.dtype)
+            count, above, maximum = self.tally[:3]
+            # Kernels compare, and nothing is larger than NaN. A loss is NaN that no score or weight made so.
+            spoilt = losses.isnan() & score.isfinite() & (problem.weight == problem.weight) & (maximum != torch.inf)
+            counted = [count, above, maximum.masked_fill(spoilt, torch.nan), score]
         return self.result(losses, counted)
 
     def result(self, losses: Tensor, counted: list[Tensor]) -> Result:

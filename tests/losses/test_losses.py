@@ -951,3 +951,19 @@ def test_statistics_of_rows_that_are_nan(backend):
     weight[2] = 0
     _, stats = fusedloss.info_nce(query, key, weight=weight, return_stats=True, backend=backend)
     assert all(value.isfinite() for value in stats)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda"])
+def test_statistics_beside_a_column_that_is_not_finite(backend, bad):
+    """As those of the reference: a NaN among the negatives has no rank and is no largest one."""
+    query, key = torch.randn(5, 8).abs(), torch.randn(150, 8)
+    for place, target in ((0, 1), (70, 0), (149, 2)):
+        spoilt = key.clone()
+        spoilt[place] = bad
+        for weight in (torch.ones(5), torch.tensor([1.0, 0, 0, 0, 0])):
+            options = {"target": torch.arange(5) + target, "weight": weight, "return_stats": True}
+            _, found = fusedloss.info_nce(query, spoilt, backend=backend, **options)
+            _, wanted = fusedloss.info_nce(query, spoilt, backend="reference", **options)
+            for own, other in zip(found, wanted, strict=True):
+                torch.testing.assert_close(own, other, equal_nan=True, rtol=1e-5, atol=0)
