@@ -689,3 +689,16 @@ def peak_of_triplets(name: str, classes: int | None, n: int) -> int:
 def test_triplets_are_never_listed(name, classes):
     """[N, N, N] would be 32 GiB, and a row of negatives for each pair of two labels 16; the workspace has 64 MiB."""
     assert growth(peak_of_triplets, name, classes, sizes=(64, 2048)) < 128 * MIB
+
+
+@pytest.mark.parametrize("backend", ["dense", "chunked", "triton", "cuda"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_hardest_beside_what_is_not_finite(bad, backend):
+    """The columns that are found are some of the batch, and the loss is not finite."""
+    for spoilt in (0, 149, slice(None)):
+        x = torch.randn(150, 8)
+        x[spoilt] = bad
+        x.requires_grad_()
+        loss = fusedloss.batch_hard_triplet(x, torch.arange(150) % 3, backend=backend)
+        (gradient,) = torch.autograd.grad(loss, x)
+        assert not loss.isfinite() and not gradient[spoilt].isfinite().any()

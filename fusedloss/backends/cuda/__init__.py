@@ -217,7 +217,8 @@ def top_rows(strips: list[Strip]) -> tuple[Tensor, Tensor]:
     column = torch.empty_like(top, dtype=torch.int64)
     run("top", struct("TopArgs", top=top, column=column))
     largest = top.amax(0)
-    first = column.masked_fill(top != largest, strip.y.shape[0]).amin(0)
+    others = (top != largest) & (top == top)  # a tile's NaN is the largest, and equals nothing
+    first = column.masked_fill(others, strip.y.shape[0]).amin(0)
     return largest, first.masked_fill(largest == -torch.inf, -1)
 
 
