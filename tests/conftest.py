@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(name)
         if not GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False"))
-        if item.get_closest_marker("pairwise"):
+        if item.get_closest_marker("pairwise") and not item.get_closest_marker("whole"):
             assert isinstance(item, pytest.Function)
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for product in products.values():
