@@ -72,7 +72,7 @@ ELEMENTS: dict[str, int] = {
 # On a CPU the library's own code runs for at most so many similarities, scores or elements: up to there it takes less
 # time than ours, and so many take 4 MiB at most. Measured by
 # `FUSEDLOSS_BACKEND=dense python benchmarks/small.py --losses drop-in --threads 1`, which runs ours at every size;
-# with an empty LIBRARY_UP_TO instead, where ours is `backends/straight.py`.
+# with an empty LIBRARY_UP_TO instead, where ours is `losses/_straight.py`.
 # Left out are classes of which a page in docs/integrations/ promises what the library's code does not do, and sizes at
 # which a class of cubic memory holds more than 1 MiB, with any labels.
 LIBRARY_UP_TO: dict[str, int] = {

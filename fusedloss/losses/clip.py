@@ -8,12 +8,12 @@ from typing import Unpack
 from torch import Tensor
 
 from .. import masks, transforms
-from ..backends import straight
 from ..core import checks
 from ..core.problem import Block, Problem
 from ..core.transforms import Transform
 from ..distributed import Request
-from ._options import Call, CountingAcrossOptions, are_default, expanded
+from . import _straight as straight
+from ._options import Call, CountingAcrossOptions, expanded
 from ._softmax import Loss, as_scale, autocast, both_ways, counted, distinct, result_of
 from ._targets import check_debiased, counts
 
@@ -70,11 +70,10 @@ def clip(
         >>> fusedloss.clip(image, text, log_scale.exp()).backward()
     """
 
-    given = logit_bias is not None or mask is not None or transform is not None or decoupled
-    if not given and type(debiased) is float and not debiased and are_default(options):
-        found = straight.mean(image_features, text_features, logit_scale, cosine=normalize, symmetric=True)
-        if found is not None:
-            return found
+    off, x, y = (logit_bias, mask, decoupled, transform, debiased), image_features, text_features
+    found = straight.mean(x, y, logit_scale, options, off, cosine=normalize, symmetric=True)
+    if found is not None:
+        return found
 
     def ask(call: Call) -> Request:
         problems = clip_problems(

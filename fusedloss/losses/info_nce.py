@@ -9,12 +9,12 @@ from typing import Unpack
 from torch import Tensor
 
 from .. import masks, transforms
-from ..backends import straight
 from ..core import checks
 from ..core.problem import NO_MARGIN, Block, Margin, Problem
 from ..core.transforms import Transform
 from ..distributed import Request, agree
-from ._options import Call, CountingAcrossOptions, are_default, expanded, ranks
+from . import _straight as straight
+from ._options import Call, CountingAcrossOptions, expanded, ranks
 from ._private import refusal, with_private, with_private_across
 from ._softmax import Loss, Rows, as_scale, autocast, counted, distinct, result_of
 from ._targets import alone, check_debiased, counts, rows_of_several
@@ -151,14 +151,12 @@ def info_nce(
         ...     loss.backward()
     """
 
-    others = (negatives, bank, key_bias, mask, weight, transform, negatives_mask, teacher_scores)
-    numbers = type(label_smoothing) is type(margin) is type(debiased) is float and type(ignore_index) is int
-    given = not numbers or label_smoothing or margin or debiased or ignore_index != -100
-    if not (given or bank_across or decoupled) and positives == "each" and are_default(options):
-        if all([other is None for other in others]):
-            found = straight.mean(query, key, temperature, inverse=True, cosine=normalize, target=target)
-            if found is not None:
-                return found
+    off: tuple[object, ...] = (negatives, bank, bank_across, key_bias, mask, weight, label_smoothing, margin, decoupled)
+    off += (transform, negatives_mask, debiased, teacher_scores, positives != POSITIVES[0])
+    off += (type(ignore_index) is not int or ignore_index != -100,)
+    found = straight.mean(query, key, temperature, options, off, inverse=True, cosine=normalize, target=target)
+    if found is not None:
+        return found
 
     def ask(call: Call) -> Request:
         across = call.group is not None

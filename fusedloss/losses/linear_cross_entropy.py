@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from .. import transforms
-from ..backends import select, straight
+from ..backends import select
 from ..core import checks
 from ..core.numerics import savable
 from ..core.problem import Block, Problem, TokenStats
 from ..core.transforms import Transform
 from ..sweep import entropy
 from ..sweep.autograd import loss_mean, loss_rows_or_sum
-from ._options import Call, WorkspaceOptions, are_default, expanded
+from . import _straight as straight
+from ._options import Call, WorkspaceOptions, expanded
 from ._softmax import as_scale, autocast, columns_and_weights, distinct
 
 IGNORE_INDEX = -100
@@ -97,13 +98,11 @@ def linear_cross_entropy(
         ... )
         >>> (loss - 0.01 * stats.entropy.mean()).backward()
     """
-    tensors = target is not None and linear_bias is None and weight is None and transform is None and softcap is None
-    numbers = type(label_smoothing) is type(z_loss) is type(temperature) is float and not (label_smoothing or z_loss)
-    given = not (tensors and numbers) or reduction != "mean" or return_stats or entropy_gradient
-    if not given and ignore_index is None and compact is None and are_default(shared):
-        found = straight.mean(input, linear_weight, temperature, inverse=True, target=target)
-        if found is not None:
-            return found
+    off: tuple[object, ...] = (target is None, linear_bias, weight, reduction != "mean", return_stats, entropy_gradient)
+    off += (ignore_index, label_smoothing, z_loss, softcap, transform, type(temperature) is not float, compact)
+    found = straight.mean(input, linear_weight, temperature, shared, off, inverse=True, target=target)
+    if found is not None:
+        return found
     call = Call(reduction=reduction, **shared)
     if compact is not None:
         checks.flag("compact", compact)

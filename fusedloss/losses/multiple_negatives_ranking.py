@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from .. import masks, transforms
-from ..backends import straight
 from ..core import checks
 from ..core.mask import NO_MASK, Compare, Mask
 from ..core.numerics import filled, row_numbers, savable
 from ..core.problem import Block, Problem
 from ..core.transforms import Transform
 from ..distributed import Request, world_of
+from . import _straight as straight
 from ._duplicates import check_ids, without_duplicates
-from ._options import Call, CountingAcrossOptions, are_default, expanded, ranks
+from ._options import Call, CountingAcrossOptions, expanded, ranks
 from ._private import refusal, with_private
 from ._softmax import Loss, as_scale, autocast, counted, distinct, result_of
 from ._targets import check_debiased, counts
@@ -112,14 +112,12 @@ def multiple_negatives_ranking(
         >>> fusedloss.multiple_negatives_ranking(anchor, positive, hard, scale=20.0).backward()
     """
 
-    others = (hardness_mode, mask, anchors, ids, transform, negatives_mask)
-    zeros = type(hardness_strength) is type(debiased) is float and not (hardness_strength or debiased)
-    if zeros and not (negatives or decoupled or own_negatives) and all([other is None for other in others]):
-        usual = directions == DIRECTIONS[:1] and partition_mode == "joint" and similarity in checks.SIMILARITIES
-        if usual and are_default(options):
-            found = straight.mean(anchor, positive, scale, cosine=similarity == "cos")
-            if found is not None:
-                return found
+    off: tuple[object, ...] = (hardness_mode, hardness_strength, mask, anchors, ids, decoupled, debiased, transform)
+    off += (negatives != (), negatives_mask, own_negatives, similarity not in checks.SIMILARITIES)
+    off += (directions != DIRECTIONS[:1], partition_mode != PARTITION_MODES[0])
+    found = straight.mean(anchor, positive, scale, options, off, cosine=similarity == "cos")
+    if found is not None:
+        return found
 
     def problems_of(call: Call, apart: bool = False) -> list[Problem]:
         return multiple_negatives_ranking_problems(

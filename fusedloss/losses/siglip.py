@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import masks
-from ..backends import straight
 from ..core import checks
 from ..core.numerics import filled, row_numbers
 from ..core.problem import Fold
 from ..distributed import Request, loss_across
+from . import _straight as straight
 from ._folded import fold_loss, fold_problem
-from ._options import AcrossOptions, Call, are_default, expanded, ranks
+from ._options import AcrossOptions, Call, expanded, ranks
 from ._softmax import as_scale, autocast, distinct
 
 
@@ -57,10 +57,10 @@ def siglip(
         >>> image, text = F.normalize(vision(pixels), dim=1), F.normalize(language(tokens), dim=1)
         >>> fusedloss.siglip(image, text, log_scale.exp(), bias).backward()
     """
-    if target is None and are_default(options):
-        found = straight.sigmoid(image_features, text_features, logit_scale, logit_bias, normalize)
-        if found is not None:
-            return found
+    x, y = image_features, text_features
+    found = straight.sigmoid(x, y, logit_scale, options, (target,), bias=logit_bias, cosine=normalize)
+    if found is not None:
+        return found
     world = ranks(options)
 
     def ask(call: Call) -> Request:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
 import fusedloss
-from fusedloss.backends import straight
+from fusedloss.losses import _straight as straight
 from fusedloss.testing import budget_share
 
 TARGET = torch.tensor([4, 0, 0, 3, 2])
@@ -138,7 +138,7 @@ def test_siglip(cosine, scale, monkeypatch):
     """Value and gradients within the budget, to the digits of pairs that fit; rows of more columns; its derivatives."""
     found = []
     sigmoid = straight.sigmoid
-    monkeypatch.setattr(straight, "sigmoid", lambda *given: found.append(sigmoid(*given)) or found[-1])
+    monkeypatch.setattr(straight, "sigmoid", lambda *a, **o: found.append(sigmoid(*a, **o)) or found[-1])
     x, y = matrices(0, 4.0)
     leaves = [x[:4].detach().requires_grad_(), y, torch.tensor(scale).requires_grad_(), torch.tensor(-0.5 * scale)]
     leaves[3].requires_grad_()
@@ -294,3 +294,12 @@ def test_modules_come_here(taken):
         taken.clear()
         module(x, y, TARGET) if isinstance(module, fusedloss.LinearCrossEntropyLoss) else module(x, y)
         assert taken[-1] is not None, module
+
+
+def test_a_number_of_another_type_is_refused_as_elsewhere():
+    """-100.0 equals the default of `ignore_index`, and 0 that of the others."""
+    x, y = matrices(0, 1.0)
+    with pytest.raises(TypeError, match="ignore_index must be a whole number, got -100.0"):
+        fusedloss.info_nce(x, y, ignore_index=-100.0)
+    found = fusedloss.info_nce(x, y, label_smoothing=0)
+    torch.testing.assert_close(found, fusedloss.info_nce(x, y, backend="dense"))

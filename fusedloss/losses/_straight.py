@@ -8,16 +8,18 @@ column is likely. It loses the digits of a likely target, so there the gradient 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
+from ..backends import dense
 from ..core import checks, environment
 from ..core.numerics import NORM_EPS, row_numbers, savable, unit_rows
 from ..core.softmax import LIKELY, softmax_rows
-from . import dense
+from ._options import are_default
 
 # maths.md: Logits; The softmax row; Gradient of the logits
 MOST = 1 << 16  # similarities: N = 256
@@ -25,12 +27,15 @@ PLAIN = (Tensor, nn.Parameter)
 WIDE = (torch.float32, torch.float64)
 TINY, LARGE = 2.0**-100, 2.0**100  # scales between are finite in both dtypes, and so are their inverses
 softplus = torch._C._nn.softplus  # F.softplus takes 1 us more
+Options = Mapping[str, Any]
 
 
 def mean(
     x: Tensor,
     y: Tensor,
     scale: float | Tensor,
+    options: Options,
+    off: tuple[object, ...],
     *,
     inverse: bool = False,
     cosine: bool = False,
@@ -40,10 +45,10 @@ def mean(
     """Returns the mean cross-entropy of the rows of `scale <x_i, y_j>`; None where the losses' own checks are to
     decide, or this cannot run.
 
-    inverse: `scale` is a temperature. symmetric: the mean of both directions. target: int64 [M] columns; None: the
-    diagonal. It reads the scale, the target's ends and the largest probability.
+    options, off: see `_fits`. inverse: `scale` is a temperature. symmetric: the mean of both directions. target: int64
+    [M] columns; None: the diagonal. It reads the scale, the target's ends and the largest probability.
     """
-    if not _fits(x, y, scale) or (symmetric and x.shape[0] != y.shape[0]):
+    if not _fits(x, y, scale, options, off) or (symmetric and x.shape[0] != y.shape[0]):
         return None
     if x.shape[0] > y.shape[0] if target is None else not _are_columns(target, x, y):
         return None
@@ -60,10 +65,19 @@ def mean(
     return (losses[0] + losses[1]) / 2 if symmetric else losses[0]
 
 
-def sigmoid(x: Tensor, y: Tensor, scale: float | Tensor, bias: float | Tensor | None, cosine: bool) -> Tensor | None:
+def sigmoid(
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    options: Options,
+    off: tuple[object, ...],
+    *,
+    bias: float | Tensor | None = None,
+    cosine: bool = False,
+) -> Tensor | None:
     """Returns `sum_ij log(1 + exp(-y_ij (scale <x_i, y_j> + bias))) / M`, y = 1 on the diagonal and -1 elsewhere; None
     as `mean`. It reads the scale and the bias."""
-    if not _fits(x, y, scale) or x.shape[0] > y.shape[0]:
+    if not _fits(x, y, scale, options, off) or x.shape[0] > y.shape[0]:
         return None
     if bias is not None and not -LARGE < _number(bias, x) < LARGE:
         return None
@@ -89,11 +103,17 @@ def _number(value: float | Tensor, like: Tensor) -> float:
     return number
 
 
-def _fits(x: Tensor, y: Tensor, scale: float | Tensor) -> bool:
-    """The one rule by which a batch comes here. A backward reads its inputs again, and what does not learn may be a
-    memory that is overwritten before it."""
-    if torch.compiler.is_compiling():  # sizes may be symbols
+def _fits(x: Tensor, y: Tensor, scale: float | Tensor, options: Options, off: tuple[object, ...]) -> bool:
+    """The one rule by which a call comes here. options: those that losses share, which must be the defaults. off: the
+    loss's own, of which each must be None, False or 0.0.
+
+    A backward reads its inputs again, and what does not learn may be a memory that is overwritten before it.
+    """
+    if torch.compiler.is_compiling() or not are_default(options):  # sizes may be symbols
         return False
+    for value in off:
+        if value is not None and value is not False and (type(value) is not float or value):
+            return False
     if type(x) not in PLAIN or type(y) not in PLAIN or x.dtype not in WIDE or x.dtype is not y.dtype:
         return False
     if not (x.is_cpu and y.is_cpu and x.requires_grad and y.requires_grad and torch.is_grad_enabled()):
