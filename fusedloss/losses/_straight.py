@@ -87,6 +87,45 @@ def sigmoid(
     return softplus(z * against, 1, 40.0).sum() / x.shape[0]
 
 
+def divergence(
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    teacher: tuple[Tensor, Tensor, float | Tensor],
+    options: Options,
+    off: tuple[object, ...],
+    *,
+    inverse: bool = False,
+    cosine: bool = False,
+    teacher_cosine: bool = False,
+    symmetric: bool = False,
+) -> Tensor | None:
+    """Returns the mean over rows of `KL(p_i || q_i)`, the softmax of `scale <x_i, y_j>` being q and the teacher's p;
+    None as `mean`, and where the loss is not finite.
+
+    teacher: its rows and columns, and its scale, or temperature with `inverse`. It reads both scales and the loss.
+    """
+    taught, others, factor = teacher
+    if not _fits(x, y, scale, options, off) or not (_is_matrix(taught) and _is_matrix(others)):
+        return None
+    if taught.shape[0] != x.shape[0] or others.shape[0] != y.shape[0] or taught.shape[1] != others.shape[1]:
+        return None
+    if taught.dtype is not x.dtype or others.dtype is not x.dtype or not TINY < _number(factor, x) < LARGE:
+        return None
+    if symmetric and x.shape[0] != y.shape[0]:
+        return None
+    if taught.requires_grad or others.requires_grad:
+        taught, others = taught.detach(), others.detach()
+    z, t, number = _similarities(x, y, cosine), _similarities(taught, others, teacher_cosine), 1.0
+    t = t.div_(factor) if inverse else t.mul_(factor)
+    if type(scale) is float:
+        number = 1 / scale if inverse else scale
+    else:
+        z = z / scale if inverse else z * scale
+    loss: Tensor = _Divergence.apply(z, t, number, symmetric)
+    return loss if math.isfinite(loss.item()) else None
+
+
 def _similarities(x: Tensor, y: Tensor, cosine: bool) -> Tensor:
     if cosine:
         x, y = _Unit.apply(x, y)
@@ -114,18 +153,11 @@ def _fits(x: Tensor, y: Tensor, scale: float | Tensor, options: Options, off: tu
     for value in off:
         if value is not None and value is not False and (type(value) is not float or value):
             return False
-    if type(x) not in PLAIN or type(y) not in PLAIN or x.dtype not in WIDE or x.dtype is not y.dtype:
+    if not (_is_matrix(x) and _is_matrix(y)) or x.dtype is not y.dtype or x.shape[1] != y.shape[1]:
         return False
-    if not (x.is_cpu and y.is_cpu and x.requires_grad and y.requires_grad and torch.is_grad_enabled()):
-        return False
-    if x.layout is not torch.strided or y.layout is not torch.strided or x.is_nested or y.is_nested:
-        return False
-    if x.is_inference() or y.is_inference() or _len_torch_dispatch_stack():  # autograd saves none; a mode may fake them
-        return False
-    rows, columns = x.shape, y.shape
-    if len(rows) != 2 or len(columns) != 2 or rows[1] != columns[1] or not rows[1]:
-        return False
-    size = rows[0] * columns[0]
+    if not (x.requires_grad and y.requires_grad and torch.is_grad_enabled()) or _len_torch_dispatch_stack():
+        return False  # a mode may fake them
+    size = x.shape[0] * y.shape[0]
     if not 0 < size <= MOST or size * x.element_size() > dense.MOST.get("cpu", 0):  # nothing that `dense` would leave
         return False
     if not TINY < _number(scale, x) < LARGE:
@@ -133,6 +165,13 @@ def _fits(x: Tensor, y: Tensor, scale: float | Tensor, options: Options, off: tu
     if not checks.reads_values(x) or torch.autograd.forward_ad._current_level >= 0 or checks.autocasts(x):
         return False
     return environment.backend() == "auto" and environment.workspace_bytes() is None and not environment.audit()
+
+
+def _is_matrix(x: Tensor) -> bool:
+    """Whether `x` is [rows, D], fp32 or fp64, on a CPU, and autograd saves it."""
+    if type(x) not in PLAIN or x.dtype not in WIDE or not x.is_cpu or x.is_nested or x.is_inference():
+        return False
+    return x.layout is torch.strided and x.dim() == 2 and x.shape[1] > 0
 
 
 def _are_columns(target: Tensor, x: Tensor, y: Tensor) -> bool:
@@ -190,6 +229,42 @@ class _OfLogits(torch.autograd.Function):
         loss = torch.stack([softmax_rows(side, target).sum() for side in sides]).sum() * ctx.share
         by_z = torch.autograd.grad(loss, z, upstream, create_graph=True)[0]
         return by_z, *(None,) * (len(ctx.needs_input_grad) - 1)
+
+
+class _Divergence(torch.autograd.Function):
+    """The mean of the rows' divergences of the softmax of `number x` from that of `t`, or of both directions'."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, t: Tensor, number: float, symmetric: bool) -> Tensor:
+        z = x if number == 1 else x * number
+        loss, dz = _apart(z, t)
+        if symmetric:
+            loss_of_columns, by_columns = _apart(z.t(), t.t())
+            loss, dz = loss.add_(loss_of_columns).mul_(0.5), dz.add_(by_columns.t())
+        ctx.number, ctx.symmetric = number, symmetric
+        ctx.save_for_backward(x, t, dz.mul_(number / (x.shape[0] * (1 + symmetric))))
+        return loss.mean()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, t, dz = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return dz * upstream, None, None, None
+        z = x * ctx.number
+        sides = ((z, t), (z.t(), t.t()))[: 1 + ctx.symmetric]
+        loss = -torch.stack([(b.softmax(1) * a.log_softmax(1)).sum(1).mean() for a, b in sides]).mean()
+        return torch.autograd.grad(loss, x, upstream, create_graph=True)[0], None, None, None
+
+
+def _apart(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows' divergences [M], and the gradient of their sum by `z`.
+
+    `sum (q - p)`, which is 0 in exact arithmetic, cancels the rounding of the normalisers: equal logits have loss 0.
+    """
+    log_q, log_p = torch.log_softmax(z, 1), torch.log_softmax(t, 1)
+    p = log_p.exp()
+    dz = log_q.exp().sub_(p)
+    return log_p.sub_(log_q).mul_(p).add_(dz).sum(1).clamp_min_(0), dz
 
 
 def _beside(log_p: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

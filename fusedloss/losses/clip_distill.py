@@ -9,6 +9,7 @@ from torch import Tensor
 from ..core import checks
 from ..core.mask import NO_MASK
 from ..core.problem import Fold
+from . import _straight as straight
 from ._options import Call, SweepOptions, expanded
 from ._softmax import as_scale, mean_of
 from .info_nce_distill import Embeddings, distill_problem
@@ -55,6 +56,11 @@ def clip_distill(
         ...     teacher_image, teacher_text = teacher(pixels, tokens)
         >>> fusedloss.clip_distill(image, text, scale, teacher_image, teacher_text, 100.0).backward()
     """
+    teacher = teacher_image_features, teacher_text_features, teacher_logit_scale
+    x, y = image_features, text_features
+    found = straight.divergence(x, y, logit_scale, teacher, options, (), cosine=normalize, symmetric=True)
+    if found is not None:
+        return found
     call = Call(**options)
     checks.embeddings(image_features=image_features, text_features=text_features)
     checks.embeddings(teacher_image_features=teacher_image_features, teacher_text_features=teacher_text_features)
@@ -73,6 +79,6 @@ def clip_distill(
     teacher_scale, _ = as_scale(teacher_logit_scale, image_features, inverse=False)
     fold = Fold("distill", teacher_scale=teacher_scale.detach())
     student = Embeddings(image_features, text_features).cast()
-    teacher = Embeddings(teacher_image_features, teacher_text_features)
-    pairs = ((student, teacher), (student.turned(), teacher.turned()))
+    taught = Embeddings(teacher_image_features, teacher_text_features)
+    pairs = ((student, taught), (student.turned(), taught.turned()))
     return mean_of([distill_problem(*pair, [NO_MASK], fold, scale, normalize, call) for pair in pairs], call)

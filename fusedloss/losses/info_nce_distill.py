@@ -16,6 +16,7 @@ from ..core.numerics import filled, row_numbers, stats_dtype
 from ..core.problem import Beside, Block, Fold, Problem
 from ..distributed import Request
 from ..rowwise.pairs import scores
+from . import _straight as straight
 from ._options import AcrossOptions, Call, GatherOptions, expanded
 from ._softmax import Loss, as_scale, autocast, distinct, result_of
 
@@ -89,6 +90,23 @@ def info_nce_distill(
         >>> query, key = student(questions), student(answers)
         >>> fusedloss.info_nce_distill(query, key, teacher_query, teacher_key, normalize=True).backward()
     """
+
+    off: tuple[object, ...] = (form != "kl", negatives, teacher_negatives, negatives_mask, bank, teacher_bank, mask)
+    off += (directions not in (DIRECTIONS[:1], DIRECTIONS),)
+    found = straight.divergence(
+        query,
+        key,
+        temperature,
+        (teacher_query, teacher_key, teacher_temperature),
+        options,
+        off,
+        inverse=True,
+        cosine=normalize,
+        teacher_cosine=normalize,
+        symmetric=directions == DIRECTIONS,
+    )
+    if found is not None:
+        return found
 
     def ask(call: Call) -> Request:
         check_form(form, directions)

@@ -299,7 +299,97 @@ def test_modules_come_here(taken):
 def test_a_number_of_another_type_is_refused_as_elsewhere():
     """-100.0 equals the default of `ignore_index`, and 0 that of the others."""
     x, y = matrices(0, 1.0)
-    with pytest.raises(TypeError, match="ignore_index must be a whole number, got -100.0"):
+    with pytest.raises(TypeError, match=r"ignore_index must be a whole number, got -100\.0"):
         fusedloss.info_nce(x, y, ignore_index=-100.0)
     found = fusedloss.info_nce(x, y, label_smoothing=0)
     torch.testing.assert_close(found, fusedloss.info_nce(x, y, backend="dense"))
+
+
+def taught_by(x, y, scale, teacher, teacher_scale, cosine=False, teacher_cosine=False, symmetric=False):
+    x, y = (F.normalize(z, dim=1) if cosine else z for z in (x, y))
+    teacher = [F.normalize(z, dim=1) if teacher_cosine else z for z in teacher]
+    sides = [(scale * x @ y.T, teacher_scale * teacher[0] @ teacher[1].T)]
+    sides += [(z.T, t.T) for z, t in sides] if symmetric else []
+    losses = [F.kl_div(z.log_softmax(1), t.log_softmax(1), reduction="batchmean", log_target=True) for z, t in sides]
+    return sum(losses) / len(losses)
+
+
+BOTH = ("query_to_key", "key_to_query")
+DISTILLED = {
+    "info_nce_distill": (
+        lambda x, y, s, t, **o: fusedloss.info_nce_distill(x, y, *t, temperature=1 / s, teacher_temperature=0.25, **o),
+        {},
+    ),
+    "info_nce_distill, both": (
+        lambda x, y, s, t, **o: fusedloss.info_nce_distill(
+            x, y, *t, temperature=1 / s, teacher_temperature=0.25, normalize=True, directions=BOTH, **o
+        ),
+        {"cosine": True, "teacher_cosine": True, "symmetric": True},
+    ),
+    "clip_distill": (
+        lambda x, y, s, t, **o: fusedloss.clip_distill(x, y, s, *t, 4.0, normalize=True, **o),
+        {"cosine": True, "symmetric": True},
+    ),
+}
+
+
+@pytest.fixture
+def divergences(monkeypatch):
+    found = []
+    divergence = straight.divergence
+    monkeypatch.setattr(straight, "divergence", lambda *a, **o: found.append(divergence(*a, **o)) or found[-1])
+    return found
+
+
+@pytest.mark.parametrize("near", [0.0, 8.0])
+@pytest.mark.parametrize("name", DISTILLED)
+def test_divergences(name, near, divergences):
+    """Value and gradients within the budget, also the scale's; second derivatives."""
+    loss, how = DISTILLED[name]
+    for seed, scale in enumerate((0.5, 5.0, 40.0)):
+        (x, y), teacher = matrices(seed, near), [z.detach() for z in matrices(seed + 9, 1.0, D=7)]
+        for given in (scale, torch.tensor(scale, requires_grad=True)):
+            leaves = [x, y] if type(given) is float else [x, y, given]
+            results = []
+            for dtype in (None, torch.float32, torch.float64):
+                copies = leaves if dtype is None else [t.detach().to(dtype).requires_grad_() for t in leaves]
+                factor, taught = copies[2] if len(copies) > 2 else scale, teacher
+                taught = [t.double() for t in teacher] if dtype is torch.float64 else teacher
+                call = (lambda *a: taught_by(*a, 4.0, **how)) if dtype else loss
+                value = call(*copies[:2], factor, taught)
+                results.append([value.detach(), *torch.autograd.grad(value, copies)])
+            assert divergences and divergences[-1] is not None
+            for place, (own, eager, exact) in enumerate(zip(*results, strict=True)):
+                moves = 4 * torch.finfo(torch.float32).eps if place == 3 else 0.0  # a sum of terms that cancel
+                assert budget_share(own, eager, exact, torch.float32, moves) <= 1, (scale, place)
+    wide = [t.detach().double().requires_grad_() for t in (x, y, torch.tensor(3.0))]
+    taught = [t.double() for t in teacher]
+    assert torch.autograd.gradgradcheck(lambda *a: loss(*a, taught), wide, fast_mode=True)
+    assert divergences[-1] is not None
+
+
+def test_a_student_that_equals_its_teacher_has_no_loss(divergences):
+    x, y = matrices(0, 1.0)
+    loss = fusedloss.clip_distill(x, y, 20.0, x, y, 20.0)
+    assert divergences[-1] is not None and loss == 0
+    assert not any(g.any() for g in torch.autograd.grad(loss, (x, y)))
+
+
+def test_divergences_of_other_calls_go_by_the_sweep(divergences):
+    (x, y), teacher = matrices(0, 1.0), [z.detach() for z in matrices(1, 1.0, D=7)]
+    with_nan = [teacher[0].clone().index_fill_(0, torch.tensor([1]), math.nan), teacher[1]]
+    for taught, options in (
+        (teacher, {"form": "ce"}),
+        (teacher, {"mask": torch.ones(5, 5, dtype=torch.bool)}),
+        (teacher, {"reduction": "sum"}),
+        ([z.double() for z in teacher], {}),
+        (with_nan, {}),
+    ):
+        found = fusedloss.info_nce_distill(x, y, *taught, **options)
+        assert divergences[-1] is None
+        wanted = fusedloss.info_nce_distill(x, y, *taught, backend="reference", **options)
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+    with pytest.raises(ValueError, match="teacher_key must be"):
+        fusedloss.info_nce_distill(x, y, teacher[0], teacher[1][:3])
+    learns, fixed = (fusedloss.info_nce_distill(x, y, t, y.detach()) for t in (2 * x, 2 * x.detach()))
+    torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (learns, fixed)))
