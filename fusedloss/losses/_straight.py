@@ -40,20 +40,22 @@ def mean(
     inverse: bool = False,
     cosine: bool = False,
     symmetric: bool = False,
+    every: bool = False,
     target: Tensor | None = None,
 ) -> Tensor | None:
     """Returns the mean cross-entropy of the rows of `scale <x_i, y_j>`; None where the losses' own checks are to
     decide, or this cannot run.
 
-    options, off: see `_fits`. inverse: `scale` is a temperature. symmetric: the mean of both directions. target: int64
-    [M] columns; None: the diagonal. It reads the scale, the target's ends and the largest probability.
+    options, off: see `_fits`. inverse: `scale` is a temperature. symmetric: the mean of both directions. every: each
+    row's logits are those of `_EverySimilarity`; the scale is a float. target: int64 [M] columns; None: the diagonal.
+    It reads the scale, the target's ends and the largest probability.
     """
-    if not _fits(x, y, scale, options, off) or (symmetric and x.shape[0] != y.shape[0]):
+    if not _fits(x, y, scale, options, off) or ((symmetric or every) and x.shape[0] != y.shape[0]):
         return None
     if x.shape[0] > y.shape[0] if target is None else not _are_columns(target, x, y):
         return None
     target = row_numbers(x.shape[0], x) if target is None else savable(target)
-    z = _similarities(x, y, cosine)
+    z = _similarities(x, y, cosine, every)
     z = z / scale if inverse else z * scale
     found, likely = [], False
     for side in (z, z.t()) if symmetric else (z,):
@@ -126,10 +128,22 @@ def divergence(
     return loss if math.isfinite(loss.item()) else None
 
 
-def _similarities(x: Tensor, y: Tensor, cosine: bool) -> Tensor:
+def supervised(
+    x: Tensor, labels: Tensor, temperature: float | Tensor, options: Options, off: tuple[object, ...]
+) -> Tensor | None:
+    """Returns `sup_con` of form "out"; None as `mean`, and where the loss is not finite. It reads the loss."""
+    if type(temperature) is not float or not _fits(x, x, temperature, options, off) or not _are_numbers(labels, x):
+        return None
+    if x.shape[0] == 1:  # it has no other
+        return None
+    loss: Tensor = _Supervised.apply(x, labels, temperature)
+    return loss if math.isfinite(loss.item()) else None
+
+
+def _similarities(x: Tensor, y: Tensor, cosine: bool, every: bool = False) -> Tensor:
     if cosine:
         x, y = _Unit.apply(x, y)
-    return torch.mm(x, y.t())
+    return _EverySimilarity.apply(x, y) if every else torch.mm(x, y.t())
 
 
 def _number(value: float | Tensor, like: Tensor) -> float:
@@ -174,10 +188,15 @@ def _is_matrix(x: Tensor) -> bool:
     return x.layout is torch.strided and x.dim() == 2 and x.shape[1] > 0
 
 
-def _are_columns(target: Tensor, x: Tensor, y: Tensor) -> bool:
-    if type(target) is not Tensor or target.dtype is not torch.int64 or not target.is_cpu or target.is_nested:
+def _are_numbers(numbers: Tensor, x: Tensor) -> bool:
+    """Whether they are int64 [rows of x], on a CPU."""
+    if type(numbers) is not Tensor or numbers.dtype is not torch.int64 or not numbers.is_cpu or numbers.is_nested:
         return False
-    if target.layout is not torch.strided or target.shape != x.shape[:1]:
+    return numbers.layout is torch.strided and numbers.shape == x.shape[:1]
+
+
+def _are_columns(target: Tensor, x: Tensor, y: Tensor) -> bool:
+    if not _are_numbers(target, x):
         return False
     low, high = target.aminmax()
     return low.item() >= 0 and high.item() < y.shape[0]
@@ -200,11 +219,34 @@ class _Unit(torch.autograd.Function):
             # Views, in case both are one tensor, or one is made of the other: else each would get the gradient of both.
             x, y = x.view_as(x), y.view_as(y)
             return torch.autograd.grad((unit_rows(x), unit_rows(y)), (x, y), upstream, create_graph=True)
-        found = []
-        for unit, norm, g in zip(units, (x_norm, y_norm), upstream, strict=True):
-            along = (unit * g).sum(1, keepdim=True).masked_fill_(norm <= NORM_EPS, 0)  # a constant's is 0
-            found.append(torch.addcmul(g, unit, along, value=-1).div_(norm))
-        return tuple(found)
+        return tuple(map(_through_norm, units, (x_norm, y_norm), upstream))
+
+
+def _through_norm(unit: Tensor, norm: Tensor, g: Tensor) -> Tensor:
+    """The gradient by rows, of which `g` is that by their unit rows."""
+    along = (unit * g).sum(1, keepdim=True).masked_fill_(norm <= NORM_EPS, 0)  # a constant's is 0
+    return torch.addcmul(g, unit, along, value=-1).div_(norm)
+
+
+class _EverySimilarity(torch.autograd.Function):
+    """`[x y^T, x x^T, y x^T, y y^T]` [N, 4 N] of x and y [N, D], where a row's with itself is -inf."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        across = torch.mm(x, y.t())
+        own = [torch.mm(z, z.t()).fill_diagonal_(-math.inf) for z in (x, y)]
+        return torch.cat([across, own[0], across.t(), own[1]], 1)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = ctx.saved_tensors
+        across, x_own, turned, y_own = upstream.chunk(4, 1)
+        if torch.is_grad_enabled():
+            own = torch.eye(x.shape[0], dtype=torch.bool, device=x.device)
+            x_own, y_own = x_own.masked_fill(own, 0), y_own.masked_fill(own, 0)
+        across, x_own, y_own = across + turned.t(), x_own + x_own.t(), y_own + y_own.t()
+        return torch.mm(across, y).addmm(x_own, x), torch.mm(across.t(), x).addmm(y_own, y)
 
 
 class _OfLogits(torch.autograd.Function):
@@ -265,6 +307,42 @@ def _apart(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     p = log_p.exp()
     dz = log_q.exp().sub_(p)
     return log_p.sub_(log_q).mul_(p).add_(dz).sum(1).clamp_min_(0), dz
+
+
+class _Supervised(torch.autograd.Function):
+    """The mean over rows with a positive of the mean over its positives of `-log p`, p without the row itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(NORM_EPS)
+        unit = x / norm
+        log_p = torch.log_softmax(torch.mm(unit, unit.t()).div_(temperature).fill_diagonal_(-math.inf), 1)
+        share, counts = _shares(labels, x.dtype)
+        dz = log_p.exp().mul_(counts).sub_(share)
+        loss = log_p.fill_diagonal_(0).mul_(share).sum().neg_()
+        dx = _through_norm(unit, norm, torch.mm(dz.add(dz.t()).div_(temperature), unit))
+        ctx.save_for_backward(x, labels, dx)
+        ctx.temperature = temperature
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, labels, dx = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return dx * upstream, None, None
+        unit, own = unit_rows(x), torch.eye(x.shape[0], dtype=torch.bool, device=x.device)
+        log_p = (torch.mm(unit, unit.t()) / ctx.temperature).masked_fill(own, -math.inf).log_softmax(1)
+        loss = -(log_p.masked_fill(own, 0) * _shares(labels, x.dtype)[0]).sum()
+        return torch.autograd.grad(loss, x, upstream, create_graph=True)[0], None, None
+
+
+def _shares(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What each pair's logarithm weighs in the mean [N, N], and what a row's do in all [N, 1]."""
+    positive = (labels[:, None] == labels).fill_diagonal_(False).to(dtype)
+    number = positive.sum(1, keepdim=True)
+    counts = (number > 0).to(dtype)
+    counts.div_(counts.sum().clamp_min_(1))
+    return positive.mul_(counts / number.clamp_min_(1)), counts
 
 
 def _beside(log_p: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -114,8 +114,9 @@ def multiple_negatives_ranking(
 
     off: tuple[object, ...] = (hardness_mode, hardness_strength, mask, anchors, ids, decoupled, debiased, transform)
     off += (negatives != (), negatives_mask, own_negatives, similarity not in checks.SIMILARITIES)
-    off += (directions != DIRECTIONS[:1], partition_mode != PARTITION_MODES[0])
-    found = straight.mean(anchor, positive, scale, options, off, cosine=similarity == "cos")
+    every = directions == DIRECTIONS
+    off += (type(scale) is not float if every else directions != DIRECTIONS[:1], partition_mode != PARTITION_MODES[0])
+    found = straight.mean(anchor, positive, scale, options, off, cosine=similarity == "cos", every=every)
     if found is not None:
         return found
 

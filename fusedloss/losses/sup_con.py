@@ -30,6 +30,7 @@ from ..core.rows import finish
 from ..core.transforms import Transform, transformed
 from ..distributed import Request, World, agree, averaged, everywhere, part_across, scaled, summed_across
 from ..sweep import autograd
+from . import _straight as straight
 from ._folded import fold_problem
 from ._options import AcrossOptions, Call, expanded, ranks
 from ._softmax import as_scale, autocast, over, reduced
@@ -77,6 +78,9 @@ def sup_con(
         >>> embeddings = torch.cat([encoder(augment(x)), encoder(augment(x))])
         >>> fusedloss.sup_con(embeddings, torch.cat([y, y]), temperature=0.1).backward()
     """
+    found = straight.supervised(embeddings, labels, temperature, options, (form != FORMS[0], transform))
+    if found is not None:
+        return found
     world = ranks(options)
     phi = transforms.bind(transform)
 

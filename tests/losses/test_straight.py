@@ -393,3 +393,92 @@ def test_divergences_of_other_calls_go_by_the_sweep(divergences):
         fusedloss.info_nce_distill(x, y, teacher[0], teacher[1][:3])
     learns, fixed = (fusedloss.info_nce_distill(x, y, t, y.detach()) for t in (2 * x, 2 * x.detach()))
     torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (learns, fixed)))
+
+
+def of_every_direction(x, y, scale):
+    x, y, own = F.normalize(x, dim=1), F.normalize(y, dim=1), torch.eye(len(x), dtype=torch.bool)
+    within = [(scale * z @ z.T).masked_fill(own, -torch.inf) for z in (x, y)]
+    z = scale * x @ y.T
+    return F.cross_entropy(torch.cat([z, within[0], z.T, within[1]], 1), torch.arange(len(x)))
+
+
+def supervised(x, labels, temperature):
+    """Row by row, of those that have a positive."""
+    z, losses = F.normalize(x, dim=1) @ F.normalize(x, dim=1).T / temperature, []
+    for i, row in enumerate(z):
+        others = [j for j in range(len(x)) if j != i]
+        positives = [j for j in others if labels[j] == labels[i]]
+        if positives:
+            losses.append(row[others].logsumexp(0) - row[positives].mean())
+    return torch.stack(losses).mean()
+
+
+LABELS = torch.tensor([3, -1, 3, 7, 3])  # two rows without a positive
+ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+OF_ITSELF = {
+    "sup_con": (
+        lambda x, y, s, **o: fusedloss.sup_con(x, LABELS, temperature=1 / s, **o) + 0 * y.sum(),
+        lambda x, y, s: supervised(x, LABELS, 1 / s) + 0 * y.sum(),
+    ),
+    "sup_con, one label": (
+        lambda x, y, s, **o: fusedloss.sup_con(x, 0 * LABELS, temperature=1 / s, **o) + 0 * y.sum(),
+        lambda x, y, s: supervised(x, 0 * LABELS, 1 / s) + 0 * y.sum(),
+    ),
+    "multiple_negatives_ranking": (
+        lambda x, y, s, **o: fusedloss.multiple_negatives_ranking(x, y, scale=s, directions=ALL, **o),
+        of_every_direction,
+    ),
+}
+
+
+@pytest.fixture
+def without_a_sweep(monkeypatch):
+    """The sweep's call fails."""
+    for name in ("loss_mean", "loss_rows_or_sum"):
+        for module in (fusedloss.sweep.autograd, fusedloss.losses._softmax):
+            monkeypatch.setattr(module, name, None, raising=False)
+
+
+@pytest.mark.parametrize("near", [0.0, 8.0])
+@pytest.mark.parametrize("name", OF_ITSELF)
+def test_matrices_against_themselves(name, near, without_a_sweep):
+    """Value and gradients within the budget, also of one tensor as both; second derivatives."""
+    loss, wanted = OF_ITSELF[name]
+    for seed, scale in enumerate((0.5, 5.0, 40.0)):
+        leaves = matrices(seed, near)
+        results = []
+        for dtype in (None, torch.float32, torch.float64):
+            copies = leaves if dtype is None else [t.detach().to(dtype).requires_grad_() for t in leaves]
+            value = (wanted if dtype else loss)(*copies, scale)
+            results.append([value.detach(), *torch.autograd.grad(value, copies)])
+        for place, (own, eager, exact) in enumerate(zip(*results, strict=True)):
+            assert budget_share(own, eager, exact, torch.float32, 0.0) <= 1, (scale, place)
+    x, y = (t.detach().double().requires_grad_() for t in leaves)
+    assert torch.autograd.gradgradcheck(lambda *both: loss(*both, 3.0), (x, y), fast_mode=True)
+    both = [torch.autograd.grad(function(x, x, 3.0), x, create_graph=True)[0] for function in (loss, wanted)]
+    torch.testing.assert_close(*both, rtol=1e-9, atol=1e-13)
+    torch.testing.assert_close(*(torch.autograd.grad(g.square().sum(), x)[0] for g in both), rtol=1e-8, atol=1e-12)
+
+
+def test_what_the_sweep_keeps_of_them(monkeypatch):
+    """No row with a positive, one row, NaN, a learnable scale: as on `reference`."""
+    (x, y), scale = matrices(0, 1.0, torch.float64), torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+    with_nan = x.detach().index_fill(0, torch.tensor([2]), math.nan).requires_grad_()
+    of_zero = x.detach().index_fill(0, torch.tensor([2]), 0.0).requires_grad_()
+    alone = torch.arange(5)
+    for z, call in (
+        (x, lambda x, **o: fusedloss.sup_con(x, alone, **o)),
+        (x, lambda x, **o: fusedloss.sup_con(x[:1], alone[:1], **o)),
+        (with_nan, lambda x, **o: fusedloss.sup_con(x, LABELS, **o)),
+        (of_zero, lambda x, **o: fusedloss.sup_con(x, LABELS, **o)),
+        (of_zero, lambda x, **o: fusedloss.multiple_negatives_ranking(x, y, directions=ALL, **o)),
+        (scale, lambda s, **o: fusedloss.multiple_negatives_ranking(x, y, directions=ALL, scale=s, **o)),
+    ):
+        losses = [call(z), call(z, backend="reference")]
+        torch.testing.assert_close(*losses, rtol=1e-10, atol=1e-12, equal_nan=True)
+        own, wanted = (torch.autograd.grad(loss, z)[0] for loss in losses)
+        torch.testing.assert_close(
+            own, wanted, rtol=1e-9, atol=1e-10 * wanted.nan_to_num().abs().max().item(), equal_nan=True
+        )
+    with pytest.raises(ValueError, match="labels must"):
+        fusedloss.sup_con(x, LABELS[:4])
