@@ -136,8 +136,21 @@ def supervised(
         return None
     if x.shape[0] == 1:  # it has no other
         return None
-    loss: Tensor = _Supervised.apply(x, labels, temperature)
+    loss, _ = _Supervised.apply(x, labels, temperature)
     return loss if math.isfinite(loss.item()) else None
+
+
+def views(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor, options: Options, off: tuple[object, ...]
+) -> Tensor | None:
+    """Returns `nt_xent`, which is `sup_con` of two rows a label; None as `mean`, and where a positive is likely. It
+    reads the largest probability."""
+    if type(temperature) is not float or not _fits(z1, z2, temperature, options, off) or z1.shape[0] != z2.shape[0]:
+        return None
+    if 4 * z1.shape[0] * z2.shape[0] > MOST:
+        return None
+    loss, largest = _Supervised.apply(torch.cat((z1, z2)), row_numbers(z1.shape[0], z1).repeat(2), temperature)
+    return loss if largest.item() < LIKELY else None  # a NaN is not below
 
 
 def _similarities(x: Tensor, y: Tensor, cosine: bool, every: bool = False) -> Tensor:
@@ -310,23 +323,26 @@ def _apart(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Supervised(torch.autograd.Function):
-    """The mean over rows with a positive of the mean over its positives of `-log p`, p without the row itself."""
+    """The mean over rows with a positive of the mean over its positives of `-log p`, p without the row itself; and the
+    largest `log p`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(NORM_EPS)
         unit = x / norm
         log_p = torch.log_softmax(torch.mm(unit, unit.t()).div_(temperature).fill_diagonal_(-math.inf), 1)
         share, counts = _shares(labels, x.dtype)
+        largest = log_p.max()
         dz = log_p.exp().mul_(counts).sub_(share)
         loss = log_p.fill_diagonal_(0).mul_(share).sum().neg_()
         dx = _through_norm(unit, norm, torch.mm(dz.add(dz.t()).div_(temperature), unit))
         ctx.save_for_backward(x, labels, dx)
         ctx.temperature = temperature
-        return loss
+        ctx.mark_non_differentiable(largest)
+        return loss, largest
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, labels, dx = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return dx * upstream, None, None

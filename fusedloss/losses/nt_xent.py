@@ -14,6 +14,7 @@ from ..core.mask import Mask
 from ..core.numerics import filled, row_numbers
 from ..core.problem import Block, Problem
 from ..core.transforms import Transform
+from . import _straight as straight
 from ._options import Call, CountingAcrossOptions, CountingOptions, expanded
 from ._softmax import Loss, as_scale, autocast, counting_mean_of, result_of
 from ._targets import check_debiased
@@ -54,6 +55,9 @@ def nt_xent(
         >>> z1, z2 = projector(encoder(augment(x))), projector(encoder(augment(x)))
         >>> fusedloss.nt_xent(z1, z2, temperature=0.5).backward()
     """
+    found = straight.views(z1, z2, temperature, options, (transform, debiased))
+    if found is not None:
+        return found
     return result_of(
         options,
         lambda call: call.request(

@@ -428,6 +428,10 @@ OF_ITSELF = {
         lambda x, y, s, **o: fusedloss.multiple_negatives_ranking(x, y, scale=s, directions=ALL, **o),
         of_every_direction,
     ),
+    "nt_xent": (
+        lambda x, y, s, **o: fusedloss.nt_xent(x, y, temperature=20 / s, **o),
+        lambda x, y, s: supervised(torch.cat([x, y]), [*range(5), *range(5)], 20 / s),
+    ),
 }
 
 
@@ -480,5 +484,10 @@ def test_what_the_sweep_keeps_of_them(monkeypatch):
         torch.testing.assert_close(
             own, wanted, rtol=1e-9, atol=1e-10 * wanted.nan_to_num().abs().max().item(), equal_nan=True
         )
+    with torch.no_grad():
+        z = 3 * x
+    z.requires_grad_()
+    loss = fusedloss.nt_xent(x, z, temperature=0.01)  # of likely positives
+    torch.testing.assert_close(loss, fusedloss.nt_xent(x, z, temperature=0.01, backend="reference"), rtol=1e-9, atol=0)
     with pytest.raises(ValueError, match="labels must"):
         fusedloss.sup_con(x, LABELS[:4])
