@@ -39,6 +39,10 @@ template <bool GENERAL, bool COLUMNS, bool Q, class S>
 struct Ahead<Grad<GENERAL, COLUMNS, Q>, S> : Grad<GENERAL, COLUMNS, Q>::template Ahead<S> {
   using Grad<GENERAL, COLUMNS, Q>::template Ahead<S>::Ahead;
 };
+template <SideKind KIND, class S>
+struct Ahead<SidesGrad<KIND, true>, S> : SidesGrad<KIND, true>::template Ahead<S> {
+  using SidesGrad<KIND, true>::template Ahead<S>::Ahead;
+};
 
 // The whole of what happens to a tile. `thread` counts within the shape's warps, `pid_m` in tiles of S::BLOCK_M rows.
 template <class Epilogue, class T, class S>

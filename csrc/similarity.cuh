@@ -12,9 +12,12 @@
   X(Grad<false, false, true>) X(Grad<false, true, false>) X(Grad<false, true, true>) X(Grad<true, true, true>)      \
   X(Top) X(Pick) X(Guide) X(Store)
 #define FUSEDLOSS_EPILOGUES_OF_RANGE(X)                                                                             \
-  X(Exp<false, false>) X(Exp<false, true>) X(Exp<true, true>) X(Fold<FoldKind::sigmoid>)                            \
-  X(Fold<FoldKind::margin_ranking>) X(Fold<FoldKind::pair_hinge>) X(SidesStats<SideKind::linear>)                   \
-  X(SidesGrad<SideKind::linear>) X(SidesStats<SideKind::circle>) X(SidesGrad<SideKind::circle>)
+  X(Exp<false, false>) X(Exp<false, true>) X(Exp<true, true>) X(Fold<FoldKind::sigmoid, false>)                     \
+  X(Fold<FoldKind::margin_ranking, false>) X(Fold<FoldKind::pair_hinge, false>) X(Fold<FoldKind::pair_hinge, true>) \
+  X(SidesStats<SideKind::linear, false>) X(SidesStats<SideKind::linear, true>)                                      \
+  X(SidesStats<SideKind::circle, false>) X(SidesStats<SideKind::circle, true>)                                      \
+  X(SidesGrad<SideKind::linear, false>) X(SidesGrad<SideKind::linear, true>)                                        \
+  X(SidesGrad<SideKind::circle, false>) X(SidesGrad<SideKind::circle, true>)
 
 namespace fusedloss {
 
@@ -92,18 +95,27 @@ cudaError_t run_fold(const Strip& strip, const typename Epilogue::Args& args, co
   if constexpr (kHasRange<T>) return run<T, Epilogue>(strip, args, plan, stream);
   return cudaErrorNotSupported;
 }
-#define FUSEDLOSS_FOLD(NAME, ARGS, ...)                                                                          \
-  template <class T>                                                                                            \
+template <class T>
+cudaError_t Similarities<T>::sigmoid(const Strip& strip, const FoldArgs& args, const Plan& plan, cudaStream_t stream) {
+  return run_fold<T, Fold<FoldKind::sigmoid, false>>(strip, args, plan, stream);
+}
+template <class T>
+cudaError_t Similarities<T>::margin_ranking(const Strip& strip, const FoldArgs& args, const Plan& plan,
+                                            cudaStream_t stream) {
+  return run_fold<T, Fold<FoldKind::margin_ranking, false>>(strip, args, plan, stream);
+}
+// EPILOGUE<KIND, COLUMNS>. GIVEN: of the columns as rows, which the launch is told or not.
+#define FUSEDLOSS_FOLD(NAME, ARGS, EPILOGUE, KIND, GIVEN)                                                          \
+  template <class T>                                                                                             \
   cudaError_t Similarities<T>::NAME(const Strip& strip, const ARGS& args, const Plan& plan, cudaStream_t stream) { \
-    return run_fold<T, __VA_ARGS__>(strip, args, plan, stream);                                                 \
+    if (args.GIVEN) return run_fold<T, EPILOGUE<KIND, true>>(strip, args, plan, stream);                         \
+    return run_fold<T, EPILOGUE<KIND, false>>(strip, args, plan, stream);                                        \
   }
-FUSEDLOSS_FOLD(sigmoid, FoldArgs, Fold<FoldKind::sigmoid>)
-FUSEDLOSS_FOLD(margin_ranking, FoldArgs, Fold<FoldKind::margin_ranking>)
-FUSEDLOSS_FOLD(pair_hinge, FoldArgs, Fold<FoldKind::pair_hinge>)
-FUSEDLOSS_FOLD(sides_stats, SidesArgs, SidesStats<SideKind::linear>)
-FUSEDLOSS_FOLD(sides_grad, SidesArgs, SidesGrad<SideKind::linear>)
-FUSEDLOSS_FOLD(circle_stats, SidesArgs, SidesStats<SideKind::circle>)
-FUSEDLOSS_FOLD(circle_grad, SidesArgs, SidesGrad<SideKind::circle>)
+FUSEDLOSS_FOLD(pair_hinge, FoldArgs, Fold, FoldKind::pair_hinge, col_weight)
+FUSEDLOSS_FOLD(sides_stats, SidesArgs, SidesStats, SideKind::linear, col_pull_max)
+FUSEDLOSS_FOLD(sides_grad, SidesArgs, SidesGrad, SideKind::linear, col_pull_weight)
+FUSEDLOSS_FOLD(circle_stats, SidesArgs, SidesStats, SideKind::circle, col_pull_max)
+FUSEDLOSS_FOLD(circle_grad, SidesArgs, SidesGrad, SideKind::circle, col_pull_weight)
 #undef FUSEDLOSS_FOLD
 
 }  // namespace fusedloss

@@ -116,7 +116,8 @@ END
 LAUNCH(store, StoreArgs)
 
 // Losses that are sums over a row's similarities v: positives are columns of equal label, or the target. These and the
-// following are not for fp16.
+// following are not for fp16. What begins with col is of the columns as rows, of one matrix against itself: a tile then
+// stands for both places of its pairs.
 STRUCT(FoldArgs)
 FIELD(const float*, weight)        // [M], 0 leaves a row out
 FIELD(const int64_t*, row_labels)  // [M], or null
@@ -131,6 +132,9 @@ FIELD(float*, loss)                // tables by row, or null
 FIELD(float*, count)
 FIELD(float*, scale_grad)
 FIELD(float*, bias_grad)
+FIELD(const float*, col_weight)    // [N]: pair_hinge's; or null
+FIELD(float*, col_loss)            // tables by column, both or null
+FIELD(float*, col_count)
 END
 LAUNCH(sigmoid, FoldArgs)
 LAUNCH(margin_ranking, FoldArgs)
@@ -153,12 +157,20 @@ FIELD(float*, pull_max)            // statistics: tables by row
 FIELD(float*, pull_sum)
 FIELD(float*, push_max)
 FIELD(float*, push_sum)
-FIELD(float*, count)               // of the positives
+FIELD(float*, count)               // of the positives; or null
+FIELD(float*, col_pull_max)        // tables by column, all or null
+FIELD(float*, col_pull_sum)
+FIELD(float*, col_push_max)
+FIELD(float*, col_push_sum)
 FIELD(const float*, pull_shift)    // gradient: [M] each
 FIELD(const float*, pull_weight)
 FIELD(const float*, push_shift)
 FIELD(const float*, push_weight)
-FIELD(float*, q)                   // a table
+FIELD(const float*, col_pull_shift)  // [N] each, all or null
+FIELD(const float*, col_pull_weight)
+FIELD(const float*, col_push_shift)
+FIELD(const float*, col_push_weight)
+FIELD(float*, q)                   // a table, or null
 END
 LAUNCH(sides_stats, SidesArgs)
 LAUNCH(sides_grad, SidesArgs)

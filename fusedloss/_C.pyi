@@ -290,6 +290,9 @@ class FoldArgs:
         count: Pointer = ...,
         scale_grad: Pointer = ...,
         bias_grad: Pointer = ...,
+        col_weight: Pointer = ...,
+        col_loss: Pointer = ...,
+        col_count: Pointer = ...,
     ) -> None: ...
 
 class SidesArgs:
@@ -310,10 +313,18 @@ class SidesArgs:
         push_max: Pointer = ...,
         push_sum: Pointer = ...,
         count: Pointer = ...,
+        col_pull_max: Pointer = ...,
+        col_pull_sum: Pointer = ...,
+        col_push_max: Pointer = ...,
+        col_push_sum: Pointer = ...,
         pull_shift: Pointer = ...,
         pull_weight: Pointer = ...,
         push_shift: Pointer = ...,
         push_weight: Pointer = ...,
+        col_pull_shift: Pointer = ...,
+        col_pull_weight: Pointer = ...,
+        col_push_shift: Pointer = ...,
+        col_push_weight: Pointer = ...,
         q: Pointer = ...,
     ) -> None: ...
 

@@ -84,13 +84,18 @@ EPILOGUES = (
     "Pick",
     "Guide",
     "Store",
-    "Fold<sigmoid>",
-    "Fold<margin_ranking>",
-    "Fold<pair_hinge>",
-    "SidesStats<linear>",
-    "SidesGrad<linear>",
-    "SidesStats<circle>",
-    "SidesGrad<circle>",
+    "Fold<sigmoid, false>",
+    "Fold<margin_ranking, false>",
+    "Fold<pair_hinge, false>",
+    "Fold<pair_hinge, true>",
+    "SidesStats<linear, false>",
+    "SidesStats<linear, true>",
+    "SidesStats<circle, false>",
+    "SidesStats<circle, true>",
+    "SidesGrad<linear, false>",
+    "SidesGrad<linear, true>",
+    "SidesGrad<circle, false>",
+    "SidesGrad<circle, true>",
 )
 NAMES = {"FoldKind": ("sigmoid", "margin_ranking", "pair_hinge"), "SideKind": ("linear", "circle")}
 DTYPES = ("float", "fp16", "bf16")
@@ -358,7 +363,7 @@ def uses(name: str) -> dict[str, bool]:
         wanted |= {"LDG.128": loads, "STG.128": loads and base != "prepare_kernel", "HMMA": False}
         return wanted | ({"EX2": True} if base in ("merge_kernel", "settle_kernel") else {})
     T, _, epilogue = rest.partition(", ")
-    exponentials = epilogue.startswith(("Stats", "Exp", "Grad", "Top", "Fold<sigmoid>", "Sides"))  # Top's: its softcap
+    exponentials = epilogue.startswith(("Stats", "Exp", "Grad", "Top", "Fold<sigmoid", "Sides"))  # Top's: its softcap
     stores = epilogue.startswith(("Exp", "Grad", "Store", "Fold", "SidesGrad"))
     wide = "STG.64" if T == "float" or epilogue.startswith("Store") else "STG.128"
     sm90 = base == "similarity_sm90"

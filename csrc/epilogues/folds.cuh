@@ -9,8 +9,11 @@ namespace fusedloss {
 
 enum class FoldKind { sigmoid, margin_ranking, pair_hinge };
 
-template <FoldKind KIND>
+// COLUMNS: of one matrix against itself, pair_hinge. A tile has the sums of its columns as rows, where they have tables,
+// and the derivative of both places.
+template <FoldKind KIND, bool COLUMNS>
 struct Fold {
+  static_assert(!COLUMNS || KIND == FoldKind::pair_hinge, "the two places of a pair are alike");
   using Args = FoldArgs;
   static constexpr bool NARROW = true;
 
@@ -19,13 +22,16 @@ struct Fold {
     static constexpr bool STMATRIX = S::WARPGROUP && KIND != FoldKind::sigmoid;  // or else 16 bytes spill
     const Args& args;
     const Place<S>& place;
+    typename S::Scratch& scratch;
     float scale, bias;
     float weight[S::ROWS], target_value[S::ROWS];
     Relations<S> relations;
     float loss[S::ROWS], count[S::ROWS], scale_grad[S::ROWS];  // count: sigmoid's bias_grad
+    float col_weight[2], col_loss[8];
+    uint32_t col_count[2];  // a byte a column, of at most 32 rows
 
-    FUSEDLOSS_INLINE Visit(const Args& args, const Strip& strip, const Place<S>& place)
-        : args(args), place(place), relations(args.row_labels, args.key_labels, args.own, place) {
+    FUSEDLOSS_INLINE Visit(const Args& args, const Strip& strip, const Place<S>& place, typename S::Scratch& scratch)
+        : args(args), place(place), scratch(scratch), relations(args.row_labels, args.key_labels, args.own, place) {
       scale = ptx::load(strip.scale);
       bias = args.sigmoid_bias ? ptx::load(args.sigmoid_bias) : 0.0f;
       zero<S>(loss), zero<S>(count), zero<S>(scale_grad);
@@ -33,6 +39,15 @@ struct Fold {
       for (int i = 0; i < S::ROWS; ++i) {
         weight[i] = place.of_row(args.weight, i, 0.0f);
         target_value[i] = place.of_row(args.target_value, i, 0.0f);
+      }
+    }
+    template <bool INNER>
+    FUSEDLOSS_INLINE void columns(int j) {
+#pragma unroll
+      for (int e = 0; COLUMNS && e < 2; ++e) {
+        col_weight[e] = place.of_col(args.col_weight, j + e, 0.0f);
+        col_loss[j % 8 + e] = 0;
+        if (j % 8 == 0) col_count[e] = 0;
       }
     }
     template <bool INNER>
@@ -58,7 +73,25 @@ struct Fold {
         const bool pays = counts && (ranking ? !element.target : positive == args.pulls) && !(hinge <= 0);
         loss[i] += pays ? hinge : 0.0f;
         count[i] += pays ? 1.0f : 0.0f;
+        if constexpr (COLUMNS) {
+          const bool there = pays && place.has_row(i);
+          col_loss[j % 8] += there ? hinge : 0.0f;
+          col_count[j % 8 / 4] += uint32_t(there) << (8 * (j % 4));
+          return pays ? (weight[i] + col_weight[j % 2]) * args.sign : 0.0f;
+        }
         return pays ? (ranking ? weight[i] : weight[i] * args.sign) : 0.0f;
+      }
+    }
+    template <bool INNER>
+    FUSEDLOSS_INLINE void group(int k) {
+      if constexpr (COLUMNS) {
+        scratch.col[0][place.warp_m][group_column(place, k)] = over_rows<Sum>(col_loss, place.g);
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) {
+          for (uint32_t& word : col_count) word += ptx::shuffle_xor(word, lanes);
+        }
+        const uint32_t word = place.g < 4 ? col_count[0] : col_count[1];
+        scratch.col[1][place.warp_m][group_column(place, k)] = float(word >> (8 * (place.g % 4)) & 0xff);
       }
     }
   };
@@ -66,11 +99,14 @@ struct Fold {
   template <class Out, class S>
   static FUSEDLOSS_INLINE void run(float (&acc)[S::MT][S::NT][4], const Strip& strip, const Args& args,
                                    const Place<S>& place, typename S::Scratch& scratch) {
-    Visit<S> visit(args, strip, place);
+    Visit<S> visit(args, strip, place, scratch);
     for_each_logit<false, Out, KIND == FoldKind::sigmoid>(acc, strip, place, scratch, visit);
     rows_to_table<Sum>(visit.loss, args.loss, place, scratch);
     rows_to_table<Sum>(visit.count, KIND == FoldKind::sigmoid ? args.bias_grad : args.count, place, scratch);
     if constexpr (KIND == FoldKind::sigmoid) rows_to_table<Sum>(visit.scale_grad, args.scale_grad, place, scratch);
+    if constexpr (COLUMNS) {
+      if (args.col_loss) columns_to_table<false>(args.col_loss, args.col_count, place, scratch);
+    }
   }
 };
 

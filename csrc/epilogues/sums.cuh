@@ -121,7 +121,8 @@ FUSEDLOSS_INLINE void maxima_to_table(float (&max)[S::ROWS], float (&sum)[S::ROW
   }
 }
 
-// What warps left in scratch.col, into line pid_m of tables [m_tiles, N]. SUMS: merges maxima and sums.
+// What warps left in scratch.col, into line pid_m of tables [m_tiles, N]. SUMS: merges maxima and sums; or else both are
+// sums, and the second table may be null.
 template <bool SUMS, class S>
 FUSEDLOSS_INLINE void columns_to_table(float* table, float* sums, const Place<S>& place,
                                        typename S::Scratch& scratch) {
@@ -129,17 +130,18 @@ FUSEDLOSS_INLINE void columns_to_table(float* table, float* sums, const Place<S>
   for (int c = place.thread; c < S::BLOCK_N; c += S::THREADS) {
     const int col = place.pid_n * S::BLOCK_N + c;
     if (col >= place.N) break;
-    float first = scratch.col[0][0][c], sum = SUMS ? scratch.col[1][0][c] : 0.0f;
+    float first = scratch.col[0][0][c], sum = SUMS || sums ? scratch.col[1][0][c] : 0.0f;
 #pragma unroll
     for (int w = 1; w < S::WARPS_M; ++w) {
       if constexpr (SUMS) {
         merge(first, sum, scratch.col[0][w][c], scratch.col[1][w][c]);
       } else {
         first += scratch.col[0][w][c];
+        if (sums) sum += scratch.col[1][w][c];
       }
     }
     table[int64_t(place.pid_m) * place.N + col] = first;
-    if constexpr (SUMS) sums[int64_t(place.pid_m) * place.N + col] = sum;
+    if (SUMS || sums) sums[int64_t(place.pid_m) * place.N + col] = sum;
   }
   place.sync();
 }

@@ -20,6 +20,7 @@ from epilogue_checks import (
     assert_fenced,
     check_exp,
     check_grad,
+    check_half_fold,
     check_stats,
     check_stats_with_columns,
     check_stored,
@@ -349,6 +350,12 @@ def test_a_guides_own_targets_are_ties(device, number):
 def test_folds(device, shape, kind, labelled, aligned, one_of_each):
     strip = strip_of(shape, one_of_each, device, "rows", "factors" if aligned else "dropped")._replace(mask=None)
     check_fold(cuda, strip, kind, labelled, aligned)
+
+
+@pytest.mark.parametrize("shape", ON)
+def test_folds_of_both_places(device, shape, one_of_each):
+    """Chunks of 150 rows: several tiles of rows, the last of them ragged."""
+    check_half_fold(cuda, strip_of(shape, one_of_each, device, "rows", "factors"), side=150)
 
 
 # NaN, infinities, extremes --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Folds of one matrix against itself, by Triton's kernels: chunks of rows and the rows behind them."""
+"""Folds of one matrix against itself, by the kernels: chunks of rows and the rows behind them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ KINDS = {
     "pair_hinge": (0.53125, 1.0, 0.0),  # between the similarities of a lattice
 }
 COUNTED = ("circle", "pair_hinge")
+KERNELS = ("triton", "cuda")
 ROWS = 75
 LABELS = {
     "four labels": lambda count: torch.arange(count) * 7 % 4 - 2**40,
@@ -55,9 +56,9 @@ def wants_of(problem, gradient=True):
     return Wants((gradient,), gradient and problem.fold.name == "sup_con_in", (False,))
 
 
-def run(problem, gradient=True):
+def run(problem, backend, gradient=True):
     """Losses, counts, gradients by the rows and by the scale."""
-    found = sweep.run(problem, SWEEPS["triton"], wants_of(problem, gradient))
+    found = sweep.run(problem, SWEEPS[backend], wants_of(problem, gradient))
     return [x for x in (found.rows, *found.counted, *found.operands, found.scale) if x is not None]
 
 
@@ -105,24 +106,26 @@ def taken(monkeypatch):
     return counted
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("labels", "inputs"),
     [*((labels, "random") for labels in LABELS), ("four labels", "duplicates"), ("two of each", "zeros")],
 )
-def test_half_gives_the_formula(chunks_of_32, kind, labels, inputs):
+def test_half_gives_the_formula(chunks_of_32, kind, labels, inputs, backend):
     problem = problem_of(kind, labels=labels, inputs=inputs)
-    found = run(problem)
+    found = run(problem, backend)
     assert_in_budget(problem, found)
-    assert all(map(torch.equal, found, run(problem))), "other bits from run to run"
-    torch.testing.assert_close(run(problem, gradient=False)[0], found[0], rtol=1e-6, atol=1e-7)
+    assert all(map(torch.equal, found, run(problem, backend))), "other bits from run to run"
+    torch.testing.assert_close(run(problem, backend, gradient=False)[0], found[0], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1, 2, 32, 33])
-def test_any_number_of_rows(chunks_of_32, kind, count):
+def test_any_number_of_rows(chunks_of_32, kind, count, backend):
     problem = problem_of(kind, count, "two of each")
-    assert_in_budget(problem, run(problem))
+    assert_in_budget(problem, run(problem, backend))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,14 +136,15 @@ def test_every_way_to_multiply(monkeypatch, chunks_of_32, kind, tile):
     # The interpreter multiplies no bf16; the library does.
     dtype = torch.bfloat16 if tile == "library" else torch.float32
     problem = problem_of(kind, weighted=False, dtype=dtype)
-    assert_in_budget(problem, run(problem))
+    assert_in_budget(problem, run(problem, "triton"))
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gradient", [True, False])
-def test_a_pair_is_multiplied_once_outside_of_the_diagonal(chunks_of_32, taken, kind, gradient):
+def test_a_pair_is_multiplied_once_outside_of_the_diagonal(chunks_of_32, taken, kind, gradient, backend):
     """Once for the sums and once for the gradient, or once for both where these are no sums of all."""
-    run(problem_of(kind), gradient)
+    run(problem_of(kind), backend, gradient)
     once = (ROWS**2 + 2 * 32**2 + (ROWS - 64) ** 2) // 2
     if kind == "pair_hinge":
         assert taken == {"write": once}
@@ -148,24 +152,26 @@ def test_a_pair_is_multiplied_once_outside_of_the_diagonal(chunks_of_32, taken, 
         assert taken == {"add": once, **({"write": once} if gradient else {})}
 
 
-def test_a_small_workspace_is_kept_to(taken):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_small_workspace_is_kept_to(taken, backend):
     """One chunk of 16 rows against all is what the budget allows."""
     problem = problem_of("circle", 64)
-    run(replace(problem, workspace_bytes=16 * 64 * 4))
+    run(replace(problem, workspace_bytes=16 * 64 * 4), backend)
     assert taken["write"] == (64**2 + 4 * 16**2) // 2
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_that_are_not_finite_spoil_what_they_spoil_in_whole_rows(monkeypatch, chunks_of_32, kind):
+def test_rows_that_are_not_finite_spoil_what_they_spoil_in_whole_rows(monkeypatch, chunks_of_32, kind, backend):
     problem = problem_of(kind)
     (x,) = problem.operands
     x[40] = torch.nan  # a row that is left out is a column of the others
     for weight in (problem.weight, torch.zeros(ROWS)):
         given = replace(problem, weight=weight)
-        found = run(given)
+        found = run(given, backend)
         with monkeypatch.context() as patch:
             patch.setattr(sweep, "halved", lambda problem, backend: None)
-            wanted = run(given)
+            wanted = run(given, backend)
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
     assert not found[0].any()  # all rows are left out
@@ -178,14 +184,15 @@ PUBLIC = {
 }
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", PUBLIC)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_losses_take_half(chunks_of_32, taken, name, stride):
+def test_losses_take_half(chunks_of_32, taken, name, stride, backend):
     """Also by labels that are not contiguous."""
     generator = torch.Generator().manual_seed(3)
     x, labels = torch.randn(ROWS, 24, generator=generator), (torch.arange(ROWS * stride) % 8)[::stride]
-    step = lambda backend: lambda x: PUBLIC[name](x, labels, backend=backend)
-    found = testing.value_and_gradients(step("triton"), [x])
+    step = lambda by: lambda x: PUBLIC[name](x, labels, backend=by)
+    found = testing.value_and_gradients(step(backend), [x])
     wanted = testing.value_and_gradients(step("reference"), [x.double()])
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5 * b.abs().max().item())

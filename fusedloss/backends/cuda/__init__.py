@@ -19,6 +19,7 @@ from ..shared import NO_FACTOR, exp_shift, half_softmax
 from ..shared import can_exp as can_exp
 from ..shared import shares_prefixes as shares_prefixes
 from .folds import fold_rows as fold_rows
+from .folds import half_fold as half_fold
 from .launching import NOT_BUILT as NOT_BUILT
 from .launching import Launch, struct
 from .launching import build_info as build_info
@@ -80,7 +81,7 @@ def can_halve(problem: Problem) -> bool:
 
 
 def can_halve_rows(problem: Problem) -> bool:
-    return half_softmax(problem)  # a fold's tile has sums of rows alone
+    return half_softmax(problem) or in_tile.can_halve(problem)
 
 
 def can_store(problem: Problem) -> bool:

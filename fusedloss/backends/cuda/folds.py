@@ -28,5 +28,9 @@ class _Kernel:
         self.run(self.name, struct("FoldArgs" if self.name in folds.FOLDS else "SidesArgs", **fields), out)
 
 
+def half_fold(problem: Problem, part: Part) -> folds.TwoSides | folds.HalfHinges:
+    return folds.half_fold(folds.Kernels(_Kernel, merge), problem, part)
+
+
 def fold_rows(problem: Problem, strip: Strip, out: Tensor | None, part: Part, score: Tensor) -> Folded:
     return folds.fold_rows(folds.Kernels(_Kernel, merge), problem, strip, out, part, score)
