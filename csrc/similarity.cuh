@@ -10,7 +10,7 @@
 #define FUSEDLOSS_EPILOGUES(X)                                                                                      \
   X(Stats<false, false>) X(Stats<false, true>) X(Stats<true, true>) X(Grad<false, false, false>)                    \
   X(Grad<false, false, true>) X(Grad<false, true, false>) X(Grad<false, true, true>) X(Grad<true, true, true>)      \
-  X(Top) X(Pick) X(Guide) X(Store)
+  X(Top) X(Opposed) X(Pick) X(Guide) X(Store)
 #define FUSEDLOSS_EPILOGUES_OF_RANGE(X)                                                                             \
   X(Exp<false, false>) X(Exp<false, true>) X(Exp<true, true>) X(Fold<FoldKind::sigmoid, false>)                     \
   X(Fold<FoldKind::margin_ranking, false>) X(Fold<FoldKind::pair_hinge, false>) X(Fold<FoldKind::pair_hinge, true>) \
@@ -74,6 +74,11 @@ cudaError_t Similarities<T>::grad(const Strip& strip, const GradArgs& args, cons
 template <class T>
 cudaError_t Similarities<T>::top(const Strip& strip, const TopArgs& args, const Plan& plan, cudaStream_t stream) {
   return run<T, Top>(strip, args, plan, stream);
+}
+template <class T>
+cudaError_t Similarities<T>::opposed(const Strip& strip, const OpposedArgs& args, const Plan& plan,
+                                     cudaStream_t stream) {
+  return run<T, Opposed>(strip, args, plan, stream);
 }
 template <class T>
 cudaError_t Similarities<T>::pick(const Strip& strip, const PickArgs& args, const Plan& plan, cudaStream_t stream) {

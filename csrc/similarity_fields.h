@@ -99,6 +99,25 @@ FIELD(int64_t*, column)  // where, the first on ties
 END
 LAUNCH(top, TopArgs)
 
+// Of one matrix against itself, by labels: the largest z of another label, and the largest -z of the own one. Tables by
+// row, and by column of the columns as rows, all or null; the places are the first on ties.
+STRUCT(OpposedArgs)
+FIELD(const int64_t*, row_labels)  // [M]
+FIELD(const int64_t*, key_labels)  // [N]
+FIELD(const int64_t*, own)         // [M]: the column that is the row itself, or null
+FIELD(const float*, row_bias)      // [M], or null; added to z of the columns as rows
+FIELD(const float*, col_bias)      // [N], or null; added to z of the rows
+FIELD(float*, other)
+FIELD(int64_t*, other_column)
+FIELD(float*, alike)
+FIELD(int64_t*, alike_column)
+FIELD(float*, col_other)
+FIELD(int64_t*, col_other_row)
+FIELD(float*, col_alike)
+FIELD(int64_t*, col_alike_row)
+END
+LAUNCH(opposed, OpposedArgs)
+
 STRUCT(PickArgs)
 FIELD(float*, picked)  // [M]: the similarity of the target
 END

@@ -254,6 +254,25 @@ class TopArgs:
         column: Pointer = ...,
     ) -> None: ...
 
+class OpposedArgs:
+    def __init__(
+        self,
+        *,
+        row_labels: Pointer = ...,
+        key_labels: Pointer = ...,
+        own: Pointer = ...,
+        row_bias: Pointer = ...,
+        col_bias: Pointer = ...,
+        other: Pointer = ...,
+        other_column: Pointer = ...,
+        alike: Pointer = ...,
+        alike_column: Pointer = ...,
+        col_other: Pointer = ...,
+        col_other_row: Pointer = ...,
+        col_alike: Pointer = ...,
+        col_alike_row: Pointer = ...,
+    ) -> None: ...
+
 class PickArgs:
     def __init__(
         self,
@@ -338,6 +357,7 @@ def stats(strip: Strip, dtype: DType, args: StatsArgs, plan: Plan, stream: int) 
 def exp(strip: Strip, dtype: DType, args: ExpArgs, plan: Plan, stream: int) -> None: ...
 def grad(strip: Strip, dtype: DType, args: GradArgs, plan: Plan, stream: int) -> None: ...
 def top(strip: Strip, dtype: DType, args: TopArgs, plan: Plan, stream: int) -> None: ...
+def opposed(strip: Strip, dtype: DType, args: OpposedArgs, plan: Plan, stream: int) -> None: ...
 def pick(strip: Strip, dtype: DType, args: PickArgs, plan: Plan, stream: int) -> None: ...
 def guide(strip: Strip, dtype: DType, args: BitsArgs, plan: Plan, stream: int) -> None: ...
 def store(strip: Strip, dtype: DType, args: StoreArgs, plan: Plan, stream: int) -> None: ...

@@ -81,6 +81,7 @@ EPILOGUES = (
     "Grad<false, true, true>",
     "Grad<true, true, true>",
     "Top",
+    "Opposed",
     "Pick",
     "Guide",
     "Store",

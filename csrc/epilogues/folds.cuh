@@ -9,7 +9,7 @@ namespace fusedloss {
 
 enum class FoldKind { sigmoid, margin_ranking, pair_hinge };
 
-// COLUMNS: of one matrix against itself, pair_hinge. A tile has the sums of its columns as rows, where they have tables,
+// COLUMNS: pair_hinge of one matrix against itself. A tile has the sums of its columns as rows, where they have tables,
 // and the derivative of both places.
 template <FoldKind KIND, bool COLUMNS>
 struct Fold {

@@ -37,8 +37,8 @@ struct SidesVisitor : Visitor<S> {
   }
 };
 
-// Maxima of f and sums of exp(f - maximum), of each side. COLUMNS, here and below: of one matrix against itself, where a
-// pair has one f and one side in both of its places; a tile has the sums of its columns as rows, too.
+// Maxima of f and sums of exp(f - maximum), of each side. COLUMNS, here and below: of one matrix against itself, where
+// a pair has one f and one side in both of its places; a tile has the sums of its columns as rows, too.
 template <SideKind KIND, bool COLUMNS>
 struct SidesStats {
   using Args = SidesArgs;

@@ -121,8 +121,8 @@ FUSEDLOSS_INLINE void maxima_to_table(float (&max)[S::ROWS], float (&sum)[S::ROW
   }
 }
 
-// What warps left in scratch.col, into line pid_m of tables [m_tiles, N]. SUMS: merges maxima and sums; or else both are
-// sums, and the second table may be null.
+// What warps left in scratch.col, into line pid_m of tables [m_tiles, N]. SUMS: merges maxima and sums; or else both
+// are sums, and the second table may be null.
 template <bool SUMS, class S>
 FUSEDLOSS_INLINE void columns_to_table(float* table, float* sums, const Place<S>& place,
                                        typename S::Scratch& scratch) {

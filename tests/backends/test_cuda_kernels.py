@@ -21,6 +21,7 @@ from epilogue_checks import (
     check_exp,
     check_grad,
     check_half_fold,
+    check_half_tops,
     check_stats,
     check_stats_with_columns,
     check_stored,
@@ -44,8 +45,9 @@ from fusedloss.backends.cuda import launching
 from fusedloss.core.folds import Part
 from fusedloss.core.mask import Compare, GuideRule, StripMask
 from fusedloss.core.problem import Fold
-from fusedloss.core.strips import Strip, Tally
+from fusedloss.core.strips import Extremes, Strip, Tally
 from fusedloss.masks import score_margin
+from fusedloss.sweep import triangle
 
 pytestmark = pytest.mark.host
 
@@ -356,6 +358,26 @@ def test_folds(device, shape, kind, labelled, aligned, one_of_each):
 def test_folds_of_both_places(device, shape, one_of_each):
     """Chunks of 150 rows: several tiles of rows, the last of them ragged."""
     check_half_fold(cuda, strip_of(shape, one_of_each, device, "rows", "factors"), side=150)
+
+
+@pytest.mark.parametrize("shape", ON)
+def test_searches_of_both_places(device, shape, number):
+    check_half_tops(cuda, strip_of(shape, number, device, "rows", "factors"), side=150)
+
+
+def test_the_first_of_equal_ones_is_found_in_both_places(device, one_of_each):
+    """Of three labels and 300 equal rows: whether the tile's row or its column is the row that searches."""
+    x, labels = torch.ones(300, 8, dtype=one_of_each.dtype, device=device), torch.arange(300, device=device) % 3
+    strip = Strip(x, x, torch.ones((), device=device), None, None, None, None)
+    nearest, farthest = (Extremes.empty(300, strip.scale) for _ in range(2))
+    for rows in (slice(0, 150), slice(150, 300)):
+        mask = StripMask((Compare(labels[rows], labels, False),))
+        tiles = triangle.tiles_of(rows, 300)
+        cuda.half_tops(problem_of(strip), strip._replace(x=x[rows], mask=mask), tiles, nearest, farthest)
+    own = torch.arange(300, device=device)
+    assert torch.equal(nearest.column, (labels == 0).long())
+    assert torch.equal(farthest.column, torch.where(own < 3, own + 3, labels))
+    assert (nearest.value == 8).all() and (farthest.value == -8).all()
 
 
 # NaN, infinities, extremes --------------------------------------------------------------------------------------------

@@ -134,13 +134,17 @@ def every_kernel(machine: pose.Machine) -> Iterator[Case]:
         return empty(grad=True)
 
     yield "weigh", lambda: run("weigh", lambda: fusedloss.clip(x, y, 9.0, normalize=True, backend="cuda"))
+    def searched() -> Tensor:
+        return fusedloss.batch_hard_triplet(x, empty(30, dtype=torch.int64), backend="cuda")
+
     yield "pair_hinge", lambda: run("pair_hinge", hinge)
+    yield "opposed", lambda: run("opposed", searched)
     for name in ("top", "store", "scale_rows"):
         yield name, lambda name=name: run(name, lambda: bare(name))
 
     def all_of_them() -> None:
         launches = {name for name in dir(MODULE) if callable(getattr(MODULE, name)) and name[0].islower()}
-        assert launches - ASKED == {"build_info", "plan"}
+        assert launches - ASKED == {"build_info", "plan"}, launches - ASKED
         assert len(SWEPT) > 40
 
     yield "all of them", all_of_them

@@ -554,9 +554,9 @@ def between(values: Tensor, near: float) -> float:
     return float((close[first] + close[first + 1]) / 2)
 
 
-def check_half_tops(backend: Any, strip: Strip) -> None:
+def check_half_tops(backend: Any, strip: Strip, side: int = 16) -> None:
     """Two of a label and many; with a bias by column, which the other half has by row."""
-    strip, tiles = of_itself(strip)
+    strip, tiles = of_itself(strip, side)
     own = torch.arange(len(strip.y), device=strip.y.device)
     for labels, bias in ((own // 2, None), (own % 3, torch.rand(len(own), device=own.device)), (own * 0, None)):
         given = strip._replace(target=None, bias=bias, mask=StripMask((Compare(labels, labels, False),)))

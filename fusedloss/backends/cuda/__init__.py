@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ...core.mask import GuideRule, Mask
-from ...core.numerics import cdiv
+from ...core.numerics import cdiv, row_numbers
 from ...core.problem import Problem
 from ...core.rows import guide_threshold
-from ...core.strips import RowSums, Softmax, Strip, Tally
+from ...core.strips import Extremes, RowSums, Softmax, Strip, Tally, Tile
 from .. import folds as in_tile
 from ..folds import can_fold as can_fold
 from ..shared import NO_FACTOR, exp_shift, half_softmax
@@ -81,7 +81,7 @@ def can_halve(problem: Problem) -> bool:
 
 
 def can_halve_rows(problem: Problem) -> bool:
-    return half_softmax(problem) or in_tile.can_halve(problem)
+    return problem.top or half_softmax(problem) or in_tile.can_halve(problem)
 
 
 def can_store(problem: Problem) -> bool:
@@ -221,6 +221,42 @@ def top_rows(strips: list[Strip]) -> tuple[Tensor, Tensor]:
     others = (top != largest) & (top == top)  # a tile's NaN is the largest, and equals nothing
     first = column.masked_fill(others, strip.y.shape[0]).amin(0)
     return largest, first.masked_fill(largest == -torch.inf, -1)
+
+
+def half_tops(problem: Problem, strip: Strip, tiles: list[Tile], nearest: Extremes, farthest: Extremes) -> None:
+    assert strip.mask is not None
+    (labels,) = strip.mask.compare
+    for tile in tiles:
+        part = strip.columns(tile.columns)
+        run = Launch(part._replace(bias=None, target=None, mask=None), narrow=True)
+        args: dict[str, Tensor | None] = {
+            "row_labels": labels.rows.contiguous(),
+            "key_labels": labels.keys[tile.columns].contiguous(),
+            "own": row_numbers(len(strip.x), strip.x) if tile.rows == tile.columns else None,
+            "row_bias": None if strip.bias is None else strip.bias[tile.rows],
+            "col_bias": part.bias,
+        }
+        found = []
+        for (rows, dim), first in zip(tile.directions, (tile.columns.start, tile.rows.start), strict=False):
+            table, names = (run.row_table, ("{}", "{}_column")) if dim else (run.column_table, ("col_{}", "col_{}_row"))
+            for name, extremes in (("other", nearest), ("alike", farthest)):
+                values = table()
+                places = torch.empty_like(values, dtype=torch.int64)
+                args |= {names[0].format(name): values, names[1].format(name): places}
+                found.append((extremes, rows, values, places, first))
+        run("opposed", struct("OpposedArgs", **args))
+        for each in found:
+            _take(*each)
+
+
+def _take(extremes: Extremes, rows: slice, values: Tensor, places: Tensor, first: int) -> None:
+    """Takes in tables of values and of their places, counted from `first`."""
+    largest = values.amax(0)
+    place = places.masked_fill(values != largest, torch.iinfo(torch.int64).max).amin(0) + first
+    value, column = extremes.value[rows], extremes.column[rows]
+    rises = largest > value
+    column.copy_(torch.where(rises, place, column))
+    value.copy_(torch.where(rises, largest, value))
 
 
 def similarities(strip: Strip, out: Tensor) -> None:
