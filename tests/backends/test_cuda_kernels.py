@@ -45,7 +45,7 @@ from fusedloss.backends.cuda import launching
 from fusedloss.core.folds import Part
 from fusedloss.core.mask import Compare, GuideRule, StripMask
 from fusedloss.core.problem import Fold
-from fusedloss.core.strips import Extremes, Strip, Tally
+from fusedloss.core.strips import Extremes, Strip, Tally, Tile
 from fusedloss.masks import score_margin
 from fusedloss.sweep import triangle
 
@@ -487,7 +487,26 @@ def test_bits_do_not_depend_on_who_is_first(name, layout, host_extension, monkey
         fold = Fold("sigmoid", scalars=(torch.tensor(0.1),))
         part = Part(torch.arange(70), torch.rand(70), strip.target)
         folded = cuda.fold_rows(problem_of(strip, fold=fold), strip, out, part, torch.zeros(70))
-        return [*found, folded.loss, *folded.scalars, out]
+        return [*found, folded.loss, *folded.scalars, out, *both_places(strip)]
+
+    def both_places(strip):
+        x, labels = strip.y, torch.arange(130) // 5
+        own = Strip(x, x, torch.ones(()), strip.col_factor, strip.col_factor, None, None)
+        tile, part = Tile(slice(0, 70), slice(70, 130)), Part(torch.arange(130), torch.rand(130), None, labels, labels)
+        given = own._replace(x=x[tile.rows], row_factor=None).columns(tile.columns)
+        found = []
+        for kind, options in (("multi_similarity", (2.0, 9.0, 0.5)), ("pair_hinge", (0.1, 1.0, 0.0))):
+            problem = problem_of(own, fold=Fold(kind, options, labels=(labels, labels), itself=True))
+            half, out = cuda.half_fold(problem, part), torch.empty(70, 60, dtype=x.dtype)
+            half.add(given, tile)
+            found += [half.settle().loss]
+            half.write(given, out, tile)
+            found += [out]
+        searches = [Extremes.empty(130, own.scale) for _ in range(2)]
+        mask = StripMask((Compare(labels[tile.rows], labels, False),))
+        chunk = own._replace(x=x[tile.rows], row_factor=None, mask=mask)
+        cuda.half_tops(problem_of(own), chunk, [tile], *searches)
+        return [*found, *(x for extremes in searches for x in extremes)]
 
     runs = []
     with products(number):
