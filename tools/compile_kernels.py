@@ -29,6 +29,8 @@ from unittest import mock
 
 import torch
 import triton
+from fusedloss.kernels import distill as distill_kernels
+from fusedloss.kernels import rows, similarity
 from sources import digest
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -45,8 +47,6 @@ from fusedloss.core.folds import Part
 from fusedloss.core.mask import Compare, GuideRule, StripMask
 from fusedloss.core.problem import Block, Fold, Margin, Problem, RowRule
 from fusedloss.core.strips import Extremes, Patch, RowSums, Softmax, Strip, Tally, Tile
-from fusedloss.kernels import distill as distill_kernels
-from fusedloss.kernels import rows, similarity
 from fusedloss.sweep.chunks import PAD
 
 sys.path.append(str(Path(__file__).absolute().parents[1] / "tests" / "support"))

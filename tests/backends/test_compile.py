@@ -17,11 +17,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fusedloss.kernels
 import pytest
 import sources
 import torch
-
-import fusedloss.kernels
 
 triton = pytest.importorskip("triton")
 

@@ -23,11 +23,12 @@ from fusedloss.proof.zones import Zones
 from fusedloss.testing import value_and_gradients
 
 pytest.importorskip("triton")
+from fusedloss.kernels import distill, similarity
+
 from fusedloss.backends import triton as backend
 from fusedloss.backends.triton import launching
 from fusedloss.backends.triton import rows as launchers
 from fusedloss.backends.triton.config import ELSEWHERE, SPECIALIZED, Config, pick_config, pick_rows
-from fusedloss.kernels import distill, similarity
 
 pytestmark = pytest.mark.interpreter
 

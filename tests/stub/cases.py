@@ -134,6 +134,7 @@ def every_kernel(machine: pose.Machine) -> Iterator[Case]:
         return empty(grad=True)
 
     yield "weigh", lambda: run("weigh", lambda: fusedloss.clip(x, y, 9.0, normalize=True, backend="cuda"))
+
     def searched() -> Tensor:
         return fusedloss.batch_hard_triplet(x, empty(30, dtype=torch.int64), backend="cuda")
 
