@@ -148,6 +148,28 @@ def in_batch(folder: Path) -> str:
     return text + "\n\n" + tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
+def options(folder: Path) -> str:
+    """Options over the loss without them, and distillation over its bare products."""
+    path = folder / "options.json"
+    if not path.exists():
+        return "**Not measured yet**; `benchmarks/options.py` does."
+    verdict = {True: "yes", False: "**no**", None: ""}
+    rows = [
+        [
+            row["case"],
+            row["racer"],
+            number(row, "seconds", "{:.0f}", 1e-3),
+            number(row, "ratio", "{:.3f}"),
+            "" if row["most"] is None else f"at most {row['most']}",
+            verdict[row["held"]],
+            number(row, "memory_bytes", "{:.0f}", 2**20),
+        ]
+        for row in json.loads(path.read_text())["rows"]
+    ]
+    headers = ["loss", "", "ms", "ratio", "required", "held", "memory, MiB"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
 def drop_in(folder: Path) -> str:
     """Claims of the drop-ins, and the loss stages of the libraries that they replace."""
     path = folder / "drop_in.json"
@@ -445,6 +467,7 @@ TABLES = (
     upstream,
     library_up_to,
     in_batch,
+    options,
     classes,
     rowwise,
     gpu,
