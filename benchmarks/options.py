@@ -2,7 +2,8 @@
 
     python benchmarks/options.py --out benchmarks/results/options.json
 
-Steps are forward and backward, interleaved with the plain loss; ratios are of the medians. An option that changes what
+Steps are forward and backward, interleaved with the plain loss. A ratio is the median of the rounds' own, since a
+machine may be slower for some rounds. An option that changes what
 a row's loss is should cost nothing, since the sweep has the row's sums at hand: at most 1.03 times the plain loss.
 `info_nce_distill` needs four products of the student's rows and two of the teacher's.
 """
@@ -132,11 +133,11 @@ def rows_of(case: str, n: int, rounds: int, tick: Callable[..., None]) -> list[d
     for name, spent in measure.samples_interleaved(CASES[case](n), rounds):
         taken.setdefault(name, []).append(spent)
         tick(f"{case}: {name}")
-    under = statistics.median(taken[FLOOR if FLOOR in taken else PLAIN])
+    under = taken[FLOOR if FLOOR in taken else PLAIN]
     found = []
     for name, spent in taken.items():
-        taking = statistics.median(spent)
-        row = {"case": case, "n": n, "racer": name, "seconds": taking, "ratio": taking / under, "samples": spent}
+        row = {"case": case, "n": n, "racer": name, "seconds": statistics.median(spent), "samples": spent}
+        row["ratio"] = statistics.median(own / other for own, other in zip(spent, under, strict=True))
         if FLOOR in taken and name != FLOOR:
             row["memory_bytes"] = measure.isolated(memory, case, name, n)
         most = MOST_OF_DISTILLATION if name == "fusedloss" else None if FLOOR in taken or name == PLAIN else MOST
