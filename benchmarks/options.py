@@ -3,9 +3,9 @@
     python benchmarks/options.py --out benchmarks/results/options.json
 
 Steps are forward and backward, interleaved with the plain loss. A ratio is the median of the rounds' own, since a
-machine may be slower for some rounds. An option that changes what
-a row's loss is should cost nothing, since the sweep has the row's sums at hand: at most 1.03 times the plain loss.
-`info_nce_distill` needs four products of the student's rows and two of the teacher's.
+machine may be slower for some rounds. An option that changes a row's loss should cost nothing, since the sweep has the
+row's sums at hand: at most 1.03 times the plain loss. `info_nce_distill` needs four products of the student's rows and
+two of the teacher's.
 """
 
 from __future__ import annotations

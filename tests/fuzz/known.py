@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 
-from .cases import Case
+from .cases import Case, Ops, Rows
 
 
 class Known(NamedTuple):
@@ -18,6 +19,13 @@ class Known(NamedTuple):
 
 def zero_row(case: Case) -> bool:
     return any(x.dim() > 1 and x.numel() and bool((x == 0).all(-1).any()) for x in case.tensors.values())
+
+
+def overflows(case: Case) -> bool:
+    """Whether a row's loss, and with it the slope of its transform, is beyond fp32 in what follows."""
+    wide = {name: x.double() if x.dtype.is_floating_point else x for name, x in case.tensors.items()}
+    found = case.formula(Ops(case.dtype), SimpleNamespace(**wide))
+    return bool(((found.losses if isinstance(found, Rows) else found).abs() > 1e24).any())
 
 
 KNOWN = [
@@ -34,7 +42,7 @@ KNOWN = [
     Known("slope", "generalised(q) of a decoupled loss below -88 / q: its slope e^(-q l) is beyond fp32, and "
           "times 0, of a column left out, NaN", lambda c, form, what: (
         c.dtype != torch.float64 and bool(c.options.get("decoupled"))
-        and c.options.get("transform", ("",))[0] == "generalised" and "is nan" in what)),
+        and c.options.get("transform", ("",))[0] == "generalised" and "is nan" in what and overflows(c))),
 ]  # fmt: skip
 
 

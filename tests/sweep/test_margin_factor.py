@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fusedloss
 from fusedloss import masks, testing
+from fusedloss.backends import chunked
 
 BACKENDS = ["dense", "chunked", "reference"]
 
@@ -21,7 +22,6 @@ BACKENDS = ["dense", "chunked", "reference"]
 def small_chunks(monkeypatch):
     """Several row chunks and column tiles at tens of rows, so that thresholds are cut at their borders."""
     from fusedloss import sweep
-    from fusedloss.backends import chunked
 
     monkeypatch.setattr(sweep.chunks, "chunk_rows", lambda M, *_: min(M, 5))
     monkeypatch.setattr("fusedloss.backends.dense.MOST", {})
@@ -126,6 +126,41 @@ def test_narrow_inputs_keep_the_error_budget(dtype):
     formula = lambda q, k: F.cross_entropy(shrunk(q @ k.T, target, 2.0, 1.0, 0.5) / 20, target)
     tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 2e-4}
     same(ours, formula, [query, key], **tolerance)
+
+
+@pytest.mark.parametrize("temperature, sweeps", [(0.05, 1), (0.02, 2)])
+def test_one_sweep_where_exponentials_need_no_shift(temperature, sweeps, monkeypatch):
+    """Of unit rows at scales up to 30, over several chunks and tiles, as the formula in fp64."""
+    calls = []
+    for name in ("exp_rows", "stats_rows", "grad_rows"):
+        kept = getattr(chunked, name)
+        monkeypatch.setattr(chunked, name, lambda *args, name=name, kept=kept: (calls.append(name), kept(*args))[1])
+    query, key = torch.randn(40, 6, dtype=torch.float64), torch.randn(50, 6, dtype=torch.float64)
+    options = {"temperature": temperature, "normalize": True, "mask": masks.score_margin(relative=0.8, factor=0.5)}
+    ours = lambda q, k: fusedloss.info_nce(q, k, backend="chunked", **options)
+
+    def formula(q, k):
+        sim = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T
+        return F.cross_entropy(shrunk(sim, torch.arange(40), 0.0, 0.8, 0.5) / temperature, torch.arange(40))
+
+    same(ours, formula, [query, key])
+    calls.clear()
+    testing.value_and_gradients(ours, [query, key])
+    assert set(calls) == ({"exp_rows"} if sweeps == 1 else {"stats_rows", "grad_rows"})
+
+
+@pytest.mark.parametrize("drops", ["dense", "labels"])
+def test_a_column_that_a_mask_drops_may_be_nan(drops):
+    """On `chunked`, whose tests of a tile are numbers; a column that competes spoils the rows that it competes in."""
+    query, key, labels = randn(4, 5), randn(4, 5), torch.tensor([0, 0, 1, 2])
+    kept = torch.ones(4, 4, dtype=torch.bool)
+    kept[0, 1] = kept[1, 0] = False
+    mask = kept if drops == "dense" else masks.same_id(labels, labels)
+    spoilt = key.clone()
+    spoilt[1] = torch.nan
+    call = lambda k: fusedloss.info_nce(query, k, mask=mask, reduction="none", backend="chunked")
+    own, wanted = call(spoilt), call(key)
+    assert own[0] == wanted[0] and own[1:].isnan().all()
 
 
 def test_it_counts_as_a_negative_that_competes():

@@ -56,8 +56,10 @@ def can_exp(problem: Problem) -> bool:
 
 
 def _multiplies(problem: Problem) -> bool:
-    """Whether a mask's factor multiplies exponentials in the pass that writes them: what is stored is the gradient by
-    the similarities, from which no shift can be taken, and in which no guide's columns are counted."""
+    """Whether `exp_rows` may multiply the exponentials by a mask's factor as it writes them.
+
+    It does so in its pass without a shift. In the others the similarities are gone when the exponentials are there.
+    """
     guided = any(block.mask.guide is not None for block in problem.blocks)
     plain = not problem.softcap and not problem.wants_tally and not guided
     return plain and problem.unshifted and workspace_dtype(problem) == stats_dtype(problem.dtype)
